@@ -164,6 +164,11 @@ class _TransformerConfig:
         raise NotImplementedError
 
     @property
+    def key_bias(self) -> bool:
+        """Whether the key projection has a bias (queries and values follow `qkv_bias`)."""
+        raise NotImplementedError
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         """Tokens along time, height and width at the configured clip size."""
         clip = (self.num_frames, *self.frame_size)
@@ -287,6 +292,10 @@ class VivitConfig(_TransformerConfig):
     def tubelet(self):
         return self.tubelet_size
 
+    @property
+    def key_bias(self):
+        return self.qkv_bias
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoMAEConfig(_TransformerConfig):
@@ -322,6 +331,10 @@ class VideoMAEConfig(_TransformerConfig):
     @property
     def tubelet(self):
         return (self.tubelet_size, *_pair(self.patch_size))
+
+    @property
+    def key_bias(self):
+        return False
 
     @property
     def patch_values(self) -> int:

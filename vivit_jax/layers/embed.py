@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pixels to tokens: tubelet patches, their projection, and the two kinds of positions."""
+
+import functools
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vivit_jax.errors import UserError
+from vivit_jax.layers.linear import Config
+
+Grid = tuple[int, int, int]
+
+
+def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
+    """The token grid (t, h, w) of a clip [b, t, h, w, c]; UserError where it does not fit."""
+    if len(shape) != 5:
+        raise UserError(
+            f"pixel_values must be [batch, frames, height, width, channels], got shape {shape}"
+        )
+    _, *clip, channels = shape
+    if channels != config.num_channels:
+        hint = "; the layout is channels last" if shape[2] == config.num_channels else ""
+        raise UserError(
+            f"pixel_values has {channels} channels (shape {shape}), the model takes "
+            f"{config.num_channels}{hint}"
+        )
+    for size, patch, axis in zip(clip, config.tubelet, ("frames", "height", "width"), strict=True):
+        if size % patch or not size:
+            raise UserError(
+                f"pixel_values has {size} {axis}, not a positive multiple of the tubelet's {patch} "
+                f"(shape {shape}, tubelet {config.tubelet}); crop or resize the clip"
+            )
+    grid = tuple(size // patch for size, patch in zip(clip, config.tubelet, strict=True))
+    if grid != config.grid and not any_size:
+        expected = (config.num_frames, *config.frame_size)
+        raise UserError(
+            f"clip of {tuple(clip)} (frames, height, width), the model is configured for "
+            f"{expected}; resize it, or pass interpolate_pos_encoding=True"
+        )
+    return grid
+
+
+def patchify(pixel_values: jax.Array, tubelet: tuple[int, int, int]) -> jax.Array:
+    """Cut clips into tubelets: [b, t, h, w, c] -> [b, l, values], values ordered (t, h, w, c)."""
+    t, h, w = tubelet
+    return einops.rearrange(
+        jnp.asarray(pixel_values), "b (t x) (h y) (w z) c -> b (t h w) (x y z c)", x=t, y=h, z=w
+    )
+
+
+def take_tokens(x: jax.Array, indices: jax.Array | None) -> jax.Array:
+    """Rows of x [b, l, d] (or of a table [l, d]) at indices [b, k]; all of them for None.
+
+    An index past the end gives NaN, so that a mask for another grid cannot go unnoticed.
+    """
+    if indices is None:
+        return x
+    if x.ndim == 2:
+        return x.at[indices].get(mode="fill", fill_value=jnp.nan)
+    rows = jnp.arange(x.shape[0])[:, None]
+    return x.at[rows, indices].get(mode="fill", fill_value=jnp.nan)
+
+
+class TubeletEmbed(nn.Module):
+    """Linear projection of tubelets, the same numbers as a convolution with stride = kernel.
+
+    pixel_values [b, t, h, w, c] -> [b, l, d]; with `visible` [b, v] only those tokens are
+    computed.
+    """
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, pixel_values, visible=None):
+        config = self.config
+        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+        shape = (*config.tubelet, config.num_channels, config.hidden_size)
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(config.initializer_range),
+            (None, None, None, "channels", "embed"),
+        )
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
+        kernel = self.param("kernel", init, shape, param_dtype).astype(dtype)
+        bias = self.param("bias", zeros, shape[-1:], param_dtype).astype(dtype)
+        patches = take_tokens(patchify(pixel_values, config.tubelet), visible)
+        return patches.astype(dtype) @ kernel.reshape(-1, shape[-1]) + bias[None, None]
+
+
+@functools.cache
+def sincos_positions(length: int, width: int) -> np.ndarray:
+    """VideoMAE's fixed table [length, width] over the flattened token index.
+
+    sin on even and cos on odd columns at angles pos / 10000^(2 (j // 2) / width); float64, because
+    float32 arithmetic is off by up to 1.4e-4 at 1568 tokens.
+    """
+    column = np.arange(width)
+    angle = np.arange(length)[:, None] / 10000.0 ** (2 * (column // 2) / width)
+    return np.where(column % 2, np.cos(angle), np.sin(angle))
+
+
+def resize_positions(table: jax.Array, old: Grid, new: Grid) -> jax.Array:
+    """Resize learned positions [t*h*w, d] from one token grid to another, separably.
+
+    Time is linear, space bicubic with PyTorch's coefficient (a = -0.75), both with half-pixel
+    centres and no antialiasing: for one frame this is what HuggingFace's image models do.
+    HuggingFace's ViViT takes the square root of the space-time token count instead and fails on
+    real videos.
+    """
+    if old == new:
+        return table
+    grid = table.reshape(*old, -1)
+    for axis, kind in enumerate(("linear", "cubic", "cubic")):
+        if old[axis] != new[axis]:
+            weights = jnp.asarray(_resize_weights(old[axis], new[axis], kind), table.dtype)
+            grid = jnp.moveaxis(jnp.tensordot(weights, grid, axes=(1, axis)), 0, axis)
+    return grid.reshape(-1, grid.shape[-1])
+
+
+@functools.cache
+def _resize_weights(old: int, new: int, kind: str) -> np.ndarray:
+    """Interpolation matrix [new, old] at half-pixel centres, border values repeated."""
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    if kind == "linear":
+        centre = np.clip(centre, 0, old - 1)
+        taps, kernel = (0, 1), lambda x: 1 - x
+    else:
+        taps, kernel = (-1, 0, 1, 2), _cubic
+    floor = np.floor(centre).astype(int)
+    weights = np.zeros((new, old))
+    for tap in taps:
+        source = np.clip(floor + tap, 0, old - 1)
+        np.add.at(weights, (np.arange(new), source), kernel(np.abs(centre - floor - tap)))
+    return weights
+
+
+def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x <= 1, near, far)

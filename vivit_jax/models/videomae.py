@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VideoMAE (Tong et al. 2022): encoder, masked pre-training and classification.
+
+Tokens are the tubelets in (t, h, w) order; there is no class token, and positions are a fixed
+sin-cos table that no checkpoint holds. Parameters: `patch_embed`, `layers`, and `ln_final` where
+`use_mean_pooling` is off; the heads hold the encoder as `backbone`.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vivit_jax.config import VideoMAEConfig
+from vivit_jax.errors import UserError
+from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions, take_tokens
+from vivit_jax.layers.encoder import run_blocks
+from vivit_jax.layers.linear import dense, layer_norm
+from vivit_jax.masking import Mask
+from vivit_jax.outputs import ClassifierOutput, ModelOutput, PreTrainingOutput
+from vivit_jax.train.losses import (
+    classification_loss,
+    reconstruction_loss,
+    reconstruction_targets,
+)
+
+
+class VideoMAEModel(nn.Module):
+    """The encoder; with a mask it embeds and computes the visible tokens only."""
+
+    config: VideoMAEConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        pixel_values,
+        *,
+        mask: Mask | None = None,
+        head_mask=None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        interpolate_pos_encoding: bool = False,
+        deterministic: bool = True,
+        return_dict: bool = True,
+    ) -> ModelOutput | tuple:
+        """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, l or visible, d].
+
+        `mask` is what HuggingFace calls bool_masked_pos: `Mask.from_bool(bool_masked_pos)`.
+        `head_mask` [n] or [layers, n] scales attention weights per head (0 silences a head).
+        `interpolate_pos_encoding` accepts any frame count and resolution divisible by the tubelet
+        and recomputes the position table for that many tokens, as the authors do.
+        `deterministic=False` turns dropout on and needs rngs={"dropout": key}. Raises UserError for
+        a clip or a mask that does not fit.
+        """
+        config = self.config
+        grid = check_clip(config, pixel_values.shape, any_size=interpolate_pos_encoding)
+        visible = None
+        if mask is not None:
+            _check_mask(mask, pixel_values.shape[0], grid)
+            visible = mask.visible
+        x = TubeletEmbed(config, name="patch_embed")(pixel_values, visible)
+        x = x + _positions(x, grid, visible)
+        x, hidden_states, attentions = run_blocks(
+            config,
+            x,
+            head_mask,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            deterministic=deterministic,
+        )
+        if not config.use_mean_pooling:
+            x = layer_norm(config, config.layer_norm_eps, "ln_final")(x)
+        out = ModelOutput(x, None, hidden_states, attentions)
+        return out if return_dict else out.to_tuple()
+
+
+class VideoMAEDecoder(nn.Module):
+    """Blocks of the decoder's width over all tokens, pixels for the last `num_masked` of them."""
+
+    config: VideoMAEConfig  # of the whole model
+
+    @nn.compact
+    def __call__(self, x, num_masked: int, output_hidden_states: bool, deterministic: bool):
+        config = self.config.decoder()
+        x, hidden_states, _ = run_blocks(
+            config, x, output_hidden_states=output_hidden_states, deterministic=deterministic
+        )
+        x = x[:, x.shape[1] - num_masked :]
+        x = layer_norm(config, config.decoder_norm_eps, "ln_final")(x)
+        shape = (config.hidden_size, config.patch_values)
+        return dense(config, shape, ("embed", "pixels"), "head")(x), hidden_states
+
+
+class VideoMAEForPreTraining(nn.Module):
+    """Masked autoencoder: predicts the pixels of the masked tubelets from the visible ones."""
+
+    config: VideoMAEConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        pixel_values,
+        mask: Mask,
+        *,
+        head_mask=None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        interpolate_pos_encoding: bool = False,
+        deterministic: bool = True,
+        return_dict: bool = True,
+    ) -> PreTrainingOutput | tuple:
+        """As `VideoMAEModel`; logits [b, m, patch values] in the order of `mask.masked`, and loss.
+
+        The loss is the mean squared error to `reconstruction_targets`. `head_mask` acts on the
+        encoder.
+        """
+        config = self.config
+        if mask is None:
+            raise UserError("VideoMAEForPreTraining needs a mask, for example vivit_jax.tube_mask")
+        out = VideoMAEModel(config, name="backbone")(
+            pixel_values,
+            mask=mask,
+            head_mask=head_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            deterministic=deterministic,
+        )
+        if not mask.masked.shape[1] or not mask.visible.shape[1]:
+            raise UserError(
+                f"pre-training needs visible and masked tokens, got {mask.visible.shape[1]} "
+                f"visible and {mask.masked.shape[1]} masked per clip"
+            )
+        width = config.decoder_hidden_size
+        mask_token = self.param(
+            "mask_token",
+            nn.with_logical_partitioning(nn.initializers.zeros, (None, None, "embed")),
+            (1, 1, width),
+            jnp.dtype(config.param_dtype),
+        )
+        grid = check_clip(config, pixel_values.shape, any_size=True)
+        shape = (config.hidden_size, width)
+        x = dense(config, shape, ("embed", None), "to_decoder", use_bias=False)(
+            out.last_hidden_state
+        )
+        x = x + _positions(x, grid, mask.visible)
+        blanks = jnp.broadcast_to(mask_token.astype(x.dtype), (*mask.masked.shape, width))
+        blanks = blanks + _positions(x, grid, mask.masked)
+        # Visible tokens first, then masked ones: attention does not see the order, the slice does.
+        x = jnp.concatenate([x, blanks], axis=1)
+        logits, decoder_hidden_states = VideoMAEDecoder(config, name="decoder")(
+            x, mask.masked.shape[1], output_hidden_states, deterministic
+        )
+        loss = reconstruction_loss(logits, reconstruction_targets(pixel_values, mask, config))
+        out = PreTrainingOutput(
+            loss, logits, out.hidden_states, out.attentions, decoder_hidden_states
+        )
+        return out if return_dict else out.to_tuple()
+
+
+class VideoMAEForVideoClassification(nn.Module):
+    """Linear classifier on the mean of all tokens, normed (`fc_norm`).
+
+    With `use_mean_pooling` off it reads the first tubelet's token after the final norm, which is
+    what HuggingFace does with a pre-training configuration.
+    """
+
+    config: VideoMAEConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        pixel_values,
+        *,
+        labels=None,
+        mask: Mask | None = None,
+        head_mask=None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        interpolate_pos_encoding: bool = False,
+        deterministic: bool = True,
+        return_dict: bool = True,
+    ) -> ClassifierOutput | tuple:
+        """As `VideoMAEModel`; logits [b, classes]; labels add `loss`, see `classification_loss`."""
+        config = self.config
+        out = VideoMAEModel(config, name="backbone")(
+            pixel_values,
+            mask=mask,
+            head_mask=head_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            deterministic=deterministic,
+        )
+        if config.use_mean_pooling:
+            x = layer_norm(config, config.fc_norm_eps, "fc_norm")(out.last_hidden_state.mean(1))
+        else:
+            x = out.last_hidden_state[:, 0]
+        shape = (config.hidden_size, config.num_labels)
+        logits = dense(config, shape, ("embed", "classes"), "head")(x)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, config.problem_type)
+        out = ClassifierOutput(loss, logits, out.hidden_states, out.attentions)
+        return out if return_dict else out.to_tuple()
+
+
+def _positions(x, grid: Grid, indices):
+    """Rows of the fixed table for x [b, l, d] at token indices [b, l] (None: all of them)."""
+    table = sincos_positions(grid[0] * grid[1] * grid[2], x.shape[-1])
+    rows = take_tokens(jnp.asarray(table, x.dtype), indices)
+    return rows[None] if indices is None else rows
+
+
+def _check_mask(mask: Mask, batch: int, grid: Grid) -> None:
+    if not isinstance(mask, Mask):
+        raise UserError(
+            f"mask must be a vivit_jax.Mask, got {type(mask).__name__}; convert a bool array with "
+            "Mask.from_bool(bool_masked_pos)"
+        )
+    tokens = grid[0] * grid[1] * grid[2]
+    if mask.num_tokens != tokens or mask.visible.shape[0] != batch:
+        raise UserError(
+            f"mask is for {mask.visible.shape[0]} clips of {mask.num_tokens} tokens, pixel_values "
+            f"holds {batch} of {tokens} (grid {grid}); make the mask with that grid"
+        )
