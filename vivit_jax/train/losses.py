@@ -85,7 +85,8 @@ def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> 
     x = at_least_float32(take_tokens(patchify(pixel_values, config.tubelet), mask.masked))
     x = einops.rearrange(x, "b m (p c) -> b m p c", c=config.num_channels)
     if config.num_channels == 3:
-        x = x * np.asarray(IMAGENET_STD, x.dtype) + np.asarray(IMAGENET_MEAN, x.dtype)
+        mean, std = (np.reshape(v, (1, 1, 1, 3)) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        x = x * jnp.asarray(std, x.dtype) + jnp.asarray(mean, x.dtype)
     if config.norm_pix_loss:
         std = jnp.sqrt(jnp.var(x, axis=2, keepdims=True, ddof=1)) + 1e-6
         x = (x - jnp.mean(x, axis=2, keepdims=True)) / std
