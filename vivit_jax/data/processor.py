@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames to model input: resize, centre crop, rescale and normalise, to transformers' bytes.
+
+Preprocessing belongs to the weights: a checkpoint read with another pixel range, resize or filter
+gives plausible and wrong logits. `VideoProcessor` therefore reads and writes the
+`preprocessor_config.json` that lies beside the weights and computes the bytes of transformers' PIL
+path (`VivitImageProcessor`, `VideoMAEImageProcessorPil`). With torchvision installed, transformers
+resizes VideoMAE frames through torchvision instead: up to one uint8 level away on under 0.5% of
+the values.
+"""
+
+import dataclasses
+import json
+import math
+import numbers
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vivit_jax.data.frames import as_clips, center_crop, channels_last, resize
+from vivit_jax.errors import ConfigError, UserError
+
+VIVIT = "VivitImageProcessor"
+VIDEOMAE = "VideoMAEImageProcessor"
+
+_COMMON = {
+    "do_resize": True,
+    "resample": 2,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "do_rescale": True,
+    "do_normalize": True,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+# The class defaults of transformers, which fill the keys that a preprocessor_config.json lacks.
+_DEFAULTS = {
+    VIVIT: _COMMON | {"size": 256, "rescale_factor": 1 / 127.5, "offset": True},
+    VIDEOMAE: _COMMON | {"size": 224, "rescale_factor": 1 / 255, "offset": False},
+}
+_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+_NAMED = {
+    "vivit-kinetics400": (VIVIT, {"size": 224}),
+    "vivit-scenic": (VIVIT, {"do_normalize": False}),
+    "videomae-imagenet": (VIDEOMAE, _IMAGENET),
+}
+_FLAGS = ("do_resize", "do_center_crop", "do_rescale", "offset", "do_normalize")
+_TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
+
+# "ViViTImageProcessor" is what the file of google/vivit-b-16x2-kinetics400 says; Fast, Pil, the
+# feature extractor and the video processor are the same function under other releases' names.
+_TYPE_NAME = re.compile(
+    r"(vivit|videomae)(ImageProcessor(Fast|Pil)?|VideoProcessor|FeatureExtractor)", re.IGNORECASE
+)
+# Keys of published files that transformers' PIL path does not compute with on RGB frames.
+# do_zero_centering said "pixels in [-1, 1]", which `offset` has said since; it is read by nobody.
+_IGNORED_KEYS = {
+    *_TYPE_KEYS,
+    "_valid_processor_keys",
+    "data_format",
+    "do_convert_rgb",
+    "do_zero_centering",
+    "processor_class",
+}
+# transformers 5 looks for a nested section first; its video processors save the video files.
+_CONFIG_FILES = (
+    ("processor_config.json", "image_processor"),
+    ("preprocessor_config.json", None),
+    ("processor_config.json", "video_processor"),
+    ("video_preprocessor_config.json", None),
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+# Above this, rescale_factor is not meant for bytes, so floats in [0, 1] are what it expects.
+_LARGEST_BYTE_FACTOR = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoProcessor:
+    """Turns video frames into a model's float32 pixels, bit for bit as transformers' PIL path.
+
+    Per frame: resize (Pillow, in uint8), centre crop (zero-padded when the frame is smaller),
+    multiply by `rescale_factor`, subtract 1 if `offset`, normalise by `image_mean`, `image_std`.
+
+    Build one with `vivit()`, `videomae()`, `named()`, `from_pretrained()` or `from_dict()`; fields
+    carry the names of preprocessor_config.json. `size` is {"shortest_edge": n} (the long side is
+    truncated), {"height": h, "width": w}, an int (shortest edge) or (h, w); `crop_size` is
+    {"height", "width"}, an int (square) or (h, w). `resample` is Pillow's filter number.
+
+    The two ViViT ranges. Scenic trained ViViT on pixels in [-1, 1]. Rescaling by 1/127.5 with
+    `offset` gives exactly that; transformers' defaults and the hub file of
+    google/vivit-b-16x2-kinetics400 then also normalise by 0.5/0.5, which makes [-3, 1]. The hub
+    file of google/vivit-b-16x2 does not normalise. So `vivit()` reproduces what transformers
+    computes and `named("vivit-scenic")` what the weights were trained on: use the latter for
+    accuracy with scenic weights, the former to compare with transformers.
+
+    Raises `ConfigError` for an invalid field or combination.
+    """
+
+    image_processor_type: str
+    do_resize: bool
+    size: Mapping[str, int] | int | tuple[int, int]
+    resample: int
+    do_center_crop: bool
+    crop_size: Mapping[str, int] | int | tuple[int, int]
+    do_rescale: bool
+    rescale_factor: float
+    offset: bool
+    do_normalize: bool
+    image_mean: float | tuple[float, ...]
+    image_std: float | tuple[float, ...]
+
+    def __post_init__(self):
+        if self.image_processor_type not in _DEFAULTS:
+            raise ConfigError(
+                f"image_processor_type is {self.image_processor_type!r}, expected one of "
+                f"{', '.join(_DEFAULTS)}"
+            )
+        for name in _FLAGS:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}, expected True or False")
+        if not _is_integer(self.resample) or not 0 <= self.resample <= 5:
+            raise ConfigError(
+                f"resample is {self.resample!r}, expected a Pillow filter: 0 nearest, 1 lanczos, "
+                "2 bilinear, 3 bicubic, 4 box or 5 hamming"
+            )
+        checked = {
+            "size": _size("size", self.size, square=False),
+            "crop_size": _size("crop_size", self.crop_size, square=True),
+            "resample": int(self.resample),
+            "rescale_factor": _number("rescale_factor", self.rescale_factor),
+            "image_mean": _per_channel("image_mean", self.image_mean),
+            "image_std": _per_channel("image_std", self.image_std),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if 0.0 in np.atleast_1d(self.image_std):
+            raise ConfigError(f"image_std is {self.image_std}, expected no zero: it is a divisor")
+        if self.offset and self.image_processor_type == VIDEOMAE:
+            raise ConfigError(
+                "offset is True, which transformers' VideoMAEImageProcessor does not have: use "
+                "VideoProcessor.vivit(...) for rescaling with an offset"
+            )
+        if self.offset and not self.do_rescale:
+            raise ConfigError(
+                "offset is True but do_rescale is False: offset is part of rescaling, so set "
+                "offset=False as well or leave do_rescale on"
+            )
+
+    @classmethod
+    def vivit(cls, **overrides: Any) -> "VideoProcessor":
+        """Returns `VivitImageProcessor`'s defaults: resize 256, crop 224, range [-3, 1]."""
+        return cls.from_dict({}, image_processor_type=VIVIT, **overrides)
+
+    @classmethod
+    def videomae(cls, **overrides: Any) -> "VideoProcessor":
+        """Returns `VideoMAEImageProcessor`'s defaults: resize 224, crop 224, range [-1, 1].
+
+        Published checkpoints were trained with ImageNet statistics instead:
+        `named("videomae-imagenet")`.
+        """
+        return cls.from_dict({}, image_processor_type=VIDEOMAE, **overrides)
+
+    @classmethod
+    def named(cls, name: str, **overrides: Any) -> "VideoProcessor":
+        """Returns a published processor by name.
+
+        vivit-kinetics400: hub file of google/vivit-b-16x2-kinetics400, resize 224, [-3, 1].
+        vivit-scenic: hub file of google/vivit-b-16x2, resize 256, [-1, 1], scenic's range.
+        videomae-imagenet: hub files of MCG-NJU/videomae-*, resize 224, ImageNet mean and std.
+        """
+        if name not in _NAMED:
+            raise ConfigError(
+                f"no processor is named {name!r}, expected one of {', '.join(_NAMED)}"
+            )
+        kind, values = _NAMED[name]
+        return cls.from_dict(values, image_processor_type=kind, **overrides)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> "VideoProcessor":
+        """Builds a processor from the content of a preprocessor_config.json.
+
+        Missing keys take transformers' class default, as do null values of other than the flags.
+        `overrides` replace fields of the file, `image_processor_type` included.
+        Raises `ConfigError` for keys that would make transformers compute something else.
+        """
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"a processor is a {type(config).__name__}, expected a JSON object")
+        written = next((config[key] for key in _TYPE_KEYS if config.get(key)), None)
+        written = overrides.pop("image_processor_type", written)
+        match = _TYPE_NAME.fullmatch(written) if isinstance(written, str) else None
+        if match is None:
+            raise ConfigError(
+                f"image_processor_type is {written!r}, expected {VIVIT} or {VIDEOMAE} (or an older "
+                "name of these); if the file says nothing, pass image_processor_type=..."
+            )
+        kind = VIVIT if match[1].lower() == "vivit" else VIDEOMAE
+        values = dict(_DEFAULTS[kind])
+        unknown = []
+        for key, value in config.items():
+            if key in values:
+                # A flag of null is on in one of transformers' classes and off in the other.
+                values[key] = values[key] if value is None and key not in _FLAGS else value
+            elif key not in _IGNORED_KEYS and value is not None and value is not False:
+                unknown.append(key)
+        if unknown:
+            raise ConfigError(
+                f"{', '.join(sorted(unknown))}: unknown processor fields that may change the "
+                f"pixels, expected {', '.join(values)}; remove them if they mean nothing"
+            )
+        if kind == VIVIT and match[2].lower() == "videoprocessor":
+            # VivitVideoProcessor has no offset key: it subtracts 1 whenever it rescales.
+            values["offset"] = values["do_rescale"]
+        values.update(_known_options(overrides))
+        return cls(image_processor_type=kind, **values)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike, revision: str | None = None, **overrides: Any
+    ) -> "VideoProcessor":
+        """Reads the processor of a checkpoint: a directory, a JSON file or a hub id.
+
+        A directory may hold preprocessor_config.json, video_preprocessor_config.json or a
+        processor_config.json with a nested section; of a hub id, preprocessor_config.json is read
+        (at `revision`). `overrides` replace fields of the file.
+        Raises `UserError` if nothing is found, `ConfigError` if the file is wrong.
+        """
+        path = Path(source)
+        if path.is_dir():
+            candidates = [(path / name, section) for name, section in _CONFIG_FILES]
+        elif path.is_file():
+            candidates = [(path, name) for name in ("image_processor", "video_processor", None)]
+        elif _HUB_ID.fullmatch(str(source)):
+            from vivit_jax.hub import resolve_file
+
+            file = resolve_file(str(source), "preprocessor_config.json", revision=revision)
+            candidates = [(file, None)]
+        else:
+            raise UserError(f"{source}: no such file or directory, and not a hub id")
+        path, config = _first_config(candidates)
+        try:
+            return cls.from_dict(config, **overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of a preprocessor_config.json that transformers reads back."""
+        config = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+        if self.image_processor_type == VIDEOMAE:
+            del config["offset"]
+        return config
+
+    def save_pretrained(self, directory: str | os.PathLike) -> Path:
+        """Writes preprocessor_config.json into `directory` (created if missing), atomically.
+
+        Returns the file's path.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "preprocessor_config.json"
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def __call__(
+        self,
+        videos: Any,
+        *,
+        input_data_format: str | None = None,
+        data_format: str = "channels_last",
+        **overrides: Any,
+    ) -> np.ndarray:
+        """Returns the pixels of one video or a batch: float32 [b, t, h, w, c].
+
+        videos: a video is a list of frames or an array [t, h, w, c]; a batch is a list of videos or
+            an array [b, t, h, w, c]; a single frame counts as a video of one frame. Frames are
+            uint8 arrays [h, w, c], [c, h, w] or [h, w], Pillow images (L, LA, RGB, RGBA), torch or
+            jax arrays on the CPU. Frames of one video may differ in size.
+        input_data_format: "channels_last", "channels_first" or "none" (frames [h, w]); by default
+            found per frame: the axis of 1, 3 or 4 entries, the first if both are, else the axis
+            as long as `image_mean`.
+        data_format: "channels_first" returns [b, t, c, h, w], a view in PyTorch's layout.
+        overrides: any field of the processor, for this call; None keeps the processor's own.
+
+        As in transformers, 2 and 4 channels are resized with the last one as alpha weighting the
+        others, and float frames in [0, 1] are resized in 8 bits (do_resize=False keeps them exact).
+        Unlike it: float frames in [0, 1] are refused while `rescale_factor` is one for bytes
+        (transformers would scale them twice), the result is float32 whatever the steps, and
+        other channel counts are resized channel by channel.
+
+        Raises `UserError` for frames that cannot be processed or videos that cannot be stacked.
+        """
+        if data_format not in ("channels_last", "channels_first"):
+            raise UserError(
+                f"data_format is {data_format!r}, expected 'channels_last' or 'channels_first'"
+            )
+        processor = dataclasses.replace(self, **_known_options(overrides))
+        pixels = processor._process(videos, input_data_format)
+        return pixels if data_format == "channels_last" else pixels.transpose(0, 1, 4, 2, 3)
+
+    preprocess = __call__
+
+    def _process(self, videos: Any, input_format: str | None) -> np.ndarray:
+        clips = as_clips(videos, input_format)
+        lengths = sorted({len(clip) for clip in clips})
+        if len(lengths) > 1:
+            raise UserError(
+                f"videos of {', '.join(map(str, lengths))} frames cannot be stacked into one "
+                "batch: sample the same number of frames from each, or process them one by one"
+            )
+        out = None
+        for b, clip in enumerate(clips):
+            self._refuse_unit_floats(clip)
+            for t, frame in enumerate(clip):
+                frame = self._resize_and_crop(frame, input_format)
+                if out is None:
+                    out = np.empty((len(clips), lengths[0], *frame.shape), np.float32)
+                    write = self._pixel_writer(*frame.shape[1:])
+                elif frame.shape != out.shape[2:]:
+                    raise UserError(
+                        f"frame {t} of video {b} has shape {frame.shape} (h, w, c) after resize "
+                        f"and crop, the first frame {out.shape[2:]}: turn do_center_crop on, "
+                        "resize to a fixed height and width, or process the videos one by one"
+                    )
+                write(frame, out[b, t])
+        return out
+
+    def _refuse_unit_floats(self, clip: list) -> None:
+        if not self.do_rescale or self.rescale_factor > _LARGEST_BYTE_FACTOR:
+            return
+        floats = [f for f in clip if isinstance(f, np.ndarray) and f.dtype.kind == "f"]
+        if floats and min(f.min() for f in floats) >= 0 and 0 < max(f.max() for f in floats) <= 1:
+            raise UserError(
+                f"frames are floats in [0, 1] and do_rescale is on with factor "
+                f"{self.rescale_factor:.6g}, which expects 0 to 255: pass uint8 frames, or "
+                f"rescale_factor={255 * self.rescale_factor:.6g}"
+                + ("" if self.offset else " or do_rescale=False")
+            )
+
+    def _resize_and_crop(self, frame: Any, input_format: str | None) -> np.ndarray:
+        if isinstance(frame, np.ndarray):
+            channels = len(self.image_mean) if isinstance(self.image_mean, tuple) else None
+            frame = channels_last(frame, input_format, channels)
+        if self.do_resize:
+            frame = resize(frame, self.size, self.resample)
+        elif not isinstance(frame, np.ndarray):
+            frame = np.asarray(frame)
+        if frame.ndim == 2:
+            frame = frame[..., None]
+        if self.do_center_crop:
+            frame = center_crop(frame, self.crop_size["height"], self.crop_size["width"])
+        return frame
+
+    def _pixel_writer(self, width: int, channels: int):
+        """Returns a function that writes a cropped frame's final values into a float32 array.
+
+        A byte has 256 possible results, so the float64 product, its rounding to float32 and the
+        offset are looked up; the normalisation is looked up too where all channels share it.
+        """
+        mean = std = None
+        if self.do_normalize:
+            for name in ("image_mean", "image_std"):
+                value = getattr(self, name)
+                if isinstance(value, tuple) and len(value) != channels:
+                    raise UserError(
+                        f"{name} has {len(value)} entries but the frames have {channels} channels: "
+                        f"pass one number, or {channels} of them, or do_normalize=False"
+                    )
+            mean = np.broadcast_to(np.array(self.image_mean), channels)
+            std = np.broadcast_to(np.array(self.image_std), channels)
+        table = self._rescaled(np.arange(256, dtype=np.uint8)).astype(np.float32)
+        rows = None
+        if self.do_normalize and np.ptp(mean) == 0 and np.ptp(std) == 0:
+            table = _normalized(table, mean[0], std[0])
+        elif self.do_normalize:
+            # Whole rows broadcast several times faster than an inner axis of three.
+            rows = [np.tile(value, width).astype(np.float32) for value in (mean, std)]
+
+        def write(frame: np.ndarray, out: np.ndarray) -> None:
+            if frame.dtype == np.uint8:
+                np.take(table, frame, out=out, mode="clip")
+                if rows is not None:
+                    flat = out.reshape(len(out), -1)
+                    np.subtract(flat, rows[0], out=flat)
+                    np.divide(flat, rows[1], out=flat)
+            else:
+                values = self._rescaled(frame)
+                out[...] = _normalized(values, mean, std) if self.do_normalize else values
+
+        return write
+
+    def _rescaled(self, values: np.ndarray) -> np.ndarray:
+        if not self.do_rescale:
+            return values
+        values = (values.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        return values - 1 if self.offset else values
+
+
+def _normalized(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    if values.dtype.kind != "f":
+        values = values.astype(np.float32)
+    # In the dtype of the values, float16 included: transformers does not widen here.
+    return (values - mean.astype(values.dtype)) / std.astype(values.dtype)
+
+
+def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that are given, that is not None, after checking the names of all."""
+    allowed = _DEFAULTS[VIVIT].keys()
+    unknown = sorted(options.keys() - allowed)
+    if unknown:
+        hint = "the result is one numpy array, whatever return_tensors says elsewhere"
+        raise ConfigError(
+            f"{', '.join(unknown)}: no such processor option, expected {', '.join(allowed)}"
+            + (f"; {hint}" if "return_tensors" in unknown else "")
+        )
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _first_config(candidates: list[tuple[Path, str | None]]) -> tuple[Path, Any]:
+    """Returns the first file, or section of a file, that exists."""
+    for path, section in candidates:
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+        if section is None:
+            return path, config
+        if isinstance(config, dict) and section in config:
+            return path, config[section]
+    raise UserError(
+        f"{path.parent} holds no processor file, expected preprocessor_config.json: write one with "
+        "VideoProcessor.vivit().save_pretrained(...) or name a processor, VideoProcessor.named(...)"
+    )
+
+
+def _size(name: str, value: Any, *, square: bool) -> dict[str, int]:
+    expected = "{'height': h, 'width': w}, (h, w) or one int"
+    if not square:
+        expected = "{'shortest_edge': n}, " + expected
+    if isinstance(value, Mapping):
+        sides = dict(value)
+    elif isinstance(value, list | tuple) and len(value) == 2:
+        sides = {"height": value[0], "width": value[1]}
+    elif square:
+        sides = {"height": value, "width": value}
+    else:
+        sides = {"shortest_edge": value}
+    allowed = [{"height", "width"}] if square else [{"height", "width"}, {"shortest_edge"}]
+    if sides.keys() not in allowed or not all(
+        _is_integer(side) and side > 0 for side in sides.values()
+    ):
+        raise ConfigError(f"{name} is {value!r}, expected {expected}, in pixels above 0")
+    return {key: int(side) for key, side in sides.items()}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f"{name} is {value!r}, expected a finite number")
+    return float(value)
+
+
+def _per_channel(name: str, value: Any) -> float | tuple[float, ...]:
+    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) == 1 and len(value):
+        return tuple(_number(name, entry) for entry in value)
+    return _number(name, value)
