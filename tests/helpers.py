@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny configurations, PyTorch references with large weights, and comparisons."""
+
+import numpy as np
+
+import vivit_jax
+from vivit_jax.models.videomae import (
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VideoMAEModel,
+)
+from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
+
+# Largest absolute difference allowed, after scaling by the reference's RMS where that exceeds 1.
+# Measured on a 2-core x86 CPU (see the assertion messages for the figures of a failing run):
+TOLERANCE = {
+    "hidden_states": 2e-5,  # measured 4e-6
+    "attentions": 2e-5,  # measured 2e-6
+    "last_hidden_state": 2e-5,  # measured 5e-6
+    "pooler_output": 2e-5,  # measured 4e-6
+    "logits": 2e-5,  # measured 5e-6
+    "loss": 2e-5,  # measured 2e-6
+    "gradient": 2e-5,  # measured 8e-6
+    "full size": 1e-4,  # measured 2e-5
+}
+
+# Odd on purpose: frames, height and width all differ, and so do token counts and head counts.
+VIVIT = dict(
+    image_size=(24, 16),
+    num_frames=6,
+    tubelet_size=(2, 8, 8),
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=80,
+    num_labels=5,
+)
+VIDEOMAE = dict(
+    image_size=(24, 16),
+    patch_size=8,
+    num_frames=6,
+    tubelet_size=2,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=80,
+    num_labels=5,
+    decoder_hidden_size=24,
+    decoder_intermediate_size=40,
+    decoder_num_hidden_layers=2,
+    decoder_num_attention_heads=2,
+)
+# name -> (our class, transformers' class name, our configuration)
+CASES = {
+    "vivit base": (VivitModel, "VivitModel", VIVIT),
+    "vivit base relu pooler": (
+        VivitModel,
+        "VivitModel",
+        VIVIT | dict(pooler_output_size=20, pooler_act="relu"),
+    ),
+    "vivit cls": (VivitForVideoClassification, "VivitForVideoClassification", VIVIT),
+    "vivit cls no bias": (
+        VivitForVideoClassification,
+        "VivitForVideoClassification",
+        VIVIT | dict(qkv_bias=False),
+    ),
+    "mae base": (VideoMAEModel, "VideoMAEModel", VIDEOMAE),
+    "mae base norm": (VideoMAEModel, "VideoMAEModel", VIDEOMAE | dict(use_mean_pooling=False)),
+    "mae cls": (VideoMAEForVideoClassification, "VideoMAEForVideoClassification", VIDEOMAE),
+    "mae cls token 0": (
+        VideoMAEForVideoClassification,
+        "VideoMAEForVideoClassification",
+        VIDEOMAE | dict(use_mean_pooling=False),
+    ),
+    "mae pretraining": (
+        VideoMAEForPreTraining,
+        "VideoMAEForPreTraining",
+        VIDEOMAE | dict(use_mean_pooling=False),
+    ),
+    "mae pretraining raw pixels": (
+        VideoMAEForPreTraining,
+        "VideoMAEForPreTraining",
+        VIDEOMAE | dict(norm_pix_loss=False, use_mean_pooling=False),
+    ),
+    "mae pretraining no bias": (
+        VideoMAEForPreTraining,
+        "VideoMAEForPreTraining",
+        VIDEOMAE | dict(qkv_bias=False),
+    ),
+}
+
+
+def config_of(case: str, **changes):
+    cls, _, values = CASES[case]
+    family = vivit_jax.VivitConfig if "vivit" in case else vivit_jax.VideoMAEConfig
+    return family(**{**values, **changes})
+
+
+def clip(config, batch: int = 2, seed: int = 0, scale: float = 1.0) -> np.ndarray:
+    shape = (batch, config.num_frames, *config.frame_size, config.num_channels)
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+
+
+def bool_mask(config, batch: int = 2, ratio: float = 0.7, seed: int = 0) -> np.ndarray:
+    """Random masks that differ between rows and between times, equal counts per row."""
+    rng, tokens = np.random.default_rng(seed), config.num_tokens
+    rows = [rng.permutation(tokens) < int(ratio * tokens) for _ in range(batch)]
+    return np.stack(rows)
+
+
+def torch_model(case: str, seed: int = 0, **changes):
+    """transformers' model of a case in eager attention, weights large, nothing at 0 or 1.
+
+    Its default initialisation (std 0.02, biases 0) moves tiny models' logits by 1e-6 for a wrong
+    GELU; this one by 1e-4.
+    """
+    import torch
+    import transformers
+
+    config = config_of(case, **changes).to_dict()
+    family = getattr(transformers, "VivitConfig" if "vivit" in case else "VideoMAEConfig")
+    hf_config = family(**config, attn_implementation="eager")
+    model = getattr(transformers, CASES[case][1])(hf_config).eval()
+    randomise(model, seed)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    return model
+
+
+def randomise(model, seed: int = 0) -> None:
+    """Kernels at about the scale of trained ones times three, vectors around 0.3."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.3
+            torch.nn.init.normal_(p, mean, 0.3, generator=generator)
+        else:
+            fan_in = p[0].numel() if p.ndim == 5 else p.shape[-1]
+            torch.nn.init.normal_(p, 0.0, min(0.5, 2.0 * fan_in**-0.5), generator=generator)
+
+
+def to_torch(pixel_values: np.ndarray):
+    """[b, t, h, w, c] -> PyTorch's [b, t, c, h, w]."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(pixel_values.transpose(0, 1, 4, 2, 3)))
+
+
+def error(ours, reference) -> float:
+    """Largest absolute difference, scaled by the reference's RMS where that exceeds 1."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape, (ours.shape, reference.shape)
+    assert np.isfinite(ours).all() and np.isfinite(reference).all()
+    return float(np.abs(ours - reference).max() / max(1.0, np.sqrt(np.mean(reference**2))))
+
+
+def assert_close(ours, reference, what: str, tolerance: str | None = None) -> float:
+    measured, allowed = error(ours, reference), TOLERANCE[tolerance or what]
+    assert measured <= allowed, f"{what}: measured {measured:.1e}, allowed {allowed:.0e}"
+    return measured

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from vivit_jax import PRESETS, ConfigError, VideoMAEConfig, VivitConfig
+from vivit_jax.config import HIDDEN_ACTS, config_from_dict
+from vivit_jax.layers.linear import ACTIVATIONS
+from vivit_jax.pretrained import abstract_params, model_class
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_has_the_published_parameter_count(name):
+    preset = PRESETS[name]
+    model = model_class(preset.config, preset.head)(preset.config)
+    leaves = jax.tree.leaves(abstract_params(model))
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == preset.num_params
+
+
+@pytest.mark.parametrize(
+    "config", [VivitConfig(), VideoMAEConfig(), PRESETS["videomae-small"].config]
+)
+def test_dict_round_trip(config):
+    assert config_from_dict(config.to_dict()) == config
+
+
+def test_defaults_are_transformers_defaults():
+    import transformers
+
+    for ours, theirs in ((VivitConfig, "VivitConfig"), (VideoMAEConfig, "VideoMAEConfig")):
+        reference = getattr(transformers, theirs)().to_dict()
+        values = ours().to_dict()
+        values.pop("qkv_bias" if ours is VideoMAEConfig else "pooler_output_size")
+        for key, value in values.items():
+            assert reference[key] == (tuple(value) if isinstance(reference[key], tuple) else value)
+
+
+def test_transformers_reads_what_we_write(tmp_path):
+    import json
+
+    import transformers
+
+    config = VideoMAEConfig(qkv_bias=False, num_labels=3, id2label=("a", "b", "c"))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    read = transformers.VideoMAEConfig.from_pretrained(tmp_path)
+    assert (read.qv_bias, read.num_labels, read.id2label[2]) == (False, 3, "c")
+    assert config_from_dict(read.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, True),
+        ({"qkv_bias": False}, False),
+        ({"qv_bias": False}, False),
+        ({"qkv_bias": True, "qv_bias": False}, True),
+    ],
+)
+def test_both_spellings_of_the_videomae_bias(values, expected):
+    import transformers
+
+    assert VideoMAEConfig.from_dict(values).qkv_bias is expected
+    assert transformers.VideoMAEConfig(**values).qv_bias is expected
+
+
+def test_legacy_keys_are_tolerated():
+    legacy = {"model_type": "vivit", "video_size": [32, 224, 224], "torch_dtype": "float32"}
+    assert config_from_dict(legacy | {"is_decoder": False, "pruned_heads": {}}) == VivitConfig()
+
+
+def test_labels():
+    config = VivitConfig.from_dict({"id2label": {"1": "b", "0": "a", "2": "c"}})
+    assert config.num_labels == 3 and config.labels == ("a", "b", "c")
+    assert VivitConfig(num_labels=2).labels == ("LABEL_0", "LABEL_1")
+    placeholders = VivitConfig.from_dict({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}})
+    assert placeholders.id2label is None
+
+
+def test_activations_are_complete():
+    assert set(ACTIVATIONS) == set(HIDDEN_ACTS)
+
+
+def test_execution_fields_are_not_written():
+    config = VivitConfig(dtype="bfloat16", attention="xla", remat="block", scan_layers=False)
+    assert config.to_dict() == VivitConfig().to_dict()
+    assert hash(config) != hash(VivitConfig())
+
+
+def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
+    assert "fc_norm_eps" not in VideoMAEConfig().to_dict()
+    assert VideoMAEConfig(fc_norm_eps=1e-6).to_dict()["fc_norm_eps"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VivitConfig(image_size=225), "image_size 225 is not divisible .* 16"),
+        (lambda: VivitConfig(num_frames=31), "num_frames 31 .* tubelet length 2"),
+        (lambda: VivitConfig(tubelet_size=(2, 16)), "tubelet_size must be 3 positive integers"),
+        (lambda: VivitConfig(hidden_act="mish"), "hidden_act must be one of .* got 'mish'"),
+        (lambda: VivitConfig(hidden_size=100), "hidden_size 100 .* num_attention_heads 12"),
+        (lambda: VivitConfig(num_labels=3, id2label=("a",)), "num_labels is 3 .* names 1"),
+        (lambda: VivitConfig(hidden_dropout_prob=1.5), "probability"),
+        (lambda: VivitConfig(qkv_bias=1), "qkv_bias must be true or false, got 1"),
+        (lambda: VivitConfig(attention="flash"), "attention must be one of"),
+        (lambda: VivitConfig(remat=True), "remat must be one of"),
+        (lambda: VideoMAEConfig(decoder_num_attention_heads=5), "decoder_hidden_size 384"),
+        (lambda: VideoMAEConfig(num_hidden_layers=0), "num_hidden_layers must be a positive"),
+        (
+            lambda: VivitConfig(num_labels=1, problem_type="single_label_classification"),
+            "regression",
+        ),
+        (lambda: VivitConfig.from_dict({"model_type": "videomae"}), "expected 'vivit'"),
+        (lambda: VivitConfig.from_dict({"layer_scale": 1, "alibi": True}), "alibi=True, layer_s"),
+        (lambda: VivitConfig.from_dict({"is_decoder": True}), "is_decoder=True"),
+        (lambda: VivitConfig.from_dict({"id2label": {"0": "a", "2": "b"}}), "0..1 once"),
+        (lambda: VivitConfig.from_dict({"id2label": {"zero": "a"}}), "class indices"),
+        (lambda: config_from_dict({"model_type": "bert"}), "'bert', expected one of"),
+        (lambda: config_from_dict({}), "model_type is None"),
+    ],
+)
+def test_errors_name_the_field_and_the_values(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_decoder_view():
+    decoder = VideoMAEConfig().decoder()
+    assert (decoder.hidden_size, decoder.num_hidden_layers, decoder.num_attention_heads) == (
+        384,
+        4,
+        6,
+    )
+    assert (
+        dataclasses.replace(VivitConfig(), hidden_size=64, num_attention_heads=4).hidden_size == 64
+    )
