@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-convert`: one module per command; a new command is one file and one entry here."""
+
+import sys
+from collections.abc import Sequence
+
+from checkpoints_convert.convert import convert
+from checkpoints_convert.summary import inspect
+from vivit_jax.cli.run import run
+
+COMMANDS = {"inspect": inspect, "convert": convert}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("vivit-convert", "Convert and inspect video model checkpoints.", COMMANDS, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json as a file."""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.layouts import architecture, head_of_architectures
+from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
+from vivit_jax.errors import ConfigError
+
+Config = VivitConfig | VideoMAEConfig
+NAME = "config.json"
+
+
+def config_path(checkpoint: str | Path) -> Path:
+    """Where the config.json of a checkpoint, a directory or a weight file, lies."""
+    checkpoint = Path(checkpoint)
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / NAME
+
+
+def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str | None]:
+    """Read the config of a checkpoint (a directory or a weight file) and the head it names.
+
+    `execution` sets execution fields. The head is None where `architectures` is absent or names a
+    class this library does not have. Raises ConfigError, naming the file, if it is missing, not
+    JSON, of another model_type, or sets an attribute that is not implemented.
+    """
+    path = config_path(checkpoint)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a checkpoint needs its config.json") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+    try:
+        config = config_from_dict(values, **execution)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except TypeError as error:
+        raise ConfigError(f"{path}: a value has the wrong type: {error}") from None
+    return config, head_of_architectures(values.get("architectures"), config.model_type)
+
+
+def write_config(directory: str | Path, config: Config, head: str, dtype: str) -> None:
+    """Write config.json for a model with this head whose weights are stored as `dtype`."""
+    values = config.to_dict()
+    values["architectures"] = [architecture(config.model_type, head)]
+    values["dtype"] = dtype
+    text = json.dumps(values, indent=2, sort_keys=True)
+    (Path(directory) / NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def override(config: Config, settings: Iterable[str]) -> Config:
+    """Apply `key=value` settings with the field names of config.json.
+
+    Values are JSON, bare words are strings, `2,16,16` is a list. Raises ConfigError for an unknown
+    key and for a value of the wrong type.
+    """
+    fields = {f.name: f.type for f in dataclasses.fields(config) if not f.metadata.get("execution")}
+    changes = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--config takes key=value, got {setting!r}")
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"
+            raise ConfigError(f"--config: {config.model_type} has no field {name!r}{hint}")
+        if name in changes:
+            raise ConfigError(f"--config: {name} is set twice")
+        changes[name] = _typed(name, text, fields[name])
+    if "num_labels" in changes and changes["num_labels"] != config.num_labels:
+        changes.setdefault("id2label", None)
+    return dataclasses.replace(config, **changes)
+
+
+def _typed(name: str, text: str, wanted: Any) -> Any:
+    value = _parse(text)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(value, list):
+        value = tuple(value)
+    if name != "id2label" and not _fits(value, wanted):
+        expected = getattr(wanted, "__name__", None) if wanted in (int, float, bool, str) else None
+        raise ConfigError(f"--config: {name} must be {expected or wanted}, got {text!r}")
+    return value
+
+
+def _parse(text: str) -> Any:
+    for candidate in (text, f"[{text}]") if "," in text else (text,):
+        try:
+            return json.loads(candidate)
+        except ValueError:
+            continue
+    return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    if wanted is None or wanted is types.NoneType:
+        return value is None
+    arguments = typing.get_args(wanted)
+    if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
+        return any(_fits(value, option) for option in arguments)
+    if typing.get_origin(wanted) is tuple:
+        items = arguments[:1] * len(value) if Ellipsis in arguments else arguments
+        return (
+            isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
+        )
+    return isinstance(value, wanted) and not (wanted is not bool and isinstance(value, bool))

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layout a checkpoint is in, and the table that reads and writes it."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from checkpoints_convert.rules import Rule
+from checkpoints_convert.tables import hf_videomae, hf_vivit
+from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.errors import CheckpointError
+
+# Table modules by layout and family. The command line offers the layouts found here.
+_TABLES = {("hf", "vivit"): hf_vivit, ("hf", "videomae"): hf_videomae}
+LAYOUTS = tuple(dict.fromkeys(layout for layout, _ in _TABLES))
+HEADS = ("classification", "pretraining", "none")
+_HEAD_NAMES = {
+    "classification": ("classifier.", "fc_norm."),
+    "pretraining": ("decoder.", "encoder_to_decoder.", "mask_token"),
+}
+ARCHITECTURES = {
+    "VivitModel": ("vivit", "none"),
+    "VivitForVideoClassification": ("vivit", "classification"),
+    "VideoMAEModel": ("videomae", "none"),
+    "VideoMAEForPreTraining": ("videomae", "pretraining"),
+    "VideoMAEForVideoClassification": ("videomae", "classification"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a checkpoint spells one model: its layout, family, head, name prefix and dialect.
+
+    `pooler` says whether a headless ViViT has its pooling layer.
+    """
+
+    name: str
+    family: str
+    head: str
+    prefix: str
+    dialect: str = "hub"
+    pooler: bool = False
+
+    def rules(self, config: VivitConfig | VideoMAEConfig) -> list[Rule]:
+        """The weight table of this layout for a model of `config`."""
+        return _TABLES[self.name, self.family].rules(
+            config,
+            head=self.head,
+            prefix=self.prefix,
+            dialect=self.dialect,
+            pooler=self.pooler,
+        )
+
+    def with_head(self, head: str) -> "Layout":
+        """The same names read into a model with another head."""
+        return dataclasses.replace(self, head=head, pooler=self.pooler and head == "none")
+
+
+def published(family: str, head: str, pooler: bool = False, name: str = "hf") -> Layout:
+    """The spelling in which a layout is written: for hf, that of the files on the hub."""
+    prefix = "" if head == "none" else _TABLES[name, family].PREFIX
+    return Layout(name, family, head, prefix, pooler=pooler)
+
+
+def detect(
+    names: Collection[str],
+    config: VivitConfig | VideoMAEConfig,
+    head: str | None = None,
+    name: str | None = None,
+) -> Layout:
+    """The layout of a checkpoint with these tensor names; `name` is the layout if it is known.
+
+    `head` is what config.json's `architectures` says it holds; without it the names decide. Raises
+    CheckpointError if the names are of another family than the config.
+    """
+    layout, family = name or "hf", config.model_type
+    for (_, other), table in _TABLES.items():
+        if other != family and any(n.startswith(table.PREFIX) for n in names):
+            raise CheckpointError(
+                f"config.json says model_type {family!r} but the tensors are named "
+                f"{table.PREFIX}*: this is a {other} checkpoint with the wrong config.json"
+            )
+    table = _TABLES[layout, family]
+    prefix = table.PREFIX if any(n.startswith(table.PREFIX) for n in names) else ""
+    head = head or _head_of(names)
+    pooler = head == "none" and any(n.startswith(f"{prefix}pooler.") for n in names)
+    return Layout(layout, family, head, prefix, table.dialect_of(names), pooler)
+
+
+def head_of_architectures(architectures: Any, family: str) -> str | None:
+    """The head that config.json's `architectures` names, None if it names no class of ours."""
+    for name in architectures or ():
+        found, head = ARCHITECTURES.get(name, (None, None))
+        if found == family:
+            return head
+    return None
+
+
+def architecture(family: str, head: str) -> str:
+    """The class name that HuggingFace and this library give to a model."""
+    return next(name for name, key in ARCHITECTURES.items() if key == (family, head))
+
+
+def check_head(family: str, head: str) -> None:
+    """Raise CheckpointError unless the family has such a head."""
+    heads = [h for f, h in ARCHITECTURES.values() if f == family]
+    if head not in heads:
+        raise CheckpointError(f"head is {head!r}, expected one of {sorted(heads)} for {family}")
+
+
+def _head_of(names: Collection[str]) -> str:
+    for head, prefixes in _HEAD_NAMES.items():
+        if any(name.startswith(prefixes) for name in names):
+            return head
+    return "none"

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is wrong with a checkpoint, gathered and raised as one readable error.
+
+Entries that differ only in the layer index share a line: `encoder.layer.{0-11}.output.bias`.
+"""
+
+import collections
+import difflib
+import re
+from collections.abc import Iterable
+
+from vivit_jax.errors import CheckpointError
+
+_INDEX = re.compile(r"(?<=[._])\d+(?=[./])")  # layer.3.output, layers_3/output
+
+
+class Problems:
+    """Collects problems by kind; `raise_if_any` raises them as one CheckpointError."""
+
+    def __init__(self, headline: str):
+        self._headline = headline
+        self._lines: dict[str, list[str]] = {}
+        self._missing: dict[str, tuple[int, ...]] = {}
+        self._unexpected: dict[str, tuple[int, ...]] = {}
+
+    def add(self, kind: str, name: str, detail: str) -> None:
+        self._lines.setdefault(kind, []).append(f"{name}  {detail}")
+
+    def missing(self, name: str, shape: tuple[int, ...], detail: str) -> None:
+        self._missing[name] = shape
+        self.add("missing", name, detail)
+
+    def unexpected(self, name: str, shape: tuple[int, ...]) -> None:
+        self._unexpected[name] = shape
+
+    def twice(self, kind: str, names: Iterable[str]) -> None:
+        for name, count in collections.Counter(names).items():
+            if count > 1:
+                self.add(kind, name, f"{count} times")
+
+    def raise_if_any(self) -> None:
+        for name, shape in self._unexpected.items():
+            origin = _likely_origin(name, shape, self._missing)
+            hint = f" (perhaps {origin}, renamed)" if origin else ""
+            self.add("unexpected", name, f"{shape}{hint}")
+        if not self._lines:
+            return
+        counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in self._lines.items())
+        parts = [f"{self._headline}: {counts}"]
+        for kind, lines in self._lines.items():
+            parts += [f"  {kind} ({len(lines)}):", *(f"    {line}" for line in collapse(lines))]
+        raise CheckpointError("\n".join(parts))
+
+
+def collapse(lines: Iterable[str]) -> list[str]:
+    """Merge lines that differ only in one layer index, keeping every index in view."""
+    groups: dict[str, list[int]] = {}
+    for line in lines:
+        found = set(_INDEX.findall(line))
+        key = _INDEX.sub("{}", line) if len(found) == 1 else line
+        groups.setdefault(key, []).extend(map(int, found if len(found) == 1 else ()))
+    return [
+        key.replace("{}", str(indices[0]) if len(indices) == 1 else "{" + _ranges(indices) + "}")
+        if indices
+        else key
+        for key, indices in groups.items()
+    ]
+
+
+def _ranges(indices: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2,5'."""
+    runs: list[list[int]] = []
+    for i in sorted(indices):
+        if runs and i == runs[-1][-1] + 1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _likely_origin(name: str, shape: tuple[int, ...], missing: dict[str, tuple[int, ...]]):
+    """The missing name of the same shape, and layer if it has one, that is spelt most alike."""
+    layer = _INDEX.findall(name)
+    same = [m for m, s in missing.items() if s == shape and _INDEX.findall(m) in (layer, [])]
+    return max(same, key=lambda m: difflib.SequenceMatcher(None, name, m).ratio(), default=None)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight tables and the engine that moves tensors through them, strictly and in both directions.
+
+A table is a list of `Rule`. Importing reads every rule from left to right, exporting the same rules
+from right to left, so there is no second, hand-written inverse to disagree with the first. All
+names and shapes are checked before any data is read, and everything wrong is reported at once.
+
+A source is a mapping of names to tensors. A tensor has `shape` and `dtype`; if it has `read()`,
+data is read one tensor at a time, otherwise it is taken as an array. Rules only permute, so the
+same calls carry gradients.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import einops
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+import numpy as np
+
+from checkpoints_convert import trees
+from checkpoints_convert.problems import Problems
+from vivit_jax.errors import CheckpointError
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+_ALIGNMENT = 64  # bytes; jax on CPU takes such an array over without copying it
+_STRIPE = 16  # four-byte numbers in a cache line
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One tensor of a checkpoint and the parameter, or parameters, that it holds.
+
+    `src` and `dst` are templates in which `{i}` counts the `layers`. `pattern` is an einops
+    pattern from the tensor to the parameter, with `sizes` for the axes that it splits. A tuple
+    `dst` names parameters that share the tensor along the pattern's first target axis, `s`: fused
+    query, key and value. An empty `dst` leaves the tensor out for the stated `reason`; such a
+    tensor may also be absent.
+    """
+
+    src: str
+    dst: str | tuple[str, ...]
+    pattern: str = "... -> ..."
+    layers: int | None = None
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A rule for one layer: a tensor's name and the interchange paths of its parameters."""
+
+    src: str
+    dst: tuple[str, ...]
+    rule: Rule
+
+    def to_params(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """Split and permute a tensor into one array per path; views where possible."""
+        out = self._rearrange(tensor, self.rule.pattern)
+        return [out] if isinstance(self.rule.dst, str) else list(out)
+
+    def to_tensor(self, params: list[np.ndarray]) -> np.ndarray:
+        """Permute and merge the arrays of all paths into the tensor."""
+        before, after = (side.strip() for side in self.rule.pattern.split("->"))
+        whole = params[0] if isinstance(self.rule.dst, str) else np.stack(params)
+        return self._rearrange(whole, f"{after} -> {before}")
+
+    def tensor_shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """The tensor's shape for parameters of these shapes."""
+        # A broadcast scalar has any shape and no data, and permuting it only permutes the shape.
+        return self.to_tensor([np.broadcast_to(np.uint8(0), shape) for shape in shapes]).shape
+
+    def _rearrange(self, array: np.ndarray, pattern: str) -> np.ndarray:
+        sizes = dict(self.rule.sizes)
+        if not isinstance(self.rule.dst, str):
+            sizes["s"] = len(self.dst)
+        return einops.rearrange(array, pattern, **sizes)
+
+
+def expand(rules: Iterable[Rule]) -> Iterator[Row]:
+    """One row per rule and layer."""
+    for rule in rules:
+        paths = (rule.dst,) if isinstance(rule.dst, str) else rule.dst
+        for i in (None,) if rule.layers is None else range(rule.layers):
+            yield Row(
+                rule.src.replace("{i}", str(i)),
+                tuple(path.replace("{i}", str(i)) for path in paths),
+                rule,
+            )
+
+
+def match_import(
+    source: Mapping[str, Any],
+    rules: Iterable[Rule],
+    expected: Mapping[str, tuple[int, ...]],
+    what: str = "checkpoint",
+) -> list[Row]:
+    """Check names, shapes and dtypes of a source against a table and a parameter tree.
+
+    `expected` is the shape of every leaf by path, in either layout of `trees`. Returns the rows of
+    the tensors that the source holds. Raises one CheckpointError that lists every tensor missing,
+    unexpected, mis-shaped or of an unsupported dtype, and every parameter that no rule sets, that
+    two rules set, or that the model does not have.
+    """
+    problems = Problems(f"{what} does not fit the model")
+    slots = trees.slots(expected)
+    rows = list(expand(rules))
+    wanted = {}
+    for row in rows:
+        absent = [path for path in row.dst if path not in slots]
+        for path in absent:
+            problems.add("not in the model, but in the table", path, f"from {row.src}")
+        if row.dst and not absent:
+            wanted[row.src] = row.tensor_shape([slots[path].shape for path in row.dst])
+    for row in rows:
+        shape = wanted.get(row.src)
+        if shape is None:
+            continue
+        ours = ", ".join(f"{path} {slots[path].shape}" for path in row.dst)
+        if row.src not in source:
+            problems.missing(row.src, shape, f"expected {shape} [{ours}]")
+        elif tuple(source[row.src].shape) != shape:
+            got = tuple(source[row.src].shape)
+            problems.add("wrong shape", row.src, f"got {got}, expected {shape} [{ours}]")
+    known = [row.src for row in rows]
+    problems.twice("read twice by the table", known)
+    problems.twice("set twice by the table", [path for row in rows for path in row.dst])
+    for name in sorted(source.keys() - set(known)):
+        problems.unexpected(name, tuple(source[name].shape))
+    for name in sorted(wanted.keys() & source.keys()):
+        if dtype_name(source[name]) not in FLOATS:
+            problems.add("unsupported dtype", name, _wrong_dtype(source[name]))
+    for path in sorted(slots.keys() - {path for row in rows for path in row.dst}):
+        problems.add("parameter set by nothing", path, f"{slots[path].shape}")
+    problems.raise_if_any()
+    return [row for row in rows if row.src in source]
+
+
+def import_params(
+    source: Mapping[str, Any],
+    rules: Iterable[Rule],
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: str | np.dtype | None = None,
+    what: str = "checkpoint",
+) -> dict[str, np.ndarray]:
+    """Move a checkpoint into the parameter tree whose leaf shapes by path are `expected`.
+
+    Returns one freshly allocated array per leaf, of `dtype`, or of the dtype the tensors are
+    stored in (None). One tensor is in memory at a time beside them. Raises as `match_import`, and
+    where the layers of one stacked leaf are stored in dtypes without a common one.
+    """
+    rows = match_import(source, rules, expected, what)
+    slots = trees.slots(expected)
+    dtypes = leaf_dtypes(source, rows, slots) if dtype is None else {}
+    out: dict[str, np.ndarray] = {}
+    for row in rows:
+        if not row.dst:
+            continue
+        for path, value in zip(row.dst, row.to_params(_read(source[row.src])), strict=True):
+            slot = slots[path]
+            if slot.leaf not in out:
+                out[slot.leaf] = _empty(expected[slot.leaf], dtypes.get(slot.leaf, dtype))
+            leaf = out[slot.leaf]
+            _copy(leaf if slot.layer is None else leaf[slot.layer], value)
+    return out
+
+
+def leaf_dtypes(
+    source: Mapping[str, Any], rows: Iterable[Row], slots: Mapping[str, trees.Slot]
+) -> dict[str, np.dtype]:
+    """The dtype of every leaf as stored; layers that differ are promoted to their common dtype."""
+    dtypes: dict[str, np.dtype] = {}
+    for row in rows:
+        stored = np.dtype(dtype_name(source[row.src]))
+        for path in row.dst:
+            leaf = slots[path].leaf
+            try:
+                dtypes[leaf] = np.promote_types(dtypes.get(leaf, stored), stored)
+            except TypeError:
+                raise CheckpointError(
+                    f"the layers of {leaf} are stored as {dtypes[leaf]} and as {stored}; give a "
+                    "param_dtype to cast them to"
+                ) from None
+    return dtypes
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportedTensor:
+    """A tensor made from parameters when it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def export_params(
+    params: Mapping[str, Any],
+    rules: Iterable[Rule],
+    expected: Mapping[str, tuple[int, ...]] | None = None,
+    what: str = "params",
+) -> dict[str, ExportedTensor]:
+    """The tensors of a checkpoint, by name, from a flat parameter tree in either layout.
+
+    Values are arrays (numpy or jax); each tensor is computed when its `read()` is called. Where
+    `expected` leaf shapes are given the tree must have exactly those. Raises one CheckpointError
+    that lists every parameter missing, unexpected, mis-shaped, or not used once by the table.
+    """
+    problems = Problems(f"{what} do not fit the model")
+    shapes = trees.shapes_of(params)
+    for path, shape in (expected or {}).items():
+        if path not in shapes:
+            problems.missing(path, shape, f"expected {shape}")
+        elif shapes[path] != shape:
+            problems.add("wrong shape", path, f"got {shapes[path]}, expected {shape}")
+    if expected is not None:
+        for path in sorted(shapes.keys() - expected.keys()):
+            problems.unexpected(path, shapes[path])
+        problems.raise_if_any()
+    slots = trees.slots(shapes)
+    rows = [row for row in expand(rules) if row.dst]
+    used = [path for row in rows for path in row.dst]
+    for path in sorted(set(used) - slots.keys()):
+        problems.missing(path, (), "named by the table")
+    for path in sorted(slots.keys() - set(used)):
+        problems.unexpected(path, slots[path].shape)
+    for path, leaf in params.items():
+        if dtype_name(leaf) not in FLOATS:
+            problems.add("unsupported dtype", path, _wrong_dtype(leaf))
+    problems.twice("used twice by the table", used)
+    problems.twice("written twice by the table", [row.src for row in rows])
+    problems.raise_if_any()
+    return {row.src: _exported(params, row, [slots[path] for path in row.dst]) for row in rows}
+
+
+def _exported(params, row: Row, slots: list[trees.Slot]) -> ExportedTensor:
+    def read():
+        leaves = [np.asarray(params[slot.leaf]) for slot in slots]
+        values = [
+            leaf if slot.layer is None else leaf[slot.layer]
+            for leaf, slot in zip(leaves, slots, strict=True)
+        ]
+        return np.ascontiguousarray(row.to_tensor(values))
+
+    dtypes = [np.dtype(dtype_name(params[slot.leaf])) for slot in slots]
+    shape = row.tensor_shape([slot.shape for slot in slots])
+    return ExportedTensor(shape, np.result_type(*dtypes), read)
+
+
+def dtype_name(tensor: Any) -> str:
+    """`float32`, `bfloat16`, ... of a numpy, jax, torch or lazy tensor."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def stored_dtype(tensors: Mapping[str, Any]) -> str:
+    """The dtype of a checkpoint: the one its tensors have, float32 where they differ."""
+    names = {dtype_name(tensor) for tensor in tensors.values()}
+    return names.pop() if len(names) == 1 else "float32"
+
+
+def _wrong_dtype(tensor: Any) -> str:
+    return f"{dtype_name(tensor)}, expected one of {', '.join(FLOATS)}"
+
+
+def _read(tensor: Any) -> np.ndarray:
+    return tensor.read() if hasattr(tensor, "read") else np.asarray(tensor)
+
+
+def _empty(shape: tuple[int, ...], dtype) -> np.ndarray:
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(target: np.ndarray, value: np.ndarray) -> None:
+    """target[...] = value, about four times faster where the copy transposes."""
+    if value.ndim < 2 or value.strides[-1] == value.itemsize:
+        target[...] = value
+        return
+    for i in range(0, value.shape[-1], _STRIPE):
+        target[..., i : i + _STRIPE] = value[..., i : i + _STRIPE]

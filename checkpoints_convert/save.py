@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing checkpoints: safetensors tensor by tensor, and directories that appear whole."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_convert.io import DTYPES, SAFETENSORS, SAFETENSORS_INDEX
+from vivit_jax.errors import CheckpointError, UserError
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?i?)B?", re.IGNORECASE)
+
+
+def write_weights(
+    directory: str | Path, tensors: Mapping[str, Any], max_shard_size: int | str | None = None
+) -> list[Path]:
+    """Write tensors (`shape`, `dtype`, `read()`) as model.safetensors, or as shards and an index.
+
+    `max_shard_size` is in bytes or like "5GB"; a larger tensor gets a shard of its own. One tensor
+    is read at a time. Returns the paths written.
+    """
+    directory = Path(directory)
+    shards = _shards(tensors, parse_size(max_shard_size))
+    if len(shards) == 1:
+        return [_write_safetensors(directory / SAFETENSORS, shards[0])]
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    paths = [
+        _write_safetensors(directory / name, shard)
+        for name, shard in zip(names, shards, strict=True)
+    ]
+    index = {
+        "metadata": {
+            "total_parameters": sum(_count(tensor) for tensor in tensors.values()),
+            "total_size": sum(_size(tensor) for tensor in tensors.values()),
+        },
+        "weight_map": {
+            key: name for name, shard in zip(names, shards, strict=True) for key in shard
+        },
+    }
+    path = directory / SAFETENSORS_INDEX
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return [*paths, path]
+
+
+def parse_size(size: int | str | None) -> int | None:
+    """Bytes of "5GB" (powers of 1000), "5GiB" (of 1024) or a number."""
+    if size is None:
+        return None
+    found = _SIZE.fullmatch(str(size).strip())
+    if not found or float(found.group(1)) <= 0:
+        raise UserError(f"max_shard_size must be bytes or like '5GB', got {size!r}")
+    unit = found.group(2).lower()
+    power = " kmgt".index(unit[:1] or " ")
+    return int(float(found.group(1)) * (1024 if unit.endswith("i") else 1000) ** power)
+
+
+def _shards(tensors: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = [{}]
+    used = 0
+    for name in sorted(tensors):
+        size = _size(tensors[name])
+        if limit is not None and shards[-1] and used + size > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = tensors[name]
+        used += size
+    return shards
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Any]) -> Path:
+    # Widest dtype first, then by name, as the safetensors library orders: keeps data aligned.
+    names = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + _size(tensors[name])
+        header[name] = {
+            "dtype": _NAMES[np.dtype(tensors[name].dtype)],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            data = np.ascontiguousarray(tensors[name].read())
+            file.write(data.reshape(-1).view(np.uint8).data)
+    return path
+
+
+def _count(tensor: Any) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64))
+
+
+def _size(tensor: Any) -> int:
+    return _count(tensor) * np.dtype(tensor.dtype).itemsize
+
+
+def check_destination(directory: str | Path, overwrite: bool) -> Path:
+    """The directory to write, links resolved; CheckpointError if it may not be written."""
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file, expected a directory to write")
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise CheckpointError(
+            f"{directory} is not empty; pass overwrite to replace the model files in it"
+        )
+    return directory
+
+
+@contextlib.contextmanager
+def replaced_directory(directory: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty directory whose files become those of `directory` when the block succeeds.
+
+    If the block fails or is interrupted nothing changes. A non-empty destination is a
+    CheckpointError unless `overwrite`; then files of the same name are replaced, weight files that
+    were not written again are removed, and all other files stay.
+    """
+    directory = check_destination(directory, overwrite)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Siblings, because only a rename within one file system is atomic.
+    token = secrets.token_hex(4)
+    staged = directory.parent / f".{directory.name}.{token}.new"
+    replaced = directory.parent / f".{directory.name}.{token}.old"
+    staged.mkdir()
+    try:
+        yield staged
+        if directory.is_dir() and any(directory.iterdir()):
+            _swap(staged, directory, replaced)
+        else:
+            os.replace(staged, directory)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _swap(staged: Path, directory: Path, replaced: Path) -> None:
+    """Move the staged files in and the files they replace out, or neither."""
+    incoming = {path.name for path in staged.iterdir()}
+    outgoing = [
+        path.name
+        for path in directory.iterdir()
+        if path.name in incoming or _WEIGHTS.fullmatch(path.name)
+    ]
+    # config.json leaves first and arrives last: if the process is killed in between, what is left
+    # has no config.json and cannot be taken for a model.
+    outgoing.sort(key=lambda name: name != "config.json")
+    arriving = sorted(incoming, key=lambda name: name == "config.json")
+    moves = [(directory / name, replaced / name) for name in outgoing]
+    moves += [(staged / name, directory / name) for name in arriving]
+    done = []
+    replaced.mkdir()
+    try:
+        for source, target in moves:
+            done.append((source, target))
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(done):
+            if target.exists() and not source.exists():
+                os.replace(target, source)
+        replaced.rmdir()  # fails, and so keeps the old files, if not all of them went back
+        raise
+    shutil.rmtree(replaced)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-convert inspect`: what a checkpoint holds."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+
+def content_hash(tensors: Mapping[str, Any]) -> str:
+    """sha256 over names, dtypes, shapes and data, the same for every split into files."""
+    from checkpoints_convert.rules import dtype_name
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {dtype_name(tensor)} {tuple(tensor.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def inspect(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    config: tuple[str, ...] = (),
+    revision: str | None = None,
+) -> None:
+    """Show a checkpoint's layout, config, tensors and hash, and whatever does not fit.
+
+    Args:
+        source: A checkpoint directory, a weight file with config.json beside it, or a hub id.
+        config: Changes to the config, key=value with the field names of config.json.
+        revision: Branch, tag or commit of a hub id.
+    """
+    from checkpoints_convert.io import open_checkpoint
+    from checkpoints_convert.problems import collapse
+    from checkpoints_convert.rules import dtype_name, match_import
+    from checkpoints_convert.source import open_source
+    from vivit_jax.hub import resolve_checkpoint
+
+    path = resolve_checkpoint(source, revision)
+    checkpoint = open_checkpoint(path)
+    tensors = checkpoint.tensors
+    count = sum(int(np.prod(t.shape, dtype=np.int64)) for t in tensors.values())
+    dtypes = sorted({dtype_name(t) for t in tensors.values()})
+    # The tensors come first, so that they are shown even where the config is missing or wrong.
+    print(f"files       {', '.join(str(file) for file in checkpoint.files)}")
+    print(f"tensors     {len(tensors)}, {count:,} parameters, {', '.join(dtypes)}")
+    print(f"sha256      {content_hash(tensors)}")
+    for line in collapse(f"{n}  {tuple(t.shape)} {dtype_name(t)}" for n, t in tensors.items()):
+        print(f"  {line}")
+    opened = open_source(path, settings=config)
+    print(f"layout      {opened.describe()}")
+    for key, value in opened.config.to_dict().items():
+        if key != "label2id":
+            print(f"  {key}: {_short(value)}")
+    rows = match_import(
+        tensors, opened.layout.rules(opened.config), opened.expected(), opened.title
+    )
+    left_out = [row for row in rows if not row.dst]
+    for line in collapse(f"{row.src}  left out: {row.rule.reason}" for row in left_out):
+        print(f"  {line}")
+    print(f"fits        {len(rows)} tensors, {len(left_out)} of them left out, none missing")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and len(value) > 8:
+        first = ", ".join(f"{k}: {v}" for k, v in list(value.items())[:3])
+        return f"{first}, ... ({len(value)})"
+    return str(value)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VideoMAE as transformers writes it (VideoMAEModel, ...ForPreTraining, ...ForVideoClassification).
+
+Dialects differ in the attention biases: "hub" has q_bias and v_bias (every published file, default
+saves of transformers 4, 5.0 to 5.3 and from 5.18 on); "memory" has query.bias and value.bias
+(save_original_format=False); "key_bias" adds a key.bias (default saves of 5.6 to 5.16).
+"""
+
+from checkpoints_convert.rules import Rule
+from checkpoints_convert.tables.hf_block import HUB, blocks, dense, norm, patch_embed
+from vivit_jax.config import VideoMAEConfig
+
+PREFIX = "videomae."
+_LINEAR = {"query": f"{HUB['query']}.bias", "value": f"{HUB['value']}.bias"}
+_BIASES = {
+    "hub": {"query": "attention.attention.q_bias", "value": "attention.attention.v_bias"},
+    "memory": _LINEAR,
+    "key_bias": _LINEAR,
+}
+DIALECTS = tuple(_BIASES)
+KEY_BIAS_REASON = (
+    "a key bias adds the same number to all scores of a query, so it cannot change the softmax"
+)
+
+
+def rules(
+    config: VideoMAEConfig, *, head: str, prefix: str, dialect: str = "hub", pooler: bool = False
+) -> list[Rule]:
+    """The table of a VideoMAE checkpoint; `head`: "classification", "pretraining" or "none"."""
+    dst = "" if head == "none" else "backbone/"
+    table = [
+        *patch_embed(prefix, dst),
+        *_blocks(config, f"{prefix}encoder.layer.{{i}}.", dst, dialect),
+    ]
+    if not config.use_mean_pooling:
+        table += norm(f"{prefix}layernorm", f"{dst}ln_final")
+    if head == "classification":
+        if config.use_mean_pooling:
+            table += norm("fc_norm", "fc_norm")
+        table += dense("classifier", "head")
+    if head == "pretraining":
+        table += [
+            *dense("encoder_to_decoder", "to_decoder", bias=False),
+            Rule("mask_token", "mask_token"),
+            *_blocks(config.decoder(), "decoder.decoder_layers.{i}.", "decoder/", dialect),
+            *norm("decoder.norm", "decoder/ln_final"),
+            *dense("decoder.head", "decoder/head"),
+        ]
+    return table
+
+
+def dialect_of(names) -> str:
+    """The dialect in which these tensor names are spelt."""
+    if any(name.endswith(".attention.key.bias") for name in names):
+        return "key_bias"
+    if any(name.endswith(".attention.query.bias") for name in names):
+        return "memory"
+    return "hub"
+
+
+def _blocks(config: VideoMAEConfig, src: str, dst: str, dialect: str) -> list[Rule]:
+    layers = config.num_hidden_layers
+    table = blocks(
+        src,
+        dst + "layers_{i}/",
+        layers=layers,
+        heads=config.num_attention_heads,
+        names=HUB,
+        biases=_BIASES[dialect] if config.qkv_bias else {},
+    )
+    if dialect == "key_bias" and config.qkv_bias:
+        table.append(Rule(f"{src}{HUB['key']}.bias", (), layers=layers, reason=KEY_BIAS_REASON))
+    return table

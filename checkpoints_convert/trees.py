@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter trees as flat {'a/b/kernel': leaf} dicts, and their two layouts.
+
+The interchange form has one entry per layer, `.../layers_{i}/rest`. The running form of a scanned
+model has one leaf `.../layers/rest` whose first axis is the layer. Weight tables are written
+against the interchange form; `slots` says where in a tree of either form each entry lives.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_LAYER = re.compile(r"(?:^|(?<=/))layers_(\d+)(?=/)")
+_STACKED = re.compile(r"(?:^|(?<=/))layers(?=/)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The place of one interchange entry: a whole leaf, or one row of a stacked leaf."""
+
+    leaf: str
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten nested mappings to '/'-joined paths."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}/{rest}": leaf for rest, leaf in flatten(value).items()}
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nest '/'-joined paths again."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def stacked_path(path: str) -> tuple[str, int | None]:
+    """`a/layers_3/b` -> (`a/layers/b`, 3); a path outside the layers -> (path, None)."""
+    found = _LAYER.search(path)
+    if not found:
+        return path, None
+    return _LAYER.sub("layers", path, count=1), int(found.group(1))
+
+
+def layer_path(path: str, layer: int) -> str:
+    """`a/layers/b` -> `a/layers_3/b`."""
+    return _STACKED.sub(f"layers_{layer}", path, count=1)
+
+
+def slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+    """Map every interchange path of a tree in either layout to its slot.
+
+    `shapes` holds the shape of every leaf by path.
+    """
+    found = {}
+    for leaf, shape in shapes.items():
+        if _STACKED.search(leaf):
+            for layer in range(shape[0]):
+                found[layer_path(leaf, layer)] = Slot(leaf, layer, tuple(shape[1:]))
+        else:
+            found[leaf] = Slot(leaf, None, tuple(shape))
+    return found
+
+
+def shapes_of(flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of arrays, or of anything that has a `shape`, by path."""
+    return {path: tuple(leaf.shape) for path, leaf in flat.items()}

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading and saving models as HuggingFace directories."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+
+from checkpoints_convert import trees
+from checkpoints_convert.config_json import Config, write_config
+from checkpoints_convert.layouts import ARCHITECTURES, Layout, architecture, check_head, published
+from checkpoints_convert.problems import collapse
+from checkpoints_convert.rules import (
+    Rule,
+    expand,
+    export_params,
+    import_params,
+    stored_dtype,
+)
+from checkpoints_convert.save import check_destination, replaced_directory, write_weights
+from checkpoints_convert.source import open_source
+from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.masking import Mask
+from vivit_jax.models import videomae, vivit
+
+logger = logging.getLogger(__name__)
+_MODELS = {
+    cls.__name__: cls
+    for cls in (
+        vivit.VivitModel,
+        vivit.VivitForVideoClassification,
+        videomae.VideoMAEModel,
+        videomae.VideoMAEForPreTraining,
+        videomae.VideoMAEForVideoClassification,
+    )
+}
+_HF_FIXED_EPS = 1e-5  # of the norms outside the blocks of VideoMAE
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What loading a checkpoint into a model changes; `str()` is the message that is logged.
+
+    `dropped` and `ignored` are tensor names of the checkpoint, `fresh` are parameter paths of the
+    model, in the per-layer form, that the checkpoint does not supply.
+    """
+
+    source: str
+    model: str
+    dropped: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.dropped or self.ignored or self.fresh or self.notes)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source} loaded into {self.model}:"]
+        for title, names in (
+            ("freshly initialised, not in the checkpoint", self.fresh),
+            ("in the checkpoint, not in this model", self.dropped),
+            ("in the checkpoint, without effect", self.ignored),
+        ):
+            if names:
+                lines.append(f"  {title} ({len(names)}): {', '.join(collapse(names))}")
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+
+def from_pretrained(
+    source: str | Path,
+    head: str | None = None,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = "float32",
+    attention: str = "auto",
+    scan_layers: bool = True,
+    remat: str = "none",
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | Sequence[str] | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model and its parameters from a directory, a weight file or a hub id.
+
+    `head` is "classification", "pretraining" or "none", by default what the checkpoint holds.
+    Asking for another head, or for another number of labels than the checkpoint's, leaves parts out
+    and initialises others from `seed`; everything of the kind is logged as a warning, see
+    `load_report`. Parameters are cast to `param_dtype` (None: as stored) while they are read.
+
+    Raises CheckpointError, listing everything at once, if a tensor is missing, unexpected or
+    mis-shaped, ConfigError for a config.json or an option that is not supported.
+    """
+    plan = _plan(
+        source,
+        head,
+        num_labels=num_labels,
+        id2label=id2label,
+        revision=revision,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        attention=attention,
+        scan_layers=scan_layers,
+        remat=remat,
+    )
+    if plan.report:
+        logger.warning("%s", plan.report)
+    flat: dict[str, Any] = import_params(
+        plan.tensors, plan.rules, plan.expected, param_dtype, plan.title
+    )
+    for path in flat:
+        # On CPU this takes the aligned array over; elsewhere each is freed once it is transferred.
+        flat[path] = jax.device_put(flat[path], may_alias=True)
+    if plan.fresh_leaves:
+        flat |= _initialise(plan.model, plan.fresh_leaves, seed)
+    return plan.model, trees.unflatten(dict(sorted(flat.items())))
+
+
+def load_report(
+    source: str | Path,
+    head: str | None = None,
+    *,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | Sequence[str] | None = None,
+    revision: str | None = None,
+) -> LoadReport:
+    """What `from_pretrained` with these arguments leaves out and initialises; reads no weights."""
+    return _plan(source, head, num_labels=num_labels, id2label=id2label, revision=revision).report
+
+
+def save_pretrained(
+    directory: str | Path,
+    model: nn.Module,
+    params: Mapping[str, Any],
+    processor: Any = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write a directory that transformers opens as it is.
+
+    It holds config.json, model.safetensors (or shards of at most `max_shard_size`, bytes or "5GB")
+    in the dtype of `params`, and the processor's preprocessor_config.json. The directory appears
+    whole or not at all; a non-empty one is an error unless `overwrite`, which replaces the model
+    files in it. Raises CheckpointError listing every parameter that does not fit the model.
+    """
+    check_destination(directory, overwrite)
+    family, head = ARCHITECTURES[type(model).__name__]
+    config = model.config
+    layout = published(family, head, pooler=getattr(model, "add_pooling_layer", False))
+    flat = trees.flatten(meta.unbox(params))
+    _check_addressable(flat)
+    what = f"params for {type(model).__name__}"
+    tensors = export_params(flat, layout.rules(config), _shapes(model), what)
+    _warn_about_eps(config, head)
+    with replaced_directory(directory, overwrite) as staged:
+        write_weights(staged, tensors, max_shard_size)
+        write_config(staged, config, head, stored_dtype(tensors))
+        if processor is not None:
+            processor.save_pretrained(staged)
+
+
+def build_model(config: Config, head: str, add_pooling_layer: bool = True) -> nn.Module:
+    """The module for a config and a head; the pooling layer is that of a headless ViViT."""
+    check_head(config.model_type, head)
+    cls = _MODELS[architecture(config.model_type, head)]
+    if cls is vivit.VivitModel:
+        return cls(config, add_pooling_layer=add_pooling_layer)
+    return cls(config)
+
+
+def abstract_params(model: nn.Module) -> dict[str, Any]:
+    """The model's parameter tree as ShapeDtypeStructs, in its running layout."""
+    clip, inputs = _init_inputs(model)
+    return meta.unbox(jax.eval_shape(model.init, jax.random.key(0), clip, **inputs))["params"]
+
+
+def _init_inputs(model: nn.Module) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
+    config = model.config
+    shape = (1, config.num_frames, *config.frame_size, config.num_channels)
+    inputs = {}
+    if isinstance(model, videomae.VideoMAEForPreTraining):
+        tokens = np.arange(config.num_tokens, dtype=np.int32)[None]
+        half = config.num_tokens // 2
+        inputs["mask"] = Mask(visible=tokens[:, :half], masked=tokens[:, half:])
+    return jax.ShapeDtypeStruct(shape, np.float32), inputs
+
+
+@functools.lru_cache(maxsize=32)  # tracing a model takes a good part of a second
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return trees.shapes_of(trees.flatten(abstract_params(model)))
+
+
+def _initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.Array]:
+    clip, inputs = _init_inputs(model)
+
+    # Compiled, so that what is not returned is not computed.
+    @jax.jit
+    def init(key):
+        variables = model.init(key, jax.numpy.zeros(clip.shape, clip.dtype), **inputs)
+        flat = trees.flatten(meta.unbox(variables)["params"])
+        return {path: flat[path] for path in leaves}
+
+    return init(jax.random.key(seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Everything about a load that is known before data is read."""
+
+    model: nn.Module
+    tensors: dict[str, Any]
+    rules: list[Rule]
+    expected: dict[str, tuple[int, ...]]
+    fresh_leaves: set[str]
+    report: LoadReport
+    title: str
+
+
+def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan:
+    as_stored = execution.get("param_dtype", "float32") is None
+    if as_stored:
+        execution["param_dtype"] = "float32"
+    opened = open_source(source, revision=revision, **execution)
+    held, tensors = opened.layout, opened.checkpoint.tensors
+    head = head or held.head
+    check_head(held.family, head)
+    config = _relabel(opened.config, head, num_labels, id2label)
+    if as_stored:
+        config = dataclasses.replace(config, param_dtype=stored_dtype(tensors))
+    _check_float64(config)
+    wanted = held.with_head(head)
+    model = build_model(config, head, add_pooling_layer=wanted.pooler)
+
+    new_labels = config.num_labels != opened.config.num_labels
+    kept, fresh, dropped = _split(held, wanted, opened.config, config, new_labels)
+    dropped_names = {row.src for row in expand(dropped)} & tensors.keys()
+    expected = _shapes(model)
+    slots = trees.slots(expected)
+    fresh_paths = [path for row in expand(fresh) for path in row.dst]
+    fresh_leaves = {slots[path].leaf for path in fresh_paths}
+    notes = []
+    if new_labels:
+        notes.append(
+            f"num_labels is {config.num_labels}, the checkpoint's classifier has "
+            f"{opened.config.num_labels}"
+            if held.head == "classification"
+            else f"num_labels is {config.num_labels}"
+        )
+    if isinstance(model, vivit.VivitModel) and not model.add_pooling_layer:
+        notes.append("the checkpoint holds no pooling layer: add_pooling_layer=False")
+    ignored = [rule for rule in kept if not rule.dst]
+    report = LoadReport(
+        source=str(source),
+        model=type(model).__name__,
+        dropped=tuple(sorted(dropped_names)),
+        ignored=tuple(row.src for row in expand(ignored) if row.src in tensors),
+        fresh=tuple(fresh_paths),
+        notes=(*notes, *sorted({rule.reason for rule in ignored})),
+    )
+    return _Plan(
+        model=model,
+        tensors={name: tensors[name] for name in tensors if name not in dropped_names},
+        rules=kept,
+        expected={path: shape for path, shape in expected.items() if path not in fresh_leaves},
+        fresh_leaves=fresh_leaves,
+        report=report,
+        title=opened.title,
+    )
+
+
+def _split(
+    held: Layout, wanted: Layout, stored: Config, config: Config, new_labels: bool
+) -> tuple[list[Rule], list[Rule], list[Rule]]:
+    """Rules that are read, rules whose parameters are initialised, rules that are left out."""
+    present = {rule.src for rule in held.rules(stored)}
+    kept, fresh = [], []
+    for rule in wanted.rules(config):
+        replaced = new_labels and isinstance(rule.dst, str) and rule.dst.startswith("head/")
+        (fresh if replaced or rule.src not in present else kept).append(rule)
+    read = {rule.src for rule in kept}
+    return kept, fresh, [rule for rule in held.rules(stored) if rule.src not in read]
+
+
+def _relabel(config: Config, head: str, num_labels: int | None, id2label) -> Config:
+    if num_labels is None and id2label is None:
+        return config
+    if head != "classification":
+        raise ConfigError(
+            f"num_labels and id2label need head='classification', got head={head!r}; pass "
+            "head='classification' to put a fresh classifier on this checkpoint"
+        )
+    if num_labels is None:
+        num_labels = len(id2label)
+    elif id2label is None and num_labels == config.num_labels:
+        id2label = config.id2label
+    return dataclasses.replace(config, num_labels=num_labels, id2label=id2label)
+
+
+def _check_float64(config: Config) -> None:
+    if config.param_dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError(
+            "parameters would be float64, which jax truncates to float32 by default; set "
+            "jax_enable_x64 or pass param_dtype='float32'"
+        )
+
+
+def _check_addressable(flat: Mapping[str, Any]) -> None:
+    for path, leaf in flat.items():
+        if not getattr(leaf, "is_fully_addressable", True):
+            raise UserError(
+                f"{path} is spread over several processes; gather it first with "
+                "jax.experimental.multihost_utils.process_allgather"
+            )
+
+
+def _warn_about_eps(config: Config, head: str) -> None:
+    field = {"classification": "fc_norm_eps", "pretraining": "decoder_norm_eps"}.get(head)
+    eps = getattr(config, field, _HF_FIXED_EPS) if field else _HF_FIXED_EPS
+    if eps != _HF_FIXED_EPS:
+        logger.warning(
+            "%s is %g here; transformers computes with %g whatever config.json says",
+            field,
+            eps,
+            _HF_FIXED_EPS,
+        )
