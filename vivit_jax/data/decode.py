@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads exact frames from video files with PyAV.
+
+Frame k is the k-th frame that decoding the whole file from its start yields. That order is the only
+definition of a frame index here; `read_video` returns the pixels of that decode bit for bit
+(`frame.to_ndarray(format="rgb24")`, then turned as the file's display matrix says).
+
+A few frames of a long video are read without decoding the rest: the packets' presentation times
+number the frames (`vivit_jax.data.packets`), and decoding starts at the keyframe before each wanted
+frame. Where that numbering is not known to be exact, everything is decoded from the start instead,
+which is slower and gives the same frames:
+
+- containers other than mp4/mov and Matroska/WebM (avi has no presentation times), and codecs other
+  than h264, hevc, vp9 and av1 (mpeg4 and vp8 packets may hold no picture that is shown);
+- a packet without a presentation time, two with the same, or one marked as damaged, or as to be
+  discarded (edit lists that cut into the stream);
+- a stream that does not begin with a keyframe shown first, or whose keyframes are out of order;
+- vp9 packets that show no picture;
+- a decoded run whose times differ from its packets' times, that does not begin with a keyframe, or
+  that raises a decoding error.
+
+The reason is logged at DEBUG level.
+
+A damaged file is readable up to the first packet that is cut off or cannot be decoded; a warning
+says how many frames that leaves. Two limits: damage in a stretch that holds no wanted frame goes
+unnoticed, as nothing there is decoded, and the frames after it keep the numbers that their packets
+give them; and damage that the decoder conceals without an error shows in the pixels only.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vivit_jax.data.packets import (
+    TIMED_CONTAINERS,
+    Distrusted,
+    Table,
+    Undecodable,
+    codec_name,
+    first_packets,
+    reason_of,
+    scan,
+    sparse_frames,
+)
+from vivit_jax.data.sampling import clip_indices, pad_indices
+from vivit_jax.errors import UserError, VideoError
+
+logger = logging.getLogger(__name__)
+
+_EXPECTED = "expected a video file such as mp4, mkv, webm, mov or avi"
+# FFmpeg draws text files as pictures with these.
+_TEXT_CODECS = ("ansi", "bintext", "xbin", "idf")
+# A total that no index reaches.
+_ENDLESS = 2**62
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds, as `read_video` will return it.
+
+    Attributes:
+        announced_frames: frames the container claims, None if it claims nothing (mkv, webm).
+        num_frames: frames that can be decoded.
+        fps: average frames per second, `num_frames / duration`.
+        duration: seconds from the first frame's start to the last frame's end, by the frames' times
+            where the container has them, else by the frame rate it states; nan if it has neither.
+        height: pixels, as displayed (after rotation).
+        width: pixels, as displayed (after rotation).
+        rotation: degrees clockwise by which the stored picture is turned: 0, 90, 180 or 270.
+        mirrored: whether it is also flipped left to right after turning.
+        codec: e.g. "h264".
+        pixel_format: of the stored picture, e.g. "yuv420p10le".
+        container: FFmpeg's name for the format, e.g. "matroska,webm".
+    """
+
+    announced_frames: int | None
+    num_frames: int
+    fps: float
+    duration: float
+    height: int
+    width: int
+    rotation: int
+    mirrored: bool
+    codec: str
+    pixel_format: str
+    container: str
+
+
+def probe_video(path) -> VideoInfo:
+    """Describes a video file, without decoding it where its packets number its frames exactly.
+
+    Where they do not (see the module's list) the whole file is decoded to count its frames.
+
+    Args:
+        path: str, bytes or os.PathLike of a file.
+
+    Raises:
+        VideoError: the path is not a readable video file with at least one frame.
+    """
+    name = _checked(path)
+    with _open(name) as (container, stream):
+        table = scan(name, container, stream)
+        announced, time_base = stream.frames or None, stream.time_base
+        rate = stream.average_rate or stream.guessed_rate
+        codec, container_format = codec_name(stream), container.format.name
+        first = None
+        if table.distrust is None:
+            with _fallback(name):
+                first = dict(sparse_frames(container, stream, table, np.array([0])))[0]
+                times = np.sort(table.pts).tolist()
+    if first is None:
+        frames, times = _decode_from_start(name, table, lambda frame: frame, {0})
+        first = frames[0]
+    if container_format in TIMED_CONTAINERS and len(times) > 1 and None not in times:
+        shown = max(times) - min(times)
+        duration = float((shown + (table.last_duration or shown / (len(times) - 1))) * time_base)
+    else:
+        duration = len(times) / float(rate) if rate else float("nan")
+    rotation, mirrored, turned = _rotation(_orientation(name, first))
+    height, width = (first.width, first.height) if turned else (first.height, first.width)
+    return VideoInfo(
+        announced_frames=announced,
+        num_frames=len(times),
+        fps=len(times) / duration if duration else float("nan"),
+        duration=duration,
+        height=height,
+        width=width,
+        rotation=rotation,
+        mirrored=mirrored,
+        codec=codec,
+        pixel_format=first.format.name,
+        container=container_format,
+    )
+
+
+def read_video(
+    path,
+    *,
+    num_frames: int | None = None,
+    stride: int = 1,
+    start: str | int = "center",
+    indices: Sequence[int] | None = None,
+    pad: str = "error",
+    seed: int | Sequence[int] | None = None,
+) -> np.ndarray:
+    """Reads a clip, the frames asked for, or (with neither `num_frames` nor `indices`) every frame.
+
+    Args:
+        path: str, bytes or os.PathLike of a file.
+        num_frames: frames in the clip.
+        stride: distance between neighbouring frames of the clip, in frames of the video.
+        start: where the clip lies: "begin", "center", "end", "random" (needs `seed`), or the index
+            of its first frame. `clip_indices` defines each.
+        indices: frame indices instead of a clip, from 0, in any order, repeats allowed; the result
+            is in this order.
+        pad: for frames past the end of the video: "error", "repeat_last" (the video's last frame)
+            or "loop" (from frame 0 again, `index % total`). A clip that does not fit starts at
+            frame 0, or at `start` if that is an index.
+        seed: for `start="random"`: the clip is a function of it and of the number of frames.
+
+    Returns:
+        uint8 [t, h, w, 3], RGB, rotated and mirrored as the file's metadata says. Only these frames
+        are held in memory.
+
+    Raises:
+        VideoError: the path is not a readable video file, has fewer frames than asked and `pad` is
+            "error", has frames of different sizes among those asked, or is to be displayed at an
+            angle that is no multiple of 90 degrees.
+        UserError: arguments that contradict each other or are out of range.
+    """
+    name = _checked(path)
+    if indices is not None and num_frames is not None:
+        raise UserError("got both num_frames and indices: pass one of them")
+    if num_frames is None and (stride != 1 or start != "center"):
+        raise UserError(f"stride={stride!r} and start={start!r} place a clip: pass num_frames too")
+    if isinstance(start, str) and start == "random" and seed is None:
+        raise UserError("start='random' draws the clip's place and got no seed: pass seed=<int>")
+    everything = num_frames is None and indices is None
+
+    def choose(total: int) -> np.ndarray:
+        try:
+            if everything:
+                return np.arange(total)
+            if indices is not None:
+                return pad_indices(indices, total, pad)
+            rng = None if seed is None else np.random.default_rng(seed)
+            return clip_indices(total, num_frames, stride, start, pad, rng)
+        except VideoError as error:
+            raise VideoError(f"{name}: {error}") from None
+
+    def convert(frame) -> np.ndarray:
+        return _oriented(frame.to_ndarray(format="rgb24"), _orientation(name, frame))
+
+    with _open(name) as (container, stream):
+        table = scan(name, container, stream)
+        if table.distrust is None:
+            wanted = choose(table.packets)
+            with _fallback(name):
+                found = sparse_frames(container, stream, table, np.unique(wanted))
+                return _stacked(name, {k: convert(frame) for k, frame in found}, wanted)
+
+    # Frames at fixed places are chosen, and decoding stops at the last, without counting the rest.
+    fixed = indices is not None or not (everything or start in ("center", "end", "random"))
+    try:
+        wanted = choose(_ENDLESS if fixed else table.packets - table.discarded)
+    except VideoError:
+        # Too few packets, but a packet may hold several frames: their number decides below.
+        wanted = np.arange(0)
+    last = int(wanted.max()) if fixed else None
+    frames, times = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
+    if last not in frames:
+        wanted = choose(len(times))
+        if not frames.keys() >= set(wanted.tolist()):
+            last = int(wanted.max())
+            frames, _ = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
+    return _stacked(name, frames, wanted)
+
+
+def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
+    """Decodes frames of an open PyAV container as the function of this name in the HF docs does.
+
+    One frame per distinct index, in increasing order, whatever the order and repeats of `indices`;
+    the display matrix is not applied. `read_video` keeps order and repeats, rotates, and is faster.
+
+    Args:
+        container: av.container.InputContainer.
+        indices: frame indices, from 0.
+
+    Returns:
+        uint8 [distinct indices, h, w, 3], RGB, as stored.
+
+    Raises:
+        VideoError: an index is past the last decodable frame, or the container has no video.
+        UserError: no indices, or one that is negative or no int.
+    """
+    import av
+
+    name = container.name
+    wanted = set(pad_indices(indices, _ENDLESS).tolist())
+    last, total, frames = max(wanted), 0, {}
+    try:
+        stream = _video_stream(name, container)
+        container.seek(0)
+        for k, frame in enumerate(container.decode(stream)):
+            total = k + 1
+            if k in wanted:
+                frames[k] = frame.to_ndarray(format="rgb24")
+            if k == last:
+                break
+    except av.FFmpegError as error:
+        logger.warning("%s: decoding stops after %d frames: %s", name, total, reason_of(error))
+    if len(frames) < len(wanted):
+        try:
+            pad_indices(sorted(wanted), total)
+        except VideoError as error:
+            raise VideoError(f"{name}: {error}") from None
+    return _stacked(name, frames, sorted(wanted))
+
+
+def _checked(path) -> str:
+    name = os.fsdecode(path)
+    if os.path.isdir(name):
+        found = "a directory"
+    elif not os.path.exists(name):
+        found = "no such file"
+    elif not os.path.isfile(name):
+        found = "not a regular file"
+    elif os.path.getsize(name) == 0:
+        found = "an empty file (0 bytes)"
+    else:
+        return name
+    raise VideoError(f"{name}: {found}; {_EXPECTED}")
+
+
+@contextlib.contextmanager
+def _open(name: str, threads: str = "AUTO") -> Iterator[tuple]:
+    import av
+
+    try:
+        # The prefix keeps a colon in a file name from being read as a network protocol.
+        with av.open("file:" + name, metadata_errors="replace") as container:
+            stream = _video_stream(name, container)
+            stream.thread_type = threads
+            yield container, stream
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{name}: no readable video ({reason_of(error)}): damaged, cut off, or another kind of "
+            f"file; {_EXPECTED}"
+        ) from error
+
+
+def _video_stream(name: str, container):
+    from av.stream import Disposition
+
+    # A cover picture is stored as a video stream too.
+    pictures = [s for s in container.streams.video if s.disposition & Disposition.attached_pic]
+    videos = [s for s in container.streams.video if s not in pictures]
+    if not videos:
+        kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
+        cover = " (the video stream is a cover picture)" if pictures else ""
+        raise VideoError(f"{name}: holds {kinds} streams but no video{cover}; {_EXPECTED}")
+    stream = videos[0]
+    if stream.codec_context is None:
+        raise VideoError(f"{name}: no decoder for its video stream; {_EXPECTED}")
+    if codec_name(stream) in _TEXT_CODECS:
+        raise VideoError(f"{name}: a text file; {_EXPECTED}")
+    return stream
+
+
+@contextlib.contextmanager
+def _fallback(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Distrusted as reason:
+        logger.debug("%s: decoding from the start: %s", name, reason)
+
+
+def _decode_from_start(
+    name: str,
+    table: Table,
+    convert: Callable,
+    wanted: set[int],
+    last: int | None = None,
+) -> tuple[dict[int, object], list[int | None]]:
+    """Decodes up to frame `last`, or all; returns the wanted frames, converted, and all times."""
+    if table.distrust:
+        logger.debug("%s: decoding from the start: %s", name, table.distrust)
+    threads, limit = "AUTO", table.packets
+    frames, times = {}, []
+    while limit > 0:
+        frames, times = {}, []
+        try:
+            with _open(name, threads) as (container, stream):
+                for frame in first_packets(container, stream, limit):
+                    if len(times) in wanted:
+                        frames[len(times)] = convert(frame)
+                    times.append(frame.pts)
+                    if len(times) - 1 == last:
+                        return frames, times
+            break
+        except Undecodable as error:
+            # With several threads the error surfaces packets later: one thread finds the packet.
+            if threads == "NONE":
+                limit = min(error.packet, limit - 1)
+            threads, damage = "NONE", str(error)
+    if not limit or not times:
+        raise VideoError(f"{name}: none of its frames can be decoded: get the file again")
+    if len(times) < table.packets - table.discarded:
+        why = f"packet {limit}: {damage}" if limit < table.packets else "packets without a picture"
+        logger.warning(
+            "%s: %d frames can be decoded from %d packets (%s)",
+            name,
+            len(times),
+            table.packets - table.discarded,
+            why,
+        )
+    return frames, times
+
+
+def _orientation(name: str, frame) -> np.ndarray:
+    """int [2, 2] matrix m with displayed (x, y) = stored (x, y) @ m up to a shift."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return np.eye(2, dtype=int)
+    matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2].astype(float)
+    scaled = matrix / max(abs(matrix).max(), 1)
+    turned = np.rint(scaled).astype(int)
+    orthogonal = np.array_equal(turned @ turned.T, np.eye(2))
+    if not orthogonal or abs(scaled - turned).max() > 1e-3:
+        raise VideoError(
+            f"{name}: display matrix {(matrix / 65536).tolist()} is none of the eight turns by a "
+            "multiple of 90 degrees and mirrorings: rewrite the file with "
+            "ffmpeg -display_rotation 0 -i IN -c copy OUT"
+        )
+    return turned
+
+
+def _oriented(image: np.ndarray, orientation: np.ndarray) -> np.ndarray:
+    """[h, w, c] as displayed."""
+    (a, b), (c, d) = orientation
+    if a == 0:
+        image, right, down = image.swapaxes(0, 1), c, b
+    else:
+        right, down = a, d
+    return image[::down, ::right]
+
+
+def _rotation(orientation: np.ndarray) -> tuple[int, bool, bool]:
+    """Degrees clockwise, whether mirrored left to right after, whether height and width swap."""
+    (a, b), (c, d) = orientation
+    mirrored = a * d - b * c < 0
+    cosine = -a if mirrored else a
+    degrees = {(1, 0): 0, (0, 1): 90, (-1, 0): 180, (0, -1): 270}[int(cosine), int(b)]
+    return degrees, bool(mirrored), degrees in (90, 270)
+
+
+def _stacked(name: str, frames: dict[int, np.ndarray], indices) -> np.ndarray:
+    shapes = {frames[k].shape[:2]: k for k in reversed(indices)}
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{w}x{h} (frame {k})" for (h, w), k in shapes.items())
+        raise VideoError(
+            f"{name}: frames of different sizes: {sizes}; expected one size: "
+            "read the parts separately with indices=..., or re-encode the file to one size"
+        )
+    return np.stack([frames[k] for k in indices])
