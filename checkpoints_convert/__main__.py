@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 from checkpoints_convert.convert import convert
 from checkpoints_convert.summary import inspect
+from checkpoints_convert.verify import verify
 from vivit_jax.cli.run import run
 
-COMMANDS = {"inspect": inspect, "convert": convert}
+COMMANDS = {"inspect": inspect, "convert": convert, "verify": verify}
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run("vivit-convert", "Convert and inspect video model checkpoints.", COMMANDS, args)
+    return run("vivit-convert", "Inspect, convert and verify video model checkpoints.", COMMANDS, args)
 
 
 if __name__ == "__main__":

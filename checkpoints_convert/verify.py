@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-convert verify`: the same checkpoint and the same input in PyTorch and in JAX.
+
+PyTorch loads the files through transformers, JAX through this package, and nothing is shared on the
+way. The third run, PyTorch in float64, says which of the two is nearer to the truth.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json as json_module
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from vivit_jax.errors import CheckpointError, MissingExtra, UserError
+
+# Earlier releases from 5.6 on load published VideoMAE files with zero query and value biases.
+OLDEST_TRANSFORMERS = (5, 18)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compared quantity; errors are largest absolute differences."""
+
+    name: str
+    scale: float  # largest absolute value in float64
+    difference: float  # JAX against PyTorch, both in float32
+    jax_error: float  # against float64
+    torch_error: float  # against float64
+    within: bool
+
+    @property
+    def relative(self) -> float:
+        """`difference` as a share of `scale`."""
+        return self.difference / self.scale if self.scale else self.difference
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """The comparison of one checkpoint; `passed` if every row is within the tolerance."""
+
+    source: str
+    model: str
+    inputs: str
+    tolerance: float
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(row.within for row in self.rows)
+
+    def __str__(self) -> str:
+        head = ("", "max |value|", "JAX-PyTorch", "relative", "JAX-f64", "PyTorch-f64", "")
+        lines = [head] + [
+            (
+                row.name,
+                f"{row.scale:.4g}",
+                *(
+                    f"{value:.1e}"
+                    for value in (row.difference, row.relative, row.jax_error, row.torch_error)
+                ),
+                "ok" if row.within else "DIFFERS",
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = [
+            "  ".join(
+                cell.ljust(width) if i in (0, 6) else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        differs = sum(not row.within for row in self.rows)
+        verdict = (
+            f"agree: every difference is within {self.tolerance:g} x max(1, max |value|)"
+            if self.passed
+            else f"DIFFER: {differs} of {len(self.rows)} rows exceed "
+            f"{self.tolerance:g} x max(1, max |value|)"
+        )
+        return "\n".join([f"{self.source}: {self.model}, {self.inputs}", *table, verdict])
+
+
+def verify_checkpoint(
+    source: str | Path,
+    *,
+    clip: str | Path | None = None,
+    tolerance: float = 1e-4,
+    batch: int = 1,
+    seed: int = 0,
+    attention: str = "auto",
+    revision: str | None = None,
+) -> Verification:
+    """Run a checkpoint in both frameworks and compare embeddings, every block, logits and loss.
+
+    The input is standard normal noise drawn from `seed`, or `clip`, a video file read and
+    preprocessed as the checkpoint's preprocessor_config.json says. Both run in float32 with exact
+    matrix products. Raises CheckpointError if either side does not load every tensor, MissingExtra
+    without PyTorch or transformers.
+    """
+    import jax
+
+    from checkpoints_convert.layouts import architecture
+    from checkpoints_convert.source import open_source
+    from vivit_jax.hub import resolve_checkpoint
+    from vivit_jax.pretrained import from_pretrained
+
+    if tolerance <= 0 or batch < 1:
+        raise UserError(f"tolerance {tolerance} and batch {batch} must be positive")
+    path = resolve_checkpoint(source, revision)
+    opened = open_source(path)
+    name = architecture(opened.layout.family, opened.layout.head)
+    reference = _load_in_torch(path, name, opened.layout)
+    model, params = from_pretrained(path, attention=attention)
+    if clip is None:
+        config = model.config
+        shape = (batch, config.num_frames, *config.frame_size, config.num_channels)
+        pixels = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+        inputs = f"noise {shape}, seed {seed}"
+    else:
+        pixels = np.repeat(_read_clip(clip, path, model.config), batch, axis=0)
+        inputs = f"{clip} {pixels.shape}"
+    extra = _extra_inputs(model, opened.layout.head, len(pixels), seed)
+    with jax.default_matmul_precision("highest"):
+        ours = _run_in_jax(model, params, pixels, extra)
+    theirs = _run_in_torch(reference, pixels, extra)
+    truth = _run_in_torch(copy.deepcopy(reference).double(), pixels.astype(np.float64), extra)
+    rows = tuple(_compare(key, ours[key], theirs[key], truth[key], tolerance) for key in truth)
+    return Verification(str(source), name, inputs, tolerance, rows)
+
+
+def _compare(name: str, ours, theirs, truth, tolerance: float) -> Row:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != truth.shape:
+        raise CheckpointError(f"{name} has shape {ours.shape} in JAX, {truth.shape} in PyTorch")
+    scale, difference, jax_error, torch_error = (
+        float(np.abs(x).max()) for x in (truth, ours - theirs, ours - truth, theirs - truth)
+    )
+    # Written so that NaN is not within.
+    within = difference <= tolerance * max(1.0, scale)
+    return Row(name, scale, difference, jax_error, torch_error, within)
+
+
+def _load_in_torch(path: Path, name: str, layout) -> Any:
+    for package in ("torch", "transformers"):
+        try:
+            __import__(package)
+        except ModuleNotFoundError:
+            raise MissingExtra(package, "torch", "vivit-convert verify") from None
+    import torch
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < OLDEST_TRANSFORMERS:
+        raise UserError(
+            f"verify needs transformers >= 5.18, got {transformers.__version__}: earlier releases "
+            "load VideoMAE weights without their biases. pip install 'vivit_jax[torch]'"
+        )
+    options = {"add_pooling_layer": layout.pooler} if name == "VivitModel" else {}
+    with _as_directory(path) as directory:
+        model, info = getattr(transformers, name).from_pretrained(
+            directory,
+            attn_implementation="sdpa",
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+    # A key bias cannot change the softmax; transformers leaves it out as we do.
+    unexpected = {key for key in info["unexpected_keys"] if not key.endswith(".key.bias")}
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(unexpected),
+        "mis-shaped": sorted(map(str, info["mismatched_keys"])),
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(f"transformers does not load every tensor of {path}: {told}")
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _as_directory(path: Path) -> Iterator[Path]:
+    """A directory that transformers loads `path` from; for a file, one that holds links."""
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        links = Path(directory)
+        suffix = path.suffix
+        names = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
+        if path.name.endswith(".index.json"):
+            # The shards an index names lie beside it.
+            yield path.parent
+            return
+        if suffix not in names:
+            raise UserError(f"{path}: expected a .safetensors or .bin file, or a directory")
+        (links / names[suffix]).symlink_to(path.resolve())
+        (links / "config.json").symlink_to((path.parent / "config.json").resolve())
+        yield links
+
+
+def _read_clip(clip, path: Path, config) -> np.ndarray:
+    from vivit_jax.cli.predict import clip_indices
+    from vivit_jax.data.decode import read_video
+    from vivit_jax.data.processor import VideoProcessor
+
+    processor = VideoProcessor.from_pretrained(path if path.is_dir() else path.parent)
+    indices = clip_indices(clip, config, stride=None, start="center", pad="error")
+    return processor(read_video(clip, indices=indices))
+
+
+def _extra_inputs(model, head: str, batch: int, seed: int) -> dict[str, np.ndarray]:
+    """Labels of the kind the config trains with, or a random mask of nine tenths."""
+    config, rng = model.config, np.random.default_rng(seed)
+    if head == "pretraining":
+        tokens = config.num_tokens
+        count = min(max(int(0.9 * tokens), 1), tokens - 1)
+        return {"mask": np.stack([rng.permutation(tokens) < count for _ in range(batch)])}
+    if head != "classification":
+        return {}
+    shape = (batch, config.num_labels)
+    if config.problem_type == "regression" or config.num_labels == 1:
+        return {"labels": rng.standard_normal(shape).astype(np.float32)}
+    if config.problem_type == "multi_label_classification":
+        return {"labels": (rng.random(shape) < 0.5).astype(np.float32)}
+    return {"labels": rng.integers(config.num_labels, size=batch)}
+
+
+def _run_in_jax(model, params, pixels, extra) -> dict[str, np.ndarray]:
+    import jax
+
+    from vivit_jax.masking import Mask
+
+    inputs = {key: Mask.from_bool(x) if key == "mask" else x for key, x in extra.items()}
+
+    @jax.jit
+    def run(params, pixels, inputs):
+        return model.apply({"params": params}, pixels, output_hidden_states=True, **inputs)
+
+    out = run(params, pixels, inputs)
+    return _named(
+        out.hidden_states,
+        getattr(out, "decoder_hidden_states", None),
+        {field.name: getattr(out, field.name) for field in dataclasses.fields(out)},
+    )
+
+
+def _run_in_torch(model, pixels, extra) -> dict[str, np.ndarray]:
+    import torch
+
+    inputs = {
+        {"mask": "bool_masked_pos"}.get(key, key): torch.from_numpy(x) for key, x in extra.items()
+    }
+    if "labels" in inputs and inputs["labels"].is_floating_point():
+        inputs["labels"] = inputs["labels"].to(model.dtype)
+    decoder_states: list[torch.Tensor] = []
+    hooks = []
+    if hasattr(model, "decoder"):
+        # transformers does not return what happens between the decoder's blocks.
+        layers = model.decoder.decoder_layers
+        hooks.append(
+            layers[0].register_forward_pre_hook(lambda _, args: decoder_states.append(args[0]))
+        )
+        hooks += [
+            layer.register_forward_hook(
+                lambda _, args, out: decoder_states.append(
+                    out[0] if isinstance(out, tuple) else out
+                )
+            )
+            for layer in layers
+        ]
+    channels_first = np.ascontiguousarray(pixels.transpose(0, 1, 4, 2, 3))
+    with torch.inference_mode():
+        out = model(torch.from_numpy(channels_first), output_hidden_states=True, **inputs)
+    for hook in hooks:
+        hook.remove()
+    return _named(out.hidden_states, decoder_states or None, dict(out.items()))
+
+
+def _named(hidden_states, decoder_states, outputs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The compared quantities in the order of the table."""
+    named = {}
+    for title, states in (("", hidden_states), ("decoder ", decoder_states)):
+        for i, state in enumerate([] if states is None else states):
+            named[f"{title}block {i - 1}" if i else f"{title}embeddings"] = state
+    for key in ("last_hidden_state", "pooler_output", "logits", "loss"):
+        if outputs.get(key) is not None:
+            named[key.replace("_", " ")] = outputs[key]
+    return {key: np.asarray(value) for key, value in named.items()}
+
+
+def verify(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    clip: Path | None = None,
+    tolerance: float = 1e-4,
+    batch: int = 1,
+    seed: int = 0,
+    attention: Literal["auto", "xla", "chunked", "cudnn"] = "auto",
+    json: bool = False,
+    revision: str | None = None,
+) -> int:
+    """Run a checkpoint in PyTorch and in JAX and compare; exit status 1 if they differ.
+
+    A row per embedding, block, logits and loss: the largest absolute difference, its share of the
+    largest value, and the error of either side against PyTorch in float64.
+
+    Args:
+        source: A checkpoint directory, a weight file with config.json beside it, or a hub id.
+        clip: A video file to run on instead of noise.
+        tolerance: Largest difference allowed, times the largest value where that exceeds 1.
+        batch: Clips per run.
+        seed: Seed of the noise, the labels and the mask.
+        attention: The attention implementation of the JAX side.
+        json: Print a JSON object instead of the table.
+        revision: Branch, tag or commit of a hub id.
+    """
+    with contextlib.suppress(ModuleNotFoundError):  # verify_checkpoint says what to install
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    result = verify_checkpoint(
+        source,
+        clip=clip,
+        tolerance=tolerance,
+        batch=batch,
+        seed=seed,
+        attention=attention,
+        revision=revision,
+    )
+    if json:
+        rows = [dataclasses.asdict(row) | {"relative": row.relative} for row in result.rows]
+        values = dataclasses.asdict(result) | {"rows": rows, "passed": result.passed}
+        print(json_module.dumps(values, indent=2))
+    else:
+        print(result)
+    return 0 if result.passed else 1
