@@ -8,13 +8,13 @@ import pytest
 from vivit_jax import PRESETS, ConfigError, VideoMAEConfig, VivitConfig
 from vivit_jax.config import HIDDEN_ACTS, config_from_dict
 from vivit_jax.layers.linear import ACTIVATIONS
-from vivit_jax.pretrained import abstract_params, model_class
+from vivit_jax.pretrained import abstract_params, build_model
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_has_the_published_parameter_count(name):
     preset = PRESETS[name]
-    model = model_class(preset.config, preset.head)(preset.config)
+    model = build_model(preset.config, preset.head)
     leaves = jax.tree.leaves(abstract_params(model))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == preset.num_params
 
