@@ -14,7 +14,9 @@ COMMANDS = {"inspect": inspect, "convert": convert, "verify": verify}
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run("vivit-convert", "Inspect, convert and verify video model checkpoints.", COMMANDS, args)
+    return run(
+        "vivit-convert", "Inspect, convert and verify video model checkpoints.", COMMANDS, args
+    )
 
 
 if __name__ == "__main__":

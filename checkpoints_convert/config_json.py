@@ -79,6 +79,8 @@ def override(config: Config, settings: Iterable[str]) -> Config:
         changes[name] = _typed(name, text, fields[name])
     if "num_labels" in changes and changes["num_labels"] != config.num_labels:
         changes.setdefault("id2label", None)
+    elif isinstance(changes.get("id2label"), dict | tuple):
+        changes.setdefault("num_labels", len(changes["id2label"]))
     return dataclasses.replace(config, **changes)
 
 

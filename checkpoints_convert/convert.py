@@ -63,8 +63,8 @@ def convert_checkpoint(
     from checkpoints_convert.layouts import published
     from checkpoints_convert.rules import (
         export_params,
-        import_params,
         match_import,
+        read_params,
         stored_dtype,
     )
     from checkpoints_convert.save import check_destination, replaced_directory, write_weights
@@ -76,7 +76,7 @@ def convert_checkpoint(
     target = published(layout.family, layout.head, layout.pooler, to_layout)
     expected = opened.expected()
     rows = match_import(tensors, layout.rules(config), expected, opened.title)
-    params = import_params(tensors, layout.rules(config), expected, dtype, opened.title)
+    params = read_params(tensors, rows, expected, dtype)
     written = export_params(params, target.rules(config), expected)
     with replaced_directory(destination, overwrite) as staged:
         files = write_weights(staged, written, max_shard_size)

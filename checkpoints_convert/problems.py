@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from vivit_jax.errors import CheckpointError
 
+_FIRST = ("missing", "unexpected", "wrong shape")
 _INDEX = re.compile(r"(?<=[._])\d+(?=[./])")  # layer.3.output, layers_3/output
 
 
@@ -45,9 +46,11 @@ class Problems:
             self.add("unexpected", name, f"{shape}{hint}")
         if not self._lines:
             return
-        counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in self._lines.items())
+        kinds = [kind for kind in dict.fromkeys((*_FIRST, *self._lines)) if kind in self._lines]
+        counts = ", ".join(f"{len(self._lines[kind])} {kind}" for kind in kinds)
         parts = [f"{self._headline}: {counts}"]
-        for kind, lines in self._lines.items():
+        for kind in kinds:
+            lines = self._lines[kind]
             parts += [f"  {kind} ({len(lines)}):", *(f"    {line}" for line in collapse(lines))]
         raise CheckpointError("\n".join(parts))
 

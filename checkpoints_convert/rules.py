@@ -136,6 +136,32 @@ def match_import(
     return [row for row in rows if row.src in source]
 
 
+def read_params(
+    source: Mapping[str, Any],
+    rows: Iterable[Row],
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: str | np.dtype | None = None,
+) -> dict[str, np.ndarray]:
+    """Read the tensors of rows that `match_import` has checked.
+
+    Returns one freshly allocated array per leaf, of `dtype`, or of the dtype the tensors are
+    stored in (None). One tensor is in memory at a time beside them. Raises CheckpointError where
+    the layers of one stacked leaf are stored in dtypes without a common one.
+    """
+    slots = trees.slots(expected)
+    rows = [row for row in rows if row.dst]
+    dtypes = leaf_dtypes(source, rows, slots) if dtype is None else {}
+    out: dict[str, np.ndarray] = {}
+    for row in rows:
+        for path, value in zip(row.dst, row.to_params(_read(source[row.src])), strict=True):
+            slot = slots[path]
+            if slot.leaf not in out:
+                out[slot.leaf] = _empty(expected[slot.leaf], dtypes.get(slot.leaf, dtype))
+            leaf = out[slot.leaf]
+            _copy(leaf if slot.layer is None else leaf[slot.layer], value)
+    return out
+
+
 def import_params(
     source: Mapping[str, Any],
     rules: Iterable[Rule],
@@ -145,24 +171,9 @@ def import_params(
 ) -> dict[str, np.ndarray]:
     """Move a checkpoint into the parameter tree whose leaf shapes by path are `expected`.
 
-    Returns one freshly allocated array per leaf, of `dtype`, or of the dtype the tensors are
-    stored in (None). One tensor is in memory at a time beside them. Raises as `match_import`, and
-    where the layers of one stacked leaf are stored in dtypes without a common one.
+    `match_import`, then `read_params`.
     """
-    rows = match_import(source, rules, expected, what)
-    slots = trees.slots(expected)
-    dtypes = leaf_dtypes(source, rows, slots) if dtype is None else {}
-    out: dict[str, np.ndarray] = {}
-    for row in rows:
-        if not row.dst:
-            continue
-        for path, value in zip(row.dst, row.to_params(_read(source[row.src])), strict=True):
-            slot = slots[path]
-            if slot.leaf not in out:
-                out[slot.leaf] = _empty(expected[slot.leaf], dtypes.get(slot.leaf, dtype))
-            leaf = out[slot.leaf]
-            _copy(leaf if slot.layer is None else leaf[slot.layer], value)
-    return out
+    return read_params(source, match_import(source, rules, expected, what), expected, dtype)
 
 
 def leaf_dtypes(

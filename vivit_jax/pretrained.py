@@ -18,10 +18,12 @@ from checkpoints_convert.config_json import Config, write_config
 from checkpoints_convert.layouts import ARCHITECTURES, Layout, architecture, check_head, published
 from checkpoints_convert.problems import collapse
 from checkpoints_convert.rules import (
+    Row,
     Rule,
     expand,
     export_params,
-    import_params,
+    match_import,
+    read_params,
     stored_dtype,
 )
 from checkpoints_convert.save import check_destination, replaced_directory, write_weights
@@ -112,9 +114,7 @@ def from_pretrained(
     )
     if plan.report:
         logger.warning("%s", plan.report)
-    flat: dict[str, Any] = import_params(
-        plan.tensors, plan.rules, plan.expected, param_dtype, plan.title
-    )
+    flat: dict[str, Any] = read_params(plan.tensors, plan.rows, plan.expected, param_dtype)
     for path in flat:
         # On CPU this takes the aligned array over; elsewhere each is freed once it is transferred.
         flat[path] = jax.device_put(flat[path], may_alias=True)
@@ -131,7 +131,10 @@ def load_report(
     id2label: Mapping[int, str] | Sequence[str] | None = None,
     revision: str | None = None,
 ) -> LoadReport:
-    """What `from_pretrained` with these arguments leaves out and initialises; reads no weights."""
+    """What `from_pretrained` with these arguments leaves out and initialises.
+
+    Checks names and shapes and raises as `from_pretrained` does, but reads no weights.
+    """
     return _plan(source, head, num_labels=num_labels, id2label=id2label, revision=revision).report
 
 
@@ -217,11 +220,10 @@ class _Plan:
 
     model: nn.Module
     tensors: dict[str, Any]
-    rules: list[Rule]
+    rows: list[Row]
     expected: dict[str, tuple[int, ...]]
     fresh_leaves: set[str]
     report: LoadReport
-    title: str
 
 
 def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan:
@@ -242,10 +244,13 @@ def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan
     new_labels = config.num_labels != opened.config.num_labels
     kept, fresh, dropped = _split(held, wanted, opened.config, config, new_labels)
     dropped_names = {row.src for row in expand(dropped)} & tensors.keys()
+    tensors = {name: tensors[name] for name in tensors if name not in dropped_names}
     expected = _shapes(model)
     slots = trees.slots(expected)
     fresh_paths = [path for row in expand(fresh) for path in row.dst]
     fresh_leaves = {slots[path].leaf for path in fresh_paths}
+    expected = {path: shape for path, shape in expected.items() if path not in fresh_leaves}
+    rows = match_import(tensors, kept, expected, opened.title)
     notes = []
     if new_labels:
         notes.append(
@@ -256,24 +261,16 @@ def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan
         )
     if isinstance(model, vivit.VivitModel) and not model.add_pooling_layer:
         notes.append("the checkpoint holds no pooling layer: add_pooling_layer=False")
-    ignored = [rule for rule in kept if not rule.dst]
+    ignored = [row for row in rows if not row.dst]
     report = LoadReport(
         source=str(source),
         model=type(model).__name__,
         dropped=tuple(sorted(dropped_names)),
-        ignored=tuple(row.src for row in expand(ignored) if row.src in tensors),
+        ignored=tuple(row.src for row in ignored),
         fresh=tuple(fresh_paths),
-        notes=(*notes, *sorted({rule.reason for rule in ignored})),
+        notes=(*notes, *sorted({row.rule.reason for row in ignored})),
     )
-    return _Plan(
-        model=model,
-        tensors={name: tensors[name] for name in tensors if name not in dropped_names},
-        rules=kept,
-        expected={path: shape for path, shape in expected.items() if path not in fresh_leaves},
-        fresh_leaves=fresh_leaves,
-        report=report,
-        title=opened.title,
-    )
+    return _Plan(model, tensors, rows, expected, fresh_leaves, report)
 
 
 def _split(
