@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameter trees that checkpoints and other people's scripts depend on.
+
+A leaf is [dtype, axis=size, ...]; axes without a logical name are `_`. After a wanted change,
+`python tests/unit/test_parameter_tree.py` writes the files anew.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from flax import linen as nn
+from helpers import CASES, clip, config_of
+
+from checkpoints_convert import trees
+from vivit_jax import Mask
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+TREES = {
+    "vivit_model": ("vivit base", True),
+    "vivit_classifier": ("vivit cls", True),
+    "vivit_classifier_loop": ("vivit cls", False),
+    "videomae_model": ("mae base norm", True),
+    "videomae_classifier": ("mae cls", True),
+    "videomae_pretraining": ("mae pretraining", True),
+}
+
+
+def parameter_tree(case, scan_layers):
+    config = config_of(case, scan_layers=scan_layers)
+    model, x = CASES[case][0](config), clip(config, batch=1)
+    inputs = {}
+    if "pretraining" in case:
+        import numpy as np
+
+        inputs["mask"] = Mask.from_bool(np.arange(config.num_tokens)[None] % 2 == 0)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), x, **inputs)["params"]
+    axes = trees.flatten(nn.get_partition_spec(boxed))
+    leaves = trees.flatten(nn.unbox(boxed))
+    assert axes.keys() == leaves.keys()
+    return {
+        path: [
+            str(leaf.dtype),
+            *(f"{axis or '_'}={size}" for axis, size in zip(axes[path], leaf.shape, strict=True)),
+        ]
+        for path, leaf in sorted(leaves.items())
+    }
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_parameter_tree(name):
+    assert parameter_tree(*TREES[name]) == json.loads((GOLDENS / f"{name}.json").read_text())
+
+
+def write_goldens():
+    GOLDENS.mkdir(exist_ok=True)
+    for name, (case, scan_layers) in TREES.items():
+        tree = parameter_tree(case, scan_layers)
+        rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in tree.items())
+        (GOLDENS / f"{name}.json").write_text("{\n" + rows + "\n}\n")
+
+
+if __name__ == "__main__":
+    write_goldens()
