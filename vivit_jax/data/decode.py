@@ -234,7 +234,8 @@ def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
         uint8 [distinct indices, h, w, 3], RGB, as stored.
 
     Raises:
-        VideoError: an index is past the last decodable frame, or the container has no video.
+        VideoError: an index is past the last decodable frame, the container has no video, or the
+            frames differ in size.
         UserError: no indices, or one that is negative or no int.
     """
     import av

@@ -19,8 +19,6 @@ TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # In these containers each of their packets holds one shown picture. mpeg4's may hold none, or two,
 # and vp8's hidden reference pictures are packets of their own.
 SPARSE_CODECS = ("h264", "hevc", "vp9", "av1")
-# Seeking drains and refills the decoder, which costs about as much as decoding this many frames.
-NEAR_PACKETS = 8
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def _runs(table: Table, wanted: np.ndarray) -> list[list[int]]:
     positions = np.argsort(table.pts)[wanted]
     runs: list[list[int]] = []
     for first, last in zip(_run_starts(table.pts, table.keys, positions), positions, strict=True):
-        if runs and first <= runs[-1][1] + NEAR_PACKETS:
+        if runs and first <= runs[-1][1] + 1:
             runs[-1][1] = max(runs[-1][1], int(last))
         else:
             runs.append([int(first), int(last)])
@@ -178,14 +176,12 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
 
 def _decode_run(container, stream, position_at: dict, first: int, last: int) -> Iterator:
     """Decodes packets `first` to `last` from wherever before `first` the container now stands."""
-    position = None
+    previous = -1
     for packet in _packets(container, stream):
-        found = position_at.get(packet.pts)
-        if found is None or position is not None and found != position + 1:
-            raise Distrusted("other packets follow a seek than in reading from the start")
-        if position is None and found > first:
-            raise Distrusted(f"seeking to packet {first} lands on packet {found}")
-        position = found
+        position = position_at.get(packet.pts)
+        if position is None or (position > first and position != previous + 1):
+            raise Distrusted(f"seeking to packet {first} gives packet {position} after {previous}")
+        previous = position
         if position >= first:
             yield from decode_packet(stream.codec_context, packet)
         if position == last:
