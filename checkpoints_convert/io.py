@@ -88,16 +88,22 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
     )
 
 
-def _open_index(path: Path) -> Checkpoint:
-    """Open the shards an index names; index and shards must name the same tensors."""
+def read_index(path: Path) -> dict[str, str]:
+    """The file name of every tensor's shard; CheckpointError if it is no index of plain names."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-        plain = all(isinstance(name, str) and Path(name).name == name for name in shards)
+        plain = all(Path(name).name == name for name in weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a weight index: {error!r}") from None
     if not plain:
-        raise CheckpointError(f"{path} names shards outside its own directory: {shards}")
+        raise CheckpointError(f"{path} names shards outside its own directory")
+    return weight_map
+
+
+def _open_index(path: Path) -> Checkpoint:
+    """Open the shards an index names; index and shards must name the same tensors."""
+    weight_map = read_index(path)
+    shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (path.parent / name).is_file()]
     if missing:
         raise CheckpointError(f"{path} names shards that do not exist: {', '.join(missing)}")
@@ -175,7 +181,7 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         ) from None
     except PermissionError:
         raise
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler stumbles over damaged bytes in every way there is
         raise CheckpointError(
             f"{path} is not a complete torch file ({_first_line(error)}); copy or download it again"
         ) from None

@@ -8,12 +8,11 @@ from typing import Any
 from checkpoints_convert.rules import Rule
 from checkpoints_convert.tables import hf_videomae, hf_vivit
 from vivit_jax.config import VideoMAEConfig, VivitConfig
-from vivit_jax.errors import CheckpointError
+from vivit_jax.errors import CheckpointError, UserError
 
 # Table modules by layout and family. The command line offers the layouts found here.
 _TABLES = {("hf", "vivit"): hf_vivit, ("hf", "videomae"): hf_videomae}
 LAYOUTS = tuple(dict.fromkeys(layout for layout, _ in _TABLES))
-HEADS = ("classification", "pretraining", "none")
 _HEAD_NAMES = {
     "classification": ("classifier.", "fc_norm."),
     "pretraining": ("decoder.", "encoder_to_decoder.", "mask_token"),
@@ -102,10 +101,10 @@ def architecture(family: str, head: str) -> str:
 
 
 def check_head(family: str, head: str) -> None:
-    """Raise CheckpointError unless the family has such a head."""
+    """Raise UserError unless the family has such a head."""
     heads = [h for f, h in ARCHITECTURES.values() if f == family]
     if head not in heads:
-        raise CheckpointError(f"head is {head!r}, expected one of {sorted(heads)} for {family}")
+        raise UserError(f"head is {head!r}, expected one of {sorted(heads)} for {family}")
 
 
 def _head_of(names: Collection[str]) -> str:

@@ -250,11 +250,13 @@ def _exported(params, row: Row, slots: list[trees.Slot]) -> ExportedTensor:
             leaf if slot.layer is None else leaf[slot.layer]
             for leaf, slot in zip(leaves, slots, strict=True)
         ]
-        return np.ascontiguousarray(row.to_tensor(values))
+        tensor = _empty(shape, dtype)
+        _copy(tensor, row.to_tensor(values))
+        return tensor
 
-    dtypes = [np.dtype(dtype_name(params[slot.leaf])) for slot in slots]
+    dtype = np.result_type(*(np.dtype(dtype_name(params[slot.leaf])) for slot in slots))
     shape = row.tensor_shape([slot.shape for slot in slots])
-    return ExportedTensor(shape, np.result_type(*dtypes), read)
+    return ExportedTensor(shape, dtype, read)
 
 
 def dtype_name(tensor: Any) -> str:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_LAYER = re.compile(r"(?:^|(?<=/))layers_(\d+)(?=/)")
 _STACKED = re.compile(r"(?:^|(?<=/))layers(?=/)")
 
 
@@ -45,14 +44,6 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
-
-
-def stacked_path(path: str) -> tuple[str, int | None]:
-    """`a/layers_3/b` -> (`a/layers/b`, 3); a path outside the layers -> (path, None)."""
-    found = _LAYER.search(path)
-    if not found:
-        return path, None
-    return _LAYER.sub("layers", path, count=1), int(found.group(1))
 
 
 def layer_path(path: str, layer: int) -> str:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding checkpoint files: a local path as it is, a HuggingFace hub id through its cache."""
 
-import json
 import re
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     for an unknown repository or revision, and when the hub cannot be reached; MissingExtra without
     huggingface_hub.
     """
-    from checkpoints_convert.io import WEIGHT_FILES
+    from checkpoints_convert.io import WEIGHT_FILES, read_index
 
     local = _local(source, revision)
     if local is not None:
@@ -33,8 +32,7 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         if weights is None:
             continue
         if name.endswith(".index.json"):
-            shards = set(json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values())
-            for shard in sorted(shards):
+            for shard in sorted(set(read_index(weights).values())):
                 _download(source, shard, commit, required=True)
         return config.parent
     where = "the local cache (offline)" if _offline() else "the repository"

@@ -155,6 +155,10 @@ def save_pretrained(
     files in it. Raises CheckpointError listing every parameter that does not fit the model.
     """
     check_destination(directory, overwrite)
+    if type(model).__name__ not in ARCHITECTURES:
+        raise UserError(
+            f"cannot save a {type(model).__name__}; expected one of {', '.join(ARCHITECTURES)}"
+        )
     family, head = ARCHITECTURES[type(model).__name__]
     config = model.config
     layout = published(family, head, pooler=getattr(model, "add_pooling_layer", False))
@@ -241,8 +245,7 @@ def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan
     wanted = held.with_head(head)
     model = build_model(config, head, add_pooling_layer=wanted.pooler)
 
-    new_labels = config.num_labels != opened.config.num_labels
-    kept, fresh, dropped = _split(held, wanted, opened.config, config, new_labels)
+    kept, fresh, dropped = _split(held, wanted, opened.config, config)
     dropped_names = {row.src for row in expand(dropped)} & tensors.keys()
     tensors = {name: tensors[name] for name in tensors if name not in dropped_names}
     expected = _shapes(model)
@@ -251,16 +254,6 @@ def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan
     fresh_leaves = {slots[path].leaf for path in fresh_paths}
     expected = {path: shape for path, shape in expected.items() if path not in fresh_leaves}
     rows = match_import(tensors, kept, expected, opened.title)
-    notes = []
-    if new_labels:
-        notes.append(
-            f"num_labels is {config.num_labels}, the checkpoint's classifier has "
-            f"{opened.config.num_labels}"
-            if held.head == "classification"
-            else f"num_labels is {config.num_labels}"
-        )
-    if isinstance(model, vivit.VivitModel) and not model.add_pooling_layer:
-        notes.append("the checkpoint holds no pooling layer: add_pooling_layer=False")
     ignored = [row for row in rows if not row.dst]
     report = LoadReport(
         source=str(source),
@@ -268,16 +261,37 @@ def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan
         dropped=tuple(sorted(dropped_names)),
         ignored=tuple(row.src for row in ignored),
         fresh=tuple(fresh_paths),
-        notes=(*notes, *sorted({row.rule.reason for row in ignored})),
+        notes=(
+            *_notes(model, held, opened.config, bool(fresh_leaves)),
+            *sorted({row.rule.reason for row in ignored}),
+        ),
     )
     return _Plan(model, tensors, rows, expected, fresh_leaves, report)
 
 
+def _notes(model: nn.Module, held: Layout, stored: Config, fresh: bool) -> list[str]:
+    """What the lists of a report do not say by themselves."""
+    notes = []
+    labels = model.config.num_labels
+    if held.head == "classification" and labels != stored.num_labels:
+        notes.append(f"num_labels is {labels}, the checkpoint's classifier has {stored.num_labels}")
+    if isinstance(model, vivit.VivitModel) and not model.add_pooling_layer:
+        notes.append("the checkpoint holds no pooling layer: add_pooling_layer=False")
+    classifier = isinstance(model, videomae.VideoMAEForVideoClassification)
+    if classifier and fresh and not model.config.use_mean_pooling:
+        notes.append(
+            "use_mean_pooling is false in config.json: the classifier reads the first token, as in "
+            "transformers"
+        )
+    return notes
+
+
 def _split(
-    held: Layout, wanted: Layout, stored: Config, config: Config, new_labels: bool
+    held: Layout, wanted: Layout, stored: Config, config: Config
 ) -> tuple[list[Rule], list[Rule], list[Rule]]:
     """Rules that are read, rules whose parameters are initialised, rules that are left out."""
     present = {rule.src for rule in held.rules(stored)}
+    new_labels = config.num_labels != stored.num_labels
     kept, fresh = [], []
     for rule in wanted.rules(config):
         replaced = new_labels and isinstance(rule.dst, str) and rule.dst.startswith("head/")

@@ -8,7 +8,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import read_safetensors, same_tensors
+from tiny_checkpoints import read_safetensors, same_tensors
 
 from checkpoints_convert.io import LazyTensor, open_checkpoint
 from checkpoints_convert.save import parse_size, replaced_directory, write_weights
@@ -166,7 +166,7 @@ def test_pickle_that_would_run_code_is_refused(tmp_path):
     assert "could run code" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage" * 100, pickle.dumps({"a": 1})[:-3]])
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, pickle.dumps({"a": 1}, 2)[:-3]])
 def test_damaged_pickle(tmp_path, content):
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     assert "pytorch_model.bin is" in refused(tmp_path)

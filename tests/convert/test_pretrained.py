@@ -7,9 +7,9 @@ import logging
 import jax
 import numpy as np
 import pytest
-from conftest import read_safetensors, same_tensors
 from flax import linen as nn
 from helpers import CASES
+from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
 from checkpoints_convert import trees
@@ -52,6 +52,7 @@ def test_classifier_on_a_pretraining_checkpoint(checkpoints, caplog):
     assert float(np.std(params["head"]["kernel"])) > 0 and not params["head"]["bias"].any()
     report = load_report(path, "classification", num_labels=7)
     assert report.fresh == ("head/kernel", "head/bias")
+    assert "use_mean_pooling is false" in str(report)
     assert len(report.dropped) == 2 * 15 + 2 + 4 and "mask_token" in report.dropped
     assert [(r.levelno, r.getMessage()) for r in caplog.records] == [(logging.WARNING, str(report))]
     held = vivit_jax.from_pretrained(path)[1]
@@ -119,9 +120,10 @@ def test_same_number_of_labels_keeps_the_head(checkpoints):
 
 def test_heads_that_do_not_exist(checkpoints):
     path = checkpoints.path("vivit cls")
-    message = refused(vivit_jax.from_pretrained, path, "pretraining")
+    message = refused(vivit_jax.from_pretrained, path, "pretraining", error=vivit_jax.UserError)
     assert "head is 'pretraining', expected one of ['classification', 'none'] for vivit" in message
-    assert "head is 'Classifier'" in refused(vivit_jax.from_pretrained, path, "Classifier")
+    message = refused(vivit_jax.from_pretrained, path, "Classifier", error=vivit_jax.UserError)
+    assert "head is 'Classifier'" in message
     message = refused(
         vivit_jax.from_pretrained, path, "none", num_labels=3, error=vivit_jax.ConfigError
     )

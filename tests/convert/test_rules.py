@@ -188,8 +188,14 @@ def test_expand_counts_layers():
 
 
 def test_paths():
-    assert trees.stacked_path("a/layers_12/b") == ("a/layers/b", 12)
-    assert trees.stacked_path("player_1/layers/b") == ("player_1/layers/b", None)
     assert trees.layer_path("layers/b", 3) == "layers_3/b"
+    assert trees.layer_path("players/layers/b", 3) == "players/layers_3/b"
+    shapes = {"a/layers/b": (2, 5), "players/c": (7,), "a/layers_9/d": (3,)}
+    assert trees.slots(shapes) == {
+        "a/layers_0/b": trees.Slot("a/layers/b", 0, (5,)),
+        "a/layers_1/b": trees.Slot("a/layers/b", 1, (5,)),
+        "players/c": trees.Slot("players/c", None, (7,)),
+        "a/layers_9/d": trees.Slot("a/layers_9/d", None, (3,)),
+    }
     nested = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert trees.unflatten(trees.flatten(nested)) == nested
