@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from helpers import assert_close, error, randomise, to_torch
+from helpers import assert_close, randomise, to_torch
 
 import vivit_jax
 
@@ -22,6 +22,10 @@ def full_size(request, tmp_path):
     randomise(reference)
     reference.save_pretrained(tmp_path)
     return preset, reference, tmp_path
+
+
+def rms(x, truth) -> float:
+    return float(np.sqrt(np.mean((np.asarray(x, np.float64) - truth) ** 2)))
 
 
 @pytest.mark.slow
@@ -44,9 +48,9 @@ def test_full_size_logits(full_size):
     model, params = vivit_jax.from_pretrained(directory)
     ours = model.apply({"params": params}, x, **jax_inputs)
     measured = assert_close(ours.logits, theirs.logits.numpy(), "logits", "full size")
-    own, torchs = error(ours.logits, truth), error(theirs.logits.numpy(), truth)
-    print(
-        f"\n{directory.name}: vs PyTorch {measured:.1e}; vs float64 {own:.1e}, PyTorch {torchs:.1e}"
-    )
+    ratio = rms(ours.logits, truth) / rms(theirs.logits.numpy(), truth)
+    name = f"{config.model_type} {preset.head}"
+    print(f"\n{name}: vs PyTorch {measured:.1e}, vs float64 {ratio:.2f} x PyTorch's error")
+    assert ratio <= 1.5  # measured 0.95 (ViViT-B), 1.22 (VideoMAE-B)
     if preset.head == "pretraining":
         assert abs(float(ours.loss) - float(theirs.loss)) < 1e-4

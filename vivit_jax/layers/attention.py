@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from vivit_jax.config import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
-from vivit_jax.layers.linear import Config, Einsum, at_least_float32
+from vivit_jax.layers.linear import Config, Projection, at_least_float32
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class SelfAttention(nn.Module):
 
         def project(name, use_bias):
             axes = ("embed", "heads", "kv")
-            return Einsum(config, "bld,dne->blne", (d, n, e), axes, 2, use_bias, name=name)(x)
+            return Projection(config, (d, n, e), axes, use_bias=use_bias, name=name)(x)
 
         q = project("query", config.qkv_bias)
         k = project("key", config.key_bias)
@@ -127,5 +127,5 @@ class SelfAttention(nn.Module):
         else:
             y = attention(q, k, v, implementation=config.attention)
         axes = ("heads", "kv", "embed")
-        y = Einsum(config, "blne,ned->bld", (n, e, d), axes, name="out")(y)
+        y = Projection(config, (n, e, d), axes, num_in=2, name="out")(y)
         return y, (weights if output_attentions else None)

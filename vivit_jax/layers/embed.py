@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import Config
+from vivit_jax.layers.linear import Config, project
 
 Grid = tuple[int, int, int]
 
@@ -87,7 +87,7 @@ class TubeletEmbed(nn.Module):
         kernel = self.param("kernel", init, shape, param_dtype).astype(dtype)
         bias = self.param("bias", zeros, shape[-1:], param_dtype).astype(dtype)
         patches = take_tokens(patchify(pixel_values, config.tubelet), visible)
-        return patches.astype(dtype) @ kernel.reshape(-1, shape[-1]) + bias[None, None]
+        return project(patches.astype(dtype), kernel.reshape(-1, shape[-1])) + bias[None, None]
 
 
 @functools.cache

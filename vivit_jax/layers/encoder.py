@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import SelfAttention
-from vivit_jax.layers.linear import ACTIVATIONS, Config, dense, layer_norm
+from vivit_jax.layers.linear import ACTIVATIONS, Config, Projection, layer_norm
 
 
 @flax.struct.dataclass
@@ -37,8 +37,10 @@ class Block(nn.Module):
         x = x + dropout(y)
 
         y = layer_norm(config, config.layer_norm_eps, "ln_mlp")(x)
-        y = ACTIVATIONS[config.hidden_act](dense(config, (d, f), ("embed", "mlp"), "mlp_in")(y))
-        x = x + dropout(dense(config, (f, d), ("mlp", "embed"), "mlp_out")(y))
+        y = ACTIVATIONS[config.hidden_act](
+            Projection(config, (d, f), ("embed", "mlp"), name="mlp_in")(y)
+        )
+        x = x + dropout(Projection(config, (f, d), ("mlp", "embed"), name="mlp_out")(y))
         return x, LayerOutput(x if hidden else None, weights)
 
 

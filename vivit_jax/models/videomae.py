@@ -13,7 +13,7 @@ from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions, take_tokens
 from vivit_jax.layers.encoder import run_blocks
-from vivit_jax.layers.linear import dense, layer_norm
+from vivit_jax.layers.linear import Projection, layer_norm
 from vivit_jax.masking import Mask
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, PreTrainingOutput
 from vivit_jax.train.losses import (
@@ -86,7 +86,7 @@ class VideoMAEDecoder(nn.Module):
         x = x[:, x.shape[1] - num_masked :]
         x = layer_norm(config, config.decoder_norm_eps, "ln_final")(x)
         shape = (config.hidden_size, config.patch_values)
-        return dense(config, shape, ("embed", "pixels"), "head")(x), hidden_states
+        return Projection(config, shape, ("embed", "pixels"), name="head")(x), hidden_states
 
 
 class VideoMAEForPreTraining(nn.Module):
@@ -138,7 +138,7 @@ class VideoMAEForPreTraining(nn.Module):
         )
         grid = check_clip(config, pixel_values.shape, any_size=True)
         shape = (config.hidden_size, width)
-        x = dense(config, shape, ("embed", None), "to_decoder", use_bias=False)(
+        x = Projection(config, shape, ("embed", None), name="to_decoder", use_bias=False)(
             out.last_hidden_state
         )
         x = x + _positions(x, grid, mask.visible)
@@ -195,7 +195,7 @@ class VideoMAEForVideoClassification(nn.Module):
         else:
             x = out.last_hidden_state[:, 0]
         shape = (config.hidden_size, config.num_labels)
-        logits = dense(config, shape, ("embed", "classes"), "head")(x)
+        logits = Projection(config, shape, ("embed", "classes"), name="head")(x)
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, config.problem_type)

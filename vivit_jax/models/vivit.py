@@ -11,7 +11,7 @@ from flax import linen as nn
 from vivit_jax.config import VivitConfig
 from vivit_jax.layers.embed import TubeletEmbed, check_clip, resize_positions
 from vivit_jax.layers.encoder import run_blocks
-from vivit_jax.layers.linear import ACTIVATIONS, dense, layer_norm
+from vivit_jax.layers.linear import ACTIVATIONS, Projection, layer_norm
 from vivit_jax.outputs import ClassifierOutput, ModelOutput
 from vivit_jax.train.losses import classification_loss
 
@@ -76,7 +76,7 @@ class VivitModel(nn.Module):
         pooled = None
         if self.add_pooling_layer:
             width = config.pooler_output_size or d
-            pooled = dense(config, (d, width), ("embed", "pooled"), "pooler")(x[:, 0])
+            pooled = Projection(config, (d, width), ("embed", "pooled"), name="pooler")(x[:, 0])
             pooled = ACTIVATIONS[config.pooler_act](pooled)
         out = ModelOutput(x, pooled, hidden_states, attentions)
         return out if return_dict else out.to_tuple()
@@ -111,7 +111,9 @@ class VivitForVideoClassification(nn.Module):
             deterministic=deterministic,
         )
         shape = (config.hidden_size, config.num_labels)
-        logits = dense(config, shape, ("embed", "classes"), "head")(out.last_hidden_state[:, 0])
+        logits = Projection(config, shape, ("embed", "classes"), name="head")(
+            out.last_hidden_state[:, 0]
+        )
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, config.problem_type)
