@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax`: every command is a function; heavy imports happen inside it."""
+
+import sys
+from collections.abc import Sequence
+
+from vivit_jax.cli.demo import demo
+from vivit_jax.cli.predict import predict
+from vivit_jax.cli.presets import presets
+from vivit_jax.cli.run import run
+
+COMMANDS = {"demo": demo, "predict": predict, "presets": presets}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run("vivit-jax", "Video transformers in JAX: ViViT and VideoMAE.", COMMANDS, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
