@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax demo`: from nothing to a trained, saved, reloaded and verified classifier."""
+
+import contextlib
+import functools
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from vivit_jax.errors import UserError
+
+# A demo directory is known by this file; it is written first and completed last.
+MARKER = "vivit-demo.json"
+PICTURE = "predictions.png"
+IMAGE_SIZE = 48
+NUM_FRAMES = 8
+FPS = 10
+# Of max(1, largest logit), as in `vivit-convert verify`.
+TOLERANCE = 1e-4
+
+
+def demo(
+    *,
+    out: Path = Path("vivit-demo"),
+    model: Literal["vivit", "videomae"] = "vivit",
+    seed: int = 0,
+    clips_per_class: int = 160,
+    test_clips_per_class: int = 40,
+    epochs: int = 12,
+    overwrite: bool = False,
+) -> int:
+    """Write a small video data set, train a classifier on it, and check all that follows.
+
+    Needs no network, no data and no accelerator, and takes about a minute on two cores. The data
+    are mp4 files of moving shapes in eight classes that no still image tells apart. The trained
+    model is evaluated on held-out clips, saved as a HuggingFace directory, loaded back, used on one
+    file and, where PyTorch is installed, compared with PyTorch. The exit status is 1 if one of
+    these checks fails.
+
+    Args:
+        out: Directory to write; it must be new or empty.
+        model: The family to train.
+        seed: Seed of the data, the initial weights and the order of training.
+        clips_per_class: Training clips of each of the eight classes.
+        test_clips_per_class: Held-out clips of each class.
+        epochs: Passes over the training clips.
+        overwrite: Replace what an earlier demo wrote in `out`; other files there stay.
+    """
+    counts = {
+        "--clips-per-class": clips_per_class,
+        "--test-clips-per-class": test_clips_per_class,
+        "--epochs": epochs,
+    }
+    for flag, value in counts.items():
+        if value < 1:
+            raise UserError(f"{flag} must be at least 1, got {value}")
+    if seed < 0:
+        raise UserError(f"--seed must not be negative, got {seed}")
+    _prepare(out, overwrite)
+
+    seconds: dict[str, float] = {}
+    stage = functools.partial(_timed, seconds)
+    with stage("start"):
+        import jax
+        import numpy as np
+
+        import vivit_jax
+        from vivit_jax.cli.predict import predict
+        from vivit_jax.data.synthetic import CLASSES, write_dataset
+        from vivit_jax.train.fit import logits_of
+
+        device = jax.devices()[0].platform
+    _say(f"vivit-jax demo, seed {seed}, on {device} with {os.cpu_count()} processors")
+
+    train_count, test_count = (len(CLASSES) * n for n in (clips_per_class, test_clips_per_class))
+    _say(f"\ndata: {train_count} clips to train on, {test_count} held out, in {out / 'data'}")
+    with stage("write clips"):
+        splits = {"train": clips_per_class, "test": test_clips_per_class}
+        shape = dict(num_frames=NUM_FRAMES, image_size=IMAGE_SIZE, fps=FPS)
+        data = write_dataset(out / "data", splits, seed=seed, **shape)
+    size = sum(path.stat().st_size for clips in data.values() for path, _ in clips)
+    _say(
+        f"  {len(CLASSES)} kinds of motion, {NUM_FRAMES} frames of {IMAGE_SIZE}x{IMAGE_SIZE}, "
+        f"{FPS} per second, H.264 in mp4, {size / 1e6:.1f} MB"
+    )
+    with stage("read clips"):
+        frames = {split: _read([path for path, _ in clips]) for split, clips in data.items()}
+        labels = {split: np.array([label for _, label in clips]) for split, clips in data.items()}
+
+    net, processor = _build(model)
+    with stage("train"):
+        params = _train(net, processor, frames["train"], labels["train"], epochs, seed)
+    with stage("evaluate"):
+        held_out, truth = processor(frames["test"]), labels["test"]
+        logits = logits_of(net, params, held_out)
+    accuracy = float((logits.argmax(-1) == truth).mean())
+    _say(
+        f"\nheld-out accuracy {accuracy:.1%} of {test_count} clips (chance {1 / len(CLASSES):.1%})"
+    )
+    for line in _per_class(CLASSES, truth, logits.argmax(-1)):
+        _say(f"  {line}")
+
+    directory = out / "model"
+    with stage("save and load"):
+        vivit_jax.save_pretrained(directory, net, params, processor)
+        loaded = logits_of(*vivit_jax.from_pretrained(directory), held_out)
+    same = np.array_equal(loaded, logits)
+    _say(
+        f"\nsaved as {directory} and loaded back: the logits are "
+        + ("identical" if same else f"OFF BY {np.abs(loaded - logits).max():.1e}")
+    )
+
+    file = data["test"][0][0]
+    _say(f"\n$ vivit-jax predict {_quoted(file)} --model {_quoted(directory)}")
+    with stage("predict"):
+        predict((file,), model=str(directory), top_k=3)
+
+    with stage("PyTorch"):
+        difference = _difference_to_torch(directory, held_out, logits)
+    allowed = TOLERANCE * max(1.0, float(np.abs(logits).max()))
+    agrees = difference is None or difference <= allowed
+    if difference is None:
+        _say(
+            "\nnot compared with PyTorch, because torch or transformers is not installed: "
+            "pip install 'vivit_jax[torch]'"
+        )
+    else:
+        _say(
+            f"\nPyTorch loads the same directory: its logits differ by at most {difference:.1e} "
+            f"on the held-out clips ({allowed:.1e} allowed): {'ok' if agrees else 'THEY DISAGREE'}"
+        )
+
+    with stage("picture"):
+        subtitle = (
+            f"{type(net).__name__} trained by vivit-jax demo, seed {seed}: "
+            f"{accuracy:.1%} of {test_count} held-out clips right. "
+            "What leaves a frame on one side comes in on the other."
+        )
+        # One clip of every class.
+        first = np.unique(truth, return_index=True)[1]
+        _draw(out / PICTURE, frames["test"][first], truth[first], logits[first], subtitle)
+
+    summary = dict(model=model, seed=seed, epochs=epochs, accuracy=accuracy)
+    summary["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    summary["predictions"] = {
+        data["test"][i][0].relative_to(out).as_posix(): CLASSES[logits[i].argmax()] for i in first
+    }
+    _mark(out, summary)
+    _say(
+        f"\nwritten to {out.resolve()}:\n"
+        "  data/{train,test}/<class>/<number>.mp4\n"
+        "  model/            config.json, model.safetensors, preprocessor_config.json\n"
+        f"  {PICTURE}   a held-out clip of every class with its prediction\n"
+        f"  {MARKER}   accuracy, times and the predictions of the picture"
+    )
+    _say(
+        f"\n{sum(seconds.values()):.1f} s: "
+        + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    )
+    _say(
+        "\nnext:\n"
+        f"  vivit-jax predict {_quoted(out)}/data/test/*/0000.mp4 --model {_quoted(directory)}\n"
+        f"  vivit-convert inspect {_quoted(directory)}\n"
+        f"  vivit-convert verify {_quoted(directory)} --clip {_quoted(file)}"
+    )
+    return 0 if same and agrees else 1
+
+
+def _say(text: str) -> None:
+    # Flushed, so that what is written to a pipe can be followed.
+    print(text, flush=True)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def _prepare(out: Path, overwrite: bool) -> None:
+    """Make `out` a directory that holds nothing a demo writes, and mark it as ours."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; expected a directory, new or empty")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UserError(
+                f"--out {out} is not empty; choose another directory, or pass --overwrite to "
+                "replace an earlier demo"
+            )
+        if not (out / MARKER).is_file():
+            raise UserError(
+                f"--out {out} was not written by vivit-jax demo (it holds no {MARKER}), so "
+                "--overwrite leaves it alone; choose another directory"
+            )
+        for name in ("data", "model", PICTURE):
+            path = out / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    _mark(out, {})
+
+
+def _mark(out: Path, values: dict[str, Any]) -> None:
+    text = json.dumps({"written_by": "vivit-jax demo"} | values, indent=2)
+    (out / MARKER).write_text(text + "\n")
+
+
+def _build(family: str):
+    """The untrained model and its processor."""
+    import vivit_jax
+    from vivit_jax.data.synthetic import CLASSES
+
+    sizes: dict[str, Any] = dict(
+        image_size=IMAGE_SIZE,
+        num_frames=NUM_FRAMES,
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        num_labels=len(CLASSES),
+        id2label=CLASSES,
+        # 0.02 suits widths near 768; here it costs epochs before the loss moves.
+        initializer_range=0.06,
+    )
+    # Four frames per token: the patch projection itself sees motion, which two hardly show.
+    if family == "vivit":
+        config = vivit_jax.VivitConfig(tubelet_size=(4, 16, 16), **sizes)
+        processor = vivit_jax.VideoProcessor.named(
+            "vivit-scenic", size=IMAGE_SIZE, crop_size=IMAGE_SIZE
+        )
+        return vivit_jax.VivitForVideoClassification(config), processor
+    config = vivit_jax.VideoMAEConfig(tubelet_size=4, patch_size=16, **sizes)
+    processor = vivit_jax.VideoProcessor.videomae(size=IMAGE_SIZE, crop_size=IMAGE_SIZE)
+    return vivit_jax.VideoMAEForVideoClassification(config), processor
+
+
+def _train(model, processor, clips, labels, epochs: int, seed: int):
+    """Params trained on clips, uint8 [n, t, h, w, 3]; prints the model and every epoch."""
+    import jax
+    import numpy as np
+
+    from vivit_jax.data.synthetic import augment
+    from vivit_jax.train.fit import fit, init_params, normaliser
+
+    params, config = init_params(model, seed), model.config
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    _say(
+        f"\nmodel: {type(model).__name__}, {config.num_hidden_layers} layers of width "
+        f"{config.hidden_size}, {config.num_tokens} tokens, {size:,} parameters"
+    )
+    # The processor's geometry once and clip by clip, its arithmetic on the device in every step.
+    geometry = dict(do_rescale=False, offset=False, do_normalize=False)
+    clips = np.concatenate([processor(clip, **geometry).astype(np.uint8) for clip in clips])
+    return fit(
+        model,
+        params,
+        clips,
+        labels,
+        normalise=normaliser(processor),
+        augment=augment,
+        epochs=epochs,
+        batch_size=16,
+        learning_rate=2e-3,
+        seed=seed,
+        report=lambda epoch: _say(
+            f"  epoch {epoch.number:>2}/{epochs}  loss {epoch.loss:.3f}  "
+            f"accuracy {epoch.accuracy:6.1%}  {epoch.clips_per_second:4.0f} clips/s"
+        ),
+    )
+
+
+def _read(paths: Sequence[Path]):
+    """The clips of the files, uint8 [n, t, h, w, 3], as `vivit-jax predict` reads them."""
+    import numpy as np
+
+    from vivit_jax.data.decode import read_video
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return np.stack(list(pool.map(lambda path: read_video(path, num_frames=NUM_FRAMES), paths)))
+
+
+def _difference_to_torch(directory: Path, pixel_values, logits) -> float | None:
+    """Largest difference of transformers' logits to ours; None where it is not installed."""
+    import numpy as np
+
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError:
+        return None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForVideoClassification.from_pretrained(directory).eval()
+    channels_first = np.ascontiguousarray(pixel_values.transpose(0, 1, 4, 2, 3))
+    with torch.inference_mode():
+        theirs = model(torch.from_numpy(channels_first)).logits.numpy()
+    return float(np.abs(theirs - logits).max())
+
+
+def _per_class(classes: Sequence[str], labels, predicted) -> Iterator[str]:
+    """One line per class: its accuracy and what its other clips were taken for."""
+    import numpy as np
+
+    width = max(map(len, classes))
+    for k, name in enumerate(classes):
+        answers = np.bincount(predicted[labels == k], minlength=len(classes))
+        line = f"{name:{width}}  {answers[k] / answers.sum():6.1%}"
+        wrong = [
+            f"{answers[j]} as {classes[j]}"
+            for j in np.argsort(-answers, kind="stable")
+            if j != k and answers[j]
+        ]
+        yield f"{line}   {', '.join(wrong)}".rstrip()
+
+
+def _draw(path: Path, clips, labels, logits, subtitle: str) -> None:
+    """A row per clip with what the model takes it for."""
+    import jax
+    import numpy as np
+
+    from vivit_jax.cli.picture import draw_predictions
+    from vivit_jax.data.synthetic import CLASSES
+
+    scores = np.asarray(jax.nn.softmax(logits))
+    draw_predictions(
+        path,
+        clips,
+        [CLASSES[k] for k in labels],
+        [CLASSES[k] for k in scores.argmax(-1)],
+        scores.max(-1),
+        title="Held-out clips and what the model takes them for",
+        subtitle=subtitle,
+        fps=FPS,
+    )
