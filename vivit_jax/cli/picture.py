@@ -40,7 +40,8 @@ def draw_predictions(
     right = left + num_frames * (width + GUTTER) - GUTTER + COLUMN_GAP
     top = MARGIN + 96
     headings = MARGIN + max(_width(heading, title), _width(plain, subtitle))
-    page_width = max(right + _width(plain, *predictions, "predicted"), headings) + MARGIN
+    answers = max(_width(plain, *predictions), _width(small, "wrong, probability 0.00"))
+    page_width = max(right + answers, headings) + MARGIN
     page_height = top + len(clips) * (height + ROW_GAP) - ROW_GAP + MARGIN
     page = Image.new("RGB", (page_width, page_height), PAPER)
     draw = ImageDraw.Draw(page)
