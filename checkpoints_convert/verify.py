@@ -162,7 +162,7 @@ def _load_in_torch(path: Path, name: str, layout) -> Any:
             "load VideoMAE weights without their biases. pip install 'vivit_jax[torch]'"
         )
     options = {"add_pooling_layer": layout.pooler} if name == "VivitModel" else {}
-    with _as_directory(path) as directory:
+    with _as_directory(path) as directory, _quiet(transformers):
         model, info = getattr(transformers, name).from_pretrained(
             directory,
             attn_implementation="sdpa",
@@ -181,6 +181,21 @@ def _load_in_torch(path: Path, name: str, layout) -> Any:
         told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
         raise CheckpointError(f"transformers does not load every tensor of {path}: {told}")
     return model.eval()
+
+
+@contextlib.contextmanager
+def _quiet(transformers) -> Iterator[None]:
+    """Leave the load report to us: what it would warn of is an error here."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -319,11 +334,6 @@ def verify(
         json: Print a JSON object instead of the table.
         revision: Branch, tag or commit of a hub id.
     """
-    with contextlib.suppress(ModuleNotFoundError):  # verify_checkpoint says what to install
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
     result = verify_checkpoint(
         source,
         clip=clip,

@@ -4,12 +4,14 @@
 import numpy as np
 
 import vivit_jax
+from checkpoints_convert import trees
 from vivit_jax.models.videomae import (
     VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
     VideoMAEModel,
 )
 from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
+from vivit_jax.pretrained import abstract_params
 
 # Largest absolute difference allowed, after scaling by the reference's RMS where that exceeds 1.
 # Measured on a 2-core x86 CPU (see the assertion messages for the figures of a failing run):
@@ -30,7 +32,7 @@ VIVIT = dict(
     num_frames=6,
     tubelet_size=(2, 8, 8),
     hidden_size=48,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     intermediate_size=80,
     num_labels=5,
@@ -41,7 +43,7 @@ VIDEOMAE = dict(
     num_frames=6,
     tubelet_size=2,
     hidden_size=48,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     intermediate_size=80,
     num_labels=5,
@@ -94,6 +96,18 @@ def config_of(case: str, **changes):
     cls, _, values = CASES[case]
     family = vivit_jax.VivitConfig if "vivit" in case else vivit_jax.VideoMAEConfig
     return family(**{**values, **changes})
+
+
+def random_params(model, scale: float = 0.3, seed: int = 0):
+    """Plain parameters drawn from a normal distribution, in the model's running layout.
+
+    Much faster than compiling `model.init`, and nothing is at 0 or 1.
+    """
+    rng = np.random.default_rng(seed)
+    flat = trees.flatten(abstract_params(model))
+    return trees.unflatten(
+        {k: (rng.standard_normal(v.shape) * scale).astype(np.float32) for k, v in flat.items()}
+    )
 
 
 def clip(config, batch: int = 2, seed: int = 0, scale: float = 1.0) -> np.ndarray:

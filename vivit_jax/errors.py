@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors a user can act on: the message states the field, what was got, what was expected and the way out.
+"""Errors a user can act on: each states the field, what was got, what was expected, the way out.
 
 The command lines print these as one line and exit with status 2; anything else is a bug and keeps
 its stack trace.

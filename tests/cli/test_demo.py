@@ -258,7 +258,7 @@ def test_demo_writes_what_it_says(finished):
     }
     assert str(out) in printed and "24 clips to train on, 16 held out" in printed
     assert "the logits are identical" in printed
-    assert "PyTorch loads the same directory" in printed and ": ok" in printed
+    assert "agree: every difference is within" in printed and "DIFFERS" not in printed
     summary = json.loads((out / "vivit-demo.json").read_text())
     assert f"held-out accuracy {summary['accuracy']:.1%}" in printed
     config = json.loads((out / "model/config.json").read_text())
@@ -350,9 +350,11 @@ def test_help_loads_nothing_heavy():
         assert flag in done.stdout
 
 
-def test_without_pytorch_the_comparison_is_skipped(monkeypatch, tmp_path):
+def test_without_pytorch_the_comparison_is_skipped(finished, monkeypatch, capsys):
+    out, _, _ = finished
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert demo_module._difference_to_torch(tmp_path, None, None) is None
+    assert demo_module._verify(out / "model", out / "data/test/grow/0000.mp4")
+    assert "pip install 'vivit_jax[torch]'" in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_in_one_line_and_the_directory_can_be_overwritten(tmp_path):

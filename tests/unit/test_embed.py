@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import clip, config_of
+from helpers import CASES, clip, config_of, random_params
 
 from vivit_jax import UserError, VivitModel
 from vivit_jax.layers.embed import patchify, resize_positions, sincos_positions
@@ -90,13 +90,11 @@ def test_clips_that_do_not_fit(shape, message):
 @pytest.mark.parametrize("size", [(8, 24, 16), (2, 8, 8), (6, 40, 32), (10, 16, 48)])
 @pytest.mark.parametrize("case", ["vivit base", "mae base"])
 def test_any_size_works_with_interpolation(case, size):
-    from helpers import CASES
-
     config = config_of(case)
     model = CASES[case][0](config)
     x = clip(dataclasses.replace(config, num_frames=size[0], image_size=size[1:]))
-    params = model.init(jax.random.key(0), clip(config))
-    out = model.apply(params, x, interpolate_pos_encoding=True)
+    apply = jax.jit(model.apply, static_argnames="interpolate_pos_encoding")
+    out = apply({"params": random_params(model)}, x, interpolate_pos_encoding=True)
     tokens = size[0] // 2 * (size[1] // 8) * (size[2] // 8) + (case == "vivit base")
     assert out.last_hidden_state.shape == (2, tokens, 48)
     assert np.isfinite(out.last_hidden_state).all()
@@ -105,7 +103,8 @@ def test_any_size_works_with_interpolation(case, size):
 def test_native_size_is_unchanged_by_interpolation():
     config = config_of("vivit base")
     model, x = VivitModel(config), clip(config)
-    params = model.init(jax.random.key(0), x)
-    plain = model.apply(params, x).last_hidden_state
-    flagged = model.apply(params, x, interpolate_pos_encoding=True).last_hidden_state
+    params = {"params": random_params(model)}
+    apply = jax.jit(model.apply, static_argnames="interpolate_pos_encoding")
+    plain = apply(params, x).last_hidden_state
+    flagged = apply(params, x, interpolate_pos_encoding=True).last_hidden_state
     assert (np.asarray(plain) == np.asarray(flagged)).all()

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from vivit_jax.errors import UserError
+from vivit_jax.errors import MissingExtra, UserError
 
 # A demo directory is known by this file; it is written first and completed last.
 MARKER = "vivit-demo.json"
@@ -21,8 +21,6 @@ PICTURE = "predictions.png"
 IMAGE_SIZE = 48
 NUM_FRAMES = 8
 FPS = 10
-# Of max(1, largest logit), as in `vivit-convert verify`.
-TOLERANCE = 1e-4
 
 
 def demo(
@@ -122,19 +120,7 @@ def demo(
         predict((file,), model=str(directory), top_k=3)
 
     with stage("PyTorch"):
-        difference = _difference_to_torch(directory, held_out, logits)
-    allowed = TOLERANCE * max(1.0, float(np.abs(logits).max()))
-    agrees = difference is None or difference <= allowed
-    if difference is None:
-        _say(
-            "\nnot compared with PyTorch, because torch or transformers is not installed: "
-            "pip install 'vivit_jax[torch]'"
-        )
-    else:
-        _say(
-            f"\nPyTorch loads the same directory: its logits differ by at most {difference:.1e} "
-            f"on the held-out clips ({allowed:.1e} allowed): {'ok' if agrees else 'THEY DISAGREE'}"
-        )
+        agrees = _verify(directory, file)
 
     with stage("picture"):
         subtitle = (
@@ -292,22 +278,17 @@ def _read(paths: Sequence[Path]):
         return np.stack(list(pool.map(lambda path: read_video(path, num_frames=NUM_FRAMES), paths)))
 
 
-def _difference_to_torch(directory: Path, pixel_values, logits) -> float | None:
-    """Largest difference of transformers' logits to ours; None where it is not installed."""
-    import numpy as np
+def _verify(directory: Path, clip: Path) -> bool:
+    """Compare the saved model with PyTorch on one file; True where there is no PyTorch."""
+    from checkpoints_convert.verify import verify_checkpoint
 
     try:
-        import torch
-        import transformers
-    except ModuleNotFoundError:
-        return None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForVideoClassification.from_pretrained(directory).eval()
-    channels_first = np.ascontiguousarray(pixel_values.transpose(0, 1, 4, 2, 3))
-    with torch.inference_mode():
-        theirs = model(torch.from_numpy(channels_first)).logits.numpy()
-    return float(np.abs(theirs - logits).max())
+        result = verify_checkpoint(directory, clip=clip)
+    except MissingExtra as missing:
+        _say(f"\nnot compared with PyTorch: {missing}")
+        return True
+    _say(f"\n$ vivit-convert verify {_quoted(directory)} --clip {_quoted(clip)}\n{result}")
+    return result.passed
 
 
 def _per_class(classes: Sequence[str], labels, predicted) -> Iterator[str]:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import jax
+import numpy as np
+import pytest
+from clips import write_clip
+from helpers import VIVIT, random_params
+
+import vivit_jax
+from vivit_jax.cli.__main__ import main
+
+LABELS = ("walk", "run", "jump", "fly", "sleep")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved tiny classifier of 24x16 frames with visible preferences."""
+    config = vivit_jax.VivitConfig(**VIVIT, id2label=LABELS)
+    module = vivit_jax.VivitForVideoClassification(config)
+    processor = vivit_jax.VideoProcessor.vivit(size=28, crop_size=(24, 16))
+    directory = tmp_path_factory.mktemp("predict") / "model"
+    vivit_jax.save_pretrained(directory, module, random_params(module), processor)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clips")
+    (directory / "broken.mp4").write_bytes(b"not a video")
+    return {
+        "long": write_clip(directory / "long.mp4", frames=40, size=(96, 64)),
+        "short": write_clip(directory / "short.mp4", frames=8, size=(96, 64)),
+        "tiny": write_clip(directory / "tiny.mp4", frames=3, size=(96, 64)),
+        "broken": directory / "broken.mp4",
+    }
+
+
+def run(capsys, *args):
+    status = main(["predict", *map(str, args)])
+    return status, *capsys.readouterr()
+
+
+def test_json_holds_frames_and_scores_that_the_model_gives(model, clips, capsys):
+    status, out, _ = run(capsys, clips["long"], "--model", model, "--json", "--top-k", "3")
+    (result,) = json.loads(out)
+    assert status == 0 and result["clip"] == str(clips["long"])
+    assert result["frames"] == [14, 16, 18, 20, 22, 24]  # stride 2, centred in 40 frames
+    net, params = vivit_jax.from_pretrained(model)
+    processor = vivit_jax.VideoProcessor.from_pretrained(model)
+    pixels = processor(vivit_jax.read_video(clips["long"], indices=result["frames"]))
+    scores = np.asarray(jax.nn.softmax(net.apply({"params": params}, pixels).logits[0]))
+    assert [p["index"] for p in result["predictions"]] == np.argsort(-scores)[:3].tolist()
+    for prediction in result["predictions"]:
+        assert prediction["label"] == LABELS[prediction["index"]]
+        assert abs(prediction["score"] - scores[prediction["index"]]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "frames"),
+    [
+        ("long", ["--stride", "1", "--start", "begin"], [0, 1, 2, 3, 4, 5]),
+        ("long", ["--start", "end"], [29, 31, 33, 35, 37, 39]),
+        ("long", ["--start", "3", "--stride", "7"], [3, 10, 17, 24, 31, 38]),
+        ("short", [], [1, 2, 3, 4, 5, 6]),  # too short for the recipe's stride 2
+        ("tiny", ["--pad", "repeat_last"], [0, 1, 2, 2, 2, 2]),
+        ("tiny", ["--pad", "loop"], [0, 1, 2, 0, 1, 2]),
+    ],
+)
+def test_which_frames(model, clips, capsys, name, options, frames):
+    status, out, _ = run(capsys, clips[name], "--model", model, "--json", *options)
+    assert status == 0 and json.loads(out)[0]["frames"] == frames
+
+
+def test_text_lists_labels(model, clips, capsys):
+    status, out, _ = run(capsys, clips["long"], clips["short"], "--model", model, "--top-k", "9")
+    assert status == 0 and out.count("frames from") == 2
+    assert all(out.count(f"  {label}\n") == 2 for label in LABELS)
+
+
+def test_a_broken_clip_does_not_stop_the_others(model, clips, capsys):
+    files = [clips["broken"], clips["long"], clips["tiny"]]
+    status, out, err = run(capsys, *files, "--model", model, "--json")
+    results = json.loads(out)
+    assert status == 1 and "predictions" in results[1]
+    assert "error" in results[0] and "error" in results[2]
+    assert "broken.mp4" in err and "6 frames" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["{long}", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["{long}", "--model", "{model}", "--top-k", "0"], "--top-k must be at least 1"),
+        (["{long}", "--model", "{model}", "--start", "middle"], "begin, center, end or a frame"),
+        (["{long}", "--model", "{model}", "--stride", "0"], "stride"),
+    ],
+)
+def test_wrong_input_is_one_line(model, clips, capsys, args, message):
+    filled = [arg.format(model=model, **clips) for arg in args]
+    status, out, err = run(capsys, *filled)
+    assert status == 2 and message in err and err.count("\n") == 1 and not out
+
+
+def test_a_model_without_processor_says_what_is_missing(model, clips, capsys, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    status, _, err = run(capsys, clips["long"], "--model", tmp_path)
+    assert status == 2 and "preprocessor_config.json" in err
+
+
+def test_a_clip_of_another_size_than_the_model_takes(model, clips, capsys, tmp_path):
+    vivit_jax.save_pretrained(
+        tmp_path / "m",
+        *vivit_jax.from_pretrained(model),
+        vivit_jax.VideoProcessor.vivit(size=64, crop_size=64),
+    )
+    status, _, err = run(capsys, clips["long"], "--model", tmp_path / "m")
+    assert status == 2 and "configured for (6, 24, 16)" in err
+
+
+def test_multi_label_scores_are_independent(model, clips, capsys, tmp_path):
+    for name in ("model.safetensors", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, out, _ = run(capsys, clips["long"], "--model", tmp_path, "--json")
+    scores = [p["score"] for p in json.loads(out)[0]["predictions"]]
+    assert abs(sum(scores) - 1) > 1e-3 and all(0 <= s <= 1 for s in scores)
+
+
+def test_presets(capsys):
+    assert main(["presets"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in vivit_jax.PRESETS) and "86,534,800" in text
+    assert main(["presets", "--json"]) == 0
+    listing = json.loads(capsys.readouterr().out)
+    config = vivit_jax.VideoMAEConfig.from_dict(listing["videomae-large"]["config"])
+    assert config == vivit_jax.PRESETS["videomae-large"].config

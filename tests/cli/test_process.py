@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a fresh process shows: imports, start-up time, exit status and stderr."""
+
+import resource
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+
+def python(code: str, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True
+    )
+
+
+def command(module: str, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True)
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_everything_imports_without_torch_transformers_and_av():
+    done = python(
+        """
+        import sys
+        for name in ("torch", "transformers", "av", "huggingface_hub"):
+            sys.modules[name] = None  # importing it raises ModuleNotFoundError
+        import vivit_jax
+        for name in vivit_jax.__all__:
+            getattr(vivit_jax, name)
+        import checkpoints_convert.__main__
+        from vivit_jax.errors import MissingExtra
+        try:
+            from checkpoints_convert.verify import _load_in_torch
+            _load_in_torch(None, "VivitModel", None)
+        except MissingExtra as error:
+            assert "pip install 'vivit_jax[torch]'" in str(error)
+        else:
+            raise AssertionError("nothing was raised")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_conversion_core_needs_neither_jax_nor_torch():
+    done = python(
+        """
+        import sys
+        sys.modules["jax"] = sys.modules["torch"] = None
+        from checkpoints_convert import config_json, io, layouts, rules, save, trees
+        from checkpoints_convert.tables import hf_videomae, hf_vivit
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["vivit_jax.cli", "checkpoints_convert"])
+def test_help_answers_quickly_and_without_jax(module):
+    done = python(
+        f"""
+        import sys
+        from {module}.__main__ import main
+        try:
+            main(["--help"])
+        except SystemExit as stop:
+            assert not stop.code
+        heavy = {{"jax", "torch", "transformers", "av", "flax"}} & sys.modules.keys()
+        assert not heavy, heavy
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    before = cpu_seconds()
+    assert "usage" in command(module, "--help").stdout
+    assert cpu_seconds() - before < 1.5  # of processor time, measured 0.5; so load does not matter
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "message"),
+    [
+        ("vivit_jax.cli", ["predict", "x.mp4", "--model", "/nowhere"], "/nowhere"),
+        ("checkpoints_convert", ["inspect", "/nowhere"], "/nowhere"),
+        ("checkpoints_convert", ["verify", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(module, args, message):
+    done = command(module, *args)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
