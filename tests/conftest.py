@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    # Tiny models spend seconds in the compiler for milliseconds of work, so it may be lazy here;
+    # the full-size checks (-m slow) compile as users do.
+    if "not slow" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 def pytest_collection_modifyitems(items):

@@ -120,7 +120,7 @@ def test_head_mask_silences_heads_layer_by_layer():
     model, x = VivitModel(config), clip(config)
     params = {"params": random_params(model)}
     apply = jax.jit(model.apply, static_argnames="output_attentions")
-    head_mask = np.array([[1, 0, 1, 1], [0, 1, 1, 0]], np.float32)
+    head_mask = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]], np.float32)
     ours = apply(params, x, head_mask=head_mask, output_attentions=True)
     cut = jax.tree.map(lambda p: p, params)
     for layer, row in enumerate(head_mask):
@@ -134,5 +134,5 @@ def test_head_mask_silences_heads_layer_by_layer():
     assert np.abs(np.asarray(untouched) - np.asarray(expected)).max() > 1e-2
     ones = apply(params, x, head_mask=np.ones(4)).last_hidden_state
     np.testing.assert_allclose(ones, untouched, atol=1e-5)
-    with pytest.raises(UserError, match=r"\(4,\) or \(2, 4\), got \(3,\)"):
+    with pytest.raises(UserError, match=r"\(4,\) or \(3, 4\), got \(3,\)"):
         model.apply(params, x, head_mask=np.ones(3))

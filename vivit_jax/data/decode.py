@@ -193,7 +193,7 @@ def read_video(
             raise VideoError(f"{name}: {error}") from None
 
     def convert(frame) -> np.ndarray:
-        return _oriented(frame.to_ndarray(format="rgb24"), _orientation(name, frame))
+        return _oriented(_rgb(frame), _orientation(name, frame))
 
     with _open(name) as (container, stream):
         table = scan(name, container, stream)
@@ -249,7 +249,7 @@ def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
         for k, frame in enumerate(container.decode(stream)):
             total = k + 1
             if k in wanted:
-                frames[k] = frame.to_ndarray(format="rgb24")
+                frames[k] = _rgb(frame)
             if k == last:
                 break
     except av.FFmpegError as error:
@@ -378,6 +378,11 @@ def _orientation(name: str, frame) -> np.ndarray:
             "ffmpeg -display_rotation 0 -i IN -c copy OUT"
         )
     return turned
+
+
+def _rgb(frame) -> np.ndarray:
+    # One thread: by default each frame starts its own, for the same bits at several times the cost.
+    return frame.to_ndarray(format="rgb24", threads=1)
 
 
 def _oriented(image: np.ndarray, orientation: np.ndarray) -> np.ndarray:
