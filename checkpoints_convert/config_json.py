@@ -4,6 +4,7 @@
 import dataclasses
 import difflib
 import json
+import logging
 import types
 import typing
 from collections.abc import Iterable
@@ -14,8 +15,10 @@ from checkpoints_convert.layouts import architecture, head_of_architectures
 from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
 from vivit_jax.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 Config = VivitConfig | VideoMAEConfig
 NAME = "config.json"
+HF_FIXED_EPS = 1e-5  # of the norms outside the blocks of VideoMAE
 
 
 def config_path(checkpoint: str | Path) -> Path:
@@ -41,16 +44,35 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     try:
-        config = config_from_dict(values, **execution)
+        config = config_from_dict(values)
+        head = head_of_architectures(values.get("architectures"), config.model_type)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
     except TypeError as error:
         raise ConfigError(f"{path}: a value has the wrong type: {error}") from None
-    return config, head_of_architectures(values.get("architectures"), config.model_type)
+    return dataclasses.replace(config, **execution), head
+
+
+def eps_note(config: Config, head: str) -> str | None:
+    """What transformers computes with another epsilon than `config` says, None if nothing."""
+    field = {"classification": "fc_norm_eps", "pretraining": "decoder_norm_eps"}.get(head)
+    eps = getattr(config, field, HF_FIXED_EPS) if field else HF_FIXED_EPS
+    if eps == HF_FIXED_EPS:
+        return None
+    return (
+        f"{field} is {eps:g} here; transformers computes with {HF_FIXED_EPS:g} whatever "
+        "config.json says"
+    )
 
 
 def write_config(directory: str | Path, config: Config, head: str, dtype: str) -> None:
-    """Write config.json for a model with this head whose weights are stored as `dtype`."""
+    """Write config.json for a model with this head whose weights are stored as `dtype`.
+
+    Warns where transformers will compute with another epsilon.
+    """
+    note = eps_note(config, head)
+    if note:
+        logger.warning("%s", note)
     values = config.to_dict()
     values["architectures"] = [architecture(config.model_type, head)]
     values["dtype"] = dtype

@@ -8,7 +8,7 @@ from typing import Any
 from checkpoints_convert.rules import Rule
 from checkpoints_convert.tables import hf_videomae, hf_vivit
 from vivit_jax.config import VideoMAEConfig, VivitConfig
-from vivit_jax.errors import CheckpointError, UserError
+from vivit_jax.errors import CheckpointError, ConfigError, UserError
 
 # Table modules by layout and family. The command line offers the layouts found here.
 _TABLES = {("hf", "vivit"): hf_vivit, ("hf", "videomae"): hf_videomae}
@@ -88,6 +88,10 @@ def detect(
 
 def head_of_architectures(architectures: Any, family: str) -> str | None:
     """The head that config.json's `architectures` names, None if it names no class of ours."""
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise ConfigError(f"architectures must be a list of class names, got {architectures!r}")
     for name in architectures or ():
         found, head = ARCHITECTURES.get(name, (None, None))
         if found == family:

@@ -19,7 +19,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 import numpy as np
 
 from checkpoints_convert import trees
-from checkpoints_convert.problems import Problems
+from checkpoints_convert.problems import Problems, collapse
 from vivit_jax.errors import CheckpointError
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -146,19 +146,29 @@ def read_params(
 
     Returns one freshly allocated array per leaf, of `dtype`, or of the dtype the tensors are
     stored in (None). One tensor is in memory at a time beside them. Raises CheckpointError where
-    the layers of one stacked leaf are stored in dtypes without a common one.
+    the layers of one stacked leaf are stored in dtypes without a common one, and where finite
+    numbers would become infinite in `dtype`.
     """
     slots = trees.slots(expected)
     rows = [row for row in rows if row.dst]
     dtypes = leaf_dtypes(source, rows, slots) if dtype is None else {}
     out: dict[str, np.ndarray] = {}
+    overflows = []
     for row in rows:
         for path, value in zip(row.dst, row.to_params(_read(source[row.src])), strict=True):
             slot = slots[path]
             if slot.leaf not in out:
                 out[slot.leaf] = _empty(expected[slot.leaf], dtypes.get(slot.leaf, dtype))
             leaf = out[slot.leaf]
-            _copy(leaf if slot.layer is None else leaf[slot.layer], value)
+            try:
+                with np.errstate(over="raise"):
+                    _copy(leaf if slot.layer is None else leaf[slot.layer], value)
+            except FloatingPointError:
+                overflows.append(row.src)
+    if overflows:
+        raise CheckpointError(
+            f"too large for {dtype}: {', '.join(collapse(overflows))}; keep a wider dtype"
+        )
     return out
 
 

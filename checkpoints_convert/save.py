@@ -115,7 +115,8 @@ def check_destination(directory: str | Path, overwrite: bool) -> Path:
         raise CheckpointError(f"{directory} is a file, expected a directory to write")
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
         raise CheckpointError(
-            f"{directory} is not empty; pass overwrite to replace the model files in it"
+            f"{directory} is not empty; pass overwrite=True (--overwrite) to replace the model "
+            "files in it"
         )
     return directory
 

@@ -49,9 +49,11 @@ class Verification:
     inputs: str
     tolerance: float
     rows: tuple[Row, ...]
+    note: str | None = None  # what the two sides compute differently by design
 
     @property
     def passed(self) -> bool:
+        """Whether every row is within the tolerance."""
         return all(row.within for row in self.rows)
 
     def __str__(self) -> str:
@@ -83,7 +85,8 @@ class Verification:
             else f"DIFFER: {differs} of {len(self.rows)} rows exceed "
             f"{self.tolerance:g} x max(1, max |value|)"
         )
-        return "\n".join([f"{self.source}: {self.model}, {self.inputs}", *table, verdict])
+        title = f"{self.source}: {self.model}, {self.inputs}"
+        return "\n".join([title, *table, *([self.note] if self.note else []), verdict])
 
 
 def verify_checkpoint(
@@ -105,16 +108,26 @@ def verify_checkpoint(
     """
     import jax
 
+    from checkpoints_convert.config_json import eps_note
     from checkpoints_convert.layouts import architecture
+    from checkpoints_convert.rules import match_import
     from checkpoints_convert.source import open_source
     from vivit_jax.hub import resolve_checkpoint
     from vivit_jax.pretrained import from_pretrained
 
-    if tolerance <= 0 or batch < 1:
-        raise UserError(f"tolerance {tolerance} and batch {batch} must be positive")
+    if not tolerance > 0 or batch < 1 or seed < 0:
+        raise UserError(
+            f"tolerance {tolerance} and batch {batch} must be positive, seed {seed} not negative"
+        )
     path = resolve_checkpoint(source, revision)
     opened = open_source(path)
     name = architecture(opened.layout.family, opened.layout.head)
+    match_import(
+        opened.checkpoint.tensors,
+        opened.layout.rules(opened.config),
+        opened.expected(),
+        opened.title,
+    )
     reference = _load_in_torch(path, name, opened.layout)
     model, params = from_pretrained(path, attention=attention)
     if clip is None:
@@ -131,7 +144,8 @@ def verify_checkpoint(
     theirs = _run_in_torch(reference, pixels, extra)
     truth = _run_in_torch(copy.deepcopy(reference).double(), pixels.astype(np.float64), extra)
     rows = tuple(_compare(key, ours[key], theirs[key], truth[key], tolerance) for key in truth)
-    return Verification(str(source), name, inputs, tolerance, rows)
+    note = eps_note(opened.config, opened.layout.head)
+    return Verification(str(source), name, inputs, tolerance, rows, note)
 
 
 def _compare(name: str, ours, theirs, truth, tolerance: float) -> Row:
@@ -163,20 +177,19 @@ def _load_in_torch(path: Path, name: str, layout) -> Any:
         )
     options = {"add_pooling_layer": layout.pooler} if name == "VivitModel" else {}
     with _as_directory(path) as directory, _quiet(transformers):
-        model, info = getattr(transformers, name).from_pretrained(
-            directory,
-            attn_implementation="sdpa",
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
+        try:
+            model, info = getattr(transformers, name).from_pretrained(
+                directory,
+                attn_implementation="sdpa",
+                dtype=torch.float32,
+                output_loading_info=True,
+                **options,
+            )
+        except (RuntimeError, ValueError, LookupError, OSError) as error:
+            raise CheckpointError(f"transformers does not open {path}: {error}") from error
     # A key bias cannot change the softmax; transformers leaves it out as we do.
     unexpected = {key for key in info["unexpected_keys"] if not key.endswith(".key.bias")}
-    problems = {
-        "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(unexpected),
-        "mis-shaped": sorted(map(str, info["mismatched_keys"])),
-    }
+    problems = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected)}
     if any(problems.values()):
         told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
         raise CheckpointError(f"transformers does not load every tensor of {path}: {told}")

@@ -7,6 +7,7 @@ never change the function beyond rounding and are not written.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -51,6 +52,10 @@ def _positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
@@ -93,6 +98,11 @@ class _TransformerConfig:
             value = getattr(self, name, None)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
+        for name in ("dtype", "param_dtype"):
+            # jnp.bfloat16 and np.dtype("float32") are as good as their names.
+            value = getattr(self, name)
+            found = getattr(value, "dtype", value)
+            object.__setattr__(self, name, getattr(found, "name", found))
         self._check_sizes()
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "a probability in [0, 1)")
@@ -120,6 +130,8 @@ class _TransformerConfig:
             value = getattr(self, field.name)
             if field.type is int:
                 self._require(field.name, _positive_int(value), "a positive integer")
+            if field.type is float:
+                self._require(field.name, _number(value) and value >= 0, "a number, 0 or more")
             if field.type is bool:
                 self._require(field.name, isinstance(value, bool), "true or false")
         self._check_shape("image_size", 2)
@@ -250,8 +262,10 @@ def placeholders(id2label: tuple[str, ...] | None) -> bool:
 
 
 def _label_tuple(id2label) -> tuple[str, ...]:
-    if not isinstance(id2label, Mapping):
+    if isinstance(id2label, list | tuple) and all(isinstance(label, str) for label in id2label):
         return tuple(id2label)
+    if not isinstance(id2label, Mapping):
+        raise ConfigError(f"id2label must map class indices to names, got {id2label!r}")
     try:
         by_id = {int(k): str(v) for k, v in id2label.items()}
     except ValueError as error:
@@ -282,6 +296,9 @@ class VivitConfig(_TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        width = self.pooler_output_size
+        good = width is None or _positive_int(width)
+        self._require("pooler_output_size", good, "a positive integer or null")
         self._one_of("pooler_act", HIDDEN_ACTS)
 
     def _check_sizes(self):

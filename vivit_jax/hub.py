@@ -20,6 +20,10 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """
     from checkpoints_convert.io import WEIGHT_FILES, read_index
 
+    if not isinstance(source, str | Path) or not str(source):
+        raise CheckpointError(
+            f"a checkpoint is a directory, a weight file or a hub id, got {source!r}"
+        )
     local = _local(source, revision)
     if local is not None:
         return local

@@ -32,7 +32,12 @@ class Mask:
                 "Mask.from_bool needs concrete values: the number of masked tokens is a shape. "
                 "Call it outside jax.jit and pass the Mask in"
             )
-        mask = np.asarray(bool_masked_pos)
+        try:
+            mask = np.asarray(bool_masked_pos)
+        except ValueError:
+            raise UserError(
+                "bool_masked_pos must be [batch, tokens], got rows of different lengths"
+            ) from None
         if mask.dtype != np.bool_:
             raise UserError(
                 f"bool_masked_pos must be bool (True = masked), got {mask.dtype}; "
@@ -58,6 +63,7 @@ class Mask:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens per clip, visible and masked."""
         return self.visible.shape[1] + self.masked.shape[1]
 
 
@@ -68,6 +74,11 @@ def tube_mask(key: jax.Array, batch: int, grid: tuple[int, int, int], ratio: flo
     int(ratio * h * w) are masked, as the authors count: 176 of 196 at ratio 0.9. Jit-safe for
     static `batch`, `grid` and `ratio`.
     """
+    if batch < 1 or len(grid) != 3 or not 0 <= ratio <= 1:
+        raise UserError(
+            f"tube_mask needs batch >= 1, a grid (t, h, w) and a ratio in [0, 1], got batch "
+            f"{batch}, grid {grid}, ratio {ratio}"
+        )
     t, h, w = grid
     area, hidden = h * w, int(ratio * h * w)
     if not 0 < hidden < area:

@@ -43,7 +43,6 @@ _MODELS = {
         videomae.VideoMAEForVideoClassification,
     )
 }
-_HF_FIXED_EPS = 1e-5  # of the norms outside the blocks of VideoMAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +153,12 @@ def save_pretrained(
     whole or not at all; a non-empty one is an error unless `overwrite`, which replaces the model
     files in it. Raises CheckpointError listing every parameter that does not fit the model.
     """
+    if not isinstance(params, Mapping):
+        raise UserError(
+            f"params must be the model's nested dict of arrays, got {type(params).__name__}"
+        )
+    if processor is not None and not hasattr(processor, "save_pretrained"):
+        raise UserError(f"processor must be a VideoProcessor, got {type(processor).__name__}")
     check_destination(directory, overwrite)
     if type(model).__name__ not in ARCHITECTURES:
         raise UserError(
@@ -166,7 +171,6 @@ def save_pretrained(
     _check_addressable(flat)
     what = f"params for {type(model).__name__}"
     tensors = export_params(flat, layout.rules(config), _shapes(model), what)
-    _warn_about_eps(config, head)
     with replaced_directory(directory, overwrite) as staged:
         write_weights(staged, tensors, max_shard_size)
         write_config(staged, config, head, stored_dtype(tensors))
@@ -316,11 +320,12 @@ def _relabel(config: Config, head: str, num_labels: int | None, id2label) -> Con
 
 
 def _check_float64(config: Config) -> None:
-    if config.param_dtype == "float64" and not jax.config.jax_enable_x64:
-        raise ConfigError(
-            "parameters would be float64, which jax truncates to float32 by default; set "
-            "jax_enable_x64 or pass param_dtype='float32'"
-        )
+    for field, what in (("param_dtype", "parameters"), ("dtype", "computation")):
+        if getattr(config, field) == "float64" and not jax.config.jax_enable_x64:
+            raise ConfigError(
+                f"{what} would be float64, which jax truncates to float32 by default; set "
+                f"jax_enable_x64 or pass {field}='float32'"
+            )
 
 
 def _check_addressable(flat: Mapping[str, Any]) -> None:
@@ -330,15 +335,3 @@ def _check_addressable(flat: Mapping[str, Any]) -> None:
                 f"{path} is spread over several processes; gather it first with "
                 "jax.experimental.multihost_utils.process_allgather"
             )
-
-
-def _warn_about_eps(config: Config, head: str) -> None:
-    field = {"classification": "fc_norm_eps", "pretraining": "decoder_norm_eps"}.get(head)
-    eps = getattr(config, field, _HF_FIXED_EPS) if field else _HF_FIXED_EPS
-    if eps != _HF_FIXED_EPS:
-        logger.warning(
-            "%s is %g here; transformers computes with %g whatever config.json says",
-            field,
-            eps,
-            _HF_FIXED_EPS,
-        )

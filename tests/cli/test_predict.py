@@ -93,6 +93,7 @@ def test_a_broken_clip_does_not_stop_the_others(model, clips, capsys):
         (["{long}", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["{long}", "--model", "{model}", "--top-k", "0"], "--top-k must be at least 1"),
         (["{long}", "--model", "{model}", "--start", "middle"], "begin, center, end or a frame"),
+        (["{long}", "--model", "{model}", "--start", "²"], "begin, center, end or a frame"),
         (["{long}", "--model", "{model}", "--stride", "0"], "stride"),
     ],
 )
@@ -117,6 +118,15 @@ def test_a_clip_of_another_size_than_the_model_takes(model, clips, capsys, tmp_p
     )
     status, _, err = run(capsys, clips["long"], "--model", tmp_path / "m")
     assert status == 2 and "configured for (6, 24, 16)" in err
+
+
+def test_a_model_without_classifier_is_refused(clips, capsys, tmp_path):
+    config = vivit_jax.VivitConfig(**VIVIT)
+    module = vivit_jax.VivitModel(config)
+    processor = vivit_jax.VideoProcessor.vivit(size=28, crop_size=(24, 16))
+    vivit_jax.save_pretrained(tmp_path / "m", module, random_params(module), processor)
+    status, out, err = run(capsys, clips["long"], "--model", tmp_path / "m")
+    assert status == 2 and "holds VivitModel, which has no classifier" in err and not out
 
 
 def test_multi_label_scores_are_independent(model, clips, capsys, tmp_path):

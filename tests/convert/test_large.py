@@ -66,4 +66,4 @@ def test_loading_holds_the_weights_once(large, layers):
     seconds = runs[-1]["seconds"]
     print(f"\n{layers}: peak {ratio:.2f} x file size, {seconds:.1f} s warm, {size / 1e9:.2f} GB")
     assert 0.9 < ratio <= 1.3
-    assert seconds < 30
+    assert seconds < 10  # the target is 5 s on an idle machine, measured 3.0 and 4.6

@@ -199,3 +199,12 @@ def test_paths():
     }
     nested = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert trees.unflatten(trees.flatten(nested)) == nested
+
+
+def test_numbers_too_large_for_the_dtype_are_refused():
+    source = {"a": np.array([1e6], np.float32), "b": np.array([1.0, np.inf], np.float32)}
+    rules = [Rule("a", "a"), Rule("b", "b")]
+    expected = {"a": (1,), "b": (2,)}
+    with pytest.raises(CheckpointError, match="too large for float16: a; keep"):
+        import_params(source, rules, expected, "float16")
+    assert np.isinf(import_params(source, rules, expected, "float32")["b"][1])

@@ -205,6 +205,20 @@ def jax_objective(out):
     return total if out.pooler_output is None else total + out.pooler_output.mean()
 
 
+@pytest.mark.parametrize("case", ["vivit cls", "mae pretraining"])
+def test_default_matmul_precision(case, tmp_path):
+    """What users run unless they ask for more; the suite sets "highest", see `project`."""
+    reference = torch_model(case)
+    reference.save_pretrained(tmp_path)
+    x, mask, labels = inputs_of(case)
+    theirs = torch_run(case, reference, x, mask, labels)
+    model, params = vivit_jax.from_pretrained(tmp_path)
+    with jax.default_matmul_precision("default"):
+        ours = jax.jit(model.apply)({"params": params}, x, **jax_inputs(case, mask, labels))
+    assert_close(ours.logits, theirs.logits.detach().numpy(), "logits")
+    assert_close(ours.loss, theirs.loss.detach().numpy(), "loss")
+
+
 @pytest.mark.parametrize("case", ["mae base", "mae base norm", "mae cls"])
 def test_masked_encoder(case, tmp_path):
     import torch

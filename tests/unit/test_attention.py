@@ -74,6 +74,7 @@ def test_chunked_never_holds_the_scores_of_all_heads():
         ("cpu", "float32", 64, 1568, "chunked"),
         ("cpu", "bfloat16", 64, 1568, "chunked"),
         ("cpu", "float32", 64, 50, "xla"),
+        ("cpu", "float16", 64, 50, "chunked"),
         ("gpu", "bfloat16", 64, 3137, "cudnn"),
         ("gpu", "float16", 88, 1568, "cudnn"),
         ("gpu", "float32", 64, 1568, "xla"),
@@ -107,6 +108,18 @@ def test_cudnn_agrees_with_float64(length, width):
     exact = reference(*(np.asarray(x, np.float32) for x in (q, k, v)))
     out = attention(q, k, v, implementation="cudnn")
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=6e-3)
+
+
+def test_float16_runs_on_cpu_except_where_xla_cannot():
+    q, k, v = (jnp.asarray(x, jnp.float16) for x in qkv(17))
+    exact = reference(*(np.asarray(x, np.float32) for x in (q, k, v)))
+    for implementation in ("auto", "chunked"):
+        out = attention(q, k, v, implementation=implementation)
+        assert out.dtype == jnp.float16
+        np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=2e-3)
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ConfigError, match="cannot run float16 on CPU"):
+            attention(q, k, v, implementation="xla")
 
 
 def test_unknown_implementation():

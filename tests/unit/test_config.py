@@ -104,6 +104,11 @@ def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
         (lambda: VivitConfig(num_labels=3, id2label=("a",)), "num_labels is 3 .* names 1"),
         (lambda: VivitConfig(hidden_dropout_prob=1.5), "probability"),
         (lambda: VivitConfig(qkv_bias=1), "qkv_bias must be true or false, got 1"),
+        (lambda: VivitConfig(layer_norm_eps="1e-6"), "layer_norm_eps must be a number, 0 or more"),
+        (lambda: VivitConfig(layer_norm_eps=-1.0), "layer_norm_eps must be a number, 0 or more"),
+        (lambda: VivitConfig(initializer_range=None), "initializer_range must be a number"),
+        (lambda: VivitConfig(pooler_output_size="a"), "pooler_output_size must be a positive"),
+        (lambda: VivitConfig.from_dict({"id2label": "abc"}), "id2label must map .* got 'abc'"),
         (lambda: VivitConfig(attention="flash"), "attention must be one of"),
         (lambda: VivitConfig(remat=True), "remat must be one of"),
         (lambda: VideoMAEConfig(decoder_num_attention_heads=5), "decoder_hidden_size 384"),
@@ -124,6 +129,13 @@ def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
 def test_errors_name_the_field_and_the_values(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_dtypes_may_be_objects():
+    import jax.numpy as jnp
+
+    config = VivitConfig(dtype=jnp.bfloat16, param_dtype=jnp.dtype("float32"))
+    assert (config.dtype, config.param_dtype) == ("bfloat16", "float32")
 
 
 def test_decoder_view():

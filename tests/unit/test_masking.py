@@ -17,6 +17,7 @@ def test_from_bool_keeps_row_major_order():
     ("mask", "message"),
     [
         (np.array([[1, 1, 0], [1, 0, 0]], bool), r"\[2, 1\] per row"),
+        ([[True], [True, False]], "rows of different lengths"),
         (np.array([[1, 0]]), "must be bool .* got int64"),
         (np.array([True, False]), r"\[batch, tokens\], got shape \(2,\)"),
     ],
@@ -50,6 +51,15 @@ def test_tube_mask_covers_every_position_evenly():
     frequency = np.asarray(mask.to_bool()).mean(axis=0)
     # Binomial standard deviation 0.0068; five of them.
     assert np.abs(frequency - 0.75).max() < 0.035
+
+
+@pytest.mark.parametrize(
+    ("batch", "grid", "ratio"),
+    [(0, (2, 4, 4), 0.5), (1, (4, 4), 0.5), (1, (2, 4, 4), float("nan"))],
+)
+def test_tube_mask_arguments(batch, grid, ratio):
+    with pytest.raises(UserError, match="tube_mask needs"):
+        tube_mask(jax.random.key(0), batch, grid, ratio)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 1.0])

@@ -71,9 +71,18 @@ def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[d
     import numpy as np
 
     import vivit_jax
+    from checkpoints_convert.layouts import architecture
+    from checkpoints_convert.source import open_source
 
-    module, params = vivit_jax.from_pretrained(model, head="classification")
+    # What is cheap to check comes before the weights.
+    held = open_source(model).layout
+    if held.head != "classification":
+        raise UserError(
+            f"{model} holds {architecture(held.family, held.head)}, which has no classifier; "
+            "predict needs a model fine-tuned for classification"
+        )
     processor = vivit_jax.VideoProcessor.from_pretrained(model)
+    module, params = vivit_jax.from_pretrained(model)
     config = module.config
     scores_of = {
         "multi_label_classification": jax.nn.sigmoid,
@@ -119,7 +128,7 @@ def clip_indices(path, config, *, stride, start, pad):
 def _start(text: str) -> str | int:
     if text in ("begin", "center", "end"):
         return text
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     raise ConfigError(f"--start must be begin, center, end or a frame index, got {text!r}")
 

@@ -27,6 +27,9 @@ def run(
     except (UserError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"{prog}: error: not enough memory: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

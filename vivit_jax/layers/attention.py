@@ -39,6 +39,11 @@ def attention(q, k, v, *, implementation: str = "auto"):
         raise ConfigError(
             f"attention must be one of {list(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}"
         )
+    if implementation == "xla" and q.dtype == jnp.float16 and jax.default_backend() == "cpu":
+        raise ConfigError(
+            "attention='xla' cannot run float16 on CPU; use attention='auto' or 'chunked', or "
+            "dtype='bfloat16'"
+        )
     try:
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     except (RuntimeError, NotImplementedError) as error:
@@ -56,12 +61,16 @@ def choose_implementation(platform: str, dtype: str, head_dim: int, length: int)
     """The backend that "auto" stands for; logs each distinct choice once.
 
     cuDNN takes half precision and head widths that are multiples of 8 up to 128. XLA on CPU runs
-    the batched score product several times slower than the same product head by head.
+    the batched score product several times slower than the same product head by head, and has no
+    float16 form of it.
     """
     if platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16"):
         chosen = "cudnn" if head_dim % 8 == 0 and head_dim <= 128 else "xla"
+    elif platform == "cpu":
+        long = length > QUERY_BLOCK // 2
+        chosen = "chunked" if long or dtype == "float16" else "xla"
     else:
-        chosen = "chunked" if platform == "cpu" and length > QUERY_BLOCK // 2 else "xla"
+        chosen = "xla"
     log.info("attention: %s on %s, %s, head width %d", chosen, platform, dtype, head_dim)
     return chosen
 

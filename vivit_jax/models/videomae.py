@@ -98,7 +98,7 @@ class VideoMAEForPreTraining(nn.Module):
     def __call__(
         self,
         pixel_values,
-        mask: Mask,
+        mask: Mask | None = None,
         *,
         head_mask=None,
         output_attentions: bool = False,
