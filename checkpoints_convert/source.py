@@ -22,6 +22,7 @@ class Source:
 
     @property
     def title(self) -> str:
+        """The checkpoint and the model it is read as, the subject of error messages."""
         name = architecture(self.layout.family, self.layout.head)
         return f"{self.checkpoint.path}, read as {name},"
 

@@ -307,10 +307,12 @@ class VivitConfig(_TransformerConfig):
 
     @property
     def tubelet(self):
+        """Frames, height and width of a tubelet: `tubelet_size`."""
         return self.tubelet_size
 
     @property
     def key_bias(self):
+        """Keys have a bias where queries and values have one."""
         return self.qkv_bias
 
 
@@ -347,10 +349,12 @@ class VideoMAEConfig(_TransformerConfig):
 
     @property
     def tubelet(self):
+        """Frames, height and width of a tubelet: `tubelet_size` and `patch_size`."""
         return (self.tubelet_size, *_pair(self.patch_size))
 
     @property
     def key_bias(self):
+        """Never: it could not change the softmax, and the checkpoints have none."""
         return False
 
     @property
@@ -370,6 +374,7 @@ class VideoMAEConfig(_TransformerConfig):
         )
 
     def to_dict(self):
+        """The content of config.json."""
         # transformers 4 reads qkv_bias, transformers 5 writes qv_bias: say it in both spellings.
         return super().to_dict() | {"qv_bias": self.qkv_bias}
 
