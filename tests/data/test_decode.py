@@ -15,6 +15,7 @@ from clips import MATRICES, every_frame, number_in, painted, write_clip, write_m
 
 from vivit_jax.data import decode, packets
 from vivit_jax.data.decode import probe_video, read_video, read_video_pyav
+from vivit_jax.data.sampling import sample_frame_indices
 from vivit_jax.errors import UserError, VideoError
 
 H264_OPEN_GOP = {"preset": "medium", "x264-params": "open-gop=1:b-adapt=0:b-pyramid=normal"}
@@ -364,7 +365,8 @@ def test_truncated_mp4(tmp_path, caplog, codec):
     assert "30 frames announced, 22 frames can be read (packet 22 is cut off" in caplog.text
     assert [number_in(frame) for frame in read_video(path)] == list(range(22))
     assert number_in(read_video(path, indices=[21])[0]) == 21
-    with pytest.raises(VideoError, match="no such frames: 22, 29; there are 22 frames"):
+    stops = "announces 30 frames, decoding stops after 22: it is damaged or truncated"
+    with pytest.raises(VideoError, match=f"no such frames: 22, 29; there are 22 frames.*{stops}"):
         read_video(path, indices=[3, 22, 29])
     with pytest.raises(VideoError, match="cut.mp4: 23 frames at stride 1 .* there are 22 frames"):
         read_video(path, num_frames=23)
@@ -410,8 +412,40 @@ def test_damage_in_the_middle(tmp_path, caplog):
     assert "15 frames can be decoded from 30 packets (packet 15: Invalid data" in caplog.text
     # A group of pictures that is whole is readable under the numbers its packets give it.
     assert [number_in(frame) for frame in read_video(path, indices=[3, 24])] == [3, 24]
-    with pytest.raises(VideoError, match="no such frames: 17; there are 15 frames"):
+    stops = "announces 30 frames, decoding stops after 15: it is damaged or truncated"
+    with pytest.raises(VideoError, match=f"no such frames: 17; there are 15 frames.*{stops}"):
         read_video(path, indices=[17])
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "h264.avi"])
+def test_frames_marked_as_damaged_are_refused(tmp_path, caplog, name):
+    path = write_clip(tmp_path / name, b_frames=0, options={"preset": "medium"}, size=(128, 96))
+    whole = every_frame(path)
+    data = bytearray(path.read_bytes())
+    bad = 13
+    position, size = packet_spans(path)[bad]
+    middle = slice(position + size // 2, position + size - 4)
+    data[middle] = bytes(byte ^ 255 for byte in data[middle])
+    path.write_bytes(data)
+    with av.open(str(path)) as container:
+        marked = [k for k, frame in enumerate(container.decode(video=0)) if frame.is_corrupt]
+    assert marked == [bad]
+    for arguments in (dict(indices=[2, bad]), dict(num_frames=4, start=bad), {}):
+        with pytest.raises(VideoError, match=f"{name}: .*damage in frame {bad} of.*re-encoding"):
+            read_video(path, **arguments)
+    with (
+        av.open(str(path)) as container,
+        pytest.raises(VideoError, match=f"damage in frame {bad} of"),
+    ):
+        read_video_pyav(container, [bad])
+    caplog.clear()
+    np.testing.assert_array_equal(read_video(path, indices=range(13)), whole[:13])
+    assert not caplog.messages
+    np.testing.assert_array_equal(read_video(path, indices=[12, 25]), whole[[12, 25]])
+    assert probe_video(path).num_frames == 30
+    caplog.clear()
+    read_video(path, indices=[19])  # predicted from damaged frames, which the decoder does not mark
+    assert f"the decoder reports errors in frame {bad};" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -519,8 +553,29 @@ def test_paths(clip, tmp_path, monkeypatch):
         np.testing.assert_array_equal(read_video(path, indices=[3]), expected)
     monkeypatch.chdir(tmp_path)
     np.testing.assert_array_equal(read_video(awkward.name, indices=[3]), expected)
-    with pytest.raises(TypeError):
-        read_video(3)
+
+
+@pytest.mark.parametrize("read", [read_video, probe_video], ids=["read", "probe"])
+def test_what_is_no_path(clip, read):
+    with open(clip("h264.mp4"), "rb") as file:
+        for path, got in ((None, "None .NoneType"), (3, "3 .int"), (file, ".*BufferedReader")):
+            with pytest.raises(UserError, match=f"path is {got}.*expected the path of a video"):
+                read(path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("a", 4, 64), "clip_len is 'a'; expected an int"),
+        ((4, "a", 64), "frame_sample_rate is 'a'; expected a finite number"),
+        ((4, float("nan"), 64), "frame_sample_rate is nan"),
+        ((4, 4, None), "seg_len is None; expected an int"),
+    ],
+    ids=str,
+)
+def test_sample_frame_indices_of_what_is_no_number(arguments, message):
+    with pytest.raises(UserError, match=message):
+        sample_frame_indices(*arguments)
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "mpeg4.avi"])

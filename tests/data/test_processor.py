@@ -23,7 +23,8 @@ def ours(family, **options):
 
 
 def theirs(family, **options):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     if family == "vivit":
         return transformers.VivitImageProcessor(**options)
     from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
@@ -165,7 +166,8 @@ def test_thirteen_channels_are_resized_one_by_one(resample):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forms_of_input_agree(family):
-    torch = pytest.importorskip("torch")
+    import torch
+
     processor = ours(family, size=18, crop_size=18)
     clip = np.stack(frames(25, 31, 3, count=3))
     expected = run_theirs(theirs(family, size=18, crop_size=18), list(clip))
@@ -201,7 +203,8 @@ def test_forms_of_input_agree(family):
 
 
 def test_jax_arrays_and_channels_first_output():
-    jnp = pytest.importorskip("jax.numpy")
+    import jax.numpy as jnp
+
     clip = np.stack(frames(25, 31, 3))
     processor = VideoProcessor.videomae(size=18, crop_size=(18, 16))
     expected = processor(clip)
@@ -627,7 +630,8 @@ def test_unit_floats_are_refused_per_video_not_per_frame():
 
 
 def test_tensors_that_numpy_cannot_read():
-    torch = pytest.importorskip("torch")
+    import torch
+
     for tensor in (torch.zeros(9, 9, 3, requires_grad=True), torch.zeros(9, 9, 3).bfloat16()):
         with pytest.raises(UserError, match="a Tensor cannot be read as a numpy array"):
             VideoProcessor.videomae()(tensor)

@@ -16,15 +16,18 @@ which is slower and gives the same frames:
   discarded (edit lists that cut into the stream);
 - a stream that does not begin with a keyframe shown first, or whose keyframes are out of order;
 - vp9 packets that show no picture;
-- a decoded run whose times differ from its packets' times, that does not begin with a keyframe, or
-  that raises a decoding error.
+- a decoded run whose times differ from its packets' times, that does not begin with a keyframe, in
+  which a wanted frame is marked as damaged, or that raises a decoding error.
 
 The reason is logged at DEBUG level.
 
 A damaged file is readable up to the first packet that is cut off or cannot be decoded; a warning
-says how many frames that leaves. Two limits: damage in a stretch that holds no wanted frame goes
-unnoticed, as nothing there is decoded, and the frames after it keep the numbers that their packets
-give them; and damage that the decoder conceals without an error shows in the pixels only.
+says how many frames that leaves. A wanted frame in which the decoder reports errors that it
+concealed (`frame.is_corrupt`) is refused; where such a frame is only decoded on the way to a wanted
+one, a warning says so. Two limits: damage in a stretch that holds no wanted frame goes unnoticed,
+as nothing there is decoded, and the frames after it keep the numbers that their packets give them;
+and damage that the decoder does not report, or that a frame inherits from one it is predicted from,
+shows in the pixels only.
 """
 
 import contextlib
@@ -42,9 +45,11 @@ from vivit_jax.data.packets import (
     Undecodable,
     codec_name,
     first_packets,
+    named,
     reason_of,
     scan,
     sparse_frames,
+    warn_of_damage,
 )
 from vivit_jax.data.sampling import clip_indices, pad_indices
 from vivit_jax.errors import UserError, VideoError
@@ -100,6 +105,7 @@ def probe_video(path) -> VideoInfo:
 
     Raises:
         VideoError: the path is not a readable video file with at least one frame.
+        UserError: `path` is no path.
     """
     name = _checked(path)
     with _open(name) as (container, stream):
@@ -113,8 +119,8 @@ def probe_video(path) -> VideoInfo:
                 first = dict(sparse_frames(container, stream, table, np.array([0])))[0]
                 times = np.sort(table.pts).tolist()
     if first is None:
-        frames, times = _decode_from_start(name, table, lambda frame: frame, {0})
-        first = frames[0]
+        run = _decode_from_start(name, table, lambda frame: frame, {0})
+        first, times = run.frames[0], run.times
     if container_format in TIMED_CONTAINERS and len(times) > 1 and None not in times:
         shown = max(times) - min(times)
         duration = float((shown + (table.last_duration or shown / (len(times) - 1))) * time_base)
@@ -168,9 +174,9 @@ def read_video(
 
     Raises:
         VideoError: the path is not a readable video file, has fewer frames than asked and `pad` is
-            "error", has frames of different sizes among those asked, or is to be displayed at an
-            angle that is no multiple of 90 degrees.
-        UserError: arguments that contradict each other or are out of range.
+            "error", has damaged frames or frames of different sizes among those asked, or is to be
+            displayed at an angle that is no multiple of 90 degrees.
+        UserError: arguments that contradict each other or are out of range, or `path` is no path.
     """
     name = _checked(path)
     if indices is not None and num_frames is not None:
@@ -181,7 +187,7 @@ def read_video(
         raise UserError("start='random' draws the clip's place and got no seed: pass seed=<int>")
     everything = num_frames is None and indices is None
 
-    def choose(total: int) -> np.ndarray:
+    def choose(total: int, cut: bool = False) -> np.ndarray:
         try:
             if everything:
                 return np.arange(total)
@@ -190,7 +196,7 @@ def read_video(
             rng = None if seed is None else np.random.default_rng(seed)
             return clip_indices(total, num_frames, stride, start, pad, rng)
         except VideoError as error:
-            raise VideoError(f"{name}: {error}") from None
+            raise VideoError(f"{name}: {error}{_shortage(table, total, cut)}") from None
 
     def convert(frame) -> np.ndarray:
         return _oriented(_rgb(frame), _orientation(name, frame))
@@ -211,13 +217,14 @@ def read_video(
         # Too few packets, but a packet may hold several frames: their number decides below.
         wanted = np.arange(0)
     last = int(wanted.max()) if fixed else None
-    frames, times = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
-    if last not in frames:
-        wanted = choose(len(times))
-        if not frames.keys() >= set(wanted.tolist()):
+    run = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
+    if last not in run.frames:
+        wanted = choose(len(run.times), run.cut)
+        if not run.frames.keys() >= set(wanted.tolist()):
             last = int(wanted.max())
-            frames, _ = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
-    return _stacked(name, frames, wanted)
+            run = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
+    _refuse_damaged(name, run.damaged, wanted)
+    return _stacked(name, run.frames, wanted)
 
 
 def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
@@ -234,20 +241,22 @@ def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
         uint8 [distinct indices, h, w, 3], RGB, as stored.
 
     Raises:
-        VideoError: an index is past the last decodable frame, the container has no video, or the
-            frames differ in size.
+        VideoError: an index is past the last decodable frame, a wanted frame is damaged, the
+            container has no video, or the frames differ in size.
         UserError: no indices, or one that is negative or no int.
     """
     import av
 
     name = container.name
     wanted = set(pad_indices(indices, _ENDLESS).tolist())
-    last, total, frames = max(wanted), 0, {}
+    last, total, frames, damaged = max(wanted), 0, {}, []
     try:
         stream = _video_stream(name, container)
         container.seek(0)
         for k, frame in enumerate(container.decode(stream)):
             total = k + 1
+            if frame.is_corrupt:
+                damaged.append(k)
             if k in wanted:
                 frames[k] = _rgb(frame)
             if k == last:
@@ -259,10 +268,16 @@ def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
             pad_indices(sorted(wanted), total)
         except VideoError as error:
             raise VideoError(f"{name}: {error}") from None
+    _refuse_damaged(name, damaged, sorted(wanted))
     return _stacked(name, frames, sorted(wanted))
 
 
 def _checked(path) -> str:
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise UserError(
+            f"path is {path!r} ({type(path).__name__}); expected the path of a video file "
+            "(str, bytes or os.PathLike), not an open file or its content"
+        )
     name = os.fsdecode(path)
     if os.path.isdir(name):
         found = "a directory"
@@ -320,28 +335,40 @@ def _fallback(name: str) -> Iterator[None]:
         logger.debug("%s: decoding from the start: %s", name, reason)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Frames decoded from the start: the wanted ones, converted, by number; all frames' times."""
+
+    frames: dict[int, object]
+    times: list[int | None]
+    damaged: list[int]  # numbers of the frames, wanted or not, in which the decoder reports errors
+    cut: bool  # whether a decoding error ended it
+
+
 def _decode_from_start(
     name: str,
     table: Table,
     convert: Callable,
     wanted: set[int],
     last: int | None = None,
-) -> tuple[dict[int, object], list[int | None]]:
-    """Decodes up to frame `last`, or all; returns the wanted frames, converted, and all times."""
+) -> _Run:
+    """Decodes up to frame `last`, or all."""
     if table.distrust:
         logger.debug("%s: decoding from the start: %s", name, table.distrust)
     threads, limit = "AUTO", table.packets
-    frames, times = {}, []
+    frames, times, damaged = {}, [], []
     while limit > 0:
-        frames, times = {}, []
+        frames, times, damaged = {}, [], []
         try:
             with _open(name, threads) as (container, stream):
                 for frame in first_packets(container, stream, limit):
+                    if frame.is_corrupt:
+                        damaged.append(len(times))
                     if len(times) in wanted:
                         frames[len(times)] = convert(frame)
                     times.append(frame.pts)
                     if len(times) - 1 == last:
-                        return frames, times
+                        return _Run(frames, times, damaged, cut=False)
             break
         except Undecodable as error:
             # With several threads the error surfaces packets later: one thread finds the packet.
@@ -359,7 +386,30 @@ def _decode_from_start(
             table.packets - table.discarded,
             why,
         )
-    return frames, times
+    return _Run(frames, times, damaged, cut=limit < table.packets)
+
+
+def _refuse_damaged(name: str, damaged: list[int], wanted) -> None:
+    refused = sorted(set(damaged) & {int(k) for k in wanted})
+    if refused:
+        raise VideoError(
+            f"{name}: the decoder reports damage in {named(refused)} of those asked: ask for other "
+            "frames, get the file again, or accept the damage by re-encoding it: "
+            "ffmpeg -i IN -c:v libx264 OUT.mp4"
+        )
+    warn_of_damage(name, damaged)
+
+
+def _shortage(table: Table, total: int, cut: bool) -> str:
+    """Ends the message that a video has too few frames, if that is because it is damaged."""
+    expected = max(table.announced, table.packets) - table.discarded
+    if not (cut or table.damage or table.packets < table.announced) or expected < total:
+        return ""
+    announces = f"announces {expected} frames, " if expected > total else ""
+    return (
+        f" (the file {announces or 'ends early: '}decoding stops after {total}: it is damaged or "
+        "truncated, get it again)"
+    )
 
 
 def _orientation(name: str, frame) -> np.ndarray:

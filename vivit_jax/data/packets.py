@@ -31,6 +31,8 @@ class Table:
     packets: int
     discarded: int
     distrust: str | None  # why the presentation times do not number the frames
+    announced: int  # frames the container claims, 0 if it claims nothing
+    damage: str | None  # why packets after these cannot be read
 
 
 class Distrusted(Exception):
@@ -100,7 +102,7 @@ def scan(name: str, container, stream) -> Table:
     times = np.array(pts if distrust is None else [], dtype=np.int64)
     keys = np.array(keys, dtype=np.int64)
     distrust = distrust or damage or _disorder(times, keys)
-    return Table(times, keys, last_duration, len(pts), discarded, distrust)
+    return Table(times, keys, last_duration, len(pts), discarded, distrust, stream.frames, damage)
 
 
 def _packets(container, stream) -> Iterator:
@@ -152,7 +154,8 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
     """Yields (k, frame) for the ascending frames `wanted`; all are void if it raises Distrusted."""
     import av
 
-    frame_at = dict(zip(np.sort(table.pts)[wanted].tolist(), wanted.tolist(), strict=True))
+    shown, damaged = np.sort(table.pts), []
+    frame_at = dict(zip(shown[wanted].tolist(), wanted.tolist(), strict=True))
     position_at = {time: position for position, time in enumerate(table.pts.tolist())}
     for first, last in _runs(table, wanted):
         times = table.pts[first : last + 1]
@@ -167,11 +170,30 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
                         raise Distrusted(f"packet {first} is marked as a keyframe and is none")
                     decoded.append(frame.pts)
                     if frame.pts in frame_at:
+                        if frame.is_corrupt:
+                            raise Distrusted(f"frame {frame_at[frame.pts]} is marked as damaged")
                         yield frame_at[frame.pts], frame
+                    elif frame.is_corrupt:
+                        damaged.append(int(np.searchsorted(shown, frame.pts)))
         except av.FFmpegError as error:
             raise Distrusted(f"decoding from packet {first} fails: {reason_of(error)}") from error
         if decoded != np.sort(times[times >= start]).tolist():
             raise Distrusted(f"packets {first} to {last} give frames at other times than theirs")
+    warn_of_damage(container.name.removeprefix("file:"), damaged)
+
+
+def warn_of_damage(name: str, damaged: list[int]) -> None:
+    """Logs that frames decoded on the way, which are not returned, are damaged."""
+    if damaged:
+        message = "%s: damaged: the decoder reports errors in %s; frames after them may show it"
+        logger.warning(message, name, named(damaged))
+
+
+def named(frames: list[int], most: int = 8) -> str:
+    """E.g. "frame 3" or "frames 3, 4 and 12 more"."""
+    numbers = ", ".join(map(str, frames[:most]))
+    more = f" and {len(frames) - most} more" if len(frames) > most else ""
+    return f"frame{'s' if len(frames) > 1 else ''} {numbers}{more}"
 
 
 def _decode_run(container, stream, position_at: dict, first: int, last: int) -> Iterator:

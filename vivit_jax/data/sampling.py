@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which frames to read: pure functions from a frame count to frame indices."""
 
+import math
+import numbers
+
 import numpy as np
 
 from vivit_jax.errors import UserError, VideoError
@@ -128,8 +131,14 @@ def sample_frame_indices(
 
     Raises:
         VideoError: `seg_len` is not greater than the frames covered.
-        UserError: `clip_len` or `frame_sample_rate` leaves nothing to cover.
+        UserError: an argument is no number, or `clip_len` or `frame_sample_rate` leaves nothing to
+            cover.
     """
+    for name, value in (("clip_len", clip_len), ("seg_len", seg_len)):
+        if not _is_int(value):
+            raise UserError(f"{name} is {value!r}; expected an int")
+    if not isinstance(frame_sample_rate, numbers.Real) or not math.isfinite(frame_sample_rate):
+        raise UserError(f"frame_sample_rate is {frame_sample_rate!r}; expected a finite number")
     covered = int(clip_len * frame_sample_rate)
     if clip_len < 1 or covered < 1:
         raise UserError(
