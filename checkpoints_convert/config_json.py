@@ -39,7 +39,7 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; a checkpoint needs its config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
@@ -53,8 +53,10 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
     return dataclasses.replace(config, **execution), head
 
 
-def eps_note(config: Config, head: str) -> str | None:
-    """What transformers computes with another epsilon than `config` says, None if nothing."""
+def transformers_note(config: Config, head: str) -> str | None:
+    """Where transformers does not compute what `config` says, None if nowhere."""
+    if config.hidden_act == "selu":
+        return "transformers documents hidden_act 'selu' but has no such activation"
     field = {"classification": "fc_norm_eps", "pretraining": "decoder_norm_eps"}.get(head)
     eps = getattr(config, field, HF_FIXED_EPS) if field else HF_FIXED_EPS
     if eps == HF_FIXED_EPS:
@@ -68,9 +70,9 @@ def eps_note(config: Config, head: str) -> str | None:
 def write_config(directory: str | Path, config: Config, head: str, dtype: str) -> None:
     """Write config.json for a model with this head whose weights are stored as `dtype`.
 
-    Warns where transformers will compute with another epsilon.
+    Warns where transformers will not compute what it says.
     """
-    note = eps_note(config, head)
+    note = transformers_note(config, head)
     if note:
         logger.warning("%s", note)
     values = config.to_dict()

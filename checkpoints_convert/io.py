@@ -93,7 +93,7 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         plain = all(Path(name).name == name for name in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a weight index: {error!r}") from None
     if not plain:
         raise CheckpointError(f"{path} names shards outside its own directory")
@@ -191,6 +191,15 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     if others:
         raise CheckpointError(
             f"{path} is not a flat state dict, it also holds: {', '.join(map(str, others))}"
+        )
+    odd = [
+        str(name)
+        for name, tensor in state.items()
+        if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_meta
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{path} holds what is not a dense tensor under a name: {', '.join(odd)}"
         )
     return {name: _torch_tensor(path, name, tensor) for name, tensor in state.items()}
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import einops
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
+import ml_dtypes
 import numpy as np
 
 from checkpoints_convert import trees
@@ -160,10 +160,10 @@ def read_params(
             if slot.leaf not in out:
                 out[slot.leaf] = _empty(expected[slot.leaf], dtypes.get(slot.leaf, dtype))
             leaf = out[slot.leaf]
-            try:
-                with np.errstate(over="raise"):
-                    _copy(leaf if slot.layer is None else leaf[slot.layer], value)
-            except FloatingPointError:
+            target = leaf if slot.layer is None else leaf[slot.layer]
+            with np.errstate(over="ignore"):
+                _copy(target, value)
+            if _narrower(target.dtype, value.dtype) and _overflowed(target, value):
                 overflows.append(row.src)
     if overflows:
         raise CheckpointError(
@@ -294,6 +294,14 @@ def _empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _narrower(target: np.dtype, stored: np.dtype) -> bool:
+    return ml_dtypes.finfo(target).max < ml_dtypes.finfo(stored).max
+
+
+def _overflowed(target: np.ndarray, value: np.ndarray) -> bool:
+    return bool((np.isinf(target) & np.isfinite(value)).any())
 
 
 def _copy(target: np.ndarray, value: np.ndarray) -> None:

@@ -108,16 +108,17 @@ def verify_checkpoint(
     """
     import jax
 
-    from checkpoints_convert.config_json import eps_note
+    from checkpoints_convert.config_json import transformers_note
     from checkpoints_convert.layouts import architecture
     from checkpoints_convert.rules import match_import
     from checkpoints_convert.source import open_source
     from vivit_jax.hub import resolve_checkpoint
     from vivit_jax.pretrained import from_pretrained
 
-    if not tolerance > 0 or batch < 1 or seed < 0:
+    if not 0 < tolerance < np.inf or batch < 1 or seed < 0:
         raise UserError(
-            f"tolerance {tolerance} and batch {batch} must be positive, seed {seed} not negative"
+            f"tolerance {tolerance} and batch {batch} must be positive and finite, seed {seed} not "
+            "negative"
         )
     path = resolve_checkpoint(source, revision)
     opened = open_source(path)
@@ -144,7 +145,7 @@ def verify_checkpoint(
     theirs = _run_in_torch(reference, pixels, extra)
     truth = _run_in_torch(copy.deepcopy(reference).double(), pixels.astype(np.float64), extra)
     rows = tuple(_compare(key, ours[key], theirs[key], truth[key], tolerance) for key in truth)
-    note = eps_note(opened.config, opened.layout.head)
+    note = transformers_note(opened.config, opened.layout.head)
     return Verification(str(source), name, inputs, tolerance, rows, note)
 
 
@@ -183,16 +184,19 @@ def _load_in_torch(path: Path, name: str, layout) -> Any:
                 attn_implementation="sdpa",
                 dtype=torch.float32,
                 output_loading_info=True,
+                output_attentions=False,
                 **options,
             )
-        except (RuntimeError, ValueError, LookupError, OSError) as error:
-            raise CheckpointError(f"transformers does not open {path}: {error}") from error
+        except Exception as error:  # whatever it chokes on, the checkpoint is what it choked on
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CheckpointError(f"transformers does not open {path}: {reason}") from error
     # A key bias cannot change the softmax; transformers leaves it out as we do.
     unexpected = {key for key in info["unexpected_keys"] if not key.endswith(".key.bias")}
     problems = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected)}
     if any(problems.values()):
         told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
         raise CheckpointError(f"transformers does not load every tensor of {path}: {told}")
+    model.config.return_dict = True  # transformers trips over its own tuples otherwise
     return model.eval()
 
 
@@ -214,22 +218,23 @@ def _quiet(transformers) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_directory(path: Path) -> Iterator[Path]:
     """A directory that transformers loads `path` from; for a file, one that holds links."""
+    from checkpoints_convert.io import read_index
+
     if path.is_dir():
         yield path
         return
     with tempfile.TemporaryDirectory() as directory:
-        links = Path(directory)
-        suffix = path.suffix
-        names = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
+        names = {"config.json": "config.json"}
         if path.name.endswith(".index.json"):
-            # The shards an index names lie beside it.
-            yield path.parent
-            return
-        if suffix not in names:
-            raise UserError(f"{path}: expected a .safetensors or .bin file, or a directory")
-        (links / names[suffix]).symlink_to(path.resolve())
-        (links / "config.json").symlink_to((path.parent / "config.json").resolve())
-        yield links
+            standard = "pytorch_model.bin" if ".bin." in path.name else "model.safetensors"
+            names[path.name] = f"{standard}.index.json"
+            names |= {shard: shard for shard in read_index(path).values()}
+        else:
+            bin_file = path.suffix == ".bin"
+            names[path.name] = "pytorch_model.bin" if bin_file else "model.safetensors"
+        for name, link in names.items():
+            (Path(directory) / link).symlink_to((path.parent / name).resolve())
+        yield Path(directory)
 
 
 def _read_clip(clip, path: Path, config) -> np.ndarray:
@@ -304,7 +309,12 @@ def _run_in_torch(model, pixels, extra) -> dict[str, np.ndarray]:
         ]
     channels_first = np.ascontiguousarray(pixels.transpose(0, 1, 4, 2, 3))
     with torch.inference_mode():
-        out = model(torch.from_numpy(channels_first), output_hidden_states=True, **inputs)
+        out = model(
+            torch.from_numpy(channels_first),
+            output_hidden_states=True,
+            return_dict=True,
+            **inputs,
+        )
     for hook in hooks:
         hook.remove()
     return _named(out.hidden_states, decoder_states or None, dict(out.items()))

@@ -7,7 +7,6 @@ never change the function beyond rounding and are not written.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -49,11 +48,11 @@ def _execution(default):
 
 
 def _positive_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _pair(value) -> tuple[int, int]:
@@ -132,6 +131,8 @@ class _TransformerConfig:
                 self._require(field.name, _positive_int(value), "a positive integer")
             if field.type is float:
                 self._require(field.name, _number(value) and value >= 0, "a number, 0 or more")
+                # transformers refuses a config.json with 1 where it wants 1.0.
+                object.__setattr__(self, field.name, float(value))
             if field.type is bool:
                 self._require(field.name, isinstance(value, bool), "true or false")
         self._check_shape("image_size", 2)

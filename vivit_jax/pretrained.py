@@ -210,6 +210,9 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.Array]:
+    # Drawn in float32 and cast, so that a seed gives the same head in every dtype.
+    config, dtype = model.config, model.config.param_dtype
+    model = model.clone(config=dataclasses.replace(config, dtype="float32", param_dtype="float32"))
     clip, inputs = _init_inputs(model)
 
     # Compiled, so that what is not returned is not computed.
@@ -217,7 +220,7 @@ def _initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.
     def init(key):
         variables = model.init(key, jax.numpy.zeros(clip.shape, clip.dtype), **inputs)
         flat = trees.flatten(meta.unbox(variables)["params"])
-        return {path: flat[path] for path in leaves}
+        return {path: flat[path].astype(dtype) for path in leaves}
 
     return init(jax.random.key(seed))
 

@@ -47,5 +47,9 @@ def test_setup_lines_are_the_ones_ci_runs():
     assert tests in (ROOT / ".ci/run").read_text().splitlines()
 
 
+def test_no_placeholder_is_left():
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z]{3,}\b", README)
+
+
 def test_there_is_something_to_test():
     assert len(PYTHON) >= 2 and len(COMMANDS) >= 5

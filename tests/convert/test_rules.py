@@ -207,4 +207,6 @@ def test_numbers_too_large_for_the_dtype_are_refused():
     expected = {"a": (1,), "b": (2,)}
     with pytest.raises(CheckpointError, match="too large for float16: a; keep"):
         import_params(source, rules, expected, "float16")
+    with pytest.raises(CheckpointError, match="too large for bfloat16: a; keep"):
+        import_params(source | {"a": np.array([3.4e38], np.float32)}, rules, expected, "bfloat16")
     assert np.isinf(import_params(source, rules, expected, "float32")["b"][1])

@@ -75,6 +75,21 @@ def test_a_weight_file(saved, capsys):
     assert status == 0 and "agree" in out
 
 
+def test_an_index_beside_another_model(saved, tmp_path, capsys):
+    from checkpoints_convert.convert import convert_checkpoint
+
+    convert_checkpoint(saved("vivit cls"), tmp_path / "m", max_shard_size="60KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"another model")
+    status, out, err = run(capsys, tmp_path / "m" / "model.safetensors.index.json")
+    assert status == 0 and "agree" in out, err
+
+
+@pytest.mark.parametrize("change", [{"return_dict": False}, {"output_attentions": True}])
+def test_output_options_of_the_config_do_not_matter(saved, tmp_path, capsys, change):
+    assert run(capsys, with_config(saved("vivit cls"), tmp_path / "m", **change))[0] == 0
+
+
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
 def test_labels_of_every_problem_type(saved, tmp_path, capsys, problem_type):
     directory = with_config(saved("vivit cls"), tmp_path / "m", problem_type=problem_type)
@@ -99,6 +114,7 @@ def test_damage_is_listed_by_us_before_transformers_sees_it(saved, tmp_path, cap
     [
         (["--seed", "-1"], "seed -1"),
         (["--tolerance", "nan"], "tolerance nan"),
+        (["--tolerance", "inf"], "tolerance inf"),
         (["--batch", "0"], "batch 0"),
         (["--clip", "/nowhere.mp4"], "preprocessor_config.json"),
     ],

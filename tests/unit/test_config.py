@@ -104,6 +104,7 @@ def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
         (lambda: VivitConfig(num_labels=3, id2label=("a",)), "num_labels is 3 .* names 1"),
         (lambda: VivitConfig(hidden_dropout_prob=1.5), "probability"),
         (lambda: VivitConfig(qkv_bias=1), "qkv_bias must be true or false, got 1"),
+        (lambda: VivitConfig(hidden_size=12 * 10**30), "hidden_size must be a positive integer"),
         (lambda: VivitConfig(layer_norm_eps="1e-6"), "layer_norm_eps must be a number, 0 or more"),
         (lambda: VivitConfig(layer_norm_eps=-1.0), "layer_norm_eps must be a number, 0 or more"),
         (lambda: VivitConfig(initializer_range=None), "initializer_range must be a number"),
@@ -129,6 +130,12 @@ def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
 def test_errors_name_the_field_and_the_values(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_integers_in_float_fields_are_written_as_floats():
+    values = VivitConfig(initializer_range=1, layer_norm_eps=0).to_dict()
+    assert isinstance(values["initializer_range"], float)
+    assert isinstance(values["layer_norm_eps"], float)
 
 
 def test_dtypes_may_be_objects():
