@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from vivit_jax.config import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
-from vivit_jax.layers.linear import Config, Projection, at_least_float32
+from vivit_jax.layers.linear import Config, Projection, at_least_float32, project
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _chunked(q, k, v):
         @jax.checkpoint
         def one_block(q):
             scores = jnp.einsum("qe,ke->qk", q, k, preferred_element_type=wide) * e**-0.5
-            return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
+            return project(jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
         return jax.lax.map(one_block, q_blocks)
 
