@@ -14,16 +14,16 @@ from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
 from vivit_jax.pretrained import abstract_params
 
 # Largest absolute difference allowed, after scaling by the reference's RMS where that exceeds 1.
-# Measured on a 2-core x86 CPU (see the assertion messages for the figures of a failing run):
+# Largest of tests/parity/test_models.py::test_outputs on a 2-core x86 CPU beside each:
 TOLERANCE = {
-    "hidden_states": 2e-5,  # measured 4e-6
-    "attentions": 2e-5,  # measured 2e-6
-    "last_hidden_state": 2e-5,  # measured 5e-6
-    "pooler_output": 2e-5,  # measured 4e-6
-    "logits": 2e-5,  # measured 5e-6
-    "loss": 2e-5,  # measured 2e-6
-    "gradient": 2e-5,  # measured 8e-6
-    "full size": 1e-4,  # measured 2e-5
+    "hidden_states": 2e-5,  # measured 9.1e-6
+    "attentions": 2e-5,  # measured 4.9e-6
+    "last_hidden_state": 2e-5,  # measured 6.4e-6
+    "pooler_output": 2e-5,  # measured 3.5e-6
+    "logits": 2e-5,  # measured 4.1e-6
+    "loss": 2e-5,  # measured 5.1e-7
+    "gradient": 2e-5,
+    "full size": 1e-4,  # measured 5.1e-6
 }
 
 # Odd on purpose: frames, height and width all differ, and so do token counts and head counts.

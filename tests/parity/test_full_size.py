@@ -51,6 +51,6 @@ def test_full_size_logits(full_size):
     ratio = rms(ours.logits, truth) / rms(theirs.logits.numpy(), truth)
     name = f"{config.model_type} {preset.head}"
     print(f"\n{name}: vs PyTorch {measured:.1e}, vs float64 {ratio:.2f} x PyTorch's error")
-    assert ratio <= 1.5  # measured 0.95 (ViViT-B), 1.22 (VideoMAE-B)
+    assert ratio <= 1.5  # measured 0.79 (ViViT-B), 0.83 and 1.00 (VideoMAE-B)
     if preset.head == "pretraining":
         assert abs(float(ours.loss) - float(theirs.loss)) < 1e-4

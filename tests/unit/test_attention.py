@@ -33,7 +33,7 @@ def reference(q, k, v):
 def test_every_backend_is_exact(implementation, length):
     q, k, v = qkv(length)
     out = attention(*map(jnp.asarray, (q, k, v)), implementation=implementation)
-    np.testing.assert_allclose(out, reference(q, k, v), atol=5e-6)  # measured 1e-6
+    np.testing.assert_allclose(out, reference(q, k, v), atol=5e-6)  # measured 6.0e-7
 
 
 @pytest.mark.parametrize("implementation", ["xla", "chunked"])
@@ -42,7 +42,7 @@ def test_bfloat16_keeps_a_float32_softmax(implementation):
     out = attention(q, k, v, implementation=implementation)
     assert out.dtype == jnp.bfloat16
     exact = reference(*(np.asarray(x, np.float32) for x in (q, k, v)))
-    # One rounding of the weights and one of the output: 2^-9 each, measured 2.4e-3 at |out| < 1.
+    # One rounding of the weights and one of the output: 2^-9 each; measured 3.2e-3.
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=6e-3)
 
 
