@@ -17,7 +17,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def classification_loss(logits, labels, problem_type: str | None = None) -> jax.Array:
+def classification_loss(
+    logits,
+    labels,
+    problem_type: str | None = None,
+    class_splits: tuple[int, ...] | None = None,
+) -> jax.Array:
     """The loss HuggingFace computes for video classification, a scalar.
 
     logits [b, classes]. `problem_type` None is read off the inputs: one class is a regression,
@@ -28,10 +33,18 @@ def classification_loss(logits, labels, problem_type: str | None = None) -> jax.
       (all rows left out: NaN, as in PyTorch);
     * multi_label_classification: mean binary cross entropy, labels float [b, classes].
 
-    A class index outside [0, classes) gives NaN: under jit nothing can be raised. Raises UserError
-    for labels whose shape or dtype does not fit.
+    With `class_splits` it is `multi_head_loss` without smoothing. A class index outside
+    [0, classes) gives NaN: under jit nothing can be raised. Raises UserError for labels whose shape
+    or dtype does not fit, and for `class_splits` with another problem type.
     """
-    logits, labels = at_least_float32(logits), jnp.asarray(labels)
+    if class_splits is not None:
+        if problem_type not in (None, "single_label_classification"):
+            raise UserError(
+                f"problem_type {problem_type!r} does not go with class_splits {class_splits}; each "
+                "head is single_label_classification: use that, None, or class_splits=None"
+            )
+        return multi_head_loss(logits, labels, class_splits)
+    logits, labels = at_least_float32(jnp.asarray(logits)), jnp.asarray(labels)
     classes = logits.shape[-1]
     integers = jnp.issubdtype(labels.dtype, jnp.integer)
     if problem_type is None:
@@ -61,12 +74,103 @@ def classification_loss(logits, labels, problem_type: str | None = None) -> jax.
     if problem_type == "multi_label_classification":
         y = labels.astype(logits.dtype)
         return -jnp.mean(y * jax.nn.log_sigmoid(logits) + (1 - y) * jax.nn.log_sigmoid(-logits))
-    counted = labels != IGNORE_INDEX
-    known = (labels >= 0) & (labels < classes)
-    index = jnp.where(known, labels, 0)[:, None]
-    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), index, axis=1)[:, 0]
+    return _cross_entropy(logits, labels)
+
+
+def multi_head_loss(
+    logits, labels, class_splits: tuple[int, ...], label_smoothing: float = 0.0
+) -> jax.Array:
+    """Mean over heads of each head's softmax cross entropy, a scalar in float32 or wider.
+
+    logits [b, sum(class_splits)], the heads' logits one after the other. labels int [b, heads], the
+    class in each head, where -100 leaves the row out of that head's mean (a head with every row
+    left out: NaN); or float [b, sum(class_splits)], concatenated one-hots or soft targets.
+    Smoothing uses each head's own class count: y (1 - s) + s / classes. One head,
+    `class_splits=(classes,)`, is plain cross entropy with smoothing or soft targets.
+
+    A class index outside its head gives NaN. Raises UserError for shapes, dtypes and smoothing that
+    do not fit. Source: scenic's multi-head model for Epic-Kitchens, (300, 97) for nouns and verbs.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise UserError(
+            f"label_smoothing must be in [0, 1), got {label_smoothing!r}; 0 turns it off"
+        )
+    logits = at_least_float32(jnp.asarray(logits))
+    heads = split_logits(logits, class_splits)
+    targets = split_labels(logits, labels, class_splits)
+    losses = map(_cross_entropy, heads, targets, [label_smoothing] * len(heads))
+    return sum(losses) / len(heads)
+
+
+def split_logits(logits, class_splits: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """The logits of each head: [b, sum(class_splits)] -> one [b, classes] per head.
+
+    Raises UserError where the class counts are not positive integers or do not add up.
+    """
+    logits, sizes = jnp.asarray(logits), head_sizes(class_splits)
+    if logits.ndim != 2 or logits.shape[1] != sum(sizes):
+        raise UserError(
+            f"logits of shape {logits.shape} do not fit class_splits {sizes}; expected "
+            f"[batch, {sum(sizes)}], the logits of all heads one after the other"
+        )
+    return tuple(jnp.split(logits, np.cumsum(sizes)[:-1], axis=1))
+
+
+def split_labels(logits, labels, class_splits: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """The labels of each head: int [b] each, or float [b, classes] each.
+
+    logits [b, sum(class_splits)]; labels int [b, heads] or float [b, sum(class_splits)]. Raises
+    UserError for any other shape or dtype.
+    """
+    labels, sizes = jnp.asarray(labels), head_sizes(class_splits)
+    if jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == (len(logits), len(sizes)):
+        return tuple(labels[:, i] for i in range(len(sizes)))
+    if jnp.issubdtype(labels.dtype, jnp.floating) and labels.shape == logits.shape:
+        return split_logits(labels, sizes)
+    raise UserError(
+        f"labels of shape {labels.shape} and dtype {labels.dtype} do not fit class_splits {sizes} "
+        f"of logits {logits.shape}; expected integers of shape {(len(logits), len(sizes))}, a "
+        f"class per head, or floats of shape {logits.shape}, concatenated one-hots"
+    )
+
+
+def head_sizes(class_splits) -> tuple[int, ...]:
+    """The class count of each head; UserError unless it is a sequence of positive integers."""
+    if (
+        not isinstance(class_splits, tuple | list)
+        or not class_splits
+        or not all(isinstance(n, int | np.integer) and n > 0 for n in class_splits)
+    ):
+        raise UserError(
+            f"class_splits must be a tuple with one positive class count per head, got "
+            f"{class_splits!r}; for example (300, 97)"
+        )
+    return tuple(class_splits)
+
+
+def _cross_entropy(logits, labels, label_smoothing: float = 0.0) -> jax.Array:
+    """Mean over rows; logits [b, classes], labels int [b] or float [b, classes]."""
+    classes = logits.shape[-1]
+    log_probs = jax.nn.log_softmax(logits)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        y = labels.astype(logits.dtype) * (1 - label_smoothing) + label_smoothing / classes
+        return -jnp.mean(jnp.sum(y * log_probs, axis=1))
+    counted, known, index = read_labels(labels, classes)
+    losses = -jnp.take_along_axis(log_probs, index[:, None], axis=1)[:, 0]
+    if label_smoothing:  # else a class masked with -inf would turn 0 * inf into NaN
+        losses = (1 - label_smoothing) * losses - label_smoothing * jnp.mean(log_probs, axis=1)
     losses = jnp.where(known, losses, jnp.nan)
     return jnp.sum(jnp.where(counted, losses, 0)) / jnp.sum(counted)
+
+
+def read_labels(labels, classes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of integer labels [b]: which are counted (not -100), which are classes, indices safe to use.
+
+    Any integer type; compared in its own, uint8 156 would pass for -100.
+    """
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    known = (labels >= 0) & (labels < classes)
+    return labels != IGNORE_INDEX, known, jnp.where(known, labels, 0)
 
 
 def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> jax.Array:

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracies of one or several classification heads; pure functions that may run under jit."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from vivit_jax.errors import UserError
+from vivit_jax.layers.linear import at_least_float32
+from vivit_jax.train.losses import IGNORE_INDEX, head_sizes, read_labels, split_labels, split_logits
+
+TOP_K = 5
+
+
+def action_scores(logits, class_splits: tuple[int, ...]) -> jax.Array:
+    """Probability of each combination of classes, the heads taken as independent.
+
+    logits [b, sum(class_splits)] -> [b, prod(class_splits)] in float32 or wider: the outer product
+    of the heads' softmax, the last head fastest (noun * 97 + verb). Raises UserError for fewer than
+    two heads. Source: scenic's Epic-Kitchens evaluation.
+    """
+    if len(head_sizes(class_splits)) < 2:
+        raise UserError(
+            f"class_splits must name two or more heads to combine, got {class_splits!r}; one head "
+            "needs no action scores"
+        )
+    heads = split_logits(at_least_float32(jnp.asarray(logits)), class_splits)
+    scores, *others = (jax.nn.softmax(head) for head in heads)
+    for other in others:
+        scores = (scores[:, :, None] * other[:, None, :]).reshape(len(scores), -1)
+    return scores
+
+
+def topk_accuracy(scores, labels, k: int = 1) -> jax.Array:
+    """Share of rows whose label is among the k largest scores, a scalar in float32 or wider.
+
+    scores [b, classes], labels int [b]; rows with label -100 are left out (all rows: NaN). Of equal
+    scores the lower class ranks first, as for argmax and `jax.lax.top_k`: a row counts if fewer
+    than k classes score higher, or equal with a lower index. So a model that scores all classes
+    alike is not right everywhere.
+
+    A label outside [0, classes), or a NaN among the scores, of a row that counts gives NaN. Raises
+    UserError for shapes and dtypes that do not fit and for k outside 1..classes.
+    """
+    scores, labels = at_least_float32(jnp.asarray(scores)), jnp.asarray(labels)
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or not integers:
+        raise UserError(
+            f"labels of shape {labels.shape} and dtype {labels.dtype} do not fit scores of shape "
+            f"{scores.shape}; expected scores [batch, classes] and integer labels [batch]"
+        )
+    classes = scores.shape[1]
+    if not 1 <= k <= classes:
+        raise UserError(f"k must be from 1 to the number of classes {classes}, got {k!r}")
+    counted, known, index = read_labels(labels, classes)
+    index = index[:, None]
+    own = jnp.take_along_axis(scores, index, axis=1)
+    lower = jnp.arange(classes)[None] < index
+    ahead = jnp.sum((scores > own) | ((scores == own) & lower), axis=1)
+    hits = (ahead < k).astype(scores.dtype)
+    # A comparison with NaN is false, which would make a diverged model right everywhere.
+    hits = jnp.where(known & ~jnp.isnan(scores).any(axis=1), hits, jnp.nan)
+    return jnp.sum(jnp.where(counted, hits, 0)) / jnp.sum(counted)
+
+
+def classification_metrics(
+    logits,
+    labels,
+    class_splits: tuple[int, ...] | None = None,
+    split_names: tuple[str, ...] | None = None,
+) -> dict[str, jax.Array]:
+    """Accuracies by name, each a scalar from `topk_accuracy`.
+
+    Without `class_splits`: "accuracy" and "accuracy_top_5"; logits [b, classes], labels int [b] or
+    float [b, classes]. With it: "noun_accuracy" and "noun_accuracy_top_5" for each name of
+    `split_names` (None: head_0, head_1, ...), and of two or more heads together
+    "noun-verb_accuracy" and "noun-verb_accuracy_top_5", from `action_scores`; logits
+    [b, sum(class_splits)], labels int [b, heads] or float [b, sum(class_splits)]. Top 5 is left out
+    where there are 5 classes or fewer.
+
+    Float labels stand for their largest class; a row of zeros has none and is left out, as label
+    -100 is. A row with no label for some head is left out of the combination. Raises UserError for
+    shapes, dtypes and names that do not fit. Source: scenic's names and definitions.
+    """
+    logits = at_least_float32(jnp.asarray(logits))
+    if class_splits is None:
+        if split_names is not None:
+            raise UserError(
+                f"split_names {split_names!r} needs class_splits, got None; give the class count "
+                "of each head, or split_names=None"
+            )
+        return _accuracies(logits, _classes(_single_labels(logits, labels)), "")
+    sizes = head_sizes(class_splits)
+    names = tuple(split_names or (f"head_{i}" for i in range(len(sizes))))
+    if len(names) != len(sizes) or len(set(names)) != len(names):
+        raise UserError(
+            f"split_names must be {len(sizes)} different names, one for each of class_splits "
+            f"{sizes}, got {split_names!r}; None names them head_0, head_1, ..."
+        )
+    heads = split_logits(logits, sizes)
+    classes = [_classes(part) for part in split_labels(logits, labels, sizes)]
+    metrics = {}
+    for name, head, label in zip(names, heads, classes, strict=True):
+        metrics |= _accuracies(head, label, f"{name}_")
+    if len(heads) > 1:
+        joint = _joint_label(classes, sizes)
+        metrics |= _accuracies(action_scores(logits, sizes), joint, f"{'-'.join(names)}_")
+    return metrics
+
+
+def _accuracies(scores, labels, prefix: str) -> dict[str, jax.Array]:
+    metrics = {f"{prefix}accuracy": topk_accuracy(scores, labels, 1)}
+    if scores.shape[1] > TOP_K:
+        metrics[f"{prefix}accuracy_top_{TOP_K}"] = topk_accuracy(scores, labels, TOP_K)
+    return metrics
+
+
+def _single_labels(logits, labels) -> jax.Array:
+    labels = jnp.asarray(labels)
+    integers = jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == logits.shape[:1]
+    floats = jnp.issubdtype(labels.dtype, jnp.floating) and labels.shape == logits.shape
+    if logits.ndim != 2 or not (integers or floats):
+        raise UserError(
+            f"labels of shape {labels.shape} and dtype {labels.dtype} do not fit logits of shape "
+            f"{logits.shape}; expected logits [batch, classes] and labels integers [batch] or "
+            "floats [batch, classes]; for several heads give class_splits"
+        )
+    return labels
+
+
+def _classes(labels) -> jax.Array:
+    """Class indices [b] of int [b] or float [b, classes]."""
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return labels
+    return jnp.where((labels != 0).any(axis=1), jnp.argmax(labels, axis=1), IGNORE_INDEX)
+
+
+def _joint_label(classes, sizes) -> jax.Array:
+    """Index into `action_scores` [b]; -100 where some head has no label."""
+    joint, all_counted, all_known = 0, True, True
+    for label, count in zip(classes, sizes, strict=True):
+        counted, known, index = read_labels(label, count)
+        joint = joint * count + index
+        all_counted &= counted
+        all_known &= known
+    # Known by head: noun 0, verb 97 would otherwise pass for noun 1, verb 0.
+    return jnp.where(all_counted, jnp.where(all_known, joint, math.prod(sizes)), IGNORE_INDEX)
