@@ -4,6 +4,12 @@
 `hidden_states` and `attentions` are one array with a leading layer axis; `tuple(x)` gives
 HuggingFace's form. Index 0 of `hidden_states` is the embedding (positions added, masked tokens
 removed), index i the output of block i; the last one precedes the final norm.
+
+What a factorised ViViT does over time is in fields of its own. A factorised encoder has hidden
+states per stage: [layers + 1, b, t, tokens of a frame, d] and, over the class token and the frames,
+`temporal_hidden_states`. Attention over space is [layers, b, t, n, s, s], over time
+[temporal layers, b, n, k, k] in a factorised encoder, [layers, b, s, n, t, t] in the others; in the
+dot-product model each holds half of the heads.
 """
 
 import dataclasses
@@ -27,6 +33,8 @@ class ModelOutput(_Output):
     pooler_output: jax.Array | None = None  # [b, pooler width]
     hidden_states: jax.Array | None = None  # [layers + 1, b, l, d]
     attentions: jax.Array | None = None  # [layers, b, n, l, l]
+    temporal_hidden_states: jax.Array | None = None  # [temporal layers + 1, b, k, d]
+    temporal_attentions: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -37,6 +45,8 @@ class ClassifierOutput(_Output):
     logits: jax.Array | None = None  # [b, classes]
     hidden_states: jax.Array | None = None  # [layers + 1, b, l, d]
     attentions: jax.Array | None = None  # [layers, b, n, l, l]
+    temporal_hidden_states: jax.Array | None = None  # [temporal layers + 1, b, k, d]
+    temporal_attentions: jax.Array | None = None
 
 
 @flax.struct.dataclass

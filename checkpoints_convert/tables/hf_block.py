@@ -51,6 +51,28 @@ def patch_embed(src: str, dst: str) -> list[Rule]:
     ]
 
 
+def attention(
+    src: str, dst: str, *, heads: int, names: Mapping[str, str], biases: Mapping[str, str], **each
+) -> list[Rule]:
+    """One attention layer; `names` spells its modules, `biases` those of q, k and v that exist."""
+    split = each | {"sizes": {"n": heads}}
+    kernels = [
+        Rule(f"{src}{names[ours]}.weight", f"{dst}/{ours}/kernel", _HEADS_OUT, **split)
+        for ours in ("query", "key", "value")
+    ]
+    vectors = [
+        Rule(f"{src}{theirs}", f"{dst}/{ours}/bias", _HEADS_BIAS, **split)
+        for ours, theirs in biases.items()
+    ]
+    out = f"{src}{names['out']}"
+    return [
+        *kernels,
+        *vectors,
+        Rule(f"{out}.weight", f"{dst}/out/kernel", _HEADS_IN, **split),
+        Rule(f"{out}.bias", f"{dst}/out/bias", **each),
+    ]
+
+
 def blocks(
     src: str,
     dst: str,
@@ -59,26 +81,31 @@ def blocks(
     heads: int,
     names: Mapping[str, str],
     biases: Mapping[str, str],
+    over: tuple[str, ...] = ("",),
 ) -> list[Rule]:
     """All blocks under `src` (ends in '.{i}.') and `dst` (ends in 'layers_{i}/').
 
-    `names` spells the modules, `biases` the query, key and value biases that exist.
+    `names` and `biases` are spelt as for `attention`. Where a block attends more than once, `over`
+    holds what is appended to the names of each attention layer and its norm: "_time", "_space".
     """
     each = {"layers": layers}
-    split = each | {"sizes": {"n": heads}}
     rules = []
-    for ours in ("query", "key", "value"):
-        weight = f"{src}{names[ours]}.weight"
-        rules.append(Rule(weight, f"{dst}attention/{ours}/kernel", _HEADS_OUT, **split))
-    for ours, theirs in biases.items():
-        rules.append(Rule(f"{src}{theirs}", f"{dst}attention/{ours}/bias", _HEADS_BIAS, **split))
-    out = f"{src}{names['out']}"
+    for suffix in over:
+        spelt = {ours: _suffixed(theirs, suffix) for ours, theirs in names.items()}
+        vectors = {ours: _suffixed(theirs, suffix) for ours, theirs in biases.items()}
+        rules += norm(f"{src}layernorm_before{suffix}", f"{dst}ln_attention{suffix}", **each)
+        rules += attention(
+            src, f"{dst}attention{suffix}", heads=heads, names=spelt, biases=vectors, **each
+        )
     return [
-        *norm(f"{src}layernorm_before", f"{dst}ln_attention", **each),
         *rules,
-        Rule(f"{out}.weight", f"{dst}attention/out/kernel", _HEADS_IN, **split),
-        Rule(f"{out}.bias", f"{dst}attention/out/bias", **each),
         *norm(f"{src}layernorm_after", f"{dst}ln_mlp", **each),
         *dense(f"{src}{names['mlp_in']}", f"{dst}mlp_in", **each),
         *dense(f"{src}{names['mlp_out']}", f"{dst}mlp_out", **each),
     ]
+
+
+def _suffixed(name: str, suffix: str) -> str:
+    """attention.output.dense -> attention_time.output.dense."""
+    first, _, rest = name.partition(".")
+    return f"{first}{suffix}.{rest}"

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vivit_jax.config import ATTENTION_IMPLEMENTATIONS
+from vivit_jax.config_base import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
-from vivit_jax.layers.linear import Config, Projection, at_least_float32, project
+from vivit_jax.layers.linear import Config, Projection, project
 
 log = logging.getLogger(__name__)
 
@@ -100,15 +100,29 @@ def _chunked(q, k, v):
     return out.transpose(0, 2, 1, 3)
 
 
+# Where a token looks, for x [b, l, d] or [b, t, s, d].
+SPACE = "space"  # along the second axis from the right: all tokens, or those of its frame
+TIME = "time"  # along the third: those of its place in every frame
+HALVES = "halves"  # the first half of the heads along time, the second along space
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; x [b, l, d] -> [b, l, d] and, if asked for, weights [b, n, l, l].
+    """Multi-head self-attention; x [b, l, d] or [b, t, s, d] -> the same, and attention weights.
+
+    `along` is SPACE, TIME or HALVES. The weights are a pair (over space, over time), each None if
+    that way is not taken or `output_attentions` is off: over space [b, n, l, l] or [b, t, n, s, s],
+    over time [b, s, n, t, t].
 
     `head_mask` [n] multiplies the weights of each head. It, attention dropout and
     `output_attentions` need the weights themselves and take the explicit path; everything else
-    goes through `attention`.
+    goes through `attention`. With `shared_dropout` all frames of a clip lose the same weights.
+    `zero_init` starts the output projection at zero, so that the layer at first adds nothing.
     """
 
     config: Config
+    along: str = SPACE
+    shared_dropout: bool = False
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, x, head_mask, output_attentions: bool, deterministic: bool):
@@ -123,18 +137,46 @@ class SelfAttention(nn.Module):
         q = project("query", config.qkv_bias)
         k = project("key", config.key_bias)
         v = project("value", config.qkv_bias)
-        dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        weights = None
-        if output_attentions or head_mask is not None or (dropout.rate > 0 and not deterministic):
-            wide = jnp.promote_types(q.dtype, jnp.float32)
-            scores = jnp.einsum("bqne,bkne->bnqk", q, k, preferred_element_type=wide) * e**-0.5
-            weights = jax.nn.softmax(at_least_float32(scores), axis=-1).astype(v.dtype)
-            weights = dropout(weights, deterministic=deterministic)
-            if head_mask is not None:
-                weights = weights * head_mask.astype(v.dtype)[None, :, None, None]
-            y = jnp.einsum("bnqk,bkne->bqne", weights, v)
+        dropped = config.attention_probs_dropout_prob > 0 and not deterministic
+        explicit = output_attentions or head_mask is not None or dropped
+
+        def attend(q, k, v, head_mask, axis):
+            """Attend along an axis of q, k, v [b, ..., n, e]; the other axes are batch."""
+            q, k, v = (jnp.moveaxis(y, axis, -3) for y in (q, k, v))
+            shape = q.shape
+            if explicit:
+                out, weights = self._explicit(q, k, v, head_mask, deterministic)
+            else:
+                q, k, v = (y.reshape(-1, *shape[-3:]) for y in (q, k, v))
+                out, weights = attention(q, k, v, implementation=config.attention), None
+            return jnp.moveaxis(out.reshape(shape), -3, axis), weights
+
+        over_space = over_time = None
+        if self.along == SPACE:
+            y, over_space = attend(q, k, v, head_mask, -3)
+        elif self.along == TIME:
+            y, over_time = attend(q, k, v, head_mask, -4)
         else:
-            y = attention(q, k, v, implementation=config.attention)
+            half = n // 2
+            (q0, q1), (k0, k1), (v0, v1) = (jnp.split(y, 2, axis=-2) for y in (q, k, v))
+            masks = (None, None) if head_mask is None else (head_mask[:half], head_mask[half:])
+            y0, over_time = attend(q0, k0, v0, masks[0], -4)
+            y1, over_space = attend(q1, k1, v1, masks[1], -3)
+            y = jnp.concatenate([y0, y1], axis=-2)
         axes = ("heads", "kv", "embed")
-        y = Projection(config, (n, e, d), axes, num_in=2, name="out")(y)
-        return y, (weights if output_attentions else None)
+        out = Projection(config, (n, e, d), axes, num_in=2, zero_init=self.zero_init, name="out")
+        y = out(y)
+        return y, ((over_space, over_time) if output_attentions else (None, None))
+
+    def _explicit(self, q, k, v, head_mask, deterministic):
+        """Attention with its weights [..., n, q, k] in sight; q, k, v [..., l, n, e]."""
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        scores = jnp.einsum("...qne,...kne->...nqk", q, k, preferred_element_type=wide)
+        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+        shared = (1,) if self.shared_dropout else ()
+        dropout = nn.Dropout(self.config.attention_probs_dropout_prob, broadcast_dims=shared)
+        weights = dropout(weights, deterministic=deterministic)
+        if head_mask is not None:
+            scale = jnp.expand_dims(head_mask.astype(v.dtype), (*range(weights.ndim - 3), -2, -1))
+            weights = weights * scale
+        return jnp.einsum("...nqk,...kne->...qne", weights, v), weights

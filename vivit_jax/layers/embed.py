@@ -34,14 +34,30 @@ def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
                 f"pixel_values has {size} {axis}, not a positive multiple of the tubelet's {patch} "
                 f"(shape {shape}, tubelet {config.tubelet}); crop or resize the clip"
             )
-    grid = tuple(size // patch for size, patch in zip(clip, config.tubelet, strict=True))
-    if grid != config.grid and not any_size:
-        expected = (config.num_frames, *config.frame_size)
+    expected = (config.num_frames, *config.frame_size)
+    if tuple(clip) != expected and not any_size:
         raise UserError(
             f"clip of {tuple(clip)} (frames, height, width), the model is configured for "
             f"{expected}; resize it, or pass interpolate_pos_encoding=True"
         )
-    return grid
+    sampled = getattr(config, "num_sampled_frames", None)
+    if sampled and sampled > clip[0]:
+        raise UserError(
+            f"pixel_values has {clip[0]} frames, the model picks num_sampled_frames={sampled} of "
+            "them; give a longer clip"
+        )
+    return config.grid_of(*clip)
+
+
+def uniform_frames(total: int, count: int) -> np.ndarray:
+    """Indices of `count` frames of `total` that cut the clip into count + 1 equal parts.
+
+    All of them where they are no more than `count`; for 8 of 32: 4, 7, 11, 14, 18, 21, 25, 28. A
+    half is rounded to the even index, as in scenic.
+    """
+    if count >= total:
+        return np.arange(total)
+    return np.round(np.arange(1, count + 1) * (total / (count + 1))).astype(int)
 
 
 def patchify(pixel_values: jax.Array, tubelet: tuple[int, int, int]) -> jax.Array:
@@ -69,7 +85,7 @@ class TubeletEmbed(nn.Module):
     """Linear projection of tubelets, the same numbers as a convolution with stride = kernel.
 
     pixel_values [b, t, h, w, c] -> [b, l, d]; with `visible` [b, v] only those tokens are
-    computed.
+    computed. With `num_sampled_frames` only those frames of the clip are used.
     """
 
     config: Config
@@ -86,6 +102,9 @@ class TubeletEmbed(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
         kernel = self.param("kernel", init, shape, param_dtype).astype(dtype)
         bias = self.param("bias", zeros, shape[-1:], param_dtype).astype(dtype)
+        sampled = getattr(config, "num_sampled_frames", None)
+        if sampled:
+            pixel_values = pixel_values[:, uniform_frames(pixel_values.shape[1], sampled)]
         patches = take_tokens(patchify(pixel_values, config.tubelet), visible)
         return project(patches.astype(dtype), kernel.reshape(-1, shape[-1])) + bias[None, None]
 

@@ -1,47 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-norm transformer blocks and the stack of them, scanned or looped."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vivit_jax.errors import UserError
-from vivit_jax.layers.attention import SelfAttention
+from vivit_jax.layers.attention import SPACE, SelfAttention
 from vivit_jax.layers.linear import ACTIVATIONS, Config, Projection, layer_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """How many blocks there are and what their tokens attend to.
+
+    `attention` lists the attention layers of a block in order, parameter name and direction.
+    """
+
+    num_layers: int
+    attention: tuple[tuple[str, str], ...] = (("attention", SPACE),)
+    # One dropout pattern for all frames of a clip: scenic maps the spatial stage of a factorised
+    # encoder over the frames with one random key.
+    shared_dropout: bool = False
+    zero_init: tuple[str, ...] = ()  # the attention layers that contribute nothing at first
 
 
 @flax.struct.dataclass
 class LayerOutput:
     """What one block reports, stacked over layers by `run_blocks`; None where not asked for."""
 
-    hidden: jax.Array | None  # [b, l, d]
-    attention: jax.Array | None  # [b, n, l, l]
+    hidden: jax.Array | None  # x after the block
+    space: jax.Array | None  # attention weights over space, or over all tokens
+    time: jax.Array | None  # attention weights over time
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); x [b, l, d]."""
+    """x + attention(norm(x)) for every attention layer, then x + mlp(norm(x)).
+
+    x is [b, l, d], or [b, t, s, d] where attention tells time and space apart.
+    """
 
     config: Config
+    arrangement: Arrangement
 
     @nn.compact
-    def __call__(self, x, head_mask, hidden: bool, attention: bool, deterministic: bool):
-        """The form `nn.scan` wants: (carry, layer input, flags) -> (carry, layer output)."""
-        config = self.config
-        d, f = config.hidden_size, config.intermediate_size
-        dropout = nn.Dropout(config.hidden_dropout_prob, deterministic=deterministic)
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+    def __call__(self, x, layer, hidden: bool, attention: bool, deterministic: bool):
+        """The form `nn.scan` wants: (carry, layer input, flags) -> (carry, layer output).
 
-        y = layer_norm(config, config.layer_norm_eps, "ln_attention")(x)
-        y, weights = SelfAttention(config, name="attention")(y, head_mask, attention, deterministic)
-        x = x + dropout(y)
+        `layer` is (head mask [n] or None, probability of leaving out a branch or None).
+        """
+        config, arrangement = self.config, self.arrangement
+        d, f = config.hidden_size, config.intermediate_size
+        head_mask, drop_rate = layer
+        shared = (1,) if arrangement.shared_dropout else ()
+        dropout = nn.Dropout(
+            config.hidden_dropout_prob, broadcast_dims=shared, deterministic=deterministic
+        )
+
+        def branch(y):
+            """What is added to the residual stream: dropped in part, or for a clip as a whole."""
+            y = dropout(y)
+            if drop_rate is None or deterministic:
+                return y
+            shape = (y.shape[0],) + (1,) * (y.ndim - 1)
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_rate, shape)
+            keep = keep / (1 - drop_rate) if config.drop_path_rescale else keep
+            return y * keep.astype(y.dtype)
+
+        x = nn.with_logical_constraint(x, ("batch", *("frames",) * (x.ndim - 3), "length", "embed"))
+        weights = {}
+        for name, along in arrangement.attention:
+            y = layer_norm(config, config.layer_norm_eps, f"ln_{name}")(x)
+            zero = name in arrangement.zero_init
+            attend = SelfAttention(config, along, arrangement.shared_dropout, zero, name=name)
+            y, found = attend(y, head_mask, attention, deterministic)
+            weights |= {
+                k: v for k, v in zip(("space", "time"), found, strict=True) if v is not None
+            }
+            x = x + branch(y)
 
         y = layer_norm(config, config.layer_norm_eps, "ln_mlp")(x)
         y = ACTIVATIONS[config.hidden_act](
             Projection(config, (d, f), ("embed", "mlp"), name="mlp_in")(y)
         )
-        x = x + dropout(Projection(config, (f, d), ("mlp", "embed"), name="mlp_out")(y))
-        return x, LayerOutput(x if hidden else None, weights)
+        x = x + branch(Projection(config, (f, d), ("mlp", "embed"), name="mlp_out")(y))
+        return x, LayerOutput(x if hidden else None, weights.get("space"), weights.get("time"))
 
 
 REMAT = {
@@ -52,22 +99,26 @@ REMAT = {
 
 def run_blocks(
     config: Config,
+    arrangement: Arrangement,
     x: jax.Array,
     head_mask: jax.Array | None = None,
     *,
     output_hidden_states: bool = False,
     output_attentions: bool = False,
     deterministic: bool = True,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Run `config.num_hidden_layers` blocks; call inside a module's compact method.
+) -> tuple[jax.Array, LayerOutput]:
+    """Run the blocks of an arrangement; call inside a module's compact method.
 
-    x [b, l, d] -> (x, hidden states [layers + 1, b, l, d] or None, attentions
-    [layers, b, n, l, l] or None). Parameters live in the calling module, under `layers` with a
-    leading layer axis if `config.scan_layers`, else under `layers_0`, `layers_1`, ...
+    x [b, l, d] or [b, t, s, d] -> (x, what the layers report with a leading layer axis; `hidden`
+    starts with x itself and so has one entry more). `head_mask` is [layers, n]. Parameters live in
+    the calling module, under `layers` with a leading layer axis if `config.scan_layers`, else under
+    `layers_0`, `layers_1`, ...
     """
-    layers = config.num_hidden_layers
+    layers = arrangement.num_layers
     flags = (output_hidden_states, output_attentions, deterministic)
-    head_mask = _per_layer(head_mask, layers, config.num_attention_heads)
+    rates = None
+    if config.drop_path_rate and not deterministic:
+        rates = jnp.asarray(np.linspace(0, config.drop_path_rate, layers), jnp.float32)
     block = Block
     if config.remat != "none":
         block = nn.remat(
@@ -86,19 +137,21 @@ def run_blocks(
             length=layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, out = scanned(config, name="layers")(x, head_mask, *flags)
+        x, out = scanned(config, arrangement, name="layers")(x, (head_mask, rates), *flags)
     else:
         outputs = []
         for i in range(layers):
-            row = None if head_mask is None else head_mask[i]
-            x, layer = block(config, name=f"layers_{i}")(x, row, *flags)
+            inputs = jax.tree.map(lambda values: values[i], (head_mask, rates))  # noqa: B023
+            x, layer = block(config, arrangement, name=f"layers_{i}")(x, inputs, *flags)
             outputs.append(layer)
         out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-    hidden = jnp.concatenate([embedding[None], out.hidden]) if output_hidden_states else None
-    return x, hidden, out.attention
+    if output_hidden_states:
+        out = out.replace(hidden=jnp.concatenate([embedding[None], out.hidden]))
+    return x, out
 
 
-def _per_layer(head_mask, layers: int, heads: int):
+def per_layer(head_mask, layers: int, heads: int) -> jax.Array | None:
+    """A head mask [heads] or [layers, heads] as [layers, heads]; UserError for another shape."""
     if head_mask is None:
         return None
     head_mask = jnp.asarray(head_mask)

@@ -75,12 +75,13 @@ class Projection(nn.Module):
     axes: tuple[str | None, ...]
     num_in: int = 1
     use_bias: bool = True
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, x):
         config, outputs = self.config, self.shape[self.num_in :]
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-        init = nn.initializers.normal(config.initializer_range)
+        init = nn.initializers.normal(0.0 if self.zero_init else config.initializer_range)
         kernel = self.param(
             "kernel", nn.with_logical_partitioning(init, self.axes), self.shape, param_dtype
         )

@@ -12,15 +12,12 @@ from flax import linen as nn
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions, take_tokens
-from vivit_jax.layers.encoder import run_blocks
+from vivit_jax.layers.encoder import Arrangement, per_layer, run_blocks
 from vivit_jax.layers.linear import Projection, layer_norm
 from vivit_jax.masking import Mask
+from vivit_jax.models.classifier import classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, PreTrainingOutput
-from vivit_jax.train.losses import (
-    classification_loss,
-    reconstruction_loss,
-    reconstruction_targets,
-)
+from vivit_jax.train.losses import reconstruction_loss, reconstruction_targets
 
 
 class VideoMAEModel(nn.Module):
@@ -58,17 +55,18 @@ class VideoMAEModel(nn.Module):
             visible = mask.visible
         x = TubeletEmbed(config, name="patch_embed")(pixel_values, visible)
         x = x + _positions(x, grid, visible)
-        x, hidden_states, attentions = run_blocks(
+        x, layers = run_blocks(
             config,
+            Arrangement(config.num_hidden_layers),
             x,
-            head_mask,
+            per_layer(head_mask, config.num_hidden_layers, config.num_attention_heads),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             deterministic=deterministic,
         )
         if not config.use_mean_pooling:
             x = layer_norm(config, config.layer_norm_eps, "ln_final")(x)
-        out = ModelOutput(x, None, hidden_states, attentions)
+        out = ModelOutput(x, None, layers.hidden, layers.space)
         return out if return_dict else out.to_tuple()
 
 
@@ -80,13 +78,17 @@ class VideoMAEDecoder(nn.Module):
     @nn.compact
     def __call__(self, x, num_masked: int, output_hidden_states: bool, deterministic: bool):
         config = self.config.decoder()
-        x, hidden_states, _ = run_blocks(
-            config, x, output_hidden_states=output_hidden_states, deterministic=deterministic
+        x, layers = run_blocks(
+            config,
+            Arrangement(config.num_hidden_layers),
+            x,
+            output_hidden_states=output_hidden_states,
+            deterministic=deterministic,
         )
         x = x[:, x.shape[1] - num_masked :]
         x = layer_norm(config, config.decoder_norm_eps, "ln_final")(x)
         shape = (config.hidden_size, config.patch_values)
-        return Projection(config, shape, ("embed", "pixels"), name="head")(x), hidden_states
+        return Projection(config, shape, ("embed", "pixels"), name="head")(x), layers.hidden
 
 
 class VideoMAEForPreTraining(nn.Module):
@@ -194,11 +196,7 @@ class VideoMAEForVideoClassification(nn.Module):
             x = layer_norm(config, config.fc_norm_eps, "fc_norm")(out.last_hidden_state.mean(1))
         else:
             x = out.last_hidden_state[:, 0]
-        shape = (config.hidden_size, config.num_labels)
-        logits = Projection(config, shape, ("embed", "classes"), name="head")(x)
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, config.problem_type)
+        loss, logits = classify(config, x, labels)
         out = ClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return out if return_dict else out.to_tuple()
 

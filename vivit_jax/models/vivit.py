@@ -1,23 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ViViT with joint space-time attention (Arnab et al. 2021, model 1), as in scenic and HuggingFace.
+"""ViViT (Arnab et al. 2021) in its four forms, as in scenic; the joint one also as in HuggingFace.
 
-Tokens are [class, tubelets in (t, h, w) order]. Parameters: `patch_embed`, `cls`, `pos_embed`,
-`layers`, `ln_final`, `pooler`; the classifier holds the model as `backbone` and adds `head`.
+Tokens are tubelets in (t, h, w) order. The four models are four arrangements of the same blocks
+(section 3.3 of the paper; x is what the blocks see):
+
+    joint                      x [b, thw, d]   attention over all tokens
+    factorised encoder         x [b, t, hw, d] attention over the frame, one token per frame;
+                               x [b, t, d]     then attention over the frames
+    factorised self-attention  x [b, t, hw, d] attention over time, attention over space, MLP
+    factorised dot-product     x [b, t, hw, d] half of the heads over time, half over space
+
+Parameters: `patch_embed`, then those of an `Encoder` (`cls`, `pos_embed`, `layers`, `ln_final`), at
+the top or, in a factorised encoder, under `spatial` and `temporal`; `pooler`. The classifier holds
+the model as `backbone` and adds `head`.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vivit_jax.config import VivitConfig
-from vivit_jax.layers.embed import TubeletEmbed, check_clip, resize_positions
-from vivit_jax.layers.encoder import run_blocks
+from vivit_jax.layers.attention import HALVES, SPACE, TIME
+from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
+from vivit_jax.layers.encoder import Arrangement, per_layer, run_blocks
 from vivit_jax.layers.linear import ACTIVATIONS, Projection, layer_norm
+from vivit_jax.models.classifier import classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput
-from vivit_jax.train.losses import classification_loss
+
+_TIME, _SPACE = ("attention_time", TIME), ("attention_space", SPACE)
+
+
+def arrangements(config: VivitConfig) -> tuple[Arrangement, ...]:
+    """The arrangement of the blocks of each stage: one, or two in a factorised encoder."""
+    layers = config.num_hidden_layers
+    if config.attention_type == "factorised_self_attention":
+        order = (_TIME, _SPACE) if config.attention_order == "time_space" else (_SPACE, _TIME)
+        # scenic's form of this sets all four projections to zero, which no gradient ever leaves.
+        zero = ("attention_time",) if config.zero_init_temporal_attention else ()
+        return (Arrangement(layers, order, zero_init=zero),)
+    if config.attention_type == "factorised_dot_product":
+        return (Arrangement(layers, (("attention", HALVES),)),)
+    if config.attention_type == "factorised_encoder":
+        spatial = Arrangement(layers, shared_dropout=True)
+        temporal = (Arrangement(config.temporal_layers),) if config.temporal_layers else ()
+        return (spatial, *temporal)
+    return (Arrangement(layers),)
+
+
+class Encoder(nn.Module):
+    """Class token, learned positions, blocks and the final norm over the tokens of a grid.
+
+    x [b, l, d] or [b, t, s, d]. `table` is the grid of the learned positions, `grid` that of x;
+    where there is a frame axis and the grid has one frame, every frame gets the same positions and
+    its own class token.
+    """
+
+    config: VivitConfig
+    arrangement: Arrangement
+    table: Grid
+
+    @nn.compact
+    def __call__(self, x, grid: Grid, head_mask, flags: dict[str, bool]):
+        config, d = self.config, x.shape[-1]
+        param_dtype = jnp.dtype(config.param_dtype)
+        zeros = nn.initializers.zeros
+        with_cls = config.pooling == "cls"
+        positions = self.param(
+            "pos_embed",
+            nn.with_logical_partitioning(zeros, (None, "length", "embed")),
+            (1, with_cls + int(np.prod(self.table)), d),
+            param_dtype,
+        )
+        patch_positions = resize_positions(positions[0, with_cls:], self.table, grid)
+        positions = jnp.concatenate([positions[0, :with_cls], patch_positions]).astype(x.dtype)
+        if with_cls:
+            cls = self.param(
+                "cls",
+                nn.with_logical_partitioning(zeros, (None, None, "embed")),
+                (1, 1, d),
+                param_dtype,
+            )
+            cls = jnp.broadcast_to(cls.astype(x.dtype).reshape(-1), (*x.shape[:-2], 1, d))
+            x = jnp.concatenate([cls, x], axis=-2)
+        frames = x.shape[1:-2] if grid[0] > 1 else (1,) * (x.ndim - 3)
+        x = x + positions.reshape(1, *frames, -1, d)
+        shared = (1,) if self.arrangement.shared_dropout else ()
+        dropout = nn.Dropout(config.hidden_dropout_prob, broadcast_dims=shared)
+        x = dropout(x, deterministic=flags["deterministic"])
+        x, layers = run_blocks(config, self.arrangement, x, head_mask, **flags)
+        return layer_norm(config, config.layer_norm_eps, "ln_final")(x), layers
+
+
+def pool(config: VivitConfig, x, stage: str = "temporal"):
+    """One vector [..., d] of the tokens [..., l, d] that a stage returns."""
+    if stage == "temporal" and config.spatial_only:
+        return x.mean(-2)  # frames have no class token
+    if config.pooling == "cls":
+        return x[..., 0, :]
+    return getattr(jnp, config.pooling)(x, axis=-2)
 
 
 class VivitModel(nn.Module):
-    """ViViT without a head; `add_pooling_layer` adds a dense layer on the class token."""
+    """ViViT without a head; `add_pooling_layer` adds a dense layer on the pooled token."""
 
     config: VivitConfig
     add_pooling_layer: bool = True
@@ -34,56 +118,61 @@ class VivitModel(nn.Module):
         deterministic: bool = True,
         return_dict: bool = True,
     ) -> ModelOutput | tuple:
-        """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, 1 + l, d].
+        """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, tokens, d].
 
-        `head_mask` [n] or [layers, n] scales attention weights per head (0 silences a head).
+        Tokens are the class token, if there is one, and the tubelets; in a factorised encoder the
+        class token and the frames. `head_mask` [n] or [layers, n] scales attention weights per head
+        (0 silences a head); rows for temporal layers follow those for spatial ones.
         `interpolate_pos_encoding` accepts any frame count and resolution divisible by the tubelet.
         `deterministic=False` turns dropout on and needs rngs={"dropout": key}. Raises UserError for
         a clip that does not fit.
         """
         config = self.config
-        d = config.hidden_size
-        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         grid = check_clip(config, pixel_values.shape, any_size=interpolate_pos_encoding)
-        zeros = nn.initializers.zeros
-        cls = self.param(
-            "cls",
-            nn.with_logical_partitioning(zeros, (None, None, "embed")),
-            (1, 1, d),
-            param_dtype,
-        )
-        positions = self.param(
-            "pos_embed",
-            nn.with_logical_partitioning(zeros, (None, "length", "embed")),
-            (1, 1 + config.num_tokens, d),
-            param_dtype,
-        )
-        x = TubeletEmbed(config, name="patch_embed")(pixel_values)
-        cls = jnp.broadcast_to(cls, (x.shape[0], 1, d)).astype(dtype)
-        patch_positions = resize_positions(positions[0, 1:], config.grid, grid)
-        x = jnp.concatenate([cls, x], axis=1)
-        x = x + jnp.concatenate([positions[:, :1], patch_positions[None]], axis=1).astype(dtype)
-        x = nn.Dropout(config.hidden_dropout_prob)(x, deterministic=deterministic)
-        x, hidden_states, attentions = run_blocks(
-            config,
-            x,
-            head_mask,
+        (t, h, w), (table_t, *table_hw) = grid, config.grid
+        flags = dict(
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             deterministic=deterministic,
         )
-        x = layer_norm(config, config.layer_norm_eps, "ln_final")(x)
+        stages = arrangements(config)
+        depth = sum(stage.num_layers for stage in stages)
+        head_mask = per_layer(head_mask, depth, config.num_attention_heads)
+        x = TubeletEmbed(config, name="patch_embed")(pixel_values)
+        b, _, d = x.shape
+        temporal_hidden = None
+        if config.attention_type == "factorised_encoder":
+            masks = (None,) * 2
+            if head_mask is not None:
+                masks = jnp.split(head_mask, [config.num_hidden_layers])
+            encoder = Encoder(config, stages[0], (1, *table_hw), name="spatial")
+            x, layers = encoder(x.reshape(b, t, h * w, d), (1, h, w), masks[0], flags)
+            hidden, over_space, over_time = layers.hidden, layers.space, None
+            x = pool(config, x, "spatial")
+            if not config.spatial_only:
+                encoder = Encoder(config, stages[1], (table_t, 1, 1), name="temporal")
+                x, layers = encoder(x, (t, 1, 1), masks[1], flags)
+                temporal_hidden, over_time = layers.hidden, layers.space
+        else:
+            encoder = Encoder(config, stages[0], config.grid)
+            nn.share_scope(self, encoder)
+            tokens = x if config.attention_type == "joint" else x.reshape(b, t, h * w, d)
+            x, layers = encoder(tokens, grid, head_mask, flags)
+            hidden, over_space, over_time = layers.hidden, layers.space, layers.time
+            if config.attention_type != "joint":
+                x = x.reshape(b, -1, d)
+                hidden = hidden if hidden is None else hidden.reshape(-1, *x.shape)
         pooled = None
         if self.add_pooling_layer:
-            width = config.pooler_output_size or d
-            pooled = Projection(config, (d, width), ("embed", "pooled"), name="pooler")(x[:, 0])
-            pooled = ACTIVATIONS[config.pooler_act](pooled)
-        out = ModelOutput(x, pooled, hidden_states, attentions)
+            shape = (config.hidden_size, config.pooler_output_size or config.hidden_size)
+            dense = Projection(config, shape, ("embed", "pooled"), name="pooler")
+            pooled = ACTIVATIONS[config.pooler_act](dense(pool(config, x)))
+        out = ModelOutput(x, pooled, hidden, over_space, temporal_hidden, over_time)
         return out if return_dict else out.to_tuple()
 
 
 class VivitForVideoClassification(nn.Module):
-    """ViViT with a linear classifier on the class token after the final norm."""
+    """ViViT with a linear classifier on the pooled token after the final norm."""
 
     config: VivitConfig
 
@@ -110,12 +199,13 @@ class VivitForVideoClassification(nn.Module):
             interpolate_pos_encoding=interpolate_pos_encoding,
             deterministic=deterministic,
         )
-        shape = (config.hidden_size, config.num_labels)
-        logits = Projection(config, shape, ("embed", "classes"), name="head")(
-            out.last_hidden_state[:, 0]
+        loss, logits = classify(config, pool(config, out.last_hidden_state), labels)
+        out = ClassifierOutput(
+            loss,
+            logits,
+            out.hidden_states,
+            out.attentions,
+            out.temporal_hidden_states,
+            out.temporal_attentions,
         )
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, config.problem_type)
-        out = ClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return out if return_dict else out.to_tuple()

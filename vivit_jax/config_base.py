@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the configurations of both families share: fields, checks, config.json both ways."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from vivit_jax.errors import ConfigError
+
+HIDDEN_ACTS = (
+    "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python", "quick_gelu", "relu",
+    "selu", "silu", "swish", "tanh", "sigmoid", "linear",
+)  # fmt: skip
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn")
+REMAT_POLICIES = ("none", "block", "dots")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# Attributes that config.json may hold and that say nothing about the function.
+_IGNORED = (
+    "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path",
+    "_commit_hash", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_internal", "_attn_implementation_autoset", "return_dict",
+    "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss",
+    "use_cache", "gradient_checkpointing", "finetuning_task", "task_specific_params", "video_size",
+    "label2id",
+)  # fmt: skip
+# Attributes of every HuggingFace config that would change the function if set otherwise.
+_ONLY_AT_DEFAULT: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "tie_word_embeddings": (True, False),  # there are no word embeddings to tie
+    "pruned_heads": ({}, None),
+    "chunk_size_feed_forward": (0,),
+}
+
+
+def execution_field(default):
+    """A field that never changes the function; it is not written to config.json."""
+    return dataclasses.field(default=default, metadata={"execution": True})
+
+
+def optional_field(default):
+    """A field that HuggingFace does not know; it is written only where it is set."""
+    return dataclasses.field(default=default, metadata={"only_if_set": True})
+
+
+def positive_int(value) -> bool:
+    """Whether a value is a whole number of at least 1 that an array dimension can have."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def pair(value) -> tuple[int, int]:
+    """Height and width of a size that may be one number for both."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Fields and checks that ViViT and VideoMAE share.
+
+    `drop_path_rate` is stochastic depth, scenic's droplayer: in training each residual branch of
+    block i of L is left out for a whole clip with probability rate * i / (L - 1). With
+    `drop_path_rescale` a kept branch is divided by its probability of being kept.
+
+    `class_splits` makes the classifier several classifiers in one projection, for example
+    (300, 97) nouns and verbs with `split_names` ("noun", "verb"); they must sum to `num_labels`.
+    """
+
+    model_type: ClassVar[str]
+    # Written instead where transformers cannot compute the function, so that it refuses the file.
+    own_model_type: ClassVar[str]
+
+    image_size: int | tuple[int, int] = 224
+    num_channels: int = 3
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    qkv_bias: bool = True
+    num_labels: int = 2
+    id2label: tuple[str, ...] | None = None
+    problem_type: str | None = None
+    drop_path_rate: float = optional_field(0.0)
+    drop_path_rescale: bool = optional_field(True)
+    class_splits: tuple[int, ...] | None = optional_field(None)
+    split_names: tuple[str, ...] | None = optional_field(None)
+
+    dtype: str = execution_field("float32")
+    param_dtype: str = execution_field("float32")
+    attention: str = execution_field("auto")
+    scan_layers: bool = execution_field(True)
+    remat: str = execution_field("none")
+
+    def __post_init__(self):
+        if self.id2label is not None:
+            object.__setattr__(self, "id2label", _label_tuple(self.id2label))
+            if len(self.id2label) != self.num_labels:
+                raise ConfigError(
+                    f"num_labels is {self.num_labels} but id2label names {len(self.id2label)} "
+                    "classes; give both, or id2label=None for the names LABEL_0, LABEL_1, ..."
+                )
+        for name in ("image_size", "tubelet_size", "patch_size", "class_splits", "split_names"):
+            value = getattr(self, name, None)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("dtype", "param_dtype"):
+            # jnp.bfloat16 and np.dtype("float32") are as good as their names.
+            value = getattr(self, name)
+            found = getattr(value, "dtype", value)
+            object.__setattr__(self, name, getattr(found, "name", found))
+        self.check_sizes()
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            self.require(name, 0.0 <= getattr(self, name) < 1.0, "a probability in [0, 1)")
+        self.one_of("hidden_act", HIDDEN_ACTS)
+        self.one_of("problem_type", (None, *PROBLEM_TYPES))
+        self.one_of("dtype", DTYPES)
+        self.one_of("param_dtype", DTYPES)
+        self.one_of("attention", ATTENTION_IMPLEMENTATIONS)
+        self.one_of("remat", REMAT_POLICIES)
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ConfigError(
+                "problem_type='single_label_classification' needs num_labels > 1, got 1; one label "
+                "is a regression"
+            )
+        self._check_splits()
+
+    def require(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ConfigError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def one_of(self, name: str, allowed: tuple) -> None:
+        self.require(name, getattr(self, name) in allowed, f"one of {list(allowed)}")
+
+    def _check_splits(self) -> None:
+        splits, names = self.class_splits, self.split_names
+        if splits is None:
+            self.require("split_names", names is None, "null where class_splits is null")
+            return
+        good = isinstance(splits, tuple) and len(splits) > 1 and all(map(positive_int, splits))
+        self.require("class_splits", good, "two or more positive integers")
+        if sum(splits) != self.num_labels:
+            raise ConfigError(
+                f"class_splits {splits} sum to {sum(splits)} but num_labels is {self.num_labels}; "
+                "all heads share one projection, so they must be equal"
+            )
+        if names is None:
+            names = tuple(str(i + 1) for i in range(len(splits)))
+            object.__setattr__(self, "split_names", names)
+        good = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+        good = good and len(set(names)) == len(splits)
+        self.require("split_names", good, f"{len(splits)} different names")
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ConfigError(
+                f"class_splits needs problem_type single_label_classification or null, got "
+                f"{self.problem_type!r}"
+            )
+
+    def check_sizes(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int:
+                self.require(field.name, positive_int(value), "a positive integer")
+            if field.type is float:
+                self.require(field.name, _number(value) and value >= 0, "a number, 0 or more")
+                # transformers refuses a config.json with 1 where it wants 1.0.
+                object.__setattr__(self, field.name, float(value))
+            if field.type is bool:
+                self.require(field.name, isinstance(value, bool), "true or false")
+        self.check_shape("image_size", 2)
+        for size, patch, axis in zip(
+            self.frame_size, self.tubelet[1:], ("height", "width"), strict=True
+        ):
+            if size % patch:
+                raise ConfigError(
+                    f"image_size {self.image_size} is not divisible by the patch {axis} {patch} "
+                    f"({self.tubelet[1:]}); choose a multiple of it"
+                )
+        if self.num_frames % self.tubelet[0]:
+            raise ConfigError(
+                f"num_frames {self.num_frames} is not divisible by the tubelet length "
+                f"{self.tubelet[0]}; choose a multiple of it"
+            )
+        self.check_heads("hidden_size", "num_attention_heads")
+
+    def check_shape(self, name: str, length: int, allow_int: bool = True) -> None:
+        value = getattr(self, name)
+        good = (allow_int and positive_int(value)) or (
+            isinstance(value, tuple) and len(value) == length and all(map(positive_int, value))
+        )
+        wanted = f"{length} positive integers"
+        self.require(name, good, f"a positive integer or {wanted}" if allow_int else wanted)
+
+    def check_heads(self, width: str, heads: str) -> None:
+        if getattr(self, width) % getattr(self, heads):
+            raise ConfigError(
+                f"{width} {getattr(self, width)} is not divisible by {heads} "
+                f"{getattr(self, heads)}; every head needs the same width"
+            )
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of a frame in pixels."""
+        return pair(self.image_size)
+
+    @property
+    def tubelet(self) -> tuple[int, int, int]:
+        """Frames, height and width, in pixels, of the block that becomes one token."""
+        raise NotImplementedError
+
+    @property
+    def key_bias(self) -> bool:
+        """Whether the key projection has a bias (queries and values follow `qkv_bias`)."""
+        raise NotImplementedError
+
+    @property
+    def in_transformers(self) -> bool:
+        """Whether transformers has this architecture and so may open what is saved of it."""
+        return True
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width at the configured clip size."""
+        return self.grid_of(self.num_frames, *self.frame_size)
+
+    def grid_of(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tokens along time, height and width of a clip of this size."""
+        clip = (frames, height, width)
+        return tuple(n // p for n, p in zip(clip, self.tubelet, strict=True))
+
+    @property
+    def num_tokens(self) -> int:
+        """Patch tokens at the configured clip size; a class token is not counted."""
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names by class index, HuggingFace's placeholders where none are given."""
+        return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json: the function fields in HuggingFace's spelling."""
+        model_type = self.model_type if self.in_transformers else self.own_model_type
+        out: dict[str, Any] = {"model_type": model_type}
+        for field in dataclasses.fields(self):
+            if field.metadata.get("execution") or field.name in ("num_labels", "id2label"):
+                continue
+            value = getattr(self, field.name)
+            if field.metadata.get("only_if_set") and value == field.default:
+                continue
+            out[field.name] = list(value) if isinstance(value, tuple) else value
+        if self.problem_type is None:
+            del out["problem_type"]
+        if self.id2label is not None or self.num_labels != 2:
+            out["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
+            out["label2id"] = {label: i for i, label in enumerate(self.labels)}
+        return out
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **execution):
+        """Read the content of config.json; `execution` sets execution fields.
+
+        Raises ConfigError for another model_type and for any attribute this library does not
+        implement, rather than computing something else.
+        """
+        values = dict(values)
+        found = values.get("model_type", cls.model_type)
+        if found not in (cls.model_type, cls.own_model_type):
+            raise ConfigError(
+                f"model_type is {found!r}, expected {cls.model_type!r} or {cls.own_model_type!r}; "
+                "this directory holds another kind of model"
+            )
+        values = cls._modernise(values)
+        known = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
+        fields = {k: v for k, v in values.items() if k in known}
+        unknown = {
+            k: v
+            for k, v in values.items()
+            if k not in known
+            and k not in _IGNORED
+            and not (k in _ONLY_AT_DEFAULT and v in _ONLY_AT_DEFAULT[k])
+        }
+        if unknown:
+            listed = ", ".join(f"{k}={v!r}" for k, v in sorted(unknown.items()))
+            raise ConfigError(
+                f"config.json sets what {cls.__name__} does not implement: {listed}. Remove an "
+                "attribute from config.json only if you know that it does not change the function"
+            )
+        if fields.get("id2label") is not None:
+            fields["id2label"] = _label_tuple(fields["id2label"])
+            fields["num_labels"] = len(fields["id2label"])
+        if placeholders(fields.get("id2label")):
+            fields["id2label"] = None
+        return cls(**fields, **execution)
+
+    @classmethod
+    def _modernise(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values
+
+
+def placeholders(id2label: tuple[str, ...] | None) -> bool:
+    """Whether the class names are only HuggingFace's LABEL_0, LABEL_1, ..."""
+    return id2label is not None and all(s == f"LABEL_{i}" for i, s in enumerate(id2label))
+
+
+def _label_tuple(id2label) -> tuple[str, ...]:
+    if isinstance(id2label, list | tuple) and all(isinstance(label, str) for label in id2label):
+        return tuple(id2label)
+    if not isinstance(id2label, Mapping):
+        raise ConfigError(f"id2label must map class indices to names, got {id2label!r}")
+    try:
+        by_id = {int(k): str(v) for k, v in id2label.items()}
+    except ValueError as error:
+        raise ConfigError(f"id2label keys must be class indices: {error}") from None
+    if sorted(by_id) != list(range(len(by_id))):
+        raise ConfigError(
+            f"id2label must name every class 0..{len(by_id) - 1} once, got keys {sorted(by_id)}"
+        )
+    return tuple(by_id[i] for i in range(len(by_id)))
