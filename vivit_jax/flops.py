@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much arithmetic a forward pass takes, from the configuration alone."""
+
+import math
+
+from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.errors import UserError
+
+HEADS = ("classification", "pretraining", None)
+
+
+def forward_flops(
+    config: VivitConfig | VideoMAEConfig,
+    head: str | None = "classification",
+    visible: int | None = None,
+) -> int:
+    """Floating point operations of the matrix products of one clip's forward pass.
+
+    Counted are the tubelet embedding, all projections, attention's scores and weighted sums, the
+    MLPs, the decoder and the head, two operations per multiply-add: half of it is the "FLOPs" of
+    most papers. Softmax, norms, activations, biases and residual sums are not counted; they add a
+    few per cent. Exact for `attention` "xla" and "cudnn"; "chunked" pads the queries to equal
+    blocks.
+
+    The clip has the configured size. `head` is "classification", "pretraining" (VideoMAE) or None
+    for the model alone, without ViViT's pooler. `visible` is how many tokens of a masked clip
+    VideoMAE's encoder sees, for example 160 of 1568; pre-training needs it. Raises UserError for a
+    head that the family lacks and for a `visible` that does not fit.
+    """
+    if head not in HEADS:
+        raise UserError(f"head must be one of {list(HEADS)}, got {head!r}")
+    if isinstance(config, VivitConfig):
+        if head == "pretraining" or visible is not None:
+            raise UserError(
+                f"head {head!r} with visible={visible} is for VideoMAEConfig, got VivitConfig; "
+                "ViViT has no masked pre-training: use head='classification' and visible=None"
+            )
+        flops = _embedding(config, config.num_tokens) + _vivit_blocks(config)
+    else:
+        _check_visible(config, head, visible)
+        tokens = config.num_tokens if visible is None else visible
+        flops = _embedding(config, tokens) + _joint_blocks(config, config.num_hidden_layers, tokens)
+    if head == "classification":
+        return flops + _product(1, config.hidden_size, config.num_labels)
+    if head == "pretraining":
+        decoder, masked = config.decoder(), config.num_tokens - visible
+        flops += _product(visible, config.hidden_size, decoder.hidden_size)
+        flops += _joint_blocks(decoder, decoder.num_hidden_layers, config.num_tokens)
+        flops += _product(masked, decoder.hidden_size, config.patch_values)
+    return flops
+
+
+def _vivit_blocks(config: VivitConfig) -> int:
+    t, h, w = config.grid
+    layers, tokens, has_cls = config.num_hidden_layers, config.num_tokens, config.pooling == "cls"
+    if config.attention_type == "factorised_encoder":
+        flops = t * _joint_blocks(config, layers, has_cls + h * w)
+        if not config.spatial_only:
+            flops += _joint_blocks(config, config.num_temporal_layers, has_cls + t)
+        return flops
+    # Every token attends to those of its place in every frame and to those of its frame.
+    keys = t + h * w
+    if config.attention_type == "factorised_self_attention":
+        return layers * _block(config, tokens, keys * config.hidden_size, attention_layers=2)
+    if config.attention_type == "factorised_dot_product":
+        return layers * _block(config, tokens, keys * (config.hidden_size // 2))
+    return _joint_blocks(config, layers, has_cls + tokens)
+
+
+def _joint_blocks(config, layers: int, tokens: int) -> int:
+    return layers * _block(config, tokens, tokens * config.hidden_size)
+
+
+def _block(config, tokens: int, attended: int, attention_layers: int = 1) -> int:
+    """One block; `attended` is keys times width, what one query reads of keys and again of values.
+
+    Query, key, value and output projections for each attention layer, then one MLP.
+    """
+    d, f = config.hidden_size, config.intermediate_size
+    projections = attention_layers * 4 * _product(tokens, d, d)
+    return projections + 2 * (2 * tokens * attended) + 2 * _product(tokens, d, f)
+
+
+def _embedding(config, tokens: int) -> int:
+    return _product(tokens, math.prod(config.tubelet) * config.num_channels, config.hidden_size)
+
+
+def _product(rows: int, inputs: int, outputs: int) -> int:
+    return 2 * rows * inputs * outputs
+
+
+def _check_visible(config: VideoMAEConfig, head: str | None, visible: int | None) -> None:
+    if visible is None and head != "pretraining":
+        return
+    # Pre-training needs something to predict.
+    most = config.num_tokens - (head == "pretraining")
+    if visible is None or not 1 <= visible <= most:
+        raise UserError(
+            f"visible must be from 1 to {most} of {config.num_tokens} tokens for head {head!r}, "
+            f"got {visible!r}; it is mask.visible.shape[1]"
+        )
