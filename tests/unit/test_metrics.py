@@ -169,7 +169,7 @@ def test_metrics_of_nouns_and_verbs(form, sizes):
 
 def test_default_names_and_one_head():
     labels = np.zeros((1, 1), int)
-    assert set(classification_metrics(np.zeros((1, 4)), labels, (4,))) == {"head_0_accuracy"}
+    assert set(classification_metrics(np.zeros((1, 4)), labels, (4,))) == {"1_accuracy"}
     labels = np.zeros((1, 3), int)
     assert set(classification_metrics(np.zeros((1, 3)), labels, (1, 1, 1), "abc")) == {
         "a_accuracy",

@@ -74,7 +74,7 @@ def classification_metrics(
 
     Without `class_splits`: "accuracy" and "accuracy_top_5"; logits [b, classes], labels int [b] or
     float [b, classes]. With it: "noun_accuracy" and "noun_accuracy_top_5" for each name of
-    `split_names` (None: head_0, head_1, ...), and of two or more heads together
+    `split_names` (None: 1, 2, ... as in the configuration), and of two or more heads together
     "noun-verb_accuracy" and "noun-verb_accuracy_top_5", from `action_scores`; logits
     [b, sum(class_splits)], labels int [b, heads] or float [b, sum(class_splits)]. Top 5 is left out
     where there are 5 classes or fewer.
@@ -92,11 +92,11 @@ def classification_metrics(
             )
         return _accuracies(logits, _classes(_single_labels(logits, labels)), "")
     sizes = head_sizes(class_splits)
-    names = tuple(split_names or (f"head_{i}" for i in range(len(sizes))))
+    names = tuple(split_names or (str(i + 1) for i in range(len(sizes))))
     if len(names) != len(sizes) or len(set(names)) != len(names):
         raise UserError(
             f"split_names must be {len(sizes)} different names, one for each of class_splits "
-            f"{sizes}, got {split_names!r}; None names them head_0, head_1, ..."
+            f"{sizes}, got {split_names!r}; None names them 1, 2, ..."
         )
     heads = split_logits(logits, sizes)
     classes = [_classes(part) for part in split_labels(logits, labels, sizes)]
