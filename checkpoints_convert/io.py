@@ -1,48 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening checkpoints without reading their data.
-
-Safetensors are read with plain file reads of one tensor's bytes: a memory map would leave every
-page it touched resident, and loading would need the file's size twice.
-"""
+"""Opening checkpoints without reading their data: which files, of which kind."""
 
 import dataclasses
 import json
-import pickle
-import zipfile
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
-import numpy as np
-
-from vivit_jax.errors import CheckpointError, MissingExtra
+from checkpoints_convert.flax_files import (
+    looks_like_msgpack,
+    looks_like_npz,
+    open_msgpack,
+    open_npz,
+)
+from checkpoints_convert.tensors import DTYPES, LazyTensor, incomplete, known_dtype, stored
+from checkpoints_convert.torch_files import open_pickle
+from vivit_jax.errors import CheckpointError
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)  # in order of preference
-# safetensors' names; what is not a float is listed, and refused when it is imported.
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in a file: its shape and dtype are known, `read()` fetches the data."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
+# What a directory may hold instead, behind checkpoint and checkpoint_<step>.
+_FLAX_FILES = ("flax_model.msgpack", "model.msgpack")
+_SINGLE_FILES = ("*.npz", "*.msgpack", "*.safetensors")
+_STEP = re.compile(r"checkpoint_(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +38,11 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a directory or one weight or index file; reads headers only.
 
-    A directory may hold any of `WEIGHT_FILES`; safetensors come first. Raises CheckpointError for
-    a path that holds no checkpoint, for damaged or truncated files, for a pickle that is more than
-    tensors, and for an index that disagrees with its shards; MissingExtra for a .bin without torch.
+    A directory may hold any of `WEIGHT_FILES`, safetensors first, or else one that JAX programs
+    write: `checkpoint`, the `checkpoint_<step>` of the largest step, or a single npz, msgpack or
+    safetensors file. Raises CheckpointError for a path that holds no checkpoint, for damaged or
+    truncated files, for a pickle that is more than tensors, and for an index that disagrees with
+    its shards; MissingExtra for a .bin without torch.
     """
     path = _weight_file(Path(path))
     if path.name.endswith(".index.json"):
@@ -69,22 +52,62 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _weight_file(path: Path) -> Path:
     if path.is_dir():
-        for name in WEIGHT_FILES:
-            if (path / name).is_file():
-                return path / name
-        raise CheckpointError(f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
+        return (
+            _first_file(path, *WEIGHT_FILES, "checkpoint")
+            or _newest_step(path)
+            or _first_file(path, *_FLAX_FILES)
+            or _only_file(path)
+        )
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     return path
 
 
+def _first_file(directory: Path, *names: str) -> Path | None:
+    return next((directory / name for name in names if (directory / name).is_file()), None)
+
+
+def _newest_step(directory: Path) -> Path | None:
+    """The `checkpoint_<step>` of the largest step; what is still being written ends otherwise."""
+    steps = {
+        int(found[1]): path for path in directory.iterdir() if (found := _STEP.fullmatch(path.name))
+    }
+    if not steps:
+        return None
+    newest = steps[max(steps)]
+    if not newest.is_file():
+        raise CheckpointError(
+            f"{newest} is a directory, expected a file as flax.serialization writes it; name "
+            "another checkpoint, or restore this one with orbax and write it with to_bytes"
+        )
+    return newest
+
+
+def _only_file(directory: Path) -> Path:
+    found = sorted(path for pattern in _SINGLE_FILES for path in directory.glob(pattern))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(f"{directory} holds several weight files: {names}; name one of them")
+    if not found:
+        accepted = ", ".join((*WEIGHT_FILES, "checkpoint", "checkpoint_<step>", *_FLAX_FILES))
+        raise CheckpointError(
+            f"{directory} holds no weights; expected one of {accepted}, or a single file of "
+            f"{', '.join(_SINGLE_FILES)}"
+        )
+    return found[0]
+
+
 def _open_file(path: Path) -> dict[str, LazyTensor]:
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    if path.suffix in (".bin", ".pt", ".pth"):
-        return _open_pickle(path)
+    if path.suffix in _OPENERS:
+        return _OPENERS[path.suffix](path)
+    # JAX programs give their checkpoints names without a suffix, or with a step for one.
+    if looks_like_npz(path):
+        return open_npz(path)
+    if looks_like_msgpack(path):
+        return open_msgpack(path)
     raise CheckpointError(
-        f"{path}: unknown kind of file; expected .safetensors, .bin or .index.json"
+        f"{path}: unknown kind of file; expected {', '.join(_OPENERS)} or .index.json, or, under "
+        "any name, flax's msgpack or numpy's npz"
     )
 
 
@@ -133,91 +156,24 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         with safe_open(path, framework="numpy"):  # validates the header against the file's size
             pass
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}); copy or download it again"
-        ) from None
+        raise incomplete(path, "safetensors", error) from None
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{path}: {name} is stored as {entry['dtype']}; readable: {', '.join(DTYPES)}"
-            )
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        dtype = known_dtype(path, name, entry["dtype"], DTYPES)
         start, end = (8 + size + offset for offset in entry["data_offsets"])
-        tensors[name] = LazyTensor(shape, dtype, _byte_range(path, start, end, dtype, shape))
+        tensors[name] = stored(path, dtype, tuple(entry["shape"]), (start, end))
     return tensors
 
 
-def _byte_range(path: Path, start: int, end: int, dtype: np.dtype, shape: tuple[int, ...]):
-    def read():
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            data = np.fromfile(file, np.uint8, end - start)
-        if data.size != end - start:
-            raise CheckpointError(f"{path} has become shorter since it was opened")
-        return data.view(dtype).reshape(shape)
-
-    return read
-
-
-def _open_pickle(path: Path) -> dict[str, LazyTensor]:
-    try:
-        import torch
-    except ImportError:
-        raise MissingExtra("torch", "torch", f"reading {path}") from None
-    try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        state = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, and unpickling that could run code. "
-            f"Convert it to safetensors where you trust it. torch says: {_first_line(error)}"
-        ) from None
-    except PermissionError:
-        raise
-    except Exception as error:  # the unpickler stumbles over damaged bytes in every way there is
-        raise CheckpointError(
-            f"{path} is not a complete torch file ({_first_line(error)}); copy or download it again"
-        ) from None
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
-    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise CheckpointError(
-            f"{path} is not a flat state dict, it also holds: {', '.join(map(str, others))}"
-        )
-    odd = [
-        str(name)
-        for name, tensor in state.items()
-        if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_meta
-    ]
-    if odd:
-        raise CheckpointError(
-            f"{path} holds what is not a dense tensor under a name: {', '.join(odd)}"
-        )
-    return {name: _torch_tensor(path, name, tensor) for name, tensor in state.items()}
-
-
-def _torch_tensor(path: Path, name: str, tensor: Any) -> LazyTensor:
-    import torch
-
-    stored = str(tensor.dtype).removeprefix("torch.")
-    known = {str(dtype): dtype for dtype in DTYPES.values()}
-    if stored not in known:
-        raise CheckpointError(f"{path}: {name} is stored as {stored}; readable: {', '.join(known)}")
-
-    def read():
-        flat = tensor.detach().contiguous().reshape(-1)
-        return flat.view(torch.uint8).numpy().view(known[stored]).reshape(tensor.shape)
-
-    return LazyTensor(tuple(tensor.shape), known[stored], read)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+_OPENERS = {
+    ".safetensors": _open_safetensors,
+    ".bin": open_pickle,
+    ".pt": open_pickle,
+    ".pth": open_pickle,
+    ".npz": open_npz,
+    ".msgpack": open_msgpack,
+}

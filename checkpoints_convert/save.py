@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.io import DTYPES, SAFETENSORS, SAFETENSORS_INDEX
+from checkpoints_convert.io import SAFETENSORS, SAFETENSORS_INDEX
+from checkpoints_convert.tensors import DTYPES
 from vivit_jax.errors import CheckpointError, UserError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

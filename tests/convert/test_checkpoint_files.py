@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tiny_checkpoints import read_safetensors, same_tensors
 
-from checkpoints_convert.io import LazyTensor, open_checkpoint
+from checkpoints_convert.io import open_checkpoint
 from checkpoints_convert.save import parse_size, replaced_directory, write_weights
+from checkpoints_convert.tensors import LazyTensor
 from vivit_jax.errors import CheckpointError, MissingExtra, UserError
 
 

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that lie in files: known by shape and dtype, read one at a time."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from vivit_jax.errors import CheckpointError
+
+# safetensors' names; what is not a float is listed, and refused when it is imported.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file: its shape and dtype are known, `read()` fetches the data."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteRanges:
+    """Reads a tensor whose bytes lie in one or several (start, end) ranges of a file.
+
+    Plain file reads, because a memory map would leave every page it touched resident, and loading
+    would need the file's size twice. Raises CheckpointError where the file has become shorter.
+    """
+
+    path: Path
+    ranges: tuple[tuple[int, int], ...]
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def __call__(self) -> np.ndarray:
+        data = np.empty(sum(end - start for start, end in self.ranges), np.uint8)
+        filled = 0
+        with self.path.open("rb") as file:
+            for start, end in self.ranges:
+                file.seek(start)
+                part = data[filled : filled + end - start]
+                if file.readinto(part) != part.size:
+                    raise CheckpointError(f"{self.path} has become shorter since it was opened")
+                filled += part.size
+        return data.view(self.dtype).reshape(self.shape)
+
+
+def stored(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], *ranges: tuple[int, int]
+) -> LazyTensor:
+    """The tensor whose bytes are those (start, end) ranges of a file, one after the other."""
+    return LazyTensor(shape, dtype, ByteRanges(path, ranges, dtype, shape))
+
+
+def known_dtype(path: Path, name: str, kind: str, known: Mapping[str, np.dtype]) -> np.dtype:
+    """The dtype that a file calls `kind`; CheckpointError naming the tensor if there is none."""
+    if kind not in known:
+        raise CheckpointError(f"{path}: {name} is stored as {kind}; readable: {', '.join(known)}")
+    return known[kind]
+
+
+def incomplete(path: Path, kind: str, reason: BaseException | str) -> CheckpointError:
+    """The error for a file that is cut short or damaged, whatever its reader says."""
+    return CheckpointError(
+        f"{path} is not a complete {kind} file ({first_line(reason)}); copy or download it again"
+    )
+
+
+def first_line(reason: BaseException | str) -> str:
+    """The first line of a message, or the name of an error that has none."""
+    return (str(reason).strip() or repr(reason)).splitlines()[0]
