@@ -54,7 +54,9 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
 
 
 def transformers_note(config: Config, head: str) -> str | None:
-    """Where transformers does not compute what `config` says, None if nowhere."""
+    """Where transformers, which has this architecture, does not compute what `config` says."""
+    if config.class_splits is not None:
+        return "transformers computes the logits of class_splits, but has no loss for them"
     if config.hidden_act == "selu":
         return "transformers documents hidden_act 'selu' but has no such activation"
     field = {"classification": "fc_norm_eps", "pretraining": "decoder_norm_eps"}.get(head)
@@ -83,12 +85,22 @@ def write_config(directory: str | Path, config: Config, head: str, dtype: str) -
 
 
 def override(config: Config, settings: Iterable[str]) -> Config:
-    """Apply `key=value` settings with the field names of config.json.
+    """Apply `key=value` settings, see `parse_settings`."""
+    changes = parse_settings(type(config), settings)
+    if "num_labels" in changes and changes["num_labels"] != config.num_labels:
+        changes.setdefault("id2label", None)
+    elif isinstance(changes.get("id2label"), dict | tuple):
+        changes.setdefault("num_labels", len(changes["id2label"]))
+    return dataclasses.replace(config, **changes)
+
+
+def parse_settings(cls: type[Config], settings: Iterable[str]) -> dict[str, Any]:
+    """Fields by name from `key=value` settings with the field names of config.json.
 
     Values are JSON, bare words are strings, `2,16,16` is a list. Raises ConfigError for an unknown
-    key and for a value of the wrong type.
+    key, for one that is set twice and for a value of the wrong type.
     """
-    fields = {f.name: f.type for f in dataclasses.fields(config) if not f.metadata.get("execution")}
+    fields = {f.name: f.type for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
     changes = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -97,15 +109,11 @@ def override(config: Config, settings: Iterable[str]) -> Config:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"
-            raise ConfigError(f"--config: {config.model_type} has no field {name!r}{hint}")
+            raise ConfigError(f"--config: {cls.model_type} has no field {name!r}{hint}")
         if name in changes:
             raise ConfigError(f"--config: {name} is set twice")
         changes[name] = _typed(name, text, fields[name])
-    if "num_labels" in changes and changes["num_labels"] != config.num_labels:
-        changes.setdefault("id2label", None)
-    elif isinstance(changes.get("id2label"), dict | tuple):
-        changes.setdefault("num_labels", len(changes["id2label"]))
-    return dataclasses.replace(config, **changes)
+    return changes
 
 
 def _typed(name: str, text: str, wanted: Any) -> Any:

@@ -3,16 +3,19 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from checkpoints_convert.layouts import LAYOUTS
+from checkpoints_convert.layouts import IMAGE, LAYOUTS
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
-LayoutName = Literal[LAYOUTS]
+Container = Literal["optimizer", "params"]
+Inflation = Literal["central_frame", "average", "rank_pooling"]
+Positions = Literal["tile", "resize", "resize_tile"]
+TemporalAttention = Literal["copy", "zero", "fresh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,47 +56,158 @@ def convert_checkpoint(
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     revision: str | None = None,
+    container: Container = "optimizer",
+    **image_options: str,
 ) -> Conversion:
     """Write `source` (directory, file or hub id, any dialect) as a directory in `to_layout`.
 
     Values are bit-exact and dtypes preserved unless `dtype` asks for a cast; the processor's files
-    are copied. Raises CheckpointError, ConfigError or OSError and then leaves no directory behind.
+    are copied. scenic's files, which have no config, get what `settings` and the tensors say, and
+    the processor that scenic trains with. An image model becomes a video model as
+    `init_from_image_model` makes it with `image_options`, and with a classifier if `settings` give
+    it `num_labels`. Raises CheckpointError, ConfigError or OSError and then leaves no directory
+    behind.
     """
     from checkpoints_convert.config_json import write_config
+    from checkpoints_convert.io import open_checkpoint
     from checkpoints_convert.layouts import published
-    from checkpoints_convert.rules import (
-        export_params,
-        match_import,
-        read_params,
-        stored_dtype,
-    )
-    from checkpoints_convert.save import check_destination, replaced_directory, write_weights
-    from checkpoints_convert.source import open_source
+    from checkpoints_convert.rules import export_params, stored_dtype
+    from checkpoints_convert.save import check_destination, replaced_directory
+    from checkpoints_convert.source import layout_of
+    from vivit_jax.errors import UserError
+    from vivit_jax.hub import resolve_checkpoint
 
     check_destination(destination, overwrite)
-    opened = open_source(source, revision=revision, layout=from_layout, settings=settings)
-    tensors, layout, config = opened.checkpoint.tensors, opened.layout, opened.config
-    target = published(layout.family, layout.head, layout.pooler, to_layout)
-    expected = opened.expected()
-    rows = match_import(tensors, layout.rules(config), expected, opened.title)
-    params = read_params(tensors, rows, expected, dtype)
-    written = export_params(params, target.rules(config), expected)
+    path = resolve_checkpoint(source, revision)
+    if (from_layout or layout_of(open_checkpoint(path))) == IMAGE:
+        loaded = _load_image_model(path, settings, dtype, image_options)
+    elif image_options:
+        raise UserError(f"{path} is no image model: {', '.join(image_options)} do not apply")
+    else:
+        loaded = _load(path, from_layout, settings, dtype)
+    config, head = loaded.config, loaded.head
+    target = published(config.model_type, head, loaded.pooler, to_layout)
+    if to_layout == "scenic":
+        from checkpoints_convert.scenic import check_writable
+
+        check_writable(config)
+    written = export_params(loaded.params, target.rules(config), loaded.expected)
     with replaced_directory(destination, overwrite) as staged:
-        files = write_weights(staged, written, max_shard_size)
-        write_config(staged, config, layout.head, stored_dtype(written))
-        for name in PROCESSOR_FILES:
-            beside = opened.checkpoint.path.parent / name
-            if beside.is_file():
-                files.append(shutil.copyfile(beside, staged / name))
+        files = _write(staged, written, to_layout, container, max_shard_size)
+        write_config(staged, config, head, stored_dtype(written))
+        files += _write_processor(staged, path, loaded)
     return Conversion(
-        source=opened.describe(),
-        lines=tuple(_account(rows, tensors, target.rules(config))),
-        read=len(tensors),
-        left_out=sum(not row.dst for row in rows),
+        source=loaded.title,
+        lines=(*loaded.account(target.rules(config)), *loaded.notes),
+        read=loaded.read,
+        left_out=loaded.left_out,
         written=len(written),
-        parameters=sum(array.size for array in params.values()),
+        parameters=sum(array.size for array in loaded.params.values()),
         files=tuple(Path(destination) / path.name for path in (*files, staged / "config.json")),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """A model in memory, and the account of the tensors it came from."""
+
+    title: str
+    config: Any
+    head: str
+    pooler: bool
+    params: Mapping[str, Any]
+    expected: Mapping[str, tuple[int, ...]]
+    read: int
+    left_out: int
+    notes: tuple[str, ...]
+    account: Any  # weight table of the target -> lines
+    processor: Mapping[str, Any] | None  # fields of the processor, where no file says them
+
+
+def _load(path: Path, from_layout: str | None, settings, dtype: str | None) -> _Loaded:
+    from checkpoints_convert.rules import match_import, read_params
+    from checkpoints_convert.scenic import summarise
+    from checkpoints_convert.source import open_source
+
+    opened = open_source(path, layout=from_layout, settings=settings)
+    layout, config, tensors = opened.layout, opened.config, opened.tensors
+    expected = opened.expected()
+    rows = match_import(tensors, layout.rules(config), expected, opened.title)
+    return _Loaded(
+        title=opened.describe(),
+        config=config,
+        head=layout.head,
+        pooler=layout.pooler,
+        params=read_params(tensors, rows, expected, dtype),
+        expected=expected,
+        read=len(opened.checkpoint.tensors),
+        left_out=sum(not row.dst for row in rows) + len(opened.left_out),
+        notes=(*summarise(opened.left_out), *opened.notes),
+        account=lambda target_rules: tuple(_account(rows, tensors, target_rules)),
+        processor={} if layout.name == "scenic" else None,
+    )
+
+
+def _load_image_model(path: Path, settings, dtype: str | None, options) -> _Loaded:
+    from checkpoints_convert import trees
+    from checkpoints_convert.config_json import parse_settings
+    from checkpoints_convert.image_model import open_image_model, pixel_range
+    from vivit_jax.config import VivitConfig
+    from vivit_jax.image_init import init_from_image_model
+
+    changes = parse_settings(VivitConfig, settings)
+    head = "classification" if "num_labels" in changes else "none"
+    changes["param_dtype"] = dtype or "float32"
+    model, params, report = init_from_image_model(path, changes, head=head, **options)
+    image = open_image_model(path, heads=model.config.num_attention_heads)
+    flat = trees.flatten(params)
+    return _Loaded(
+        title=f"{image.naming} names of an image ViT ({image.path})",
+        config=model.config,
+        head=head,
+        pooler=False,
+        params=flat,
+        expected=trees.shapes_of(flat),
+        read=len(image.tensors) + len(image.left_out),
+        left_out=len(report.dropped),
+        notes=tuple(str(report).splitlines()[1:]),
+        account=lambda target_rules: (),
+        processor=pixel_range(image),
+    )
+
+
+def _write(
+    staged: Path, tensors, layout: str, container: str, max_shard_size: int | str | None
+) -> list[Path]:
+    """The weights of a directory, in one file or several."""
+    from checkpoints_convert.save import write_weights
+
+    if layout == "hf":
+        return write_weights(staged, tensors, max_shard_size)
+    from checkpoints_convert import scenic
+    from checkpoints_convert.flax_files import write_msgpack
+
+    write_msgpack(staged / scenic.FILE, scenic.train_state(tensors, container))
+    return [staged / scenic.FILE]
+
+
+def _write_processor(staged: Path, path: Path, loaded: _Loaded) -> list[Path]:
+    """The processor's files: those beside the checkpoint, or what its kind was trained with."""
+    beside = path if path.is_dir() else path.parent
+    found = [beside / name for name in PROCESSOR_FILES if (beside / name).is_file()]
+    if loaded.processor is None or (found and loaded.processor == {}):
+        return [Path(shutil.copyfile(file, staged / file.name)) for file in found]
+    from vivit_jax.data.processor import VideoProcessor
+
+    height, width = loaded.config.frame_size
+    VideoProcessor.named(
+        "vivit-scenic",
+        # scenic resizes 32 pixels above the crop: 256 for 224, 288 for 256.
+        size={"shortest_edge": min(height, width) + 32},
+        crop_size={"height": height, "width": width},
+        **loaded.processor,
+    ).save_pretrained(staged)
+    return [staged / PROCESSOR_FILES[0]]
 
 
 def _account(rows, tensors, target_rules) -> Iterable[str]:
@@ -114,18 +228,27 @@ def _account(rows, tensors, target_rules) -> Iterable[str]:
 def convert(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
-    from_layout: Annotated[LayoutName | None, tyro.conf.arg(name="from")] = None,
-    to_layout: Annotated[LayoutName, tyro.conf.arg(name="to")] = "hf",
+    from_layout: Annotated[Literal[(*LAYOUTS, IMAGE)] | None, tyro.conf.arg(name="from")] = None,
+    to_layout: Annotated[Literal[LAYOUTS], tyro.conf.arg(name="to")] = "hf",
     config: tuple[str, ...] = (),
     overwrite: bool = False,
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
     max_shard_size: str | None = None,
     revision: str | None = None,
+    container: Container = "optimizer",
+    inflation: Inflation | None = None,
+    positions: Positions | None = None,
+    temporal_attention: TemporalAttention | None = None,
 ) -> None:
     """Rewrite a checkpoint; exit 0 means that every tensor is accounted for.
 
-    Any spelling, sharding or .bin becomes a directory with the hub's names in safetensors, bit for
-    bit, with its config.json and preprocessor_config.json.
+    Any spelling, sharding or file format becomes a directory with the hub's names in safetensors,
+    bit for bit, with its config.json and preprocessor_config.json, or a scenic checkpoint.
+
+    An image model (HuggingFace ViT, timm, vision_transformer) becomes the start of a video model:
+    its kernel is inflated over time, its positions repeated or resized, and what it does not have
+    starts fresh and is listed. --config then sets fields of the video model, for example
+    attention_type=factorised_encoder; num_labels=400 adds a fresh classifier.
 
     Args:
         source: A checkpoint directory, a weight file with config.json beside it, or a hub id.
@@ -137,7 +260,13 @@ def convert(
         dtype: Cast the weights; they are kept as stored by default.
         max_shard_size: Split the weights into files of at most this size, for example 5GB.
         revision: Branch, tag or commit of a hub id.
+        container: Where a scenic checkpoint holds the parameters: optimizer/target or params.
+        inflation: Image models: how the kernel spreads over time (default central_frame).
+        positions: Image models: what becomes of the position table (default resize_tile).
+        temporal_attention: Image models, for factorised_self_attention: what temporal attention
+            starts from (default copy).
     """
+    image = dict(inflation=inflation, positions=positions, temporal_attention=temporal_attention)
     report = convert_checkpoint(
         source,
         destination,
@@ -148,5 +277,7 @@ def convert(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         revision=revision,
+        container=container,
+        **{name: value for name, value in image.items() if value is not None},
     )
     print(report)

@@ -2,17 +2,28 @@
 """Which layout a checkpoint is in, and the table that reads and writes it."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from checkpoints_convert.rules import Rule
-from checkpoints_convert.tables import hf_videomae, hf_vivit
+from checkpoints_convert.tables import hf_videomae, hf_vivit, scenic_vivit
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import CheckpointError, ConfigError, UserError
 
 # Table modules by layout and family. The command line offers the layouts found here.
-_TABLES = {("hf", "vivit"): hf_vivit, ("hf", "videomae"): hf_videomae}
+_TABLES = {
+    ("hf", "vivit"): hf_vivit,
+    ("hf", "videomae"): hf_videomae,
+    ("scenic", "vivit"): scenic_vivit,
+}
 LAYOUTS = tuple(dict.fromkeys(layout for layout, _ in _TABLES))
+IMAGE = "vit"  # read, as the start of a video model, never written
+# The kernel of the patch embedding tells the layouts apart, and its rank images from video.
+_PATCH_KERNELS = {
+    "embeddings.patch_embeddings.projection.weight": "hf",
+    "patch_embed.proj.weight": "timm",
+    "embedding/kernel": "flax",
+}
 _HEAD_NAMES = {
     "classification": ("classifier.", "fc_norm."),
     "pretraining": ("decoder.", "encoder_to_decoder.", "mask_token"),
@@ -42,7 +53,7 @@ class Layout:
 
     def rules(self, config: VivitConfig | VideoMAEConfig) -> list[Rule]:
         """The weight table of this layout for a model of `config`."""
-        return _TABLES[self.name, self.family].rules(
+        return _table(self.name, self.family).rules(
             config,
             head=self.head,
             prefix=self.prefix,
@@ -57,33 +68,57 @@ class Layout:
 
 def published(family: str, head: str, pooler: bool = False, name: str = "hf") -> Layout:
     """The spelling in which a layout is written: for hf, that of the files on the hub."""
-    prefix = "" if head == "none" else _TABLES[name, family].PREFIX
+    prefix = "" if head == "none" else _table(name, family).PREFIX
     return Layout(name, family, head, prefix, pooler=pooler)
+
+
+def naming(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(naming, prefix) of a checkpoint: "hf", "timm" or "flax" names; None if there are no patches.
+
+    The prefix is what precedes the name of the patch embedding.
+    """
+    for name in tensors:
+        for ending, kind in _PATCH_KERNELS.items():
+            prefix = name.removesuffix(ending)
+            if name.endswith(ending) and (not prefix or prefix[-1] in "./"):
+                return kind, prefix
+    return None
 
 
 def detect(
     names: Collection[str],
     config: VivitConfig | VideoMAEConfig,
     head: str | None = None,
-    name: str | None = None,
+    name: str = "hf",
 ) -> Layout:
-    """The layout of a checkpoint with these tensor names; `name` is the layout if it is known.
+    """The spelling of a checkpoint of this layout with these tensor names.
 
     `head` is what config.json's `architectures` says it holds; without it the names decide. Raises
     CheckpointError if the names are of another family than the config.
     """
-    layout, family = name or "hf", config.model_type
-    for (_, other), table in _TABLES.items():
-        if other != family and any(n.startswith(table.PREFIX) for n in names):
+    family = config.model_type
+    table = _table(name, family)
+    if name == "scenic":
+        held = "classification" if "output_projection/kernel" in names else "none"
+        pooler = held == "none" and "pre_logits/kernel" in names
+        return Layout(name, family, held, "", pooler=pooler)
+    for (layout, other), wrong in _TABLES.items():
+        if layout == name and other != family and any(n.startswith(wrong.PREFIX) for n in names):
             raise CheckpointError(
                 f"config.json says model_type {family!r} but the tensors are named "
-                f"{table.PREFIX}*: this is a {other} checkpoint with the wrong config.json"
+                f"{wrong.PREFIX}*: this is a {other} checkpoint with the wrong config.json"
             )
-    table = _TABLES[layout, family]
     prefix = table.PREFIX if any(n.startswith(table.PREFIX) for n in names) else ""
     head = head or _head_of(names)
     pooler = head == "none" and any(n.startswith(f"{prefix}pooler.") for n in names)
-    return Layout(layout, family, head, prefix, table.dialect_of(names), pooler)
+    return Layout(name, family, head, prefix, table.dialect_of(names), pooler)
+
+
+def _table(name: str, family: str):
+    if (name, family) not in _TABLES:
+        held = [other for layout, other in _TABLES if layout == name]
+        raise UserError(f"layout {name!r} holds {', '.join(held) or 'no model'}, not {family}")
+    return _TABLES[name, family]
 
 
 def head_of_architectures(architectures: Any, family: str) -> str | None:

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from vivit_jax.errors import CheckpointError
 
 _FIRST = ("missing", "unexpected", "wrong shape")
-_INDEX = re.compile(r"(?<=[._])\d+(?=[./])")  # layer.3.output, layers_3/output
+# The layer in layer.3.output, layers_3/output, blocks.3.attn, encoderblock_3/LayerNorm_1.
+_LAYER = re.compile(r"(?:(?<=layer\.)|(?<=layers[._])|(?<=blocks\.)|(?<=encoderblock_))\d+(?=[./])")
 
 
 class Problems:
@@ -56,11 +57,11 @@ class Problems:
 
 
 def collapse(lines: Iterable[str]) -> list[str]:
-    """Merge lines that differ only in one layer index, keeping every index in view."""
+    """Merge lines that differ only in the layer, keeping every layer in view."""
     groups: dict[str, list[int]] = {}
     for line in lines:
-        found = set(_INDEX.findall(line))
-        key = _INDEX.sub("{}", line) if len(found) == 1 else line
+        found = set(_LAYER.findall(line))
+        key = _LAYER.sub("{}", line) if len(found) == 1 else line
         groups.setdefault(key, []).extend(map(int, found if len(found) == 1 else ()))
     return [
         key.replace("{}", str(indices[0]) if len(indices) == 1 else "{" + _ranges(indices) + "}")
@@ -83,6 +84,6 @@ def _ranges(indices: list[int]) -> str:
 
 def _likely_origin(name: str, shape: tuple[int, ...], missing: dict[str, tuple[int, ...]]):
     """The missing name of the same shape, and layer if it has one, that is spelt most alike."""
-    layer = _INDEX.findall(name)
-    same = [m for m, s in missing.items() if s == shape and _INDEX.findall(m) in (layer, [])]
+    layer = _LAYER.findall(name)
+    same = [m for m, s in missing.items() if s == shape and _LAYER.findall(m) in (layer, [])]
     return max(same, key=lambda m: difflib.SequenceMatcher(None, name, m).ratio(), default=None)

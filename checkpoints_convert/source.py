@@ -2,23 +2,31 @@
 """A checkpoint together with its config and layout."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert import trees
-from checkpoints_convert.config_json import Config, override, read_config
+from checkpoints_convert import scenic, trees
+from checkpoints_convert.config_json import Config, config_path, override, read_config
 from checkpoints_convert.io import Checkpoint, open_checkpoint
-from checkpoints_convert.layouts import Layout, architecture, detect
+from checkpoints_convert.layouts import IMAGE, Layout, architecture, detect, naming
+from vivit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An opened checkpoint, the config beside it, and the layout its tensors are in."""
+    """An opened checkpoint, the config beside it, and the layout its tensors are in.
+
+    `tensors` are the parameters by the names of the layout's table; `left_out` names what else the
+    files hold, with the reason, and `notes` say what was assumed.
+    """
 
     checkpoint: Checkpoint
     config: Config
     layout: Layout
+    tensors: Mapping[str, Any]
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -31,9 +39,8 @@ class Source:
         layout = self.layout
         name = architecture(layout.family, layout.head)
         prefix = f"prefix {layout.prefix!r}" if layout.prefix else "no prefix"
-        return (
-            f"{layout.name}: {name}, dialect {layout.dialect!r}, {prefix} ({self.checkpoint.path})"
-        )
+        spelling = "" if layout.name == "scenic" else f", dialect {layout.dialect!r}, {prefix}"
+        return f"{layout.name}: {name}{spelling} ({self.checkpoint.path})"
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters of the model that the checkpoint holds, one entry per layer."""
@@ -54,12 +61,36 @@ def open_source(
 ) -> Source:
     """Open a directory, weight file or hub id; the layout is detected unless it is named.
 
-    `settings` are `key=value` changes to the config, `execution` its execution fields. Raises
-    CheckpointError or ConfigError for whatever is missing or wrong; data is not read yet.
+    `settings` are `key=value` changes to the config, or, for scenic's files, which have none, what
+    their tensors do not say. `execution` are execution fields. Raises CheckpointError or
+    ConfigError for whatever is missing or wrong; data is not read yet.
     """
     from vivit_jax.hub import resolve_checkpoint
 
     checkpoint = open_checkpoint(resolve_checkpoint(source, revision))
-    config, head = read_config(checkpoint.path, **execution)
-    config = override(config, settings)
-    return Source(checkpoint, config, detect(checkpoint.tensors, config, head, layout))
+    layout = layout or layout_of(checkpoint)
+    if layout == IMAGE:
+        raise UserError(
+            f"{checkpoint.path} holds an image model. Start a video model from it with "
+            "vivit_jax.init_from_image_model, or vivit-convert convert SRC DST"
+        )
+    tensors, left_out, notes = checkpoint.tensors, {}, []
+    if layout == "scenic":
+        tensors, left_out = scenic.parameters(tensors)
+    if layout != "scenic" or config_path(checkpoint.path).is_file():
+        config, head = read_config(checkpoint.path, **execution)
+        config = override(config, settings)
+    else:
+        config, head, notes = scenic.infer_config(checkpoint.path, tensors, settings, **execution)
+    spelling = detect(tensors, config, head, layout)
+    return Source(checkpoint, config, spelling, tensors, left_out, tuple(notes))
+
+
+def layout_of(checkpoint: Checkpoint) -> str:
+    """The layout of a checkpoint, by the name and the rank of its patch embedding."""
+    tensors = checkpoint.tensors
+    kind, _ = naming(tensors) or ("hf", "")
+    if kind == "flax":
+        return IMAGE if scenic.is_image_model(scenic.parameters(tensors)[0]) else "scenic"
+    kernels = [tensor for name, tensor in tensors.items() if naming({name: tensor})]
+    return IMAGE if kernels and all(len(k.shape) == 4 for k in kernels) else "hf"

@@ -17,7 +17,9 @@ def content_hash(tensors: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {dtype_name(tensor)} {tuple(tensor.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
+        data = np.ascontiguousarray(tensor.read()).reshape(-1)
+        # A train state may hold None or text beside its arrays.
+        digest.update(repr(data[0]).encode() if data.dtype == object else data.view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -33,10 +35,13 @@ def inspect(
         config: Changes to the config, key=value with the field names of config.json.
         revision: Branch, tag or commit of a hub id.
     """
+    from checkpoints_convert.image_model import open_image_model
     from checkpoints_convert.io import open_checkpoint
+    from checkpoints_convert.layouts import IMAGE
     from checkpoints_convert.problems import collapse
     from checkpoints_convert.rules import dtype_name, match_import
-    from checkpoints_convert.source import open_source
+    from checkpoints_convert.scenic import summarise
+    from checkpoints_convert.source import layout_of, open_source
     from vivit_jax.hub import resolve_checkpoint
 
     path = resolve_checkpoint(source, revision)
@@ -50,18 +55,26 @@ def inspect(
     print(f"sha256      {content_hash(tensors)}")
     for line in collapse(f"{n}  {tuple(t.shape)} {dtype_name(t)}" for n, t in tensors.items()):
         print(f"  {line}")
-    opened = open_source(path, settings=config)
-    print(f"layout      {opened.describe()}")
-    for key, value in opened.config.to_dict().items():
+    if layout_of(checkpoint) == IMAGE:
+        image = open_image_model(path)
+        title, settings = f"{IMAGE}: image ViT, {image.naming} names ({image.path})", image.config
+        rows, left_out = image.match(), image.left_out
+    else:
+        opened = open_source(path, settings=config)
+        title, settings = opened.describe(), opened.config
+        rules = opened.layout.rules(settings)
+        rows = match_import(opened.tensors, rules, opened.expected(), opened.title)
+        left_out = opened.left_out
+    print(f"layout      {title}")
+    for key, value in settings.to_dict().items():
         if key != "label2id":
             print(f"  {key}: {_short(value)}")
-    rows = match_import(
-        tensors, opened.layout.rules(opened.config), opened.expected(), opened.title
-    )
-    left_out = [row for row in rows if not row.dst]
-    for line in collapse(f"{row.src}  left out: {row.rule.reason}" for row in left_out):
+    unread = [row for row in rows if not row.dst]
+    lines = [f"{row.src}  left out: {row.rule.reason}" for row in unread]
+    for line in (*collapse(lines), *summarise(left_out)):
         print(f"  {line}")
-    print(f"fits        {len(rows)} tensors, {len(left_out)} of them left out, none missing")
+    count = len(unread) + len(left_out)
+    print(f"fits        {len(tensors)} tensors, {count} of them left out, none missing")
 
 
 def _short(value: Any) -> str:

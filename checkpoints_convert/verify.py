@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json as json_module
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -97,18 +97,22 @@ def verify_checkpoint(
     batch: int = 1,
     seed: int = 0,
     attention: str = "auto",
+    settings: Iterable[str] = (),
     revision: str | None = None,
 ) -> Verification:
     """Run a checkpoint in both frameworks and compare embeddings, every block, logits and loss.
 
     The input is standard normal noise drawn from `seed`, or `clip`, a video file read and
     preprocessed as the checkpoint's preprocessor_config.json says. Both run in float32 with exact
-    matrix products. Raises CheckpointError if either side does not load every tensor, MissingExtra
-    without PyTorch or transformers.
+    matrix products. A checkpoint that transformers does not read, scenic's, is first converted into
+    a temporary directory, with `settings` for what it does not say. Raises CheckpointError if
+    either side does not load every tensor, MissingExtra without PyTorch or transformers, UserError
+    for a model that exists in PyTorch nowhere.
     """
     import jax
 
     from checkpoints_convert.config_json import transformers_note
+    from checkpoints_convert.convert import convert_checkpoint
     from checkpoints_convert.layouts import architecture
     from checkpoints_convert.rules import match_import
     from checkpoints_convert.source import open_source
@@ -120,11 +124,30 @@ def verify_checkpoint(
             f"tolerance {tolerance} and batch {batch} must be positive and finite, seed {seed} not "
             "negative"
         )
-    path = resolve_checkpoint(source, revision)
-    opened = open_source(path)
+    path, settings = resolve_checkpoint(source, revision), tuple(settings)
+    opened = open_source(path, settings=settings)
+    if not opened.config.in_transformers:
+        raise UserError(_no_reference(opened))
+    if opened.layout.name != "hf":
+        with tempfile.TemporaryDirectory() as directory:
+            convert_checkpoint(path, directory, settings=settings)
+            found = verify_checkpoint(
+                directory,
+                clip=clip,
+                tolerance=tolerance,
+                batch=batch,
+                seed=seed,
+                attention=attention,
+            )
+        return dataclasses.replace(found, source=str(source))
+    if settings:
+        raise UserError(
+            "--config is for checkpoints without a config.json; transformers would read "
+            f"{path}/config.json as it is. Write another directory with vivit-convert convert"
+        )
     name = architecture(opened.layout.family, opened.layout.head)
     match_import(
-        opened.checkpoint.tensors,
+        opened.tensors,
         opened.layout.rules(opened.config),
         opened.expected(),
         opened.title,
@@ -147,6 +170,20 @@ def verify_checkpoint(
     rows = tuple(_compare(key, ours[key], theirs[key], truth[key], tolerance) for key in truth)
     note = transformers_note(opened.config, opened.layout.head)
     return Verification(str(source), name, inputs, tolerance, rows, note)
+
+
+def _no_reference(opened) -> str:
+    """Why there is nothing to compare a model with, and what stands in for it."""
+    config = opened.config
+    what = f"{config.attention_type} attention, pooling {config.pooling!r}"
+    if config.num_sampled_frames is not None:
+        what += f", {config.num_sampled_frames} sampled frames"
+    return (
+        f"{opened.checkpoint.path} is a ViViT with {what}. No PyTorch reference exists for it: "
+        "transformers has joint attention read from a class token only, and scenic's authors "
+        "published JAX code. tests/parity/test_variants.py of this project compares such models "
+        "with a float64 implementation of the paper; vivit-convert inspect checks the tensors"
+    )
 
 
 def _compare(name: str, ours, theirs, truth, tolerance: float) -> Row:
@@ -254,7 +291,7 @@ def _extra_inputs(model, head: str, batch: int, seed: int) -> dict[str, np.ndarr
         tokens = config.num_tokens
         count = min(max(int(0.9 * tokens), 1), tokens - 1)
         return {"mask": np.stack([rng.permutation(tokens) < count for _ in range(batch)])}
-    if head != "classification":
+    if head != "classification" or config.class_splits is not None:
         return {}
     shape = (batch, config.num_labels)
     if config.problem_type == "regression" or config.num_labels == 1:
@@ -339,6 +376,7 @@ def verify(
     batch: int = 1,
     seed: int = 0,
     attention: Literal["auto", "xla", "chunked", "cudnn"] = "auto",
+    config: tuple[str, ...] = (),
     json: bool = False,
     revision: str | None = None,
 ) -> int:
@@ -354,6 +392,7 @@ def verify(
         batch: Clips per run.
         seed: Seed of the noise, the labels and the mask.
         attention: The attention implementation of the JAX side.
+        config: What a scenic checkpoint does not say, key=value as for convert.
         json: Print a JSON object instead of the table.
         revision: Branch, tag or commit of a hub id.
     """
@@ -364,6 +403,7 @@ def verify(
         batch=batch,
         seed=seed,
         attention=attention,
+        settings=config,
         revision=revision,
     )
     if json:

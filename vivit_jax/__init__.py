@@ -25,6 +25,7 @@ _PUBLIC = {
     "VideoMAEForVideoClassification": "models.videomae",
     "from_pretrained": "pretrained",
     "save_pretrained": "pretrained",
+    "init_from_image_model": "image_init",
     "VideoProcessor": "data.processor",
     "read_video": "data.decode",
     "probe_video": "data.decode",

@@ -118,7 +118,7 @@ def from_pretrained(
         # On CPU this takes the aligned array over; elsewhere each is freed once it is transferred.
         flat[path] = jax.device_put(flat[path], may_alias=True)
     if plan.fresh_leaves:
-        flat |= _initialise(plan.model, plan.fresh_leaves, seed)
+        flat |= initialise(plan.model, plan.fresh_leaves, seed)
     return plan.model, trees.unflatten(dict(sorted(flat.items())))
 
 
@@ -209,7 +209,8 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return trees.shapes_of(trees.flatten(abstract_params(model)))
 
 
-def _initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.Array]:
+def initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.Array]:
+    """Freshly drawn values of some leaves of the running parameter tree, by path."""
     # Drawn in float32 and cast, so that a seed gives the same head in every dtype.
     config, dtype = model.config, model.config.param_dtype
     model = model.clone(config=dataclasses.replace(config, dtype="float32", param_dtype="float32"))
@@ -242,7 +243,7 @@ def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan
     if as_stored:
         execution["param_dtype"] = "float32"
     opened = open_source(source, revision=revision, **execution)
-    held, tensors = opened.layout, opened.checkpoint.tensors
+    held, tensors = opened.layout, opened.tensors
     head = head or held.head
     check_head(held.family, head)
     config = _relabel(opened.config, head, num_labels, id2label)

@@ -7,6 +7,7 @@ from checkpoints_convert.rules import Rule
 
 DENSE = "o i -> i o"
 CONV3D = "o c t h w -> t h w c o"
+CONV2D = "o c h w -> 1 h w c o"
 _HEADS_OUT, _HEADS_BIAS, _HEADS_IN = "(n e) d -> d n e", "(n e) -> n e", "d (n e) -> n e d"
 
 # Module names inside a block: published files, and what transformers 5 holds of ViViT in memory.
@@ -42,11 +43,11 @@ def norm(src: str, dst: str, **options) -> list[Rule]:
     ]
 
 
-def patch_embed(src: str, dst: str) -> list[Rule]:
-    """A torch Conv3d whose stride is its kernel and our kernel [t, h, w, c, d]."""
+def patch_embed(src: str, dst: str, pattern: str = CONV3D) -> list[Rule]:
+    """A torch convolution whose stride is its kernel and our kernel [t, h, w, c, d]."""
     name = f"{src}embeddings.patch_embeddings.projection"
     return [
-        Rule(f"{name}.weight", f"{dst}patch_embed/kernel", CONV3D),
+        Rule(f"{name}.weight", f"{dst}patch_embed/kernel", pattern),
         Rule(f"{name}.bias", f"{dst}patch_embed/bias"),
     ]
 

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """ViViT as transformers writes it (reference: VivitModel, VivitForVideoClassification).
 
-What transformers does not have is spelt in the same way: `spatial.` and `temporal.` before the two
-stages of a factorised encoder, `_time` and `_space` after the attention layers of a block that has
-two.
+What transformers does not have is spelt alike: the temporal stage of a factorised encoder as a
+model of its own below `temporal.`, and `_time` and `_space` after the attention layers of a block
+that has two. The spatial stage has the plain names, so that transformers' ViViT class, told to open
+such a file all the same, stops at the shape of the positions.
 
 Dialects: "hub", the names of published files and of every default save; "memory", the names that
 transformers 5 writes with save_original_format=False.
 """
 
 from checkpoints_convert.rules import Rule
-from checkpoints_convert.tables.hf_block import HUB, MEMORY, blocks, dense, norm, patch_embed
+from checkpoints_convert.tables.hf_block import (
+    CONV2D,
+    HUB,
+    MEMORY,
+    blocks,
+    dense,
+    norm,
+    patch_embed,
+)
 from vivit_jax.config import VivitConfig
 
 PREFIX = "vivit."
@@ -24,20 +33,36 @@ def rules(
     """The table of a ViViT checkpoint; `head` is "classification" or "none"."""
     dst = "" if head == "none" else "backbone/"
     table = patch_embed(prefix, dst)
-    if config.attention_type == "factorised_encoder":
-        # Every stage is spelt like a model of its own.
-        layers = {"spatial": config.num_hidden_layers, "temporal": config.temporal_layers}
-        for stage in filter(layers.get, layers):
-            table += _encoder(
-                config, f"{prefix}{stage}.", f"{dst}{stage}/", dialect, layers=layers[stage]
-            )
-    else:
-        table += _encoder(config, prefix, dst, dialect, layers=config.num_hidden_layers)
+    staged = config.attention_type == "factorised_encoder"
+    stage = f"{dst}spatial/" if staged else dst
+    table += _encoder(config, prefix, stage, dialect, layers=config.num_hidden_layers)
+    if config.temporal_layers:
+        src, layers = f"{prefix}temporal.", config.temporal_layers
+        table += _encoder(config, src, f"{dst}temporal/", dialect, layers=layers)
     if pooler:
         table += dense(f"{prefix}pooler.dense", f"{dst}pooler")
     if head == "classification":
         table += dense("classifier", "head")
     return table
+
+
+def image_rules(config: VivitConfig, prefix: str, dialect: str) -> list[Rule]:
+    """The table of transformers' image ViT, read as a headless ViViT of one frame."""
+    left_out = {
+        "the image model's classifier": ("classifier",),
+        "the image model's pooling layer": (f"{prefix}pooler.dense",),
+    }
+    return [
+        *patch_embed(prefix, "", CONV2D),
+        *_encoder(config, prefix, "", dialect, layers=config.num_hidden_layers),
+        *(
+            Rule(f"{name}.{leaf}", (), reason=reason)
+            for reason, names in left_out.items()
+            for name in names
+            for leaf in ("weight", "bias")
+        ),
+        Rule(f"{prefix}embeddings.mask_token", (), reason="the image model's mask token"),
+    ]
 
 
 def _encoder(config: VivitConfig, src: str, dst: str, dialect: str, *, layers: int) -> list[Rule]:

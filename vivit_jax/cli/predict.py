@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax predict`: class scores of video files."""
 
+import itertools
 import json as json_module
 import sys
 from collections.abc import Iterator
@@ -66,9 +67,11 @@ def predict(
 
 
 def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[dict]:
-    """Yield one JSON-ready dict per clip: frame indices and the `top_k` classes, or the error."""
+    """Yield one JSON-ready dict per clip: frame indices and the `top_k` classes, or the error.
+
+    A model of several heads gives the `top_k` combinations, and under "heads" the classes of each.
+    """
     import jax
-    import numpy as np
 
     import vivit_jax
     from checkpoints_convert.layouts import architecture
@@ -84,14 +87,10 @@ def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[d
     processor = vivit_jax.VideoProcessor.from_pretrained(model)
     module, params = vivit_jax.from_pretrained(model)
     config = module.config
-    scores_of = {
-        "multi_label_classification": jax.nn.sigmoid,
-        "regression": lambda logits: logits,
-    }.get(config.problem_type, jax.nn.softmax)
 
     @jax.jit
     def scores(params, pixel_values):
-        return scores_of(module.apply({"params": params}, pixel_values).logits[0])
+        return _scores(config, module.apply({"params": params}, pixel_values).logits)
 
     for clip in clips:
         try:
@@ -100,16 +99,56 @@ def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[d
         except vivit_jax.VideoError as error:
             yield {"clip": str(clip), "error": str(error)}
             continue
-        values = np.asarray(scores(params, processor(frames)))
-        best = np.argsort(-values, kind="stable")[:top_k]
-        yield {
+        values, heads = scores(params, processor(frames))
+        result = {
             "clip": str(clip),
             "frames": [int(i) for i in indices],
-            "predictions": [
-                {"label": config.labels[i], "index": int(i), "score": float(values[i])}
-                for i in best
-            ],
+            "predictions": _best(values[0], top_k, config.labels, config.class_splits),
         }
+        if heads:
+            labels = iter(config.labels)
+            named = zip(config.split_names, config.class_splits, heads, strict=True)
+            result["heads"] = {
+                name: _best(values[0], top_k, tuple(itertools.islice(labels, classes)))
+                for name, classes, values in named
+            }
+        yield result
+
+
+def _scores(config, logits):
+    """Scores of every class, or of every combination of several heads' classes; of each head."""
+    import jax
+
+    from vivit_jax.train.losses import split_logits
+    from vivit_jax.train.metrics import action_scores
+
+    splits = config.class_splits
+    if splits is not None:
+        heads = tuple(map(jax.nn.softmax, split_logits(logits, splits)))
+        return action_scores(logits, splits), heads
+    scores_of = {
+        "multi_label_classification": jax.nn.sigmoid,
+        "regression": lambda logits: logits,
+    }.get(config.problem_type, jax.nn.softmax)
+    return scores_of(logits), ()
+
+
+def _best(values, top_k: int, labels, splits=None) -> list[dict]:
+    """The largest scores with their labels; a combination has an index and a label per head."""
+    import numpy as np
+
+    values = np.asarray(values)
+    predictions = []
+    for place in np.argsort(-values, kind="stable")[:top_k]:
+        index = int(place)
+        if splits is None:
+            label = labels[index]
+        else:
+            index = [int(i) for i in np.unravel_index(place, splits)]
+            starts = np.cumsum((0, *splits[:-1]))
+            label = ", ".join(labels[s + i] for s, i in zip(starts, index, strict=True))
+        predictions.append({"label": label, "index": index, "score": float(values[place])})
+    return predictions
 
 
 def clip_indices(path, config, *, stride, start, pad):
@@ -136,6 +175,8 @@ def _start(text: str) -> str | int:
 def _as_text(result: dict) -> str:
     frames = result["frames"]
     lines = [f"{result['clip']} ({len(frames)} frames from {frames[0]} to {frames[-1]})"]
-    for prediction in result["predictions"]:
-        lines.append(f"  {prediction['score']:8.4f}  {prediction['label']}")
+    tables = {"": result["predictions"], **result.get("heads", {})}
+    for name, predictions in tables.items():
+        lines += [f"  {name}:"] if name else []
+        lines += [f"  {best['score']:8.4f}  {best['label']}" for best in predictions]
     return "\n".join(lines)

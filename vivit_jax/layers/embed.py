@@ -52,12 +52,13 @@ def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
 def uniform_frames(total: int, count: int) -> np.ndarray:
     """Indices of `count` frames of `total` that cut the clip into count + 1 equal parts.
 
-    All of them where they are no more than `count`; for 8 of 32: 4, 7, 11, 14, 18, 21, 25, 28. A
-    half is rounded to the even index, as in scenic.
+    All of them where they are no more than `count`; for 8 of 32: 4, 7, 11, 14, 18, 21, 25, 28.
+    Halves are rounded to the even index. scenic rounds a sum of floats, so that for some sizes
+    (2 of 8, 5 of 32) it returns one frame more than asked for; this returns `count`.
     """
     if count >= total:
         return np.arange(total)
-    return np.round(np.arange(1, count + 1) * (total / (count + 1))).astype(int)
+    return np.round(np.arange(1, count + 1) * total / (count + 1)).astype(int)
 
 
 def patchify(pixel_values: jax.Array, tubelet: tuple[int, int, int]) -> jax.Array:
@@ -134,16 +135,22 @@ def resize_positions(table: jax.Array, old: Grid, new: Grid) -> jax.Array:
     grid = table.reshape(*old, -1)
     for axis, kind in enumerate(("linear", "cubic", "cubic")):
         if old[axis] != new[axis]:
-            weights = jnp.asarray(_resize_weights(old[axis], new[axis], kind), table.dtype)
+            weights = jnp.asarray(resize_weights(old[axis], new[axis], kind), table.dtype)
             grid = jnp.moveaxis(jnp.tensordot(weights, grid, axes=(1, axis)), 0, axis)
     return grid.reshape(-1, grid.shape[-1])
 
 
 @functools.cache
-def _resize_weights(old: int, new: int, kind: str) -> np.ndarray:
-    """Interpolation matrix [new, old] at half-pixel centres, border values repeated."""
+def resize_weights(old: int, new: int, kind: str) -> np.ndarray:
+    """Interpolation matrix [new, old], border values repeated.
+
+    "linear" and "cubic" sample at half-pixel centres; "aligned" is linear with the first and last
+    points of both on each other, as scenic resizes image tables (scipy.ndimage.zoom of order 1).
+    """
     centre = (np.arange(new) + 0.5) * old / new - 0.5
-    if kind == "linear":
+    if kind == "aligned":
+        centre = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
+    if kind in ("linear", "aligned"):
         centre = np.clip(centre, 0, old - 1)
         taps, kernel = (0, 1), lambda x: 1 - x
     else:

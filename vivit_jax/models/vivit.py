@@ -97,7 +97,12 @@ def pool(config: VivitConfig, x, stage: str = "temporal"):
         return x.mean(-2)  # frames have no class token
     if config.pooling == "cls":
         return x[..., 0, :]
-    return getattr(jnp, config.pooling)(x, axis=-2)
+    if config.pooling == "max":
+        # The gradient of jnp.max looks for the maximum among values that XLA may have computed
+        # again with other rounding; where it finds none it is NaN.
+        place = jnp.argmax(x, axis=-2, keepdims=True)
+        return jnp.take_along_axis(x, place, axis=-2)[..., 0, :]
+    return x.mean(-2) if config.pooling == "mean" else x.sum(-2)
 
 
 class VivitModel(nn.Module):

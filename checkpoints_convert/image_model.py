@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image ViT checkpoints, read as what they are to a video model: a headless ViViT of one frame.
+
+HuggingFace directories (google/vit-*), timm's safetensors, and the npz and msgpack files of
+vision_transformer and scenic.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert import scenic, trees
+from checkpoints_convert.config_json import config_path
+from checkpoints_convert.io import open_checkpoint
+from checkpoints_convert.layouts import naming
+from checkpoints_convert.rules import Row, Rule, match_import
+from checkpoints_convert.tables import hf_vivit, scenic_vivit, timm_vit
+from vivit_jax.config import VivitConfig
+from vivit_jax.errors import CheckpointError, ConfigError
+
+# timm's files do not say how many heads there are; these are the widths of its plain ViTs.
+_TIMM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageModel:
+    """An opened image checkpoint: tensors, their table, and the model as a ViViT of one frame."""
+
+    path: Path
+    naming: str
+    tensors: Mapping[str, Any]
+    config: VivitConfig
+    rules: tuple[Rule, ...]
+    left_out: Mapping[str, str]
+
+    @property
+    def title(self) -> str:
+        """The checkpoint and what it is read as, the subject of error messages."""
+        return f"{self.path}, read as an image ViT,"
+
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by path, one entry per layer."""
+        from vivit_jax.pretrained import abstract_params, build_model
+
+        config = dataclasses.replace(self.config, scan_layers=False)
+        model = build_model(config, "none", add_pooling_layer=False)
+        return trees.shapes_of(trees.flatten(abstract_params(model)))
+
+    def match(self) -> list[Row]:
+        """The rows of the tensors that are there; CheckpointError for all that does not fit."""
+        return match_import(self.tensors, self.rules, self.expected(), self.title)
+
+
+def open_image_model(source: str | Path, *, heads: int | None = None, revision=None) -> ImageModel:
+    """Open an image ViT: a directory, a file, or a hub id; data is not read yet.
+
+    `heads` is needed only for timm's files of unusual width. Raises CheckpointError for what is no
+    image ViT, ConfigError for a config.json that asks for what ViViT does not have.
+    """
+    from vivit_jax.hub import resolve_checkpoint
+
+    checkpoint = open_checkpoint(resolve_checkpoint(source, revision))
+    path, tensors = checkpoint.path, checkpoint.tensors
+    kind, prefix = naming(tensors) or (None, "")
+    left_out: dict[str, str] = {}
+    if kind == "flax":
+        tensors, left_out = scenic.parameters(tensors)
+    kernel = _patch_kernel(path, kind, prefix, tensors)
+    if kind == "hf":
+        config = _hf_config(path, tensors, prefix)
+        rules = hf_vivit.image_rules(config, prefix, hf_vivit.dialect_of(tensors))
+    elif kind == "timm":
+        config = _timm_config(path, tensors, kernel, heads)
+        rules = timm_vit.image_rules(config)
+    else:
+        config = _flax_config(path, tensors, kernel)
+        rules = scenic_vivit.image_rules(config)
+    return ImageModel(path, kind, tensors, config, tuple(rules), left_out)
+
+
+def _patch_kernel(path: Path, kind: str | None, prefix: str, tensors) -> tuple[int, ...]:
+    """Shape of the patch embedding's kernel as (height, width, channels, width of the model)."""
+    names = {
+        "hf": f"{prefix}embeddings.patch_embeddings.projection.weight",
+        "timm": "patch_embed.proj.weight",
+        "flax": "embedding/kernel",
+    }
+    kernel = tensors.get(names.get(kind))
+    if kernel is None or len(kernel.shape) != 4:
+        found = "no patch embedding" if kernel is None else f"a kernel of {tuple(kernel.shape)}"
+        raise CheckpointError(
+            f"{path} is not an image ViT: it has {found}; expected a convolution over height and "
+            f"width named {', '.join(names.values())}"
+        )
+    if kind == "flax":
+        return tuple(kernel.shape)
+    d, c, h, w = kernel.shape
+    return h, w, c, d
+
+
+def _config(path: Path, **fields) -> VivitConfig:
+    """One frame of an image model, with joint attention."""
+    try:
+        return VivitConfig(num_frames=1, **fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _hf_config(path: Path, tensors, prefix: str) -> VivitConfig:
+    where = config_path(path)
+    try:
+        values = json.loads(where.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{where} does not exist; an image model needs its config.json") from None
+    except ValueError as error:
+        raise ConfigError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("model_type") != "vit":
+        found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise ConfigError(f"{where}: model_type is {found!r}, expected 'vit'")
+    # What a file of transformers 4 leaves out has ViTConfig's default.
+    value = lambda name, default: values[name] if values.get(name) is not None else default  # noqa: E731
+    patch = value("patch_size", 16)
+    height, width = patch if isinstance(patch, list) else (patch, patch)
+    image = value("image_size", 224)
+    return _config(
+        where,
+        image_size=tuple(image) if isinstance(image, list) else image,
+        tubelet_size=(1, height, width),
+        num_channels=value("num_channels", 3),
+        hidden_size=value("hidden_size", 768),
+        num_hidden_layers=value("num_hidden_layers", 12),
+        num_attention_heads=value("num_attention_heads", 12),
+        intermediate_size=value("intermediate_size", 3072),
+        hidden_act=value("hidden_act", "gelu"),
+        layer_norm_eps=value("layer_norm_eps", 1e-12),
+        qkv_bias=value("qkv_bias", True),
+    )
+
+
+def _timm_config(path: Path, tensors, kernel, heads: int | None) -> VivitConfig:
+    h, w, c, d = kernel
+    heads = heads or _TIMM_HEADS.get(d)
+    if heads is None:
+        raise ConfigError(
+            f"{path}: the weights do not say num_attention_heads, and width {d} is none of timm's "
+            f"plain ViTs ({', '.join(map(str, _TIMM_HEADS))}); give it, --config "
+            "num_attention_heads=..."
+        )
+    return _config(
+        path,
+        image_size=_image_size(path, tensors, "pos_embed", "cls_token", (h, w)),
+        tubelet_size=(1, h, w),
+        num_channels=c,
+        hidden_size=d,
+        num_hidden_layers=_depth(tensors, r"blocks\.(\d+)\."),
+        num_attention_heads=heads,
+        intermediate_size=_shape(path, tensors, "blocks.0.mlp.fc1.weight", 2)[0],
+        hidden_act="gelu",
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        pooling="cls" if "cls_token" in tensors else "mean",
+    )
+
+
+def _flax_config(path: Path, tensors, kernel) -> VivitConfig:
+    h, w, c, d = kernel
+    block = "Transformer/encoderblock_0"
+    attention = f"{block}/MultiHeadDotProductAttention_0/query/kernel"
+    positions = "Transformer/posembed_input/pos_embedding"
+    return _config(
+        path,
+        image_size=_image_size(path, tensors, positions, "cls", (h, w)),
+        tubelet_size=(1, h, w),
+        num_channels=c,
+        hidden_size=d,
+        num_hidden_layers=_depth(tensors, r"Transformer/encoderblock_(\d+)/"),
+        num_attention_heads=_shape(path, tensors, attention, 3)[1],
+        intermediate_size=_shape(path, tensors, f"{block}/MlpBlock_0/Dense_0/kernel", 2)[1],
+        pooling="cls" if "cls" in tensors else "mean",
+    )
+
+
+def _image_size(path: Path, tensors, positions: str, cls: str, patch) -> int | tuple[int, int]:
+    """Size of the images, whose patches lie in a square."""
+    tokens = _shape(path, tensors, positions, 3)[1] - (cls in tensors)
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise CheckpointError(
+            f"{path}: {positions} holds {tokens} positions of patches, expected a square image"
+        )
+    height, width = side * patch[0], side * patch[1]
+    return height if height == width else (height, width)
+
+
+def _shape(path: Path, tensors, name: str, rank: int) -> tuple[int, ...]:
+    shape = tuple(tensors[name].shape) if name in tensors else None
+    if shape is None or len(shape) != rank:
+        raise CheckpointError(
+            f"{path} is not an image ViT: {name} is {shape or 'missing'}, expected {rank} axes"
+        )
+    return shape
+
+
+def _depth(tensors, pattern: str) -> int:
+    found = (re.match(pattern, name) for name in tensors)
+    return max((int(match.group(1)) for match in found if match), default=0) + 1
+
+
+def pixel_range(image: ImageModel) -> dict[str, Any]:
+    """Fields of a VideoProcessor that feed a video model the pixels of the image model.
+
+    Without a preprocessor_config.json this is [-1, 1], what vision_transformer, scenic and timm's
+    ViTs are trained on.
+    """
+    beside = (image.path if image.path.is_dir() else image.path.parent) / "preprocessor_config.json"
+    if not beside.is_file():
+        return {}
+    try:
+        values = json.loads(beside.read_text(encoding="utf-8"))
+        factor, normalise = values.get("rescale_factor", 1 / 255), values.get("do_normalize", True)
+        mean, std = values.get("image_mean", 0.5), values.get("image_std", 0.5)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{beside} is not valid JSON of a processor: {error}") from None
+    return {
+        "rescale_factor": factor,
+        "offset": False,
+        "do_normalize": normalise,
+        "image_mean": mean,
+        "image_std": std,
+    }

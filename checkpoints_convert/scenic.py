@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scenic's checkpoints: where the parameters lie in a train state, and what they say of the model.
+
+A train state holds the parameters at `optimizer/target` (flax.optim, every published ViViT) or
+`params` (optax), and beside them the step, the random state and the optimiser. Older ones nest the
+parameters once more, as `params`, and number submodules in one row instead of by class.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_convert.config_json import parse_settings
+from vivit_jax.config import VivitConfig
+from vivit_jax.errors import CheckpointError, ConfigError
+
+CONTAINERS = {"optimizer": "optimizer/target/", "params": "params/"}
+FILE = "checkpoint_0"  # what flax's restore_checkpoint looks for in a directory
+TRAINING_STATE = "training state, no weights of the model"
+# big_vision's npz keep the optimiser under another name, vision_transformer's have no container.
+_NESTS = ("optimizer/target/", "opt/target/", "params/", "")
+_NUMBERED = re.compile(r"(.*)_(\d+)")
+# The function that scenic computes whatever the checkpoint holds.
+_FIXED = {"hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, "qkv_bias": True, "pooler_act": "tanh"}
+_TANH_GELU = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh")
+
+
+def parameters(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parameters by their path below the container, and the names left out with the reason."""
+    nest = next(nest for nest in _NESTS if any(name.startswith(nest) for name in tensors))
+    inside = {name.removeprefix(nest): name for name in tensors if name.startswith(nest)}
+    if any(name.startswith("params/") for name in inside):
+        # The one thing beside them is state of the old API, which these models do not have.
+        inside = {
+            n.removeprefix("params/"): m for n, m in inside.items() if n.startswith("params/")
+        }
+    left_out = dict.fromkeys(sorted(tensors.keys() - set(inside.values())), TRAINING_STATE)
+    renamed = linen_names(inside)
+    return {renamed[name]: tensors[full] for name, full in inside.items()}, left_out
+
+
+def summarise(left_out: Mapping[str, str]) -> list[str]:
+    """A line per part of a train state: `optimizer/state (400 tensors)  left out: ...`."""
+    parts: dict[tuple[str, str], int] = {}
+    for name, reason in left_out.items():
+        part = "/".join(name.split("/")[:2])
+        parts[part, reason] = parts.get((part, reason), 0) + 1
+    return [
+        f"{part}{f' ({count} tensors)' if count > 1 else ''}  left out: {reason}"
+        for (part, reason), count in parts.items()
+    ]
+
+
+def linen_names(names: Iterable[str]) -> dict[str, str]:
+    """New name by old: submodules numbered by class, as Linen does, not in one row.
+
+    LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3 become LayerNorm_0,
+    MultiHeadDotProductAttention_0, LayerNorm_1, MlpBlock_0. Linen names stay as they are.
+    """
+    paths = {name: name.split("/") for name in names}
+    children: dict[tuple[str, ...], set[str]] = {}
+    for path in paths.values():
+        for depth, part in enumerate(path):
+            children.setdefault(tuple(path[:depth]), set()).add(part)
+    new = {parent: _renumbered(parts) for parent, parts in children.items()}
+    return {
+        name: "/".join(new[tuple(path[:depth])][part] for depth, part in enumerate(path))
+        for name, path in paths.items()
+    }
+
+
+def _renumbered(parts: Iterable[str]) -> dict[str, str]:
+    """New names of the submodules of one module, where several classes share one row of numbers."""
+    found = {part: match for part in parts if (match := _NUMBERED.fullmatch(part))}
+    stems = {match.group(1) for match in found.values()}
+    by_number = {int(match.group(2)): match.group(1) for match in found.values()}
+    renamed = {part: part for part in parts}
+    if len(stems) == 1 or len(by_number) < len(found):
+        return renamed
+    counts = dict.fromkeys(stems, 0)
+    for number, stem in sorted(by_number.items()):
+        renamed[f"{stem}_{number}"] = f"{stem}_{counts[stem]}"
+        counts[stem] += 1
+    return renamed
+
+
+def is_image_model(tensors: Mapping[str, Any]) -> bool:
+    """Whether parameters are an image ViT's; a video model without tubelets can look the same.
+
+    Both have a kernel of one frame. A video model has a spatial stage or more positions than one
+    square frame; one with a square number of positions has to be named as such.
+    """
+    kernel = tensors.get("embedding/kernel")
+    if kernel is None or len(kernel.shape) != 4 or _stage(tensors) == "Spatial":
+        return False
+    table = tensors.get(f"{_stage(tensors)}Transformer/posembed_input/pos_embedding")
+    tokens = 0 if table is None else table.shape[1] - ("cls" in tensors)
+    return math.isqrt(tokens) ** 2 == tokens
+
+
+def infer_config(
+    path: Path, tensors: Mapping[str, Any], settings: Iterable[str], **execution: Any
+) -> tuple[VivitConfig, str, list[str]]:
+    """The config of scenic parameters, the head they hold, and what was assumed.
+
+    Names and shapes say most of it. What they do not say must be among `settings` (`key=value`);
+    ConfigError lists all that is missing, and whatever scenic's names lack.
+    """
+    given = parse_settings(VivitConfig, settings)
+    found, asked, notes = _read_off(path, tensors, given)
+    missing = {name: example for name, example in asked.items() if name not in given}
+    if missing:
+        flags = " ".join(f"--config {name}={example}" for name, example in missing.items())
+        rows = tensors[f"{_stage(tensors)}Transformer/posembed_input/pos_embedding"].shape[1]
+        raise ConfigError(
+            f"{path}: the weights do not say {', '.join(missing)}; there are {rows} positions, for "
+            f"tubelets of {found['tubelet_size']}. Give them to vivit-convert convert, for example "
+            f"{flags}"
+        )
+    head = "classification" if "output_projection/kernel" in tensors else "none"
+    return VivitConfig(**{**found, **given}, **execution), head, notes
+
+
+def _read_off(path: Path, tensors: Mapping[str, Any], given: Mapping[str, Any]):
+    """(fields that names and shapes say, fields that have to be given with an example, notes)."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    stage = _stage(tensors)
+    block = f"{stage}Transformer/encoderblock_0/"
+    timed = f"{block}MultiHeadDotProductAttention_time/query/kernel" in shapes
+    attention = f"{block}MultiHeadDotProductAttention_{'time' if timed else '0'}/query/kernel"
+    mlp = f"{block}MlpBlock{'' if timed else '_0'}/Dense_0/kernel"
+    table = f"{stage}Transformer/posembed_input/pos_embedding"
+    ranks = {attention: 3, mlp: 2, table: 3}
+    wrong = [name for name, rank in ranks.items() if len(shapes.get(name, ())) != rank]
+    kernel = shapes.get("embedding/kernel", ())
+    if wrong or len(kernel) not in (4, 5):
+        what = ", ".join(wrong or ["embedding/kernel"])
+        raise CheckpointError(
+            f"{path} is not a ViViT of scenic: no tensor of the right rank is named {what}"
+        )
+    cls = "cls" in shapes or "cls_SpatialTransformer" in shapes
+    found = {
+        "num_channels": kernel[-2],
+        "tubelet_size": ((1,) * (5 - len(kernel)) + kernel)[:3],
+        "hidden_size": kernel[-1],
+        "num_hidden_layers": _depth(shapes, stage),
+        "num_attention_heads": shapes[attention][1],
+        "intermediate_size": shapes[mlp][1],
+        "pooling": "cls" if cls else "mean",
+    }
+    asked, notes = {"image_size": 224}, []
+    if not cls and "pooling" not in given:
+        notes.append(
+            "pooling=mean is assumed: there is no class token, and scenic's gmp and gsp have the "
+            "same tensors (--config pooling=max or pooling=sum)"
+        )
+    if "output_projection/kernel" in shapes:
+        found["num_labels"] = shapes["output_projection/kernel"][-1]
+    if stage == "Spatial":
+        found["attention_type"] = "factorised_encoder"
+        temporal = shapes.get("TemporalTransformer/posembed_input/pos_embedding")
+        if temporal is None:
+            found["spatial_only"] = True
+            notes.append("spatial_only=true: there is no TemporalTransformer")
+        else:
+            found["num_temporal_layers"] = _depth(shapes, "Temporal")
+            frames = temporal[1] - cls
+            if len(kernel) == 5:
+                found["num_frames"] = frames * kernel[0]
+            else:
+                found["num_sampled_frames"] = frames
+    elif timed:
+        found["attention_type"] = "factorised_self_attention"
+        asked["attention_order"] = "time_space|space_time"
+    elif cls:
+        found["attention_type"] = "joint"
+    else:
+        # Without a class token both variants have the same tensors.
+        asked["attention_type"] = "joint|factorised_dot_product"
+    if "num_frames" not in found:
+        asked["num_frames"] = 32
+    if len(kernel) == 4 and "num_sampled_frames" not in found:
+        asked["num_sampled_frames"] = 8
+    return found, asked, notes
+
+
+def _stage(tensors: Mapping[str, Any]) -> str:
+    return "Spatial" if any(n.startswith("SpatialTransformer/") for n in tensors) else ""
+
+
+def _depth(shapes: Mapping[str, tuple[int, ...]], stage: str) -> int:
+    """The number of blocks of a stage, read from the names."""
+    found = (re.match(rf"{stage}Transformer/encoderblock_(\d+)/", name) for name in shapes)
+    return max((int(match.group(1)) for match in found if match), default=-1) + 1
+
+
+def check_writable(config: VivitConfig) -> None:
+    """ConfigError where scenic would compute something else than this config says."""
+    wrong = {
+        name: getattr(config, name)
+        for name, fixed in _FIXED.items()
+        if getattr(config, name) != fixed
+        and not (name == "hidden_act" and config.hidden_act in _TANH_GELU)
+    }
+    if wrong:
+        listed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        fixed = ", ".join(f"{name}={_FIXED[name]!r}" for name in wrong)
+        raise ConfigError(
+            f"a scenic checkpoint does not hold its config, and scenic computes {fixed}; this "
+            f"model has {listed}. Write it in the hf layout"
+        )
+
+
+def train_state(tensors: Mapping[str, Any], container: str) -> dict[str, Any]:
+    """Parameters as the train state that scenic restores from, at step 0."""
+    state = {"global_step": np.int32(0), "rng": np.zeros(2, np.uint32)}
+    return state | {CONTAINERS[container] + name: tensor for name, tensor in tensors.items()}

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ViViT as scenic names it, and the image ViT whose names scenic shares (vision_transformer).
+
+Names are the '/'-joined paths below the container of the parameters; `checkpoints_convert.scenic`
+takes that off. Kernels have our shapes already, except that an image kernel has no time axis.
+"""
+
+from checkpoints_convert.rules import Rule
+from vivit_jax.config import VivitConfig
+
+PREFIX = ""
+_IMAGE_KERNEL = "h w c d -> 1 h w c d"
+
+
+def rules(
+    config: VivitConfig, *, head: str, prefix: str = "", dialect: str = "", pooler: bool = False
+) -> list[Rule]:
+    """The table of a ViViT checkpoint; `head` is "classification" or "none".
+
+    The pooler is scenic's `representation_size`.
+    """
+    dst = "" if head == "none" else "backbone/"
+    table = _dense("embedding", f"{dst}patch_embed")
+    if config.num_sampled_frames is not None:
+        table[0] = Rule("embedding/kernel", f"{dst}patch_embed/kernel", _IMAGE_KERNEL)
+    if config.attention_type == "factorised_encoder":
+        table += _encoder(config, "Spatial", f"{dst}spatial/", config.num_hidden_layers)
+        if config.temporal_layers:
+            table += _encoder(config, "Temporal", f"{dst}temporal/", config.temporal_layers)
+    else:
+        table += _encoder(config, "", dst, config.num_hidden_layers)
+    if pooler:
+        table += _dense("pre_logits", f"{dst}pooler")
+    if head == "classification":
+        table += _dense("output_projection", "head")
+    return table
+
+
+def image_rules(config: VivitConfig) -> list[Rule]:
+    """The table of an image ViT, read as a headless ViViT of one frame."""
+    kernel = Rule("embedding/kernel", "patch_embed/kernel", _IMAGE_KERNEL)
+    left_out = {
+        "the image model's classifier": ("head", "output_projection"),
+        "the image model's hidden layer before its classifier": ("pre_logits",),
+    }
+    return [
+        kernel,
+        Rule("embedding/bias", "patch_embed/bias"),
+        *_encoder(config, "", "", config.num_hidden_layers),
+        *(
+            Rule(f"{name}/{leaf}", (), reason=reason)
+            for reason, names in left_out.items()
+            for name in names
+            for leaf in ("kernel", "bias")
+        ),
+    ]
+
+
+def _encoder(config: VivitConfig, stage: str, dst: str, layers: int) -> list[Rule]:
+    """One Transformer, SpatialTransformer or TemporalTransformer and its class token."""
+    src, block = f"{stage}Transformer", f"{stage}Transformer/encoderblock_{{i}}"
+    ours, each = f"{dst}layers_{{i}}", {"layers": layers}
+    table = [Rule(f"{src}/posembed_input/pos_embedding", f"{dst}pos_embed")]
+    if config.pooling == "cls":
+        table.append(Rule(f"cls_{src}" if stage else "cls", f"{dst}cls"))
+    if config.attention_type == "factorised_self_attention":
+        # scenic names these by what they do, and then the MLP without a number.
+        attention = {f"_{axis}": (f"_{axis}", f"_{axis}") for axis in ("time", "space")}
+        norm_mlp, mlp = "LayerNorm_mlp", "MlpBlock"
+    else:
+        attention = {"": ("_0", "_0")}
+        norm_mlp, mlp = "LayerNorm_1", "MlpBlock_0"
+    for suffix, (norm, layer) in attention.items():
+        name = f"{block}/MultiHeadDotProductAttention{layer}"
+        table += _norm(f"{block}/LayerNorm{norm}", f"{ours}/ln_attention{suffix}", **each)
+        for part in ("query", "key", "value", "out"):
+            bias = part == "out" or config.qkv_bias
+            table += _dense(f"{name}/{part}", f"{ours}/attention{suffix}/{part}", bias, **each)
+    return [
+        *table,
+        *_norm(f"{block}/{norm_mlp}", f"{ours}/ln_mlp", **each),
+        *_dense(f"{block}/{mlp}/Dense_0", f"{ours}/mlp_in", **each),
+        *_dense(f"{block}/{mlp}/Dense_1", f"{ours}/mlp_out", **each),
+        *_norm(f"{src}/encoder_norm", f"{dst}ln_final"),
+    ]
+
+
+def _dense(src: str, dst: str, bias: bool = True, **options) -> list[Rule]:
+    parts = ("kernel", "bias") if bias else ("kernel",)
+    return [Rule(f"{src}/{part}", f"{dst}/{part}", **options) for part in parts]
+
+
+def _norm(src: str, dst: str, **options) -> list[Rule]:
+    return [Rule(f"{src}/{part}", f"{dst}/{part}", **options) for part in ("scale", "bias")]

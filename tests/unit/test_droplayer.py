@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stochastic depth and dropout in training, and temporal attention that starts at zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from helpers import random_params
+
+import vivit_jax
+
+SIZES = dict(
+    image_size=16,
+    num_frames=4,
+    tubelet_size=(2, 8, 8),
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_temporal_layers=2,
+    num_attention_heads=2,
+    intermediate_size=24,
+    num_labels=3,
+)
+CLIPS = 256
+
+
+def config_of(**values):
+    return vivit_jax.VivitConfig(**{**SIZES, **values})
+
+
+def added_by_block_1(config, deterministic=False, seed=0):
+    """What the second block adds to each of many equal clips, [clips, frames, values].
+
+    The first block is never left out, so that it sees the same tokens for all of them.
+    """
+    model = vivit_jax.VivitModel(config, add_pooling_layer=False)
+    params = random_params(model)
+    x = np.random.default_rng(0).standard_normal((1, 4, 16, 16, 3)).astype(np.float32)
+    x = np.repeat(x, CLIPS, axis=0)
+    out = model.apply(
+        {"params": params},
+        x,
+        output_hidden_states=True,
+        deterministic=deterministic,
+        rngs={"dropout": jax.random.key(seed)},
+    )
+    first, second = np.asarray(out.hidden_states[1:3])
+    np.testing.assert_array_equal(first, np.broadcast_to(first[:1], first.shape))
+    frames = first.shape[1] if first.ndim == 4 else 1
+    return (second - first).reshape(CLIPS, frames, -1)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("rate", [0.5, 0.8])
+def test_branches_are_left_out_for_whole_clips(rate, scan_layers):
+    """Each of the two branches independently, with probability rate * layer / (layers - 1)."""
+    config = config_of(drop_path_rate=rate, scan_layers=scan_layers)
+    added = added_by_block_1(config)[:, 0]
+    both = added_by_block_1(config, deterministic=True)[0, 0]
+    kinds, counts = np.unique(np.round(added, 4), axis=0, return_counts=True)
+    assert len(kinds) == 4  # both branches, either one, none
+    neither = np.abs(added).max(axis=1) < 1e-6
+    whole = np.abs(added - both).max(axis=1) < 1e-5
+    for share, probability in ((neither, rate**2), (whole, (1 - rate) ** 2)):
+        sigma = (probability * (1 - probability) / CLIPS) ** 0.5
+        assert abs(share.mean() - probability) < 4 * sigma
+
+
+def test_rescaling_divides_by_the_probability_of_being_kept():
+    plain = added_by_block_1(config_of(drop_path_rate=0.5))[:, 0]
+    rescaled = added_by_block_1(config_of(drop_path_rate=0.5, drop_path_rescale=True))[:, 0]
+    # The same key draws the same branches; where only one is kept it counts twice.
+    sizes, larger = (np.abs(x).max(axis=1) for x in (plain, rescaled))
+    np.testing.assert_array_equal(sizes > 1e-6, larger > 1e-6)
+    alone = np.abs(rescaled - 2 * plain).max(axis=1) < 1e-4
+    assert alone.sum() > (sizes < 1e-6).sum() + CLIPS / 8
+
+
+@pytest.mark.parametrize("attention_type", ["factorised_self_attention", "factorised_dot_product"])
+def test_it_acts_in_blocks_that_attend_twice(attention_type):
+    """scenic ignores its rate in factorised self-attention; here it is what the config says."""
+    added = added_by_block_1(config_of(attention_type=attention_type, drop_path_rate=0.5))
+    kinds = np.unique(np.round(added[:, 0], 4), axis=0)
+    assert len(kinds) == (8 if attention_type == "factorised_self_attention" else 4)
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        dict(drop_path_rate=0.5),
+        dict(hidden_dropout_prob=0.5),
+        dict(attention_probs_dropout_prob=0.5),
+    ],
+)
+def test_frames_of_a_clip_share_what_is_dropped(rates):
+    """As in scenic, which maps the spatial stage over frames with one key: equal frames stay so."""
+    config = config_of(attention_type="factorised_encoder", **rates)
+    model = vivit_jax.VivitModel(config, add_pooling_layer=False)
+    frame = np.random.default_rng(0).standard_normal((8, 1, 16, 16, 3)).astype(np.float32)
+    clip = np.repeat(frame, 4, axis=1)
+
+    def states(seed):
+        return model.apply(
+            {"params": random_params(model)},
+            clip,
+            output_hidden_states=True,
+            deterministic=False,
+            rngs={"dropout": jax.random.key(seed)},
+        ).hidden_states[-1]
+
+    one, other = states(0), states(1)  # [b, t, tokens, d]
+    np.testing.assert_allclose(one[:, 0], one[:, 1], atol=1e-5)
+    assert np.abs(one - other).max() > 0.1
+    assert len(np.unique(np.round(np.abs(one - other).max(axis=(1, 2, 3)), 3))) > 1  # per clip
+
+
+def test_nothing_is_dropped_in_evaluation():
+    config = config_of(drop_path_rate=0.9, hidden_dropout_prob=0.9)
+    both = added_by_block_1(config, deterministic=True)
+    np.testing.assert_array_equal(both, added_by_block_1(config_of(), deterministic=True))
+
+
+def test_temporal_attention_can_start_at_zero_and_learns():
+    config = config_of(
+        attention_type="factorised_self_attention", zero_init_temporal_attention=True
+    )
+    model = vivit_jax.VivitForVideoClassification(config)
+    clip = np.random.default_rng(0).standard_normal((2, 4, 16, 16, 3)).astype(np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), clip)
+    params = nn.unbox(variables)["params"]
+    layers = params["backbone"]["layers"]
+    assert not layers["attention_time"]["out"]["kernel"].any()
+    assert layers["attention_space"]["out"]["kernel"].any()
+
+    def run(params, labels=None):
+        return model.apply({"params": params}, clip, labels=labels)
+
+    # What the temporal attention sees changes nothing, and yet its output learns at once.
+    moved = jax.tree_util.tree_map_with_path(
+        lambda path, x: x + 1 if "attention_time" in str(path) and "value" in str(path) else x,
+        params,
+    )
+    np.testing.assert_array_equal(run(params).logits, run(moved).logits)
+    grads = jax.grad(lambda p: run(p, jnp.array([0, 2])).loss)(params)
+    assert np.abs(grads["backbone"]["layers"]["attention_time"]["out"]["kernel"]).max() > 1e-7
