@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers import assert_close, error
 from numpy_vivit import forward, random_params
+from variants import FDP, FE, FSA, VARIANTS, variant_config
 
 import vivit_jax
 from checkpoints_convert import trees
@@ -18,50 +19,11 @@ from checkpoints_convert.rules import export_params, import_params
 from checkpoints_convert.tables import scenic_vivit
 from vivit_jax.pretrained import abstract_params
 
-SIZES = dict(
-    image_size=(24, 16),
-    num_frames=6,
-    tubelet_size=(2, 8, 8),
-    hidden_size=48,
-    num_hidden_layers=3,
-    num_temporal_layers=2,
-    num_attention_heads=4,
-    intermediate_size=80,
-    num_labels=5,
-)
-FE, FSA, FDP = (f"factorised_{kind}" for kind in ("encoder", "self_attention", "dot_product"))
-CASES = {
-    "joint": dict(attention_type="joint"),
-    "joint mean": dict(attention_type="joint", pooling="mean"),
-    "joint max": dict(attention_type="joint", pooling="max"),
-    "joint sum": dict(attention_type="joint", pooling="sum"),
-    "joint sampled": dict(attention_type="joint", num_sampled_frames=4),
-    "encoder": dict(attention_type=FE),
-    "encoder mean": dict(attention_type=FE, pooling="mean"),
-    "encoder max": dict(attention_type=FE, pooling="max"),
-    "encoder sum": dict(attention_type=FE, pooling="sum"),
-    "encoder spatial only": dict(attention_type=FE, spatial_only=True),
-    "encoder spatial only max": dict(attention_type=FE, spatial_only=True, pooling="max"),
-    "encoder sampled": dict(attention_type=FE, num_sampled_frames=4),
-    "self-attention time first": dict(attention_type=FSA, attention_order="time_space"),
-    "self-attention space first": dict(attention_type=FSA, attention_order="space_time"),
-    "self-attention sum": dict(attention_type=FSA, pooling="sum"),
-    "dot product": dict(attention_type=FDP),
-    "dot product max": dict(attention_type=FDP, pooling="max"),
-    "dot product sampled": dict(attention_type=FDP, num_sampled_frames=4),
-}
 LABELS = np.array([1, 3])
 
 
-def config_of(case, **changes):
-    values = {**SIZES, **CASES[case]}
-    if values.get("num_sampled_frames"):
-        values["tubelet_size"] = (1, *values["tubelet_size"][1:])
-    return vivit_jax.VivitConfig(**{**values, **changes})
-
-
 def scenic_params(case):
-    config = config_of(case)
+    config = variant_config(case)
     return random_params(
         config.attention_type,
         tubelet=config.tubelet_size,
@@ -78,7 +40,7 @@ def pixels_of(config, **size):
 
 
 def reference(case, params, pixels):
-    config = config_of(case)
+    config = variant_config(case)
     return forward(
         params,
         pixels,
@@ -100,10 +62,10 @@ def load(config, params):
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", VARIANTS)
 def test_outputs(case, scan_layers):
     params = scenic_params(case)
-    config = config_of(case, scan_layers=scan_layers)
+    config = variant_config(case, scan_layers=scan_layers)
     pixels = pixels_of(config)
     expected = reference(case, params, pixels)
     model, ours = load(config, params)
@@ -126,7 +88,7 @@ def test_outputs(case, scan_layers):
 
 @pytest.mark.parametrize("case", ["encoder", "self-attention time first", "dot product"])
 def test_attention_weights_are_softmaxes_over_their_axis(case):
-    config = config_of(case)
+    config = variant_config(case)
     t, h, w = config.grid
     cls = config.pooling == "cls"
     model, ours = load(config, scenic_params(case))
@@ -155,7 +117,7 @@ def _loss(logits):
 )
 def test_gradients_equal_finite_differences(case):
     """In every kind of tensor, central differences of the reference at the steepest entry."""
-    params, config = scenic_params(case), config_of(case)
+    params, config = scenic_params(case), variant_config(case)
     pixels = pixels_of(config)
     model, ours = load(config, params)
 
@@ -193,7 +155,7 @@ def test_gradients_equal_finite_differences(case):
     ],
 )
 def test_another_function_is_told_apart(case, changes):
-    params, config = scenic_params(case), config_of(case, **changes)
+    params, config = scenic_params(case), variant_config(case, **changes)
     model, ours = load(config, params)
     pixels = pixels_of(config)
     logits = model.apply({"params": ours}, pixels).logits
@@ -207,7 +169,7 @@ def test_halves_of_the_heads_are_told_apart():
         if "MultiHeadDotProductAttention" in name and not name.endswith("out/bias"):
             axis = 0 if name.endswith(("out/kernel", "/bias")) else 1
             params[name] = np.roll(value, value.shape[axis] // 2, axis)
-    config = config_of("dot product")
+    config = variant_config("dot product")
     model, ours = load(config, params)
     pixels = pixels_of(config)
     logits = model.apply({"params": ours}, pixels).logits
@@ -219,10 +181,10 @@ def test_halves_of_the_heads_are_told_apart():
 @pytest.mark.parametrize("case", ["encoder", "self-attention time first", "dot product"])
 def test_execution_flags_keep_the_gradient(case, remat):
     params = scenic_params(case)
-    pixels = pixels_of(config_of(case))
+    pixels = pixels_of(variant_config(case))
 
     def gradient(**flags):
-        model, ours = load(config_of(case, **flags), params)
+        model, ours = load(variant_config(case, **flags), params)
         loss = lambda p: model.apply({"params": p}, pixels, labels=jnp.asarray(LABELS)).loss  # noqa: E731
         grads = trees.flatten(jax.jit(jax.grad(loss))(ours))
         table = scenic_vivit.rules(model.config, head="classification")
@@ -236,7 +198,7 @@ def test_execution_flags_keep_the_gradient(case, remat):
 @pytest.mark.parametrize("attention", ["xla", "chunked"])
 @pytest.mark.parametrize("case", ["encoder", "self-attention time first", "dot product"])
 def test_attention_backends(case, attention):
-    params, config = scenic_params(case), config_of(case, attention=attention)
+    params, config = scenic_params(case), variant_config(case, attention=attention)
     model, ours = load(config, params)
     pixels = pixels_of(config)
     logits = jax.jit(model.apply)({"params": ours}, pixels).logits
@@ -246,9 +208,9 @@ def test_attention_backends(case, attention):
 @pytest.mark.parametrize("case", ["encoder", "self-attention time first", "dot product"])
 def test_bfloat16_is_near(case):
     params = scenic_params(case)
-    pixels = pixels_of(config_of(case))
+    pixels = pixels_of(variant_config(case))
     wanted = reference(case, params, pixels)["logits"]
-    model, ours = load(config_of(case, dtype="bfloat16"), params)
+    model, ours = load(variant_config(case, dtype="bfloat16"), params)
     logits = model.apply({"params": ours}, pixels).logits
     assert logits.dtype == jnp.bfloat16
     assert 1e-4 < error(logits.astype(np.float32), wanted) < 0.1
@@ -275,7 +237,7 @@ def _resized(table, cls, old, new):
 )
 def test_any_size(case):
     """A longer, larger and differently shaped clip, positions resized in time and in space."""
-    params, config = scenic_params(case), config_of(case)
+    params, config = scenic_params(case), variant_config(case)
     pixels = pixels_of(config, t=10, h=32, w=40)
     model, ours = load(config, params)
     out = jax.jit(model.apply, static_argnames="interpolate_pos_encoding")(
@@ -306,7 +268,7 @@ def test_uniform_frames():
 
 
 def test_a_clip_shorter_than_the_sample_is_refused():
-    config = config_of("joint sampled")
+    config = variant_config("joint sampled")
     model, ours = load(config, scenic_params("joint sampled"))
     with pytest.raises(vivit_jax.UserError, match="3 frames, the model picks num_sampled_frames=4"):
         model.apply({"params": ours}, pixels_of(config, t=3), interpolate_pos_encoding=True)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import json
 import math
 
 import jax
 import pytest
+from variants import FDP, FSA, VARIANTS, variant_config
 
 from vivit_jax import PRESETS, ConfigError, VideoMAEConfig, VivitConfig
 from vivit_jax.config import config_from_dict
@@ -21,10 +23,44 @@ def test_preset_has_the_published_parameter_count(name):
 
 
 @pytest.mark.parametrize(
-    "config", [VivitConfig(), VideoMAEConfig(), PRESETS["videomae-small"].config]
+    "config",
+    [
+        VivitConfig(),
+        VideoMAEConfig(),
+        PRESETS["videomae-small"].config,
+        *(variant_config(case) for case in VARIANTS),
+        PRESETS["vivit-l-16x2-fe-epic-kitchens"].config,
+        VivitConfig(drop_path_rate=0.3, drop_path_rescale=True),
+        VideoMAEConfig(drop_path_rate=0.3, drop_path_rescale=False),
+    ],
 )
 def test_dict_round_trip(config):
     assert config_from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+def test_model_type_says_who_computes_it(case):
+    config = variant_config(case)
+    plain = case == "joint"
+    assert config.in_transformers is plain
+    values = config.to_dict()
+    assert values["model_type"] == ("vivit" if plain else "vivit_jax")
+    assert ("pooling" in values and "attention_type" in values) is not plain
+    json.dumps(values)
+
+
+def test_what_training_alone_sees_keeps_the_model_type():
+    values = VivitConfig(drop_path_rate=0.2, num_labels=5, class_splits=(3, 2)).to_dict()
+    assert values["model_type"] == "vivit"
+    assert (values["drop_path_rate"], values["class_splits"]) == (0.2, [3, 2])
+    assert values["split_names"] == ["1", "2"]
+
+
+def test_pooling_follows_the_attention_type():
+    assert VivitConfig().pooling == "cls"
+    assert VivitConfig(attention_type="factorised_encoder").pooling == "cls"
+    assert VivitConfig(attention_type="factorised_self_attention").pooling == "mean"
+    assert VivitConfig(attention_type="factorised_dot_product").pooling == "mean"
 
 
 def test_defaults_are_transformers_defaults():
@@ -113,6 +149,37 @@ def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
         (lambda: VivitConfig.from_dict({"id2label": "abc"}), "id2label must map .* got 'abc'"),
         (lambda: VivitConfig(attention="flash"), "attention must be one of"),
         (lambda: VivitConfig(remat=True), "remat must be one of"),
+        (lambda: VivitConfig(attention_type="factorized_encoder"), "attention_type must be one of"),
+        (lambda: VivitConfig(attention_order="space"), "attention_order must be one of"),
+        (lambda: VivitConfig(pooling="gap"), "pooling must be one of .* got 'gap'"),
+        (lambda: VivitConfig(attention_type=FSA, pooling="cls"), "use pooling 'mean', 'max'"),
+        (
+            lambda: VivitConfig(attention_type=FDP, num_attention_heads=3),
+            "num_attention_heads 3 must be even",
+        ),
+        (lambda: VivitConfig(num_temporal_layers=0), "num_temporal_layers must be a positive"),
+        (lambda: VivitConfig(spatial_only=True), "spatial_only needs .*factorised_encoder"),
+        (lambda: VivitConfig(zero_init_temporal_attention=True), "needs .*self_attention"),
+        (lambda: VivitConfig(num_sampled_frames=8), r"use tubelet_size=\(1, 16, 16\)"),
+        (
+            lambda: VivitConfig(num_sampled_frames=64, tubelet_size=(1, 16, 16)),
+            "64 exceeds num_frames 32",
+        ),
+        (lambda: VivitConfig(num_sampled_frames=0), "num_sampled_frames must be a positive"),
+        (lambda: VivitConfig(drop_path_rate=1.0), "drop_path_rate must be a probability"),
+        (lambda: VivitConfig(class_splits=(300, 97)), "sum to 397 but num_labels is 2"),
+        (lambda: VivitConfig(num_labels=3, class_splits=(3,)), "two or more positive"),
+        (lambda: VivitConfig(split_names=("a", "b")), "split_names must be null"),
+        (
+            lambda: VivitConfig(num_labels=3, class_splits=(2, 1), split_names=("a", "a")),
+            "split_names must be 2 different names",
+        ),
+        (
+            lambda: VivitConfig(
+                num_labels=3, class_splits=(2, 1), problem_type="multi_label_classification"
+            ),
+            "class_splits needs problem_type",
+        ),
         (lambda: VideoMAEConfig(decoder_num_attention_heads=5), "decoder_hidden_size 384"),
         (lambda: VideoMAEConfig(num_hidden_layers=0), "num_hidden_layers must be a positive"),
         (

@@ -12,15 +12,20 @@ import jax
 import pytest
 from flax import linen as nn
 from helpers import CASES, clip, config_of
+from variants import VARIANTS, variant_config
 
 from checkpoints_convert import trees
-from vivit_jax import Mask
+from vivit_jax import Mask, VivitForVideoClassification
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 TREES = {
     "vivit_model": ("vivit base", True),
     "vivit_classifier": ("vivit cls", True),
     "vivit_classifier_loop": ("vivit cls", False),
+    "vivit_factorised_encoder": ("encoder", True),
+    "vivit_factorised_encoder_mean": ("encoder mean", True),
+    "vivit_factorised_self_attention": ("self-attention time first", True),
+    "vivit_factorised_dot_product": ("dot product", True),
     "videomae_model": ("mae base norm", True),
     "videomae_classifier": ("mae cls", True),
     "videomae_pretraining": ("mae pretraining", True),
@@ -28,8 +33,12 @@ TREES = {
 
 
 def parameter_tree(case, scan_layers):
-    config = config_of(case, scan_layers=scan_layers)
-    model, x = CASES[case][0](config), clip(config, batch=1)
+    if case in VARIANTS:
+        cls = VivitForVideoClassification
+        config = variant_config(case, scan_layers=scan_layers)
+    else:
+        cls, config = CASES[case][0], config_of(case, scan_layers=scan_layers)
+    model, x = cls(config), clip(config, batch=1)
     inputs = {}
     if "pretraining" in case:
         import numpy as np

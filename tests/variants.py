@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny configurations of every form of ViViT; frames, height, width and counts all differ."""
+
+import vivit_jax
+
+SIZES = dict(
+    image_size=(24, 16),
+    num_frames=6,
+    tubelet_size=(2, 8, 8),
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_temporal_layers=2,
+    num_attention_heads=4,
+    intermediate_size=80,
+    num_labels=5,
+)
+FE, FSA, FDP = (f"factorised_{kind}" for kind in ("encoder", "self_attention", "dot_product"))
+VARIANTS = {
+    "joint": dict(attention_type="joint"),
+    "joint mean": dict(attention_type="joint", pooling="mean"),
+    "joint max": dict(attention_type="joint", pooling="max"),
+    "joint sum": dict(attention_type="joint", pooling="sum"),
+    "joint sampled": dict(attention_type="joint", num_sampled_frames=4),
+    "encoder": dict(attention_type=FE),
+    "encoder mean": dict(attention_type=FE, pooling="mean"),
+    "encoder max": dict(attention_type=FE, pooling="max"),
+    "encoder sum": dict(attention_type=FE, pooling="sum"),
+    "encoder spatial only": dict(attention_type=FE, spatial_only=True),
+    "encoder spatial only max": dict(attention_type=FE, spatial_only=True, pooling="max"),
+    "encoder sampled": dict(attention_type=FE, num_sampled_frames=4),
+    "self-attention time first": dict(attention_type=FSA, attention_order="time_space"),
+    "self-attention space first": dict(attention_type=FSA, attention_order="space_time"),
+    "self-attention sum": dict(attention_type=FSA, pooling="sum"),
+    "dot product": dict(attention_type=FDP),
+    "dot product max": dict(attention_type=FDP, pooling="max"),
+    "dot product sampled": dict(attention_type=FDP, num_sampled_frames=4),
+}
+
+
+def variant_config(case, **changes):
+    values = {**SIZES, **VARIANTS[case]}
+    if values.get("num_sampled_frames"):
+        values["tubelet_size"] = (1, *values["tubelet_size"][1:])
+    return vivit_jax.VivitConfig(**{**values, **changes})
