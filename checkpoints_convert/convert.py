@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from checkpoints_convert.layouts import IMAGE, LAYOUTS
+from checkpoints_convert.settings import Settings, joined
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 Container = Literal["optimizer", "params"]
@@ -230,7 +231,7 @@ def convert(
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
     from_layout: Annotated[Literal[(*LAYOUTS, IMAGE)] | None, tyro.conf.arg(name="from")] = None,
     to_layout: Annotated[Literal[LAYOUTS], tyro.conf.arg(name="to")] = "hf",
-    config: tuple[str, ...] = (),
+    config: Settings = (),
     overwrite: bool = False,
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
     max_shard_size: str | None = None,
@@ -272,7 +273,7 @@ def convert(
         destination,
         from_layout=from_layout,
         to_layout=to_layout,
-        settings=config,
+        settings=joined(config),
         dtype=dtype,
         overwrite=overwrite,
         max_shard_size=max_shard_size,

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from checkpoints_convert.settings import Settings, joined
+
 
 def content_hash(tensors: Mapping[str, Any]) -> str:
     """sha256 over names, dtypes, shapes and data, the same for every split into files."""
@@ -25,7 +27,7 @@ def content_hash(tensors: Mapping[str, Any]) -> str:
 
 def inspect(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
-    config: tuple[str, ...] = (),
+    config: Settings = (),
     revision: str | None = None,
 ) -> None:
     """Show a checkpoint's layout, config, tensors and hash, and whatever does not fit.
@@ -60,7 +62,7 @@ def inspect(
         title, settings = f"{IMAGE}: image ViT, {image.naming} names ({image.path})", image.config
         rows, left_out = image.match(), image.left_out
     else:
-        opened = open_source(path, settings=config)
+        opened = open_source(path, settings=joined(config))
         title, settings = opened.describe(), opened.config
         rules = opened.layout.rules(settings)
         rows = match_import(opened.tensors, rules, opened.expected(), opened.title)

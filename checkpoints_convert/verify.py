@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import CheckpointError, MissingExtra, UserError
 
 # Earlier releases from 5.6 on load published VideoMAE files with zero query and value biases.
@@ -376,7 +377,7 @@ def verify(
     batch: int = 1,
     seed: int = 0,
     attention: Literal["auto", "xla", "chunked", "cudnn"] = "auto",
-    config: tuple[str, ...] = (),
+    config: Settings = (),
     json: bool = False,
     revision: str | None = None,
 ) -> int:
@@ -403,7 +404,7 @@ def verify(
         batch=batch,
         seed=seed,
         attention=attention,
-        settings=config,
+        settings=joined(config),
         revision=revision,
     )
     if json:

@@ -140,6 +140,38 @@ def test_multi_label_scores_are_independent(model, clips, capsys, tmp_path):
     assert abs(sum(scores) - 1) > 1e-3 and all(0 <= s <= 1 for s in scores)
 
 
+def test_several_heads(clips, capsys, tmp_path):
+    """Nouns and verbs: each head is a distribution, and the action is the product of both."""
+    labels = ("cup", "knife", "door", "take", "open")
+    config = vivit_jax.VivitConfig(
+        **VIVIT, id2label=labels, class_splits=(3, 2), split_names=("noun", "verb")
+    )
+    module = vivit_jax.VivitForVideoClassification(config)
+    processor = vivit_jax.VideoProcessor.vivit(size=28, crop_size=(24, 16))
+    vivit_jax.save_pretrained(tmp_path / "model", module, random_params(module), processor)
+    args = (clips["long"], "--model", tmp_path / "model", "--top-k", "6")
+    status, out, _ = run(capsys, *args, "--json")
+    (result,) = json.loads(out)
+    assert status == 0
+    heads = {
+        name: {p["label"]: p["score"] for p in predictions}
+        for name, predictions in result["heads"].items()
+    }
+    assert set(heads["noun"]) == set(labels[:3]) and set(heads["verb"]) == set(labels[3:])
+    for scores in heads.values():
+        assert abs(sum(scores.values()) - 1) < 1e-5
+    assert len(result["predictions"]) == 6
+    for prediction in result["predictions"]:
+        noun, verb = prediction["label"].split(", ")
+        assert abs(prediction["score"] - heads["noun"][noun] * heads["verb"][verb]) < 1e-6
+        n, v = prediction["index"]
+        assert (labels[n], labels[3 + v]) == (noun, verb)
+    best = [p["score"] for p in result["predictions"]]
+    assert best == sorted(best, reverse=True)
+    status, out, _ = run(capsys, *args)
+    assert "  noun:\n" in out and "  verb:\n" in out
+
+
 def test_presets(capsys):
     assert main(["presets"]) == 0
     text = capsys.readouterr().out

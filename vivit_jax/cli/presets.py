@@ -10,6 +10,7 @@ def presets(*, json: bool = False) -> None:
     Args:
         json: Print one JSON object, name to config.json content and parameter count.
     """
+    from vivit_jax.flops import forward_flops
     from vivit_jax.presets import PRESETS
 
     if json:
@@ -18,29 +19,41 @@ def presets(*, json: bool = False) -> None:
                 "head": preset.head,
                 "parameters": preset.num_params,
                 "source": preset.source,
+                "scenic": preset.scenic,
                 "config": preset.config.to_dict(),
             }
             for name, preset in PRESETS.items()
         }
         print(json_module.dumps(listing, indent=2))
         return
-    head = ("name", "parameters", "input (t, h, w)", "tokens", "layers", "width", "heads")
-    rows = [(*head, "published as")]
+    rows = [
+        ("name", "parameters", "GFLOP", "input", "tokens", "layers", "width", "heads", "published")
+    ]
     for name, preset in PRESETS.items():
         config = preset.config
+        temporal = getattr(config, "temporal_layers", 0)
+        # Pre-training hides nine tenths of the patches of every frame.
+        visible = {}
+        if preset.head == "pretraining":
+            frames, height, width = config.grid
+            visible["visible"] = frames * (height * width - int(0.9 * height * width))
         rows.append(
             (
                 name,
                 f"{preset.num_params:,}",
+                f"{forward_flops(config, preset.head, **visible) / 1e9:.0f}",
                 "x".join(map(str, (config.num_frames, *config.frame_size))),
                 str(config.num_tokens),
-                str(config.num_hidden_layers),
+                f"{config.num_hidden_layers}+{temporal}"
+                if temporal
+                else str(config.num_hidden_layers),
                 str(config.hidden_size),
                 str(config.num_attention_heads),
-                preset.source or "-",
+                preset.source or ("scenic" if preset.scenic else "-"),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
+    print("GFLOP: matrix products of one clip's forward pass, 2 per multiply-add")
