@@ -6,12 +6,12 @@ import math
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import UserError
 
-HEADS = ("classification", "pretraining", None)
+HEADS = ("classification", "pretraining", "none")
 
 
 def forward_flops(
     config: VivitConfig | VideoMAEConfig,
-    head: str | None = "classification",
+    head: str = "classification",
     visible: int | None = None,
 ) -> int:
     """Floating point operations of the matrix products of one clip's forward pass.
@@ -22,7 +22,7 @@ def forward_flops(
     few per cent. Exact for `attention` "xla" and "cudnn"; "chunked" pads the queries to equal
     blocks.
 
-    The clip has the configured size. `head` is "classification", "pretraining" (VideoMAE) or None
+    The clip has the configured size. `head` is "classification", "pretraining" (VideoMAE) or "none"
     for the model alone, without ViViT's pooler. `visible` is how many tokens of a masked clip
     VideoMAE's encoder sees, for example 160 of 1568; pre-training needs it. Raises UserError for a
     head that the family lacks and for a `visible` that does not fit.
@@ -89,7 +89,7 @@ def _product(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
 
 
-def _check_visible(config: VideoMAEConfig, head: str | None, visible: int | None) -> None:
+def _check_visible(config: VideoMAEConfig, head: str, visible: int | None) -> None:
     if visible is None and head != "pretraining":
         return
     # Pre-training needs something to predict.

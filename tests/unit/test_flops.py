@@ -84,7 +84,7 @@ def test_vivit(variant):
     config = VivitConfig(**VIVIT | VARIANTS[variant] | EXECUTION)
     assert forward_flops(config) == counted(VivitForVideoClassification(config))
     model = VivitModel(config, add_pooling_layer=False)
-    assert forward_flops(config, head=None) == counted(model)
+    assert forward_flops(config, head="none") == counted(model)
 
 
 @pytest.mark.parametrize("values", [{}, dict(use_mean_pooling=False, num_channels=1)])
@@ -94,7 +94,7 @@ def test_videomae(values):
     classifier = VideoMAEForVideoClassification(config)
     for visible in (None, 18, 5):
         assert forward_flops(config, visible=visible) == counted(classifier, visible=visible)
-        assert forward_flops(config, None, visible) == counted(
+        assert forward_flops(config, "none", visible) == counted(
             VideoMAEModel(config), visible=visible
         )
     for visible in (1, 5, 17):
@@ -164,7 +164,7 @@ def test_videomae_paper(size, expected):
         (VideoMAEConfig, "pretraining", None, r"visible must be from 1 to 1567 .* got None"),
         (VideoMAEConfig, "pretraining", 1568, "got 1568; it is mask.visible.shape"),
         (VideoMAEConfig, "classification", 1569, "from 1 to 1568 of 1568 tokens"),
-        (VideoMAEConfig, None, 0, "for head None, got 0"),
+        (VideoMAEConfig, "none", 0, "for head 'none', got 0"),
     ],
 )
 def test_inputs_that_do_not_fit(family, head, visible, message):

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.train.metrics import classification_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,8 @@ def fit(
 ) -> Any:
     """Train a classifier with AdamW, linear warmup and cosine decay; returns the new params.
 
-    clips uint8 [n, t, h, w, c], labels int [n]; `normalise` turns a batch of clips into the model's
+    clips uint8 [n, t, h, w, c], labels int [n], or [n, heads] for a model of several heads, whose
+    accuracy is that of all heads together; `normalise` turns a batch of clips into the model's
     float pixels on the device, see `normaliser`; `augment` maps a batch (rng, clips, labels) to the
     clips and labels to learn from. `warmup` is a fraction of all steps. Order and augmentation are
     functions of (seed, epoch); clips that do not fill a batch sit the epoch out. `report` is called
@@ -100,7 +102,10 @@ def fit(
 
         def loss_of(params):
             out = model.apply({"params": params}, normalise(clips), labels=labels)
-            return out.loss, jnp.mean(out.logits.argmax(-1) == labels)
+            splits, names = model.config.class_splits, model.config.split_names
+            metrics = classification_metrics(out.logits, labels, splits, names)
+            prefix = f"{'-'.join(names)}_" if names else ""
+            return out.loss, metrics[f"{prefix}accuracy"]
 
         (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)

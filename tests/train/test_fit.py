@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every ViViT model learns nouns and verbs from clips in which only time tells the verb."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vivit_jax
+from vivit_jax.train.fit import fit, init_params, logits_of, normaliser
+from vivit_jax.train.metrics import classification_metrics
+
+NOUNS, VERBS = 3, 2
+
+
+def make_clips(count, seed):
+    """uint8 clips of a coloured square (the noun) that brightens or darkens (the verb)."""
+    rng = np.random.default_rng(seed)
+    nouns, verbs = rng.integers(NOUNS, size=count), rng.integers(VERBS, size=count)
+    levels = np.linspace(40, 220, 4)
+    clips = rng.integers(0, 30, size=(count, 4, 16, 16, 3))
+    for clip, noun, verb in zip(clips, nouns, verbs, strict=True):
+        clip[:, :, :, noun] = (levels if verb else levels[::-1])[:, None, None]
+    return clips.astype(np.uint8), np.stack([nouns, verbs], axis=1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(attention_type="joint"),
+        dict(attention_type="factorised_encoder", drop_path_rate=0.1),
+        dict(attention_type="factorised_self_attention", zero_init_temporal_attention=True),
+        dict(attention_type="factorised_dot_product"),
+    ],
+    ids=lambda values: values["attention_type"],
+)
+def test_two_heads_are_learnt(values):
+    config = vivit_jax.VivitConfig(
+        image_size=16,
+        num_frames=4,
+        tubelet_size=(2, 8, 8),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_temporal_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_labels=NOUNS + VERBS,
+        class_splits=(NOUNS, VERBS),
+        split_names=("noun", "verb"),
+        **values,
+    )
+    model = vivit_jax.VivitForVideoClassification(config)
+    processor = vivit_jax.VideoProcessor.named("vivit-scenic")
+    clips, labels = make_clips(256, seed=0)
+    epochs = []
+    params = fit(
+        model,
+        init_params(model, seed=0),
+        clips,
+        labels,
+        normalise=normaliser(processor),
+        epochs=12,
+        batch_size=32,
+        learning_rate=3e-3,
+        report=epochs.append,
+    )
+    assert epochs[-1].loss < epochs[0].loss / 2
+    held_out, labels = make_clips(128, seed=1)
+    logits = logits_of(model, params, np.asarray(normaliser(processor)(jnp.asarray(held_out))))
+    metrics = classification_metrics(logits, labels, config.class_splits, config.split_names)
+    accuracies = {name: float(value) for name, value in metrics.items() if "top" not in name}
+    assert set(accuracies) == {"noun_accuracy", "verb_accuracy", "noun-verb_accuracy"}
+    assert min(accuracies.values()) > 0.9, accuracies
