@@ -11,7 +11,7 @@ same calls carry gradients.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import einops
@@ -20,6 +20,7 @@ import numpy as np
 
 from checkpoints_convert import trees
 from checkpoints_convert.problems import Problems, collapse
+from checkpoints_convert.tensors import LazyTensor
 from vivit_jax.errors import CheckpointError
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -205,21 +206,12 @@ def leaf_dtypes(
     return dtypes
 
 
-@dataclasses.dataclass(frozen=True)
-class ExportedTensor:
-    """A tensor made from parameters when it is read."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
-
-
 def export_params(
     params: Mapping[str, Any],
     rules: Iterable[Rule],
     expected: Mapping[str, tuple[int, ...]] | None = None,
     what: str = "params",
-) -> dict[str, ExportedTensor]:
+) -> dict[str, LazyTensor]:
     """The tensors of a checkpoint, by name, from a flat parameter tree in either layout.
 
     Values are arrays (numpy or jax); each tensor is computed when its `read()` is called. Where
@@ -253,7 +245,7 @@ def export_params(
     return {row.src: _exported(params, row, [slots[path] for path in row.dst]) for row in rows}
 
 
-def _exported(params, row: Row, slots: list[trees.Slot]) -> ExportedTensor:
+def _exported(params, row: Row, slots: list[trees.Slot]) -> LazyTensor:
     def read():
         leaves = [np.asarray(params[slot.leaf]) for slot in slots]
         values = [
@@ -266,7 +258,7 @@ def _exported(params, row: Row, slots: list[trees.Slot]) -> ExportedTensor:
 
     dtype = np.result_type(*(np.dtype(dtype_name(params[slot.leaf])) for slot in slots))
     shape = row.tensor_shape([slot.shape for slot in slots])
-    return ExportedTensor(shape, dtype, read)
+    return LazyTensor(shape, dtype, read)
 
 
 def dtype_name(tensor: Any) -> str:

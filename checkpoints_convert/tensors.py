@@ -27,7 +27,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: its shape and dtype are known, `read()` fetches the data."""
+    """A tensor in a file, or to be made of parameters: `read()` fetches or computes the data."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
