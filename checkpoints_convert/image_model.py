@@ -23,7 +23,7 @@ from vivit_jax.config import VivitConfig
 from vivit_jax.errors import CheckpointError, ConfigError
 
 # timm's files do not say how many heads there are; these are the widths of its plain ViTs.
-_TIMM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+TIMM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,13 @@ def _patch_kernel(path: Path, kind: str | None, prefix: str, tensors) -> tuple[i
         "flax": "embedding/kernel",
     }
     kernel = tensors.get(names.get(kind))
+    staged = any(name.startswith("SpatialTransformer/") for name in tensors)
+    if kernel is not None and (len(kernel.shape) == 5 or staged):
+        raise CheckpointError(
+            f"{path} is a video model already: its patch embedding has shape "
+            f"{tuple(kernel.shape)}{' and it has a SpatialTransformer' if staged else ''}; "
+            "expected an image ViT. Load it with vivit_jax.from_pretrained"
+        )
     if kernel is None or len(kernel.shape) != 4:
         found = "no patch embedding" if kernel is None else f"a kernel of {tuple(kernel.shape)}"
         raise CheckpointError(
@@ -124,12 +131,14 @@ def _hf_config(path: Path, tensors, prefix: str) -> VivitConfig:
     # What a file of transformers 4 leaves out has ViTConfig's default.
     value = lambda name, default: values[name] if values.get(name) is not None else default  # noqa: E731
     patch = value("patch_size", 16)
-    height, width = patch if isinstance(patch, list) else (patch, patch)
+    sides = patch if isinstance(patch, list) else [patch, patch]
+    if len(sides) != 2:
+        raise ConfigError(f"{where}: patch_size must be one or two positive integers, got {patch}")
     image = value("image_size", 224)
     return _config(
         where,
         image_size=tuple(image) if isinstance(image, list) else image,
-        tubelet_size=(1, height, width),
+        tubelet_size=(1, *sides),
         num_channels=value("num_channels", 3),
         hidden_size=value("hidden_size", 768),
         num_hidden_layers=value("num_hidden_layers", 12),
@@ -143,11 +152,11 @@ def _hf_config(path: Path, tensors, prefix: str) -> VivitConfig:
 
 def _timm_config(path: Path, tensors, kernel, heads: int | None) -> VivitConfig:
     h, w, c, d = kernel
-    heads = heads or _TIMM_HEADS.get(d)
+    heads = heads or TIMM_HEADS.get(d)
     if heads is None:
         raise ConfigError(
             f"{path}: the weights do not say num_attention_heads, and width {d} is none of timm's "
-            f"plain ViTs ({', '.join(map(str, _TIMM_HEADS))}); give it, --config "
+            f"plain ViTs ({', '.join(map(str, TIMM_HEADS))}); give it, --config "
             "num_attention_heads=..."
         )
     return _config(
@@ -220,14 +229,11 @@ def pixel_range(image: ImageModel) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(beside.read_text(encoding="utf-8"))
-        factor, normalise = values.get("rescale_factor", 1 / 255), values.get("do_normalize", True)
-        mean, std = values.get("image_mean", 0.5), values.get("image_std", 0.5)
+        given = {name: value for name, value in values.items() if value is not None}
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"{beside} is not valid JSON of a processor: {error}") from None
-    return {
-        "rescale_factor": factor,
-        "offset": False,
-        "do_normalize": normalise,
-        "image_mean": mean,
-        "image_std": std,
-    }
+    # ViTImageProcessor's defaults where the file says nothing.
+    defaults = dict(
+        do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=0.5, image_std=0.5
+    )
+    return {name: given.get(name, value) for name, value in defaults.items()} | {"offset": False}

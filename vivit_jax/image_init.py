@@ -19,12 +19,18 @@ import numpy as np
 from flax import linen as nn
 
 from checkpoints_convert import trees
-from checkpoints_convert.image_model import ImageModel, open_image_model
+from checkpoints_convert.image_model import TIMM_HEADS, ImageModel, open_image_model
 from checkpoints_convert.rules import Rule, import_params, read_params
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import ConfigError
 from vivit_jax.layers.embed import resize_weights
-from vivit_jax.pretrained import LoadReport, abstract_params, build_model, initialise
+from vivit_jax.pretrained import (
+    LoadReport,
+    _check_float64,
+    abstract_params,
+    build_model,
+    initialise,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +88,19 @@ def init_from_image_model(
     ):
         if value not in allowed:
             raise ConfigError(f"{name} must be one of {list(allowed)}, got {value!r}")
-    heads = config.get("num_attention_heads") if isinstance(config, Mapping) else None
-    heads = config.num_attention_heads if isinstance(config, VivitConfig) else heads
+    changes = {} if config is None else config
+    if isinstance(config, VivitConfig):
+        changes = {"num_attention_heads": config.num_attention_heads}
+    _check_changes(changes)
+    heads = changes.get("num_attention_heads")
     image = open_image_model(source, heads=heads, revision=revision)
     if not isinstance(config, VivitConfig):
-        config = video_config(image, **(config or {}))
+        config = video_config(image, **changes)
     _check_sizes(image, config)
+    _check_float64(config)
     model = build_model(config, head, add_pooling_layer=False)
-    entries = read_params(image.tensors, image.match(), image.expected(), config.param_dtype)
+    rows = image.match()
+    entries = read_params(image.tensors, rows, image.expected(), config.param_dtype)
     video = _video_entries(entries, image.config, config, inflation, positions, temporal_attention)
     video = {("" if head == "none" else "backbone/") + path: x for path, x in video.items()}
 
@@ -102,14 +113,17 @@ def init_from_image_model(
     rules = [Rule(path, path) for path in video]
     flat = import_params(video, rules, taken, config.param_dtype, f"{image.title} inflated,")
     flat = {path: jax.device_put(array) for path, array in flat.items()}
-    flat |= initialise(model, fresh_leaves, seed)
-    notes = _notes(image.config, config, inflation, positions, temporal_attention)
+    if fresh_leaves:
+        flat |= initialise(model, fresh_leaves, seed)
+    # What is in no parameter: what the table leaves out, and a class token that has no place.
+    no_cls = config.pooling != "cls"
+    unread = {row.src for row in rows if not row.dst or (no_cls and row.dst == ("cls",))}
     report = LoadReport(
         source=str(source),
         model=type(model).__name__,
-        dropped=tuple(sorted({row for row in _unread(image)} | image.left_out.keys())),
+        dropped=tuple(sorted(unread | image.left_out.keys())),
         fresh=tuple(fresh),
-        notes=tuple(notes),
+        notes=tuple(_notes(image, config, inflation, positions, temporal_attention)),
     )
     logger.warning("%s", report)
     return InitialisedModel(model, trees.unflatten(dict(sorted(flat.items()))), report)
@@ -221,9 +235,21 @@ def _places(
     return split
 
 
+def _check_changes(changes: Any) -> None:
+    if not isinstance(changes, Mapping):
+        raise ConfigError(
+            f"config must be a VivitConfig, a mapping of its fields or None, got "
+            f"{type(changes).__name__}"
+        )
+    known = [field.name for field in dataclasses.fields(VivitConfig)]
+    unknown = [str(name) for name in changes if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"config: VivitConfig has no {', '.join(unknown)}; expected some of {', '.join(known)}"
+        )
+
+
 def _check_sizes(image: ImageModel, config: VivitConfig) -> None:
-    if not isinstance(config, VivitConfig):
-        raise ConfigError(f"config must be a VivitConfig, got {type(config).__name__}")
     names = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
         "num_channels", "qkv_bias",
@@ -245,15 +271,11 @@ def _check_sizes(image: ImageModel, config: VivitConfig) -> None:
         )
 
 
-def _unread(image: ImageModel) -> list[str]:
-    ignored = {rule.src for rule in image.rules if not rule.dst}
-    return [name for name in image.tensors if name in ignored]
-
-
 def _notes(
-    image: VivitConfig, config: VivitConfig, inflation: str, positions: str, temporal: str
+    model: ImageModel, config: VivitConfig, inflation: str, positions: str, temporal: str
 ) -> list[str]:
     """What was done, and where the two models compute differently."""
+    image = model.config
     frames, height, width = config.grid
     notes = [
         f"patch kernel inflated to {config.tubelet_size[0]} frames: {inflation}",
@@ -269,4 +291,10 @@ def _notes(
         ours, theirs = getattr(config, name), getattr(image, name)
         if ours != theirs:
             notes.append(f"{name} is {ours}, the image model's is {theirs}")
+    usual = TIMM_HEADS.get(config.hidden_size)
+    if model.naming == "timm" and usual not in (None, config.num_attention_heads):
+        notes.append(
+            f"num_attention_heads is {config.num_attention_heads} as given; timm's plain ViTs of "
+            f"this width have {usual}, and the weights do not say"
+        )
     return notes

@@ -5,11 +5,17 @@ from pathlib import Path
 
 import pytest
 from tiny_checkpoints import Checkpoints, read_safetensors
+from tiny_image_models import ImageModels
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    return ImageModels(tmp_path_factory.mktemp("image_models"))
 
 
 @pytest.fixture
