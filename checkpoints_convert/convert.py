@@ -57,7 +57,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     revision: str | None = None,
-    container: Container = "optimizer",
+    container: Container | None = None,
     **image_options: str,
 ) -> Conversion:
     """Write `source` (directory, file or hub id, any dialect) as a directory in `to_layout`.
@@ -74,11 +74,21 @@ def convert_checkpoint(
     from checkpoints_convert.layouts import published
     from checkpoints_convert.rules import export_params, stored_dtype
     from checkpoints_convert.save import check_destination, replaced_directory
+    from checkpoints_convert.scenic import check_sole, check_writable
     from checkpoints_convert.source import layout_of
     from vivit_jax.errors import UserError
     from vivit_jax.hub import resolve_checkpoint
 
+    if to_layout == "hf" and container is not None:
+        raise UserError(f"container {container!r} is for scenic checkpoints: to_layout='scenic'")
+    if to_layout == "scenic" and max_shard_size is not None:
+        raise UserError(
+            f"max_shard_size {max_shard_size!r} is for the hf layout; a scenic checkpoint is one "
+            "file"
+        )
     check_destination(destination, overwrite)
+    if to_layout == "scenic":
+        check_sole(Path(destination))
     path = resolve_checkpoint(source, revision)
     if (from_layout or layout_of(open_checkpoint(path))) == IMAGE:
         loaded = _load_image_model(path, settings, dtype, image_options)
@@ -88,18 +98,17 @@ def convert_checkpoint(
         loaded = _load(path, from_layout, settings, dtype)
     config, head = loaded.config, loaded.head
     target = published(config.model_type, head, loaded.pooler, to_layout)
+    rules = target.rules(config)  # refuses families that the layout does not hold
     if to_layout == "scenic":
-        from checkpoints_convert.scenic import check_writable
-
-        check_writable(config)
-    written = export_params(loaded.params, target.rules(config), loaded.expected)
+        check_writable(config, loaded.pooler)
+    written = export_params(loaded.params, rules, loaded.expected)
     with replaced_directory(destination, overwrite) as staged:
-        files = _write(staged, written, to_layout, container, max_shard_size)
+        files = _write(staged, written, to_layout, container or "optimizer", max_shard_size)
         write_config(staged, config, head, stored_dtype(written))
         files += _write_processor(staged, path, loaded)
     return Conversion(
         source=loaded.title,
-        lines=(*loaded.account(target.rules(config)), *loaded.notes),
+        lines=(*loaded.account(rules), *loaded.notes),
         read=loaded.read,
         left_out=loaded.left_out,
         written=len(written),
@@ -236,7 +245,7 @@ def convert(
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
     max_shard_size: str | None = None,
     revision: str | None = None,
-    container: Container = "optimizer",
+    container: Container | None = None,
     inflation: Inflation | None = None,
     positions: Positions | None = None,
     temporal_attention: TemporalAttention | None = None,
@@ -261,7 +270,8 @@ def convert(
         dtype: Cast the weights; they are kept as stored by default.
         max_shard_size: Split the weights into files of at most this size, for example 5GB.
         revision: Branch, tag or commit of a hub id.
-        container: Where a scenic checkpoint holds the parameters: optimizer/target or params.
+        container: Where a scenic checkpoint holds the parameters: optimizer/target, which is the
+            default, or params.
         inflation: Image models: how the kernel spreads over time (default central_frame).
         positions: Image models: what becomes of the position table (default resize_tile).
         temporal_attention: Image models, for factorised_self_attention: what temporal attention

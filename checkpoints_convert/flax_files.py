@@ -183,10 +183,10 @@ def _in_order(tree: dict[str, Any]) -> list[Any]:
 def write_msgpack(path: str | Path, tensors: Mapping[str, Any]) -> Path:
     """Write tensors by '/'-joined path as flax.serialization.to_bytes writes the nested dict.
 
-    A tensor has `read()`, or is an array, number, string or None; one is read at a time. Maps and
-    keys keep the order in which `tensors` names them first. Returns the path. Raises
-    CheckpointError for a name that is also the beginning of another, before anything is written,
-    and for a dtype that `open_msgpack` does not read.
+    A tensor has `read()`, or is an array, number, string or None, or {} for an empty map; one is
+    read at a time. Maps and keys keep the order in which `tensors` names them first. Returns the
+    path. Raises CheckpointError for a name that is also the beginning of another, before anything
+    is written, and for a dtype that `open_msgpack` does not read.
     """
     path = Path(path)
     tree = _nested(tensors)

@@ -20,6 +20,7 @@ from vivit_jax.errors import CheckpointError, ConfigError
 
 CONTAINERS = {"optimizer": "optimizer/target/", "params": "params/"}
 FILE = "checkpoint_0"  # what flax's restore_checkpoint looks for in a directory
+_TEMPORAL = "TemporalTransformer"
 TRAINING_STATE = "training state, no weights of the model"
 # big_vision's npz keep the optimiser under another name, vision_transformer's have no container.
 _NESTS = ("optimizer/target/", "opt/target/", "params/", "")
@@ -31,7 +32,7 @@ _TANH_GELU = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh")
 
 def parameters(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The parameters by their path below the container, and the names left out with the reason."""
-    nest = next(nest for nest in _NESTS if any(name.startswith(nest) for name in tensors))
+    nest = next((nest for nest in _NESTS if any(n.startswith(nest) for n in tensors)), "")
     inside = {name.removeprefix(nest): name for name in tensors if name.startswith(nest)}
     if any(name.startswith("params/") for name in inside):
         # The one thing beside them is state of the old API, which these models do not have.
@@ -112,29 +113,63 @@ def infer_config(
     """
     given = parse_settings(VivitConfig, settings)
     found, asked, notes = _read_off(path, tensors, given)
-    missing = {name: example for name, example in asked.items() if name not in given}
+    missing = {name: options for name, options in asked.items() if name not in given}
     if missing:
-        flags = " ".join(f"--config {name}={example}" for name, example in missing.items())
+        listed = ", ".join(
+            f"{name} ({' or '.join(options)})" if len(options) > 1 else name
+            for name, options in missing.items()
+        )
+        flags = " ".join(f"{name}={options[0]}" for name, options in missing.items())
         rows = tensors[f"{_stage(tensors)}Transformer/posembed_input/pos_embedding"].shape[1]
         raise ConfigError(
-            f"{path}: the weights do not say {', '.join(missing)}; there are {rows} positions, for "
-            f"tubelets of {found['tubelet_size']}. Give them to vivit-convert convert, for example "
-            f"{flags}"
+            f"{path}: the weights do not say {listed}; there are {rows} positions, for tubelets of "
+            f"{found['tubelet_size']}. Give them to vivit-convert, for example --config {flags}"
         )
-    head = "classification" if "output_projection/kernel" in tensors else "none"
-    return VivitConfig(**{**found, **given}, **execution), head, notes
+    try:
+        config = VivitConfig(**{**found, **given}, **execution)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    _check_positions(path, tensors, config)
+    return config, "classification" if "output_projection/kernel" in tensors else "none", notes
+
+
+def _check_positions(path: Path, tensors: Mapping[str, Any], config: VivitConfig) -> None:
+    """ConfigError where a clip of the config's size has not as many tokens as there are positions.
+
+    The weight table would find the shapes wrong too, but not say which settings they come from.
+    """
+    time, height, width = config.grid
+    if config.attention_type == "factorised_encoder":
+        wanted = {"Spatial": height * width, "Temporal": time}
+    else:
+        wanted = {"": time * height * width}
+    cls = int(config.pooling == "cls")
+    for stage, tokens in wanted.items():
+        name = f"{stage}Transformer/posembed_input/pos_embedding"
+        if name in tensors and tensors[name].shape[1] != tokens + cls:
+            sizes = ("num_frames", "num_sampled_frames", "image_size", "tubelet_size", "pooling")
+            values = {size: getattr(config, size) for size in sizes}
+            given = ", ".join(f"{size}={v}" for size, v in values.items() if v is not None)
+            raise ConfigError(
+                f"{path}: {name} holds {tensors[name].shape[1]} positions, expected {tokens + cls} "
+                f"for {given}; give the sizes that it was trained with (--config)"
+            )
 
 
 def _read_off(path: Path, tensors: Mapping[str, Any], given: Mapping[str, Any]):
-    """(fields that names and shapes say, fields that have to be given with an example, notes)."""
+    """(fields that names and shapes say, those to be given and examples of each, notes)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     stage = _stage(tensors)
     block = f"{stage}Transformer/encoderblock_0/"
-    timed = f"{block}MultiHeadDotProductAttention_time/query/kernel" in shapes
+    timed = any("/MultiHeadDotProductAttention_time/" in name for name in shapes)
     attention = f"{block}MultiHeadDotProductAttention_{'time' if timed else '0'}/query/kernel"
     mlp = f"{block}MlpBlock{'' if timed else '_0'}/Dense_0/kernel"
     table = f"{stage}Transformer/posembed_input/pos_embedding"
     ranks = {attention: 3, mlp: 2, table: 3}
+    # A stage that is there in part is damaged, no baseline without it.
+    staged = stage == "Spatial" and any(n.startswith(f"{_TEMPORAL}/") for n in shapes)
+    temporal = f"{_TEMPORAL}/posembed_input/pos_embedding"
+    ranks |= {temporal: 3} if staged else {}
     wrong = [name for name, rank in ranks.items() if len(shapes.get(name, ())) != rank]
     kernel = shapes.get("embedding/kernel", ())
     if wrong or len(kernel) not in (4, 5):
@@ -142,7 +177,7 @@ def _read_off(path: Path, tensors: Mapping[str, Any], given: Mapping[str, Any]):
         raise CheckpointError(
             f"{path} is not a ViViT of scenic: no tensor of the right rank is named {what}"
         )
-    cls = "cls" in shapes or "cls_SpatialTransformer" in shapes
+    cls = any(name in shapes for name in ("cls", "cls_SpatialTransformer", f"cls_{_TEMPORAL}"))
     found = {
         "num_channels": kernel[-2],
         "tubelet_size": ((1,) * (5 - len(kernel)) + kernel)[:3],
@@ -152,7 +187,7 @@ def _read_off(path: Path, tensors: Mapping[str, Any], given: Mapping[str, Any]):
         "intermediate_size": shapes[mlp][1],
         "pooling": "cls" if cls else "mean",
     }
-    asked, notes = {"image_size": 224}, []
+    asked, notes = {"image_size": ("224",)}, []
     if not cls and "pooling" not in given:
         notes.append(
             "pooling=mean is assumed: there is no class token, and scenic's gmp and gsp have the "
@@ -160,31 +195,32 @@ def _read_off(path: Path, tensors: Mapping[str, Any], given: Mapping[str, Any]):
         )
     if "output_projection/kernel" in shapes:
         found["num_labels"] = shapes["output_projection/kernel"][-1]
+    elif "pre_logits/kernel" in shapes:
+        found["pooler_output_size"] = shapes["pre_logits/kernel"][-1]
     if stage == "Spatial":
         found["attention_type"] = "factorised_encoder"
-        temporal = shapes.get("TemporalTransformer/posembed_input/pos_embedding")
-        if temporal is None:
+        if not staged:
             found["spatial_only"] = True
-            notes.append("spatial_only=true: there is no TemporalTransformer")
+            notes.append(f"spatial_only=true: there is no {_TEMPORAL}")
         else:
             found["num_temporal_layers"] = _depth(shapes, "Temporal")
-            frames = temporal[1] - cls
+            frames = shapes[temporal][1] - cls
             if len(kernel) == 5:
                 found["num_frames"] = frames * kernel[0]
             else:
                 found["num_sampled_frames"] = frames
     elif timed:
         found["attention_type"] = "factorised_self_attention"
-        asked["attention_order"] = "time_space|space_time"
+        asked["attention_order"] = ("time_space", "space_time")
     elif cls:
         found["attention_type"] = "joint"
     else:
         # Without a class token both variants have the same tensors.
-        asked["attention_type"] = "joint|factorised_dot_product"
+        asked["attention_type"] = ("joint", "factorised_dot_product")
     if "num_frames" not in found:
-        asked["num_frames"] = 32
+        asked["num_frames"] = ("32",)
     if len(kernel) == 4 and "num_sampled_frames" not in found:
-        asked["num_sampled_frames"] = 8
+        asked["num_sampled_frames"] = ("8",)
     return found, asked, notes
 
 
@@ -198,13 +234,14 @@ def _depth(shapes: Mapping[str, tuple[int, ...]], stage: str) -> int:
     return max((int(match.group(1)) for match in found if match), default=-1) + 1
 
 
-def check_writable(config: VivitConfig) -> None:
+def check_writable(config: VivitConfig, pooler: bool = False) -> None:
     """ConfigError where scenic would compute something else than this config says."""
     wrong = {
         name: getattr(config, name)
         for name, fixed in _FIXED.items()
         if getattr(config, name) != fixed
         and not (name == "hidden_act" and config.hidden_act in _TANH_GELU)
+        and (name != "pooler_act" or pooler)
     }
     if wrong:
         listed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
@@ -215,7 +252,19 @@ def check_writable(config: VivitConfig) -> None:
         )
 
 
+def check_sole(directory: Path) -> None:
+    """CheckpointError if readers of a directory would open another checkpoint than `FILE`."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    others = sorted(n for n in names if re.fullmatch(r"checkpoint(_\d+)?", n) and n != FILE)
+    if others:
+        raise CheckpointError(
+            f"{directory} holds {', '.join(others)}, which would be read instead of {FILE}; write "
+            "to another directory"
+        )
+
+
 def train_state(tensors: Mapping[str, Any], container: str) -> dict[str, Any]:
     """Parameters as the train state that scenic restores from, at step 0."""
-    state = {"global_step": np.int32(0), "rng": np.zeros(2, np.uint32)}
+    # scenic reads all three; an empty model_state is what it writes for a model without any.
+    state = {"global_step": np.int32(0), "rng": np.zeros(2, np.uint32), "model_state": {}}
     return state | {CONTAINERS[container] + name: tensor for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 """A checkpoint together with its config and layout."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from checkpoints_convert import scenic, trees
 from checkpoints_convert.config_json import Config, config_path, override, read_config
 from checkpoints_convert.io import Checkpoint, open_checkpoint
 from checkpoints_convert.layouts import IMAGE, Layout, architecture, detect, naming
+from vivit_jax.config import VivitConfig
 from vivit_jax.errors import UserError
 
 
@@ -91,6 +93,19 @@ def layout_of(checkpoint: Checkpoint) -> str:
     tensors = checkpoint.tensors
     kind, _ = naming(tensors) or ("hf", "")
     if kind == "flax":
-        return IMAGE if scenic.is_image_model(scenic.parameters(tensors)[0]) else "scenic"
+        image = scenic.is_image_model(scenic.parameters(tensors)[0])
+        return IMAGE if image and not _beside_vivit(checkpoint.path) else "scenic"
+    if naming(tensors) is None and any("Transformer/encoderblock_" in name for name in tensors):
+        return "scenic"  # damaged, and to be told so by scenic's names
     kernels = [tensor for name, tensor in tensors.items() if naming({name: tensor})]
     return IMAGE if kernels and all(len(k.shape) == 4 for k in kernels) else "hf"
+
+
+def _beside_vivit(path: Path) -> bool:
+    """Whether config.json says ViViT; names and shapes of an image model can be the same."""
+    try:
+        values = json.loads(config_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # whoever needs the file says what is wrong with it
+    types = (VivitConfig.model_type, VivitConfig.own_model_type)
+    return isinstance(values, dict) and values.get("model_type") in types

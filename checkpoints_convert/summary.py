@@ -60,20 +60,20 @@ def inspect(
     if layout_of(checkpoint) == IMAGE:
         image = open_image_model(path)
         title, settings = f"{IMAGE}: image ViT, {image.naming} names ({image.path})", image.config
-        rows, left_out = image.match(), image.left_out
+        rows, left_out, notes = image.match(), image.left_out, ()
     else:
         opened = open_source(path, settings=joined(config))
         title, settings = opened.describe(), opened.config
         rules = opened.layout.rules(settings)
         rows = match_import(opened.tensors, rules, opened.expected(), opened.title)
-        left_out = opened.left_out
+        left_out, notes = opened.left_out, opened.notes
     print(f"layout      {title}")
     for key, value in settings.to_dict().items():
         if key != "label2id":
             print(f"  {key}: {_short(value)}")
     unread = [row for row in rows if not row.dst]
     lines = [f"{row.src}  left out: {row.rule.reason}" for row in unread]
-    for line in (*collapse(lines), *summarise(left_out)):
+    for line in (*collapse(lines), *summarise(left_out), *notes):
         print(f"  {line}")
     count = len(unread) + len(left_out)
     print(f"fits        {len(tensors)} tensors, {count} of them left out, none missing")

@@ -220,10 +220,16 @@ def test_bad_sources(run, tmp_path, command):
 
 def test_layouts_offered_are_the_ones_implemented(run, checkpoints, tmp_path, capsys):
     source = checkpoints.path("vivit cls")
-    assert run("convert", source, tmp_path / "out", "--from", "hf", "--to", "hf")[0] == 0
-    with pytest.raises(SystemExit) as stopped:
-        run("convert", source, tmp_path / "other", "--from", "scenic")
-    assert stopped.value.code == 2
+    for layout in ("hf", "scenic"):
+        out = tmp_path / layout
+        assert run("convert", source, out, "--from", "hf", "--to", layout)[0] == 0
+        assert run("convert", out, tmp_path / f"from {layout}", "--from", layout)[0] == 0
+    # Image models are only read, and what is written nowhere is not offered.
+    for flags in (["--to", "vit"], ["--to", "timm"], ["--from", "timm"]):
+        with pytest.raises(SystemExit) as stopped:
+            run("convert", source, tmp_path / "other", *flags)
+        assert stopped.value.code == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_as_a_program(checkpoints, tmp_path):
