@@ -26,9 +26,9 @@ from vivit_jax.errors import ConfigError
 from vivit_jax.layers.embed import resize_weights
 from vivit_jax.pretrained import (
     LoadReport,
-    _check_float64,
     abstract_params,
     build_model,
+    check_float64,
     initialise,
 )
 
@@ -54,7 +54,7 @@ def init_from_image_model(
     head: str = "classification",
     inflation: str = "central_frame",
     positions: str = "resize_tile",
-    temporal_attention: str = "copy",
+    temporal_attention: str | None = None,
     revision: str | None = None,
     seed: int = 0,
 ) -> InitialisedModel:
@@ -73,7 +73,8 @@ def init_from_image_model(
       corners, as in scenic. The class token keeps its position.
     * `temporal_attention`, in factorised self-attention: "copy" takes the image model's attention,
       as scenic does; "zero" takes it with an output projection of zero, so that the block starts as
-      the image model's; "fresh" draws it anew. Its norm starts fresh, as in scenic.
+      the image model's; "fresh" draws it anew. Its norm starts fresh, as in scenic. The default is
+      "zero" where the config says `zero_init_temporal_attention`, else "copy".
 
     The class token of a factorised encoder's spatial stage is taken too, so that a frame starts as
     the image model sees it; scenic leaves it at zero and keeps its position.
@@ -81,13 +82,32 @@ def init_from_image_model(
     The classifier, the temporal stage and whatever else the image model has not are drawn from
     `seed`; the report names them and is logged. Raises ConfigError where the models do not fit.
     """
-    for name, value, allowed in (
-        ("inflation", inflation, INFLATIONS),
-        ("positions", positions, POSITIONS),
-        ("temporal_attention", temporal_attention, TEMPORAL_ATTENTION),
-    ):
-        if value not in allowed:
-            raise ConfigError(f"{name} must be one of {list(allowed)}, got {value!r}")
+    found = read_image_model(
+        source,
+        config,
+        head=head,
+        inflation=inflation,
+        positions=positions,
+        temporal_attention=temporal_attention,
+        revision=revision,
+        seed=seed,
+    )
+    logger.warning("%s", found.report)
+    return found
+
+
+def read_image_model(
+    source: str | Path,
+    config: VivitConfig | Mapping[str, Any] | None = None,
+    *,
+    head: str = "classification",
+    inflation: str = "central_frame",
+    positions: str = "resize_tile",
+    temporal_attention: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> InitialisedModel:
+    """`init_from_image_model` for callers that show the report themselves."""
     changes = {} if config is None else config
     if isinstance(config, VivitConfig):
         changes = {"num_attention_heads": config.num_attention_heads}
@@ -97,24 +117,23 @@ def init_from_image_model(
     if not isinstance(config, VivitConfig):
         config = video_config(image, **changes)
     _check_sizes(image, config)
-    _check_float64(config)
-    model = build_model(config, head, add_pooling_layer=False)
+    check_float64(config)
+    if temporal_attention is None:
+        temporal_attention = "zero" if config.zero_init_temporal_attention else "copy"
+    for name, value, allowed in (
+        ("inflation", inflation, INFLATIONS),
+        ("positions", positions, POSITIONS),
+        ("temporal_attention", temporal_attention, TEMPORAL_ATTENTION),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{name} must be one of {list(allowed)}, got {value!r}")
     rows = image.match()
     entries = read_params(image.tensors, rows, image.expected(), config.param_dtype)
     video = _video_entries(entries, image.config, config, inflation, positions, temporal_attention)
-    video = {("" if head == "none" else "backbone/") + path: x for path, x in video.items()}
-
-    leaves = trees.shapes_of(trees.flatten(abstract_params(model)))
-    slots = trees.slots(leaves)
-    fresh = [path for path in slots if path not in video]
-    fresh_leaves = {slots[path].leaf for path in fresh}
-    taken = {leaf: shape for leaf, shape in leaves.items() if leaf not in fresh_leaves}
-    # Through the engine again: every entry must have its place and shape in the video model.
-    rules = [Rule(path, path) for path in video]
-    flat = import_params(video, rules, taken, config.param_dtype, f"{image.title} inflated,")
-    flat = {path: jax.device_put(array) for path, array in flat.items()}
-    if fresh_leaves:
-        flat |= initialise(model, fresh_leaves, seed)
+    model = build_model(config, head, add_pooling_layer=False)
+    prefix = "" if head == "none" else "backbone/"
+    video = {prefix + path: value for path, value in video.items()}
+    params, fresh = _complete(model, video, seed, f"{image.title} inflated,")
     # What is in no parameter: what the table leaves out, and a class token that has no place.
     no_cls = config.pooling != "cls"
     unread = {row.src for row in rows if not row.dst or (no_cls and row.dst == ("cls",))}
@@ -122,11 +141,28 @@ def init_from_image_model(
         source=str(source),
         model=type(model).__name__,
         dropped=tuple(sorted(unread | image.left_out.keys())),
-        fresh=tuple(fresh),
+        fresh=fresh,
         notes=tuple(_notes(image, config, inflation, positions, temporal_attention)),
     )
-    logger.warning("%s", report)
-    return InitialisedModel(model, trees.unflatten(dict(sorted(flat.items()))), report)
+    return InitialisedModel(model, params, report)
+
+
+def _complete(
+    model: nn.Module, entries: Mapping[str, np.ndarray], seed: int, title: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The model's parameters, drawn from `seed` where there is no entry; the paths drawn."""
+    leaves = trees.shapes_of(trees.flatten(abstract_params(model)))
+    slots = trees.slots(leaves)
+    fresh = tuple(path for path in slots if path not in entries)
+    fresh_leaves = {slots[path].leaf for path in fresh}
+    taken = {leaf: shape for leaf, shape in leaves.items() if leaf not in fresh_leaves}
+    # Through the engine again: every entry must have its place and shape in the video model.
+    rules = [Rule(path, path) for path in entries]
+    flat = import_params(entries, rules, taken, model.config.param_dtype, title)
+    flat = {path: jax.device_put(array) for path, array in flat.items()}
+    if fresh_leaves:
+        flat |= initialise(model, fresh_leaves, seed)
+    return trees.unflatten(dict(sorted(flat.items()))), fresh
 
 
 def video_config(image: ImageModel, **changes: Any) -> VivitConfig:

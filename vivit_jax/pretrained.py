@@ -249,7 +249,7 @@ def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan
     config = _relabel(opened.config, head, num_labels, id2label)
     if as_stored:
         config = dataclasses.replace(config, param_dtype=stored_dtype(tensors))
-    _check_float64(config)
+    check_float64(config)
     wanted = held.with_head(head)
     model = build_model(config, head, add_pooling_layer=wanted.pooler)
 
@@ -323,7 +323,8 @@ def _relabel(config: Config, head: str, num_labels: int | None, id2label) -> Con
     return dataclasses.replace(config, num_labels=num_labels, id2label=id2label)
 
 
-def _check_float64(config: Config) -> None:
+def check_float64(config: Config) -> None:
+    """ConfigError for float64 that jax would silently make float32."""
     for field, what in (("param_dtype", "parameters"), ("dtype", "computation")):
         if getattr(config, field) == "float64" and not jax.config.jax_enable_x64:
             raise ConfigError(

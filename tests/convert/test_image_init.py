@@ -279,6 +279,21 @@ def test_temporal_attention_copy_zero_and_fresh(start):
     assert "temporal attention: zero" in str(start("self-attention", temporal_attention="zero")[2])
 
 
+def test_the_config_decides_where_temporal_attention_is_not_named(images):
+    for zero, named, expected in (
+        (False, None, "copy"),
+        (True, None, "zero"),
+        (True, "copy", "copy"),
+    ):
+        config = SIZES | VARIANTS["self-attention"] | dict(zero_init_temporal_attention=zero)
+        run = init_from_image_model(
+            images.path("hf"), config, head="none", temporal_attention=named
+        )
+        assert f"temporal attention: {expected}" in run.report.notes
+        time = run.params["layers"]["attention_time"]["out"]["kernel"]
+        assert bool(time.any()) == (expected == "copy")
+
+
 # --- the configuration ---------------------------------------------------------------------------
 
 
@@ -326,7 +341,7 @@ def test_every_size_that_does_not_fit_is_in_one_error(images):
         ({"param_dtype": "float64"}, {}, "which jax truncates to float32"),
         ({}, {"inflation": "centre"}, "inflation must be one of ['central_frame', "),
         ({}, {"positions": "zoom"}, "positions must be one of ['tile', "),
-        ({}, {"temporal_attention": None}, "temporal_attention must be one of ['copy', "),
+        ({}, {"temporal_attention": "none"}, "temporal_attention must be one of ['copy', "),
         ({}, {"head": "pretraining"}, "head is 'pretraining', expected one of"),
     ],
 )
