@@ -12,7 +12,7 @@ QKV = tuple("layers_{i}/attention/" + name + "/kernel" for name in ("query", "ke
 TABLE = [
     Rule("cls", "cls"),
     Rule("fc.{i}.weight", "layers_{i}/mlp/kernel", "o i -> i o", layers=LAYERS),
-    Rule("qkv.{i}.weight", QKV, "(s n e) d -> s d n e", layers=LAYERS, sizes={"n": HEADS}),
+    Rule("blocks.{i}.qkv.weight", QKV, "(s n e) d -> s d n e", layers=LAYERS, sizes={"n": HEADS}),
     Rule("k.{i}.bias", (), layers=LAYERS, reason="it changes nothing"),
 ]
 STACKED = {
@@ -30,7 +30,7 @@ def tensors(dtype=np.float32):
     out = {"cls": rng.standard_normal((1, WIDTH))}
     for i in range(LAYERS):
         out[f"fc.{i}.weight"] = rng.standard_normal((5, WIDTH))
-        out[f"qkv.{i}.weight"] = rng.standard_normal((3 * WIDTH, WIDTH))
+        out[f"blocks.{i}.qkv.weight"] = rng.standard_normal((3 * WIDTH, WIDTH))
         out[f"k.{i}.bias"] = rng.standard_normal(WIDTH)
     return {name: value.astype(dtype) for name, value in out.items()}
 
@@ -59,7 +59,7 @@ def test_values_go_where_the_pattern_says():
     source = tensors()
     params = import_params(source, TABLE, STACKED)
     assert np.array_equal(params["layers/mlp/kernel"][2], source["fc.2.weight"].T)
-    fused = source["qkv.1.weight"].reshape(3, HEADS, WIDTH // HEADS, WIDTH)
+    fused = source["blocks.1.qkv.weight"].reshape(3, HEADS, WIDTH // HEADS, WIDTH)
     for s, name in enumerate(("query", "key", "value")):
         ours = params[f"layers/attention/{name}/kernel"][1]
         assert np.array_equal(ours, fused[s].transpose(2, 0, 1)), name
@@ -116,7 +116,7 @@ def test_every_wrong_tensor_is_listed_at_once():
     source["surprise"] = source.pop("cls")
     source["fc.1.weight"] = np.zeros((5, WIDTH + 1), np.float32)
     for i in range(LAYERS):
-        del source[f"qkv.{i}.weight"]
+        del source[f"blocks.{i}.qkv.weight"]
     source["extra.weight"] = np.zeros(3, np.float32)
     source["fc.2.weight"] = source["fc.2.weight"].astype(np.int64)
     message = failure(import_params, source, TABLE, STACKED, what="file.bin")
@@ -125,7 +125,7 @@ def test_every_wrong_tensor_is_listed_at_once():
         "cls  expected (1, 8) [cls (1, 8)]",
         "surprise  (1, 8) (perhaps cls, renamed)",
         "fc.1.weight  got (5, 9), expected (5, 8) [layers_1/mlp/kernel (8, 5)]",
-        "qkv.{0-2}.weight  expected (24, 8) [layers_{0-2}/attention/query/kernel (8, 2, 4), ",
+        "blocks.{0-2}.qkv.weight  expected (24, 8) [layers_{0-2}/attention/query/kernel (8, 2, 4)",
         "missing (4)",
         "unexpected (2)",
         "extra.weight  (3,)",
