@@ -14,19 +14,29 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
-SHELL = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
+SHELL = [text.splitlines() for language, text in BLOCKS if language == "sh"]
 PROGRAMS = {
     ".venv/bin/vivit-jax": vivit_jax.cli.__main__.main,
     ".venv/bin/vivit-convert": checkpoints_convert.__main__.main,
 }
-COMMANDS = [line for line in SHELL if line.split()[0] in PROGRAMS]
-SETUP = [line for line in SHELL if line not in COMMANDS]
+COMMANDS = [block for block in SHELL if block[0].split()[0] in PROGRAMS]
+SETUP = [line for block in SHELL if block not in COMMANDS for line in block]
 
 
 @pytest.fixture
 def beside_a_demo(finished, tmp_path, monkeypatch):
-    """A working directory that holds vivit-demo, as README's reader has it."""
+    """A working directory that holds vivit-demo, as README's reader has it, and an image model.
+
+    The image model has the names and files of google/vit-base-patch16-224 at a tenth of its width.
+    """
+    import transformers
+
     (tmp_path / "vivit-demo").symlink_to(finished[0])
+    config = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    image_model = transformers.ViTForImageClassification(config)
+    image_model.save_pretrained(tmp_path / "vit-base-patch16-224")
     monkeypatch.chdir(tmp_path)
 
 
@@ -35,10 +45,11 @@ def test_python_examples_run(code, beside_a_demo):
     exec(compile(code, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_commands_work(line, beside_a_demo):
-    program, *args = shlex.split(line)
-    assert PROGRAMS[program](args) == 0
+@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block[0][:60])
+def test_commands_work(block, beside_a_demo):
+    for line in block:
+        program, *args = shlex.split(line)
+        assert PROGRAMS[program](args) == 0, line
 
 
 def test_setup_lines_are_the_ones_ci_runs():
@@ -52,4 +63,4 @@ def test_no_placeholder_is_left():
 
 
 def test_there_is_something_to_test():
-    assert len(PYTHON) >= 2 and len(COMMANDS) >= 5
+    assert len(PYTHON) >= 4 and sum(map(len, COMMANDS)) >= 10

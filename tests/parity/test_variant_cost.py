@@ -17,7 +17,7 @@ VARIANTS = {  # preset, and the paper's GFLOPs and milliseconds on a TPU v3 (its
     "factorised self-attention": ("vivit-b-16x2-fsa-kinetics400", 372, 31.7),
     "factorised dot-product": ("vivit-b-16x2-fdp-kinetics400", 277, 22.9),
 }
-ROUNDS = 3
+ROUNDS = 5
 
 
 @pytest.mark.slow
@@ -49,4 +49,8 @@ def test_the_factorised_encoder_is_the_cheapest():
             f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f}), "
             f"{median[name] / median['joint']:.2f} of joint (paper {paper_ms / 58.9:.2f})"
         )
-    assert min(median, key=median.get) == "factorised encoder"
+    # Arithmetic alone puts the dot-product model 2 % ahead of the encoder; its last spatial block,
+    # computed for the class token only, puts the encoder 4 % ahead. Timers are noisier than that.
+    encoder = median.pop("factorised encoder")
+    assert encoder < 1.03 * min(median.values())
+    assert encoder < 0.7 * median["joint"]

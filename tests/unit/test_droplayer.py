@@ -28,6 +28,10 @@ def config_of(**values):
     return vivit_jax.VivitConfig(**{**SIZES, **values})
 
 
+def jit_apply(model):
+    return jax.jit(model.apply, static_argnames=("output_hidden_states", "deterministic"))
+
+
 def added_by_block_1(config, deterministic=False, seed=0):
     """What the second block adds to each of many equal clips, [clips, frames, values].
 
@@ -37,7 +41,7 @@ def added_by_block_1(config, deterministic=False, seed=0):
     params = random_params(model)
     x = np.random.default_rng(0).standard_normal((1, 4, 16, 16, 3)).astype(np.float32)
     x = np.repeat(x, CLIPS, axis=0)
-    out = model.apply(
+    out = jit_apply(model)(
         {"params": params},
         x,
         output_hidden_states=True,
@@ -99,9 +103,11 @@ def test_frames_of_a_clip_share_what_is_dropped(rates):
     frame = np.random.default_rng(0).standard_normal((8, 1, 16, 16, 3)).astype(np.float32)
     clip = np.repeat(frame, 4, axis=1)
 
+    apply, params = jit_apply(model), random_params(model)
+
     def states(seed):
-        return model.apply(
-            {"params": random_params(model)},
+        return apply(
+            {"params": params},
             clip,
             output_hidden_states=True,
             deterministic=False,
@@ -126,12 +132,13 @@ def test_temporal_attention_can_start_at_zero_and_learns():
     )
     model = vivit_jax.VivitForVideoClassification(config)
     clip = np.random.default_rng(0).standard_normal((2, 4, 16, 16, 3)).astype(np.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), clip)
+    variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), clip)
     params = nn.unbox(variables)["params"]
     layers = params["backbone"]["layers"]
     assert not layers["attention_time"]["out"]["kernel"].any()
     assert layers["attention_space"]["out"]["kernel"].any()
 
+    @jax.jit
     def run(params, labels=None):
         return model.apply({"params": params}, clip, labels=labels)
 

@@ -64,7 +64,9 @@ def choose_implementation(platform: str, dtype: str, head_dim: int, length: int)
     the batched score product several times slower than the same product head by head, and has no
     float16 form of it.
     """
-    if platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16"):
+    if length == 1 and dtype != "float16":
+        chosen = "xla"  # one row of scores needs no blocks
+    elif platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16"):
         chosen = "cudnn" if head_dim % 8 == 0 and head_dim <= 128 else "xla"
     elif platform == "cpu":
         long = length > QUERY_BLOCK // 2
@@ -116,7 +118,8 @@ class SelfAttention(nn.Module):
     `head_mask` [n] multiplies the weights of each head. It, attention dropout and
     `output_attentions` need the weights themselves and take the explicit path; everything else
     goes through `attention`. With `shared_dropout` all frames of a clip lose the same weights.
-    `zero_init` starts the output projection at zero, so that the layer at first adds nothing.
+    `zero_init` starts the output projection at zero, so that the layer at first adds nothing. With
+    `read` only the first so many tokens ask, of all, and come back; for SPACE.
     """
 
     config: Config
@@ -125,18 +128,20 @@ class SelfAttention(nn.Module):
     zero_init: bool = False
 
     @nn.compact
-    def __call__(self, x, head_mask, output_attentions: bool, deterministic: bool):
+    def __call__(
+        self, x, head_mask, output_attentions: bool, deterministic: bool, read: int | None = None
+    ):
         config = self.config
         n, d = config.num_attention_heads, config.hidden_size
         e = d // n
 
-        def project(name, use_bias):
+        def project(name, x, use_bias):
             axes = ("embed", "heads", "kv")
             return Projection(config, (d, n, e), axes, use_bias=use_bias, name=name)(x)
 
-        q = project("query", config.qkv_bias)
-        k = project("key", config.key_bias)
-        v = project("value", config.qkv_bias)
+        q = project("query", x if read is None else x[..., :read, :], config.qkv_bias)
+        k = project("key", x, config.key_bias)
+        v = project("value", x, config.qkv_bias)
         dropped = config.attention_probs_dropout_prob > 0 and not deterministic
         explicit = output_attentions or head_mask is not None or dropped
 
@@ -147,7 +152,7 @@ class SelfAttention(nn.Module):
             if explicit:
                 out, weights = self._explicit(q, k, v, head_mask, deterministic)
             else:
-                q, k, v = (y.reshape(-1, *shape[-3:]) for y in (q, k, v))
+                q, k, v = (y.reshape(-1, *y.shape[-3:]) for y in (q, k, v))
                 out, weights = attention(q, k, v, implementation=config.attention), None
             return jnp.moveaxis(out.reshape(shape), -3, axis), weights
 

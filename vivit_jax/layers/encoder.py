@@ -27,6 +27,8 @@ class Arrangement:
     # encoder over the frames with one random key.
     shared_dropout: bool = False
     zero_init: tuple[str, ...] = ()  # the attention layers that contribute nothing at first
+    # The last block stays out of the scan, so that it can run for the tokens that are read only.
+    last_apart: bool = False
 
 
 @flax.struct.dataclass
@@ -48,10 +50,13 @@ class Block(nn.Module):
     arrangement: Arrangement
 
     @nn.compact
-    def __call__(self, x, layer, hidden: bool, attention: bool, deterministic: bool):
+    def __call__(
+        self, x, layer, hidden: bool, attention: bool, deterministic: bool, read: int | None = None
+    ):
         """The form `nn.scan` wants: (carry, layer input, flags) -> (carry, layer output).
 
-        `layer` is (head mask [n] or None, probability of leaving out a branch or None).
+        `layer` is (head mask [n] or None, probability of leaving out a branch or None). With `read`
+        only the first so many tokens are computed.
         """
         config, arrangement = self.config, self.arrangement
         d, f = config.hidden_size, config.intermediate_size
@@ -77,11 +82,11 @@ class Block(nn.Module):
             y = layer_norm(config, config.layer_norm_eps, f"ln_{name}")(x)
             zero = name in arrangement.zero_init
             attend = SelfAttention(config, along, arrangement.shared_dropout, zero, name=name)
-            y, found = attend(y, head_mask, attention, deterministic)
+            y, found = attend(y, head_mask, attention, deterministic, read)
             weights |= {
                 k: v for k, v in zip(("space", "time"), found, strict=True) if v is not None
             }
-            x = x + branch(y)
+            x = (x if read is None else x[..., :read, :]) + branch(y)
 
         y = layer_norm(config, config.layer_norm_eps, "ln_mlp")(x)
         y = ACTIVATIONS[config.hidden_act](
@@ -106,45 +111,53 @@ def run_blocks(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
     deterministic: bool = True,
+    read: int | None = None,
 ) -> tuple[jax.Array, LayerOutput]:
     """Run the blocks of an arrangement; call inside a module's compact method.
 
     x [b, l, d] or [b, t, s, d] -> (x, what the layers report with a leading layer axis; `hidden`
-    starts with x itself and so has one entry more). `head_mask` is [layers, n]. Parameters live in
-    the calling module, under `layers` with a leading layer axis if `config.scan_layers`, else under
+    starts with x itself and so has one entry more). `head_mask` is [layers, n]. With `read` and
+    nothing to report, only the first so many tokens leave the last block.
+
+    Parameters live in the calling module, under `layers` with a leading layer axis if
+    `config.scan_layers` (the last block apart where the arrangement says so), else under
     `layers_0`, `layers_1`, ...
     """
     layers = arrangement.num_layers
     flags = (output_hidden_states, output_attentions, deterministic)
+    read = None if output_hidden_states or output_attentions else read
     rates = None
     if config.drop_path_rate and not deterministic:
         rates = jnp.asarray(np.linspace(0, config.drop_path_rate, layers), jnp.float32)
+    inputs = lambda rows: jax.tree.map(lambda values: values[rows], (head_mask, rates))  # noqa: E731
     block = Block
     if config.remat != "none":
         block = nn.remat(
             Block,
             prevent_cse=not config.scan_layers,
-            static_argnums=(3, 4, 5),
+            static_argnums=(3, 4, 5, 6),
             policy=REMAT[config.remat],
         )
-    embedding = x
+    embedding, outputs, together = x, [], 0
     if config.scan_layers:
+        together = layers - arrangement.last_apart
+    if together:
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=layers,
+            in_axes=(0, *(nn.broadcast,) * 4),
+            length=together,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, out = scanned(config, arrangement, name="layers")(x, (head_mask, rates), *flags)
-    else:
-        outputs = []
-        for i in range(layers):
-            inputs = jax.tree.map(lambda values: values[i], (head_mask, rates))  # noqa: B023
-            x, layer = block(config, arrangement, name=f"layers_{i}")(x, inputs, *flags)
-            outputs.append(layer)
-        out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        first = inputs(slice(together))
+        x, out = scanned(config, arrangement, name="layers")(x, first, *flags, None)
+        outputs.append(out)
+    for i in range(together, layers):
+        wanted = read if i == layers - 1 else None
+        x, out = block(config, arrangement, name=f"layers_{i}")(x, inputs(i), *flags, wanted)
+        outputs.append(jax.tree.map(lambda value: value[None], out))
+    out = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
     if output_hidden_states:
         out = out.replace(hidden=jnp.concatenate([embedding[None], out.hidden]))
     return x, out

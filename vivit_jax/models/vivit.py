@@ -32,7 +32,7 @@ _TIME, _SPACE = ("attention_time", TIME), ("attention_space", SPACE)
 
 def arrangements(config: VivitConfig) -> tuple[Arrangement, ...]:
     """The arrangement of the blocks of each stage: one, or two in a factorised encoder."""
-    layers = config.num_hidden_layers
+    layers, cls = config.num_hidden_layers, config.pooling == "cls"
     if config.attention_type == "factorised_self_attention":
         order = (_TIME, _SPACE) if config.attention_order == "time_space" else (_SPACE, _TIME)
         # scenic's form of this sets all four projections to zero, which no gradient ever leaves.
@@ -41,10 +41,10 @@ def arrangements(config: VivitConfig) -> tuple[Arrangement, ...]:
     if config.attention_type == "factorised_dot_product":
         return (Arrangement(layers, (("attention", HALVES),)),)
     if config.attention_type == "factorised_encoder":
-        spatial = Arrangement(layers, shared_dropout=True)
-        temporal = (Arrangement(config.temporal_layers),) if config.temporal_layers else ()
-        return (spatial, *temporal)
-    return (Arrangement(layers),)
+        spatial = Arrangement(layers, shared_dropout=True, last_apart=cls)
+        temporal = Arrangement(config.temporal_layers, last_apart=cls)
+        return (spatial, temporal) if config.temporal_layers else (spatial,)
+    return (Arrangement(layers, last_apart=cls),)
 
 
 class Encoder(nn.Module):
@@ -52,12 +52,13 @@ class Encoder(nn.Module):
 
     x [b, l, d] or [b, t, s, d]. `table` is the grid of the learned positions, `grid` that of x;
     where there is a frame axis and the grid has one frame, every frame gets the same positions and
-    its own class token.
+    its own class token. With `pooled_only` nothing but the class token is wanted, if there is one.
     """
 
     config: VivitConfig
     arrangement: Arrangement
     table: Grid
+    pooled_only: bool = False
 
     @nn.compact
     def __call__(self, x, grid: Grid, head_mask, flags: dict[str, bool]):
@@ -87,7 +88,8 @@ class Encoder(nn.Module):
         shared = (1,) if self.arrangement.shared_dropout else ()
         dropout = nn.Dropout(config.hidden_dropout_prob, broadcast_dims=shared)
         x = dropout(x, deterministic=flags["deterministic"])
-        x, layers = run_blocks(config, self.arrangement, x, head_mask, **flags)
+        read = 1 if self.pooled_only and with_cls else None
+        x, layers = run_blocks(config, self.arrangement, x, head_mask, read=read, **flags)
         return layer_norm(config, config.layer_norm_eps, "ln_final")(x), layers
 
 
@@ -106,10 +108,15 @@ def pool(config: VivitConfig, x, stage: str = "temporal"):
 
 
 class VivitModel(nn.Module):
-    """ViViT without a head; `add_pooling_layer` adds a dense layer on the pooled token."""
+    """ViViT without a head; `add_pooling_layer` adds a dense layer on the pooled token.
+
+    With `pooled_only` last_hidden_state has the class token alone, if there is one, and the last
+    block computes nothing else; the classifier asks for that.
+    """
 
     config: VivitConfig
     add_pooling_layer: bool = True
+    pooled_only: bool = False
 
     @nn.compact
     def __call__(
@@ -150,16 +157,17 @@ class VivitModel(nn.Module):
             masks = (None,) * 2
             if head_mask is not None:
                 masks = jnp.split(head_mask, [config.num_hidden_layers])
-            encoder = Encoder(config, stages[0], (1, *table_hw), name="spatial")
+            encoder = Encoder(config, stages[0], (1, *table_hw), pooled_only=True, name="spatial")
             x, layers = encoder(x.reshape(b, t, h * w, d), (1, h, w), masks[0], flags)
             hidden, over_space, over_time = layers.hidden, layers.space, None
             x = pool(config, x, "spatial")
             if not config.spatial_only:
-                encoder = Encoder(config, stages[1], (table_t, 1, 1), name="temporal")
+                table = (table_t, 1, 1)
+                encoder = Encoder(config, stages[1], table, self.pooled_only, name="temporal")
                 x, layers = encoder(x, (t, 1, 1), masks[1], flags)
                 temporal_hidden, over_time = layers.hidden, layers.space
         else:
-            encoder = Encoder(config, stages[0], config.grid)
+            encoder = Encoder(config, stages[0], config.grid, self.pooled_only)
             nn.share_scope(self, encoder)
             tokens = x if config.attention_type == "joint" else x.reshape(b, t, h * w, d)
             x, layers = encoder(tokens, grid, head_mask, flags)
@@ -196,7 +204,8 @@ class VivitForVideoClassification(nn.Module):
     ) -> ClassifierOutput | tuple:
         """As `VivitModel`; logits [b, classes]; labels add `loss`, see `classification_loss`."""
         config = self.config
-        out = VivitModel(config, add_pooling_layer=False, name="backbone")(
+        backbone = VivitModel(config, add_pooling_layer=False, pooled_only=True, name="backbone")
+        out = backbone(
             pixel_values,
             head_mask=head_mask,
             output_attentions=output_attentions,
