@@ -3,9 +3,9 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -72,6 +72,7 @@ def convert_checkpoint(
     from checkpoints_convert.config_json import write_config
     from checkpoints_convert.io import open_checkpoint
     from checkpoints_convert.layouts import published
+    from checkpoints_convert.loaded import load_checkpoint, load_image_model
     from checkpoints_convert.rules import export_params, stored_dtype
     from checkpoints_convert.save import check_destination, replaced_directory
     from checkpoints_convert.scenic import check_sole, check_writable
@@ -91,11 +92,14 @@ def convert_checkpoint(
         check_sole(Path(destination))
     path = resolve_checkpoint(source, revision)
     if (from_layout or layout_of(open_checkpoint(path))) == IMAGE:
-        loaded = _load_image_model(path, settings, dtype, image_options)
+        loaded = load_image_model(path, settings, dtype, image_options)
     elif image_options:
-        raise UserError(f"{path} is no image model: {', '.join(image_options)} do not apply")
+        raise UserError(
+            f"{path} is no image model: {', '.join(image_options)} would have no effect; leave out "
+            "what is for image models"
+        )
     else:
-        loaded = _load(path, from_layout, settings, dtype)
+        loaded = load_checkpoint(path, from_layout, settings, dtype)
     config, head = loaded.config, loaded.head
     target = published(config.model_type, head, loaded.pooler, to_layout)
     rules = target.rules(config)  # refuses families that the layout does not hold
@@ -108,81 +112,12 @@ def convert_checkpoint(
         files += _write_processor(staged, path, loaded)
     return Conversion(
         source=loaded.title,
-        lines=(*loaded.account(rules), *loaded.notes),
+        lines=(*_account(loaded.rows, loaded.tensors, rules), *loaded.notes),
         read=loaded.read,
         left_out=loaded.left_out,
         written=len(written),
         parameters=sum(array.size for array in loaded.params.values()),
         files=tuple(Path(destination) / path.name for path in (*files, staged / "config.json")),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loaded:
-    """A model in memory, and the account of the tensors it came from."""
-
-    title: str
-    config: Any
-    head: str
-    pooler: bool
-    params: Mapping[str, Any]
-    expected: Mapping[str, tuple[int, ...]]
-    read: int
-    left_out: int
-    notes: tuple[str, ...]
-    account: Any  # weight table of the target -> lines
-    processor: Mapping[str, Any] | None  # fields of the processor, where no file says them
-
-
-def _load(path: Path, from_layout: str | None, settings, dtype: str | None) -> _Loaded:
-    from checkpoints_convert.rules import match_import, read_params
-    from checkpoints_convert.scenic import summarise
-    from checkpoints_convert.source import open_source
-
-    opened = open_source(path, layout=from_layout, settings=settings)
-    layout, config, tensors = opened.layout, opened.config, opened.tensors
-    expected = opened.expected()
-    rows = match_import(tensors, layout.rules(config), expected, opened.title)
-    return _Loaded(
-        title=opened.describe(),
-        config=config,
-        head=layout.head,
-        pooler=layout.pooler,
-        params=read_params(tensors, rows, expected, dtype),
-        expected=expected,
-        read=len(opened.checkpoint.tensors),
-        left_out=sum(not row.dst for row in rows) + len(opened.left_out),
-        notes=(*summarise(opened.left_out), *opened.notes),
-        account=lambda target_rules: tuple(_account(rows, tensors, target_rules)),
-        processor={} if layout.name == "scenic" else None,
-    )
-
-
-def _load_image_model(path: Path, settings, dtype: str | None, options) -> _Loaded:
-    from checkpoints_convert import trees
-    from checkpoints_convert.config_json import parse_settings
-    from checkpoints_convert.image_model import open_image_model, pixel_range
-    from vivit_jax.config import VivitConfig
-    from vivit_jax.image_init import init_from_image_model
-
-    changes = parse_settings(VivitConfig, settings)
-    head = "classification" if "num_labels" in changes else "none"
-    changes["param_dtype"] = dtype or "float32"
-    model, params, report = init_from_image_model(path, changes, head=head, **options)
-    image = open_image_model(path, heads=model.config.num_attention_heads)
-    flat = trees.flatten(params)
-    return _Loaded(
-        title=f"{image.naming} names of an image ViT ({image.path})",
-        config=model.config,
-        head=head,
-        pooler=False,
-        params=flat,
-        expected=trees.shapes_of(flat),
-        read=len(image.tensors) + len(image.left_out),
-        left_out=len(report.dropped),
-        notes=tuple(str(report).splitlines()[1:]),
-        account=lambda target_rules: (),
-        processor=pixel_range(image),
     )
 
 
@@ -201,7 +136,7 @@ def _write(
     return [staged / scenic.FILE]
 
 
-def _write_processor(staged: Path, path: Path, loaded: _Loaded) -> list[Path]:
+def _write_processor(staged: Path, path: Path, loaded) -> list[Path]:
     """The processor's files: those beside the checkpoint, or what its kind was trained with."""
     beside = path if path.is_dir() else path.parent
     found = [beside / name for name in PROCESSOR_FILES if (beside / name).is_file()]

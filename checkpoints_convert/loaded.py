@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model read into memory from a checkpoint or from an image model, ready to be written."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert import trees
+from checkpoints_convert.config_json import Config, parse_settings
+from checkpoints_convert.image_model import open_image_model, pixel_range
+from checkpoints_convert.rules import Row, match_import, read_params
+from checkpoints_convert.scenic import summarise
+from checkpoints_convert.source import open_source
+from vivit_jax.config import VivitConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Parameters by path, what they are a model of, and the account of the tensors read.
+
+    `rows` say which of `tensors` became which parameters; there are none where values changed on
+    the way. `processor` holds fields of the processor where no file is to be copied: None means
+    to copy what there is, {} to prefer that.
+    """
+
+    title: str
+    config: Config
+    head: str
+    pooler: bool
+    params: Mapping[str, Any]
+    expected: Mapping[str, tuple[int, ...]]
+    read: int
+    left_out: int
+    notes: tuple[str, ...]
+    processor: Mapping[str, Any] | None
+    rows: tuple[Row, ...] = ()
+    tensors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load_checkpoint(
+    path: Path, from_layout: str | None, settings: Iterable[str], dtype: str | None
+) -> Loaded:
+    """Read a checkpoint of any layout, values as they are or cast to `dtype`."""
+    opened = open_source(path, layout=from_layout, settings=settings)
+    layout, expected = opened.layout, opened.expected()
+    rows = match_import(opened.tensors, layout.rules(opened.config), expected, opened.title)
+    return Loaded(
+        title=opened.describe(),
+        config=opened.config,
+        head=layout.head,
+        pooler=layout.pooler,
+        params=read_params(opened.tensors, rows, expected, dtype),
+        expected=expected,
+        read=len(opened.checkpoint.tensors),
+        left_out=sum(not row.dst for row in rows) + len(opened.left_out),
+        notes=(*summarise(opened.left_out), *opened.notes),
+        processor={} if layout.name == "scenic" else None,
+        rows=tuple(rows),
+        tensors=opened.tensors,
+    )
+
+
+def load_image_model(
+    path: Path, settings: Iterable[str], dtype: str | None, options: Mapping[str, str]
+) -> Loaded:
+    """Start a video model from an image model; `settings` are fields of the video model.
+
+    There is a classifier if they give it `num_labels`. `options` are those of
+    `init_from_image_model`.
+    """
+    from vivit_jax.image_init import read_image_model
+
+    changes = parse_settings(VivitConfig, settings)
+    head = "classification" if "num_labels" in changes else "none"
+    changes["param_dtype"] = dtype or "float32"
+    model, params, report = read_image_model(path, changes, head=head, **options)
+    image = open_image_model(path, heads=model.config.num_attention_heads)
+    flat = trees.flatten(params)
+    return Loaded(
+        title=f"{image.naming} names of an image ViT ({image.path})",
+        config=model.config,
+        head=head,
+        pooler=False,
+        params=flat,
+        expected=trees.shapes_of(flat),
+        read=len(image.tensors) + len(image.left_out),
+        left_out=len(report.dropped),
+        notes=tuple(str(report).splitlines()[1:]),
+        processor=pixel_range(image),
+    )
