@@ -716,7 +716,7 @@ def test_refused_by_scenics_layout(run, checkpoints, tmp_path, case, flags, expe
     ("flags", "expected"),
     [
         (["--container", "params"], "container 'params' is for scenic checkpoints"),
-        (["--inflation", "average"], "is no image model: inflation do not apply"),
+        (["--inflation", "average"], "is no image model: inflation would have no effect"),
         (["--positions", "tile", "--temporal-attention", "zero"], "positions, temporal_attention"),
         (["--from", "hf"], "config.json does not exist"),
         (["--from", "vit"], "expected an image ViT"),
