@@ -87,18 +87,20 @@ def write_config(directory: str | Path, config: Config, head: str, dtype: str) -
 def override(config: Config, settings: Iterable[str]) -> Config:
     """Apply `key=value` settings, see `parse_settings`."""
     changes = parse_settings(type(config), settings)
-    if "num_labels" in changes and changes["num_labels"] != config.num_labels:
+    if changes.get("num_labels", config.num_labels) != config.num_labels:
         changes.setdefault("id2label", None)
-    elif isinstance(changes.get("id2label"), dict | tuple):
-        changes.setdefault("num_labels", len(changes["id2label"]))
+        changes.setdefault("class_splits", None)
+        if changes["class_splits"] is None:
+            changes.setdefault("split_names", None)
     return dataclasses.replace(config, **changes)
 
 
 def parse_settings(cls: type[Config], settings: Iterable[str]) -> dict[str, Any]:
     """Fields by name from `key=value` settings with the field names of config.json.
 
-    Values are JSON, bare words are strings, `2,16,16` is a list. Raises ConfigError for an unknown
-    key, for one that is set twice and for a value of the wrong type.
+    Values are JSON, bare words are strings, `2,16,16` and `noun,verb` are lists; class names and
+    splits set `num_labels` if nobody does. Raises ConfigError for an unknown key, for one that is
+    set twice and for a value of the wrong type.
     """
     fields = {f.name: f.type for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
     changes = {}
@@ -113,11 +115,19 @@ def parse_settings(cls: type[Config], settings: Iterable[str]) -> dict[str, Any]
         if name in changes:
             raise ConfigError(f"--config: {name} is set twice")
         changes[name] = _typed(name, text, fields[name])
+    if "num_labels" not in changes:
+        # Names and splits say how many classes there are.
+        if isinstance(changes.get("id2label"), dict | tuple):
+            changes["num_labels"] = len(changes["id2label"])
+        elif isinstance(changes.get("class_splits"), tuple):
+            changes["num_labels"] = sum(changes["class_splits"])
     return changes
 
 
 def _typed(name: str, text: str, wanted: Any) -> Any:
     value = _parse(text)
+    if isinstance(value, str) and _fits((value,), wanted):
+        value = tuple(value.split(","))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, list):

@@ -90,8 +90,8 @@ def convert_checkpoint(
     check_destination(destination, overwrite)
     if to_layout == "scenic":
         check_sole(Path(destination))
-    path = resolve_checkpoint(source, revision)
-    if (from_layout or layout_of(open_checkpoint(path))) == IMAGE:
+    path, settings = resolve_checkpoint(source, revision), tuple(settings)
+    if (from_layout or layout_of(open_checkpoint(path), settings)) == IMAGE:
         loaded = load_image_model(path, settings, dtype, image_options)
     elif image_options:
         raise UserError(

@@ -66,8 +66,8 @@ def load_image_model(
 ) -> Loaded:
     """Start a video model from an image model; `settings` are fields of the video model.
 
-    There is a classifier if they give it `num_labels`. `options` are those of
-    `init_from_image_model`.
+    There is a classifier if they give it `num_labels`, class names or splits. `options` are those
+    of `init_from_image_model`.
     """
     from vivit_jax.image_init import read_image_model
 

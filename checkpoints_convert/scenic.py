@@ -125,12 +125,27 @@ def infer_config(
             f"{path}: the weights do not say {listed}; there are {rows} positions, for tubelets of "
             f"{found['tubelet_size']}. Give them to vivit-convert, for example --config {flags}"
         )
+    _check_agreement(path, found, given)
     try:
         config = VivitConfig(**{**found, **given}, **execution)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     _check_positions(path, tensors, config)
     return config, "classification" if "output_projection/kernel" in tensors else "none", notes
+
+
+def _check_agreement(path: Path, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """ConfigError for settings that contradict what names and shapes say."""
+    wrong = [
+        f"{name}={given[name]!r}, the weights say {value!r}"
+        for name, value in found.items()
+        # Without a class token the weights do not say which of the other poolings it is.
+        if name in given
+        and given[name] != value
+        and (name != "pooling" or "cls" in (value, given[name]))
+    ]
+    if wrong:
+        raise ConfigError(f"{path}: {'; '.join(wrong)}. Leave these settings out (--config)")
 
 
 def _check_positions(path: Path, tensors: Mapping[str, Any], config: VivitConfig) -> None:
@@ -248,7 +263,8 @@ def check_writable(config: VivitConfig, pooler: bool = False) -> None:
         fixed = ", ".join(f"{name}={_FIXED[name]!r}" for name in wrong)
         raise ConfigError(
             f"a scenic checkpoint does not hold its config, and scenic computes {fixed}; this "
-            f"model has {listed}. Write it in the hf layout"
+            f"model has {listed}. Write it in the hf layout, or, for a model that is still to be "
+            "trained, set these fields with --config"
         )
 
 

@@ -70,7 +70,8 @@ def open_source(
     from vivit_jax.hub import resolve_checkpoint
 
     checkpoint = open_checkpoint(resolve_checkpoint(source, revision))
-    layout = layout or layout_of(checkpoint)
+    settings = tuple(settings)
+    layout = layout or layout_of(checkpoint, settings)
     if layout == IMAGE:
         raise UserError(
             f"{checkpoint.path} holds an image model. Start a video model from it with "
@@ -88,13 +89,18 @@ def open_source(
     return Source(checkpoint, config, spelling, tensors, left_out, tuple(notes))
 
 
-def layout_of(checkpoint: Checkpoint) -> str:
-    """The layout of a checkpoint, by the name and the rank of its patch embedding."""
+def layout_of(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> str:
+    """The layout of a checkpoint, by the name and the rank of its patch embedding.
+
+    `settings` decide where an image model and a video model of sampled frames look the same.
+    """
     tensors = checkpoint.tensors
     kind, _ = naming(tensors) or ("hf", "")
     if kind == "flax":
         image = scenic.is_image_model(scenic.parameters(tensors)[0])
-        return IMAGE if image and not _beside_vivit(checkpoint.path) else "scenic"
+        sampled = any(setting.startswith("num_sampled_frames=") for setting in settings)
+        image = image and not sampled and not _beside_vivit(checkpoint.path)
+        return IMAGE if image else "scenic"
     if naming(tensors) is None and any("Transformer/encoderblock_" in name for name in tensors):
         return "scenic"  # damaged, and to be told so by scenic's names
     kernels = [tensor for name, tensor in tensors.items() if naming({name: tensor})]

@@ -7,6 +7,9 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Drawing a tiny model's fresh parameters is all compilation, and this generator compiles in less
+# than half the time of the default one.
+jax.config.update("jax_default_prng_impl", "rbg")
 
 
 def pytest_configure(config):

@@ -37,12 +37,15 @@ class VivitConfig(TransformerConfig):
 
     `pooling` makes one vector of the tokens (of each stage, in a factorised encoder): "cls" adds a
     class token and reads it, "mean", "max" and "sum" have no class token and reduce over all
-    others. Models 3 and 4 have no class token. None is "cls" where there can be one, else "mean".
+    others. Models 3 and 4 have no class token. None is "cls" where there can be one, else "mean";
+    it is resolved at once, so give `dataclasses.replace` pooling=None with another attention_type.
 
     `tubelet_size` is (frames, height, width) in pixels. With `num_sampled_frames` a clip is thinned
     to that many frames, uniformly, before it is cut into tubelets of one frame.
-    `hidden_act="gelu_fast"` is the tanh approximation that scenic trains with. The pooler belongs
-    to the headless model only.
+    `drop_path_rate` is scenic's droplayer, in factorised self-attention too, where scenic accepts a
+    rate and ignores it. `hidden_dropout_prob` acts on what blocks add, as in transformers; scenic
+    drops between the layers of the MLP as well. `hidden_act="gelu_fast"` is the tanh approximation
+    that scenic trains with. The pooler belongs to the headless model only.
     """
 
     model_type: ClassVar[str] = "vivit"
@@ -102,7 +105,8 @@ class VivitConfig(TransformerConfig):
         if blocks_factorised and self.pooling == "cls":
             raise ConfigError(
                 f"pooling 'cls' needs a class token, which {self.attention_type} does not have: it "
-                "has no place in time and space; use pooling 'mean', 'max' or 'sum'"
+                "has no place in time and space; use pooling 'mean', 'max' or 'sum', or None for "
+                "'mean'"
             )
         if self.attention_type == "factorised_dot_product" and self.num_attention_heads % 2:
             raise ConfigError(

@@ -13,6 +13,8 @@ def forward_flops(
     config: VivitConfig | VideoMAEConfig,
     head: str = "classification",
     visible: int | None = None,
+    *,
+    all_tokens: bool = False,
 ) -> int:
     """Floating point operations of the matrix products of one clip's forward pass.
 
@@ -24,7 +26,9 @@ def forward_flops(
 
     The clip has the configured size. `head` is "classification", "pretraining" (VideoMAE) or "none"
     for the model alone, without ViViT's pooler. `visible` is how many tokens of a masked clip
-    VideoMAE's encoder sees, for example 160 of 1568; pre-training needs it. Raises UserError for a
+    VideoMAE's encoder sees, for example 160 of 1568; pre-training needs it. The last block of a
+    ViViT that reads only its class token runs for that token alone; `all_tokens` counts all of them
+    as papers do, and as asking for hidden states computes. Raises UserError for a
     head that the family lacks and for a `visible` that does not fit.
     """
     if head not in HEADS:
@@ -35,7 +39,7 @@ def forward_flops(
                 f"head {head!r} with visible={visible} is for VideoMAEConfig, got VivitConfig; "
                 "ViViT has no masked pre-training: use head='classification' and visible=None"
             )
-        flops = _embedding(config, config.num_tokens) + _vivit_blocks(config)
+        flops = _embedding(config, config.num_tokens) + _vivit_blocks(config, head, all_tokens)
     else:
         _check_visible(config, head, visible)
         tokens = config.num_tokens if visible is None else visible
@@ -50,13 +54,16 @@ def forward_flops(
     return flops
 
 
-def _vivit_blocks(config: VivitConfig) -> int:
+def _vivit_blocks(config: VivitConfig, head: str, all_tokens: bool) -> int:
     t, h, w = config.grid
     layers, tokens, has_cls = config.num_hidden_layers, config.num_tokens, config.pooling == "cls"
+    # What the last block of a stage is read for: a frame's class token, the classifier's.
+    of_frame = 1 if has_cls and not all_tokens else None
+    of_clip = of_frame if head == "classification" else None
     if config.attention_type == "factorised_encoder":
-        flops = t * _joint_blocks(config, layers, has_cls + h * w)
+        flops = t * _joint_blocks(config, layers, has_cls + h * w, of_frame)
         if not config.spatial_only:
-            flops += _joint_blocks(config, config.num_temporal_layers, has_cls + t)
+            flops += _joint_blocks(config, config.num_temporal_layers, has_cls + t, of_clip)
         return flops
     # Every token attends to those of its place in every frame and to those of its frame.
     keys = t + h * w
@@ -64,11 +71,17 @@ def _vivit_blocks(config: VivitConfig) -> int:
         return layers * _block(config, tokens, keys * config.hidden_size, attention_layers=2)
     if config.attention_type == "factorised_dot_product":
         return layers * _block(config, tokens, keys * (config.hidden_size // 2))
-    return _joint_blocks(config, layers, has_cls + tokens)
+    return _joint_blocks(config, layers, has_cls + tokens, of_clip)
 
 
-def _joint_blocks(config, layers: int, tokens: int) -> int:
-    return layers * _block(config, tokens, tokens * config.hidden_size)
+def _joint_blocks(config, layers: int, tokens: int, read: int | None = None) -> int:
+    d, f = config.hidden_size, config.intermediate_size
+    block = _block(config, tokens, tokens * d)
+    if read is None:
+        return layers * block
+    # Keys and values of all tokens; queries, output projection and MLP of those that are read.
+    last = 2 * _product(tokens, d, d) + 2 * _product(read, d, d) + 2 * _product(read, d, f)
+    return (layers - 1) * block + last + 2 * (2 * read * tokens * d)
 
 
 def _block(config, tokens: int, attended: int, attention_layers: int = 1) -> int:

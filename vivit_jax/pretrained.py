@@ -86,15 +86,19 @@ def from_pretrained(
     remat: str = "none",
     num_labels: int | None = None,
     id2label: Mapping[int, str] | Sequence[str] | None = None,
+    class_splits: Sequence[int] | None = None,
+    split_names: Sequence[str] | None = None,
     revision: str | None = None,
     seed: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model and its parameters from a directory, a weight file or a hub id.
 
     `head` is "classification", "pretraining" or "none", by default what the checkpoint holds.
-    Asking for another head, or for another number of labels than the checkpoint's, leaves parts out
-    and initialises others from `seed`; everything of the kind is logged as a warning, see
-    `load_report`. Parameters are cast to `param_dtype` (None: as stored) while they are read.
+    Asking for another head, for another number of labels than the checkpoint's or for other
+    `class_splits` leaves parts out and initialises others from `seed`; everything of the kind is
+    logged as a warning, see `load_report`. Another `num_labels` or `id2label` without
+    `class_splits` gives one head. Parameters are cast to `param_dtype` (None: as stored) while they
+    are read.
 
     Raises CheckpointError, listing everything at once, if a tensor is missing, unexpected or
     mis-shaped, ConfigError for a config.json or an option that is not supported.
@@ -104,6 +108,8 @@ def from_pretrained(
         head,
         num_labels=num_labels,
         id2label=id2label,
+        class_splits=class_splits,
+        split_names=split_names,
         revision=revision,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -128,13 +134,23 @@ def load_report(
     *,
     num_labels: int | None = None,
     id2label: Mapping[int, str] | Sequence[str] | None = None,
+    class_splits: Sequence[int] | None = None,
+    split_names: Sequence[str] | None = None,
     revision: str | None = None,
 ) -> LoadReport:
     """What `from_pretrained` with these arguments leaves out and initialises.
 
     Checks names and shapes and raises as `from_pretrained` does, but reads no weights.
     """
-    return _plan(source, head, num_labels=num_labels, id2label=id2label, revision=revision).report
+    return _plan(
+        source,
+        head,
+        num_labels=num_labels,
+        id2label=id2label,
+        class_splits=class_splits,
+        split_names=split_names,
+        revision=revision,
+    ).report
 
 
 def save_pretrained(
@@ -238,7 +254,9 @@ class _Plan:
     report: LoadReport
 
 
-def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan:
+def _plan(
+    source, head, *, num_labels, id2label, class_splits, split_names, revision, **execution
+) -> _Plan:
     as_stored = execution.get("param_dtype", "float32") is None
     if as_stored:
         execution["param_dtype"] = "float32"
@@ -246,7 +264,7 @@ def _plan(source, head, *, num_labels, id2label, revision, **execution) -> _Plan
     held, tensors = opened.layout, opened.tensors
     head = head or held.head
     check_head(held.family, head)
-    config = _relabel(opened.config, head, num_labels, id2label)
+    config = _relabel(opened.config, head, num_labels, id2label, class_splits, split_names)
     if as_stored:
         config = dataclasses.replace(config, param_dtype=stored_dtype(tensors))
     check_float64(config)
@@ -283,6 +301,9 @@ def _notes(model: nn.Module, held: Layout, stored: Config, fresh: bool) -> list[
     labels = model.config.num_labels
     if held.head == "classification" and labels != stored.num_labels:
         notes.append(f"num_labels is {labels}, the checkpoint's classifier has {stored.num_labels}")
+    splits = model.config.class_splits
+    if held.head == "classification" and splits != stored.class_splits:
+        notes.append(f"class_splits is {splits}, the checkpoint's is {stored.class_splits}")
     if isinstance(model, vivit.VivitModel) and not model.add_pooling_layer:
         notes.append("the checkpoint holds no pooling layer: add_pooling_layer=False")
     classifier = isinstance(model, videomae.VideoMAEForVideoClassification)
@@ -299,7 +320,10 @@ def _split(
 ) -> tuple[list[Rule], list[Rule], list[Rule]]:
     """Rules that are read, rules whose parameters are initialised, rules that are left out."""
     present = {rule.src for rule in held.rules(stored)}
-    new_labels = config.num_labels != stored.num_labels
+    new_labels = (config.num_labels, config.class_splits) != (
+        stored.num_labels,
+        stored.class_splits,
+    )
     kept, fresh = [], []
     for rule in wanted.rules(config):
         replaced = new_labels and isinstance(rule.dst, str) and rule.dst.startswith("head/")
@@ -308,19 +332,35 @@ def _split(
     return kept, fresh, [rule for rule in held.rules(stored) if rule.src not in read]
 
 
-def _relabel(config: Config, head: str, num_labels: int | None, id2label) -> Config:
-    if num_labels is None and id2label is None:
+def _relabel(
+    config: Config, head: str, num_labels: int | None, id2label, class_splits, split_names
+) -> Config:
+    if num_labels is None and id2label is None and class_splits is None:
+        if split_names is not None:
+            raise ConfigError(f"split_names {split_names!r} needs class_splits, got None")
         return config
     if head != "classification":
         raise ConfigError(
-            f"num_labels and id2label need head='classification', got head={head!r}; pass "
-            "head='classification' to put a fresh classifier on this checkpoint"
+            "num_labels, id2label and class_splits need head='classification', got "
+            f"head={head!r}; pass head='classification' to put a fresh classifier on this "
+            "checkpoint"
         )
+    if class_splits is not None:
+        class_splits = tuple(class_splits)
+        num_labels = sum(class_splits) if num_labels is None else num_labels
     if num_labels is None:
         num_labels = len(id2label)
     elif id2label is None and num_labels == config.num_labels:
         id2label = config.id2label
-    return dataclasses.replace(config, num_labels=num_labels, id2label=id2label)
+    if class_splits is None and num_labels == config.num_labels:
+        class_splits, split_names = config.class_splits, config.split_names
+    return dataclasses.replace(
+        config,
+        num_labels=num_labels,
+        id2label=id2label,
+        class_splits=class_splits,
+        split_names=None if split_names is None else tuple(split_names),
+    )
 
 
 def check_float64(config: Config) -> None:

@@ -498,18 +498,22 @@ def test_the_rest_is_asked_for_at_once(run, tmp_path, case, asked):
             [FRAMES, "image_size=32,16"],
             "expected 25 for num_frames=6, image_size=(32, 16)",
         ),
-        ("joint", [FRAMES, SIZE, "pooling=mean"], "expected 18 for"),
+        ("joint", [FRAMES, SIZE, "pooling=mean"], "pooling='mean', the weights say 'cls'"),
         ("joint", [FRAMES, "image_size=4"], "image_size"),
-        ("joint", [FRAMES, SIZE, "num_labels=4"], "got (48, 5), expected (48, 4)"),
+        ("joint", [FRAMES, SIZE, "num_labels=4"], "num_labels=4, the weights say 5"),
         ("joint", [FRAMES, SIZE, "num_heads=4"], "no field 'num_heads'"),
         ("encoder", ["image_size=16"], "SpatialTransformer/posembed_input/pos_embedding holds 7"),
-        ("encoder", [SIZE, "num_frames=8"], "TemporalTransformer/posembed_input/pos_embedding"),
+        ("encoder", [SIZE, "num_frames=8"], "num_frames=8, the weights say 6"),
         (
             "joint sampled",
             [FRAMES, SIZE, "num_sampled_frames=8"],
             "num_sampled_frames 8 exceeds num_frames 6",
         ),
-        ("dot product", [FRAMES, SIZE, f"attention_type={FDP}", "pooling=cls"], "class token"),
+        (
+            "dot product",
+            [FRAMES, SIZE, f"attention_type={FDP}", "pooling=cls"],
+            "pooling='cls', the weights say",
+        ),
     ],
 )
 def test_wrong_settings(run, tmp_path, case, settings, expected):

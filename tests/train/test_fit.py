@@ -68,3 +68,34 @@ def test_two_heads_are_learnt(values):
     accuracies = {name: float(value) for name, value in metrics.items() if "top" not in name}
     assert set(accuracies) == {"noun_accuracy", "verb_accuracy", "noun-verb_accuracy"}
     assert min(accuracies.values()) > 0.9, accuracies
+
+
+def test_dropout_acts_while_training():
+    """The same data and seed give another loss where branches are left out."""
+    losses = []
+    for rate in (0.0, 0.5):
+        config = vivit_jax.VivitConfig(
+            image_size=16,
+            num_frames=4,
+            tubelet_size=(2, 8, 8),
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_labels=NOUNS,
+            drop_path_rate=rate,
+        )
+        model = vivit_jax.VivitForVideoClassification(config)
+        clips, labels = make_clips(16, seed=0)
+        fit(
+            model,
+            init_params(model, seed=0),
+            clips,
+            labels[:, 0],
+            normalise=normaliser(vivit_jax.VideoProcessor.named("vivit-scenic")),
+            epochs=1,
+            batch_size=16,
+            learning_rate=1e-3,
+            report=lambda epoch: losses.append(epoch.loss),
+        )
+    assert losses[0] != losses[1]

@@ -33,6 +33,8 @@ def attention(q, k, v, *, implementation: str = "auto"):
         implementation = choose_implementation(
             jax.default_backend(), q.dtype.name, q.shape[-1], q.shape[1]
         )
+    if implementation == "cudnn" and q.shape[1] == 1 and jax.default_backend() == "gpu":
+        implementation = "xla"  # one row of scores is nothing to save, and not what flash is for
     if implementation == "chunked":
         return _chunked(q, k, v)
     if implementation not in ATTENTION_IMPLEMENTATIONS:
@@ -60,9 +62,9 @@ def attention(q, k, v, *, implementation: str = "auto"):
 def choose_implementation(platform: str, dtype: str, head_dim: int, length: int) -> str:
     """The backend that "auto" stands for; logs each distinct choice once.
 
-    cuDNN takes half precision and head widths that are multiples of 8 up to 128. XLA on CPU runs
-    the batched score product several times slower than the same product head by head, and has no
-    float16 form of it.
+    A single query, the class token of a last block, goes to XLA everywhere. cuDNN takes half
+    precision and head widths that are multiples of 8 up to 128. XLA on CPU runs the batched score
+    product several times slower than the same product head by head, and has no float16 form of it.
     """
     if length == 1 and dtype != "float16":
         chosen = "xla"  # one row of scores needs no blocks
@@ -142,6 +144,8 @@ class SelfAttention(nn.Module):
         q = project("query", x if read is None else x[..., :read, :], config.qkv_bias)
         k = project("key", x, config.key_bias)
         v = project("value", x, config.qkv_bias)
+        if read is not None and self.along != SPACE:
+            raise ValueError(f"read={read} needs along={SPACE!r}, got {self.along!r}")
         dropped = config.attention_probs_dropout_prob > 0 and not deterministic
         explicit = output_attentions or head_mask is not None or dropped
 

@@ -130,20 +130,20 @@ def run_blocks(
     if config.drop_path_rate and not deterministic:
         rates = jnp.asarray(np.linspace(0, config.drop_path_rate, layers), jnp.float32)
     inputs = lambda rows: jax.tree.map(lambda values: values[rows], (head_mask, rates))  # noqa: E731
-    block = Block
-    if config.remat != "none":
-        block = nn.remat(
-            Block,
-            prevent_cse=not config.scan_layers,
-            static_argnums=(3, 4, 5, 6),
-            policy=REMAT[config.remat],
-        )
+
+    def block(in_scan: bool):
+        if config.remat == "none":
+            return Block
+        # A scan keeps XLA from merging the recomputation with the forward pass by itself.
+        policy, static = REMAT[config.remat], (3, 4, 5, 6)
+        return nn.remat(Block, prevent_cse=not in_scan, static_argnums=static, policy=policy)
+
     embedding, outputs, together = x, [], 0
     if config.scan_layers:
         together = layers - arrangement.last_apart
     if together:
         scanned = nn.scan(
-            block,
+            block(in_scan=True),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, *(nn.broadcast,) * 4),
@@ -155,7 +155,8 @@ def run_blocks(
         outputs.append(out)
     for i in range(together, layers):
         wanted = read if i == layers - 1 else None
-        x, out = block(config, arrangement, name=f"layers_{i}")(x, inputs(i), *flags, wanted)
+        one = block(in_scan=False)(config, arrangement, name=f"layers_{i}")
+        x, out = one(x, inputs(i), *flags, wanted)
         outputs.append(jax.tree.map(lambda value: value[None], out))
     out = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
     if output_hidden_states:

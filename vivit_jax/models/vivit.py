@@ -12,7 +12,8 @@ Tokens are tubelets in (t, h, w) order. The four models are four arrangements of
 
 Parameters: `patch_embed`, then those of an `Encoder` (`cls`, `pos_embed`, `layers`, `ln_final`), at
 the top or, in a factorised encoder, under `spatial` and `temporal`; `pooler`. The classifier holds
-the model as `backbone` and adds `head`.
+the model as `backbone` and adds `head`. With a class token the last block, which may run for that
+token alone, lies beside the scanned ones: `layers` has 11 of 12, and `layers_11` is the last.
 """
 
 import jax.numpy as jnp

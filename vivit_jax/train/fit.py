@@ -86,7 +86,7 @@ def fit(
     float pixels on the device, see `normaliser`; `augment` maps a batch (rng, clips, labels) to the
     clips and labels to learn from. `warmup` is a fraction of all steps. Order and augmentation are
     functions of (seed, epoch); clips that do not fill a batch sit the epoch out. `report` is called
-    after every epoch.
+    after every epoch. Dropout and stochastic depth act as the config says.
     """
     batch_size = min(batch_size, len(clips))
     per_epoch = len(clips) // batch_size
@@ -98,10 +98,17 @@ def fit(
 
     @jax.jit(donate_argnums=0)
     def step(state, clips, labels):
-        params, optimizer_state, sums = state
+        params, optimizer_state, sums, key = state
+        key, dropout = jax.random.split(key)
 
         def loss_of(params):
-            out = model.apply({"params": params}, normalise(clips), labels=labels)
+            out = model.apply(
+                {"params": params},
+                normalise(clips),
+                labels=labels,
+                deterministic=False,
+                rngs={"dropout": dropout},
+            )
             splits, names = model.config.class_splits, model.config.split_names
             metrics = classification_metrics(out.logits, labels, splits, names)
             prefix = f"{'-'.join(names)}_" if names else ""
@@ -110,14 +117,14 @@ def fit(
         (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         params = optax.apply_updates(params, updates)
-        return params, optimizer_state, sums + jnp.stack([loss, accuracy])
+        return params, optimizer_state, sums + jnp.stack([loss, accuracy]), key
 
     # A copy, because the steps overwrite their state and the caller's params are not ours.
     params = jax.tree.map(jnp.copy, params)
-    state = (params, optimizer.init(params))
+    state = (params, optimizer.init(params), None, jax.random.key(seed, impl="rbg"))
     for epoch in range(epochs):
         start = time.perf_counter()
-        state = (*state[:2], jnp.zeros(2))
+        state = (*state[:2], jnp.zeros(2), state[3])
         rng = np.random.default_rng((seed, epoch))
         order = rng.permutation(len(clips))
         for rows in order[: per_epoch * batch_size].reshape(per_epoch, batch_size):
