@@ -72,8 +72,7 @@ def test_settings_of_heads():
     assert (plain.num_labels, plain.class_splits, plain.split_names) == (7, None, None)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("layers", "scan_layers"), [(1, True), (3, True), (2, False)])
 def test_the_last_block_alone_is_the_same_function(layers, scan_layers):
     """With hidden states every token is computed, without them the class token alone."""
     for case in ("joint", "encoder"):

@@ -126,7 +126,7 @@ def test_timm_heads(images, tmp_path, caplog):
     assert "timm's plain ViTs" not in str(usual.report)
     other = dict(num_frames=2, num_attention_heads=12)
     model, params, report = init_from_image_model(path, other, head="none")
-    assert params["layers"]["attention"]["query"]["kernel"].shape == (1, 192, 12, 16)
+    assert params["layers_0"]["attention"]["query"]["kernel"].shape == (192, 12, 16)
     assert "num_attention_heads is 12 as given; timm's plain ViTs of this width have 3" in str(
         report
     )

@@ -27,7 +27,6 @@ def make_clips(count, seed):
     "values",
     [
         dict(attention_type="factorised_encoder", drop_path_rate=0.1),
-        dict(attention_type="factorised_self_attention", zero_init_temporal_attention=True),
     ],
     ids=lambda values: values["attention_type"],
 )
