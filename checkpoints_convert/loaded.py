@@ -8,7 +8,7 @@ from typing import Any
 
 from checkpoints_convert import trees
 from checkpoints_convert.config_json import Config, parse_settings
-from checkpoints_convert.image_model import open_image_model, pixel_range
+from checkpoints_convert.image_model import pixel_range
 from checkpoints_convert.rules import Row, match_import, read_params
 from checkpoints_convert.scenic import summarise
 from checkpoints_convert.source import open_source
@@ -74,8 +74,7 @@ def load_image_model(
     changes = parse_settings(VivitConfig, settings)
     head = "classification" if "num_labels" in changes else "none"
     changes["param_dtype"] = dtype or "float32"
-    model, params, report = read_image_model(path, changes, head=head, **options)
-    image = open_image_model(path, heads=model.config.num_attention_heads)
+    (model, params, report), image = read_image_model(path, changes, head=head, **options)
     flat = trees.flatten(params)
     return Loaded(
         title=f"{image.naming} names of an image ViT ({image.path})",

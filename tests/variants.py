@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny configurations of every form of ViViT; frames, height, width and counts all differ."""
 
+from numpy_vivit import forward
+
 import vivit_jax
 
 SIZES = dict(
@@ -42,3 +44,17 @@ def variant_config(case, **changes):
     if values.get("num_sampled_frames"):
         values["tubelet_size"] = (1, *values["tubelet_size"][1:])
     return vivit_jax.VivitConfig(**{**values, **changes})
+
+
+def reference(config, params, pixels):
+    """What numpy_vivit computes for a configuration, from parameters under scenic's names."""
+    return forward(
+        params,
+        pixels,
+        attention_type=config.attention_type,
+        attention_order=config.attention_order,
+        pooling=config.pooling,
+        tubelet=config.tubelet_size,
+        sampled_frames=config.num_sampled_frames,
+        spatial_only=config.spatial_only,
+    )

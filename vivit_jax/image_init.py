@@ -82,7 +82,7 @@ def init_from_image_model(
     The classifier, the temporal stage and whatever else the image model has not are drawn from
     `seed`; the report names them and is logged. Raises ConfigError where the models do not fit.
     """
-    found = read_image_model(
+    found, _ = read_image_model(
         source,
         config,
         head=head,
@@ -106,8 +106,8 @@ def read_image_model(
     temporal_attention: str | None = None,
     revision: str | None = None,
     seed: int = 0,
-) -> InitialisedModel:
-    """`init_from_image_model` for callers that show the report themselves."""
+) -> tuple[InitialisedModel, ImageModel]:
+    """`init_from_image_model` for callers that show the report themselves, and the image model."""
     changes = {} if config is None else config
     if isinstance(config, VivitConfig):
         changes = {"num_attention_heads": config.num_attention_heads}
@@ -144,7 +144,7 @@ def read_image_model(
         fresh=fresh,
         notes=tuple(_notes(image, config, inflation, positions, temporal_attention)),
     )
-    return InitialisedModel(model, params, report)
+    return InitialisedModel(model, params, report), image
 
 
 def _complete(

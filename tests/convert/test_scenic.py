@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import assert_close
 from numpy_vivit import forward, random_params
 from tiny_checkpoints import read_safetensors, same_tensors
+from variants import reference
 
 import vivit_jax
 from checkpoints_convert import scenic, trees
@@ -353,16 +354,7 @@ def test_what_was_converted_computes_what_it_computed(tmp_path, case):
     path = write(tmp_path / "scenic", params, "pre-Linen")
     convert_checkpoint(path, tmp_path / "hf", settings=settings_of(case))
     pixels = np.random.default_rng(1).standard_normal((2, 6, 24, 16, 3)).astype(np.float32)
-    wanted = forward(
-        params,
-        pixels,
-        attention_type=config.attention_type,
-        attention_order=config.attention_order,
-        pooling=config.pooling,
-        tubelet=config.tubelet_size,
-        sampled_frames=config.num_sampled_frames,
-        spatial_only=config.spatial_only,
-    )
+    wanted = reference(config, params, pixels)
     model, loaded = vivit_jax.from_pretrained(tmp_path / "hf")
     assert_close(
         jax.jit(model.apply)({"params": loaded}, pixels).logits, wanted["logits"], "logits"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close, error
-from numpy_vivit import forward, random_params
-from variants import FDP, FE, FSA, VARIANTS, variant_config
+from numpy_vivit import random_params
+from variants import FDP, FE, FSA, VARIANTS, reference, variant_config
 
 import vivit_jax
 from checkpoints_convert import trees
@@ -39,20 +39,6 @@ def pixels_of(config, **size):
     return np.random.default_rng(1).standard_normal((2, *shape.values(), 3)).astype(np.float32)
 
 
-def reference(case, params, pixels):
-    config = variant_config(case)
-    return forward(
-        params,
-        pixels,
-        attention_type=config.attention_type,
-        attention_order=config.attention_order,
-        pooling=config.pooling,
-        tubelet=config.tubelet_size,
-        sampled_frames=config.num_sampled_frames,
-        spatial_only=config.spatial_only,
-    )
-
-
 def load(config, params):
     """The classifier of a config with parameters under scenic's names."""
     model = vivit_jax.VivitForVideoClassification(config)
@@ -77,7 +63,7 @@ def test_outputs(case, scan_layers):
     params = scenic_params(case)
     config = variant_config(case, scan_layers=scan_layers)
     pixels = pixels_of(config)
-    expected = reference(case, params, pixels)
+    expected = reference(variant_config(case), params, pixels)
     model, ours = load(config, params)
     apply = jit_apply(model)
     out = apply({"params": ours}, pixels, output_hidden_states=True, output_attentions=True)
@@ -149,7 +135,7 @@ def test_gradients_equal_finite_differences(case):
         for sign in (1, -1):
             moved = params | {name: params[name].copy()}
             moved[name][place] += sign * step
-            values.append(_loss(reference(case, moved, pixels)["logits"]))
+            values.append(_loss(reference(variant_config(case), moved, pixels)["logits"]))
         difference = (values[0] - values[1]) / (2 * step)
         # A key bias moves all scores of a query alike: its gradient is rounding.
         assert abs(grad[place] - difference) <= 2e-5 * max(1, abs(difference)), (name, place)
@@ -171,7 +157,7 @@ def test_another_function_is_told_apart(case, changes):
     model, ours = load(config, params)
     pixels = pixels_of(config)
     logits = jit_apply(model)({"params": ours}, pixels).logits
-    assert error(logits, reference(case, params, pixels)["logits"]) > 1e-4
+    assert error(logits, reference(variant_config(case), params, pixels)["logits"]) > 1e-4
 
 
 def test_halves_of_the_heads_are_told_apart():
@@ -185,7 +171,9 @@ def test_halves_of_the_heads_are_told_apart():
     model, ours = load(config, params)
     pixels = pixels_of(config)
     logits = jit_apply(model)({"params": ours}, pixels).logits
-    original = reference("dot product", scenic_params("dot product"), pixels)["logits"]
+    original = reference(variant_config("dot product"), scenic_params("dot product"), pixels)[
+        "logits"
+    ]
     assert error(logits, original) > 1e-2
 
 
@@ -220,14 +208,14 @@ def test_attention_backends(case, attention):
     model, ours = load(config, params)
     pixels = pixels_of(config)
     logits = jit_apply(model)({"params": ours}, pixels).logits
-    assert_close(logits, reference(case, params, pixels)["logits"], "logits")
+    assert_close(logits, reference(variant_config(case), params, pixels)["logits"], "logits")
 
 
 @pytest.mark.parametrize("case", ["encoder", "self-attention time first", "dot product"])
 def test_bfloat16_is_near(case):
     params = scenic_params(case)
     pixels = pixels_of(variant_config(case))
-    wanted = reference(case, params, pixels)["logits"]
+    wanted = reference(variant_config(case), params, pixels)["logits"]
     model, ours = load(variant_config(case, dtype="bfloat16"), params)
     logits = jit_apply(model)({"params": ours}, pixels).logits
     assert logits.dtype == jnp.bfloat16
@@ -266,7 +254,9 @@ def test_any_size(case):
         tables = {f"Spatial{name}": ((1, h, w), (1, *new[1:]))}
         tables |= {f"Temporal{name}": ((t, 1, 1), (new[0], 1, 1))}
     resized = {key: _resized(params[key], cls, *grids) for key, grids in tables.items()}
-    assert_close(out.logits, reference(case, params | resized, pixels)["logits"], "logits")
+    assert_close(
+        out.logits, reference(variant_config(case), params | resized, pixels)["logits"], "logits"
+    )
     with pytest.raises(vivit_jax.UserError, match="interpolate_pos_encoding=True"):
         model.apply({"params": ours}, pixels)
 

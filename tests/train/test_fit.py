@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factorised models learn nouns and verbs from clips in which only time tells the verb."""
+"""A factorised encoder learns nouns and verbs from clips in which only time tells the verb."""
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import vivit_jax
 from vivit_jax.train.fit import fit, init_params, logits_of, normaliser
 from vivit_jax.train.metrics import classification_metrics
 
 NOUNS, VERBS = 3, 2
+NORMALISE = normaliser(vivit_jax.VideoProcessor.named("vivit-scenic"))
 
 
 def make_clips(count, seed):
@@ -23,46 +23,51 @@ def make_clips(count, seed):
     return clips.astype(np.uint8), np.stack([nouns, verbs], axis=1)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        dict(attention_type="factorised_encoder", drop_path_rate=0.1),
-    ],
-    ids=lambda values: values["attention_type"],
-)
-def test_two_heads_are_learnt(values):
-    config = vivit_jax.VivitConfig(
-        image_size=16,
-        num_frames=4,
-        tubelet_size=(2, 8, 8),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_temporal_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        num_labels=NOUNS + VERBS,
-        class_splits=(NOUNS, VERBS),
-        split_names=("noun", "verb"),
-        **values,
+def make_model(**values):
+    return vivit_jax.VivitForVideoClassification(
+        vivit_jax.VivitConfig(
+            image_size=16,
+            num_frames=4,
+            tubelet_size=(2, 8, 8),
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            **values,
+        )
     )
-    model = vivit_jax.VivitForVideoClassification(config)
-    processor = vivit_jax.VideoProcessor.named("vivit-scenic")
-    clips, labels = make_clips(256, seed=0)
+
+
+def train(model, clips, labels, **options):
+    """The parameters, and what was reported after every epoch."""
     epochs = []
     params = fit(
         model,
         init_params(model, seed=0),
         clips,
         labels,
-        normalise=normaliser(processor),
-        epochs=16,
-        batch_size=32,
-        learning_rate=3e-3,
+        normalise=NORMALISE,
         report=epochs.append,
+        **options,
     )
+    return params, epochs
+
+
+def test_two_heads_are_learnt():
+    model = make_model(
+        attention_type="factorised_encoder",
+        num_temporal_layers=1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_labels=NOUNS + VERBS,
+        class_splits=(NOUNS, VERBS),
+        split_names=("noun", "verb"),
+        drop_path_rate=0.1,
+    )
+    config = model.config
+    clips, labels = make_clips(256, seed=0)
+    params, epochs = train(model, clips, labels, epochs=16, batch_size=32, learning_rate=3e-3)
     assert epochs[-1].loss < epochs[0].loss / 2
     held_out, labels = make_clips(128, seed=1)
-    logits = logits_of(model, params, np.asarray(normaliser(processor)(jnp.asarray(held_out))))
+    logits = logits_of(model, params, np.asarray(NORMALISE(jnp.asarray(held_out))))
     metrics = classification_metrics(logits, labels, config.class_splits, config.split_names)
     accuracies = {name: float(value) for name, value in metrics.items() if "top" not in name}
     assert set(accuracies) == {"noun_accuracy", "verb_accuracy", "noun-verb_accuracy"}
@@ -71,30 +76,12 @@ def test_two_heads_are_learnt(values):
 
 def test_dropout_acts_while_training():
     """The same data and seed give another loss where branches are left out."""
+    clips, labels = make_clips(16, seed=0)
     losses = []
     for rate in (0.0, 0.5):
-        config = vivit_jax.VivitConfig(
-            image_size=16,
-            num_frames=4,
-            tubelet_size=(2, 8, 8),
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=16,
-            num_labels=NOUNS,
-            drop_path_rate=rate,
-        )
-        model = vivit_jax.VivitForVideoClassification(config)
-        clips, labels = make_clips(16, seed=0)
-        fit(
-            model,
-            init_params(model, seed=0),
-            clips,
-            labels[:, 0],
-            normalise=normaliser(vivit_jax.VideoProcessor.named("vivit-scenic")),
-            epochs=1,
-            batch_size=16,
-            learning_rate=1e-3,
-            report=lambda epoch: losses.append(epoch.loss),
-        )
+        sizes = dict(hidden_size=16, intermediate_size=16, num_labels=NOUNS)
+        model = make_model(drop_path_rate=rate, **sizes)
+        options = dict(epochs=1, batch_size=16, learning_rate=1e-3)
+        _, epochs = train(model, clips, labels[:, 0], **options)
+        losses.append(epochs[0].loss)
     assert losses[0] != losses[1]

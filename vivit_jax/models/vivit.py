@@ -89,7 +89,7 @@ class Encoder(nn.Module):
         shared = (1,) if self.arrangement.shared_dropout else ()
         dropout = nn.Dropout(config.hidden_dropout_prob, broadcast_dims=shared)
         x = dropout(x, deterministic=flags["deterministic"])
-        read = 1 if self.pooled_only and with_cls else None
+        read = 1 if self.pooled_only and self.arrangement.last_apart else None
         x, layers = run_blocks(config, self.arrangement, x, head_mask, read=read, **flags)
         return layer_norm(config, config.layer_norm_eps, "ln_final")(x), layers
 
