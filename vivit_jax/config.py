@@ -10,7 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from vivit_jax.config_base import HIDDEN_ACTS, TransformerConfig, optional_field, pair, positive_int
+from vivit_jax.config_base import (
+    HIDDEN_ACTS,
+    TransformerConfig,
+    number,
+    optional_field,
+    pair,
+    positive_int,
+)
 from vivit_jax.errors import ConfigError
 
 ATTENTION_TYPES = (
@@ -170,6 +177,15 @@ class VideoMAEConfig(TransformerConfig):
     softmax. HuggingFace fixes the epsilon of the two norms outside the blocks at 1e-5 whatever
     `layer_norm_eps` says; `fc_norm_eps` and `decoder_norm_eps` make them visible (the authors'
     models use 1e-6 everywhere).
+
+    Of the authors' code: `head_dropout` acts before the classifier; `cosine_attention` compares
+    directions of queries and keys, times a learned factor per head, instead of their products;
+    `layer_scale_init`, where positive, is the value at which learned factors on every residual
+    branch start (VideoMAE V2; no published model uses either of the last two).
+
+    `image_mean` and `image_std`, a number per channel, are the processor's; they turn pixels back
+    into [0, 1] where pre-training predicts pixels. Without them RGB has ImageNet's, and other
+    channels stay as they are.
     """
 
     model_type: ClassVar[str] = "videomae"
@@ -188,11 +204,34 @@ class VideoMAEConfig(TransformerConfig):
     norm_pix_loss: bool = True
     fc_norm_eps: float = optional_field(1e-5)
     decoder_norm_eps: float = optional_field(1e-5)
+    head_dropout: float = optional_field(0.0)
+    cosine_attention: bool = optional_field(False)
+    layer_scale_init: float = optional_field(0.0)
+    image_mean: float | tuple[float, ...] | None = optional_field(None)
+    image_std: float | tuple[float, ...] | None = optional_field(None)
+
+    probabilities: ClassVar[tuple[str, ...]] = (*TransformerConfig.probabilities, "head_dropout")
 
     def check_sizes(self):
         self.check_shape("patch_size", 2)
         super().check_sizes()
         self.check_heads("decoder_hidden_size", "decoder_num_attention_heads")
+        if (self.image_mean is None) != (self.image_std is None):
+            raise ConfigError(
+                f"image_mean is {self.image_mean} and image_std {self.image_std}; give both, the "
+                "processor's, or neither"
+            )
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if number(value):
+                value = (value,) * self.num_channels
+            good = isinstance(value, tuple) and len(value) == self.num_channels
+            good = good and all(number(v) and (v > 0 or name == "image_mean") for v in value)
+            wanted = "a number" if name == "image_mean" else "a number above 0"
+            self.require(name, good, f"{wanted} for each of {self.num_channels} channels, or one")
+            object.__setattr__(self, name, tuple(map(float, value)))
 
     @property
     def tubelet(self):
@@ -203,6 +242,11 @@ class VideoMAEConfig(TransformerConfig):
     def key_bias(self):
         """Never: it could not change the softmax, and the checkpoints have none."""
         return False
+
+    @property
+    def in_transformers(self):
+        """transformers has neither cosine attention nor layer scale."""
+        return not self.cosine_attention and not self.layer_scale_init
 
     @property
     def patch_values(self) -> int:

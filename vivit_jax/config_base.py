@@ -53,7 +53,8 @@ def positive_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
-def _number(value) -> bool:
+def number(value) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -77,6 +78,12 @@ class TransformerConfig:
     model_type: ClassVar[str]
     # Written instead where transformers cannot compute the function, so that it refuses the file.
     own_model_type: ClassVar[str]
+    # What only VideoMAE has; its fields of these names take their place.
+    cosine_attention: ClassVar[bool] = False
+    layer_scale_init: ClassVar[float] = 0.0
+    probabilities: ClassVar[tuple[str, ...]] = (
+        "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate",
+    )  # fmt: skip
 
     image_size: int | tuple[int, int] = 224
     num_channels: int = 3
@@ -110,17 +117,16 @@ class TransformerConfig:
                     f"num_labels is {self.num_labels} but id2label names {len(self.id2label)} "
                     "classes; give both, or id2label=None for the names LABEL_0, LABEL_1, ..."
                 )
-        for name in ("image_size", "tubelet_size", "patch_size", "class_splits", "split_names"):
-            value = getattr(self, name, None)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+        for field in dataclasses.fields(self):
+            if isinstance(getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         for name in ("dtype", "param_dtype"):
             # jnp.bfloat16 and np.dtype("float32") are as good as their names.
             value = getattr(self, name)
             found = getattr(value, "dtype", value)
             object.__setattr__(self, name, getattr(found, "name", found))
         self.check_sizes()
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+        for name in self.probabilities:
             self.require(name, 0.0 <= getattr(self, name) < 1.0, "a probability in [0, 1)")
         self.one_of("hidden_act", HIDDEN_ACTS)
         self.one_of("problem_type", (None, *PROBLEM_TYPES))
@@ -172,7 +178,7 @@ class TransformerConfig:
             if field.type is int:
                 self.require(field.name, positive_int(value), "a positive integer")
             if field.type is float:
-                self.require(field.name, _number(value) and value >= 0, "a number, 0 or more")
+                self.require(field.name, number(value) and value >= 0, "a number, 0 or more")
                 # transformers refuses a config.json with 1 where it wants 1.0.
                 object.__setattr__(self, field.name, float(value))
             if field.type is bool:

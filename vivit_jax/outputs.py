@@ -57,7 +57,7 @@ class PreTrainingOutput(_Output):
     """
 
     loss: jax.Array | None = None  # []
-    logits: jax.Array | None = None  # [b, m, patch values]
+    logits: jax.Array | None = None  # [b, k, patch values], in the order of mask.predicted
     hidden_states: jax.Array | None = None  # [layers + 1, b, visible, d]
     attentions: jax.Array | None = None  # [layers, b, n, visible, visible]
-    decoder_hidden_states: jax.Array | None = None  # [decoder layers + 1, b, l, decoder width]
+    decoder_hidden_states: jax.Array | None = None  # [decoder layers + 1, b, v + k, decoder width]

@@ -11,11 +11,12 @@ from flax import linen as nn
 
 from vivit_jax.config_base import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
-from vivit_jax.layers.linear import Config, Projection, project
+from vivit_jax.layers.linear import Config, Projection, at_least_float32, project
 
 log = logging.getLogger(__name__)
 
 QUERY_BLOCK = 200
+LARGEST_COSINE_SCALE = 100.0
 
 
 def attention(q, k, v, *, implementation: str = "auto"):
@@ -104,6 +105,24 @@ def _chunked(q, k, v):
     return out.transpose(0, 2, 1, 3)
 
 
+def cosine_scaled(q, k, log_scale):
+    """Queries and keys [..., n, e] whose scaled products are exp(log_scale) times their cosines.
+
+    `log_scale` [n]; the factor is at most 100. Source: VideoMAE V2, after Swin Transformer V2. All
+    that attends divides by sqrt(e): the factor for the queries takes that back, so that every
+    backend serves both kinds of attention.
+    """
+    dtype = q.dtype
+    q, k, log_scale = (at_least_float32(x) for x in (q, k, log_scale))
+    factor = jnp.exp(jnp.minimum(log_scale, math.log(LARGEST_COSINE_SCALE))) * q.shape[-1] ** 0.5
+    factor = jnp.expand_dims(factor, (*range(q.ndim - 2), -1))
+
+    def direction(x):  # under the root, so that the gradient at zero is finite
+        return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+    return (direction(q) * factor).astype(dtype), direction(k).astype(dtype)
+
+
 # Where a token looks, for x [b, l, d] or [b, t, s, d].
 SPACE = "space"  # along the second axis from the right: all tokens, or those of its frame
 TIME = "time"  # along the third: those of its place in every frame
@@ -121,7 +140,9 @@ class SelfAttention(nn.Module):
     `output_attentions` need the weights themselves and take the explicit path; everything else
     goes through `attention`. With `shared_dropout` all frames of a clip lose the same weights.
     `zero_init` starts the output projection at zero, so that the layer at first adds nothing. With
-    `read` only the first so many tokens ask, of all, and come back; for SPACE.
+    `read` only the first so many tokens ask, of all, and come back; for SPACE. With
+    `config.cosine_attention` scores are scaled cosines, see `cosine_scaled`, and `scale` [n] the
+    logarithm of the factor.
     """
 
     config: Config
@@ -144,6 +165,11 @@ class SelfAttention(nn.Module):
         q = project("query", x if read is None else x[..., :read, :], config.qkv_bias)
         k = project("key", x, config.key_bias)
         v = project("value", x, config.qkv_bias)
+        if config.cosine_attention:
+            init = nn.with_logical_partitioning(nn.initializers.constant(math.log(10)), ("heads",))
+            q, k = cosine_scaled(
+                q, k, self.param("scale", init, (n,), jnp.dtype(config.param_dtype))
+            )
         if read is not None and self.along != SPACE:
             raise ValueError(f"read={read} needs along={SPACE!r}, got {self.along!r}")
         dropped = config.attention_probs_dropout_prob > 0 and not deterministic

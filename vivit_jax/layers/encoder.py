@@ -43,6 +43,7 @@ class LayerOutput:
 class Block(nn.Module):
     """x + attention(norm(x)) for every attention layer, then x + mlp(norm(x)).
 
+    With `config.layer_scale_init` what is added is scaled by `scale_attention` and `scale_mlp` [d].
     x is [b, l, d], or [b, t, s, d] where attention tells time and space apart.
     """
 
@@ -66,9 +67,14 @@ class Block(nn.Module):
             config.hidden_dropout_prob, broadcast_dims=shared, deterministic=deterministic
         )
 
-        def branch(y):
-            """What is added to the residual stream: dropped in part, or for a clip as a whole."""
+        def branch(name, y):
+            """What is added to the residual stream: scaled, dropped in part or for a whole clip."""
             y = dropout(y)
+            if config.layer_scale_init:
+                init = nn.initializers.constant(config.layer_scale_init)
+                init = nn.with_logical_partitioning(init, ("embed",))
+                scale = self.param(f"scale_{name}", init, (d,), jnp.dtype(config.param_dtype))
+                y = y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (d,))
             if drop_rate is None or deterministic:
                 return y
             shape = (y.shape[0],) + (1,) * (y.ndim - 1)
@@ -86,13 +92,13 @@ class Block(nn.Module):
             weights |= {
                 k: v for k, v in zip(("space", "time"), found, strict=True) if v is not None
             }
-            x = (x if read is None else x[..., :read, :]) + branch(y)
+            x = (x if read is None else x[..., :read, :]) + branch(name, y)
 
         y = layer_norm(config, config.layer_norm_eps, "ln_mlp")(x)
         y = ACTIVATIONS[config.hidden_act](
             Projection(config, (d, f), ("embed", "mlp"), name="mlp_in")(y)
         )
-        x = x + branch(Projection(config, (f, d), ("mlp", "embed"), name="mlp_out")(y))
+        x = x + branch("mlp", Projection(config, (f, d), ("mlp", "embed"), name="mlp_out")(y))
         return x, LayerOutput(x if hidden else None, weights.get("space"), weights.get("time"))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VideoMAE (Tong et al. 2022): encoder, masked pre-training and classification.
+"""VideoMAE (Tong et al. 2022) and V2 (Wang et al. 2023): encoder, pre-training, classification.
 
 Tokens are the tubelets in (t, h, w) order; there is no class token, and positions are a fixed
 sin-cos table that no checkpoint holds. Parameters: `patch_embed`, `layers`, and `ln_final` where
@@ -71,12 +71,12 @@ class VideoMAEModel(nn.Module):
 
 
 class VideoMAEDecoder(nn.Module):
-    """Blocks of the decoder's width over all tokens, pixels for the last `num_masked` of them."""
+    """Blocks of the decoder's width over its tokens, pixels for the last `num_predicted`."""
 
     config: VideoMAEConfig  # of the whole model
 
     @nn.compact
-    def __call__(self, x, num_masked: int, output_hidden_states: bool, deterministic: bool):
+    def __call__(self, x, num_predicted: int, output_hidden_states: bool, deterministic: bool):
         config = self.config.decoder()
         x, layers = run_blocks(
             config,
@@ -85,14 +85,18 @@ class VideoMAEDecoder(nn.Module):
             output_hidden_states=output_hidden_states,
             deterministic=deterministic,
         )
-        x = x[:, x.shape[1] - num_masked :]
+        x = x[:, x.shape[1] - num_predicted :]
         x = layer_norm(config, config.decoder_norm_eps, "ln_final")(x)
         shape = (config.hidden_size, config.patch_values)
         return Projection(config, shape, ("embed", "pixels"), name="head")(x), layers.hidden
 
 
 class VideoMAEForPreTraining(nn.Module):
-    """Masked autoencoder: predicts the pixels of the masked tubelets from the visible ones."""
+    """Masked autoencoder: predicts the pixels of the masked tubelets from the visible ones.
+
+    A mask with `decoded` tokens is V2's dual masking: the decoder sees the visible tokens and a
+    mask token for each decoded one, and predicts the decoded ones.
+    """
 
     config: VideoMAEConfig
 
@@ -109,10 +113,10 @@ class VideoMAEForPreTraining(nn.Module):
         deterministic: bool = True,
         return_dict: bool = True,
     ) -> PreTrainingOutput | tuple:
-        """As `VideoMAEModel`; logits [b, m, patch values] in the order of `mask.masked`, and loss.
+        """As `VideoMAEModel`; logits [b, k, patch values] in the order of `mask.predicted`; loss.
 
-        The loss is the mean squared error to `reconstruction_targets`. `head_mask` acts on the
-        encoder.
+        The loss is the mean squared error to `reconstruction_targets` on tokens that the encoder
+        did not see. `head_mask` acts on the encoder.
         """
         config = self.config
         if mask is None:
@@ -144,14 +148,15 @@ class VideoMAEForPreTraining(nn.Module):
             out.last_hidden_state
         )
         x = x + _positions(x, grid, mask.visible)
-        blanks = jnp.broadcast_to(mask_token.astype(x.dtype), (*mask.masked.shape, width))
-        blanks = blanks + _positions(x, grid, mask.masked)
-        # Visible tokens first, then masked ones: attention does not see the order, the slice does.
+        blanks = jnp.broadcast_to(mask_token.astype(x.dtype), (*mask.predicted.shape, width))
+        blanks = blanks + _positions(x, grid, mask.predicted)
+        # Visible tokens first, then blanks: attention does not see the order, the slice does.
         x = jnp.concatenate([x, blanks], axis=1)
         logits, decoder_hidden_states = VideoMAEDecoder(config, name="decoder")(
-            x, mask.masked.shape[1], output_hidden_states, deterministic
+            x, mask.predicted.shape[1], output_hidden_states, deterministic
         )
-        loss = reconstruction_loss(logits, reconstruction_targets(pixel_values, mask, config))
+        targets = reconstruction_targets(pixel_values, mask, config)
+        loss = reconstruction_loss(logits, targets, mask.counted)
         out = PreTrainingOutput(
             loss, logits, out.hidden_states, out.attentions, decoder_hidden_states
         )
@@ -196,6 +201,7 @@ class VideoMAEForVideoClassification(nn.Module):
             x = layer_norm(config, config.fc_norm_eps, "fc_norm")(out.last_hidden_state.mean(1))
         else:
             x = out.last_hidden_state[:, 0]
+        x = nn.Dropout(config.head_dropout)(x, deterministic=deterministic)
         loss, logits = classify(config, x, labels)
         out = ClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return out if return_dict else out.to_tuple()
@@ -215,7 +221,7 @@ def _check_mask(mask: Mask, batch: int, grid: Grid) -> None:
             "Mask.from_bool(bool_masked_pos)"
         )
     tokens = grid[0] * grid[1] * grid[2]
-    if mask.num_tokens != tokens or mask.visible.shape[0] != batch:
+    if mask.num_tokens != tokens or {len(mask.visible), len(mask.predicted)} != {batch}:
         raise UserError(
             f"mask is for {mask.visible.shape[0]} clips of {mask.num_tokens} tokens, pixel_values "
             f"holds {batch} of {tokens} (grid {grid}); make the mask with that grid"

@@ -15,6 +15,8 @@ from flax import linen as nn
 from flax.core import meta
 
 from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.errors import UserError
+from vivit_jax.masking import Mask
 from vivit_jax.train.metrics import classification_metrics
 
 
@@ -24,17 +26,18 @@ class Epoch:
 
     number: int  # from 1
     loss: float
-    accuracy: float
+    accuracy: float | None  # None in pre-training
     clips_per_second: float
 
 
-def init_params(model: nn.Module, seed: int) -> Any:
-    """Fresh params of a classifier, without partitioning metadata."""
+def init_params(model: nn.Module, seed: int, mask: Mask | None = None) -> Any:
+    """Fresh params, without partitioning metadata; a model for pre-training needs a `mask`."""
     config = model.config
     clip = jnp.zeros((1, config.num_frames, *config.frame_size, config.num_channels))
+    inputs = {} if mask is None else {"mask": mask}
     # On CPU this generator compiles in less than half the time of the default one.
     key = jax.random.key(seed, impl="rbg")
-    return meta.unbox(jax.jit(model.init)(key, clip))["params"]
+    return meta.unbox(jax.jit(model.init)(key, clip, **inputs))["params"]
 
 
 def logits_of(
@@ -67,8 +70,9 @@ def fit(
     model: nn.Module,
     params: Any,
     clips: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | None = None,
     *,
+    mask: Callable[[jax.Array, int], Mask] | None = None,
     normalise: Callable[[jax.Array], jax.Array],
     epochs: int,
     batch_size: int,
@@ -76,18 +80,27 @@ def fit(
     weight_decay: float = 0.05,
     warmup: float = 0.1,
     seed: int = 0,
-    augment: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None,
+    augment: Callable[..., tuple[np.ndarray, ...]] | None = None,
     report: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Any:
-    """Train a classifier with AdamW, linear warmup and cosine decay; returns the new params.
+    """Train with AdamW, linear warmup and cosine decay; returns the new params.
 
-    clips uint8 [n, t, h, w, c], labels int [n], or [n, heads] for a model of several heads, whose
-    accuracy is that of all heads together; `normalise` turns a batch of clips into the model's
-    float pixels on the device, see `normaliser`; `augment` maps a batch (rng, clips, labels) to the
-    clips and labels to learn from. `warmup` is a fraction of all steps. Order and augmentation are
+    clips uint8 [n, t, h, w, c]. A classifier learns `labels`, int [n], or [n, heads] for a model of
+    several heads, whose accuracy is that of all heads together. A model for pre-training has none
+    and learns from masks instead: `mask(key, batch)` draws one for each clip, anew in every step,
+    inside `jax.jit`. Raises UserError unless one of the two is given.
+
+    `normalise` turns a batch of clips into the model's float pixels on the device, see
+    `normaliser`; `augment` maps a batch (rng, clips, labels), or (rng, clips) in pre-training, to
+    the tuple to learn from. `warmup` is a fraction of all steps. Order and augmentation are
     functions of (seed, epoch); clips that do not fill a batch sit the epoch out. `report` is called
     after every epoch. Dropout and stochastic depth act as the config says.
     """
+    if (labels is None) == (mask is None):
+        raise UserError(
+            f"fit got {'neither' if mask is None else 'both'} labels and a mask; give labels to "
+            "train a classifier, mask=functools.partial(tube_mask, grid=...) to pre-train"
+        )
     batch_size = min(batch_size, len(clips))
     per_epoch = len(clips) // batch_size
     steps = epochs * per_epoch
@@ -97,28 +110,28 @@ def fit(
     optimizer = optax.adamw(schedule, weight_decay=weight_decay, mask=kernels)
 
     @jax.jit(donate_argnums=0)
-    def step(state, clips, labels):
+    def step(state, clips, labels=None):
         params, optimizer_state, sums, key = state
         key, dropout = jax.random.split(key)
+        # Folded in rather than split off, which would draw other dropout than without masks.
+        hidden = mask and mask(jax.random.fold_in(dropout, 1), len(clips))
 
         def loss_of(params):
             out = model.apply(
                 {"params": params},
                 normalise(clips),
-                labels=labels,
+                **({"labels": labels} if hidden is None else {"mask": hidden}),
                 deterministic=False,
                 rngs={"dropout": dropout},
             )
-            splits, names = model.config.class_splits, model.config.split_names
-            metrics = classification_metrics(out.logits, labels, splits, names)
-            prefix = f"{'-'.join(names)}_" if names else ""
-            return out.loss, metrics[f"{prefix}accuracy"]
+            return out.loss, 0.0 if labels is None else _accuracy(model.config, out.logits, labels)
 
         (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         params = optax.apply_updates(params, updates)
         return params, optimizer_state, sums + jnp.stack([loss, accuracy]), key
 
+    arrays = (clips,) if labels is None else (clips, labels)
     # A copy, because the steps overwrite their state and the caller's params are not ours.
     params = jax.tree.map(jnp.copy, params)
     state = (params, optimizer.init(params), None, jax.random.key(seed, impl="rbg"))
@@ -128,11 +141,19 @@ def fit(
         rng = np.random.default_rng((seed, epoch))
         order = rng.permutation(len(clips))
         for rows in order[: per_epoch * batch_size].reshape(per_epoch, batch_size):
-            batch = clips[rows], labels[rows]
+            batch = tuple(array[rows] for array in arrays)
             if augment is not None:
                 batch = augment(rng, *batch)
             state = step(state, *batch)
         loss, accuracy = (float(total) / per_epoch for total in state[2])
         seconds = time.perf_counter() - start
+        accuracy = None if labels is None else accuracy
         report(Epoch(epoch + 1, loss, accuracy, per_epoch * batch_size / seconds))
     return state[0]
+
+
+def _accuracy(config, logits, labels):
+    """Share of right answers, in all heads together where there are several."""
+    metrics = classification_metrics(logits, labels, config.class_splits, config.split_names)
+    prefix = f"{'-'.join(config.split_names)}_" if config.split_names else ""
+    return metrics[f"{prefix}accuracy"]

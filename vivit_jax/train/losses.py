@@ -173,23 +173,36 @@ def read_labels(labels, classes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return labels != IGNORE_INDEX, known, jnp.where(known, labels, 0)
 
 
-def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> jax.Array:
-    """What VideoMAE's decoder predicts: the masked tubelets' pixels, [b, m, patch values].
+def pixel_statistics(config: VideoMAEConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std per channel that turn the model's pixels back into [0, 1].
 
-    RGB input is first un-normalised with the ImageNet statistics, whatever the processor used: so
-    do the authors and HuggingFace. With `norm_pix_loss` each tubelet and channel is then
-    normalised: (x - mean) / (std + 1e-6), std with the unbiased variance. Values are ordered
-    (t, h, w, c). Raises UserError for other channel counts without `norm_pix_loss`.
+    `config.image_mean` and `image_std`, or ImageNet's for RGB, whatever the processor used: so do
+    the authors and HuggingFace. None where neither is known.
     """
-    if config.num_channels != 3 and not config.norm_pix_loss:
+    if config.image_mean is not None:
+        return config.image_mean, config.image_std
+    return (IMAGENET_MEAN, IMAGENET_STD) if config.num_channels == 3 else None
+
+
+def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> jax.Array:
+    """What VideoMAE's decoder predicts: pixels of `mask.predicted`, [b, k, patch values].
+
+    Pixels are first un-normalised, see `pixel_statistics`. With `norm_pix_loss` each tubelet and
+    channel is then normalised: (x - mean) / (std + 1e-6), std with the unbiased variance. Values
+    are ordered (t, h, w, c). Raises UserError where pixels cannot be un-normalised and are not
+    normalised.
+    """
+    statistics = pixel_statistics(config)
+    if statistics is None and not config.norm_pix_loss:
         raise UserError(
-            f"norm_pix_loss=False needs RGB input to un-normalise, got num_channels="
-            f"{config.num_channels}; use norm_pix_loss=True"
+            f"norm_pix_loss=False predicts pixels in [0, 1], and for num_channels="
+            f"{config.num_channels} nothing says how they were normalised; give the config the "
+            "processor's image_mean and image_std, or norm_pix_loss=True"
         )
-    x = at_least_float32(take_tokens(patchify(pixel_values, config.tubelet), mask.masked))
+    x = at_least_float32(take_tokens(patchify(pixel_values, config.tubelet), mask.predicted))
     x = einops.rearrange(x, "b m (p c) -> b m p c", c=config.num_channels)
-    if config.num_channels == 3:
-        mean, std = (np.reshape(v, (1, 1, 1, 3)) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    if statistics is not None:
+        mean, std = (np.reshape(v, (1, 1, 1, -1)) for v in statistics)
         x = x * jnp.asarray(std, x.dtype) + jnp.asarray(mean, x.dtype)
     if config.norm_pix_loss:
         std = jnp.sqrt(jnp.var(x, axis=2, keepdims=True, ddof=1)) + 1e-6
@@ -197,6 +210,13 @@ def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> 
     return einops.rearrange(x, "b m p c -> b m (p c)")
 
 
-def reconstruction_loss(logits, targets) -> jax.Array:
-    """Mean squared error over every value of every masked token; no gradient to the targets."""
-    return jnp.mean((at_least_float32(logits) - jax.lax.stop_gradient(targets)) ** 2)
+def reconstruction_loss(logits, targets, counted=None) -> jax.Array:
+    """Mean squared error over every value of every token; no gradient to the targets.
+
+    With `counted`, bool [b, k], over those tokens of the batch only (VideoMAE V2); NaN if there is
+    none.
+    """
+    errors = (at_least_float32(logits) - jax.lax.stop_gradient(targets)) ** 2
+    if counted is None:
+        return jnp.mean(errors)
+    return jnp.sum(jnp.mean(errors, axis=-1) * counted) / jnp.sum(counted)
