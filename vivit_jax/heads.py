@@ -11,7 +11,7 @@ import numpy as np
 
 from checkpoints_convert import trees
 from vivit_jax.config import VideoMAEConfig, VivitConfig
-from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.errors import UserError
 
 Config = VivitConfig | VideoMAEConfig
 

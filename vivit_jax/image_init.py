@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from vivit_jax.config import VivitConfig
 from vivit_jax.errors import ConfigError
 from vivit_jax.layers.embed import resize_weights
 from vivit_jax.pretrained import (
+    InitialisedModel,
     LoadReport,
     abstract_params,
     build_model,
@@ -37,14 +38,6 @@ logger = logging.getLogger(__name__)
 INFLATIONS = ("central_frame", "average", "rank_pooling")
 POSITIONS = ("tile", "resize", "resize_tile")
 TEMPORAL_ATTENTION = ("copy", "zero", "fresh")
-
-
-class InitialisedModel(NamedTuple):
-    """A model, its parameters, and what was taken from the image model and what was not."""
-
-    model: nn.Module
-    params: dict[str, Any]
-    report: LoadReport
 
 
 def init_from_image_model(

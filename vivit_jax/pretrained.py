@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -75,10 +75,19 @@ class LoadReport:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
+class InitialisedModel(NamedTuple):
+    """A model, its parameters, and what was taken from another model and what was not."""
+
+    model: nn.Module
+    params: dict[str, Any]
+    report: LoadReport
+
+
 def from_pretrained(
     source: str | Path,
     head: str | None = None,
     *,
+    config: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     param_dtype: str | None = "float32",
     attention: str = "auto",
@@ -100,12 +109,17 @@ def from_pretrained(
     `class_splits` gives one head. Parameters are cast to `param_dtype` (None: as stored) while they
     are read.
 
+    `config` sets fields by the names of config.json: what the authors' and scenic's files do not
+    say (num_attention_heads, num_frames, image_size), or what training is to change
+    (drop_path_rate).
+
     Raises CheckpointError, listing everything at once, if a tensor is missing, unexpected or
     mis-shaped, ConfigError for a config.json or an option that is not supported.
     """
-    plan = _plan(
+    plan = plan_load(
         source,
         head,
+        settings=config,
         num_labels=num_labels,
         id2label=id2label,
         class_splits=class_splits,
@@ -119,19 +133,14 @@ def from_pretrained(
     )
     if plan.report:
         logger.warning("%s", plan.report)
-    flat: dict[str, Any] = read_params(plan.tensors, plan.rows, plan.expected, param_dtype)
-    for path in flat:
-        # On CPU this takes the aligned array over; elsewhere each is freed once it is transferred.
-        flat[path] = jax.device_put(flat[path], may_alias=True)
-    if plan.fresh_leaves:
-        flat |= initialise(plan.model, plan.fresh_leaves, seed)
-    return plan.model, trees.unflatten(dict(sorted(flat.items())))
+    return plan.model, trees.unflatten(plan.read(param_dtype, seed))
 
 
 def load_report(
     source: str | Path,
     head: str | None = None,
     *,
+    config: Mapping[str, Any] | None = None,
     num_labels: int | None = None,
     id2label: Mapping[int, str] | Sequence[str] | None = None,
     class_splits: Sequence[int] | None = None,
@@ -142,9 +151,10 @@ def load_report(
 
     Checks names and shapes and raises as `from_pretrained` does, but reads no weights.
     """
-    return _plan(
+    return plan_load(
         source,
         head,
+        settings=config,
         num_labels=num_labels,
         id2label=id2label,
         class_splits=class_splits,
@@ -176,6 +186,7 @@ def save_pretrained(
     if processor is not None and not hasattr(processor, "save_pretrained"):
         raise UserError(f"processor must be a VideoProcessor, got {type(processor).__name__}")
     check_destination(directory, overwrite)
+    _check_statistics(model, processor)
     if type(model).__name__ not in ARCHITECTURES:
         raise UserError(
             f"cannot save a {type(model).__name__}; expected one of {', '.join(ARCHITECTURES)}"
@@ -243,7 +254,7 @@ def initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.A
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Everything about a load that is known before data is read."""
 
     model: nn.Module
@@ -253,18 +264,44 @@ class _Plan:
     fresh_leaves: set[str]
     report: LoadReport
 
+    def read(self, param_dtype: str | None, seed: int) -> dict[str, Any]:
+        """Parameters by path: those of the checkpoint, and the others drawn from `seed`."""
+        flat: dict[str, Any] = read_params(self.tensors, self.rows, self.expected, param_dtype)
+        for path in flat:
+            # On CPU this takes the aligned array over; elsewhere it is freed once transferred.
+            flat[path] = jax.device_put(flat[path], may_alias=True)
+        if self.fresh_leaves:
+            flat |= initialise(self.model, self.fresh_leaves, seed)
+        return dict(sorted(flat.items()))
 
-def _plan(
-    source, head, *, num_labels, id2label, class_splits, split_names, revision, **execution
-) -> _Plan:
+
+def plan_load(
+    source: str | Path,
+    head: str | None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | Sequence[str] | None = None,
+    class_splits: Sequence[int] | None = None,
+    split_names: Sequence[str] | None = None,
+    revision: str | None = None,
+    **execution: Any,
+) -> Plan:
+    """Open a checkpoint for a model with another head, other labels, or other `changes`.
+
+    `settings` are fields of the checkpoint's own config, `changes` those of the model that it is
+    read into.
+    """
     as_stored = execution.get("param_dtype", "float32") is None
     if as_stored:
         execution["param_dtype"] = "float32"
-    opened = open_source(source, revision=revision, **execution)
+    opened = open_source(source, revision=revision, settings=settings or {}, **execution)
     held, tensors = opened.layout, opened.tensors
     head = head or held.head
     check_head(held.family, head)
     config = _relabel(opened.config, head, num_labels, id2label, class_splits, split_names)
+    config = dataclasses.replace(config, **(changes or {}))
     if as_stored:
         config = dataclasses.replace(config, param_dtype=stored_dtype(tensors))
     check_float64(config)
@@ -292,7 +329,7 @@ def _plan(
             *sorted({row.rule.reason for row in ignored}),
         ),
     )
-    return _Plan(model, tensors, rows, expected, fresh_leaves, report)
+    return Plan(model, tensors, rows, expected, fresh_leaves, report)
 
 
 def _notes(model: nn.Module, held: Layout, stored: Config, fresh: bool) -> list[str]:
@@ -361,6 +398,18 @@ def _relabel(
         class_splits=class_splits,
         split_names=None if split_names is None else tuple(split_names),
     )
+
+
+def _check_statistics(model: nn.Module, processor: Any) -> None:
+    """ConfigError where the model un-normalises pixels otherwise than the processor normalises."""
+    for name in ("image_mean", "image_std"):
+        ours = getattr(model.config, name, None)
+        theirs = getattr(processor, name, ours)
+        if ours is not None and not np.array_equal(*np.broadcast_arrays(ours, theirs)):
+            raise ConfigError(
+                f"{name} is {ours} in the model's config and {theirs} in the processor; give both "
+                "the same, or the config None"
+            )
 
 
 def check_float64(config: Config) -> None:
