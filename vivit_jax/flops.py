@@ -13,6 +13,7 @@ def forward_flops(
     config: VivitConfig | VideoMAEConfig,
     head: str = "classification",
     visible: int | None = None,
+    decoded: int | None = None,
     *,
     all_tokens: bool = False,
 ) -> int:
@@ -26,31 +27,35 @@ def forward_flops(
 
     The clip has the configured size. `head` is "classification", "pretraining" (VideoMAE) or "none"
     for the model alone, without ViViT's pooler. `visible` is how many tokens of a masked clip
-    VideoMAE's encoder sees, for example 160 of 1568; pre-training needs it. The last block of a
-    ViViT that reads only its class token runs for that token alone; `all_tokens` counts all of them
-    as papers do, and as asking for hidden states computes. Raises UserError for a
-    head that the family lacks and for a `visible` that does not fit.
+    VideoMAE's encoder sees, for example 160 of 1568; pre-training needs it. `decoded` is how many
+    tokens the decoder predicts, by default all that are masked; 784 with V2's dual masks.
+
+    The last block of a ViViT that reads only its class token runs for that token alone;
+    `all_tokens` counts all of them as papers do, and as asking for hidden states computes. Raises
+    UserError for a head that the family lacks and for token counts that do not fit.
     """
     if head not in HEADS:
         raise UserError(f"head must be one of {list(HEADS)}, got {head!r}")
     if isinstance(config, VivitConfig):
-        if head == "pretraining" or visible is not None:
+        if head == "pretraining" or visible is not None or decoded is not None:
             raise UserError(
-                f"head {head!r} with visible={visible} is for VideoMAEConfig, got VivitConfig; "
-                "ViViT has no masked pre-training: use head='classification' and visible=None"
+                f"head {head!r} with visible={visible}, decoded={decoded} is for VideoMAEConfig, "
+                "got VivitConfig; ViViT has no masked pre-training: use head='classification' and "
+                "visible=None"
             )
         flops = _embedding(config, config.num_tokens) + _vivit_blocks(config, head, all_tokens)
     else:
-        _check_visible(config, head, visible)
+        _check_mask(config, head, visible, decoded)
         tokens = config.num_tokens if visible is None else visible
         flops = _embedding(config, tokens) + _joint_blocks(config, config.num_hidden_layers, tokens)
     if head == "classification":
         return flops + _product(1, config.hidden_size, config.num_labels)
     if head == "pretraining":
-        decoder, masked = config.decoder(), config.num_tokens - visible
+        decoder = config.decoder()
+        decoded = config.num_tokens - visible if decoded is None else decoded
         flops += _product(visible, config.hidden_size, decoder.hidden_size)
-        flops += _joint_blocks(decoder, decoder.num_hidden_layers, config.num_tokens)
-        flops += _product(masked, decoder.hidden_size, config.patch_values)
+        flops += _joint_blocks(decoder, decoder.num_hidden_layers, visible + decoded)
+        flops += _product(decoded, decoder.hidden_size, config.patch_values)
     return flops
 
 
@@ -102,7 +107,14 @@ def _product(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
 
 
-def _check_visible(config: VideoMAEConfig, head: str, visible: int | None) -> None:
+def _check_mask(
+    config: VideoMAEConfig, head: str, visible: int | None, decoded: int | None
+) -> None:
+    if decoded is not None and (head != "pretraining" or not 1 <= decoded <= config.num_tokens):
+        raise UserError(
+            f"decoded must be from 1 to {config.num_tokens} tokens with head 'pretraining', got "
+            f"{decoded!r} with head {head!r}; it is mask.predicted.shape[1]"
+        )
     if visible is None and head != "pretraining":
         return
     # Pre-training needs something to predict.

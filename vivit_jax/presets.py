@@ -20,19 +20,17 @@ class Preset:
     source: str | None  # HuggingFace hub id, None where no such weights are published
     note: str
     scenic: bool = False  # whether scenic publishes a checkpoint of it
+    dual_masks: bool = False  # whether it is pre-trained with vivit_jax.dual_mask
 
 
-# Widths, depths and heads as in the published config.json files. HuggingFace's small has 16 heads
-# of width 24 where the authors' has 6 of 64: same shapes, another function.
+# Widths, depths and heads, the decoder's as V1 has them.
 _VIDEOMAE = {
     "small": dict(
         hidden_size=384,
         intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=16,
+        num_attention_heads=6,
         decoder_hidden_size=192,
         decoder_intermediate_size=768,
-        decoder_num_hidden_layers=12,
         decoder_num_attention_heads=3,
     ),
     "base": {},
@@ -56,16 +54,52 @@ _VIDEOMAE = {
         decoder_num_hidden_layers=12,
         decoder_num_attention_heads=8,
     ),
+    "giant": dict(
+        patch_size=14,
+        hidden_size=1408,
+        intermediate_size=6144,
+        num_hidden_layers=40,
+        num_attention_heads=16,
+        decoder_hidden_size=512,
+        decoder_intermediate_size=2234,  # the encoder's ratio, 48 / 11
+        decoder_num_attention_heads=8,
+    ),
 }
+# HuggingFace's small has 16 heads of width 24 where the authors' has 6 of 64, the same shapes and
+# another function, and a deeper decoder.
+_HF = {"small": dict(num_attention_heads=16, decoder_num_hidden_layers=12)}
+# The decoder of V2 is 4 layers deep, and 512 wide in the huge model.
+_V2 = {size: dict(decoder_num_hidden_layers=4) for size in _VIDEOMAE}
+_V2["huge"] = _V2["large"] | dict(decoder_hidden_size=512, decoder_intermediate_size=2048)
+_AUTHORS = dict(layer_norm_eps=1e-6, fc_norm_eps=1e-6, decoder_norm_eps=1e-6)
 
 
-def _videomae(size: str, num_params: int, hub_name: str | None, num_labels: int | None, note: str):
+def _videomae(
+    num_params: int, num_labels: int | None, note: str, *, hub_name=None, **values
+) -> Preset:
     if num_labels is None:
-        head, values = "pretraining", dict(use_mean_pooling=False)
+        head, values = "pretraining", values | dict(use_mean_pooling=False)
     else:
-        head, values = "classification", dict(num_labels=num_labels)
-    config = VideoMAEConfig(**_VIDEOMAE[size], **values)
-    return Preset(config, head, num_params, hub_name and f"MCG-NJU/{hub_name}", note)
+        head, values = "classification", values | dict(num_labels=num_labels)
+    source = hub_name and f"MCG-NJU/{hub_name}"
+    return Preset(VideoMAEConfig(**values), head, num_params, source, note)
+
+
+def _hf(size: str, num_params: int, num_labels: int | None, note: str, hub_name=None) -> Preset:
+    values = _VIDEOMAE[size] | _HF.get(size, {})
+    return _videomae(num_params, num_labels, note, hub_name=hub_name, **values)
+
+
+def _v1(size: str, num_params: int, num_labels: int | None = None, data: str = "") -> Preset:
+    note = f"the authors' V1, {data or 'masked pre-training'}"
+    return _videomae(num_params, num_labels, note, **_VIDEOMAE[size], **_AUTHORS)
+
+
+def _v2(size: str, num_params: int, num_labels: int | None = None, data: str = "") -> Preset:
+    values = _VIDEOMAE[size] | _V2[size] | _AUTHORS
+    note = f"the authors' V2, {data or 'pre-training with dual masks'}"
+    preset = _videomae(num_params, num_labels, note, **values)
+    return dataclasses.replace(preset, dual_masks=num_labels is None)
 
 
 _LARGE = dict(
@@ -138,36 +172,67 @@ _VIVIT = {
     ),
 }
 
+_K400, _K710, _SSV2 = "Kinetics-400", "Kinetics-710", "Something-Something v2"
+
 PRESETS = MappingProxyType(
     {
         **_VIVIT,
-        "videomae-small": _videomae("small", 27_586_752, None, None, "masked pre-training"),
-        "videomae-base": _videomae(
-            "base", 94_210_944, "videomae-base", None, "masked pre-training, Kinetics-400"
+        # As HuggingFace computes them.
+        "videomae-small": _hf("small", 27_586_752, None, "masked pre-training"),
+        "videomae-base": _hf(
+            "base", 94_210_944, None, f"masked pre-training, {_K400}", "videomae-base"
         ),
-        "videomae-large": _videomae(
-            "large", 342_996_992, "videomae-large", None, "masked pre-training, Kinetics-400"
+        "videomae-large": _hf(
+            "large", 342_996_992, None, f"masked pre-training, {_K400}", "videomae-large"
         ),
-        "videomae-huge": _videomae("huge", 692_487_296, None, None, "masked pre-training"),
-        "videomae-small-kinetics400": _videomae(
-            "small", 22_033_936, "videomae-small-finetuned-kinetics", 400, "Kinetics-400"
+        "videomae-huge": _hf("huge", 692_487_296, None, "masked pre-training"),
+        "videomae-small-kinetics400": _hf(
+            "small", 22_033_936, 400, _K400, "videomae-small-finetuned-kinetics"
         ),
-        "videomae-base-kinetics400": _videomae(
-            "base", 86_534_800, "videomae-base-finetuned-kinetics", 400, "Kinetics-400"
+        "videomae-base-kinetics400": _hf(
+            "base", 86_534_800, 400, _K400, "videomae-base-finetuned-kinetics"
         ),
-        "videomae-large-kinetics400": _videomae(
-            "large", 304_270_736, "videomae-large-finetuned-kinetics", 400, "Kinetics-400"
+        "videomae-large-kinetics400": _hf(
+            "large", 304_270_736, 400, _K400, "videomae-large-finetuned-kinetics"
         ),
-        "videomae-huge-kinetics400": _videomae(
-            "huge", 632_119_440, "videomae-huge-finetuned-kinetics", 400, "Kinetics-400"
+        "videomae-huge-kinetics400": _hf(
+            "huge", 632_119_440, 400, _K400, "videomae-huge-finetuned-kinetics"
         ),
-        "videomae-small-ssv2": _videomae(
-            "small", 21_946_926, "videomae-small-finetuned-ssv2", 174, "Something-Something v2"
+        "videomae-small-ssv2": _hf(
+            "small", 21_946_926, 174, _SSV2, "videomae-small-finetuned-ssv2"
         ),
-        "videomae-base-ssv2": _videomae(
-            "base", 86_361_006, "videomae-base-finetuned-ssv2", 174, "Something-Something v2"
-        ),
-        "videomae-large-ssv2": _videomae("large", 304_039_086, None, 174, "Something-Something v2"),
-        "videomae-huge-ssv2": _videomae("huge", 631_829_934, None, 174, "Something-Something v2"),
+        "videomae-base-ssv2": _hf("base", 86_361_006, 174, _SSV2, "videomae-base-finetuned-ssv2"),
+        "videomae-large-ssv2": _hf("large", 304_039_086, 174, _SSV2),
+        "videomae-huge-ssv2": _hf("huge", 631_829_934, 174, _SSV2),
+        # As the authors compute them.
+        "videomae-v1-small": _v1("small", 24_029_376),
+        "videomae-v1-base": _v1("base", 94_210_944),
+        "videomae-v1-large": _v1("large", 342_996_992),
+        "videomae-v1-huge": _v1("huge", 692_487_296),
+        "videomae-v1-small-kinetics400": _v1("small", 22_033_936, 400, _K400),
+        "videomae-v1-base-kinetics400": _v1("base", 86_534_800, 400, _K400),
+        "videomae-v1-large-kinetics400": _v1("large", 304_270_736, 400, _K400),
+        "videomae-v1-huge-kinetics400": _v1("huge", 632_119_440, 400, _K400),
+        "videomae-v1-small-ssv2": _v1("small", 21_946_926, 174, _SSV2),
+        "videomae-v1-base-ssv2": _v1("base", 86_361_006, 174, _SSV2),
+        "videomae-v1-base-ucf101": _v1("base", 86_304_869, 101, "UCF101"),
+        "videomae-v2-small": _v2("small", 24_029_376),
+        "videomae-v2-base": _v2("base", 94_210_944),
+        "videomae-v2-large": _v2("large", 317_782_016),
+        "videomae-v2-huge": _v2("huge", 645_659_392),
+        "videomae-v2-giant": _v2("giant", 1_026_306_560),
+        "videomae-v2-small-kinetics710": _v2("small", 22_153_286, 710, _K710),
+        "videomae-v2-base-kinetics710": _v2("base", 86_773_190, 710, _K710),
+        "videomae-v2-huge-kinetics710": _v2("huge", 632_516_550, 710, _K710),
+        "videomae-v2-giant-kinetics710": _v2("giant", 1_012_611_142, 710, _K710),
+        "videomae-v2-small-kinetics400": _v2("small", 22_033_936, 400, _K400),
+        "videomae-v2-base-kinetics400": _v2("base", 86_534_800, 400, _K400),
+        "videomae-v2-large-kinetics400": _v2("large", 304_270_736, 400, _K400),
+        "videomae-v2-huge-kinetics400": _v2("huge", 632_119_440, 400, _K400),
+        "videomae-v2-giant-kinetics400": _v2("giant", 1_012_174_352, 400, _K400),
+        "videomae-v2-base-ssv2": _v2("base", 86_361_006, 174, _SSV2),
+        "videomae-v2-large-ssv2": _v2("large", 304_039_086, 174, _SSV2),
+        "videomae-v2-huge-ssv2": _v2("huge", 631_829_934, 174, _SSV2),
+        "videomae-v2-giant-ssv2": _v2("giant", 1_011_855_918, 174, _SSV2),
     }
 )

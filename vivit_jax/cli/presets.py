@@ -10,7 +10,10 @@ def presets(*, json: bool = False) -> None:
     Args:
         json: Print one JSON object, name to config.json content and parameter count.
     """
+    import numpy as np
+
     from vivit_jax.flops import forward_flops
+    from vivit_jax.masking import dual_mask, tube_mask
     from vivit_jax.presets import PRESETS
 
     if json:
@@ -32,16 +35,16 @@ def presets(*, json: bool = False) -> None:
     for name, preset in PRESETS.items():
         config = preset.config
         temporal = getattr(config, "temporal_layers", 0)
-        # Pre-training hides nine tenths of the patches of every frame.
-        visible = {}
+        masked = {}
         if preset.head == "pretraining":
-            frames, height, width = config.grid
-            visible["visible"] = frames * (height * width - int(0.9 * height * width))
+            make = dual_mask if preset.dual_masks else tube_mask
+            mask = make(np.random.default_rng(0), 1, config.grid)
+            masked = dict(visible=mask.visible.shape[1], decoded=mask.predicted.shape[1])
         rows.append(
             (
                 name,
                 f"{preset.num_params:,}",
-                f"{forward_flops(config, preset.head, **visible) / 1e9:.0f}",
+                f"{forward_flops(config, preset.head, **masked) / 1e9:.0f}",
                 "x".join(map(str, (config.num_frames, *config.frame_size))),
                 str(config.num_tokens),
                 f"{config.num_hidden_layers}+{temporal}"
