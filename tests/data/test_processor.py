@@ -153,12 +153,17 @@ def test_channel_counts_and_layouts(family, channels, layout):
 
 
 @pytest.mark.parametrize("resample", [0, 2, 3])
-def test_thirteen_channels_are_resized_one_by_one(resample):
-    mean, std = list(np.linspace(0.1, 0.9, 13)), list(np.linspace(0.9, 0.2, 13))
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_channels_that_are_data_are_resized_one_by_one(tmp_path, resample, channels):
+    mean, std = (list(np.linspace(*ends, channels)) for ends in ((0.1, 0.9), (0.9, 0.2)))
     options = {"size": 18, "crop_size": 16, "resample": resample}
-    videos = frames(25, 31, 13)
-    got = ours("videomae", **options, image_mean=mean, image_std=std)(videos)
-    for c in range(13):
+    videos = frames(25, 31, channels)
+    processor = ours(
+        "videomae", **options, image_mean=mean, image_std=std, independent_channels=channels < 5
+    )
+    processor.save_pretrained(tmp_path)
+    got = VideoProcessor.from_pretrained(tmp_path)(videos)
+    for c in range(channels):
         single = {**options, "image_mean": mean[c], "image_std": std[c]}
         plane = [frame[..., c : c + 1] for frame in videos]
         assert same_bits(got[..., c : c + 1], run_theirs(theirs("videomae", **single), plane))

@@ -32,6 +32,9 @@ def test_preset_has_the_published_parameter_count(name):
         PRESETS["vivit-l-16x2-fe-epic-kitchens"].config,
         VivitConfig(drop_path_rate=0.3, drop_path_rescale=True),
         VideoMAEConfig(drop_path_rate=0.3, drop_path_rescale=False),
+        PRESETS["videomae-v2-giant"].config,
+        VideoMAEConfig(cosine_attention=True, layer_scale_init=1e-4, head_dropout=0.5),
+        VideoMAEConfig(num_channels=2, image_mean=(0.1, -2.0), image_std=(3, 0.5)),
     ],
 )
 def test_dict_round_trip(config):
@@ -47,6 +50,76 @@ def test_model_type_says_who_computes_it(case):
     assert values["model_type"] == ("vivit" if plain else "vivit_jax")
     assert ("pooling" in values and "attention_type" in values) is not plain
     json.dumps(values)
+
+
+# Parameters of the authors' models: V1 and V2, pre-training and fine-tuned, as the reference notes
+# give them.
+AUTHORS = {
+    "v1-small": 24_029_376,
+    "v1-base": 94_210_944,
+    "v1-large": 342_996_992,
+    "v1-huge": 692_487_296,
+    "v1-small-kinetics400": 22_033_936,
+    "v1-base-kinetics400": 86_534_800,
+    "v1-large-kinetics400": 304_270_736,
+    "v1-huge-kinetics400": 632_119_440,
+    "v2-small": 24_029_376,
+    "v2-base": 94_210_944,
+    "v2-large": 317_782_016,
+    "v2-huge": 645_659_392,
+    "v2-giant": 1_026_306_560,
+    "v2-giant-kinetics710": 1_012_611_142,
+}
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_the_authors_models(name):
+    preset = PRESETS[f"videomae-{name}"]
+    config, version = preset.config, name[:2]
+    assert preset.num_params == AUTHORS[name]
+    assert (config.layer_norm_eps, config.fc_norm_eps, config.decoder_norm_eps) == (1e-6,) * 3
+    large = version == "v1" and ("large" in name or "huge" in name)
+    assert config.decoder_num_hidden_layers == (12 if large else 4)
+    wide = {"small": 64, "base": 64, "large": 64, "huge": 80, "giant": 88}
+    size = name.split("-")[1]
+    assert config.hidden_size // config.num_attention_heads == wide[size]
+    assert config.decoder_hidden_size // config.decoder_num_attention_heads == (
+        80 if name.startswith("v1-huge") else 64
+    )
+    assert preset.dual_masks is (version == "v2" and preset.head == "pretraining")
+
+
+def test_giant():
+    config = PRESETS["videomae-v2-giant"].config
+    assert (config.tubelet, config.num_tokens, config.patch_values) == ((2, 14, 14), 2048, 1176)
+    assert (config.intermediate_size, config.decoder_intermediate_size) == (6144, 2234)
+
+
+@pytest.mark.parametrize("values", [dict(cosine_attention=True), dict(layer_scale_init=0.1)])
+def test_transformers_refuses_what_only_the_authors_have(values):
+    assert VideoMAEConfig().in_transformers
+    config = VideoMAEConfig(**values)
+    assert not config.in_transformers and config.to_dict()["model_type"] == "videomae_jax"
+    assert config.decoder().to_dict().items() >= values.items()
+
+
+def test_statistics_of_pixels():
+    one = VideoMAEConfig(num_channels=4, image_mean=0.5, image_std=0.25)
+    assert one.image_mean == (0.5,) * 4 and one.image_std == (0.25,) * 4
+    for values, message in (
+        (dict(image_mean=0.5), "image_mean is 0.5 and image_std None; give both"),
+        (
+            dict(image_mean=(0.5,), image_std=1.0),
+            "image_mean must be a number for each of 3 channe",
+        ),
+        (dict(image_mean=0.5, image_std=(1, 0, 1)), "image_std must be a number above 0 for each"),
+        (dict(image_mean="imagenet", image_std=1.0), "image_mean must be a number for each of 3"),
+        (dict(head_dropout=1.0), r"head_dropout must be a probability in \[0, 1\)"),
+        (dict(layer_scale_init=-1.0), "layer_scale_init must be a number, 0 or more"),
+        (dict(cosine_attention=1), "cosine_attention must be true or false"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            VideoMAEConfig(**values)
 
 
 def test_what_training_alone_sees_keeps_the_model_type():

@@ -22,13 +22,14 @@ from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
 EXECUTION = dict(scan_layers=False, attention="xla")
 
 
-def abstract_inputs(model, batch=1, visible=None):
+def abstract_inputs(model, batch=1, visible=None, decoded=None):
     """Parameters, clip and mask as shapes."""
     config = model.config
     clip = (batch, config.num_frames, *config.frame_size, config.num_channels)
     inputs = {"pixel_values": jax.ShapeDtypeStruct(clip, jnp.float32)}
     if visible is not None:
         rows = [(batch, visible), (batch, config.num_tokens - visible)]
+        rows += [] if decoded is None else [(batch, decoded)]
         inputs["mask"] = Mask(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in rows))
     params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), **inputs))
     return params, inputs
@@ -49,8 +50,8 @@ def matrix_product_flops(jaxpr) -> int:
     return total
 
 
-def counted(model, batch=1, visible=None, **flags) -> int:
-    params, inputs = abstract_inputs(model, batch, visible)
+def counted(model, batch=1, visible=None, decoded=None, **flags) -> int:
+    params, inputs = abstract_inputs(model, batch, visible, decoded)
     call = lambda params, inputs: model.apply(params, **inputs, **flags)  # noqa: E731
     return matrix_product_flops(jax.make_jaxpr(call)(params, inputs).jaxpr)
 
@@ -90,7 +91,14 @@ def test_vivit(variant):
     assert forward_flops(config, head="none") == counted(model)
 
 
-@pytest.mark.parametrize("values", [{}, dict(use_mean_pooling=False, num_channels=1)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        dict(use_mean_pooling=False, num_channels=1),
+        dict(cosine_attention=True, layer_scale_init=0.1),
+    ],
+)
 def test_videomae(values):
     config = VideoMAEConfig(**VIDEOMAE | values | EXECUTION)
     assert config.num_tokens == 18
@@ -103,6 +111,8 @@ def test_videomae(values):
     for visible in (1, 5, 17):
         flops = forward_flops(config, "pretraining", visible)
         assert flops == counted(VideoMAEForPreTraining(config), visible=visible)
+        dual = forward_flops(config, "pretraining", visible, decoded=9)
+        assert dual == counted(VideoMAEForPreTraining(config), visible=visible, decoded=9)
 
 
 def test_batch_scan_and_chunks_change_nothing():
@@ -158,6 +168,14 @@ def test_vivit_paper(attention_type):
 def test_videomae_paper(size, expected):
     flops = forward_flops(PRESETS[f"videomae-{size}-kinetics400"].config)
     assert flops / 2e9 == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("head", "decoded"), [("classification", 784), ("pretraining", 0), ("pretraining", 1569)]
+)
+def test_decoded_that_does_not_fit(head, decoded):
+    with pytest.raises(UserError, match="decoded must be from 1 to 1568 .* mask.predicted.shape"):
+        forward_flops(VideoMAEConfig(), head, 160, decoded)
 
 
 @pytest.mark.parametrize(

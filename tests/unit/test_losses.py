@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from vivit_jax import Mask, UserError, VideoMAEConfig
-from vivit_jax.train.losses import classification_loss, multi_head_loss, reconstruction_targets
+from vivit_jax.train.losses import (
+    classification_loss,
+    multi_head_loss,
+    reconstruction_loss,
+    reconstruction_targets,
+)
 
 LOGITS = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32) * 3
 
@@ -199,8 +204,11 @@ def _numpy_targets(x, config):
     """From the paper's description, token by token in float64."""
     (pt, ph, pw), (gt, gh, gw) = config.tubelet, config.grid
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    if config.num_channels == 3:
-        x = x.astype(np.float64) * std + mean
+    if config.image_mean is not None:
+        mean, std = np.array(config.image_mean), np.array(config.image_std)
+    x = x.astype(np.float64)
+    if config.num_channels == 3 or config.image_mean is not None:
+        x = x * std + mean
     rows = []
     for t in range(gt):
         for h in range(gh):
@@ -214,10 +222,20 @@ def _numpy_targets(x, config):
     return np.stack(rows)
 
 
-@pytest.mark.parametrize(("channels", "norm"), [(3, True), (3, False), (1, True), (4, True)])
-def test_reconstruction_targets(channels, norm):
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 13])
+@pytest.mark.parametrize(("norm", "given"), [(True, False), (True, True), (False, True)])
+def test_reconstruction_targets(channels, norm, given):
+    statistics = {}
+    if given:
+        mean, std = np.linspace(0.1, 0.6, channels), np.linspace(0.4, 0.2, channels)
+        statistics = dict(image_mean=tuple(mean), image_std=tuple(std))
     config = VideoMAEConfig(
-        image_size=(16, 24), patch_size=8, num_frames=4, num_channels=channels, norm_pix_loss=norm
+        image_size=(16, 24),
+        patch_size=8,
+        num_frames=4,
+        num_channels=channels,
+        norm_pix_loss=norm,
+        **statistics,
     )
     x = np.random.default_rng(1).standard_normal((2, 4, 16, 24, channels)).astype(np.float32)
     hidden = np.random.default_rng(2).permuted(np.tile(np.arange(12) < 9, (2, 1)), axis=1)
@@ -226,7 +244,27 @@ def test_reconstruction_targets(channels, norm):
         np.testing.assert_allclose(ours[b], _numpy_targets(x[b], config)[hidden[b]], atol=5e-6)
 
 
-def test_raw_targets_need_rgb():
+def test_raw_targets_of_rgb_are_un_normalised_with_imagenets():
+    config = VideoMAEConfig(image_size=16, patch_size=8, num_frames=2, norm_pix_loss=False)
+    x = np.random.default_rng(1).standard_normal((1, 2, 16, 16, 3)).astype(np.float32)
+    mask = Mask.from_bool(np.array([[True, True, False, True]]))
+    ours = reconstruction_targets(x, mask, config)[0]
+    np.testing.assert_allclose(ours, _numpy_targets(x[0], config)[[0, 1, 3]], atol=5e-6)
+
+
+def test_the_loss_counts_only_what_the_encoder_did_not_see():
+    rng = np.random.default_rng(0)
+    logits, targets = (rng.standard_normal((2, 6, 8)).astype(np.float32) for _ in range(2))
+    counted = np.array([[1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1]], bool)
+    errors = ((logits - targets) ** 2)[counted]  # of both clips together, as the authors sum
+    loss = reconstruction_loss(logits, targets, jnp.asarray(counted))
+    np.testing.assert_allclose(loss, errors.mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        reconstruction_loss(logits, targets), ((logits - targets) ** 2).mean(), rtol=1e-6
+    )
+
+
+def test_raw_targets_need_rgb_or_statistics():
     config = VideoMAEConfig(
         image_size=16, patch_size=8, num_frames=2, num_channels=4, norm_pix_loss=False
     )

@@ -2,7 +2,7 @@
 """The parameter trees that checkpoints and other people's scripts depend on.
 
 A leaf is [dtype, axis=size, ...]; axes without a logical name are `_`. After a wanted change,
-`python tests/unit/test_parameter_tree.py` writes the files anew.
+`PYTHONPATH=tests:tests/parity python tests/unit/test_parameter_tree.py` writes the files anew.
 """
 
 import json
@@ -18,26 +18,28 @@ from checkpoints_convert import trees
 from vivit_jax import Mask, VivitForVideoClassification
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
+V2 = dict(cosine_attention=True, layer_scale_init=0.5)
 TREES = {
-    "vivit_model": ("vivit base", True),
-    "vivit_classifier": ("vivit cls", True),
-    "vivit_classifier_loop": ("vivit cls", False),
-    "vivit_factorised_encoder": ("encoder", True),
-    "vivit_factorised_encoder_mean": ("encoder mean", True),
-    "vivit_factorised_self_attention": ("self-attention time first", True),
-    "vivit_factorised_dot_product": ("dot product", True),
-    "videomae_model": ("mae base norm", True),
-    "videomae_classifier": ("mae cls", True),
-    "videomae_pretraining": ("mae pretraining", True),
+    "vivit_model": ("vivit base", {}),
+    "vivit_classifier": ("vivit cls", {}),
+    "vivit_classifier_loop": ("vivit cls", dict(scan_layers=False)),
+    "vivit_factorised_encoder": ("encoder", {}),
+    "vivit_factorised_encoder_mean": ("encoder mean", {}),
+    "vivit_factorised_self_attention": ("self-attention time first", {}),
+    "vivit_factorised_dot_product": ("dot product", {}),
+    "videomae_model": ("mae base norm", {}),
+    "videomae_classifier": ("mae cls", {}),
+    "videomae_pretraining": ("mae pretraining", {}),
+    "videomae_v2_options": ("mae pretraining", V2),
 }
 
 
-def parameter_tree(case, scan_layers):
+def parameter_tree(case, changes):
     if case in VARIANTS:
         cls = VivitForVideoClassification
-        config = variant_config(case, scan_layers=scan_layers)
+        config = variant_config(case, **changes)
     else:
-        cls, config = CASES[case][0], config_of(case, scan_layers=scan_layers)
+        cls, config = CASES[case][0], config_of(case, **changes)
     model, x = cls(config), clip(config, batch=1)
     inputs = {}
     if "pretraining" in case:
@@ -64,8 +66,8 @@ def test_parameter_tree(name):
 
 def write_goldens():
     GOLDENS.mkdir(exist_ok=True)
-    for name, (case, scan_layers) in TREES.items():
-        tree = parameter_tree(case, scan_layers)
+    for name, (case, changes) in TREES.items():
+        tree = parameter_tree(case, changes)
         rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in tree.items())
         (GOLDENS / f"{name}.json").write_text("{\n" + rows + "\n}\n")
 

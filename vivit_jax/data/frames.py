@@ -110,10 +110,13 @@ def channels_last(frame: np.ndarray, input_format: str | None, channels: int | N
     return frame.transpose(1, 2, 0) if input_format == "channels_first" else frame
 
 
-def resize(frame: Any, size: Mapping[str, int], resample: int) -> np.ndarray:
+def resize(
+    frame: Any, size: Mapping[str, int], resample: int, independent_channels: bool = False
+) -> np.ndarray:
     """Resizes a Pillow image or an array [h, w, c] in uint8; one channel comes back as [h, w].
 
     size: {"shortest_edge": n} or {"height": h, "width": w} in pixels; resample: a Pillow filter.
+    Of 2 and 4 channels the last weights the others as alpha, unless `independent_channels`.
     Floats in [0, 1] pass through uint8 and come back as float32 in [0, 1].
     Raises `UserError` for values that do not fit in 8 bits.
     """
@@ -134,7 +137,7 @@ def resize(frame: Any, size: Mapping[str, int], resample: int) -> np.ndarray:
         resized = np.asarray(frame)
     elif not is_array:
         resized = np.asarray(frame.resize(target, resample))
-    elif frame.shape[2] <= 4:
+    elif frame.shape[2] in ((1, 3) if independent_channels else (1, 2, 3, 4)):
         image = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
         resized = np.asarray(image.resize(target, resample))
     else:

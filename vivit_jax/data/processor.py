@@ -36,6 +36,7 @@ _COMMON = {
     "do_normalize": True,
     "image_mean": (0.5, 0.5, 0.5),
     "image_std": (0.5, 0.5, 0.5),
+    "independent_channels": False,
 }
 # The class defaults of transformers, which fill the keys that a preprocessor_config.json lacks.
 _DEFAULTS = {
@@ -48,7 +49,9 @@ _NAMED = {
     "vivit-scenic": (VIVIT, {"do_normalize": False}),
     "videomae-imagenet": (VIDEOMAE, _IMAGENET),
 }
-_FLAGS = ("do_resize", "do_center_crop", "do_rescale", "offset", "do_normalize")
+_FLAGS = (
+    "do_resize", "do_center_crop", "do_rescale", "offset", "do_normalize", "independent_channels",
+)  # fmt: skip
 _TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
 
 # "ViViTImageProcessor" is what the file of google/vivit-b-16x2-kinetics400 says; Fast, Pil, the
@@ -91,6 +94,10 @@ class VideoProcessor:
     truncated), {"height": h, "width": w}, an int (shortest edge) or (h, w); `crop_size` is
     {"height", "width"}, an int (square) or (h, w). `resample` is Pillow's filter number.
 
+    transformers resizes 2 and 4 channels with the last as alpha that weights the others. With
+    `independent_channels`, which it does not have, channels that are data (depth, infrared, optical
+    flow) are resized each by itself.
+
     The two ViViT ranges. Scenic trained ViViT on pixels in [-1, 1]. Rescaling by 1/127.5 with
     `offset` gives exactly that; transformers' defaults and the hub file of
     google/vivit-b-16x2-kinetics400 then also normalise by 0.5/0.5, which makes [-3, 1]. The hub
@@ -113,6 +120,7 @@ class VideoProcessor:
     do_normalize: bool
     image_mean: float | tuple[float, ...]
     image_std: float | tuple[float, ...]
+    independent_channels: bool = False
 
     def __post_init__(self):
         if self.image_processor_type not in _DEFAULTS:
@@ -256,6 +264,8 @@ class VideoProcessor:
         }
         if self.image_processor_type == VIDEOMAE:
             del config["offset"]
+        if not self.independent_channels:
+            del config["independent_channels"]
         return config
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
@@ -295,7 +305,8 @@ class VideoProcessor:
         overrides: any field of the processor, for this call; None keeps the processor's own.
 
         As in transformers, 2 and 4 channels are resized with the last one as alpha weighting the
-        others, and float frames in [0, 1] are resized in 8 bits (do_resize=False keeps them exact).
+        others (unless `independent_channels`), and float frames in [0, 1] are resized in 8 bits
+        (do_resize=False keeps them exact).
         Unlike it: float frames in [0, 1] are refused while `rescale_factor` is one for bytes
         (transformers would scale them twice), the result is float32 whatever the steps, and
         other channel counts are resized channel by channel.
@@ -354,7 +365,7 @@ class VideoProcessor:
             channels = len(self.image_mean) if isinstance(self.image_mean, tuple) else None
             frame = channels_last(frame, input_format, channels)
         if self.do_resize:
-            frame = resize(frame, self.size, self.resample)
+            frame = resize(frame, self.size, self.resample, self.independent_channels)
         elif not isinstance(frame, np.ndarray):
             frame = np.asarray(frame)
         if frame.ndim == 2:

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pre-training to fine-tuning: what is taken, what is dropped, what starts fresh."""
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+from helpers import VIDEOMAE, clip, config_of, random_params
+from safetensors.numpy import load_file
+
+import vivit_jax
+from checkpoints_convert import trees
+from vivit_jax import ConfigError, UserError, init_from_pretraining
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A pre-trained directory with large weights, and its tensors."""
+    directory = tmp_path_factory.mktemp("pretrained")
+    model = vivit_jax.VideoMAEForPreTraining(config_of("mae pretraining"))
+    vivit_jax.save_pretrained(directory, model, random_params(model))
+    return directory, load_file(directory / "model.safetensors")
+
+
+def test_the_encoder_goes_over_and_nothing_else(pretrained, caplog):
+    directory, tensors = pretrained
+    with caplog.at_level(logging.WARNING):
+        model, params, report = init_from_pretraining(directory, {"num_labels": 7})
+    flat = trees.flatten(params)
+    assert model.config.use_mean_pooling and model.config.num_labels == 7
+    assert not any("ln_final" in path or "decoder" in path for path in flat)
+    kernel = tensors["videomae.encoder.layer.2.intermediate.dense.weight"].T
+    np.testing.assert_array_equal(flat["backbone/layers/mlp_in/kernel"][2], kernel)
+    np.testing.assert_array_equal(flat["fc_norm/scale"], np.ones(48))
+    np.testing.assert_array_equal(flat["fc_norm/bias"], np.zeros(48))
+    assert set(report.fresh) == {"fc_norm/scale", "fc_norm/bias", "head/kernel", "head/bias"}
+    dropped = {name for name in tensors if not name.startswith("videomae.")}
+    assert set(report.dropped) == dropped | {"videomae.layernorm.weight", "videomae.layernorm.bias"}
+    for text in ("the classifier is multiplied by 0.001", "fc_norm, on the mean of all tokens"):
+        assert text in str(report) and text in caplog.text
+
+
+def test_the_classifier_is_scaled(pretrained):
+    directory, _ = pretrained
+    heads = {
+        scale: init_from_pretraining(directory, {"num_labels": 400}, init_scale=scale).params[
+            "head"
+        ]
+        for scale in (1.0, 0.001)
+    }
+    kernel = np.asarray(heads[1.0]["kernel"])
+    assert abs(kernel.std() / 0.02 - 1) < 0.02  # 19,200 draws: standard error 0.5 %
+    np.testing.assert_allclose(heads[0.001]["kernel"], kernel * 0.001, rtol=1e-6)
+    assert not np.any(heads[0.001]["bias"])
+    other = init_from_pretraining(directory, {"num_labels": 400}, seed=1).params["head"]["kernel"]
+    assert not np.allclose(other, heads[0.001]["kernel"], atol=1e-6)
+
+
+def test_fine_tuning_may_change_what_has_no_weights(pretrained):
+    directory, _ = pretrained
+    changes = dict(
+        class_splits=[3, 2],
+        split_names=["noun", "verb"],
+        drop_path_rate=0.1,
+        head_dropout=0.5,
+        num_frames=8,
+        image_size=(16, 32),
+        dtype="bfloat16",
+        scan_layers=False,
+    )
+    model, params, _ = init_from_pretraining(directory, changes)
+    for name, value in changes.items():
+        found = getattr(model.config, name)
+        assert (list(found) if isinstance(value, list) else found) == value, name
+    apply = jax.jit(
+        lambda params, x, labels, key: model.apply(
+            {"params": params}, x, labels=labels, deterministic=False, rngs={"dropout": key}
+        )
+    )
+    x, labels = clip(model.config), np.array([[2, 0], [1, 1]])
+    losses = [float(apply(params, x, labels, jax.random.key(i)).loss) for i in range(2)]
+    assert losses[0] != losses[1]  # dropout acts
+    # With a classifier near zero every class is as likely as the others.
+    np.testing.assert_allclose(losses, (np.log(3) + np.log(2)) / 2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "give num_labels, id2label or class_splits"),
+        ({"num_labels": 3, "num_label": 3}, "VideoMAEConfig has no num_label; expected some of"),
+        ({"num_labels": 3, "use_mean_pooling": False}, "which is not what the authors do"),
+        ({"num_labels": 3, "hidden_size": 96}, "wrong shape"),
+    ],
+)
+def test_bad_settings(pretrained, config, message):
+    with pytest.raises(UserError, match=message):
+        init_from_pretraining(pretrained[0], config)
+
+
+def test_models_that_are_not_pretrained(tmp_path, pretrained):
+    model, params, _ = init_from_pretraining(pretrained[0], {"num_labels": 3})
+    vivit_jax.save_pretrained(tmp_path / "tuned", model, params)
+    with pytest.raises(UserError, match="holds VideoMAEForVideoClassification, expected a pre-tr"):
+        init_from_pretraining(tmp_path / "tuned", {"num_labels": 5})
+    model = vivit_jax.VivitModel(config_of("vivit base"))
+    vivit_jax.save_pretrained(tmp_path / "vivit", model, random_params(model))
+    with pytest.raises(UserError, match="holds VivitModel, expected a pre-trained VideoMAE"):
+        init_from_pretraining(tmp_path / "vivit", {"num_labels": 5})
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_other_channels_from_pretraining_to_classification(tmp_path, channels):
+    """The processor's statistics: saved with the model, used by the loss, handed over."""
+    processor = vivit_jax.VideoProcessor.videomae(
+        size=16,
+        crop_size={"height": 24, "width": 16},
+        image_mean=list(np.linspace(0.3, 0.6, channels)),
+        image_std=list(np.linspace(0.2, 0.4, channels)),
+        independent_channels=True,
+    )
+    config = vivit_jax.VideoMAEConfig(
+        **VIDEOMAE | dict(use_mean_pooling=False, norm_pix_loss=False, scan_layers=False),
+        num_channels=channels,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+    )
+    model = vivit_jax.VideoMAEForPreTraining(config)
+    frames = np.random.default_rng(0).integers(0, 256, (6, 30, 20, channels), np.uint8)
+    pixels = processor(frames)
+    mask = vivit_jax.tube_mask(np.random.default_rng(0), 1, config.grid, 0.7)
+    params = random_params(model)
+    out = jax.jit(model.apply)({"params": params}, pixels, mask)
+    # The target is the frames themselves, in [0, 1].
+    shown = processor(frames, do_normalize=False)
+    patches = shown[0].reshape(3, 2, 3, 8, 2, 8, channels).transpose(0, 2, 4, 1, 3, 5, 6)
+    wanted = patches.reshape(18, -1)[np.asarray(mask.masked[0])]
+    loss = np.mean((np.asarray(out.logits[0], np.float64) - wanted) ** 2)
+    np.testing.assert_allclose(out.loss, loss, rtol=1e-5)
+
+    vivit_jax.save_pretrained(tmp_path / "pre", model, params, processor)
+    model, params, _ = init_from_pretraining(tmp_path / "pre", {"num_labels": 3})
+    assert model.config.image_mean == config.image_mean and model.config.num_channels == channels
+    logits = jax.jit(model.apply)({"params": params}, pixels).logits
+    assert logits.shape == (1, 3) and np.isfinite(logits).all()
+    other = vivit_jax.VideoProcessor.videomae(image_mean=0.5, image_std=0.5)
+    with pytest.raises(ConfigError, match=r"image_mean is \(0.3.* and 0.5 in the processor"):
+        vivit_jax.save_pretrained(tmp_path / "other", model, params, other)
+    assert not (tmp_path / "other").exists()
