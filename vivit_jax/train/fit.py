@@ -55,14 +55,19 @@ def _logits(model, params, pixel_values):
     return model.apply({"params": params}, pixel_values).logits
 
 
-def normaliser(processor: VideoProcessor) -> Callable[[jax.Array], jax.Array]:
-    """The processor's arithmetic after resize and crop, on the device: uint8 to float32 pixels."""
+def arithmetic(processor: VideoProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """What the processor does after resize and crop: byte * scale + shift, float64 [] or [c]."""
     scale = processor.rescale_factor if processor.do_rescale else 1.0
     shift = -1.0 if processor.offset else 0.0
     if processor.do_normalize:
         mean, std = np.asarray(processor.image_mean), np.asarray(processor.image_std)
         scale, shift = scale / std, (shift - mean) / std
-    scale, shift = np.float32(scale), np.float32(shift)
+    return np.asarray(scale, np.float64), np.asarray(shift, np.float64)
+
+
+def normaliser(processor: VideoProcessor) -> Callable[[jax.Array], jax.Array]:
+    """The processor's `arithmetic` on the device: uint8 to float32 pixels."""
+    scale, shift = (value.astype(np.float32) for value in arithmetic(processor))
     return lambda clips: clips.astype(jnp.float32) * scale + shift
 
 
