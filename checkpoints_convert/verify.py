@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json as json_module
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,21 +98,21 @@ def verify_checkpoint(
     batch: int = 1,
     seed: int = 0,
     attention: str = "auto",
-    settings: Iterable[str] = (),
+    settings: Iterable[str] | Mapping[str, Any] = (),
     revision: str | None = None,
 ) -> Verification:
     """Run a checkpoint in both frameworks and compare embeddings, every block, logits and loss.
 
     The input is standard normal noise drawn from `seed`, or `clip`, a video file read and
     preprocessed as the checkpoint's preprocessor_config.json says. Both run in float32 with exact
-    matrix products. A checkpoint that transformers does not read, scenic's, is first converted into
-    a temporary directory, with `settings` for what it does not say. Raises CheckpointError if
-    either side does not load every tensor, MissingExtra without PyTorch or transformers, UserError
-    for a model that exists in PyTorch nowhere.
+    matrix products. A checkpoint that transformers does not read, scenic's or that of VideoMAE's
+    authors, is first converted into a temporary directory, with `settings` for what it does not
+    say. Raises CheckpointError if either side does not load every tensor, MissingExtra without
+    PyTorch or transformers, UserError for a model that transformers does not have.
     """
     import jax
 
-    from checkpoints_convert.config_json import transformers_note
+    from checkpoints_convert.config_json import reusable, transformers_notes
     from checkpoints_convert.convert import convert_checkpoint
     from checkpoints_convert.layouts import architecture
     from checkpoints_convert.rules import match_import
@@ -125,7 +125,7 @@ def verify_checkpoint(
             f"tolerance {tolerance} and batch {batch} must be positive and finite, seed {seed} not "
             "negative"
         )
-    path, settings = resolve_checkpoint(source, revision), tuple(settings)
+    path, settings = resolve_checkpoint(source, revision), reusable(settings)
     opened = open_source(path, settings=settings)
     if not opened.config.in_transformers:
         raise UserError(_no_reference(opened))
@@ -169,13 +169,26 @@ def verify_checkpoint(
     theirs = _run_in_torch(reference, pixels, extra)
     truth = _run_in_torch(copy.deepcopy(reference).double(), pixels.astype(np.float64), extra)
     rows = tuple(_compare(key, ours[key], theirs[key], truth[key], tolerance) for key in truth)
-    note = transformers_note(opened.config, opened.layout.head)
-    return Verification(str(source), name, inputs, tolerance, rows, note)
+    notes = transformers_notes(opened.config, opened.layout.head)
+    return Verification(str(source), name, inputs, tolerance, rows, "\n".join(notes) or None)
 
 
 def _no_reference(opened) -> str:
     """Why there is nothing to compare a model with, and what stands in for it."""
     config = opened.config
+    if opened.layout.family == "videomae":
+        parts = {
+            "cosine attention": config.cosine_attention,
+            "layer scale": config.layer_scale_init,
+        }
+        what = " and ".join(part for part, there in parts.items() if there)
+        return (
+            f"{opened.checkpoint.path} is a VideoMAE with {what}, which transformers does not "
+            "have. The code of VideoMAE V2's authors (OpenGVLab/VideoMAEv2) does, for checkpoints "
+            "that vivit-convert convert writes with --to videomae. tests/parity of this project "
+            "compares such models with a float64 implementation; vivit-convert inspect checks the "
+            "tensors"
+        )
     what = f"{config.attention_type} attention, pooling {config.pooling!r}"
     if config.num_sampled_frames is not None:
         what += f", {config.num_sampled_frames} sampled frames"
@@ -276,13 +289,11 @@ def _as_directory(path: Path) -> Iterator[Path]:
 
 
 def _read_clip(clip, path: Path, config) -> np.ndarray:
-    from vivit_jax.cli.predict import clip_indices
-    from vivit_jax.data.decode import read_video
+    from vivit_jax.data.clip import read_clip
     from vivit_jax.data.processor import VideoProcessor
 
     processor = VideoProcessor.from_pretrained(path if path.is_dir() else path.parent)
-    indices = clip_indices(clip, config, stride=None, start="center", pad="error")
-    return processor(read_video(clip, indices=indices))
+    return read_clip(clip, config).pixel_values(processor)
 
 
 def _extra_inputs(model, head: str, batch: int, seed: int) -> dict[str, np.ndarray]:
@@ -393,7 +404,7 @@ def verify(
         batch: Clips per run.
         seed: Seed of the noise, the labels and the mask.
         attention: The attention implementation of the JAX side.
-        config: What a scenic checkpoint does not say, key=value as for convert.
+        config: What a checkpoint of scenic or VideoMAE's authors does not say, as for convert.
         json: Print a JSON object instead of the table.
         revision: Branch, tag or commit of a hub id.
     """

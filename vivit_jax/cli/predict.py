@@ -10,10 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vivit_jax.errors import ConfigError, UserError
-
-# Frames between samples that the published recipes train with (Kinetics).
-RECIPE_STRIDE = {"vivit": 2, "videomae": 4}
+from vivit_jax.errors import UserError
 
 
 def predict(
@@ -48,11 +45,13 @@ def predict(
         raise UserError(f"--top-k must be at least 1, got {top_k}")
     from tqdm import tqdm
 
+    from vivit_jax.data.clip import parse_start
+
     results, failed = [], False
     bar = tqdm(total=len(clips), unit="clip", disable=None if len(clips) > 1 else True)
     with bar:
         for result in classify(
-            clips, model, top_k=top_k, stride=stride, start=_start(start), pad=pad
+            clips, model, top_k=top_k, stride=stride, start=parse_start(start), pad=pad
         ):
             bar.update()
             results.append(result)
@@ -76,6 +75,7 @@ def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[d
     import vivit_jax
     from checkpoints_convert.layouts import architecture
     from checkpoints_convert.source import open_source
+    from vivit_jax.data.clip import read_clip
 
     # What is cheap to check comes before the weights.
     held = open_source(model).layout
@@ -94,15 +94,14 @@ def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[d
 
     for clip in clips:
         try:
-            indices = clip_indices(clip, config, stride=stride, start=start, pad=pad)
-            frames = vivit_jax.read_video(clip, indices=indices)
+            read = read_clip(clip, config, stride=stride, start=start, pad=pad)
         except vivit_jax.VideoError as error:
             yield {"clip": str(clip), "error": str(error)}
             continue
-        values, heads = scores(params, processor(frames))
+        values, heads = scores(params, read.pixel_values(processor))
         result = {
             "clip": str(clip),
-            "frames": [int(i) for i in indices],
+            "frames": [int(i) for i in read.indices],
             "predictions": _best(values[0], top_k, config.labels, config.class_splits),
         }
         if heads:
@@ -149,27 +148,6 @@ def _best(values, top_k: int, labels, splits=None) -> list[dict]:
             label = ", ".join(labels[s + i] for s, i in zip(starts, index, strict=True))
         predictions.append({"label": label, "index": index, "score": float(values[place])})
     return predictions
-
-
-def clip_indices(path, config, *, stride, start, pad):
-    """Frame indices of the one clip that stands for a video file."""
-    from vivit_jax.data import decode, sampling
-
-    total = decode.probe_video(path).num_frames
-    if stride is None:
-        longest = (total - 1) // max(config.num_frames - 1, 1)
-        stride = max(1, min(RECIPE_STRIDE[config.model_type], longest))
-    return sampling.clip_indices(
-        total, num_frames=config.num_frames, stride=stride, start=start, pad=pad
-    )
-
-
-def _start(text: str) -> str | int:
-    if text in ("begin", "center", "end"):
-        return text
-    if text.isdecimal():
-        return int(text)
-    raise ConfigError(f"--start must be begin, center, end or a frame index, got {text!r}")
 
 
 def _as_text(result: dict) -> str:
