@@ -36,11 +36,11 @@ def draw_predictions(
     _, num_frames, height, width, _ = clips.shape
     height, width = scale * height, scale * width
 
-    left = MARGIN + _width(plain, *labels, "shown") + COLUMN_GAP
+    left = MARGIN + text_width(plain, *labels, "shown") + COLUMN_GAP
     right = left + num_frames * (width + GUTTER) - GUTTER + COLUMN_GAP
     top = MARGIN + 96
-    headings = MARGIN + max(_width(heading, title), _width(plain, subtitle))
-    answers = max(_width(plain, *predictions), _width(small, "wrong, probability 0.00"))
+    headings = MARGIN + max(text_width(heading, title), text_width(plain, subtitle))
+    answers = max(text_width(plain, *predictions), text_width(small, "wrong, probability 0.00"))
     page_width = max(right + answers, headings) + MARGIN
     page_height = top + len(clips) * (height + ROW_GAP) - ROW_GAP + MARGIN
     page = Image.new("RGB", (page_width, page_height), PAPER)
@@ -68,5 +68,5 @@ def draw_predictions(
     page.save(path)
 
 
-def _width(font, *texts: str) -> int:
+def text_width(font, *texts: str) -> int:
     return math.ceil(max(font.getlength(text) for text in texts))

@@ -23,6 +23,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def make_clip(
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
 
-def write_mp4(path: Path, frames: np.ndarray, fps: int = 10) -> None:
+def write_mp4(path: Path, frames: np.ndarray, fps: int | Fraction = 10) -> None:
     """Encode frames, uint8 [t, h, w, 3] with even h and w, as H.264 in mp4."""
     import av
     from av.codec.codec import UnknownCodecError

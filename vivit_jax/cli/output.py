@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that a command writes: checked before the work, and never left half written."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vivit_jax.errors import UserError
+
+
+def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """UserError where a command could not or should not write `path`; run it before the work."""
+    if path.suffix.lower() not in suffixes:
+        raise UserError(
+            f"--out {path} ends in {path.suffix!r}; expected one of {', '.join(suffixes)}"
+        )
+    if path.is_dir():
+        raise UserError(f"--out {path} is a directory; expected a file name")
+    if path.exists() and not overwrite:
+        raise UserError(f"--out {path} exists; choose another name, or pass --overwrite")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no directory {path.parent}; make it first")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path`, of the same suffix, that takes its place once the block is done."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of clips shown one above the other (png) or side by side and moving (mp4, gif)."""
+
+import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from vivit_jax.cli.picture import FAINT, GUTTER, INK, MARGIN, PAPER, ROW_GAP, WRONG, text_width
+
+TILE, MOVING_TILE = 96, 256  # pixels that a frame is wide, about, where it is scaled up
+MOST_COLUMNS = 8
+HIDDEN, HATCH = 0.88, 0.62  # grey levels of what is not shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Panels:
+    """Clips of the same frames with a label each, and what is to be said about them."""
+
+    title: str
+    notes: Sequence[str]
+    warning: str | None  # in red
+    labels: Sequence[str]  # of clips
+    clips: Sequence[np.ndarray]  # uint8 [t, h, w, 3] each
+    times: Sequence[str]  # of frames
+
+    def save_png(self, path: Path, every: int = 1) -> None:
+        """A row per clip, a column per frame; every `every`-th of them where they are many."""
+        shown = range(0, len(self.times), every if len(self.times) > MOST_COLUMNS else 1)
+        rows = [[clip[i] for i in shown] for clip in self.clips]
+        page = self._page(rows, self.labels, [self.times[i] for i in shown], TILE)
+        page.save(path)
+
+    def save_mp4(self, path: Path, fps: float) -> None:
+        """The clips side by side at `fps` frames per second."""
+        from vivit_jax.data.synthetic import write_mp4
+
+        pages = np.stack([np.asarray(page) for page in self._moving()])
+        # H.264 stores colour for 2x2 pixels, so both sides have to be even.
+        odd = [(0, size % 2) for size in pages.shape[1:3]]
+        pages = np.pad(pages, [(0, 0), *odd, (0, 0)], constant_values=255)
+        write_mp4(path, pages, Fraction(fps).limit_denominator(1000))
+
+    def save_gif(self, path: Path, fps: float) -> None:
+        """The clips side by side, over and over; a gif counts time in hundredths of a second."""
+        first, *rest = self._moving()
+        duration = max(2, round(100 / fps)) * 10
+        first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
+
+    def _moving(self) -> list:
+        return [
+            self._page([[clip[i] for clip in self.clips]], [time], self.labels, MOVING_TILE)
+            for i, time in enumerate(self.times)
+        ]
+
+    def _page(self, rows, row_labels, column_labels, tile: int):
+        """A grid of frames, uint8 [h, w, 3] each, under the title and the notes."""
+        from PIL import Image, ImageDraw, ImageFont
+
+        heading, plain, small = (ImageFont.load_default(size) for size in (22, 15, 13))
+        height, width = rows[0][0].shape[:2]
+        scale = max(1, round(tile / width))
+        height, width = scale * height, scale * width
+        left = MARGIN + text_width(plain, *self.labels, *self.times) + 18
+        page_width = left + len(rows[0]) * (width + GUTTER) - GUTTER + MARGIN
+        # Few or small frames leave less room than a sentence needs.
+        page_width = max(page_width, 640)
+
+        said = [(self.title, INK, heading, 30), *((note, FAINT, plain, 21) for note in self.notes)]
+        said += [(self.warning, WRONG, plain, 21)] if self.warning else []
+        lines = [
+            (line, colour, font, step)
+            for text, colour, font, step in said
+            for line in _wrapped(text, font, page_width - 2 * MARGIN)
+        ]
+        top = MARGIN + sum(step for *_, step in lines) + 34
+        page_height = top + len(rows) * (height + ROW_GAP) - ROW_GAP + MARGIN
+
+        page = Image.new("RGB", (page_width, page_height), PAPER)
+        draw = ImageDraw.Draw(page)
+        y = MARGIN
+        for line, colour, font, step in lines:
+            draw.text((MARGIN, y), line, colour, font, "lt")
+            y += step
+        for i, label in enumerate(column_labels):
+            draw.text((left + i * (width + GUTTER) + width // 2, top - 8), label, INK, small, "ms")
+        for row, (label, frames) in enumerate(zip(row_labels, rows, strict=True)):
+            y = top + row * (height + ROW_GAP)
+            draw.text((MARGIN, y + height // 2), label, INK, plain, "lm")
+            for i, frame in enumerate(frames):
+                picture = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
+                page.paste(picture, (left + i * (width + GUTTER), y))
+        return page
+
+
+def as_frames(clip: np.ndarray, hatched: bool = False) -> np.ndarray:
+    """A clip [t, h, w, c] in [0, 1] for the screen, uint8 [t, h, w, 3].
+
+    One or two channels show the first in grey, more the first three as red, green and blue. What is
+    NaN becomes light grey, hatched if asked.
+    """
+    clip = np.repeat(clip[..., :1], 3, axis=-1) if clip.shape[-1] < 3 else clip[..., :3]
+    height, width = clip.shape[1:3]
+    across = (np.arange(height)[:, None] + np.arange(width)) % 4 == 0
+    blank = np.where(across & hatched, HATCH, HIDDEN)[..., None]
+    return np.rint(255 * np.clip(np.where(np.isnan(clip), blank, clip), 0, 1)).astype(np.uint8)
+
+
+def _wrapped(text: str, font, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and text_width(font, longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

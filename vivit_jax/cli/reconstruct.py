@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax reconstruct`: what a masked autoencoder makes of a clip that it sees a part of."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from vivit_jax.cli.output import check_output, whole_file
+from vivit_jax.errors import UserError
+
+SUFFIXES = (".png", ".mp4", ".gif")
+# For arrays, which have no frame rate; that of the demo's clips.
+DEFAULT_FPS = 10.0
+
+
+def reconstruct(
+    clip: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    model: str,
+    out: Path,
+    mask_ratio: float = 0.9,
+    mask: Literal["tube", "random", "dual"] = "tube",
+    seed: int = 0,
+    true_statistics: bool = False,
+    stride: int | None = None,
+    start: str = "center",
+    pad: Literal["error", "repeat_last", "loop"] = "error",
+    overwrite: bool = False,
+    json: bool = False,
+) -> int:
+    """Hide most of a clip and draw the original, what is left, and the model's reconstruction.
+
+    A model trained with norm_pix_loss predicts patches without their mean and variance. Those of
+    hidden patches are estimated from visible ones, so nothing hidden shows in the picture. The
+    error in hidden patches is printed beside that of two baselines: each patch flat at its mean,
+    and a copy of the nearest visible patch.
+
+    Args:
+        clip: Video file, or .npy with frames [t, h, w, c] of any channel count, uint8 or float in
+            [0, 1].
+        model: Directory with config.json, weights and preprocessor_config.json, or a hub id; with a
+            pre-training head.
+        out: File to write: .png has a row for each of the three and a column per frame, .mp4 and
+            .gif show them side by side.
+        mask_ratio: Share of the patches to hide.
+        mask: tube hides the same places in every frame, random any; dual is a tube, of whose
+            patches the decoder predicts half in a running cell (VideoMAE V2).
+        seed: Seed of the mask.
+        true_statistics: Give each hidden patch its true mean and variance, as the papers' pictures
+            do; the picture says so, because it shows more than the model knows.
+        stride: Frames between sampled frames. Default: 4, less where the video is too short for it.
+        start: Where the clip lies: begin, center, end, or the index of its first frame.
+        pad: What to do with a video of fewer frames than the model takes.
+        overwrite: Replace `out` where it exists.
+        json: Print a JSON object instead of the table.
+    """
+    check_output(out, SUFFIXES, overwrite)
+    if not 0 < mask_ratio < 1:
+        raise UserError(f"--mask-ratio must be between 0 and 1, got {mask_ratio}")
+    if seed < 0:
+        raise UserError(f"--seed must not be negative, got {seed}")
+    import vivit_jax
+    from vivit_jax.data.clip import parse_start, read_clip
+    from vivit_jax.reconstruction import error_table, rmse
+    from vivit_jax.reconstruction import reconstruct as predict_hidden
+
+    place = parse_start(start)
+    config = _config(model, true_statistics)
+    chosen = draw_mask(mask, seed, 1, config.grid, mask_ratio)
+    processor = vivit_jax.VideoProcessor.from_pretrained(model)
+    read = read_clip(clip, config, stride=stride, start=place, pad=pad)
+    pixel_values = read.pixel_values(processor)
+    module, params = vivit_jax.from_pretrained(model)
+    result = predict_hidden(
+        module, params, pixel_values, chosen, processor, true_statistics=true_statistics
+    )
+    errors = rmse([result])
+
+    indices = [int(i) for i in read.indices]
+    panels = panels_of(
+        result,
+        title=f"{clip.name}, reconstructed from {1 - result.hidden.mean():.0%} of it",
+        about=f"{model}; {mask} mask of ratio {mask_ratio:g}, seed {seed}",
+        times=[f"frame {i}" for i in indices],
+    )
+    # Where the stride is one, the file's own speed; else the clip in real time.
+    step = (indices[-1] - indices[0]) / max(len(indices) - 1, 1)
+    fps = (read.fps or DEFAULT_FPS) / max(step, 1)
+    with whole_file(out) as partial:
+        kind = out.suffix.lower()
+        if kind == ".png":
+            panels.save_png(partial, every=config.tubelet[0])
+        elif kind == ".mp4":
+            panels.save_mp4(partial, fps)
+        else:
+            panels.save_gif(partial, fps)
+    if json:
+        print(json_module.dumps(_summary(result, errors, clip, out, indices), indent=2))
+        return 0
+    print(f"{clip} ({len(indices)} frames from {indices[0]} to {indices[-1]}): {_counts(result)}")
+    print("RMSE on predicted hidden patches, pixels in [0, 1]:")
+    print("\n".join(f"  {line}" for line in error_table(errors)))
+    for note in (_statistics_note(result)[0], _channels_note(result)):
+        if note:
+            print(note)
+    print(f"written to {out}")
+    return 0
+
+
+def draw_mask(kind: str, seed: int, batch: int, grid, ratio: float):
+    """A mask of `kind` (tube, random, dual) for every clip of a batch, a function of `seed`."""
+    import numpy as np
+
+    from vivit_jax import masking
+
+    draw = {
+        "tube": masking.tube_mask,
+        "random": masking.random_mask,
+        "dual": masking.dual_mask,
+    }[kind]
+    return draw(np.random.default_rng(seed), batch, grid, ratio)
+
+
+def panels_of(result, *, title: str, about: str, times: list[str], clips=(0,)):
+    """The picture of some clips of a `vivit_jax.reconstruction.Reconstruction`."""
+    from vivit_jax.cli.panels import Panels, as_frames
+    from vivit_jax.reconstruction import ROWS, rmse
+
+    errors = rmse([result])[:, int(result.statistics == "true")]
+    # The model's own pixels are no column of their own: all of them come from visible patches.
+    named = ", ".join(f"{name} {error:.3f}" for name, error in zip(ROWS, errors, strict=True))
+    note, leaks = _statistics_note(result)
+    notes = [
+        f"{about}: {_counts(result)}.",
+        f"RMSE on hidden patches, pixels in [0, 1]: {named}.",
+    ]
+    notes += [] if leaks else [note]
+    if (result.hidden & ~result.predicted).any():
+        notes.append("Hatched in the reconstruction: hidden and not predicted (dual mask).")
+    notes += [text for text in [_channels_note(result)] if text]
+    return Panels(
+        title=title,
+        notes=notes,
+        warning=note if leaks else None,
+        labels=["original", "masked", "reconstruction"] * len(clips),
+        clips=[
+            as_frames(which[i], hatched)
+            for i in clips
+            for which, hatched in (
+                (result.original, False),
+                (result.masked_clips, False),
+                (result.clips, True),
+            )
+        ],
+        times=times,
+    )
+
+
+def _config(model: str, true_statistics: bool):
+    """The model's configuration, from what is cheap to check: the weights are not read."""
+    from checkpoints_convert.layouts import architecture
+    from checkpoints_convert.source import open_source
+    from vivit_jax.reconstruction import check_statistics
+
+    source = open_source(model)
+    held = source.layout
+    if held.head != "pretraining":
+        raise UserError(
+            f"{model} holds {architecture(held.family, held.head)}, which predicts no pixels; "
+            "reconstruct needs a pre-trained VideoMAE with its decoder (VideoMAEForPreTraining)"
+        )
+    check_statistics(source.config, true_statistics)
+    return source.config
+
+
+def _counts(result) -> str:
+    hidden, predicted = int(result.hidden[0].sum()), int(result.predicted[0].sum())
+    text = f"{hidden} of {result.hidden.shape[1]} patches hidden"
+    return text if predicted == hidden else f"{text}, {predicted} of them predicted"
+
+
+def _statistics_note(result) -> tuple[str, bool]:
+    """Where mean and variance of hidden patches come from, and whether that leaks."""
+    return {
+        "estimated": (
+            "Mean and variance of each hidden patch are estimated from visible patches.",
+            False,
+        ),
+        "true": (
+            "Each hidden patch was given its TRUE mean and variance: its brightness, colour and "
+            "contrast are not the model's work.",
+            True,
+        ),
+        "none": ("The model predicts pixels; nothing else is known of hidden patches.", False),
+    }[result.statistics]
+
+
+def _channels_note(result) -> str | None:
+    channels = result.original.shape[-1]
+    if channels == 3:
+        return None
+    shown = "the first is shown" if channels < 3 else "the first three are shown as colours"
+    return f"{channels} channel{'s' * (channels > 1)}: {shown}."
+
+
+def _summary(result, errors, clip: Path, out: Path, indices: list[int]) -> dict[str, Any]:
+    import numpy as np
+
+    from vivit_jax.reconstruction import COLUMNS, ROWS
+
+    return {
+        "clip": str(clip),
+        "out": str(out),
+        "frames": indices,
+        "patches": result.hidden.shape[1],
+        "hidden": int(result.hidden.sum()),
+        "predicted": int(result.predicted.sum()),
+        "statistics": result.statistics,
+        "rmse": {
+            row: {
+                column: None if np.isnan(value) else float(value)
+                for column, value in zip(COLUMNS, values, strict=True)
+            }
+            for row, values in zip(ROWS, errors, strict=True)
+        },
+    }
