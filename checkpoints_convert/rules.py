@@ -11,6 +11,7 @@ same calls carry gradients.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -79,15 +80,25 @@ class Row:
 
 
 def expand(rules: Iterable[Rule]) -> Iterator[Row]:
-    """One row per rule and layer."""
-    for rule in rules:
-        paths = (rule.dst,) if isinstance(rule.dst, str) else rule.dst
-        for i in (None,) if rule.layers is None else range(rule.layers):
-            yield Row(
-                rule.src.replace("{i}", str(i)),
-                tuple(path.replace("{i}", str(i)) for path in paths),
-                rule,
-            )
+    """One row per rule and layer, layer by layer where rules of one stack follow each other.
+
+    So a table in the order in which a block lists its tensors gives that of a whole state dict.
+    """
+    for (layers, _), stack in itertools.groupby(rules, _stack):
+        stack = list(stack)
+        for i in (None,) if layers is None else range(layers):
+            for rule in stack:
+                paths = (rule.dst,) if isinstance(rule.dst, str) else rule.dst
+                yield Row(
+                    rule.src.replace("{i}", str(i)),
+                    tuple(path.replace("{i}", str(i)) for path in paths),
+                    rule,
+                )
+
+
+def _stack(rule: Rule) -> tuple[int | None, str]:
+    """What the rules of one stack of blocks share: its depth and what precedes the layer."""
+    return rule.layers, "" if rule.layers is None else rule.src.partition("{i}")[0]
 
 
 def match_import(

@@ -187,6 +187,19 @@ def test_expand_counts_layers():
     assert [row.src for row in expand(TABLE)][:4] == ["cls", *(f"fc.{i}.weight" for i in range(3))]
 
 
+def test_expand_goes_layer_by_layer_through_a_stack():
+    each, fewer = {"layers": 2}, {"layers": 1}
+    rules = [
+        Rule("a.{i}.w", "layers_{i}/w", **each),
+        Rule("a.{i}.b", "layers_{i}/b", **each),
+        Rule("b.{i}.w", "more/layers_{i}/w", **each),
+        Rule("b.{i}.x", "more/layers_{i}/x", **fewer),
+        Rule("end", "end"),
+    ]
+    names = ["a.0.w", "a.0.b", "a.1.w", "a.1.b", "b.0.w", "b.1.w", "b.0.x", "end"]
+    assert [row.src for row in expand(rules)] == names
+
+
 def test_paths():
     assert trees.layer_path("layers/b", 3) == "layers_3/b"
     assert trees.layer_path("players/layers/b", 3) == "players/layers_3/b"
