@@ -18,7 +18,14 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert.msgpack_walk import Walk, begins_map
-from checkpoints_convert.tensors import DTYPES, LazyTensor, incomplete, known_dtype, stored
+from checkpoints_convert.tensors import (
+    DTYPES,
+    LazyTensor,
+    constant,
+    incomplete,
+    known_dtype,
+    stored,
+)
 from vivit_jax.errors import CheckpointError
 
 MAX_CHUNK_SIZE = 2**30  # bytes; flax's choice, msgpack could store somewhat more
@@ -95,7 +102,7 @@ class _Reader:
             return {str(i): self.object((*keys, str(i))) for i in range(length)}
         if kind == "extension":
             return self.extension("/".join(keys), length)
-        return _constant(self.walk.decoded(start, length))
+        return constant(self.walk.decoded(start, length))
 
     def map(self, keys: tuple[str, ...], length: int) -> dict[str, Any] | LazyTensor:
         tree: dict[str, Any] = {}
@@ -122,7 +129,7 @@ class _Reader:
             tensor = self.array(name)
         elif code == _COMPLEX:
             self.walk.expect("array", 2)
-            tensor = _constant(complex(_number(self.walk), _number(self.walk)))
+            tensor = constant(complex(_number(self.walk), _number(self.walk)))
         else:
             raise CheckpointError(
                 f"{self.path}: {name} is stored as msgpack extension {code}; readable: flax's "
@@ -168,12 +175,6 @@ def _number(walk: Walk) -> int | float:
     if not isinstance(value, int | float):
         raise ValueError(f"{value!r} before byte {walk.at}, expected a number")
     return value
-
-
-def _constant(value: Any) -> LazyTensor:
-    number = isinstance(value, int | float | complex)
-    array = np.asarray(value, None if number else object)
-    return LazyTensor((), array.dtype, array.copy)
 
 
 def _in_order(tree: dict[str, Any]) -> list[Any]:

@@ -4,6 +4,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -65,6 +66,16 @@ def stored(
 ) -> LazyTensor:
     """The tensor whose bytes are those (start, end) ranges of a file, one after the other."""
     return LazyTensor(shape, dtype, ByteRanges(path, ranges, dtype, shape))
+
+
+def constant(value: Any) -> LazyTensor:
+    """A value that is no array as a tensor of shape (), of dtype object unless it is a number."""
+    if isinstance(value, int | float | complex):
+        array = np.asarray(value)
+    else:
+        array = np.empty((), object)
+        array[()] = value
+    return LazyTensor((), array.dtype, array.copy)
 
 
 def known_dtype(path: Path, name: str, kind: str, known: Mapping[str, np.dtype]) -> np.dtype:

@@ -1,31 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening torch's pickles: state dicts of dense tensors, nothing that could run code."""
+"""torch's files: trees of dense tensors and plain values, nothing that could run code."""
 
+import argparse
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.tensors import DTYPES, LazyTensor, first_line, incomplete, known_dtype
+import numpy as np
+
+from checkpoints_convert.tensors import (
+    DTYPES,
+    LazyTensor,
+    constant,
+    first_line,
+    incomplete,
+    known_dtype,
+)
 from vivit_jax.errors import CheckpointError, MissingExtra
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a torch file by name.
+    """The leaves of a torch file by their '/'-joined paths; a state dict's tensors by name.
 
-    Raises CheckpointError for damage and for what is not a flat state dict of dense tensors,
-    MissingExtra without torch.
+    Lists that hold tensors or further trees are maps with keys '0', '1', ...; every other value is
+    a tensor of shape (), of dtype object unless it is a number. Raises CheckpointError for damage,
+    for a pickle that needs more than torch's safe types and argparse.Namespace, and for tensors
+    that are not dense; MissingExtra without torch.
     """
+    torch = _torch(f"reading {path}")
     try:
-        import torch
-    except ImportError:
-        raise MissingExtra("torch", "torch", f"reading {path}") from None
-    try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        state = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        # The authors of VideoMAE keep the arguments of their script, a bag of attributes without
+        # any code. Files from before torch 1.6 are no zip archives and cannot be mapped.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged or holds more than tensors, and unpickling that could run code. "
@@ -37,31 +48,101 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         raise incomplete(path, "torch", error) from None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
-    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise CheckpointError(
-            f"{path} is not a flat state dict, it also holds: {', '.join(map(str, others))}"
-        )
-    odd = [
-        str(name)
-        for name, tensor in state.items()
-        if not isinstance(name, str) or tensor.layout != torch.strided or tensor.is_meta
-    ]
-    if odd:
-        raise CheckpointError(
-            f"{path} holds what is not a dense tensor under a name: {', '.join(odd)}"
-        )
-    return {name: _torch_tensor(path, name, tensor) for name, tensor in state.items()}
+    tensors: dict[str, LazyTensor] = {}
+    try:
+        for name, value in _leaves(path, state):
+            if name in tensors:
+                raise CheckpointError(f"{path} holds {name} twice, and names must be unique")
+            tensors[name] = _leaf(path, name, value)
+    except RecursionError:
+        raise CheckpointError(f"{path} holds a tree that contains itself") from None
+    return tensors
 
 
-def _torch_tensor(path: Path, name: str, tensor: Any) -> LazyTensor:
+def is_beside(name: str, tensor: LazyTensor) -> bool:
+    """Whether a leaf of a torch file is none of a state dict at its top: nested, or one value."""
+    return "/" in name or tensor.dtype == object or not tensor.shape
+
+
+def check_flat(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """CheckpointError if a torch file holds more than the one state dict that is expected."""
+    others = [name for name, tensor in tensors.items() if is_beside(name, tensor)]
+    if others and path.suffix in (".bin", ".pt", ".pth"):
+        held = ", ".join(dict.fromkeys(name.partition("/")[0] for name in others))
+        raise CheckpointError(
+            f"{path} is not a flat state dict, it also holds: {held}; save the state dict of the "
+            "model alone"
+        )
+
+
+def write_state_dict(path: Path, tensors: Mapping[str, Any], container: str | None) -> Path:
+    """Write tensors (`read()`) as a state dict in their order, under a key if `container` is one.
+
+    Returns the path; MissingExtra without torch.
+    """
+    torch = _torch(f"writing {path.name}")
+    names = {dtype: name for name, dtype in _torch_dtypes().items()}
+
+    def converted(tensor):
+        array = np.ascontiguousarray(tensor.read())
+        # torch takes numpy's bytes, but knows nothing of ml_dtypes.
+        flat = torch.from_numpy(array.reshape(-1).view(np.uint8))
+        return flat.view(getattr(torch, names[array.dtype])).reshape(array.shape)
+
+    state = {name: converted(tensor) for name, tensor in tensors.items()}
+    torch.save({container: state} if container else state, path)
+    return path
+
+
+def _torch(purpose: str):
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtra("torch", "torch", purpose) from None
+    return torch
+
+
+def _torch_dtypes() -> dict[str, np.dtype]:
+    """Our dtypes by torch's names."""
+    return {str(dtype): dtype for dtype in DTYPES.values()}
+
+
+def _leaves(path: Path, tree: Any, *above: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        items = tree.items()
+    elif isinstance(tree, argparse.Namespace):
+        items = vars(tree).items()
+    elif isinstance(tree, list | tuple) and any(map(_is_tree, tree)):
+        items = enumerate(tree)
+    else:
+        yield "/".join(above), tree
+        return
+    for key, value in items:
+        if not isinstance(key, str | int):
+            raise CheckpointError(
+                f"{path} holds what is not a tensor under a name: the key {key!r} of "
+                f"{'/'.join(above) or 'the file'}"
+            )
+        yield from _leaves(path, value, *above, str(key))
+
+
+def _is_tree(value: Any) -> bool:
     import torch
 
-    known = {str(dtype): dtype for dtype in DTYPES.values()}
-    dtype = known_dtype(path, name, str(tensor.dtype).removeprefix("torch."), known)
+    return isinstance(value, Mapping | list | tuple | argparse.Namespace | torch.Tensor)
+
+
+def _leaf(path: Path, name: str, value: Any) -> LazyTensor:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return constant(value)
+    if value.layout != torch.strided or value.is_meta:
+        raise CheckpointError(f"{path} holds what is not a dense tensor under a name: {name}")
+    dtype = known_dtype(path, name, str(value.dtype).removeprefix("torch."), _torch_dtypes())
 
     def read():
-        flat = tensor.detach().contiguous().reshape(-1)
-        return flat.view(torch.uint8).numpy().view(dtype).reshape(tensor.shape)
+        flat = value.detach().contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy().view(dtype).reshape(value.shape)
 
-    return LazyTensor(tuple(tensor.shape), dtype, read)
+    return LazyTensor(tuple(value.shape), dtype, read)

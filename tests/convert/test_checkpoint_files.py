@@ -150,10 +150,51 @@ def test_pickles(tmp_path, tensors):
     assert opened["b.1"].read().dtype == ml_dtypes.bfloat16
     torch.save(state, path, _use_new_zipfile_serialization=False)
     assert np.array_equal(open_checkpoint(tmp_path).tensors["b.0"].read(), np.ones(2))
-    torch.save({"state_dict": state, "epoch": 3}, path)
-    assert "not a flat state dict, it also holds: state_dict, epoch" in refused(tmp_path)
     torch.save([1, 2], path)
     assert "holds a list" in refused(tmp_path)
+    torch.save({"w": torch.ones(2).to_sparse()}, path)
+    assert "not a dense tensor under a name: w" in refused(tmp_path)
+    torch.save({"w": {(1, 2): torch.ones(2)}}, path)
+    assert "the key (1, 2) of w" in refused(tmp_path)
+    torch.save({"a": {"b": 1}, "a/b": 2}, path)
+    assert "holds a/b twice" in refused(tmp_path)
+    cycle = {}
+    cycle["again"] = cycle
+    torch.save(cycle, path)
+    assert "a tree that contains itself" in refused(tmp_path)
+
+
+def test_pickled_training_state(tmp_path):
+    """Nested as scripts leave it: every leaf by its path, the arguments as plain values."""
+    import argparse
+
+    import torch
+
+    path = tmp_path / "checkpoint.pth"
+    groups = [{"lr": 0.1, "params": [0, 1]}]
+    state = {
+        "model": {"b.0": torch.ones(2)},
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": groups},
+        "epoch": 3,
+        "best": None,
+        "args": argparse.Namespace(name="x", size=(16, 16)),
+        "list": [torch.ones(1), {}],
+    }
+    torch.save(state, path)
+    opened = open_checkpoint(tmp_path).tensors
+    assert {name: t.read().tolist() for name, t in opened.items()} == {
+        "model/b.0": [1.0, 1.0],
+        "optimizer/state/0/step": 3.0,
+        "optimizer/param_groups/0/lr": 0.1,
+        "optimizer/param_groups/0/params": [0, 1],
+        "epoch": 3,
+        "best": None,
+        "args/name": "x",
+        "args/size": (16, 16),
+        "list/0": [1.0],
+    }
+    assert opened["args/size"].shape == () and opened["args/size"].dtype == object
+    assert opened["epoch"].dtype == np.int64
 
 
 def test_pickle_that_would_run_code_is_refused(tmp_path):
