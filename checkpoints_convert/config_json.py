@@ -7,7 +7,7 @@ import json
 import logging
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vivit_jax.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 Config = VivitConfig | VideoMAEConfig
+Settings = Iterable[str] | Mapping[str, Any]  # key=value, or values by the names of fields
 NAME = "config.json"
 HF_FIXED_EPS = 1e-5  # of the norms outside the blocks of VideoMAE
 
@@ -53,29 +54,51 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
     return dataclasses.replace(config, **execution), head
 
 
-def transformers_note(config: Config, head: str) -> str | None:
-    """Where transformers, which has this architecture, does not compute what `config` says."""
+def predicts_as_published(config: VideoMAEConfig) -> bool:
+    """Whether pre-training turns pixels back into [0, 1] as HuggingFace and the authors do."""
+    from vivit_jax.data.processor import VideoProcessor
+
+    if config.image_mean is None:
+        return True
+    published = VideoProcessor.named("videomae-imagenet")
+    return (config.image_mean, config.image_std) == (published.image_mean, published.image_std)
+
+
+def transformers_notes(config: Config, head: str) -> tuple[str, ...]:
+    """Where transformers, if it has this architecture, does not compute what `config` says."""
+    if not config.in_transformers:
+        return ()
+    notes = []
     if config.class_splits is not None:
-        return "transformers computes the logits of class_splits, but has no loss for them"
+        notes.append("transformers computes the logits of class_splits, but has no loss for them")
     if config.hidden_act == "selu":
-        return "transformers documents hidden_act 'selu' but has no such activation"
-    field = {"classification": "fc_norm_eps", "pretraining": "decoder_norm_eps"}.get(head)
-    eps = getattr(config, field, HF_FIXED_EPS) if field else HF_FIXED_EPS
-    if eps == HF_FIXED_EPS:
-        return None
-    return (
-        f"{field} is {eps:g} here; transformers computes with {HF_FIXED_EPS:g} whatever "
-        "config.json says"
-    )
+        notes.append("transformers documents hidden_act 'selu' but has no such activation")
+    if head == "pretraining" and not predicts_as_published(config):
+        notes.append(
+            f"image_mean is {config.image_mean} and image_std {config.image_std} here; "
+            "transformers predicts pixels un-normalised with ImageNet's if they are RGB, else as "
+            "they are"
+        )
+    norms = {"pretraining": "decoder_norm_eps"}
+    if getattr(config, "use_mean_pooling", False):
+        norms["classification"] = "fc_norm_eps"
+    eps = getattr(config, norms.get(head, ""), HF_FIXED_EPS)
+    if eps != HF_FIXED_EPS:
+        notes.append(
+            f"{norms[head]} is {eps:g} here; transformers computes with {HF_FIXED_EPS:g} whatever "
+            "config.json says"
+        )
+    return tuple(notes)
 
 
-def write_config(directory: str | Path, config: Config, head: str, dtype: str) -> None:
+def write_config(
+    directory: str | Path, config: Config, head: str, dtype: str, for_transformers: bool = True
+) -> None:
     """Write config.json for a model with this head whose weights are stored as `dtype`.
 
-    Warns where transformers will not compute what it says.
+    Warns where transformers will not compute what it says, if it is for it to read.
     """
-    note = transformers_note(config, head)
-    if note:
+    for note in transformers_notes(config, head) if for_transformers else ():
         logger.warning("%s", note)
     values = config.to_dict()
     values["architectures"] = [architecture(config.model_type, head)]
@@ -84,8 +107,8 @@ def write_config(directory: str | Path, config: Config, head: str, dtype: str) -
     (Path(directory) / NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def override(config: Config, settings: Iterable[str]) -> Config:
-    """Apply `key=value` settings, see `parse_settings`."""
+def override(config: Config, settings: Settings) -> Config:
+    """Apply settings, see `parse_settings`."""
     changes = parse_settings(type(config), settings)
     if changes.get("num_labels", config.num_labels) != config.num_labels:
         changes.setdefault("id2label", None)
@@ -95,26 +118,34 @@ def override(config: Config, settings: Iterable[str]) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def parse_settings(cls: type[Config], settings: Iterable[str]) -> dict[str, Any]:
-    """Fields by name from `key=value` settings with the field names of config.json.
+def reusable(settings: Settings) -> Settings:
+    """Settings that can be read more than once."""
+    return dict(settings) if isinstance(settings, Mapping) else tuple(settings)
 
-    Values are JSON, bare words are strings, `2,16,16` and `noun,verb` are lists; class names and
-    splits set `num_labels` if nobody does. Raises ConfigError for an unknown key, for one that is
-    set twice and for a value of the wrong type.
+
+def names_set(settings: Settings) -> set[str]:
+    """The fields that settings name, not checked."""
+    return {setting.partition("=")[0] for setting in settings}
+
+
+def parse_settings(cls: type[Config], settings: Settings) -> dict[str, Any]:
+    """Fields by name from `key=value` settings, or a mapping, with config.json's field names.
+
+    In a text values are JSON, bare words are strings, `2,16,16` and `noun,verb` are lists; class
+    names and splits set `num_labels` if nobody does. Raises ConfigError for an unknown key, for one
+    that is set twice and for a value of the wrong type.
     """
     fields = {f.name: f.type for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
+    parsed = settings.items() if isinstance(settings, Mapping) else map(_split, settings)
     changes = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--config takes key=value, got {setting!r}")
+    for name, value in parsed:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"
             raise ConfigError(f"--config: {cls.model_type} has no field {name!r}{hint}")
         if name in changes:
             raise ConfigError(f"--config: {name} is set twice")
-        changes[name] = _typed(name, text, fields[name])
+        changes[name] = _typed(name, value, fields[name])
     if "num_labels" not in changes:
         # Names and splits say how many classes there are.
         if isinstance(changes.get("id2label"), dict | tuple):
@@ -124,17 +155,36 @@ def parse_settings(cls: type[Config], settings: Iterable[str]) -> dict[str, Any]
     return changes
 
 
-def _typed(name: str, text: str, wanted: Any) -> Any:
-    value = _parse(text)
-    if isinstance(value, str) and _fits((value,), wanted):
-        value = tuple(value.split(","))
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """A value as it was typed."""
+
+    text: str
+
+    def __repr__(self):
+        return repr(self.text)
+
+
+def _split(setting: str) -> tuple[str, _Text]:
+    name, equals, text = setting.partition("=")
+    if not equals:
+        raise ConfigError(f"--config takes key=value, got {setting!r}")
+    return name, _Text(text)
+
+
+def _typed(name: str, given: Any, wanted: Any) -> Any:
+    value = given
+    if isinstance(given, _Text):
+        value = _parse(given.text)
+        if isinstance(value, str) and _fits((value,), wanted):
+            value = tuple(value.split(","))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, list):
         value = tuple(value)
     if name != "id2label" and not _fits(value, wanted):
         expected = getattr(wanted, "__name__", None) if wanted in (int, float, bool, str) else None
-        raise ConfigError(f"--config: {name} must be {expected or wanted}, got {text!r}")
+        raise ConfigError(f"--config: {name} must be {expected or wanted}, got {given!r}")
     return value
 
 
@@ -158,4 +208,5 @@ def _fits(value: Any, wanted: Any) -> bool:
         return (
             isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
         )
-    return isinstance(value, wanted) and not (wanted is not bool and isinstance(value, bool))
+    kind = int | float if wanted is float else wanted
+    return isinstance(value, kind) and not (wanted is not bool and isinstance(value, bool))

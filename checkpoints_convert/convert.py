@@ -3,17 +3,18 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from checkpoints_convert.layouts import IMAGE, LAYOUTS
 from checkpoints_convert.settings import Settings, joined
+from vivit_jax.errors import UserError
 
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
-Container = Literal["optimizer", "params"]
+Container = Literal["optimizer", "params", "model", "module", "bare"]
 Inflation = Literal["central_frame", "average", "rank_pooling"]
 Positions = Literal["tile", "resize", "resize_tile"]
 TemporalAttention = Literal["copy", "zero", "fresh"]
@@ -52,7 +53,7 @@ def convert_checkpoint(
     *,
     from_layout: str | None = None,
     to_layout: str = "hf",
-    settings: Iterable[str] = (),
+    settings: Iterable[str] | Mapping[str, Any] = (),
     dtype: str | None = None,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
@@ -63,34 +64,37 @@ def convert_checkpoint(
     """Write `source` (directory, file or hub id, any dialect) as a directory in `to_layout`.
 
     Values are bit-exact and dtypes preserved unless `dtype` asks for a cast; the processor's files
-    are copied. scenic's files, which have no config, get what `settings` and the tensors say, and
-    the processor that scenic trains with. An image model becomes a video model as
-    `init_from_image_model` makes it with `image_options`, and with a classifier if `settings` give
-    it `num_labels`. Raises CheckpointError, ConfigError or OSError and then leaves no directory
-    behind.
+    are copied. Files of scenic and of VideoMAE's authors, which have no config, get what `settings`
+    and the tensors say, and the processor that their authors train with. An image model becomes a
+    video model as `init_from_image_model` makes it with `image_options`, and with a classifier if
+    `settings` give it `num_labels`. Raises CheckpointError, ConfigError or OSError and then leaves
+    no directory behind.
     """
-    from checkpoints_convert.config_json import write_config
+    from checkpoints_convert.config_json import reusable, transformers_notes, write_config
     from checkpoints_convert.io import open_checkpoint
     from checkpoints_convert.layouts import published
     from checkpoints_convert.loaded import load_checkpoint, load_image_model
     from checkpoints_convert.rules import export_params, stored_dtype
-    from checkpoints_convert.save import check_destination, replaced_directory
-    from checkpoints_convert.scenic import check_sole, check_writable
-    from checkpoints_convert.source import layout_of
-    from vivit_jax.errors import UserError
+    from checkpoints_convert.save import (
+        check_destination,
+        check_sole,
+        replaced_directory,
+        write_weights,
+    )
+    from checkpoints_convert.source import FILE_LAYOUTS, layout_of
     from vivit_jax.hub import resolve_checkpoint
 
-    if to_layout == "hf" and container is not None:
-        raise UserError(f"container {container!r} is for scenic checkpoints: to_layout='scenic'")
-    if to_layout == "scenic" and max_shard_size is not None:
+    file_layout = FILE_LAYOUTS.get(to_layout)
+    container = _container(to_layout, container)
+    if file_layout and max_shard_size is not None:
         raise UserError(
-            f"max_shard_size {max_shard_size!r} is for the hf layout; a scenic checkpoint is one "
-            "file"
+            f"max_shard_size {max_shard_size!r} is for the hf layout; a {to_layout} checkpoint is "
+            "one file"
         )
     check_destination(destination, overwrite)
-    if to_layout == "scenic":
-        check_sole(Path(destination))
-    path, settings = resolve_checkpoint(source, revision), tuple(settings)
+    if file_layout:
+        check_sole(Path(destination), file_layout.FILE, file_layout.RIVALS)
+    path, settings = resolve_checkpoint(source, revision), reusable(settings)
     if (from_layout or layout_of(open_checkpoint(path), settings)) == IMAGE:
         loaded = load_image_model(path, settings, dtype, image_options)
     elif image_options:
@@ -103,16 +107,20 @@ def convert_checkpoint(
     config, head = loaded.config, loaded.head
     target = published(config.model_type, head, loaded.pooler, to_layout)
     rules = target.rules(config)  # refuses families that the layout does not hold
-    if to_layout == "scenic":
-        check_writable(config, loaded.pooler)
+    if file_layout:
+        file_layout.check_writable(config, head, loaded.pooler)
     written = export_params(loaded.params, rules, loaded.expected)
     with replaced_directory(destination, overwrite) as staged:
-        files = _write(staged, written, to_layout, container or "optimizer", max_shard_size)
-        write_config(staged, config, head, stored_dtype(written))
+        if file_layout:
+            files = [file_layout.write(staged, written, container)]
+        else:
+            files = write_weights(staged, written, max_shard_size)
+        write_config(staged, config, head, stored_dtype(written), file_layout is None)
         files += _write_processor(staged, path, loaded)
+    notes = () if file_layout else transformers_notes(config, head)
     return Conversion(
         source=loaded.title,
-        lines=(*_account(loaded.rows, loaded.tensors, rules), *loaded.notes),
+        lines=(*_account(loaded.rows, loaded.tensors, rules), *loaded.notes, *notes),
         read=loaded.read,
         left_out=loaded.left_out,
         written=len(written),
@@ -121,37 +129,28 @@ def convert_checkpoint(
     )
 
 
-def _write(
-    staged: Path, tensors, layout: str, container: str, max_shard_size: int | str | None
-) -> list[Path]:
-    """The weights of a directory, in one file or several."""
-    from checkpoints_convert.save import write_weights
+def _container(layout: str, container: str | None) -> str | None:
+    """Where a file of this layout holds the parameters, by default what its authors do."""
+    from checkpoints_convert.source import FILE_LAYOUTS
 
-    if layout == "hf":
-        return write_weights(staged, tensors, max_shard_size)
-    from checkpoints_convert import scenic
-    from checkpoints_convert.flax_files import write_msgpack
-
-    write_msgpack(staged / scenic.FILE, scenic.train_state(tensors, container))
-    return [staged / scenic.FILE]
+    held = {name: tuple(module.CONTAINERS) for name, module in FILE_LAYOUTS.items()}
+    if container is not None and container not in held.get(layout, ()):
+        listed = "; ".join(f"{name} checkpoints: {', '.join(held[name])}" for name in held)
+        raise UserError(
+            f"container {container!r} is not for the {layout} layout. Containers of {listed}"
+        )
+    return container or next(iter(held.get(layout, ())), None)
 
 
 def _write_processor(staged: Path, path: Path, loaded) -> list[Path]:
     """The processor's files: those beside the checkpoint, or what its kind was trained with."""
     beside = path if path.is_dir() else path.parent
     found = [beside / name for name in PROCESSOR_FILES if (beside / name).is_file()]
-    if loaded.processor is None or (found and loaded.processor == {}):
+    if found and not loaded.own_processor:
         return [Path(shutil.copyfile(file, staged / file.name)) for file in found]
-    from vivit_jax.data.processor import VideoProcessor
-
-    height, width = loaded.config.frame_size
-    VideoProcessor.named(
-        "vivit-scenic",
-        # scenic resizes 32 pixels above the crop: 256 for 224, 288 for 256.
-        size={"shortest_edge": min(height, width) + 32},
-        crop_size={"height": height, "width": width},
-        **loaded.processor,
-    ).save_pretrained(staged)
+    if loaded.processor is None:
+        return []
+    loaded.processor.save_pretrained(staged)
     return [staged / PROCESSOR_FILES[0]]
 
 
@@ -188,7 +187,8 @@ def convert(
     """Rewrite a checkpoint; exit 0 means that every tensor is accounted for.
 
     Any spelling, sharding or file format becomes a directory with the hub's names in safetensors,
-    bit for bit, with its config.json and preprocessor_config.json, or a scenic checkpoint.
+    bit for bit, with its config.json and preprocessor_config.json, or a checkpoint of scenic or of
+    VideoMAE's authors.
 
     An image model (HuggingFace ViT, timm, vision_transformer) becomes the start of a video model:
     its kernel is inflated over time, its positions repeated or resized, and what it does not have
@@ -205,8 +205,8 @@ def convert(
         dtype: Cast the weights; they are kept as stored by default.
         max_shard_size: Split the weights into files of at most this size, for example 5GB.
         revision: Branch, tag or commit of a hub id.
-        container: Where a scenic checkpoint holds the parameters: optimizer/target, which is the
-            default, or params.
+        container: Where the file holds the parameters. scenic: optimizer (optimizer/target, the
+            default) or params; videomae: model (the default), module or bare.
         inflation: Image models: how the kernel spreads over time (default central_frame).
         positions: Image models: what becomes of the position table (default resize_tile).
         temporal_attention: Image models, for factorised_self_attention: what temporal attention

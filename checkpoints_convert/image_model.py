@@ -19,6 +19,7 @@ from checkpoints_convert.io import open_checkpoint
 from checkpoints_convert.layouts import naming
 from checkpoints_convert.rules import Row, Rule, match_import
 from checkpoints_convert.tables import hf_vivit, scenic_vivit, timm_vit
+from checkpoints_convert.torch_files import check_flat
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import CheckpointError, ConfigError
 
@@ -69,6 +70,13 @@ def open_image_model(source: str | Path, *, heads: int | None = None, revision=N
     left_out: dict[str, str] = {}
     if kind == "flax":
         tensors, left_out = scenic.parameters(tensors)
+    elif kind == "timm" and prefix.endswith("/"):  # a training state of torch, as DeiT saves it
+        others = (name for name in tensors if not name.startswith(prefix))
+        left_out = dict.fromkeys(others, scenic.TRAINING_STATE)
+        inside = {name: t for name, t in tensors.items() if name not in left_out}
+        tensors, prefix = {name.removeprefix(prefix): t for name, t in inside.items()}, ""
+    elif kind is not None:
+        check_flat(path, tensors)
     kernel = _patch_kernel(path, kind, prefix, tensors)
     if kind == "hf":
         config = _hf_config(path, tensors, prefix)

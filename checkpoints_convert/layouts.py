@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from checkpoints_convert.rules import Rule
-from checkpoints_convert.tables import hf_videomae, hf_vivit, scenic_vivit
+from checkpoints_convert.tables import hf_videomae, hf_vivit, scenic_vivit, videomae_authors
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import CheckpointError, ConfigError, UserError
 
@@ -15,10 +15,12 @@ _TABLES = {
     ("hf", "vivit"): hf_vivit,
     ("hf", "videomae"): hf_videomae,
     ("scenic", "vivit"): scenic_vivit,
+    ("videomae", "videomae"): videomae_authors,
 }
 LAYOUTS = tuple(dict.fromkeys(layout for layout, _ in _TABLES))
 IMAGE = "vit"  # read, as the start of a video model, never written
-# The kernel of the patch embedding tells the layouts apart, and its rank images from video.
+# The kernel of the patch embedding tells the layouts apart, and its rank images from video; the
+# authors of VideoMAE share timm's names.
 _PATCH_KERNELS = {
     "embeddings.patch_embeddings.projection.weight": "hf",
     "patch_embed.proj.weight": "timm",
@@ -68,7 +70,8 @@ class Layout:
 
 def published(family: str, head: str, pooler: bool = False, name: str = "hf") -> Layout:
     """The spelling in which a layout is written: for hf, that of the files on the hub."""
-    prefix = "" if head == "none" else _table(name, family).PREFIX
+    table = _table(name, family)
+    prefix = table.PREFIX if head in table.PREFIXED else ""
     return Layout(name, family, head, prefix, pooler=pooler)
 
 
@@ -93,15 +96,15 @@ def detect(
 ) -> Layout:
     """The spelling of a checkpoint of this layout with these tensor names.
 
-    `head` is what config.json's `architectures` says it holds; without it the names decide. Raises
-    CheckpointError if the names are of another family than the config.
+    `head` is what config.json's `architectures` says an hf checkpoint holds; without it, and in
+    every other layout, the names decide. Raises CheckpointError if the names are of another family
+    than the config.
     """
     family = config.model_type
     table = _table(name, family)
-    if name == "scenic":
-        held = "classification" if "output_projection/kernel" in names else "none"
-        pooler = held == "none" and "pre_logits/kernel" in names
-        return Layout(name, family, held, "", pooler=pooler)
+    if name != "hf":
+        held, prefix, pooler = table.spelling(names)
+        return Layout(name, family, held, prefix, pooler=pooler)
     for (layout, other), wrong in _TABLES.items():
         if layout == name and other != family and any(n.startswith(wrong.PREFIX) for n in names):
             raise CheckpointError(

@@ -2,16 +2,15 @@
 """A model read into memory from a checkpoint or from an image model, ready to be written."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert import trees
-from checkpoints_convert.config_json import Config, parse_settings
+from checkpoints_convert import scenic, trees
+from checkpoints_convert.config_json import Config, Settings, parse_settings
 from checkpoints_convert.image_model import pixel_range
 from checkpoints_convert.rules import Row, match_import, read_params
-from checkpoints_convert.scenic import summarise
-from checkpoints_convert.source import open_source
+from checkpoints_convert.source import FILE_LAYOUTS, open_source
 from vivit_jax.config import VivitConfig
 
 
@@ -20,8 +19,8 @@ class Loaded:
     """Parameters by path, what they are a model of, and the account of the tensors read.
 
     `rows` say which of `tensors` became which parameters; there are none where values changed on
-    the way. `processor` holds fields of the processor where no file is to be copied: None means
-    to copy what there is, {} to prefer that.
+    the way. `processor` is the one of this kind of model, None where the checkpoint must bring it;
+    a file that lies beside the checkpoint is preferred unless `own_processor`.
     """
 
     title: str
@@ -33,18 +32,27 @@ class Loaded:
     read: int
     left_out: int
     notes: tuple[str, ...]
-    processor: Mapping[str, Any] | None
+    processor: Any = None
+    own_processor: bool = False
     rows: tuple[Row, ...] = ()
     tensors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_checkpoint(
-    path: Path, from_layout: str | None, settings: Iterable[str], dtype: str | None
+    path: Path, from_layout: str | None, settings: Settings, dtype: str | None
 ) -> Loaded:
     """Read a checkpoint of any layout, values as they are or cast to `dtype`."""
     opened = open_source(path, layout=from_layout, settings=settings)
     layout, expected = opened.layout, opened.expected()
     rows = match_import(opened.tensors, layout.rules(opened.config), expected, opened.title)
+    processor, notes = None, opened.notes
+    if layout.name in FILE_LAYOUTS:
+        processor = FILE_LAYOUTS[layout.name].processor(opened.config)
+        if processor is None:
+            notes += (
+                f"no processor is known for {opened.config.num_channels} channels; write a "
+                "preprocessor_config.json for them",
+            )
     return Loaded(
         title=opened.describe(),
         config=opened.config,
@@ -54,15 +62,15 @@ def load_checkpoint(
         expected=expected,
         read=len(opened.checkpoint.tensors),
         left_out=sum(not row.dst for row in rows) + len(opened.left_out),
-        notes=(*summarise(opened.left_out), *opened.notes),
-        processor={} if layout.name == "scenic" else None,
+        notes=(*opened.summary(), *notes),
+        processor=processor,
         rows=tuple(rows),
         tensors=opened.tensors,
     )
 
 
 def load_image_model(
-    path: Path, settings: Iterable[str], dtype: str | None, options: Mapping[str, str]
+    path: Path, settings: Settings, dtype: str | None, options: Mapping[str, str]
 ) -> Loaded:
     """Start a video model from an image model; `settings` are fields of the video model.
 
@@ -86,5 +94,6 @@ def load_image_model(
         read=len(image.tensors) + len(image.left_out),
         left_out=len(report.dropped),
         notes=tuple(str(report).splitlines()[1:]),
-        processor=pixel_range(image),
+        processor=scenic.processor(model.config, **pixel_range(image)),
+        own_processor=True,
     )

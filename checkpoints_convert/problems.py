@@ -7,13 +7,17 @@ Entries that differ only in the layer index share a line: `encoder.layer.{0-11}.
 import collections
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from vivit_jax.errors import CheckpointError
 
 _FIRST = ("missing", "unexpected", "wrong shape")
-# The layer in layer.3.output, layers_3/output, blocks.3.attn, encoderblock_3/LayerNorm_1.
-_LAYER = re.compile(r"(?:(?<=layer\.)|(?<=layers[._])|(?<=blocks\.)|(?<=encoderblock_))\d+(?=[./])")
+# The layer in layer.3.output, layers_3/output, blocks.3.attn, encoderblock_3/LayerNorm_1, and the
+# parameter in state/3/exp_avg of an optimiser of torch.
+_LAYER = re.compile(
+    r"(?:(?<=layer\.)|(?<=layers[._])|(?<=blocks\.)|(?<=encoderblock_)|(?<=optimizer/state/))"
+    r"\d+(?=[./])"
+)
 
 
 class Problems:
@@ -68,6 +72,21 @@ def collapse(lines: Iterable[str]) -> list[str]:
         if indices
         else key
         for key, indices in groups.items()
+    ]
+
+
+def summarise(left_out: Mapping[str, str], depth: int = 2) -> list[str]:
+    """A line per part of a train state: `optimizer/state (400 tensors)  left out: ...`.
+
+    A part is named by the first `depth` components of the '/'-joined names.
+    """
+    parts: dict[tuple[str, str], int] = {}
+    for name, reason in left_out.items():
+        part = "/".join(name.split("/")[:depth])
+        parts[part, reason] = parts.get((part, reason), 0) + 1
+    return [
+        f"{part}{f' ({count} tensors)' if count > 1 else ''}  left out: {reason}"
+        for (part, reason), count in parts.items()
     ]
 
 

@@ -109,6 +109,22 @@ def _size(tensor: Any) -> int:
     return _count(tensor) * np.dtype(tensor.dtype).itemsize
 
 
+def check_sole(directory: Path, name: str, rivals: re.Pattern) -> None:
+    """CheckpointError if readers of a directory would open another file of it than `name`.
+
+    `rivals` matches the names that they would; weight files that are replaced do not count.
+    """
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    others = sorted(
+        n for n in names if n != name and rivals.fullmatch(n) and not _WEIGHTS.fullmatch(n)
+    )
+    if others:
+        raise CheckpointError(
+            f"{directory} holds {', '.join(others)}, which would be read instead of {name}; write "
+            "to another directory"
+        )
+
+
 def check_destination(directory: str | Path, overwrite: bool) -> Path:
     """The directory to write, links resolved; CheckpointError if it may not be written."""
     directory = Path(directory).resolve()

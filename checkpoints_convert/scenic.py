@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.config_json import parse_settings
+from checkpoints_convert.config_json import Settings, parse_settings
+from checkpoints_convert.flax_files import write_msgpack
+from checkpoints_convert.inferred import complete, count_blocks
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import CheckpointError, ConfigError
 
 CONTAINERS = {"optimizer": "optimizer/target/", "params": "params/"}
 FILE = "checkpoint_0"  # what flax's restore_checkpoint looks for in a directory
+# What readers of a directory would open instead: `checkpoint`, and any later step.
+RIVALS = re.compile(r"checkpoint(_\d+)?")
 _TEMPORAL = "TemporalTransformer"
 TRAINING_STATE = "training state, no weights of the model"
 # big_vision's npz keep the optimiser under another name, vision_transformer's have no container.
@@ -42,18 +46,6 @@ def parameters(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
     left_out = dict.fromkeys(sorted(tensors.keys() - set(inside.values())), TRAINING_STATE)
     renamed = linen_names(inside)
     return {renamed[name]: tensors[full] for name, full in inside.items()}, left_out
-
-
-def summarise(left_out: Mapping[str, str]) -> list[str]:
-    """A line per part of a train state: `optimizer/state (400 tensors)  left out: ...`."""
-    parts: dict[tuple[str, str], int] = {}
-    for name, reason in left_out.items():
-        part = "/".join(name.split("/")[:2])
-        parts[part, reason] = parts.get((part, reason), 0) + 1
-    return [
-        f"{part}{f' ({count} tensors)' if count > 1 else ''}  left out: {reason}"
-        for (part, reason), count in parts.items()
-    ]
 
 
 def linen_names(names: Iterable[str]) -> dict[str, str]:
@@ -104,7 +96,7 @@ def is_image_model(tensors: Mapping[str, Any]) -> bool:
 
 
 def infer_config(
-    path: Path, tensors: Mapping[str, Any], settings: Iterable[str], **execution: Any
+    path: Path, tensors: Mapping[str, Any], settings: Settings, **execution: Any
 ) -> tuple[VivitConfig, str, list[str]]:
     """The config of scenic parameters, the head they hold, and what was assumed.
 
@@ -113,39 +105,13 @@ def infer_config(
     """
     given = parse_settings(VivitConfig, settings)
     found, asked, notes = _read_off(path, tensors, given)
-    missing = {name: options for name, options in asked.items() if name not in given}
-    if missing:
-        listed = ", ".join(
-            f"{name} ({' or '.join(options)})" if len(options) > 1 else name
-            for name, options in missing.items()
-        )
-        flags = " ".join(f"{name}={options[0]}" for name, options in missing.items())
-        rows = tensors[f"{_stage(tensors)}Transformer/posembed_input/pos_embedding"].shape[1]
-        raise ConfigError(
-            f"{path}: the weights do not say {listed}; there are {rows} positions, for tubelets of "
-            f"{found['tubelet_size']}. Give them to vivit-convert, for example --config {flags}"
-        )
-    _check_agreement(path, found, given)
-    try:
-        config = VivitConfig(**{**found, **given}, **execution)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    # Without a class token the weights do not say which of the other poolings it is.
+    free = () if "cls" in (found["pooling"], given.get("pooling")) else ("pooling",)
+    rows = tensors[f"{_stage(tensors)}Transformer/posembed_input/pos_embedding"].shape[1]
+    hint = f"there are {rows} positions, for tubelets of {found['tubelet_size']}. "
+    config = complete(path, VivitConfig, found, given, asked, free=free, hint=hint, **execution)
     _check_positions(path, tensors, config)
     return config, "classification" if "output_projection/kernel" in tensors else "none", notes
-
-
-def _check_agreement(path: Path, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """ConfigError for settings that contradict what names and shapes say."""
-    wrong = [
-        f"{name}={given[name]!r}, the weights say {value!r}"
-        for name, value in found.items()
-        # Without a class token the weights do not say which of the other poolings it is.
-        if name in given
-        and given[name] != value
-        and (name != "pooling" or "cls" in (value, given[name]))
-    ]
-    if wrong:
-        raise ConfigError(f"{path}: {'; '.join(wrong)}. Leave these settings out (--config)")
 
 
 def _check_positions(path: Path, tensors: Mapping[str, Any], config: VivitConfig) -> None:
@@ -244,12 +210,10 @@ def _stage(tensors: Mapping[str, Any]) -> str:
 
 
 def _depth(shapes: Mapping[str, tuple[int, ...]], stage: str) -> int:
-    """The number of blocks of a stage, read from the names."""
-    found = (re.match(rf"{stage}Transformer/encoderblock_(\d+)/", name) for name in shapes)
-    return max((int(match.group(1)) for match in found if match), default=-1) + 1
+    return count_blocks(shapes, rf"{stage}Transformer/encoderblock_(\d+)/")
 
 
-def check_writable(config: VivitConfig, pooler: bool = False) -> None:
+def check_writable(config: VivitConfig, head: str = "none", pooler: bool = False) -> None:
     """ConfigError where scenic would compute something else than this config says."""
     wrong = {
         name: getattr(config, name)
@@ -268,15 +232,25 @@ def check_writable(config: VivitConfig, pooler: bool = False) -> None:
         )
 
 
-def check_sole(directory: Path) -> None:
-    """CheckpointError if readers of a directory would open another checkpoint than `FILE`."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    others = sorted(n for n in names if re.fullmatch(r"checkpoint(_\d+)?", n) and n != FILE)
-    if others:
-        raise CheckpointError(
-            f"{directory} holds {', '.join(others)}, which would be read instead of {FILE}; write "
-            "to another directory"
-        )
+def processor(config: VivitConfig, **fields: Any) -> Any:
+    """What scenic trains with: frames 32 pixels above the crop, 256 for 224, 288 for 256.
+
+    `fields` replace what it says of pixel values.
+    """
+    from vivit_jax.data.processor import VideoProcessor
+
+    height, width = config.frame_size
+    return VideoProcessor.named(
+        "vivit-scenic",
+        size={"shortest_edge": min(height, width) + 32},
+        crop_size={"height": height, "width": width},
+        **fields,
+    )
+
+
+def write(directory: Path, tensors: Mapping[str, Any], container: str) -> Path:
+    """Write parameters as the train state that scenic restores from; returns the file."""
+    return write_msgpack(directory / FILE, train_state(tensors, container))
 
 
 def train_state(tensors: Mapping[str, Any], container: str) -> dict[str, Any]:

@@ -3,16 +3,31 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert import scenic, trees
-from checkpoints_convert.config_json import Config, config_path, override, read_config
+from checkpoints_convert import authors, scenic, trees
+from checkpoints_convert.config_json import (
+    Config,
+    Settings,
+    config_path,
+    names_set,
+    override,
+    read_config,
+    reusable,
+)
 from checkpoints_convert.io import Checkpoint, open_checkpoint
 from checkpoints_convert.layouts import IMAGE, Layout, architecture, detect, naming
+from checkpoints_convert.problems import summarise
+from checkpoints_convert.torch_files import check_flat
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import UserError
+
+# The layouts of authors who write one file without its config: what is not hf.
+FILE_LAYOUTS = {"scenic": scenic, "videomae": authors}
+_AUTHORS_BLOCK = re.compile(r"(.*[./])?blocks\.\d+\.attn\.q_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +56,13 @@ class Source:
         layout = self.layout
         name = architecture(layout.family, layout.head)
         prefix = f"prefix {layout.prefix!r}" if layout.prefix else "no prefix"
-        spelling = "" if layout.name == "scenic" else f", dialect {layout.dialect!r}, {prefix}"
+        spelling = "" if layout.name in FILE_LAYOUTS else f", dialect {layout.dialect!r}, {prefix}"
         return f"{layout.name}: {name}{spelling} ({self.checkpoint.path})"
+
+    def summary(self) -> list[str]:
+        """A line per part of the files that is left out."""
+        # scenic's states hold everything below one or two names, torch's below one each.
+        return summarise(self.left_out, depth=1 if self.layout.name == "videomae" else 2)
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters of the model that the checkpoint holds, one entry per layer."""
@@ -58,38 +78,46 @@ def open_source(
     *,
     revision: str | None = None,
     layout: str | None = None,
-    settings: Iterable[str] = (),
+    settings: Settings = (),
     **execution: Any,
 ) -> Source:
     """Open a directory, weight file or hub id; the layout is detected unless it is named.
 
-    `settings` are `key=value` changes to the config, or, for scenic's files, which have none, what
-    their tensors do not say. `execution` are execution fields. Raises CheckpointError or
-    ConfigError for whatever is missing or wrong; data is not read yet.
+    `settings` are changes to the config, or, for the files of `FILE_LAYOUTS`, which have none, what
+    their tensors do not say; see `parse_settings`. `execution` are execution fields. Raises
+    CheckpointError or ConfigError for whatever is missing or wrong; data is not read yet.
     """
     from vivit_jax.hub import resolve_checkpoint
 
     checkpoint = open_checkpoint(resolve_checkpoint(source, revision))
-    settings = tuple(settings)
+    settings = reusable(settings)
     layout = layout or layout_of(checkpoint, settings)
     if layout == IMAGE:
         raise UserError(
             f"{checkpoint.path} holds an image model. Start a video model from it with "
             "vivit_jax.init_from_image_model, or vivit-convert convert SRC DST"
         )
-    tensors, left_out, notes = checkpoint.tensors, {}, []
+    path, everything = checkpoint.path, checkpoint.tensors
+    tensors, left_out, notes = everything, {}, []
     if layout == "scenic":
-        tensors, left_out = scenic.parameters(tensors)
-    if layout != "scenic" or config_path(checkpoint.path).is_file():
-        config, head = read_config(checkpoint.path, **execution)
-        config = override(config, settings)
+        tensors, left_out = scenic.parameters(everything)
+    elif layout == "videomae":
+        tensors, left_out = authors.parameters(path, everything)
     else:
-        config, head, notes = scenic.infer_config(checkpoint.path, tensors, settings, **execution)
+        check_flat(path, everything)
+    if layout not in FILE_LAYOUTS or config_path(path).is_file():
+        config, head = read_config(path, **execution)
+        config = override(config, settings)
+    elif layout == "scenic":
+        config, head, notes = scenic.infer_config(path, tensors, settings, **execution)
+    else:
+        args = authors.script_arguments(everything)
+        config, head, notes = authors.infer_config(path, tensors, settings, args, **execution)
     spelling = detect(tensors, config, head, layout)
     return Source(checkpoint, config, spelling, tensors, left_out, tuple(notes))
 
 
-def layout_of(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> str:
+def layout_of(checkpoint: Checkpoint, settings: Settings = ()) -> str:
     """The layout of a checkpoint, by the name and the rank of its patch embedding.
 
     `settings` decide where an image model and a video model of sampled frames look the same.
@@ -98,13 +126,17 @@ def layout_of(checkpoint: Checkpoint, settings: Iterable[str] = ()) -> str:
     kind, _ = naming(tensors) or ("hf", "")
     if kind == "flax":
         image = scenic.is_image_model(scenic.parameters(tensors)[0])
-        sampled = any(setting.startswith("num_sampled_frames=") for setting in settings)
+        sampled = "num_sampled_frames" in names_set(settings)
         image = image and not sampled and not _beside_vivit(checkpoint.path)
         return IMAGE if image else "scenic"
     if naming(tensors) is None and any("Transformer/encoderblock_" in name for name in tensors):
         return "scenic"  # damaged, and to be told so by scenic's names
+    if naming(tensors) is None and any(map(_AUTHORS_BLOCK.fullmatch, tensors)):
+        return "videomae"
     kernels = [tensor for name, tensor in tensors.items() if naming({name: tensor})]
-    return IMAGE if kernels and all(len(k.shape) == 4 for k in kernels) else "hf"
+    if kernels and all(len(k.shape) == 4 for k in kernels):
+        return IMAGE
+    return "videomae" if kind == "timm" else "hf"
 
 
 def _beside_vivit(path: Path) -> bool:

@@ -40,9 +40,8 @@ def inspect(
     from checkpoints_convert.image_model import open_image_model
     from checkpoints_convert.io import open_checkpoint
     from checkpoints_convert.layouts import IMAGE
-    from checkpoints_convert.problems import collapse
+    from checkpoints_convert.problems import collapse, summarise
     from checkpoints_convert.rules import dtype_name, match_import
-    from checkpoints_convert.scenic import summarise
     from checkpoints_convert.source import layout_of, open_source
     from vivit_jax.hub import resolve_checkpoint
 
@@ -60,20 +59,20 @@ def inspect(
     if layout_of(checkpoint) == IMAGE:
         image = open_image_model(path)
         title, settings = f"{IMAGE}: image ViT, {image.naming} names ({image.path})", image.config
-        rows, left_out, notes = image.match(), image.left_out, ()
+        rows, left_out, notes = image.match(), image.left_out, summarise(image.left_out)
     else:
         opened = open_source(path, settings=joined(config))
         title, settings = opened.describe(), opened.config
         rules = opened.layout.rules(settings)
         rows = match_import(opened.tensors, rules, opened.expected(), opened.title)
-        left_out, notes = opened.left_out, opened.notes
+        left_out, notes = opened.left_out, (*opened.summary(), *opened.notes)
     print(f"layout      {title}")
     for key, value in settings.to_dict().items():
         if key != "label2id":
             print(f"  {key}: {_short(value)}")
     unread = [row for row in rows if not row.dst]
     lines = [f"{row.src}  left out: {row.rule.reason}" for row in unread]
-    for line in (*collapse(lines), *summarise(left_out), *notes):
+    for line in (*collapse(lines), *notes):
         print(f"  {line}")
     count = len(unread) + len(left_out)
     print(f"fits        {len(tensors)} tensors, {count} of them left out, none missing")

@@ -83,14 +83,23 @@ def blocks(
     names: Mapping[str, str],
     biases: Mapping[str, str],
     over: tuple[str, ...] = ("",),
+    cosine: bool = False,
+    layer_scale: bool = False,
 ) -> list[Rule]:
     """All blocks under `src` (ends in '.{i}.') and `dst` (ends in 'layers_{i}/').
 
     `names` and `biases` are spelt as for `attention`. Where a block attends more than once, `over`
     holds what is appended to the names of each attention layer and its norm: "_time", "_space".
+    The parameters of `cosine` attention and of `layer_scale`, which transformers does not have
+    here, get the names that it would give them.
     """
     each = {"layers": layers}
     rules = []
+    if cosine:
+        rules.append(Rule(f"{src}attention.attention.scale", f"{dst}attention/scale", **each))
+    if layer_scale:
+        rules.append(Rule(f"{src}lambda_1", f"{dst}scale_attention", **each))
+        rules.append(Rule(f"{src}lambda_2", f"{dst}scale_mlp", **each))
     for suffix in over:
         spelt = {ours: _suffixed(theirs, suffix) for ours, theirs in names.items()}
         vectors = {ours: _suffixed(theirs, suffix) for ours, theirs in biases.items()}

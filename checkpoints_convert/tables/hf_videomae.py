@@ -3,7 +3,8 @@
 
 Dialects differ in the attention biases: "hub" has q_bias and v_bias (every published file, default
 saves of transformers 4, 5.0 to 5.3 and from 5.18 on); "memory" has query.bias and value.bias
-(save_original_format=False); "key_bias" adds a key.bias (default saves of 5.6 to 5.16).
+(save_original_format=False); "key_bias" adds a key.bias (default saves of 5.6 to 5.16). Cosine
+attention and layer scale, which transformers refuses by the model_type, are spelt as it would.
 """
 
 from checkpoints_convert.rules import Rule
@@ -11,6 +12,7 @@ from checkpoints_convert.tables.hf_block import HUB, blocks, dense, norm, patch_
 from vivit_jax.config import VideoMAEConfig
 
 PREFIX = "videomae."
+PREFIXED = ("classification", "pretraining")
 _LINEAR = {"query": f"{HUB['query']}.bias", "value": f"{HUB['value']}.bias"}
 _BIASES = {
     "hub": {"query": "attention.attention.q_bias", "value": "attention.attention.v_bias"},
@@ -67,6 +69,8 @@ def _blocks(config: VideoMAEConfig, src: str, dst: str, dialect: str) -> list[Ru
         heads=config.num_attention_heads,
         names=HUB,
         biases=_BIASES[dialect] if config.qkv_bias else {},
+        cosine=config.cosine_attention,
+        layer_scale=config.layer_scale_init > 0,
     )
     if dialect == "key_bias" and config.qkv_bias:
         table.append(Rule(f"{src}{HUB['key']}.bias", (), layers=layers, reason=KEY_BIAS_REASON))

@@ -23,6 +23,7 @@ from checkpoints_convert.tables.hf_block import (
 from vivit_jax.config import VivitConfig
 
 PREFIX = "vivit."
+PREFIXED = ("classification",)
 _SPELLING = {"hub": ("encoder.layer.{i}.", HUB), "memory": ("layers.{i}.", MEMORY)}
 DIALECTS = tuple(_SPELLING)
 

@@ -5,10 +5,13 @@ Names are the '/'-joined paths below the container of the parameters; `checkpoin
 takes that off. Kernels have our shapes already, except that an image kernel has no time axis.
 """
 
+from collections.abc import Collection
+
 from checkpoints_convert.rules import Rule
 from vivit_jax.config import VivitConfig
 
 PREFIX = ""
+PREFIXED = ()
 _IMAGE_KERNEL = "h w c d -> 1 h w c d"
 
 
@@ -34,6 +37,13 @@ def rules(
     if head == "classification":
         table += _dense("output_projection", "head")
     return table
+
+
+def spelling(names: Collection[str]) -> tuple[str, str, bool]:
+    """(head, "", whether there is a pooler) of a checkpoint with these tensor names."""
+    if "output_projection/kernel" in names:
+        return "classification", "", False
+    return "none", "", "pre_logits/kernel" in names
 
 
 def image_rules(config: VivitConfig) -> list[Rule]:

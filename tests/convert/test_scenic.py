@@ -711,7 +711,7 @@ def test_refused_by_scenics_layout(run, checkpoints, tmp_path, case, flags, expe
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--container", "params"], "container 'params' is for scenic checkpoints"),
+        (["--container", "params"], "container 'params' is not for the hf layout"),
         (["--inflation", "average"], "is no image model: inflation would have no effect"),
         (["--positions", "tile", "--temporal-attention", "zero"], "positions, temporal_attention"),
         (["--from", "hf"], "config.json does not exist"),

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of VideoMAE's authors: where the parameters lie and what they say of the model.
+
+V1 (MCG-NJU/VideoMAE) and V2 (OpenGVLab/VideoMAEv2) save a state dict under `model`, or, trained
+with DeepSpeed, under `module`, and beside it the optimiser, the epoch, the arguments of the script
+and a moving average; published files may be the bare state dict.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.config_json import Settings, parse_settings, predicts_as_published
+from checkpoints_convert.inferred import complete, count_blocks
+from checkpoints_convert.tables.videomae_authors import spelling
+from checkpoints_convert.torch_files import is_beside, write_state_dict
+from vivit_jax.config import VideoMAEConfig
+from vivit_jax.errors import CheckpointError, ConfigError
+
+CONTAINERS = {"model": "model/", "module": "module/", "bare": ""}
+FILE = "checkpoint.pth"
+# What readers of a directory would open instead, or could not tell from it.
+RIVALS = re.compile(r"checkpoint(_\d+)?|.*\.(pth|npz|msgpack|safetensors)")
+TRAINING_STATE = "training state, not in the container of the parameters"
+# Heads by width: the weights do not say them, the authors' code has these models only.
+HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
+_CLIP = {"num_frames": 16, "image_size": 224}  # of all their models
+_EPS = 1e-6
+# The function that the authors' code computes whatever the checkpoint holds.
+_FUNCTION = {
+    "hidden_act": "gelu",
+    "layer_norm_eps": _EPS,
+    "fc_norm_eps": _EPS,
+    "decoder_norm_eps": _EPS,
+}
+# What DistributedDataParallel, torch.compile and a detector around the model put into names.
+_WRAPPERS = re.compile(r"^((module|backbone)\.)+")
+
+
+def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parameters by the authors' names, and the names left out with the reason.
+
+    Raises CheckpointError where two names differ in their prefixes only, and for learned positions.
+    """
+    container = next((c for c in CONTAINERS.values() if any(n.startswith(c) for n in tensors)), "")
+    found: dict[str, str] = {}
+    for name in tensors:
+        inside = name.removeprefix(container)
+        if not name.startswith(container) or (not container and is_beside(name, tensors[name])):
+            continue
+        plain = _WRAPPERS.sub("", re.sub(r"(^|(?<=\.))_orig_mod\.", "", inside))
+        if plain in found:
+            raise CheckpointError(
+                f"{path}: {found[plain]} and {name} are both {plain} without the prefixes of "
+                "torch.compile and DistributedDataParallel; save one model alone"
+            )
+        found[plain] = name
+    learned = [found[name] for name in ("pos_embed", "encoder.pos_embed") if name in found]
+    if learned:
+        raise CheckpointError(
+            f"{path} holds {', '.join(learned)}: learned positions (use_learnable_pos_emb) are not "
+            "supported, VideoMAE here has the fixed sin-cos table of every published model"
+        )
+    left_out = dict.fromkeys((n for n in tensors if n not in set(found.values())), TRAINING_STATE)
+    return {plain: tensors[name] for plain, name in found.items()}, left_out
+
+
+def infer_config(
+    path: Path,
+    tensors: Mapping[str, Any],
+    settings: Settings,
+    args: Mapping[str, Any],
+    **execution: Any,
+) -> tuple[VideoMAEConfig, str, list[str]]:
+    """The config of the authors' parameters, the head they hold, and what was assumed.
+
+    Names and shapes say most of it, `args` (of `script_arguments`) the clip, and the widths of the
+    authors' models the heads. What nothing says must be among `settings`; ConfigError lists it.
+    """
+    given = parse_settings(VideoMAEConfig, settings)
+    head, found = _read_off(path, tensors)
+    heads = {"num_attention_heads": (found["hidden_size"], HEADS)}
+    if head == "pretraining":
+        heads["decoder_num_attention_heads"] = (found["decoder_hidden_size"], DECODER_HEADS)
+    guessed = {"norm_pix_loss": True} if head == "pretraining" else {}
+    if "layer_scale_init" not in found:
+        guessed["layer_scale_init"] = 0.1  # trained factors do not say where they began
+    if found["hidden_size"] in HEADS:
+        guessed |= _CLIP
+    guessed = {k: v for k, v in guessed.items() if k not in given and k not in args}
+    known = {name: table[width] for name, (width, table) in heads.items() if width in table}
+    examples = {name: _heads_of_64(width) for name, (width, _) in heads.items()}
+    config = complete(
+        path,
+        VideoMAEConfig,
+        found,
+        given,
+        asked={
+            name: (str(value),)
+            for name, value in {**_CLIP, **examples}.items()
+            if not any(name in said for said in (found, args, guessed, known))
+        },
+        assumed={**_FUNCTION, **known, **guessed, **args},
+        hint=f"of its widths {', '.join(str(width) for width, _ in heads.values())} the authors' "
+        f"models have {_widths(HEADS)}, and {_widths(DECODER_HEADS)} in the decoder. ",
+        **execution,
+    )
+    listed = ", ".join(f"{name}={_typed(value)}" for name, value in guessed.items())
+    notes = [f"{listed}: assumed, as in the authors' models (--config)"] if guessed else []
+    return config, head, notes
+
+
+def script_arguments(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the config that the arguments of the training script say, where they are kept."""
+
+    def said(name: str) -> Any:
+        entry = tensors.get(f"args/{name}")
+        return None if entry is None or entry.shape else entry.read().item()
+
+    frames, segments = said("num_frames"), said("num_segments") or 1
+    fields = {
+        "num_frames": frames * segments if type(frames) is type(segments) is int else None,
+        "image_size": said("input_size"),
+        "norm_pix_loss": said("normlize_target"),
+    }
+    kinds = {"norm_pix_loss": bool}
+    return {name: v for name, v in fields.items() if type(v) is kinds.get(name, int)}
+
+
+def _heads_of_64(width: int) -> int:
+    """An example: the number of heads nearest to 64 numbers wide that divides the width."""
+    divisors = (n for n in range(1, width + 1) if width % n == 0)
+    return min(divisors, key=lambda n: abs(width / n - 64))
+
+
+def _widths(known: Mapping[int, int]) -> str:
+    return ", ".join(map(str, known))
+
+
+def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(head, fields that names and shapes say)."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    head, prefix, _ = spelling(shapes)
+    kernel = f"{prefix}patch_embed.proj.weight"
+    mlp, decoder_mlp = f"{prefix}blocks.0.mlp.fc1.weight", "decoder.blocks.0.mlp.fc1.weight"
+    ranks = {kernel: 5, mlp: 2}
+    if head == "classification":
+        ranks["head.weight"] = 2
+    if head == "pretraining":
+        ranks[decoder_mlp] = 2
+    wrong = [name for name, rank in ranks.items() if len(shapes.get(name, ())) != rank]
+    if wrong:
+        raise CheckpointError(
+            f"{path} is not a VideoMAE of its authors: no tensor of the right rank is named "
+            f"{', '.join(wrong)}"
+        )
+    width, channels, frames, height, across = shapes[kernel]
+    found = {
+        "num_channels": channels,
+        "tubelet_size": frames,
+        "patch_size": height if height == across else (height, across),
+        "hidden_size": width,
+        "num_hidden_layers": count_blocks(shapes, rf"{re.escape(prefix)}blocks\.(\d+)\."),
+        "intermediate_size": shapes[mlp][0],
+        "qkv_bias": any(name.endswith(".attn.q_bias") for name in shapes),
+        "use_mean_pooling": f"{prefix}norm.weight" not in shapes and head != "pretraining",
+        "cosine_attention": any(name.endswith(".attn.scale") for name in shapes),
+    }
+    if not any(name.endswith(".gamma_1") for name in shapes):
+        found["layer_scale_init"] = 0.0
+    if head == "classification":
+        found["num_labels"] = shapes["head.weight"][0]
+    if head == "pretraining":
+        found |= {
+            "decoder_hidden_size": shapes[decoder_mlp][1],
+            "decoder_num_hidden_layers": count_blocks(shapes, r"decoder\.blocks\.(\d+)\."),
+            "decoder_intermediate_size": shapes[decoder_mlp][0],
+        }
+    for stage, blocks in (("", f"{prefix}blocks"), ("decoder_", "decoder.blocks")):
+        scale = shapes.get(f"{blocks}.0.attn.scale")
+        if scale:
+            found[f"{stage}num_attention_heads"] = scale[0]
+    return head, found
+
+
+def check_writable(config: VideoMAEConfig, head: str, pooler: bool = False) -> None:
+    """ConfigError where the authors' code would compute something else than this config says."""
+    fixed = dict(_FUNCTION)
+    if head != "classification" or not config.use_mean_pooling:
+        del fixed["fc_norm_eps"]
+    if head != "pretraining":
+        del fixed["decoder_norm_eps"]
+    if config.hidden_size in HEADS:
+        fixed["num_attention_heads"] = HEADS[config.hidden_size]
+    if head == "pretraining":
+        fixed["use_mean_pooling"] = False
+        if config.decoder_hidden_size in DECODER_HEADS:
+            fixed["decoder_num_attention_heads"] = DECODER_HEADS[config.decoder_hidden_size]
+        if not predicts_as_published(config):
+            fixed |= {"image_mean": None, "image_std": None}
+    wrong = {name: value for name, value in fixed.items() if getattr(config, name) != value}
+    if wrong:
+        listed = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+        computed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        flags = " ".join(f"{name}={_typed(value)}" for name, value in wrong.items())
+        raise ConfigError(
+            f"a checkpoint of VideoMAE's authors does not hold its config, and their code computes "
+            f"{computed}; this model has {listed}. Write it in the hf layout; or, for weights "
+            "published by HuggingFace, which were converted from the authors' files, write them as "
+            f"the authors' model: --config {flags}"
+        )
+
+
+def _typed(value: Any) -> str:
+    """A value as `--config` takes it."""
+    names = {None: "null", True: "true", False: "false"}
+    return names[value] if value is None or isinstance(value, bool) else f"{value}"
+
+
+def processor(config: VideoMAEConfig) -> Any:
+    """What the authors train with, ImageNet's mean and std; None for other than three channels."""
+    from vivit_jax.data.processor import VideoProcessor
+
+    if config.num_channels != 3:
+        return None
+    height, width = config.frame_size
+    return VideoProcessor.named(
+        "videomae-imagenet",
+        size={"shortest_edge": min(height, width)},
+        crop_size={"height": height, "width": width},
+    )
+
+
+def write(directory: Path, tensors: Mapping[str, Any], container: str) -> Path:
+    """Write parameters as the authors save them, in their order; returns the file."""
+    return write_state_dict(
+        directory / FILE, tensors, CONTAINERS[container].removesuffix("/") or None
+    )

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of one transformer block in timm's names, which the authors of VideoMAE share."""
+
+from collections.abc import Sequence
+
+from checkpoints_convert.rules import Rule
+from checkpoints_convert.tables.hf_block import dense, norm
+
+_QKV = ("query", "key", "value")
+
+
+def blocks(
+    src: str,
+    dst: str,
+    *,
+    layers: int,
+    heads: int,
+    own: Sequence[Rule] = (),
+    vectors: Sequence[Rule] = (),
+) -> list[Rule]:
+    """All blocks under `src` (ends in 'blocks.{i}.') and `dst` (ends in 'layers_{i}/').
+
+    `own` are the rules of a block's own parameters and `vectors` those of its attention's, which
+    a state dict of torch lists before the modules inside. Query, key and value share one tensor.
+    """
+    each = {"layers": layers}
+    split = each | {"sizes": {"n": heads}}
+    kernels = tuple(f"{dst}attention/{part}/kernel" for part in _QKV)
+    return [
+        *own,
+        *norm(f"{src}norm1", f"{dst}ln_attention", **each),
+        *vectors,
+        Rule(f"{src}attn.qkv.weight", kernels, "(s n e) d -> s d n e", **split),
+        Rule(f"{src}attn.proj.weight", f"{dst}attention/out/kernel", "d (n e) -> n e d", **split),
+        Rule(f"{src}attn.proj.bias", f"{dst}attention/out/bias", **each),
+        *norm(f"{src}norm2", f"{dst}ln_mlp", **each),
+        *dense(f"{src}mlp.fc1", f"{dst}mlp_in", **each),
+        *dense(f"{src}mlp.fc2", f"{dst}mlp_out", **each),
+    ]
+
+
+def fused_bias(src: str, dst: str, *, layers: int, heads: int) -> Rule:
+    """The bias of query, key and value in one tensor, which not every model has."""
+    biases = tuple(f"{dst}attention/{part}/bias" for part in _QKV)
+    sizes = {"n": heads}
+    return Rule(f"{src}attn.qkv.bias", biases, "(s n e) -> s n e", layers=layers, sizes=sizes)
