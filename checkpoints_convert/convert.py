@@ -59,6 +59,7 @@ def convert_checkpoint(
     max_shard_size: int | str | None = None,
     revision: str | None = None,
     container: Container | None = None,
+    label_map: str | Path | None = None,
     **image_options: str,
 ) -> Conversion:
     """Write `source` (directory, file or hub id, any dialect) as a directory in `to_layout`.
@@ -67,8 +68,8 @@ def convert_checkpoint(
     are copied. Files of scenic and of VideoMAE's authors, which have no config, get what `settings`
     and the tensors say, and the processor that their authors train with. An image model becomes a
     video model as `init_from_image_model` makes it with `image_options`, and with a classifier if
-    `settings` give it `num_labels`. Raises CheckpointError, ConfigError or OSError and then leaves
-    no directory behind.
+    `settings` give it `num_labels`. Of a classifier only the classes stay that the file `label_map`
+    lists, see `read_label_map`. Raises a UserError or OSError and then leaves no directory behind.
     """
     from checkpoints_convert.config_json import reusable, transformers_notes, write_config
     from checkpoints_convert.io import open_checkpoint
@@ -104,6 +105,8 @@ def convert_checkpoint(
         )
     else:
         loaded = load_checkpoint(path, from_layout, settings, dtype)
+    if label_map is not None:
+        loaded = loaded.with_classes(Path(label_map))
     config, head = loaded.config, loaded.head
     target = published(config.model_type, head, loaded.pooler, to_layout)
     rules = target.rules(config)  # refuses families that the layout does not hold
@@ -180,6 +183,7 @@ def convert(
     max_shard_size: str | None = None,
     revision: str | None = None,
     container: Container | None = None,
+    label_map: Path | None = None,
     inflation: Inflation | None = None,
     positions: Positions | None = None,
     temporal_attention: TemporalAttention | None = None,
@@ -207,6 +211,8 @@ def convert(
         revision: Branch, tag or commit of a hub id.
         container: Where the file holds the parameters. scenic: optimizer (optimizer/target, the
             default) or params; videomae: model (the default), module or bare.
+        label_map: Keep these classes of the classifier: a JSON list whose entry k is the class of
+            SRC that class k of DST was, as VideoMAE V2's label_710to400.json.
         inflation: Image models: how the kernel spreads over time (default central_frame).
         positions: Image models: what becomes of the position table (default resize_tile).
         temporal_attention: Image models, for factorised_self_attention: what temporal attention
@@ -224,6 +230,7 @@ def convert(
         max_shard_size=max_shard_size,
         revision=revision,
         container=container,
+        label_map=label_map,
         **{name: value for name, value in image.items() if value is not None},
     )
     print(report)

@@ -37,6 +37,25 @@ class Loaded:
     rows: tuple[Row, ...] = ()
     tensors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def with_classes(self, label_map: Path) -> "Loaded":
+        """The same model with those classes of its classifier that a label map lists, in its order.
+
+        Raises UserError as `read_label_map` and `gather_classes` do.
+        """
+        from vivit_jax.heads import gather_classes, read_label_map
+
+        rows = read_label_map(label_map)
+        config, params = gather_classes(self.config, self.params, rows)
+        head = {path: array for path, array in params.items() if path.startswith("head/")}
+        note = f"classifier: {len(rows)} of {self.config.num_labels} classes, as {label_map} lists"
+        return dataclasses.replace(
+            self,
+            config=config,
+            params=params,
+            expected={**self.expected, **trees.shapes_of(head)},
+            notes=(*self.notes, note),
+        )
+
 
 def load_checkpoint(
     path: Path, from_layout: str | None, settings: Settings, dtype: str | None

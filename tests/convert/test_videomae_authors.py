@@ -276,6 +276,32 @@ def test_settings_as_a_mapping(tmp_path):
         open_source(path, settings={"num_attention_heads": "four"})
 
 
+def test_label_map_keeps_some_classes(run, tmp_path):
+    tensors = state("fine-tuned")
+    path = write(tmp_path / "x.pth", tensors)
+    (tmp_path / "map.json").write_text("[4, 0, 2]")
+    names = 'id2label=["a","b","c","d","e"]'
+    flags = [*flags_of("fine-tuned"), names, "--label-map", tmp_path / "map.json"]
+    status, out, _ = run("convert", path, tmp_path / "hf", *flags)
+    assert status == 0 and "classifier: 3 of 5 classes, as " in out
+    assert run("convert", tmp_path / "hf", tmp_path / "back", "--to", "videomae")[0] == 0
+    wanted = dict(tensors)
+    for name in ("head.weight", "head.bias"):
+        wanted[name] = tensors[name][[4, 0, 2]]
+    assert same_state(read(tmp_path / "back/checkpoint.pth"), wanted)
+    values = json.loads((tmp_path / "hf/config.json").read_text())
+    assert values["id2label"] == {"0": "e", "1": "a", "2": "c"}
+    for text, expected in (("[5]", "label_map lists class 5"), ("{}", "must be a list of class")):
+        (tmp_path / "map.json").write_text(text)
+        status, _, err = run("convert", path, tmp_path / "out", *flags)
+        assert status == 2 and expected in err
+    (tmp_path / "map.json").write_text("[0]")
+    flags = [*flags_of("pretraining"), "--label-map", tmp_path / "map.json"]
+    path = write(tmp_path / "y.pth", state("pretraining"))
+    status, _, err = run("convert", path, tmp_path / "out", *flags)
+    assert status == 2 and "need a classifier" in err and not (tmp_path / "out").exists()
+
+
 # --- what the files say -------------------------------------------------------------------------
 
 
