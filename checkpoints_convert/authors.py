@@ -27,6 +27,7 @@ TRAINING_STATE = "training state, not in the container of the parameters"
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
 _CLIP = {"num_frames": 16, "image_size": 224}  # of all their models
+_LAYER_SCALE = 0.1
 _EPS = 1e-6
 # The function that the authors' code computes whatever the checkpoint holds.
 _FUNCTION = {
@@ -85,12 +86,11 @@ def infer_config(
     if head == "pretraining":
         heads["decoder_num_attention_heads"] = (found["decoder_hidden_size"], DECODER_HEADS)
     guessed = {"norm_pix_loss": True} if head == "pretraining" else {}
-    if "layer_scale_init" not in found:
-        guessed["layer_scale_init"] = 0.1  # trained factors do not say where they began
     if found["hidden_size"] in HEADS:
         guessed |= _CLIP
     guessed = {k: v for k, v in guessed.items() if k not in given and k not in args}
-    known = {name: table[width] for name, (width, table) in heads.items() if width in table}
+    known = {"layer_scale_init": _LAYER_SCALE}
+    known |= {name: table[width] for name, (width, table) in heads.items() if width in table}
     examples = {name: _heads_of_64(width) for name, (width, _) in heads.items()}
     config = complete(
         path,
@@ -107,8 +107,15 @@ def infer_config(
         f"models have {_widths(HEADS)}, and {_widths(DECODER_HEADS)} in the decoder. ",
         **execution,
     )
-    listed = ", ".join(f"{name}={_typed(value)}" for name, value in guessed.items())
-    notes = [f"{listed}: assumed, as in the authors' models (--config)"] if guessed else []
+    notes = []
+    if guessed:
+        listed = ", ".join(f"{name}={_typed(value)}" for name, value in guessed.items())
+        notes.append(f"{listed}: assumed, as in the authors' models (--config)")
+    if "layer_scale_init" not in found and "layer_scale_init" not in given:
+        notes.append(
+            f"layer_scale_init={_LAYER_SCALE}: assumed, trained factors do not say where they "
+            "began; it matters to fresh weights only (--config)"
+        )
     return config, head, notes
 
 

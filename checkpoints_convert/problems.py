@@ -76,7 +76,7 @@ def collapse(lines: Iterable[str]) -> list[str]:
 
 
 def summarise(left_out: Mapping[str, str], depth: int = 2) -> list[str]:
-    """A line per part of a train state: `optimizer/state (400 tensors)  left out: ...`.
+    """A line per part of a train state: `optimizer/state (400 entries)  left out: ...`.
 
     A part is named by the first `depth` components of the '/'-joined names.
     """
@@ -85,7 +85,7 @@ def summarise(left_out: Mapping[str, str], depth: int = 2) -> list[str]:
         part = "/".join(name.split("/")[:depth])
         parts[part, reason] = parts.get((part, reason), 0) + 1
     return [
-        f"{part}{f' ({count} tensors)' if count > 1 else ''}  left out: {reason}"
+        f"{part}{f' ({count} entries)' if count > 1 else ''}  left out: {reason}"
         for (part, reason), count in parts.items()
     ]
 

@@ -6,6 +6,7 @@ The files come from tiny_authors.py, so that they share nothing with what reads 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -29,11 +30,12 @@ from tiny_checkpoints import read_safetensors, same_tensors
 import vivit_jax
 from checkpoints_convert import authors, trees
 from checkpoints_convert.__main__ import main
+from checkpoints_convert.config_json import transformers_notes
 from checkpoints_convert.convert import Container, convert_checkpoint
 from checkpoints_convert.layouts import published
 from checkpoints_convert.rules import export_params
 from checkpoints_convert.source import FILE_LAYOUTS, open_source
-from vivit_jax.errors import CheckpointError, ConfigError
+from vivit_jax.errors import CheckpointError, ConfigError, MissingExtra
 from vivit_jax.pretrained import abstract_params, build_model
 
 CONTAINERS = tuple(authors.CONTAINERS)
@@ -192,7 +194,7 @@ def test_round_trip(run, tmp_path, case):
     assert status == 0
     if container != "bare":
         count = 3 * len(tensors) + 3
-        assert f"\n  optimizer ({count} tensors)  left out: training state" in out
+        assert f"\n  optimizer ({count} entries)  left out: training state" in out
         assert "\n  epoch  left out: training state" in out
     assert f"{sum(value.size for value in tensors.values()):,} parameters" in out
     values = json.loads((tmp_path / "hf/config.json").read_text())
@@ -365,10 +367,24 @@ def test_settings_that_contradict_the_weights(run, tmp_path, case, settings, exp
     assert (status, out) == (2, "") and expected in err, err
 
 
-def test_layer_scale_is_noted(run, tmp_path):
+def test_layer_scale_is_noted(tmp_path):
     path = write(tmp_path / "x.pth", state("V2 fine-tuned"))
-    out = run("convert", path, tmp_path / "out", *flags_of("V2 fine-tuned"))[1]
-    assert "layer_scale_init=0.1: assumed" in out
+    (note,) = open_source(path, settings=settings_of("V2 fine-tuned")).notes
+    assert "layer_scale_init=0.1: assumed" in note
+    settings = [*settings_of("V2 fine-tuned"), "layer_scale_init=0.3"]
+    opened = open_source(path, settings=settings)
+    assert opened.notes == () and opened.config.layer_scale_init == 0.3
+
+
+def test_no_note_hides_another():
+    config = expected_config("fine-tuned", class_splits=(2, 3), hidden_act="selu")
+    splits, act, eps = transformers_notes(config, "classification")
+    assert "class_splits" in splits and "selu" in act and "fc_norm_eps is 1e-06" in eps
+    config = expected_config("pretraining", image_mean=0.5, image_std=0.5)
+    pixels, eps = transformers_notes(config, "pretraining")
+    assert "image_mean is (0.5, 0.5, 0.5)" in pixels and "decoder_norm_eps is 1e-06" in eps
+    assert transformers_notes(config, "none") == ()
+    assert transformers_notes(expected_config("V2 fine-tuned"), "classification") == ()
 
 
 # --- damage and danger --------------------------------------------------------------------------
@@ -459,6 +475,14 @@ def test_code_in_a_pickle_is_refused_and_not_run(run, tmp_path):
             status, out, err = run("inspect", tmp_path / "x.pth")
             assert (status, out) == (2, "") and "could run code" in err
     assert not touched.exists()
+
+
+def test_without_torch(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.pth", state("fine-tuned"))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for use in (lambda: open_source(path), lambda: authors.write(tmp_path, {}, "model")):
+        with pytest.raises(MissingExtra, match=r"pip install 'vivit_jax\[torch\]'"):
+            use()
 
 
 # --- writing: refusals, other layouts -----------------------------------------------------------
@@ -632,7 +656,7 @@ def test_inspect(run, tmp_path):
         f"layout      videomae: VideoMAEForPreTraining ({path})\n",
         "  image_size: [24, 16]\n",
         "  layer_norm_eps: 1e-06\n",
-        "  args (3 tensors)  left out: training state",
+        "  args (3 entries)  left out: training state",
         "  norm_pix_loss=true: assumed",
         "of them left out, none missing",
     ):
