@@ -6,9 +6,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from helpers import random_params
 
 import checkpoints_convert.__main__
+import vivit_jax
 import vivit_jax.cli.__main__
+from vivit_jax.pretrained import build_model
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -20,24 +23,50 @@ PROGRAMS = {
     ".venv/bin/vivit-convert": checkpoints_convert.__main__.main,
 }
 COMMANDS = [block for block in SHELL if block[0].split()[0] in PROGRAMS]
+# The epsilon of the authors' norms, without which nothing is written as theirs.
+AUTHORS = dict(layer_norm_eps=1e-6, fc_norm_eps=1e-6, decoder_norm_eps=1e-6)
+# Of a demo among the commands: README's reader has minutes, a test has seconds.
+TINY = ("--clips-per-class", "3", "--test-clips-per-class", "2", "--epochs", "1")
 SETUP = [line for block in SHELL if block not in COMMANDS for line in block]
 
 
 @pytest.fixture
 def beside_a_demo(finished, tmp_path, monkeypatch):
-    """A working directory that holds vivit-demo, as README's reader has it, and an image model.
+    """A working directory that holds vivit-demo, as README's reader has it, and published models.
 
-    The image model has the names and files of google/vit-base-patch16-224 at a tenth of its width.
+    They have the names and files of google/vit-base-patch16-224, MCG-NJU/videomae-base and of a
+    model of VideoMAE V2's authors, and are much smaller.
     """
     import transformers
 
     (tmp_path / "vivit-demo").symlink_to(finished[0])
+    monkeypatch.chdir(tmp_path)
+    _write_videomae("videomae-base", "pretraining", hidden_size=48, num_attention_heads=4)
+    classifier = dict(hidden_size=384, num_attention_heads=6, num_labels=710, **AUTHORS)
+    _write_videomae("k710", "classification", **classifier)
+    assert PROGRAMS[".venv/bin/vivit-convert"](["convert", "k710", "pth", "--to", "videomae"]) == 0
+    Path("pth/checkpoint.pth").rename("vit_s_k710_dl_from_giant.pth")
+    Path("label_710to400.json").write_text(str(list(range(709, 309, -1))))
     config = transformers.ViTConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
     )
     image_model = transformers.ViTForImageClassification(config)
     image_model.save_pretrained(tmp_path / "vit-base-patch16-224")
-    monkeypatch.chdir(tmp_path)
+
+
+def _write_videomae(directory, head, **sizes):
+    config = vivit_jax.VideoMAEConfig(
+        num_hidden_layers=1,
+        intermediate_size=64,
+        decoder_hidden_size=24,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+        use_mean_pooling=head != "pretraining",
+        **sizes,
+    )
+    model = build_model(config, head)
+    vivit_jax.save_pretrained(directory, model, random_params(model, scale=0.02))
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[-1][:40])
@@ -49,6 +78,7 @@ def test_python_examples_run(code, beside_a_demo):
 def test_commands_work(block, beside_a_demo):
     for line in block:
         program, *args = shlex.split(line)
+        args += TINY if args[0] == "demo" else ()
         assert PROGRAMS[program](args) == 0, line
 
 
