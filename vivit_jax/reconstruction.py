@@ -13,7 +13,7 @@ values of one channel of a tubelet in (t, h, w) order, channels.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import einops
@@ -61,6 +61,12 @@ class Reconstruction:
     def masked_clips(self) -> np.ndarray:
         """The clips with hidden patches NaN: what the encoder sees."""
         return self.blank(self.original, self.hidden)
+
+    def take(self, clips: Sequence[int]) -> "Reconstruction":
+        """Some of the clips."""
+        per_clip = ("original", "clips", "hidden", "predicted", "squared_errors")
+        chosen = {name: getattr(self, name)[list(clips)] for name in per_clip}
+        return dataclasses.replace(self, **chosen)
 
     def blank(self, clips: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """A copy of clips [b, t, h, w, c] in which tokens, bool [b, l], are NaN."""

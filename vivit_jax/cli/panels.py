@@ -25,13 +25,14 @@ class Panels:
     labels: Sequence[str]  # of clips
     clips: Sequence[np.ndarray]  # uint8 [t, h, w, 3] each
     times: Sequence[str]  # of frames
+    group: int = 3  # rows that belong together in a png
 
     def save_png(self, path: Path, every: int = 1) -> None:
         """A row per clip, a column per frame; every `every`-th of them where they are many."""
         shown = range(0, len(self.times), every if len(self.times) > MOST_COLUMNS else 1)
         rows = [[clip[i] for i in shown] for clip in self.clips]
         page = self._page(rows, self.labels, [self.times[i] for i in shown], TILE)
-        page.save(path)
+        page.save(path, "PNG")
 
     def save_mp4(self, path: Path, fps: float) -> None:
         """The clips side by side at `fps` frames per second."""
@@ -47,7 +48,7 @@ class Panels:
         """The clips side by side, over and over; a gif counts time in hundredths of a second."""
         first, *rest = self._moving()
         duration = max(2, round(100 / fps)) * 10
-        first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)
+        first.save(path, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)
 
     def _moving(self) -> list:
         return [
@@ -76,7 +77,8 @@ class Panels:
             for line in _wrapped(text, font, page_width - 2 * MARGIN)
         ]
         top = MARGIN + sum(step for *_, step in lines) + 34
-        page_height = top + len(rows) * (height + ROW_GAP) - ROW_GAP + MARGIN
+        tops = [top + i * (height + ROW_GAP) + i // self.group * MARGIN for i in range(len(rows))]
+        page_height = tops[-1] + height + MARGIN
 
         page = Image.new("RGB", (page_width, page_height), PAPER)
         draw = ImageDraw.Draw(page)
@@ -86,8 +88,7 @@ class Panels:
             y += step
         for i, label in enumerate(column_labels):
             draw.text((left + i * (width + GUTTER) + width // 2, top - 8), label, INK, small, "ms")
-        for row, (label, frames) in enumerate(zip(row_labels, rows, strict=True)):
-            y = top + row * (height + ROW_GAP)
+        for y, label, frames in zip(tops, row_labels, rows, strict=True):
             draw.text((MARGIN, y + height // 2), label, INK, plain, "lm")
             for i, frame in enumerate(frames):
                 picture = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)

@@ -124,18 +124,17 @@ def draw_mask(kind: str, seed: int, batch: int, grid, ratio: float):
     return draw(np.random.default_rng(seed), batch, grid, ratio)
 
 
-def panels_of(result, *, title: str, about: str, times: list[str], clips=(0,)):
-    """The picture of some clips of a `vivit_jax.reconstruction.Reconstruction`."""
+def panels_of(result, *, title: str, about: str, times: list[str]):
+    """The picture of a `vivit_jax.reconstruction.Reconstruction`, of every clip in it."""
     from vivit_jax.cli.panels import Panels, as_frames
     from vivit_jax.reconstruction import ROWS, rmse
 
     errors = rmse([result])[:, int(result.statistics == "true")]
-    # The model's own pixels are no column of their own: all of them come from visible patches.
     named = ", ".join(f"{name} {error:.3f}" for name, error in zip(ROWS, errors, strict=True))
     note, leaks = _statistics_note(result)
     notes = [
         f"{about}: {_counts(result)}.",
-        f"RMSE on hidden patches, pixels in [0, 1]: {named}.",
+        f"RMSE on the hidden patches shown, pixels in [0, 1]: {named}.",
     ]
     notes += [] if leaks else [note]
     if (result.hidden & ~result.predicted).any():
@@ -145,10 +144,10 @@ def panels_of(result, *, title: str, about: str, times: list[str], clips=(0,)):
         title=title,
         notes=notes,
         warning=note if leaks else None,
-        labels=["original", "masked", "reconstruction"] * len(clips),
+        labels=["original", "masked", "reconstruction"] * len(result.clips),
         clips=[
             as_frames(which[i], hatched)
-            for i in clips
+            for i in range(len(result.clips))
             for which, hatched in (
                 (result.original, False),
                 (result.masked_clips, False),

@@ -25,11 +25,12 @@ class Clip:
 
     def pixel_values(self, processor) -> np.ndarray:
         """The model's input, float32 [1, t, h, w, c]."""
+        layout = {"input_data_format": "channels_last"}
         if self.frames.dtype == np.uint8:
-            return processor(self.frames)
+            return processor(self.frames, **layout)
         # Floats are in [0, 1], and the processor's factor is one for bytes.
         factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
-        return processor(self.frames, do_rescale=True, rescale_factor=factor)
+        return processor(self.frames, do_rescale=True, rescale_factor=factor, **layout)
 
 
 def read_clip(
