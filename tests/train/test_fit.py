@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A factorised encoder learns nouns and verbs from clips in which only time tells the verb."""
+"""A factorised encoder learns nouns and verbs from clips in which only time tells the verb.
 
+And a masked autoencoder learns to fill in the same clips.
+"""
+
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import vivit_jax
+from vivit_jax.masking import random_mask
 from vivit_jax.train.fit import fit, init_params, logits_of, normaliser
 from vivit_jax.train.metrics import classification_metrics
 
@@ -85,3 +93,67 @@ def test_dropout_acts_while_training():
         _, epochs = train(model, clips, labels[:, 0], **options)
         losses.append(epochs[0].loss)
     assert losses[0] != losses[1]
+
+
+IMAGENET = normaliser(vivit_jax.VideoProcessor.named("videomae-imagenet"))
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    config = vivit_jax.VideoMAEConfig(
+        image_size=16,
+        num_frames=4,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+        norm_pix_loss=False,
+        use_mean_pooling=False,
+        initializer_range=0.06,
+    )
+    model = vivit_jax.VideoMAEForPreTraining(config)
+    mask = functools.partial(random_mask, grid=config.grid, ratio=0.5)
+    return model, init_params(model, 0, mask(jax.random.key(0), 1)), mask
+
+
+def test_a_masked_autoencoder_is_learnt(autoencoder):
+    model, params, mask = autoencoder
+    clips, _ = make_clips(64, seed=0)
+    epochs, drawn = [], []
+
+    def spied(key, batch):
+        chosen = mask(key, batch)
+        jax.debug.callback(lambda hidden: drawn.append(np.asarray(hidden)), chosen.masked)
+        return chosen
+
+    options = dict(normalise=IMAGENET, mask=spied, batch_size=16, learning_rate=3e-3, b2=0.95)
+    fit(
+        model,
+        params,
+        clips,
+        epochs=12,
+        augment=lambda rng, clips: (clips[:, ::-1],),
+        report=epochs.append,
+        **options,
+    )
+    assert epochs[-1].loss < epochs[0].loss / 3
+    assert epochs[-1].accuracy is None
+    jax.effects_barrier()
+    # A mask of its own for each of 16 clips in every step.
+    assert len(drawn) == 12 * 4 and drawn[0].shape == (16, 4)
+    assert len(np.unique(np.concatenate(drawn), axis=0)) > 50  # of 70
+
+
+def test_fit_takes_labels_or_a_mask(autoencoder):
+    model, params, mask = autoencoder
+    clips, labels = make_clips(4, seed=0)
+    options = dict(normalise=IMAGENET, epochs=1, batch_size=2, learning_rate=1e-3)
+    with pytest.raises(vivit_jax.UserError, match="neither labels nor a mask"):
+        fit(model, params, clips, **options)
+    with pytest.raises(vivit_jax.UserError, match="fit got labels and a mask"):
+        fit(model, params, clips, labels[:, 0], mask=mask, **options)

@@ -66,8 +66,9 @@ def arithmetic(processor: VideoProcessor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normaliser(processor: VideoProcessor) -> Callable[[jax.Array], jax.Array]:
-    """The processor's `arithmetic` on the device: uint8 to float32 pixels."""
-    scale, shift = (value.astype(np.float32) for value in arithmetic(processor))
+    """The processor's `arithmetic` on the device: uint8 [b, t, h, w, c] to float32 pixels."""
+    values = arithmetic(processor)
+    scale, shift = (value.astype(np.float32).reshape(1, 1, 1, 1, -1) for value in values)
     return lambda clips: clips.astype(jnp.float32) * scale + shift
 
 
@@ -84,6 +85,7 @@ def fit(
     learning_rate: float,
     weight_decay: float = 0.05,
     warmup: float = 0.1,
+    b2: float = 0.999,
     seed: int = 0,
     augment: Callable[..., tuple[np.ndarray, ...]] | None = None,
     report: Callable[[Epoch], None] = lambda epoch: None,
@@ -97,14 +99,16 @@ def fit(
 
     `normalise` turns a batch of clips into the model's float pixels on the device, see
     `normaliser`; `augment` maps a batch (rng, clips, labels), or (rng, clips) in pre-training, to
-    the tuple to learn from. `warmup` is a fraction of all steps. Order and augmentation are
-    functions of (seed, epoch); clips that do not fill a batch sit the epoch out. `report` is called
-    after every epoch. Dropout and stochastic depth act as the config says.
+    the tuple to learn from. `warmup` is a fraction of all steps, `b2` the decay of Adam's second
+    moment. Order and augmentation are functions of (seed, epoch); clips that do not fill a batch
+    sit the epoch out. `report` is called after every epoch. Dropout and stochastic depth act as the
+    config says.
     """
     if (labels is None) == (mask is None):
+        got = "neither labels nor a mask" if mask is None else "labels and a mask"
         raise UserError(
-            f"fit got {'neither' if mask is None else 'both'} labels and a mask; give labels to "
-            "train a classifier, mask=functools.partial(tube_mask, grid=...) to pre-train"
+            f"fit got {got}; give labels to train a classifier, or a mask, such as "
+            "functools.partial(tube_mask, grid=model.config.grid), to pre-train"
         )
     batch_size = min(batch_size, len(clips))
     per_epoch = len(clips) // batch_size
@@ -112,7 +116,7 @@ def fit(
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, int(warmup * steps), steps)
     # Decaying biases and norms as well would pull the norms' scales towards 0.
     kernels = jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
-    optimizer = optax.adamw(schedule, weight_decay=weight_decay, mask=kernels)
+    optimizer = optax.adamw(schedule, b2=b2, weight_decay=weight_decay, mask=kernels)
 
     @jax.jit(donate_argnums=0)
     def step(state, clips, labels=None):
