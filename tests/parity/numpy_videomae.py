@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import erf
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LARGEST_SCALE = 4.6052  # log(100), as V2's code rounds it: exp(4.6052) is 100.003
 
 
 def random_params(config, head, rng):
@@ -68,9 +69,8 @@ def random_params(config, head, rng):
 
     params = {}
     for name, shape in shapes.items():
-        if name.endswith("attn.scale"):  # on both sides of log(100), where it is cut off
-            value = np.linspace(1, 5.5, len(shape) and shape[0]).reshape(shape)
-            value = value + 0.3 * rng.standard_normal(shape)
+        if name.endswith("attn.scale"):  # from 3 to 50 times the cosine, where it starts at 10
+            value = np.log(10) + 0.7 * rng.standard_normal(shape)
         elif len(shape) == 1 or name == "mask_token":
             value = 0.3 * rng.standard_normal(shape)
             if "norm" in name and name.endswith("weight"):
@@ -215,8 +215,9 @@ def squared_error(logits, targets, counted):
 def encode(params, pixels, tubelet, heads, prefix, hidden=None):
     """Embed the tokens that are not hidden and run the encoder's blocks on them."""
     cut = patches(pixels, tubelet)
-    kernel = params[f"{prefix}patch_embed.proj.weight"]
-    x = np.einsum("bnthwc,dcthw->bnd", cut, kernel) + params[f"{prefix}patch_embed.proj.bias"]
+    kernel = params[f"{prefix}patch_embed.proj.weight"].transpose(0, 2, 3, 4, 1)
+    x = cut.reshape(*cut.shape[:2], -1) @ kernel.reshape(len(kernel), -1).T
+    x = x + params[f"{prefix}patch_embed.proj.bias"]
     x = x + sinusoid(*x.shape[1:])
     if hidden is not None:
         x = np.stack([tokens[~mask] for tokens, mask in zip(x, hidden, strict=True)])
@@ -260,9 +261,9 @@ def self_attention(params, x, heads):
     size = x.shape[-1] // heads
     for head in range(heads):
         part = slice(head * size, (head + 1) * size)
-        if "scale" in params:  # V2's code after Swin V2: a learned factor, at most 100
+        if "scale" in params:  # V2's code after Swin V2: a learned factor with a bound
             scores = unit(q[..., part]) @ unit(k[..., part]).swapaxes(1, 2)
-            scores *= np.exp(min(params["scale"][head, 0, 0], 4.6052))
+            scores *= np.exp(min(params["scale"][head, 0, 0], LARGEST_SCALE))
         else:
             scores = q[..., part] @ k[..., part].swapaxes(1, 2) / np.sqrt(size)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
