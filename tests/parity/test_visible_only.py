@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-training embeds visible tubelets only and makes targets of predicted ones only.
+
+Computing everything and dropping is the same function; here it stands beside ours.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import VIDEOMAE, clip, random_params
+
+import vivit_jax
+from vivit_jax.layers.embed import TubeletEmbed, take_tokens
+from vivit_jax.models import videomae
+
+EXACT = dict(dtype="float64", param_dtype="float64")
+ROUNDS = 7
+SIZES = VIDEOMAE | dict(image_size=(32, 16), use_mean_pooling=False)
+
+
+class EmbedAll(TubeletEmbed):
+    """Embeds every tubelet, then drops those that are not visible."""
+
+    def __call__(self, pixel_values, visible=None):
+        return take_tokens(TubeletEmbed.__call__(self, pixel_values), visible)
+
+
+def all_targets(pixel_values, mask, config, targets=videomae.reconstruction_targets):
+    """Makes the target of every tubelet, then drops those that are not predicted."""
+    tokens = jnp.broadcast_to(jnp.arange(mask.num_tokens), (len(mask.visible), mask.num_tokens))
+    everything = vivit_jax.Mask(visible=mask.visible[:, :0], masked=tokens, decoded=None)
+    return take_tokens(targets(pixel_values, everything, config), mask.predicted)
+
+
+@pytest.fixture
+def compute_all(monkeypatch):
+    """Call it to have the models that are traced from then on compute everything."""
+
+    def patch():
+        monkeypatch.setattr(videomae, "TubeletEmbed", EmbedAll)
+        monkeypatch.setattr(videomae, "reconstruction_targets", all_targets)
+
+    return patch
+
+
+def exact_inputs(size, batch, make=vivit_jax.tube_mask, ratio=0.9):
+    """(configuration in float64, mask, pixels), what is drawn being the same every time."""
+    config = vivit_jax.VideoMAEConfig(**size, **EXACT)
+    mask = make(np.random.default_rng(0), batch, config.grid, ratio)
+    return config, mask, clip(config, batch=batch).astype(np.float64)
+
+
+def assert_same_bits(ours, everything):
+    ours, everything = np.asarray(ours), np.asarray(everything)
+    assert ours.dtype == everything.dtype == np.float64 and ours.shape == everything.shape
+    different = ours.view(np.uint64) != everything.view(np.uint64)
+    assert not different.any(), f"{different.sum()} of {different.size} numbers differ"
+
+
+@pytest.mark.parametrize("make", [vivit_jax.tube_mask, vivit_jax.dual_mask])
+@pytest.mark.parametrize("changes", [{}, dict(norm_pix_loss=False, patch_size=4)])
+def test_the_model_computes_the_same_bits(changes, make, compute_all):
+    with jax.enable_x64(True):
+        config, mask, pixels = exact_inputs(SIZES | changes, 2, make, ratio=0.75)
+        model = vivit_jax.VideoMAEForPreTraining(config)
+        variables = {
+            "params": jax.tree.map(lambda leaf: leaf.astype(np.float64), random_params(model))
+        }
+
+        def run():
+            apply = lambda v, x, m: model.apply(v, x, m, output_hidden_states=True)  # noqa: E731
+            lowered = jax.jit(apply).lower(variables, pixels, mask)
+            return lowered.cost_analysis()["flops"], lowered.compile()(variables, pixels, mask)
+
+        fewer, ours = run()
+        compute_all()
+        more, everything = run()
+        hidden = mask.num_tokens - mask.visible.shape[1]
+        assert more - fewer > 2 * hidden * config.patch_values * config.hidden_size
+        for field in ("hidden_states", "decoder_hidden_states", "logits", "loss"):
+            assert_same_bits(getattr(ours, field), getattr(everything, field))
+
+
+@pytest.mark.parametrize(("batch", "ratio"), [(1, 0.75), (2, 0.9)])
+def test_real_sizes_compute_the_same_bits(batch, ratio):
+    """1568 tokens of 1536 values, 768 wide: no product of matrices rounds by the count of rows.
+
+    Targets are compared one operation at a time. In one program the compiler contracts the
+    multiplication inside the mean and the subtraction of the mean or not, as it divides the work:
+    for the first of these masks a third of the targets then differ by up to 3e-15.
+    """
+    with jax.enable_x64(True):
+        config, mask, pixels = exact_inputs(dict(use_mean_pooling=False), batch, ratio=ratio)
+        rng = np.random.default_rng(1)
+        shape = (*config.tubelet, config.num_channels, config.hidden_size)
+        kernel, bias = rng.standard_normal(shape), rng.standard_normal(shape[-1:])
+        variables = {"params": {"kernel": kernel, "bias": bias}}
+        ours, everything = (
+            jax.jit(embed(config).apply)(variables, pixels, mask.visible)
+            for embed in (TubeletEmbed, EmbedAll)
+        )
+        assert ours.shape == (batch, mask.visible.shape[1], config.hidden_size)
+        assert_same_bits(ours, everything)
+        assert_same_bits(
+            videomae.reconstruction_targets(pixels, mask, config),
+            all_targets(pixels, mask, config),
+        )
+
+
+@pytest.mark.slow
+def test_step_time(compute_all):
+    """VideoMAE-B, loss and gradients of two clips at mask 0.9, as users run it; in turns."""
+    config = vivit_jax.PRESETS["videomae-base"].config
+    model = vivit_jax.VideoMAEForPreTraining(config)
+    params = jax.device_put(random_params(model, scale=0.02))
+    pixels = jnp.asarray(clip(config))
+    mask = vivit_jax.tube_mask(np.random.default_rng(0), 2, config.grid, 0.9)
+
+    def compiled():
+        loss = lambda p, x, m: model.apply({"params": p}, x, m).loss  # noqa: E731
+        with jax.default_matmul_precision(None):  # not the "highest" of the parity tests
+            return jax.jit(jax.value_and_grad(loss)).lower(params, pixels, mask).compile()
+
+    steps = {"visible only": compiled()}
+    compute_all()
+    steps["all, then drop"] = compiled()
+    seconds = {name: [] for name in steps}
+    losses = {name: float(step(params, pixels, mask)[0]) for name, step in steps.items()}
+    for _ in range(ROUNDS):  # in turns, so that a slow moment of the machine is shared
+        for name, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step(params, pixels, mask))
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    print()
+    for name, values in seconds.items():
+        print(f"{name:15} {median[name]:.2f} s a step ({min(values):.2f} to {max(values):.2f})")
+    ratio = median["all, then drop"] / median["visible only"]
+    print(f"computing all takes {ratio:.2f} times as long; losses {losses}")
+    assert len(set(losses.values())) == 1 or np.ptp(list(losses.values())) < 1e-6
+    assert ratio > 1
