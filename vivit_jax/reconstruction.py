@@ -115,6 +115,11 @@ def reconstruct(
         logits, "b k (p c) -> b k p c", c=shape[-1]
     )
     predicted = hidden & ~np.isnan(guesses[:, :, 0, 0])
+    if not predicted.any(1).all():
+        raise UserError(
+            "the mask has no token that is both masked and decoded in some clip, so that there is "
+            "nothing to reconstruct; mask more tokens, or decode all of them (Mask.decoded=None)"
+        )
 
     nearest = nearest_visible(hidden, grid)
     copies = patches[rows, nearest]

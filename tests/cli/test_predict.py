@@ -78,6 +78,19 @@ def test_text_lists_labels(model, clips, capsys):
     assert all(out.count(f"  {label}\n") == 2 for label in LABELS)
 
 
+@pytest.mark.parametrize("scale", [1, 255], ids=["uint8", "float"])
+def test_an_array_is_read_as_the_video_it_was(model, clips, capsys, tmp_path, scale):
+    frames = vivit_jax.read_video(clips["long"])
+    np.save(tmp_path / "long.npy", frames if scale == 1 else frames / scale)
+    files = (clips["long"], tmp_path / "long.npy")
+    status, out, _ = run(capsys, *files, "--model", model, "--json")
+    video, array = json.loads(out)
+    assert status == 0 and video["frames"] == array["frames"]
+    for ours, theirs in zip(array["predictions"], video["predictions"], strict=True):
+        assert ours["label"] == theirs["label"]
+        np.testing.assert_allclose(ours["score"], theirs["score"], rtol=1e-5)
+
+
 def test_a_broken_clip_does_not_stop_the_others(model, clips, capsys):
     files = [clips["broken"], clips["long"], clips["tiny"]]
     status, out, err = run(capsys, *files, "--model", model, "--json")

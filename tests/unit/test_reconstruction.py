@@ -247,5 +247,11 @@ def test_what_cannot_be_reconstructed_is_refused(model):
     with pytest.raises(vivit_jax.UserError, match="norm_pix_loss=False.*the pixels themselves"):
         reconstruct(raw, params, pixel_values, mask, IMAGENET, true_statistics=True)
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+    seen = mask.replace(decoded=mask.visible[:, :2])
+    with pytest.raises(vivit_jax.UserError, match="nothing to reconstruct"):
+        reconstruct(net, params, pixel_values, seen, IMAGENET)
+    one_pixel = np.zeros((1, 4, 1, 3))
+    with pytest.raises(vivit_jax.UserError, match="no variance"):
+        reconstruction.patch_statistics(one_pixel)
     with pytest.raises(vivit_jax.UserError, match="not finite"):
         reconstruct(net, broken, pixel_values, mask, IMAGENET)

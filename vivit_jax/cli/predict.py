@@ -30,7 +30,7 @@ def predict(
     status is 1.
 
     Args:
-        clips: Video files.
+        clips: Video files, or .npy with frames [t, h, w, c], uint8 or float in [0, 1].
         model: Directory with config.json, weights and preprocessor_config.json, or a hub id.
         top_k: How many classes to print.
         stride: Frames between sampled frames. Default: the recipe's (ViViT 2, VideoMAE 4), less

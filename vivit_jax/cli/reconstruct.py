@@ -86,9 +86,10 @@ def reconstruct(
         about=f"{model}; {mask} mask of ratio {mask_ratio:g}, seed {seed}",
         times=[f"frame {i}" for i in indices],
     )
-    # Where the stride is one, the file's own speed; else the clip in real time.
-    step = (indices[-1] - indices[0]) / max(len(indices) - 1, 1)
-    fps = (read.fps or DEFAULT_FPS) / max(step, 1)
+    # In real time: a clip of every fourth frame is shown at a quarter of the file's rate. Frames
+    # that stand in for missing ones do not count.
+    step = max(indices[1] - indices[0], 1) if len(indices) > 1 else 1
+    fps = (read.fps or DEFAULT_FPS) / step
     with whole_file(out) as partial:
         kind = out.suffix.lower()
         if kind == ".png":
