@@ -127,18 +127,31 @@ def test_step_time(compute_all):
     steps = {"visible only": compiled()}
     compute_all()
     steps["all, then drop"] = compiled()
-    seconds = {name: [] for name in steps}
-    losses = {name: float(step(params, pixels, mask)[0]) for name, step in steps.items()}
+    seconds, losses = {name: [] for name in steps}, {}
+    for name, step in steps.items():
+        losses[name] = float(step(params, pixels, mask)[0])
     for _ in range(ROUNDS):  # in turns, so that a slow moment of the machine is shared
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             jax.block_until_ready(step(params, pixels, mask))
-            seconds[name].append(time.perf_counter() - start)
-    median = {name: float(np.median(values)) for name, values in seconds.items()}
+            end = time.perf_counter(), time.process_time()
+            seconds[name].append(np.subtract(end, start))
+    median = {name: np.median(values, axis=0) for name, values in seconds.items()}
+    # Blocks run in a loop whose body is counted once, so only the difference means something.
+    work = {name: step.cost_analysis()["flops"] for name, step in steps.items()}
+    ours, everything = steps
     print()
     for name, values in seconds.items():
-        print(f"{name:15} {median[name]:.2f} s a step ({min(values):.2f} to {max(values):.2f})")
-    ratio = median["all, then drop"] / median["visible only"]
-    print(f"computing all takes {ratio:.2f} times as long; losses {losses}")
-    assert len(set(losses.values())) == 1 or np.ptp(list(losses.values())) < 1e-6
-    assert ratio > 1
+        wall = np.array(values)[:, 0]
+        memory = steps[name].memory_analysis().temp_size_in_bytes / 2**20
+        print(
+            f"{name:15} {median[name][0]:.2f} s a step ({wall.min():.2f} to {wall.max():.2f}), "
+            f"{median[name][1]:.2f} s of processors, {(work[name] - work[ours]) / 1e9:.1f} G operations more, "
+            f"{memory:.0f} MiB, loss {losses[name]:.7f}"
+        )
+    wall, processors = median[everything] / median[ours]
+    print(f"computing all takes {wall:.3f} times as long, {processors:.3f} of processor time")
+    # The encoder's blocks see visible tokens either way: what is saved is nine tenths of the
+    # embedding, forwards and backwards, some 3 % of a step and near what a timer can tell.
+    assert work[everything] > work[ours] and wall > 0.97
+    assert abs(losses[ours] - losses[everything]) < 1e-6
