@@ -214,7 +214,6 @@ def test_gradients_equal_finite_differences():
     print(f"\ngradient {worst:.1e}")
 
 
-@pytest.mark.xfail(strict=True, reason="the model's bound is log(100)")
 def test_the_cosine_factor_has_a_bound():
     """V2's code rounds log(100) to 4.6052, and float64 tells the two apart."""
     case = "dual cosine"
@@ -287,7 +286,7 @@ def test_another_attention_is_told_apart():
 def exact_run(case, params, pixels, masks, **changes):
     """Ours in float64; call it with 64 bits enabled."""
     # XLA's own attention takes the softmax in float32 even of float64 scores.
-    exact = dict(dtype="float64", param_dtype="float64", attention="chunked")
+    exact = dict(dtype="float64", param_dtype="float64")
     params = {name: value.astype(np.float64) for name, value in params.items()}
     out = run(config_of(case, **exact, **changes), params, pixels, *masks)
     assert out.logits.dtype == out.loss.dtype == np.float64
@@ -329,7 +328,7 @@ def test_low_contrast_shows_the_epsilon_of_targets():
 
 
 def test_float64_shows_the_epsilons_of_a_classifier():
-    exact = dict(dtype="float64", param_dtype="float64", attention="chunked")
+    exact = dict(dtype="float64", param_dtype="float64")
     config = config_of("V1", use_mean_pooling=True, **exact)
     params = reference.random_params(config, "classification", np.random.default_rng(0))
     params = {name: value.astype(np.float64) for name, value in params.items()}

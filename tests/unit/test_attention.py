@@ -57,6 +57,14 @@ def test_chunked_gradients_are_the_plain_ones():
         np.testing.assert_allclose(a, b, atol=3e-6)
 
 
+@pytest.mark.parametrize("length", [1, 17, 201])
+def test_float64_stays_float64(length):
+    q, k, v = qkv(length, dtype=np.float64)
+    with jax.enable_x64(True):
+        out = jax.jit(attention)(*map(jnp.asarray, (q, k, v)))
+    np.testing.assert_allclose(out, reference(q, k, v), atol=1e-14)
+
+
 def test_chunked_never_holds_the_scores_of_all_heads():
     q, k, v = map(jnp.asarray, qkv(1568, heads=12, width=64, batch=1))
     sizes = {}
@@ -81,6 +89,7 @@ def test_chunked_never_holds_the_scores_of_all_heads():
         ("gpu", "bfloat16", 20, 1568, "xla"),
         ("gpu", "bfloat16", 256, 1568, "xla"),
         ("tpu", "bfloat16", 64, 1568, "xla"),
+        ("cpu", "float64", 64, 1, "chunked"),
     ],
 )
 def test_what_auto_stands_for(platform, dtype, head_dim, length, expected, caplog):

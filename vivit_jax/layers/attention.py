@@ -16,7 +16,8 @@ from vivit_jax.layers.linear import Config, Projection, at_least_float32, projec
 log = logging.getLogger(__name__)
 
 QUERY_BLOCK = 200
-LARGEST_COSINE_SCALE = 100.0
+# Of the logarithm of a cosine's factor: log 100 as the authors round it, which makes 100.003.
+LARGEST_LOG_SCALE = 4.6052
 
 
 def attention(q, k, v, *, implementation: str = "auto"):
@@ -24,7 +25,8 @@ def attention(q, k, v, *, implementation: str = "auto"):
 
     q [b, q, n, e], k and v [b, k, n, e] -> [b, q, n, e]. `implementation`:
 
-    * "xla": `jax.nn.dot_product_attention`, holds the scores [b, n, q, k];
+    * "xla": `jax.nn.dot_product_attention`, holds the scores [b, n, q, k]; its softmax is in
+      float32 for float64 too;
     * "chunked": head by head in blocks of queries, scores of one block at a time, recomputed in
       the backward pass;
     * "cudnn": cuDNN flash attention, raises where cuDNN cannot run;
@@ -66,8 +68,11 @@ def choose_implementation(platform: str, dtype: str, head_dim: int, length: int)
     A single query, the class token of a last block, goes to XLA everywhere. cuDNN takes half
     precision and head widths that are multiples of 8 up to 128. XLA on CPU runs the batched score
     product several times slower than the same product head by head, and has no float16 form of it.
+    jax takes the softmax of float64 scores in float32 there; the blocks keep float64.
     """
-    if length == 1 and dtype != "float16":
+    if dtype == "float64":
+        chosen = "chunked"
+    elif length == 1 and dtype != "float16":
         chosen = "xla"  # one row of scores needs no blocks
     elif platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16"):
         chosen = "cudnn" if head_dim % 8 == 0 and head_dim <= 128 else "xla"
@@ -108,13 +113,13 @@ def _chunked(q, k, v):
 def cosine_scaled(q, k, log_scale):
     """Queries and keys [..., n, e] whose scaled products are exp(log_scale) times their cosines.
 
-    `log_scale` [n]; the factor is at most 100. Source: VideoMAE V2, after Swin Transformer V2. All
+    `log_scale` [n], at most LARGEST_LOG_SCALE. Source: VideoMAE V2, after Swin Transformer V2. All
     that attends divides by sqrt(e): the factor for the queries takes that back, so that every
     backend serves both kinds of attention.
     """
     dtype = q.dtype
     q, k, log_scale = (at_least_float32(x) for x in (q, k, log_scale))
-    factor = jnp.exp(jnp.minimum(log_scale, math.log(LARGEST_COSINE_SCALE))) * q.shape[-1] ** 0.5
+    factor = jnp.exp(jnp.minimum(log_scale, LARGEST_LOG_SCALE)) * q.shape[-1] ** 0.5
     factor = jnp.expand_dims(factor, (*range(q.ndim - 2), -1))
 
     def direction(x):  # under the root, so that the gradient at zero is finite
