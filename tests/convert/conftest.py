@@ -7,6 +7,8 @@ import pytest
 from tiny_checkpoints import Checkpoints, read_safetensors
 from tiny_image_models import ImageModels
 
+from checkpoints_convert.__main__ import main
+
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
@@ -16,6 +18,18 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     return ImageModels(tmp_path_factory.mktemp("image_models"))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process: its exit status, stdout and stderr."""
+
+    def call(*args):
+        capsys.readouterr()  # progress bars of the fixtures
+        status = main([str(arg) for arg in args])
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture

@@ -11,23 +11,8 @@ import pytest
 from tiny_checkpoints import DIALECTS, read_safetensors, same_tensors
 
 import vivit_jax
-from checkpoints_convert.__main__ import main
 from checkpoints_convert.config_json import override
 from checkpoints_convert.summary import content_hash
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: its exit status, stdout and stderr."""
-
-    def call(*args):
-        capsys.readouterr()  # progress bars of the fixtures
-        status = main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
 
 CONVERSIONS = [
     (case, dialect, storage)

@@ -8,23 +8,10 @@ import numpy as np
 import pytest
 
 import vivit_jax
-from checkpoints_convert.__main__ import main
 from vivit_jax.image_init import init_from_image_model
 
 FE, FSA = "factorised_encoder", "factorised_self_attention"
 SETTINGS = ("--config", f"attention_type={FE}", "num_temporal_layers=2", "num_frames=6")
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: its exit status, stdout and stderr."""
-
-    def call(*args):
-        capsys.readouterr()
-        status = main([str(arg) for arg in args])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def test_convert_writes_what_init_from_image_model_gives(run, images, tmp_path):

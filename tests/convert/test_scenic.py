@@ -21,12 +21,11 @@ from flax.training.checkpoints import convert_pre_linen, restore_checkpoint
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import assert_close
 from numpy_vivit import forward, random_params
-from tiny_checkpoints import read_safetensors, same_tensors
+from tiny_checkpoints import pop, put, read_safetensors, same_tensors
 from variants import reference
 
 import vivit_jax
 from checkpoints_convert import scenic, trees
-from checkpoints_convert.__main__ import main
 from checkpoints_convert.convert import convert_checkpoint
 from checkpoints_convert.flax_files import open_msgpack
 from checkpoints_convert.layouts import published
@@ -160,18 +159,6 @@ def write(directory, params, container="optimizer", name="checkpoint_300"):
     directory.mkdir(exist_ok=True, parents=True)
     (directory / name).write_bytes(msgpack_serialize(state))
     return directory / name
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: its exit status, stdout and stderr."""
-
-    def call(*args):
-        capsys.readouterr()
-        status = main([str(arg) for arg in args])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def restored(directory):
@@ -564,20 +551,6 @@ def test_without_a_head(run, tmp_path, case, pooler):
 # --- damage -------------------------------------------------------------------------------------
 
 SPATIAL, TEMPORAL = "SpatialTransformer", "TemporalTransformer"
-
-
-def pop(*beginnings):
-    def edit(params):
-        names = [name for name in params if name.startswith(beginnings)]
-        assert names
-        for name in names:
-            del params[name]
-
-    return edit
-
-
-def put(name, shape, dtype="float32"):
-    return lambda params: params.update({name: np.zeros(shape, dtype)})
 
 
 DAMAGE = {

@@ -25,11 +25,10 @@ from tiny_authors import (
     training_state,
     write,
 )
-from tiny_checkpoints import read_safetensors, same_tensors
+from tiny_checkpoints import pop, put, read_safetensors, same_tensors
 
 import vivit_jax
 from checkpoints_convert import authors, trees
-from checkpoints_convert.__main__ import main
 from checkpoints_convert.config_json import transformers_notes
 from checkpoints_convert.convert import Container, convert_checkpoint
 from checkpoints_convert.layouts import published
@@ -39,18 +38,6 @@ from vivit_jax.errors import CheckpointError, ConfigError, MissingExtra
 from vivit_jax.pretrained import abstract_params, build_model
 
 CONTAINERS = tuple(authors.CONTAINERS)
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command in this process: its exit status, stdout and stderr."""
-
-    def call(*args):
-        capsys.readouterr()
-        status = main([str(arg) for arg in args])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def flags_of(case):
@@ -388,20 +375,6 @@ def test_no_note_hides_another():
 
 
 # --- damage and danger --------------------------------------------------------------------------
-
-
-def pop(*beginnings):
-    def edit(tensors):
-        names = [name for name in tensors if name.startswith(beginnings)]
-        assert names
-        for name in names:
-            del tensors[name]
-
-    return edit
-
-
-def put(name, shape, dtype="float32"):
-    return lambda tensors: tensors.update({name: np.zeros(shape, dtype)})
 
 
 DAMAGE = {

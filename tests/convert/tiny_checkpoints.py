@@ -81,3 +81,20 @@ class Checkpoints:
 
     def hub_tensors(self, case: str, **changes) -> dict[str, np.ndarray]:
         return read_safetensors(self.path(case, **changes))
+
+
+def pop(*beginnings: str):
+    """Damage: a function that takes the tensors whose names begin so, of which there are some."""
+
+    def edit(tensors):
+        names = [name for name in tensors if name.startswith(beginnings)]
+        assert names
+        for name in names:
+            del tensors[name]
+
+    return edit
+
+
+def put(name: str, shape, dtype: str = "float32"):
+    """Damage: a function that puts zeros under a name."""
+    return lambda tensors: tensors.update({name: np.zeros(shape, dtype)})
