@@ -28,6 +28,7 @@ _PUBLIC = {
     "VideoMAEForVideoClassification": "models.videomae",
     "from_pretrained": "pretrained",
     "save_pretrained": "pretrained",
+    "reconstruct": "reconstruction",
     "init_from_image_model": "image_init",
     "init_from_pretraining": "handover",
     "gather_classes": "heads",
