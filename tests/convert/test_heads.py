@@ -72,33 +72,30 @@ def test_settings_of_heads():
     assert (plain.num_labels, plain.class_splits, plain.split_names) == (7, None, None)
 
 
-@pytest.mark.parametrize(("layers", "scan_layers"), [(1, True), (3, True), (2, False)])
-def test_the_last_block_alone_is_the_same_function(layers, scan_layers):
+@pytest.mark.parametrize(
+    ("case", "layers", "scan_layers"),
+    [("joint", 1, True), ("encoder", 3, True), ("joint", 2, False)],
+)
+def test_the_last_block_alone_is_the_same_function(case, layers, scan_layers):
     """With hidden states every token is computed, without them the class token alone."""
-    for case in ("joint", "encoder"):
-        config = variant_config(
-            case, num_hidden_layers=layers, num_temporal_layers=1, remat="block",
-            scan_layers=scan_layers,
-        )  # fmt: skip
-        model = vivit_jax.VivitForVideoClassification(config)
-        params = random_params(model)
-        clip = np.random.default_rng(0).standard_normal((2, 6, 24, 16, 3)).astype(np.float32)
-        mask = np.linspace(0.5, 1.5, 4, dtype=np.float32)
+    config = variant_config(
+        case,
+        num_hidden_layers=layers,
+        num_temporal_layers=1,
+        remat="block",
+        scan_layers=scan_layers,
+    )
+    model = vivit_jax.VivitForVideoClassification(config)
+    params = random_params(model)
+    clip = np.random.default_rng(0).standard_normal((2, 6, 24, 16, 3)).astype(np.float32)
+    mask = np.linspace(0.5, 1.5, 4, dtype=np.float32)
 
-        def gradients(everything, model=model, clip=clip, params=params, mask=mask):
-            def loss(params):
-                out = model.apply(
-                    {"params": params},
-                    clip,
-                    labels=np.array([0, 3]),
-                    head_mask=mask,
-                    output_hidden_states=everything,
-                )
-                return out.loss
+    def gradients(everything):
+        def loss(params):
+            options = dict(head_mask=mask, output_hidden_states=everything)
+            return model.apply({"params": params}, clip, labels=np.array([0, 3]), **options).loss
 
-            return jax.jit(jax.grad(loss))(params)
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(params))
 
-        for one, other in zip(
-            jax.tree.leaves(gradients(True)), jax.tree.leaves(gradients(False)), strict=True
-        ):
-            np.testing.assert_allclose(one, other, atol=2e-5)
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)

@@ -63,6 +63,7 @@ def test_two_heads_are_learnt():
     model = make_model(
         attention_type="factorised_encoder",
         num_temporal_layers=1,
+        pooling="mean",
         hidden_size=32,
         intermediate_size=64,
         num_labels=NOUNS + VERBS,
@@ -87,7 +88,7 @@ def test_dropout_acts_while_training():
     clips, labels = make_clips(16, seed=0)
     losses = []
     for rate in (0.0, 0.5):
-        sizes = dict(hidden_size=16, intermediate_size=16, num_labels=NOUNS)
+        sizes = dict(hidden_size=16, intermediate_size=16, num_labels=NOUNS, pooling="mean")
         model = make_model(drop_path_rate=rate, **sizes)
         options = dict(epochs=1, batch_size=16, learning_rate=1e-3)
         _, epochs = train(model, clips, labels[:, 0], **options)
