@@ -91,7 +91,7 @@ def pretrain(run: Run) -> Outcome:
         chosen = [int(np.argmax(truth == CLASSES.index(kind))) for kind in SHOWN]
         panels = panels_of(
             results[0].take(chosen),
-            title="Held-out clips, half of them hidden, and what the model makes of that",
+            title="Held-out clips, half of their patches hidden, and what the model makes of them",
             about=f"{type(net).__name__}, vivit-jax demo, seed {run.seed}; {MASK} mask",
             times=[f"frame {i}" for i in range(NUM_FRAMES)],
         )
