@@ -56,7 +56,7 @@ class Mask:
         return cls(visible, masked, decoded)
 
     def to_bool(self) -> jax.Array:
-        """HuggingFace's form: bool [b, l], True = masked."""
+        """HuggingFace's form: bool [b, l], True = masked; an array of jax."""
         batch, num_tokens = self.masked.shape[0], self.num_tokens
         rows = jnp.arange(batch)[:, None]
         return jnp.zeros((batch, num_tokens), bool).at[rows, self.masked].set(True)
@@ -85,7 +85,7 @@ def tube_mask(key: Random, batch: int, grid: Grid, ratio: float = 0.9) -> Mask:
     `grid` is the token grid (t, h, w), `config.grid` for the configured size. Of the h*w positions
     int(ratio * h * w) are masked, as the authors count: 176 of 196 at ratio 0.9.
     """
-    t, h, w = _check("tube_mask", batch, grid, ratio)
+    t, h, w = _check("tube_mask", key, batch, grid, ratio)
     area, hidden = h * w, _hidden(ratio, h * w, "positions per frame")
     order, xp = _permutations(key, batch, area)
 
@@ -98,7 +98,7 @@ def tube_mask(key: Random, batch: int, grid: Grid, ratio: float = 0.9) -> Mask:
 
 def random_mask(key: Random, batch: int, grid: Grid, ratio: float = 0.9) -> Mask:
     """Random masking: int(ratio * t * h * w) tokens of each clip, wherever they lie."""
-    t, h, w = _check("random_mask", batch, grid, ratio)
+    t, h, w = _check("random_mask", key, batch, grid, ratio)
     hidden = _hidden(ratio, t * h * w, "tokens")
     order, xp = _permutations(key, batch, t * h * w)
     visible, masked = (
@@ -115,7 +115,7 @@ def running_cell(key: Random, batch: int, grid: Grid, ratio: float = 0.5) -> jax
     each clip, so that there are four different patterns. Raises UserError for frames of an odd
     number of tokens and for a ratio that drops none or all of a cell.
     """
-    t, h, w = _check("running_cell", batch, grid, ratio)
+    t, h, w = _check("running_cell", key, batch, grid, ratio)
     dropped = int(4 * ratio)
     if not 0 < dropped < 4 or h % 2 or w % 2:
         raise UserError(
@@ -141,12 +141,18 @@ def dual_mask(
     key: Random, batch: int, grid: Grid, ratio: float = 0.9, decoder_ratio: float = 0.5
 ) -> Mask:
     """Dual masking (VideoMAE V2 section 3.2): a tube mask and, for the decoder, a running cell."""
+    _check("dual_mask", key, batch, grid, ratio)
     first, second = (key, key) if isinstance(key, np.random.Generator) else jax.random.split(key)
     mask = tube_mask(first, batch, grid, ratio)
     return mask.replace(decoded=running_cell(second, batch, grid, decoder_ratio))
 
 
-def _check(name: str, batch: int, grid: Grid, ratio: float) -> Grid:
+def _check(name: str, key: Random, batch: int, grid: Grid, ratio: float) -> Grid:
+    if not isinstance(key, jax.Array | np.ndarray | np.random.Generator):
+        raise UserError(
+            f"{name} needs a jax PRNG key or a numpy.random.Generator, got {type(key).__name__}; "
+            "jax.random.key(0) or numpy.random.default_rng(0)"
+        )
     if batch < 1 or len(grid) != 3 or min(grid) < 1 or not 0 <= ratio <= 1:
         raise UserError(
             f"{name} needs batch >= 1, a grid (t, h, w) and a ratio in [0, 1], got batch "

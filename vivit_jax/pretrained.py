@@ -50,7 +50,8 @@ class LoadReport:
     """What loading a checkpoint into a model changes; `str()` is the message that is logged.
 
     `dropped` and `ignored` are tensor names of the checkpoint, `fresh` are parameter paths of the
-    model, in the per-layer form, that the checkpoint does not supply.
+    model, in the per-layer form, that the checkpoint does not supply. `notes` say, among others,
+    what was assumed of a file without a config.
     """
 
     source: str
@@ -325,6 +326,7 @@ def plan_load(
         ignored=tuple(row.src for row in ignored),
         fresh=tuple(fresh_paths),
         notes=(
+            *opened.notes,
             *_notes(model, held, opened.config, bool(fresh_leaves)),
             *sorted({row.rule.reason for row in ignored}),
         ),

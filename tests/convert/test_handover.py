@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from helpers import VIDEOMAE, clip, config_of, random_params
 from safetensors.numpy import load_file
+from tiny_authors import DECODER, state, write
 
 import vivit_jax
 from checkpoints_convert import trees
 from vivit_jax import ConfigError, UserError, init_from_pretraining
+from vivit_jax.pretrained import load_report
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,20 @@ def test_fine_tuning_may_change_what_has_no_weights(pretrained):
     np.testing.assert_allclose(losses, (np.log(3) + np.log(2)) / 2, atol=1e-3)
 
 
+def test_head_dropout_acts_on_the_features_alone(pretrained):
+    """Of the features that the classifier reads, in training: zero or scaled by 1 / (1 - rate)."""
+    directory, _ = pretrained
+    model, params, _ = init_from_pretraining(directory, {"num_labels": 48, "head_dropout": 0.5})
+    params["head"] = {"kernel": np.eye(48, dtype=np.float32), "bias": np.zeros(48, np.float32)}
+    x, key = clip(model.config), jax.random.key(0)
+    apply = jax.jit(model.apply, static_argnames="deterministic")
+    kept = np.asarray(apply({"params": params}, x).logits)
+    trained = apply({"params": params}, x, deterministic=False, rngs={"dropout": key}).logits
+    dropped = np.asarray(trained) == 0
+    assert 0.3 < dropped.mean() < 0.7 and not (dropped[0] == dropped[1]).all()
+    np.testing.assert_allclose(trained, np.where(dropped, 0, 2 * kept), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -148,3 +164,20 @@ def test_other_channels_from_pretraining_to_classification(tmp_path, channels):
     with pytest.raises(ConfigError, match=r"image_mean is \(0.3.* and 0.5 in the processor"):
         vivit_jax.save_pretrained(tmp_path / "other", model, params, other)
     assert not (tmp_path / "other").exists()
+
+
+def test_what_is_assumed_of_an_authors_file_is_reported(tmp_path, caplog):
+    """Nothing in a .pth says how many frames or pixels its model takes, nor how many heads."""
+    sizes = dict(width=384, layers=1, decoder=DECODER | dict(width=192, layers=1))
+    path = write(tmp_path / "checkpoint.pth", state("pretraining", **sizes))
+    assumed = "norm_pix_loss=true, num_frames=16, image_size=224: assumed"
+    assert assumed in str(load_report(path))
+    with caplog.at_level(logging.WARNING):
+        model, _ = vivit_jax.from_pretrained(path)
+    assert assumed in caplog.text and model.config.num_attention_heads == 6
+    given = {"num_frames": 32, "image_size": 112, "norm_pix_loss": False}
+    assert not load_report(path, config=given)
+    _, _, report = init_from_pretraining(path, {"num_labels": 3, "num_frames": 32})
+    assert "norm_pix_loss=true, image_size=224: assumed" in str(report)
+    model, _ = vivit_jax.from_pretrained(path, config=given)
+    assert {name: getattr(model.config, name) for name in given} == given

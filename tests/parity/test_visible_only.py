@@ -86,12 +86,7 @@ def test_the_model_computes_the_same_bits(changes, make, compute_all):
 
 @pytest.mark.parametrize(("batch", "ratio"), [(1, 0.75), (2, 0.9)])
 def test_real_sizes_compute_the_same_bits(batch, ratio):
-    """1568 tokens of 1536 values, 768 wide: no product of matrices rounds by the count of rows.
-
-    Targets are compared one operation at a time. Compiled as one program with all optimisations,
-    for the first of these masks a third of them differ by up to 3e-15, and are equal again with a
-    barrier between the statistics and their use.
-    """
+    """1568 tokens of 1536 values, 768 wide: no product of matrices rounds by the count of rows."""
     with jax.enable_x64(True):
         config, mask, pixels = exact_inputs(dict(use_mean_pooling=False), batch, ratio=ratio)
         rng = np.random.default_rng(1)
@@ -104,10 +99,33 @@ def test_real_sizes_compute_the_same_bits(batch, ratio):
         )
         assert ours.shape == (batch, mask.visible.shape[1], config.hidden_size)
         assert_same_bits(ours, everything)
-        assert_same_bits(
-            videomae.reconstruction_targets(pixels, mask, config),
-            all_targets(pixels, mask, config),
+        ours, everything = (
+            jax.jit(targets, static_argnums=2)(pixels, mask, config)
+            for targets in (videomae.reconstruction_targets, all_targets)
         )
+        assert_same_bits(ours, everything)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [vivit_jax.tube_mask, vivit_jax.dual_mask])
+def test_the_base_model_computes_the_same_bits(make, compute_all):
+    """VideoMAE-B as users compile it: all that the forward pass returns, and targets alone."""
+    with jax.enable_x64(True):
+        config, mask, pixels = exact_inputs(dict(use_mean_pooling=False), 1, make, ratio=0.75)
+        model = vivit_jax.VideoMAEForPreTraining(config)
+        params = jax.tree.map(lambda x: x.astype(np.float64), random_params(model, scale=0.02))
+
+        def run():
+            apply = lambda p, x, m: model.apply({"params": p}, x, m, output_hidden_states=True)  # noqa: E731
+            out = jax.jit(apply)(params, pixels, mask)
+            targets = jax.jit(lambda x, m: videomae.reconstruction_targets(x, m, config))
+            states = (out.hidden_states, out.decoder_hidden_states)
+            return *states, out.logits, out.loss, targets(pixels, mask)
+
+        ours = run()
+        compute_all()
+        for one, other in zip(ours, run(), strict=True):
+            assert_same_bits(one, other)
 
 
 @pytest.mark.slow
@@ -153,5 +171,5 @@ def test_step_time(compute_all):
     print(f"and {(work[everything] - work[ours]) / 1e9:.1f} G operations more")
     # The encoder's blocks see visible tokens either way: what is saved is nine tenths of the
     # embedding, forwards and backwards, a few percent of a step and near what a timer can tell.
-    assert work[everything] > work[ours] and wall > 0.97
+    assert work[everything] > work[ours] and processors > 0.99  # measured 1.015 to 1.038
     assert abs(losses[ours] - losses[everything]) < 1e-6

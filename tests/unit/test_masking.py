@@ -2,8 +2,19 @@
 import jax
 import numpy as np
 import pytest
+from helpers import VIDEOMAE, clip
 
-from vivit_jax import Mask, UserError, dual_mask, random_mask, running_cell, tube_mask
+from vivit_jax import (
+    Mask,
+    UserError,
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    dual_mask,
+    random_mask,
+    running_cell,
+    tube_mask,
+)
+from vivit_jax.masking import cell_patterns
 
 CLIP = (8, 14, 14)  # the tokens of 16 frames of 224 x 224
 GENERATORS = (tube_mask, random_mask, dual_mask)
@@ -126,6 +137,12 @@ def test_every_position_is_masked_equally_often(function, kind):
 SEQUENCE = [[[1, 0], [0, 1]], [[0, 0], [1, 1]], [[0, 1], [1, 0]], [[1, 1], [0, 0]]]
 
 
+def test_the_sequence_that_starts_at_place_0():
+    kept = cell_patterns((4, 2, 2), dropped=2)[0]
+    dropped = ~np.isin(np.arange(16), kept).reshape(4, 2, 2)
+    assert dropped.astype(int).tolist() == SEQUENCE
+
+
 @both_kinds
 def test_running_cell_runs_through_the_papers_sequence(kind):
     kept = np.asarray(draw(running_cell, kind, 64, (6, 4, 8), 0.5))
@@ -161,6 +178,15 @@ def test_dual_mask_counts_704_tokens_and_sees_80_again(kind):
     assert len(patterns) == 4
 
 
+def test_the_two_masks_of_a_dual_mask_are_drawn_apart():
+    """One key for both would make the running cell a function of the tube or the other way."""
+    key = jax.random.key(3)
+    first, second = jax.random.split(key)
+    mask = dual_mask(key, 8, CLIP)
+    np.testing.assert_array_equal(mask.masked, tube_mask(first, 8, CLIP).masked)
+    np.testing.assert_array_equal(mask.decoded, running_cell(second, 8, CLIP))
+
+
 def test_masks_of_a_loader_are_stacked_clip_by_clip():
     rng = np.random.default_rng(0)
     masks = [dual_mask(rng, 1, CLIP) for _ in range(3)]
@@ -179,6 +205,13 @@ def test_arguments(function, kind, batch, grid, ratio):
         function(source(kind), batch, grid, ratio)
 
 
+@pytest.mark.parametrize("function", [*GENERATORS, running_cell])
+@pytest.mark.parametrize("key", [0, None, np.random.RandomState(0)])
+def test_what_is_no_source_of_randomness(function, key):
+    with pytest.raises(UserError, match="needs a jax PRNG key or a numpy.random.Generator, got"):
+        function(key, 1, CLIP)
+
+
 @pytest.mark.parametrize("function", GENERATORS)
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 1.0])
 def test_some_must_be_masked_and_some_left(function, ratio):
@@ -192,3 +225,24 @@ def test_some_must_be_masked_and_some_left(function, ratio):
 def test_running_cell_needs_whole_cells(grid, ratio):
     with pytest.raises(UserError, match=r"0\.25 to below 1 and an even height .* grid \("):
         running_cell(jax.random.key(0), 1, grid, ratio)
+
+
+SMALL = VideoMAEConfig(**VIDEOMAE | dict(image_size=(32, 16), use_mean_pooling=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mask: mask.to_bool(), r"must be a vivit_jax\.Mask, got .*Mask\.from_bool"),
+        (lambda mask: mask.replace(masked=mask.masked[:1]), "for 1 or 2 clips of 24 tokens"),
+        (lambda mask: mask.replace(decoded=mask.decoded[:1]), "for 1 or 2 clips of 24 tokens"),
+        (lambda mask: jax.tree.map(lambda part: part[:1], mask), "for 1 clips of 24 .* holds 2 of"),
+        (lambda mask: mask.replace(masked=mask.masked[:, 1:]), "of 23 tokens, .* holds 2 of 24"),
+        (lambda mask: None, "needs a mask, for example vivit_jax.tube_mask"),
+    ],
+)
+def test_masks_that_do_not_fit_the_clips(change, message):
+    model = VideoMAEForPreTraining(SMALL)
+    mask = change(dual_mask(np.random.default_rng(0), 2, SMALL.grid, 0.5))
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(model.init, jax.random.key(0), clip(SMALL), mask)

@@ -221,8 +221,9 @@ def _check_mask(mask: Mask, batch: int, grid: Grid) -> None:
             "Mask.from_bool(bool_masked_pos)"
         )
     tokens = grid[0] * grid[1] * grid[2]
-    if mask.num_tokens != tokens or {len(mask.visible), len(mask.predicted)} != {batch}:
+    clips = sorted({len(part) for part in (mask.visible, mask.masked, mask.predicted)})
+    if mask.num_tokens != tokens or clips != [batch]:
         raise UserError(
-            f"mask is for {mask.visible.shape[0]} clips of {mask.num_tokens} tokens, pixel_values "
-            f"holds {batch} of {tokens} (grid {grid}); make the mask with that grid"
+            f"mask is for {' or '.join(map(str, clips))} clips of {mask.num_tokens} tokens, "
+            f"pixel_values holds {batch} of {tokens} (grid {grid}); make the mask with that grid"
         )

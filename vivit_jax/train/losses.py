@@ -206,7 +206,9 @@ def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> 
         x = x * jnp.asarray(std, x.dtype) + jnp.asarray(mean, x.dtype)
     if config.norm_pix_loss:
         std = jnp.sqrt(jnp.var(x, axis=2, keepdims=True, ddof=1)) + 1e-6
-        x = (x - jnp.mean(x, axis=2, keepdims=True)) / std
+        # Behind the barrier the rounding is the same for any number of tokens.
+        mean, std = jax.lax.optimization_barrier((jnp.mean(x, axis=2, keepdims=True), std))
+        x = (x - mean) / std
     return einops.rearrange(x, "b m p c -> b m (p c)")
 
 
