@@ -181,6 +181,17 @@ def error_table(errors: np.ndarray) -> list[str]:
     return lines
 
 
+def error_dict(errors: np.ndarray) -> dict[str, dict[str, float | None]]:
+    """`rmse`'s table by ROWS, then COLUMNS, for JSON: None for what does not exist."""
+    return {
+        row: {
+            column: None if np.isnan(value) else float(value)
+            for column, value in zip(COLUMNS, values, strict=True)
+        }
+        for row, values in zip(ROWS, errors, strict=True)
+    }
+
+
 def to_patches(clips: np.ndarray, tubelet: Grid) -> np.ndarray:
     """[b, t, h, w, c] -> [b, l, p, c], a copy."""
     t, h, w = tubelet

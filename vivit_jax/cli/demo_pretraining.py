@@ -32,7 +32,7 @@ def pretrain(run: Run) -> Outcome:
     from vivit_jax.cli.reconstruct import panels_of, reconstruct
     from vivit_jax.data.synthetic import CLASSES
     from vivit_jax.masking import random_mask
-    from vivit_jax.reconstruction import COLUMNS, ROWS, error_table, rmse
+    from vivit_jax.reconstruction import error_dict, error_table, rmse
     from vivit_jax.train.fit import init_params
 
     net, processor = build()
@@ -97,16 +97,9 @@ def pretrain(run: Run) -> Outcome:
         )
         panels.save_png(run.out / PICTURE)
 
-    numbers = {
-        name: {
-            row: {column: _number(x) for column, x in zip(COLUMNS, values, strict=True)}
-            for row, values in zip(ROWS, errors, strict=True)
-        }
-        for name, errors in tables.items()
-    }
     return Outcome(
         passed=same and agrees,
-        summary={"rmse": numbers},
+        summary={"rmse": {name: error_dict(errors) for name, errors in tables.items()}},
         files={
             PICTURE: "held-out clips: original, masked, reconstruction",
             MOVING: "one of them, moving",
@@ -169,7 +162,3 @@ def _augment(rng, clips):
     from vivit_jax.data.synthetic import augment
 
     return augment(rng, clips, np.zeros(len(clips), int))[:1]
-
-
-def _number(value) -> float | None:
-    return float(value) if value == value else None

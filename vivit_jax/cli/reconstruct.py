@@ -207,9 +207,7 @@ def _channels_note(result) -> str | None:
 
 
 def _summary(result, errors, clip: Path, out: Path, indices: list[int]) -> dict[str, Any]:
-    import numpy as np
-
-    from vivit_jax.reconstruction import COLUMNS, ROWS
+    from vivit_jax.reconstruction import error_dict
 
     return {
         "clip": str(clip),
@@ -219,11 +217,5 @@ def _summary(result, errors, clip: Path, out: Path, indices: list[int]) -> dict[
         "hidden": int(result.hidden.sum()),
         "predicted": int(result.predicted.sum()),
         "statistics": result.statistics,
-        "rmse": {
-            row: {
-                column: None if np.isnan(value) else float(value)
-                for column, value in zip(COLUMNS, values, strict=True)
-            }
-            for row, values in zip(ROWS, errors, strict=True)
-        },
+        "rmse": error_dict(errors),
     }
