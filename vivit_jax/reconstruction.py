@@ -32,6 +32,12 @@ Grid = tuple[int, int, int]
 
 ROWS = ("reconstruction", "patch mean", "nearest visible patch")
 COLUMNS = ("from visible patches", "true mean and variance")
+# What the rows are in each of the columns, for where one column is shown alone.
+ROWS_OF_COLUMNS = (
+    ("reconstruction", "patch mean, estimated", "nearest visible patch"),
+    ("reconstruction", "true patch mean", "nearest visible patch with true mean and variance"),
+)
+_TABLE_ROWS = ("reconstruction", "patch mean, estimated or true", "nearest visible patch")
 
 # Weights of visible patches fall with this power of their distance. On held-out clips of the
 # synthetic data (160 clips of 4x6x6 tokens, tube and random masks of 0.75 and 0.9), the estimated
@@ -172,9 +178,9 @@ def rmse(reconstructions: Iterable[Reconstruction]) -> np.ndarray:
 
 def error_table(errors: np.ndarray) -> list[str]:
     """The lines of `rmse`'s table as text."""
-    width = max(map(len, ROWS))
+    width = max(map(len, _TABLE_ROWS))
     lines = ["  ".join([" " * width, *COLUMNS])]
-    for name, values in zip(ROWS, errors, strict=True):
+    for name, values in zip(_TABLE_ROWS, errors, strict=True):
         cells = ["-" if np.isnan(value) else f"{value:.4f}" for value in values]
         cells = [cell.rjust(len(title)) for cell, title in zip(cells, COLUMNS, strict=True)]
         lines.append("  ".join([name.ljust(width), *cells]))

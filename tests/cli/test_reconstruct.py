@@ -70,7 +70,7 @@ def test_png_shows_frames_masks_and_predictions(model, clip, capsys, drawn, tmp_
     status, out, err = run(capsys, *args)
     assert status == 0 and err == ""
     assert "6 frames from 9 to 29" in out and "18 of 24 patches hidden" in out
-    assert all(name in out for name in (*ROWS, *COLUMNS))
+    assert all(name in out for name in (*ROWS, *COLUMNS, "patch mean, estimated or true"))
     (shown,) = drawn
     assert shown.title == "clip.mp4, reconstructed from 25% of it" and shown.warning is None
     assert "tube mask of ratio 0.75, seed 0" in shown.notes[0]
@@ -119,10 +119,15 @@ def test_true_statistics_are_told_on_the_picture(model, clip, capsys, drawn, tmp
     assert not np.array_equal(first.clips[2], second.clips[2])
     honest, leaky = json.loads(honest), json.loads(leaky)
     assert leaky["statistics"] == "true" and leaky["rmse"] == honest["rmse"]
-    # The picture states the errors of what it shows.
+    # The picture states the errors of what it shows, and which mean is meant.
+    names = (
+        ("reconstruction", "patch mean, estimated", "nearest visible patch"),
+        ("reconstruction", "true patch mean", "nearest visible patch with true mean and variance"),
+    )
     for shown, column in ((first, 0), (second, 1)):
         values = [row[COLUMNS[column]] for row in honest["rmse"].values()]
-        assert all(f"{value:.3f}" in shown.notes[1] for value in values)
+        told = zip(names[column], values, strict=True)
+        assert "; ".join(f"{name} {value:.3f}" for name, value in told) in shown.notes[1]
 
 
 def test_the_mask_is_a_function_of_its_seed(model, clip, capsys, drawn, tmp_path):

@@ -128,10 +128,11 @@ def draw_mask(kind: str, seed: int, batch: int, grid, ratio: float):
 def panels_of(result, *, title: str, about: str, times: list[str]):
     """The picture of a `vivit_jax.reconstruction.Reconstruction`, of every clip in it."""
     from vivit_jax.cli.panels import Panels, as_frames
-    from vivit_jax.reconstruction import ROWS, rmse
+    from vivit_jax.reconstruction import ROWS_OF_COLUMNS, rmse
 
-    errors = rmse([result])[:, int(result.statistics == "true")]
-    named = ", ".join(f"{name} {error:.3f}" for name, error in zip(ROWS, errors, strict=True))
+    column = int(result.statistics == "true")
+    errors = zip(ROWS_OF_COLUMNS[column], rmse([result])[:, column], strict=True)
+    named = "; ".join(f"{name} {error:.3f}" for name, error in errors)
     note, leaks = _statistics_note(result)
     notes = [
         f"{about}: {_counts(result)}.",
