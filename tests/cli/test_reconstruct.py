@@ -306,15 +306,31 @@ def test_the_suffix_is_checked_before_the_model(clip, capsys, tmp_path):
     assert status == 2 and ".webp" in err and "/nowhere" not in err
 
 
-def test_a_long_clip_shows_one_frame_of_each_tubelet():
-    times = [f"frame {i}" for i in range(16)]
-    clip = np.zeros((16, 8, 8, 3), np.uint8)
-    columns = []
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (1, [0]),
+        (8, range(8)),
+        (9, [0, 1, 2, 3, 5, 6, 7, 8]),
+        (16, [0, 2, 4, 6, 9, 11, 13, 15]),  # one of each tubelet of two
+        (64, range(0, 64, 9)),
+    ],
+)
+def test_a_png_of_many_frames_shows_evenly_spaced_ones(tmp_path, count, shown):
+    times = [f"frame {i}" for i in range(count)]
+    clip = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(224, 2).repeat(3, 3)
+    drawn = []
 
     class Recorder(panels.Panels):
-        def _page(self, rows, row_labels, column_labels, tile):
-            columns.append((len(rows[0]), column_labels))
-            return super()._page(rows, row_labels, column_labels, tile)
+        def _page(self, *args):
+            drawn.append((list(self.notes), *args))
+            return super()._page(*args)
 
-    Recorder("t", (), None, ["a"], [clip], times).save_png("/dev/null", every=2)
-    assert columns == [(8, times[::2])]
+    Recorder("t", ("n",), None, ["a"], [clip], times).save_png(tmp_path / "a.png")
+    ((notes, rows, _, columns, _),) = drawn
+    assert columns == [times[i] for i in shown]
+    assert [int(frame[0, 0, 0]) for frame in rows[0]] == list(shown)
+    told = [f"8 of {count} frames are drawn, evenly spaced from first to last."]
+    assert notes == (["n", *told] if count > 8 else ["n"])
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width < 2000

@@ -8,10 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from vivit_jax.cli.picture import FAINT, GUTTER, INK, MARGIN, PAPER, ROW_GAP, WRONG, text_width
+from vivit_jax.cli.picture import (
+    FAINT,
+    GUTTER,
+    INK,
+    MARGIN,
+    PAPER,
+    ROW_GAP,
+    TILE,
+    WRONG,
+    text_width,
+)
 
-TILE, MOVING_TILE = 96, 256  # pixels that a frame is wide, about, where it is scaled up
-MOST_COLUMNS = 8
+MOVING_TILE = 256  # what TILE is to a png
+MOST_COLUMNS = 8  # 2,000 pixels where frames are 224 wide
 HIDDEN, HATCH = 0.88, 0.62  # grey levels of what is not shown
 
 
@@ -27,11 +37,16 @@ class Panels:
     times: Sequence[str]  # of frames
     group: int = 3  # rows that belong together in a png
 
-    def save_png(self, path: Path, every: int = 1) -> None:
-        """A row per clip, a column per frame; every `every`-th of them where they are many."""
-        shown = range(0, len(self.times), every if len(self.times) > MOST_COLUMNS else 1)
+    def save_png(self, path: Path) -> None:
+        """A row per clip, a column per frame; of many, MOST_COLUMNS from the first to the last."""
+        count = len(self.times)
+        shown = [round(i) for i in np.linspace(0, count - 1, min(count, MOST_COLUMNS))]
         rows = [[clip[i] for i in shown] for clip in self.clips]
-        page = self._page(rows, self.labels, [self.times[i] for i in shown], TILE)
+        told = self
+        if len(shown) < count:
+            note = f"{len(shown)} of {count} frames are drawn, evenly spaced from first to last."
+            told = dataclasses.replace(self, notes=[*self.notes, note])
+        page = told._page(rows, self.labels, [self.times[i] for i in shown], TILE)
         page.save(path, "PNG")
 
     def save_mp4(self, path: Path, fps: float) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 PAPER, INK, FAINT = "#ffffff", "#1f2328", "#6e7781"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 MARGIN, GUTTER, ROW_GAP = 28, 6, 10
-TILE = 96  # pixels, at least
+TILE = 96  # pixels that a frame is wide, about, where it is scaled up
 COLUMN_GAP = 18
 
 

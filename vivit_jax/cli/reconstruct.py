@@ -43,8 +43,8 @@ def reconstruct(
             [0, 1].
         model: Directory with config.json, weights and preprocessor_config.json, or a hub id; with a
             pre-training head.
-        out: File to write: .png has a row for each of the three and a column per frame, .mp4 and
-            .gif show them side by side.
+        out: File to write: .png has a row for each of the three and a column per frame, of more
+            than eight those of eight evenly spaced frames; .mp4 and .gif show all side by side.
         mask_ratio: Share of the patches to hide.
         mask: tube hides the same places in every frame, random any; dual is a tube, of whose
             patches the decoder predicts half in a running cell (VideoMAE V2).
@@ -93,7 +93,7 @@ def reconstruct(
     with whole_file(out) as partial:
         kind = out.suffix.lower()
         if kind == ".png":
-            panels.save_png(partial, every=config.tubelet[0])
+            panels.save_png(partial)
         elif kind == ".mp4":
             panels.save_mp4(partial, fps)
         else:
