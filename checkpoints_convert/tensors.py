@@ -70,7 +70,7 @@ def stored(
 
 def constant(value: Any) -> LazyTensor:
     """A value that is no array as a tensor of shape (), of dtype object unless it is a number."""
-    if isinstance(value, int | float | complex):
+    if isinstance(value, int | float | complex | np.number | np.bool_):
         array = np.asarray(value)
     else:
         array = np.empty((), object)

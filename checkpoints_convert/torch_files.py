@@ -3,6 +3,7 @@
 
 import argparse
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,21 +27,20 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
 
     Lists that hold tensors or further trees are maps with keys '0', '1', ...; every other value is
     a tensor of shape (), of dtype object unless it is a number. Raises CheckpointError for damage,
-    for a pickle that needs more than torch's safe types and argparse.Namespace, and for tensors
-    that are not dense; MissingExtra without torch.
+    for a pickle that needs more than torch's safe types, argparse.Namespace and numpy's scalars,
+    and for tensors that are not dense; MissingExtra without torch.
     """
     torch = _torch(f"reading {path}")
     try:
-        # The authors of VideoMAE keep the arguments of their script, a bag of attributes without
-        # any code. Files from before torch 1.6 are no zip archives and cannot be mapped.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        with torch.serialization.safe_globals(_harmless()):
             state = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged or holds more than tensors, and unpickling that could run code. "
-            f"Convert it to safetensors where you trust it. torch says: {first_line(error)}"
+            f"Convert it to safetensors where you trust it. torch says: {_culprit(error)}"
         ) from None
     except PermissionError:
         raise
@@ -57,6 +57,26 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     except RecursionError:
         raise CheckpointError(f"{path} holds a tree that contains itself") from None
     return tensors
+
+
+def _harmless() -> list[Any]:
+    """What a pickle may hold besides torch's safe types; all of it holds data and runs no code.
+
+    The authors of VideoMAE keep the arguments of their script, a bag of attributes, and learning
+    rates that they take from a schedule, an array of numpy. Of numpy only scalars of the plain
+    number types are made: `scalar` copies bytes, and refuses dtype object.
+    """
+    scalar = np._core.multiarray.scalar
+    dtypes = (type(np.dtype(code)) for code in ("f8", "f4", "f2", "i8", "i4", "u1", "bool"))
+    old = (scalar, "numpy.core.multiarray.scalar")  # as numpy 1 calls it
+    return [argparse.Namespace, scalar, old, np.dtype, *dtypes]
+
+
+def _culprit(error: pickle.UnpicklingError) -> str:
+    """What torch refuses, out of the advice and the terminal colours around it."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    name = re.search(r"Unsupported global: GLOBAL \S+", text)
+    return name[0] if name else first_line(text.rpartition("WeightsUnpickler error: ")[2])
 
 
 def is_beside(name: str, tensor: LazyTensor) -> bool:

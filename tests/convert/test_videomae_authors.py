@@ -7,6 +7,7 @@ The files come from tiny_authors.py, so that they share nothing with what reads 
 import argparse
 import json
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -447,7 +448,34 @@ def test_code_in_a_pickle_is_refused_and_not_run(run, tmp_path):
             torch.save(held | {place: danger}, tmp_path / "x.pth")
             status, out, err = run("inspect", tmp_path / "x.pth")
             assert (status, out) == (2, "") and "could run code" in err
+            assert err.endswith("torch says: Unsupported global: GLOBAL getattr\n")
     assert not touched.exists()
+
+
+def test_numbers_of_numpy_in_the_training_state(tmp_path):
+    """The optimiser's learning rate is an element of an array, whatever numpy pickled it."""
+    import torch
+
+    numbers = [np.dtype(code).type(1) for code in ("f8", "f4", "f2", "i8", "i4", "u1", "bool")]
+    held = training_state(state("fine-tuned"), "model")
+    held["numbers"] = {value.dtype.name: value for value in numbers}
+    torch.save(held, tmp_path / "x.pth")
+    old = tmp_path / "old.pth"
+    modern, ancient = b"cnumpy._core.multiarray\nscalar\n", b"cnumpy.core.multiarray\nscalar\n"
+    with zipfile.ZipFile(tmp_path / "x.pth") as source, zipfile.ZipFile(old, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(modern, ancient))
+    assert ancient in old.read_bytes()
+    for path in (tmp_path / "x.pth", old):
+        opened = open_source(path, settings=settings_of("fine-tuned"))
+        for value in numbers:
+            leaf = opened.checkpoint.tensors[f"numbers/{value.dtype.name}"]
+            assert (leaf.shape, leaf.dtype, leaf.read()) == ((), value.dtype, value)
+        assert opened.checkpoint.tensors["optimizer/param_groups/0/lr"].read() == 0.05
+    held["numbers"] = np.zeros(3)  # an array's pickle calls more than its bytes need
+    torch.save(held, path)
+    with pytest.raises(CheckpointError, match=r"GLOBAL numpy\._core\.multiarray\._reconstruct$"):
+        open_source(path)
 
 
 def test_without_torch(tmp_path, monkeypatch):
