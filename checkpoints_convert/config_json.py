@@ -136,16 +136,18 @@ def parse_settings(cls: type[Config], settings: Settings) -> dict[str, Any]:
     that is set twice and for a value of the wrong type.
     """
     fields = {f.name: f.type for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
-    parsed = settings.items() if isinstance(settings, Mapping) else map(_split, settings)
+    parsed, where, what = map(_split, settings), "--config", cls.model_type
+    if isinstance(settings, Mapping):
+        parsed, where, what = settings.items(), "config", cls.__name__
     changes = {}
     for name, value in parsed:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"
-            raise ConfigError(f"--config: {cls.model_type} has no field {name!r}{hint}")
+            raise ConfigError(f"{where}: {what} has no field {name!r}{hint}")
         if name in changes:
             raise ConfigError(f"--config: {name} is set twice")
-        changes[name] = _typed(name, value, fields[name])
+        changes[name] = _typed(where, name, value, fields[name])
     if "num_labels" not in changes:
         # Names and splits say how many classes there are.
         if isinstance(changes.get("id2label"), dict | tuple):
@@ -172,7 +174,7 @@ def _split(setting: str) -> tuple[str, _Text]:
     return name, _Text(text)
 
 
-def _typed(name: str, given: Any, wanted: Any) -> Any:
+def _typed(where: str, name: str, given: Any, wanted: Any) -> Any:
     value = given
     if isinstance(given, _Text):
         value = _parse(given.text)
@@ -184,7 +186,7 @@ def _typed(name: str, given: Any, wanted: Any) -> Any:
         value = tuple(value)
     if name != "id2label" and not _fits(value, wanted):
         expected = getattr(wanted, "__name__", None) if wanted in (int, float, bool, str) else None
-        raise ConfigError(f"--config: {name} must be {expected or wanted}, got {given!r}")
+        raise ConfigError(f"{where}: {name} must be {expected or wanted}, got {given!r}")
     return value
 
 
@@ -204,9 +206,9 @@ def _fits(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
         return any(_fits(value, option) for option in arguments)
     if typing.get_origin(wanted) is tuple:
+        if not isinstance(value, tuple):
+            return False
         items = arguments[:1] * len(value) if Ellipsis in arguments else arguments
-        return (
-            isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
-        )
+        return len(value) == len(items) and all(map(_fits, value, items))
     kind = int | float if wanted is float else wanted
     return isinstance(value, kind) and not (wanted is not bool and isinstance(value, bool))

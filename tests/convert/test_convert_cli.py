@@ -11,7 +11,7 @@ import pytest
 from tiny_checkpoints import DIALECTS, read_safetensors, same_tensors
 
 import vivit_jax
-from checkpoints_convert.config_json import override
+from checkpoints_convert.config_json import override, parse_settings
 from checkpoints_convert.summary import content_hash
 
 CONVERSIONS = [
@@ -153,6 +153,24 @@ def test_settings_are_typed():
     assert override(labels, ["num_labels=4"]).id2label is None
     with pytest.raises(vivit_jax.ConfigError, match="set twice"):
         override(config, ["qkv_bias=true", "qkv_bias=false"])
+
+
+@pytest.mark.parametrize("name", ["class_splits", "split_names", "image_mean", "id2label"])
+def test_a_list_can_be_taken_away(name):
+    for settings in ([f"{name}=null"], {name: None}):
+        assert parse_settings(vivit_jax.VideoMAEConfig, settings) == {name: None}
+
+
+def test_errors_name_where_the_setting_was_given():
+    given = {
+        "--config: videomae has no field 'x'": ["x=1"],
+        "--config: hidden_size must be int, got 'a'": ["hidden_size=a"],
+        "config: VideoMAEConfig has no field 'x'": {"x": 1},
+        "config: hidden_size must be int, got 'a'": {"hidden_size": "a"},
+    }
+    for expected, settings in given.items():
+        with pytest.raises(vivit_jax.ConfigError, match=f"^{expected}"):
+            parse_settings(vivit_jax.VideoMAEConfig, settings)
 
 
 def test_inspect(run, checkpoints):

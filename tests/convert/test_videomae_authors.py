@@ -525,6 +525,20 @@ def test_what_the_authors_code_would_compute_otherwise(run, checkpoints, tmp_pat
     authors.check_writable(own, "none")
 
 
+def test_the_hint_to_write_it_without_its_own_statistics_works(run, tmp_path):
+    flags = [*flags_of("pretraining"), "norm_pix_loss=false", "image_mean=0.5", "image_std=0.25"]
+    path = write(tmp_path / "x.pth", state("pretraining"))
+    assert run("convert", path, tmp_path / "hf", *flags)[0] == 0
+    command = ["convert", tmp_path / "hf", tmp_path / "out", "--to", "videomae"]
+    status, _, err = run(*command)
+    assert status == 2 and "this model has image_mean=(0.5, 0.5, 0.5)" in err
+    hint = err.partition("--config ")[2].split()
+    assert hint == ["image_mean=null", "image_std=null"]
+    assert run(*command, "--config", *hint)[0] == 0
+    config = open_source(tmp_path / "out").config
+    assert config == expected_config("pretraining", norm_pix_loss=False)
+
+
 @pytest.mark.parametrize(
     ("case", "flags", "expected"),
     [
