@@ -257,6 +257,7 @@ def test_an_interrupted_run_leaves_the_old_file(model, clip, capsys, tmp_path, m
         ({"--start": "middle"}, "begin, center, end or a frame"),
         ({"--stride": "0"}, "stride"),
         ({"--stride": "20"}, "6 frames at stride 20"),
+        ({"--start": "99"}, "(--start center)"),
         ({"--model": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"clip": "{tmp}/none.mp4"}, "none.mp4"),
         ({"clip": "{tmp}/text.npy"}, "not an array in numpy's .npy format"),
@@ -265,6 +266,7 @@ def test_an_interrupted_run_leaves_the_old_file(model, clip, capsys, tmp_path, m
         ({"clip": "{tmp}/nan.npy"}, "floats from nan to nan"),
         ({"clip": "{tmp}/big.npy"}, "floats from 0 to 255"),
         ({"clip": "{tmp}/short.npy"}, "there are 2 frames"),
+        ({"clip": "{tmp}/short.npy"}, "(--pad repeat_last)"),
         ({"clip": "{tmp}/grey.npy"}, "frames have 1 channel"),
     ],
 )

@@ -57,7 +57,7 @@ def clip_indices(
         if start >= total:
             raise VideoError(
                 f"start is frame {start} but there are {total} frames: "
-                "pass a smaller start, or start='center'"
+                "pass a smaller start, or start='center' (--start center)"
             )
         first = int(start)
     elif start not in STARTS:
@@ -72,7 +72,7 @@ def clip_indices(
         raise VideoError(
             f"{num_frames} frames at stride {stride} from frame {first} end at frame "
             f"{first + offsets[-1]} but there are {total} frames: ask for fewer frames or a "
-            "smaller stride, or pass pad='repeat_last' or pad='loop'"
+            "smaller stride, or pass pad='repeat_last' or pad='loop' (--pad repeat_last)"
         )
     return pad_indices(first + offsets, total, pad)
 
