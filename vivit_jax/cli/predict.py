@@ -31,7 +31,8 @@ def predict(
 
     Args:
         clips: Video files, or .npy with frames [t, h, w, c], uint8 or float in [0, 1].
-        model: Directory with config.json, weights and preprocessor_config.json, or a hub id.
+        model: Directory with config.json, weights and preprocessor_config.json, a weight file with
+            both beside it, a hub id, or a file of VideoMAE's authors or scenic.
         top_k: How many classes to print.
         stride: Frames between sampled frames. Default: the recipe's (ViViT 2, VideoMAE 4), less
             where the video is too short for it.
@@ -75,16 +76,18 @@ def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[d
     import vivit_jax
     from checkpoints_convert.layouts import architecture
     from checkpoints_convert.source import open_source
+    from vivit_jax.cli.model import processor_of
     from vivit_jax.data.clip import read_clip
 
     # What is cheap to check comes before the weights.
-    held = open_source(model).layout
+    source = open_source(model)
+    held = source.layout
     if held.head != "classification":
         raise UserError(
             f"{model} holds {architecture(held.family, held.head)}, which has no classifier; "
             "predict needs a model fine-tuned for classification"
         )
-    processor = vivit_jax.VideoProcessor.from_pretrained(model)
+    processor = processor_of(source)
     module, params = vivit_jax.from_pretrained(model)
     config = module.config
 

@@ -41,8 +41,8 @@ def reconstruct(
     Args:
         clip: Video file, or .npy with frames [t, h, w, c] of any channel count, uint8 or float in
             [0, 1].
-        model: Directory with config.json, weights and preprocessor_config.json, or a hub id; with a
-            pre-training head.
+        model: Directory with config.json, weights and preprocessor_config.json, a weight file with
+            both beside it, a hub id, or a file of VideoMAE's authors; with a pre-training head.
         out: File to write: .png has a row for each of the three and a column per frame, of more
             than eight those of eight evenly spaced frames; .mp4 and .gif show all side by side.
         mask_ratio: Share of the patches to hide.
@@ -63,14 +63,16 @@ def reconstruct(
     if seed < 0:
         raise UserError(f"--seed must not be negative, got {seed}")
     import vivit_jax
+    from vivit_jax.cli.model import processor_of
     from vivit_jax.data.clip import parse_start, read_clip
     from vivit_jax.reconstruction import error_table, rmse
     from vivit_jax.reconstruction import reconstruct as predict_hidden
 
     place = parse_start(start)
-    config = _config(model, true_statistics)
+    source = _source(model, true_statistics)
+    config = source.config
     chosen = draw_mask(mask, seed, 1, config.grid, mask_ratio)
-    processor = vivit_jax.VideoProcessor.from_pretrained(model)
+    processor = processor_of(source)
     read = read_clip(clip, config, stride=stride, start=place, pad=pad)
     pixel_values = read.pixel_values(processor)
     module, params = vivit_jax.from_pretrained(model)
@@ -160,8 +162,8 @@ def panels_of(result, *, title: str, about: str, times: list[str]):
     )
 
 
-def _config(model: str, true_statistics: bool):
-    """The model's configuration, from what is cheap to check: the weights are not read."""
+def _source(model: str, true_statistics: bool):
+    """The opened checkpoint, once checked for what is cheap to check: the weights are not read."""
     from checkpoints_convert.layouts import architecture
     from checkpoints_convert.source import open_source
     from vivit_jax.reconstruction import check_statistics
@@ -174,7 +176,7 @@ def _config(model: str, true_statistics: bool):
             "reconstruct needs a pre-trained VideoMAE with its decoder (VideoMAEForPreTraining)"
         )
     check_statistics(source.config, true_statistics)
-    return source.config
+    return source
 
 
 def _counts(result) -> str:

@@ -240,7 +240,7 @@ class VideoProcessor:
         """
         path = Path(source)
         if path.is_dir():
-            candidates = [(path / name, section) for name, section in _CONFIG_FILES]
+            candidates = _candidates(path)
         elif path.is_file():
             candidates = [(path, name) for name in ("image_processor", "video_processor", None)]
         elif _HUB_ID.fullmatch(str(source)):
@@ -250,7 +250,15 @@ class VideoProcessor:
             candidates = [(file, None)]
         else:
             raise UserError(f"{source}: no such file or directory, and not a hub id")
-        path, config = _first_config(candidates)
+        found = _first_config(candidates)
+        if found is None:
+            raise UserError(
+                f"{path if path.is_dir() else path.parent} holds no processor file, expected "
+                "preprocessor_config.json: put the one there that the weights were published with, "
+                "or save one with save_pretrained, of VideoProcessor.vivit() or .videomae() "
+                "(transformers' defaults) or, for published weights, of VideoProcessor.named(...)"
+            )
+        path, config = found
         try:
             return cls.from_dict(config, **overrides)
         except ConfigError as error:
@@ -439,23 +447,36 @@ def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _first_config(candidates: list[tuple[Path, str | None]]) -> tuple[Path, Any]:
-    """Returns the first file, or section of a file, that exists."""
+def processor_file(directory: Path) -> Path | None:
+    """The file that `from_pretrained` reads in a directory, None if there is none.
+
+    Raises `ConfigError` for a file that is not JSON.
+    """
+    found = _first_config(_candidates(directory))
+    return found and found[0]
+
+
+def _candidates(directory: Path) -> list[tuple[Path, str | None]]:
+    return [(directory / name, section) for name, section in _CONFIG_FILES]
+
+
+def _first_config(candidates: list[tuple[Path, str | None]]) -> tuple[Path, Any] | None:
+    """Returns the first file, or section of a file, that exists, with its content."""
     for path, section in candidates:
         if not path.is_file():
             continue
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from error
+            raise ConfigError(
+                f"{path} is not JSON: {error}; expected a preprocessor_config.json, or the "
+                "directory that holds one"
+            ) from error
         if section is None:
             return path, config
         if isinstance(config, dict) and section in config:
             return path, config[section]
-    raise UserError(
-        f"{path.parent} holds no processor file, expected preprocessor_config.json: write one with "
-        "VideoProcessor.vivit().save_pretrained(...) or name a processor, VideoProcessor.named(...)"
-    )
+    return None
 
 
 def _size(name: str, value: Any, *, square: bool) -> dict[str, int]:

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--model` of both commands as one file: its processor is that of its conversion."""
+
+import argparse
+import json
+import shutil
+
+import numpy as np
+import pytest
+from clips import write_clip
+from helpers import VIDEOMAE, VIVIT, random_params
+
+import checkpoints_convert.__main__
+import vivit_jax
+from vivit_jax.cli.__main__ import main
+from vivit_jax.pretrained import build_model
+
+# Widths and eps of the authors' smallest models, whose files need no config.json.
+AUTHORS = VIDEOMAE | dict(
+    image_size=16,
+    hidden_size=384,
+    num_hidden_layers=1,
+    num_attention_heads=6,
+    decoder_hidden_size=192,
+    decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=3,
+    layer_norm_eps=1e-6,
+    fc_norm_eps=1e-6,
+    decoder_norm_eps=1e-6,
+)
+TOLD = "cropped to 16x16 and normalised by ImageNet's mean and std, as VideoMAE's authors do"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=30, size=(48, 32))
+
+
+def convert(*args):
+    assert checkpoints_convert.__main__.main(["convert", *map(str, args)]) == 0
+
+
+def save(directory, head, values, family=vivit_jax.VideoMAEConfig, processor=None):
+    """A HuggingFace directory of a tiny model."""
+    model = build_model(family(**values), head)
+    vivit_jax.save_pretrained(directory, model, random_params(model, 0.1), processor)
+    return directory
+
+
+def authors_file(directory, head):
+    """A .pth of VideoMAE's authors with the script's arguments, alone in its directory."""
+    import torch
+
+    pooling = dict(use_mean_pooling=head == "classification")
+    convert(save(directory / "hf", head, AUTHORS | pooling), directory / "pth", "--to", "videomae")
+    state = torch.load(directory / "pth/checkpoint.pth", weights_only=True)
+    state["args"] = argparse.Namespace(num_frames=6, input_size=16)
+    (directory / "alone").mkdir()
+    torch.save(state, directory / "alone/x.pth")
+    return directory / "alone/x.pth"
+
+
+def run(capsys, *args):
+    capsys.readouterr()
+    status = main([*map(str, args), "--json"])
+    return status, *capsys.readouterr()
+
+
+def command(head, clip, directory):
+    if head == "classification":
+        return ("predict", clip)
+    return ("reconstruct", clip, "--mask-ratio", "0.5", "--out", directory / "a.png", "--overwrite")
+
+
+@pytest.mark.parametrize("head", ["classification", "pretraining"])
+def test_an_authors_file_alone_is_read_as_its_conversion(clip, capsys, tmp_path, head):
+    file = authors_file(tmp_path, head)
+    convert(file, tmp_path / "converted")
+    args = command(head, clip, tmp_path)
+    status, converted, err = run(capsys, *args, "--model", tmp_path / "converted")
+    assert status == 0 and not err
+    for model in (file, file.parent):
+        status, alone, err = run(capsys, *args, "--model", model)
+        assert status == 0 and alone == converted
+        assert err.count("\n") == 1 and f"beside {file}" in err and TOLD in err
+
+
+@pytest.mark.parametrize("head", ["classification", "pretraining"])
+def test_a_processor_beside_a_file_is_used(clip, capsys, tmp_path, head):
+    file = authors_file(tmp_path, head)
+    args = command(head, clip, tmp_path)
+    _, default, _ = run(capsys, *args, "--model", file)
+    vivit_jax.VideoProcessor.videomae(size=16, crop_size=16).save_pretrained(file.parent)
+    status, own, err = run(capsys, *args, "--model", file)
+    assert status == 0 and not err and own != default
+    shutil.copytree(tmp_path / "hf", tmp_path / "beside")
+    shutil.copy(file.parent / "preprocessor_config.json", tmp_path / "beside")
+    results = [
+        run(capsys, *args, "--model", tmp_path / "beside" / n) for n in ("", "model.safetensors")
+    ]
+    assert results[0] == results[1] and results[0][0] == 0
+
+
+def test_a_scenic_file_is_read_as_its_conversion(clip, capsys, tmp_path):
+    hf = save(tmp_path / "hf", "classification", VIVIT, vivit_jax.VivitConfig)
+    convert(hf, tmp_path / "scenic", "--to", "scenic")
+    (tmp_path / "scenic/preprocessor_config.json").unlink(missing_ok=True)
+    shutil.copy(hf / "config.json", tmp_path / "scenic")
+    convert(tmp_path / "scenic", tmp_path / "converted")
+    file = next((tmp_path / "scenic").glob("checkpoint*"))
+    results = {}
+    for model in (tmp_path / "converted", file):
+        status, out, err = run(capsys, "predict", clip, "--model", model)
+        assert status == 0
+        results[model] = np.array([p["score"] for p in json.loads(out)[0]["predictions"]])
+    assert "to a shortest edge of 48, cropped to 24x16 and normalised to [-1, 1], as scenic" in err
+    np.testing.assert_array_equal(*results.values())
+
+
+@pytest.mark.parametrize("head", ["classification", "pretraining"])
+def test_without_any_processor_the_error_says_what_to_do(clip, capsys, tmp_path, head):
+    hf = save(tmp_path / "hf", head, AUTHORS | dict(use_mean_pooling=False))
+    grey = save(tmp_path / "grey", head, AUTHORS | dict(use_mean_pooling=False, num_channels=1))
+    convert(grey, tmp_path / "pth", "--to", "videomae")
+    for model in (hf, hf / "model.safetensors", tmp_path / "pth/checkpoint.pth"):
+        args = command(head, clip, tmp_path)
+        status, out, err = run(capsys, *args, "--model", model)
+        assert status == 2 and not out and err.count("\n") == 1
+        directory = model if model.is_dir() else model.parent
+        assert f"{directory} holds no processor file, expected preprocessor_config.json: put" in err
+        assert "VideoProcessor.vivit() or .videomae()" in err and "JSON" not in err
+    with pytest.raises(vivit_jax.ConfigError, match="is not JSON.*or the directory that holds one"):
+        vivit_jax.VideoProcessor.from_pretrained(model)
