@@ -203,6 +203,36 @@ def test_arrays_of_other_channels(capsys, drawn, tmp_path, channels, dtype, told
     np.testing.assert_array_equal(drawn[0].clips[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("channels", "options", "side", "told"),
+    [
+        (2, {}, 20, True),
+        (4, {}, 20, True),
+        (4, {}, 16, False),  # the size that the processor resizes to
+        (4, {"independent_channels": True}, 20, False),
+        (4, {"resample": 0}, 20, False),  # nearest
+        (4, {"do_resize": False}, 20, False),
+        (3, {}, 20, False),
+    ],
+)
+def test_a_resize_that_mixes_channels_is_told(capsys, tmp_path, channels, options, side, told):
+    statistics = dict(image_mean=0.4, image_std=0.3)
+    size = dict(size={"height": 16, "width": 32}, crop_size=(16, 32))
+    processor = vivit_jax.VideoProcessor.videomae(**size, **statistics, **options)
+    model = save_model(tmp_path / "m", processor, num_channels=channels, **statistics)
+    # A last channel that decides how the others are weighted.
+    frames = np.random.default_rng(0).integers(0, 256, (6, side, 32, channels)).astype(np.uint8)
+    np.save(tmp_path / "clip.npy", frames)
+    args = (tmp_path / "clip.npy", "--model", model, "--mask-ratio", "0.5")
+    status, _, err = run(capsys, *args, "--out", tmp_path / "a.png")
+    assert status == 0
+    assert (f"the last of {channels} channels was taken for alpha" in err) == told
+    assert err.count("\n") == told and ("independent_channels" in err) == told
+    first = processor(frames, do_rescale=False, do_normalize=False)[..., 0]
+    alone = processor(frames[..., :1], do_rescale=False, do_normalize=False)[..., 0]
+    assert np.array_equal(first, alone) == (not told)
+
+
 def test_a_model_of_pixels_needs_no_statistics(clip, capsys, drawn, tmp_path):
     model = save_model(tmp_path / "m", norm_pix_loss=False)
     args = (clip, "--model", model, "--mask-ratio", "0.75", "--out", tmp_path / "a.png")

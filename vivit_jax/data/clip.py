@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from vivit_jax.data.decode import probe_video, read_video
+from vivit_jax.data.frames import resize
 from vivit_jax.data.sampling import clip_indices
 from vivit_jax.errors import ConfigError, VideoError
 
 # Frames between samples that the published recipes train with (Kinetics).
 RECIPE_STRIDE = {"vivit": 2, "videomae": 4}
+_NEAREST = 0  # Pillow's filter that copies pixels and weights nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,19 @@ class Clip:
         # Floats are in [0, 1], and the processor's factor is one for bytes.
         factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
         return processor(self.frames, do_rescale=True, rescale_factor=factor, **layout)
+
+    def mixes_channels(self, processor) -> bool:
+        """Whether `pixel_values` weights channels by the last one: a resize takes it for alpha."""
+        if (
+            self.frames.shape[-1] not in (2, 4)
+            or not processor.do_resize
+            or processor.independent_channels
+            or processor.resample == _NEAREST
+        ):
+            return False
+        first = self.frames[0]
+        # Frames of the right size are not resized.
+        return resize(first, processor.size, processor.resample).shape != first.shape
 
 
 def read_clip(
