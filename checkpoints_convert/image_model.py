@@ -19,6 +19,7 @@ from checkpoints_convert.io import open_checkpoint
 from checkpoints_convert.layouts import naming
 from checkpoints_convert.rules import Row, Rule, match_import
 from checkpoints_convert.tables import hf_vivit, scenic_vivit, timm_vit
+from checkpoints_convert.tensors import check_readable
 from checkpoints_convert.torch_files import check_flat
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import CheckpointError, ConfigError
@@ -77,6 +78,7 @@ def open_image_model(source: str | Path, *, heads: int | None = None, revision=N
         tensors, prefix = {name.removeprefix(prefix): t for name, t in inside.items()}, ""
     elif kind is not None:
         check_flat(path, tensors)
+    check_readable(tensors)
     kernel = _patch_kernel(path, kind, prefix, tensors)
     if kind == "hf":
         config = _hf_config(path, tensors, prefix)

@@ -21,6 +21,7 @@ from checkpoints_convert.config_json import (
 from checkpoints_convert.io import Checkpoint, open_checkpoint
 from checkpoints_convert.layouts import IMAGE, Layout, architecture, detect, naming
 from checkpoints_convert.problems import summarise
+from checkpoints_convert.tensors import check_readable
 from checkpoints_convert.torch_files import check_flat
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import UserError
@@ -105,6 +106,7 @@ def open_source(
         tensors, left_out = authors.parameters(path, everything)
     else:
         check_flat(path, everything)
+    check_readable(tensors)
     if layout not in FILE_LAYOUTS or config_path(path).is_file():
         config, head = read_config(path, **execution)
         config = override(config, settings)

@@ -35,6 +35,22 @@ class LazyTensor:
     read: Callable[[], np.ndarray]
 
 
+class PlainValue(LazyTensor):
+    """A value that is no array, as a tensor of shape ()."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable(LazyTensor):
+    """What could be no tensor of a model: it may lie in a file, and reads as the `reason`."""
+
+    reason: str
+
+    @classmethod
+    def because(cls, reason: str) -> "Unreadable":
+        told = constant(reason)
+        return cls(told.shape, told.dtype, told.read, reason)
+
+
 @dataclasses.dataclass(frozen=True)
 class ByteRanges:
     """Reads a tensor whose bytes lie in one or several (start, end) ranges of a file.
@@ -68,14 +84,21 @@ def stored(
     return LazyTensor(shape, dtype, ByteRanges(path, ranges, dtype, shape))
 
 
-def constant(value: Any) -> LazyTensor:
+def constant(value: Any) -> PlainValue:
     """A value that is no array as a tensor of shape (), of dtype object unless it is a number."""
     if isinstance(value, int | float | complex | np.number | np.bool_):
         array = np.asarray(value)
     else:
         array = np.empty((), object)
         array[()] = value
-    return LazyTensor((), array.dtype, array.copy)
+    return PlainValue((), array.dtype, array.copy)
+
+
+def check_readable(tensors: Mapping[str, LazyTensor]) -> None:
+    """CheckpointError, with the reason, if any of these could be no tensor of a model."""
+    for tensor in tensors.values():
+        if isinstance(tensor, Unreadable):
+            raise CheckpointError(tensor.reason)
 
 
 def known_dtype(path: Path, name: str, kind: str, known: Mapping[str, np.dtype]) -> np.dtype:

@@ -14,6 +14,8 @@ import numpy as np
 from checkpoints_convert.tensors import (
     DTYPES,
     LazyTensor,
+    PlainValue,
+    Unreadable,
     constant,
     first_line,
     incomplete,
@@ -26,9 +28,10 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     """The leaves of a torch file by their '/'-joined paths; a state dict's tensors by name.
 
     Lists that hold tensors or further trees are maps with keys '0', '1', ...; every other value is
-    a tensor of shape (), of dtype object unless it is a number. Raises CheckpointError for damage,
-    for a pickle that needs more than torch's safe types, argparse.Namespace and numpy's scalars,
-    and for tensors that are not dense; MissingExtra without torch.
+    a tensor of shape (), of dtype object unless it is a number. Tensors of other kinds, and what
+    lies under a key that is no name, are `Unreadable` leaves, for whoever wants them to refuse.
+    Raises CheckpointError for damage and for a pickle that needs more than torch's safe types,
+    argparse.Namespace and numpy's scalars; MissingExtra without torch.
     """
     torch = _torch(f"reading {path}")
     try:
@@ -80,8 +83,8 @@ def _culprit(error: pickle.UnpicklingError) -> str:
 
 
 def is_beside(name: str, tensor: LazyTensor) -> bool:
-    """Whether a leaf of a torch file is none of a state dict at its top: nested, or one value."""
-    return "/" in name or tensor.dtype == object or not tensor.shape
+    """Whether a leaf of a torch file is none of a state dict at its top: nested, or no tensor."""
+    return "/" in name or isinstance(tensor, PlainValue)
 
 
 def check_flat(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
@@ -138,12 +141,14 @@ def _leaves(path: Path, tree: Any, *above: str) -> Iterator[tuple[str, Any]]:
         yield "/".join(above), tree
         return
     for key, value in items:
-        if not isinstance(key, str | int):
-            raise CheckpointError(
-                f"{path} holds what is not a tensor under a name: the key {key!r} of "
-                f"{'/'.join(above) or 'the file'}"
-            )
-        yield from _leaves(path, value, *above, str(key))
+        if isinstance(key, str | int):
+            yield from _leaves(path, value, *above, str(key))
+            continue
+        reason = (
+            f"{path} holds what is not a tensor under a name: the key {key!r} of "
+            f"{'/'.join(above) or 'the file'}"
+        )
+        yield "/".join((*above, repr(key))), Unreadable.because(reason)
 
 
 def _is_tree(value: Any) -> bool:
@@ -155,11 +160,17 @@ def _is_tree(value: Any) -> bool:
 def _leaf(path: Path, name: str, value: Any) -> LazyTensor:
     import torch
 
+    if isinstance(value, Unreadable):
+        return value
     if not isinstance(value, torch.Tensor):
         return constant(value)
     if value.layout != torch.strided or value.is_meta:
-        raise CheckpointError(f"{path} holds what is not a dense tensor under a name: {name}")
-    dtype = known_dtype(path, name, str(value.dtype).removeprefix("torch."), _torch_dtypes())
+        reason = f"{path} holds what is not a dense tensor under a name: {name}"
+        return Unreadable.because(reason)
+    try:
+        dtype = known_dtype(path, name, str(value.dtype).removeprefix("torch."), _torch_dtypes())
+    except CheckpointError as error:
+        return Unreadable.because(str(error))
 
     def read():
         flat = value.detach().contiguous().reshape(-1)

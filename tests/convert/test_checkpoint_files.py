@@ -3,6 +3,7 @@
 
 import json
 import pickle
+import re
 import sys
 
 import ml_dtypes
@@ -12,7 +13,7 @@ from tiny_checkpoints import read_safetensors, same_tensors
 
 from checkpoints_convert.io import open_checkpoint
 from checkpoints_convert.save import parse_size, replaced_directory, write_weights
-from checkpoints_convert.tensors import LazyTensor
+from checkpoints_convert.tensors import LazyTensor, check_readable
 from vivit_jax.errors import CheckpointError, MissingExtra, UserError
 
 
@@ -152,10 +153,21 @@ def test_pickles(tmp_path, tensors):
     assert np.array_equal(open_checkpoint(tmp_path).tensors["b.0"].read(), np.ones(2))
     torch.save([1, 2], path)
     assert "holds a list" in refused(tmp_path)
-    torch.save({"w": torch.ones(2).to_sparse()}, path)
-    assert "not a dense tensor under a name: w" in refused(tmp_path)
-    torch.save({"w": {(1, 2): torch.ones(2)}}, path)
-    assert "the key (1, 2) of w" in refused(tmp_path)
+    odd = {
+        "not a dense tensor under a name: w": torch.ones(2).to_sparse(),
+        "w is stored as complex64; readable: float64, float32": torch.ones(2, dtype=torch.cfloat),
+        "w is stored as float8_e5m2; ": torch.ones(2).to(torch.float8_e5m2),
+        "the key (1, 2) of w": {(1, 2): torch.ones(2)},
+        "the key 0.5 of w": {0.5: torch.ones(2)},
+    }
+    for expected, value in odd.items():
+        torch.save({"w": value}, path)
+        opened = open_checkpoint(tmp_path).tensors  # it concerns who reads it
+        ((name, leaf),) = opened.items()
+        assert name.startswith("w") and (leaf.shape, leaf.dtype) == ((), object)
+        assert expected in str(leaf.read())
+        with pytest.raises(CheckpointError, match=re.escape(expected)):
+            check_readable(opened)
     torch.save({"a": {"b": 1}, "a/b": 2}, path)
     assert "holds a/b twice" in refused(tmp_path)
     cycle = {}

@@ -478,6 +478,51 @@ def test_numbers_of_numpy_in_the_training_state(tmp_path):
         open_source(path)
 
 
+def odd_values():
+    import torch
+
+    return {
+        "not a dense tensor": torch.ones(5).to_sparse(),
+        "stored as complex64": torch.ones(5, dtype=torch.cfloat),
+        "stored as float8_e4m3fn": torch.ones(5).to(torch.float8_e4m3fn),
+        "the key 0.5 of": {0.5: torch.ones(5)},
+        "the key ('a', 1) of": {("a", 1): 3},
+    }
+
+
+@pytest.mark.parametrize("expected", odd_values())
+def test_odd_values_beside_the_model_are_left_out_and_in_it_refused(run, tmp_path, expected):
+    import torch
+
+    value, path = odd_values()[expected], tmp_path / "x.pth"
+    held = training_state(state("fine-tuned"), "model")
+    torch.save(held | {"odd": value}, path)
+    status, out, err = run("inspect", path, *flags_of("fine-tuned"))
+    assert (status, err) == (0, "") and "  odd  left out: training state" in out
+    assert run("convert", path, tmp_path / "hf", *flags_of("fine-tuned"))[0] == 0
+    for inside in ({"model": held["model"] | {"head.bias": value}}, held["model"] | {"x": value}):
+        torch.save(inside, path)
+        nested = isinstance(value, dict) and "model" not in inside  # beside a bare state dict
+        status, _, err = run("convert", path, tmp_path / "out", *flags_of("fine-tuned"))
+        assert status == (0 if nested else 2) and (nested or expected in err), err
+
+
+def test_a_tensor_of_one_number_is_never_training_state(run, tmp_path):
+    import torch
+
+    for container in CONTAINERS:
+        held = training_state(state("fine-tuned"), container)
+        (held if container == "bare" else held[container])["t"] = torch.tensor(3.0)
+        held["step"] = 3  # a plain value is
+        torch.save(held, tmp_path / "x.pth")
+        status, _, err = run("convert", tmp_path / "x.pth", tmp_path / "o", *flags_of("fine-tuned"))
+        assert status == 2 and "1 unexpected\n  unexpected (1):\n    t  ()" in err, err
+    del held["t"]
+    torch.save(held, tmp_path / "x.pth")
+    opened = open_source(tmp_path / "x.pth", settings=settings_of("fine-tuned"))
+    assert list(opened.left_out) == ["step"]
+
+
 def test_without_torch(tmp_path, monkeypatch):
     path = write(tmp_path / "x.pth", state("fine-tuned"))
     monkeypatch.setitem(sys.modules, "torch", None)
