@@ -3,7 +3,8 @@
 
 V1 (MCG-NJU/VideoMAE) and V2 (OpenGVLab/VideoMAEv2) save a state dict under `model`, or, trained
 with DeepSpeed, under `module`, and beside it the optimiser, the epoch, the arguments of the script
-and a moving average; published files may be the bare state dict.
+and a moving average; published files may be the bare state dict. Others' scripts save it under
+`state_dict`, which is read and never written.
 """
 
 import re
@@ -19,6 +20,7 @@ from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import CheckpointError, ConfigError
 
 CONTAINERS = {"model": "model/", "module": "module/", "bare": ""}
+_READ = ("model/", "module/", "state_dict/")
 FILE = "checkpoint.pth"
 # What readers of a directory would open instead, or could not tell from it.
 RIVALS = re.compile(r"checkpoint(_\d+)?|.*\.(pth|npz|msgpack|safetensors)")
@@ -36,16 +38,18 @@ _FUNCTION = {
     "fc_norm_eps": _EPS,
     "decoder_norm_eps": _EPS,
 }
-# What DistributedDataParallel, torch.compile and a detector around the model put into names.
-_WRAPPERS = re.compile(r"^((module|backbone)\.)+")
+# What DistributedDataParallel, a detector and a LightningModule around the model put before names.
+_WRAPPERS = re.compile(r"^((module|backbone|model)\.)+")
+_OF_THE_ENCODER = re.compile(r"(encoder\.)?(patch_embed|blocks)\.")
 
 
 def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The parameters by the authors' names, and the names left out with the reason.
 
-    Raises CheckpointError where two names differ in their prefixes only, and for learned positions.
+    Raises CheckpointError where there are none, where two names differ in their prefixes only, and
+    for learned positions.
     """
-    container = next((c for c in CONTAINERS.values() if any(n.startswith(c) for n in tensors)), "")
+    container = next((c for c in _READ if any(n.startswith(c) for n in tensors)), "")
     found: dict[str, str] = {}
     for name in tensors:
         inside = name.removeprefix(container)
@@ -58,6 +62,8 @@ def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], 
                 "torch.compile and DistributedDataParallel; save one model alone"
             )
         found[plain] = name
+    if not any(map(_OF_THE_ENCODER.match, found)):
+        raise CheckpointError(_nothing_found(path, tensors))
     learned = [found[name] for name in ("pos_embed", "encoder.pos_embed") if name in found]
     if learned:
         raise CheckpointError(
@@ -66,6 +72,19 @@ def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], 
         )
     left_out = dict.fromkeys((n for n in tensors if n not in set(found.values())), TRAINING_STATE)
     return {plain: tensors[name] for plain, name in found.items()}, left_out
+
+
+def _nothing_found(path: Path, tensors: Mapping[str, Any]) -> str:
+    """What the file holds instead, and where the parameters are looked for."""
+    tops = dict.fromkeys(name.partition("/")[0] for name in tensors)
+    names = [*tops][:8] + [f"{len(tops) - 8} more"] * (len(tops) > 8)
+    elsewhere = next((name for name in tensors if name.endswith("patch_embed.proj.weight")), None)
+    nested = f" Its patch embedding is {elsewhere}." if elsewhere else ""
+    return (
+        f"{path} holds {', '.join(names)}, and a VideoMAE of its authors is read from "
+        f"{', '.join(c.removesuffix('/') for c in _READ)} or from a file that is nothing but the "
+        f"state dict.{nested} Save the state dict of the model in one of these"
+    )
 
 
 def infer_config(

@@ -23,6 +23,7 @@ from tiny_authors import (
     settings_of,
     shapes,
     state,
+    torch_state,
     training_state,
     write,
 )
@@ -221,6 +222,36 @@ def test_prefixes_are_taken_off(tmp_path, prefix, container):
     assert opened.layout.name == "videomae" and opened.config == expected_config(case)
     assert same_tensors({name: t.read() for name, t in opened.tensors.items()}, tensors)
     assert len(opened.tensors) + len(opened.left_out) == len(opened.checkpoint.tensors)
+
+
+def test_a_state_dict_of_lightning(tmp_path):
+    tensors = state("pretraining")
+    named = {f"model.{name}": value for name, value in tensors.items()}
+    path = write(tmp_path / "x.pth", named, "state_dict")
+    opened = open_source(path, settings=settings_of("pretraining"))
+    assert same_tensors({name: t.read() for name, t in opened.tensors.items()}, tensors)
+    assert {name.split("/")[0] for name in opened.left_out} == {"optimizer", "epoch", "scaler"}
+
+
+@pytest.mark.parametrize(
+    ("place", "embedding"),
+    [
+        (lambda held: {"model_ema": held, "epoch": 3}, "model_ema/patch_embed.proj.weight"),
+        (lambda held: {"model": {"module": held}}, "model/module/patch_embed.proj.weight"),
+        (lambda held: {"weights": held} | {str(i): i for i in range(9)}, "weights/patch_embed"),
+    ],
+)
+def test_parameters_in_no_known_container(run, tmp_path, place, embedding):
+    import torch
+
+    held = place(torch_state(state("fine-tuned")))
+    torch.save(held, tmp_path / "x.pth")
+    status, out, err = run("convert", tmp_path / "x.pth", tmp_path / "o", *flags_of("fine-tuned"))
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    names = [*held][:8] + ["2 more"] * (len(held) == 10)
+    assert f"x.pth holds {', '.join(names)}, and a VideoMAE" in err, err
+    assert "is read from model, module, state_dict or" in err
+    assert f"Its patch embedding is {embedding}" in err
 
 
 def test_prefixes_that_hide_a_second_model(tmp_path):
