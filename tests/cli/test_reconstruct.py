@@ -228,8 +228,8 @@ def test_a_resize_that_mixes_channels_is_told(capsys, tmp_path, channels, option
     assert status == 0
     assert (f"the last of {channels} channels was taken for alpha" in err) == told
     assert err.count("\n") == told and ("independent_channels" in err) == told
-    first = processor(frames, do_rescale=False, do_normalize=False)[..., 0]
-    alone = processor(frames[..., :1], do_rescale=False, do_normalize=False)[..., 0]
+    plain = dict(do_rescale=False, do_normalize=False, input_data_format="channels_last")
+    first, alone = (processor(x, **plain)[..., 0] for x in (frames, frames[..., :1]))
     assert np.array_equal(first, alone) == (not told)
 
 
