@@ -195,6 +195,29 @@ def test_targets_as_predictions_give_the_clip_back(monkeypatch, norm_pix_loss):
     assert np.isnan(errors[0, 1]) == (not norm_pix_loss)
 
 
+@pytest.mark.parametrize("deviation", [1e-6, 1e-5, 1e-4])
+def test_nearly_flat_patches_are_denormalised_with_the_epsilon_of_the_targets(
+    model, monkeypatch, deviation
+):
+    """Without it, or with another, they are off by 2e-6 to 4e-6; float32 leaves 6e-8."""
+    noise = np.random.default_rng(0).standard_normal((2, 6, 24, 16, 3))
+    pixel_values, mask = IMAGENET((127 + 255 * deviation * noise).astype(np.float32)), make_mask()
+    targets = reconstruction_targets(pixel_values, mask, model[0].config)
+    monkeypatch.setattr(reconstruction, "_predictions", lambda *_: targets)
+    result = reconstruct(*model, pixel_values, mask, IMAGENET, true_statistics=True)
+    np.testing.assert_allclose(result.clips, result.original, rtol=0, atol=4e-7)
+
+
+def test_a_flat_visible_patch_has_no_detail_to_copy(model):
+    clips, mask = make_clips(), make_mask()
+    patches = reconstruction.to_patches(clips, TUBELET)
+    patches[~np.asarray(mask.to_bool())] = 90
+    pixel_values = IMAGENET(reconstruction.to_clips(patches, clips.shape, TUBELET))
+    result = reconstruct(*model, pixel_values, mask, IMAGENET, true_statistics=True)
+    _, flat, copied = rmse([result])[:, 1]
+    np.testing.assert_allclose(copied, flat, rtol=1e-4)
+
+
 def test_dual_masks_leave_hidden_patches_unpredicted():
     # A grid of 3x4x2, because a running cell needs even sides.
     net = make_model(image_size=(32, 16))
