@@ -168,7 +168,7 @@ def _widths(known: Mapping[int, int]) -> str:
 def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(head, fields that names and shapes say)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    head, prefix, _ = spelling(shapes)
+    head, prefix = spelling(shapes)
     kernel = f"{prefix}patch_embed.proj.weight"
     mlp, decoder_mlp = f"{prefix}blocks.0.mlp.fc1.weight", "decoder.blocks.0.mlp.fc1.weight"
     ranks = {kernel: 5, mlp: 2}

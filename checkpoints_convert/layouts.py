@@ -50,8 +50,8 @@ class Layout:
     family: str
     head: str
     prefix: str
-    dialect: str = "hub"
     pooler: bool = False
+    dialect: str = "hub"
 
     def rules(self, config: VivitConfig | VideoMAEConfig) -> list[Rule]:
         """The weight table of this layout for a model of `config`."""
@@ -103,8 +103,7 @@ def detect(
     family = config.model_type
     table = _table(name, family)
     if name != "hf":
-        held, prefix, pooler = table.spelling(names)
-        return Layout(name, family, held, prefix, pooler=pooler)
+        return Layout(name, family, *table.spelling(names))
     for (layout, other), wrong in _TABLES.items():
         if layout == name and other != family and any(n.startswith(wrong.PREFIX) for n in names):
             raise CheckpointError(
@@ -114,7 +113,7 @@ def detect(
     prefix = table.PREFIX if any(n.startswith(table.PREFIX) for n in names) else ""
     head = head or _head_of(names)
     pooler = head == "none" and any(n.startswith(f"{prefix}pooler.") for n in names)
-    return Layout(name, family, head, prefix, table.dialect_of(names), pooler)
+    return Layout(name, family, head, prefix, pooler, table.dialect_of(names))
 
 
 def _table(name: str, family: str):

@@ -50,13 +50,13 @@ def rules(
     return table
 
 
-def spelling(names: Collection[str]) -> tuple[str, str, bool]:
-    """(head, prefix of the encoder's names, False) of a checkpoint with these tensor names."""
+def spelling(names: Collection[str]) -> tuple[str, str]:
+    """(head, prefix of the encoder's names) of a checkpoint with these tensor names."""
     if any(name.startswith(_PRETRAINING) for name in names):
-        return "pretraining", PREFIX, False
+        return "pretraining", PREFIX
     prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
     classifier = any(name.startswith("head.") for name in names)
-    return "classification" if classifier else "none", prefix, False
+    return "classification" if classifier else "none", prefix
 
 
 def _blocks(config: VideoMAEConfig, src: str, dst: str) -> list[Rule]:
