@@ -211,8 +211,14 @@ def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, An
     return head, found
 
 
-def check_writable(config: VideoMAEConfig, head: str, pooler: bool = False) -> None:
-    """ConfigError where the authors' code would compute something else than this config says."""
+def check_function(
+    config: VideoMAEConfig, head: str, pooler: bool = False, beside: Path | None = None
+) -> None:
+    """ConfigError where the authors' code would compute something else than this config says.
+
+    `beside` is the config.json from which it was read with a checkpoint of theirs; without it the
+    checkpoint is still to be written.
+    """
     fixed = dict(_FUNCTION)
     if head != "classification" or not config.use_mean_pooling:
         del fixed["fc_norm_eps"]
@@ -224,13 +230,22 @@ def check_writable(config: VideoMAEConfig, head: str, pooler: bool = False) -> N
         fixed["use_mean_pooling"] = False
         if config.decoder_hidden_size in DECODER_HEADS:
             fixed["decoder_num_attention_heads"] = DECODER_HEADS[config.decoder_hidden_size]
-        if not predicts_as_published(config):
+        # Normalised tubelets are the same whatever the statistics, and the authors have no rule
+        # for other channels than RGB.
+        pixels = config.num_channels == 3 and not config.norm_pix_loss
+        if pixels and not predicts_as_published(config):
             fixed |= {"image_mean": None, "image_std": None}
     wrong = {name: value for name, value in fixed.items() if getattr(config, name) != value}
     if wrong:
         listed = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
         computed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
         flags = " ".join(f"{name}={_typed(value)}" for name, value in wrong.items())
+        if beside:
+            raise ConfigError(
+                f"{beside} says {listed}, and the code of VideoMAE's authors, whose checkpoint is "
+                f"beside it, computes {computed}. Remove it if it is of another model, or read it "
+                f"as the authors' model: --config {flags}"
+            )
         raise ConfigError(
             f"a checkpoint of VideoMAE's authors does not hold its config, and their code computes "
             f"{computed}; this model has {listed}. Write it in the hf layout; or, for weights "

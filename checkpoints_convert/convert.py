@@ -111,7 +111,7 @@ def convert_checkpoint(
     target = published(config.model_type, head, loaded.pooler, to_layout)
     rules = target.rules(config)  # refuses families that the layout does not hold
     if file_layout:
-        file_layout.check_writable(config, head, loaded.pooler)
+        file_layout.check_function(config, head, loaded.pooler)
     written = export_params(loaded.params, rules, loaded.expected)
     with replaced_directory(destination, overwrite) as staged:
         if file_layout:

@@ -213,7 +213,7 @@ def _depth(shapes: Mapping[str, tuple[int, ...]], stage: str) -> int:
     return count_blocks(shapes, rf"{stage}Transformer/encoderblock_(\d+)/")
 
 
-def check_writable(config: VivitConfig, head: str = "none", pooler: bool = False) -> None:
+def check_function(config: VivitConfig, head: str = "none", pooler: bool = False) -> None:
     """ConfigError where scenic would compute something else than this config says."""
     wrong = {
         name: getattr(config, name)

@@ -116,6 +116,8 @@ def open_source(
         args = authors.script_arguments(everything)
         config, head, notes = authors.infer_config(path, tensors, settings, args, **execution)
     spelling = detect(tensors, config, head, layout)
+    if layout == "videomae" and config_path(path).is_file():
+        authors.check_function(config, spelling.head, beside=config_path(path))
     return Source(checkpoint, config, spelling, tensors, left_out, tuple(notes))
 
 

@@ -509,10 +509,10 @@ def test_settings_override_what_was_read():
     settings = [SIZE, "num_frames=6", "drop_path_rate=0.2"]
     config, _, _ = scenic.infer_config(Path("x"), params_of("encoder"), settings)
     assert config.drop_path_rate == 0.2
-    scenic.check_writable(config)
+    scenic.check_function(config)
     with pytest.raises(ConfigError, match="pooler_act='relu'"):
-        scenic.check_writable(dataclasses.replace(config, pooler_act="relu"), pooler=True)
-    scenic.check_writable(dataclasses.replace(config, pooler_act="relu"))
+        scenic.check_function(dataclasses.replace(config, pooler_act="relu"), pooler=True)
+    scenic.check_function(dataclasses.replace(config, pooler_act="relu"))
 
 
 def without_head(params):

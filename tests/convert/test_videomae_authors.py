@@ -147,7 +147,7 @@ def test_published_trees_both_ways(key):
     rules = published("videomae", head, name="videomae").rules(config)
     exported = export_params(params, rules, leaves)
     assert {name: t.shape for name, t in exported.items()} == tree and list(exported) == list(tree)
-    authors.check_writable(config, head)
+    authors.check_function(config, head)
 
 
 def test_names_of_the_base_models():
@@ -592,13 +592,66 @@ def test_what_the_authors_code_would_compute_otherwise(run, checkpoints, tmp_pat
         hidden_size=384, num_attention_heads=16, num_labels=5, layer_norm_eps=1e-6
     )
     with pytest.raises(ConfigError, match="computes fc_norm_eps=1e-06, num_attention_heads=6"):
-        authors.check_writable(small, "classification")
+        authors.check_function(small, "classification")
     with pytest.raises(ConfigError, match="use_mean_pooling=false"):
-        authors.check_writable(expected_config("pretraining", use_mean_pooling=True), "pretraining")
-    own = expected_config("pretraining", image_mean=0.5, image_std=0.5)
+        authors.check_function(expected_config("pretraining", use_mean_pooling=True), "pretraining")
+    own = dict(image_mean=0.5, image_std=0.5, norm_pix_loss=False)
     with pytest.raises(ConfigError, match="--config image_mean=null image_std=null"):
-        authors.check_writable(own, "pretraining")
-    authors.check_writable(own, "none")
+        authors.check_function(expected_config("pretraining", **own), "pretraining")
+    authors.check_function(expected_config("pretraining", **own), "none")
+    # They do not matter to normalised tubelets, and the authors have none for other channels.
+    for change in ({"norm_pix_loss": True}, {"num_channels": 4}):
+        authors.check_function(expected_config("pretraining", **own | change), "pretraining")
+
+
+def test_statistics_of_other_channels_there_and_back(run, tmp_path):
+    tensors = state("pretraining", channels=4)
+    path = write(tmp_path / "x.pth", tensors, normlize_target=False)
+    statistics = ["image_mean=0.1,0.2,0.3,0.4", "image_std=0.5"]
+    flags = [*flags_of("pretraining"), *statistics]
+    assert run("convert", path, tmp_path / "hf", *flags)[0] == 0
+    assert run("convert", tmp_path / "hf", tmp_path / "back", "--to", "videomae")[0] == 0
+    assert same_state(read(tmp_path / "back/checkpoint.pth"), tensors)
+    for directory in ("hf", "back"):
+        config = open_source(tmp_path / directory).config
+        assert (config.num_channels, config.norm_pix_loss) == (4, False)
+        assert config.image_mean == (0.1, 0.2, 0.3, 0.4) and config.image_std == (0.5,) * 4
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "expected"),
+    [
+        ("fine-tuned", {"layer_norm_eps": 1e-12}, "layer_norm_eps=1e-06"),
+        ("fine-tuned", {"fc_norm_eps": 1e-5}, "fc_norm_eps=1e-06"),
+        ("pretraining", {"hidden_act": "gelu_new"}, "hidden_act=gelu"),
+        ("pretraining", {"use_mean_pooling": True}, "use_mean_pooling=false"),
+    ],
+)
+def test_the_config_of_another_model_beside_a_file(run, tmp_path, case, changes, expected):
+    path = write(tmp_path / "pth/x.pth", state(case))
+    beside = tmp_path / "pth/config.json"
+    beside.write_text(json.dumps(expected_config(case, **changes).to_dict()))
+    for command in (["convert", path, tmp_path / "out"], ["verify", path]):
+        status, out, err = run(*command)
+        assert (status, out) == (2, "") and err.count("\n") == 1
+        ((name, value),) = changes.items()
+        assert f"{beside} says {name}={value!r}, and the code of VideoMAE's authors" in err, err
+        assert "Remove it" in err and err.endswith(f"--config {expected}\n")
+    opened = open_source(path, settings=[expected])
+    assert opened.config == expected_config(case)
+    beside.write_text(json.dumps(expected_config(case).to_dict()))
+    assert open_source(path).config == expected_config(case)
+
+
+def test_the_heads_of_a_small_model_beside_a_file(tmp_path):
+    small = dict(hidden_size=384, num_hidden_layers=1, intermediate_size=80, num_labels=5)
+    config = expected_config("fine-tuned", **small | {"num_attention_heads": 16})
+    path = write(tmp_path / "x.pth", state("fine-tuned", width=384, layers=1))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(
+        ConfigError, match="num_attention_heads=16, .* --config num_attention_heads=6"
+    ):
+        open_source(path)
 
 
 def test_the_hint_to_write_it_without_its_own_statistics_works(run, tmp_path):
