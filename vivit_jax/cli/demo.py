@@ -389,21 +389,25 @@ def _per_class(classes: Sequence[str], labels, predicted) -> Iterator[str]:
 
 
 def _draw(path: Path, clips, labels, logits, subtitle: str) -> None:
-    """A row per clip with what the model takes it for."""
+    """A row per clip, uint8 [t, h, w, 3], with what the model takes it for."""
     import jax
     import numpy as np
 
-    from vivit_jax.cli.picture import draw_predictions
+    from vivit_jax.cli.panels import RIGHT, WRONG, Panels
     from vivit_jax.data.synthetic import CLASSES
 
-    scores = np.asarray(jax.nn.softmax(logits))
-    draw_predictions(
-        path,
-        clips,
-        [CLASSES[k] for k in labels],
-        [CLASSES[k] for k in scores.argmax(-1)],
-        scores.max(-1),
+    answers = []
+    for truth, scores in zip(labels, np.asarray(jax.nn.softmax(logits)), strict=True):
+        colour, verdict = (RIGHT, "right") if scores.argmax() == truth else (WRONG, "wrong")
+        answer = CLASSES[scores.argmax()]
+        answers.append((answer, colour, f"{verdict}, probability {scores.max():.2f}"))
+    Panels(
         title="Held-out clips and what the model takes them for",
-        subtitle=subtitle,
-        fps=FPS,
-    )
+        notes=[subtitle],
+        warning=None,
+        labels=[CLASSES[k] for k in labels],
+        clips=clips,
+        times=[f"{i / FPS:.3g} s" for i in range(NUM_FRAMES)],
+        group=len(clips),
+        answers=answers,
+    ).save_png(path)

@@ -1,26 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of clips shown one above the other (png) or side by side and moving (mp4, gif)."""
+"""Pictures of clips shown one above the other (png) or side by side and moving (mp4, gif).
+
+Drawn with Pillow alone.
+"""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from vivit_jax.cli.picture import (
-    FAINT,
-    GUTTER,
-    INK,
-    MARGIN,
-    PAPER,
-    ROW_GAP,
-    TILE,
-    WRONG,
-    text_width,
-)
-
-MOVING_TILE = 256  # what TILE is to a png
+PAPER, INK, FAINT = "#ffffff", "#1f2328", "#6e7781"
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+MARGIN, COLUMN_GAP, GUTTER, ROW_GAP = 28, 18, 6, 10
+TILE, MOVING_TILE = 96, 256  # pixels that a frame is wide, about, where it is scaled up
 MOST_COLUMNS = 8  # 2,000 pixels where frames are 224 wide
 HIDDEN, HATCH = 0.88, 0.62  # grey levels of what is not shown
 
@@ -36,6 +31,7 @@ class Panels:
     clips: Sequence[np.ndarray]  # uint8 [t, h, w, 3] each
     times: Sequence[str]  # of frames
     group: int = 3  # rows that belong together in a png
+    answers: Sequence[tuple[str, str, str]] = ()  # of rows: text, its colour, a remark
 
     def save_png(self, path: Path) -> None:
         """A row per clip, a column per frame; of many, MOST_COLUMNS from the first to the last."""
@@ -46,7 +42,7 @@ class Panels:
         if len(shown) < count:
             note = f"{len(shown)} of {count} frames are drawn, evenly spaced from first to last."
             told = dataclasses.replace(self, notes=[*self.notes, note])
-        page = told._page(rows, self.labels, [self.times[i] for i in shown], TILE)
+        page = told._page(rows, self.labels, [self.times[i] for i in shown], TILE, self.answers)
         page.save(path, "PNG")
 
     def save_mp4(self, path: Path, fps: float) -> None:
@@ -71,7 +67,7 @@ class Panels:
             for i, time in enumerate(self.times)
         ]
 
-    def _page(self, rows, row_labels, column_labels, tile: int):
+    def _page(self, rows, row_labels, column_labels, tile: int, answers=()):
         """A grid of frames, uint8 [h, w, 3] each, under the title and the notes."""
         from PIL import Image, ImageDraw, ImageFont
 
@@ -79,8 +75,12 @@ class Panels:
         height, width = rows[0][0].shape[:2]
         scale = max(1, round(tile / width))
         height, width = scale * height, scale * width
-        left = MARGIN + text_width(plain, *self.labels, *self.times) + 18
-        page_width = left + len(rows[0]) * (width + GUTTER) - GUTTER + MARGIN
+        left = MARGIN + text_width(plain, *self.labels, *self.times) + COLUMN_GAP
+        right = left + len(rows[0]) * (width + GUTTER) - GUTTER
+        page_width = right + MARGIN
+        if answers:
+            beside = (text for answer, _, remark in answers for text in (answer, remark))
+            page_width += COLUMN_GAP + text_width(plain, *beside)
         # Few or small frames leave less room than a sentence needs.
         page_width = max(page_width, 640)
 
@@ -108,6 +108,10 @@ class Panels:
             for i, frame in enumerate(frames):
                 picture = Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST)
                 page.paste(picture, (left + i * (width + GUTTER), y))
+        for y, (answer, colour, remark) in zip(tops, answers, strict=bool(answers)):
+            x, middle = right + COLUMN_GAP, y + height // 2
+            draw.text((x, middle - 3), answer, colour, plain, "ls")
+            draw.text((x, middle + 5), remark, FAINT, small, "lt")
         return page
 
 
@@ -122,6 +126,10 @@ def as_frames(clip: np.ndarray, hatched: bool = False) -> np.ndarray:
     across = (np.arange(height)[:, None] + np.arange(width)) % 4 == 0
     blank = np.where(across & hatched, HATCH, HIDDEN)[..., None]
     return np.rint(255 * np.clip(np.where(np.isnan(clip), blank, clip), 0, 1)).astype(np.uint8)
+
+
+def text_width(font, *texts: str) -> int:
+    return math.ceil(max(font.getlength(text) for text in texts))
 
 
 def _wrapped(text: str, font, width: int) -> list[str]:
