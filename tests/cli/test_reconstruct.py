@@ -359,7 +359,7 @@ def test_a_png_of_many_frames_shows_evenly_spaced_ones(tmp_path, count, shown):
             return super()._page(*args)
 
     Recorder("t", ("n",), None, ["a"], [clip], times).save_png(tmp_path / "a.png")
-    ((notes, rows, _, columns, _),) = drawn
+    ((notes, rows, _, columns, *_),) = drawn
     assert columns == [times[i] for i in shown]
     assert [int(frame[0, 0, 0]) for frame in rows[0]] == list(shown)
     told = [f"8 of {count} frames are drawn, evenly spaced from first to last."]

@@ -57,6 +57,12 @@ def test_patches_are_cut_as_tokens_are_numbered():
     np.testing.assert_array_equal(reconstruction.to_clips(patches, clips.shape, TUBELET), clips)
 
 
+def test_patches_are_a_copy_where_a_view_would_do():
+    clip = np.zeros((1, 6, 8, 8, 1))  # tokens follow each other in memory
+    reconstruction.to_patches(clip, TUBELET)[:] = 1
+    assert not clip.any()
+
+
 def test_estimates_are_weighted_by_distance_to_visible_patches():
     patches = reconstruction.to_patches(make_clips() / 255, TUBELET)
     hidden = np.asarray(make_mask().to_bool())
@@ -271,8 +277,10 @@ def test_what_cannot_be_reconstructed_is_refused(model):
         reconstruct(raw, params, pixel_values, mask, IMAGENET, true_statistics=True)
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
     seen = mask.replace(decoded=mask.visible[:, :2])
-    with pytest.raises(vivit_jax.UserError, match="nothing to reconstruct"):
-        reconstruct(net, params, pixel_values, seen, IMAGENET)
+    one = np.stack([mask.masked[0, :2], mask.visible[1, :2]])  # nothing in the second clip alone
+    for decoded in (seen, mask.replace(decoded=one)):
+        with pytest.raises(vivit_jax.UserError, match="nothing to reconstruct"):
+            reconstruct(net, params, pixel_values, decoded, IMAGENET)
     one_pixel = np.zeros((1, 4, 1, 3))
     with pytest.raises(vivit_jax.UserError, match="no variance"):
         reconstruction.patch_statistics(one_pixel)
