@@ -64,10 +64,21 @@ def predicts_as_published(config: VideoMAEConfig) -> bool:
     return (config.image_mean, config.image_std) == (published.image_mean, published.image_std)
 
 
+def runs_in_transformers(config: Config, head: str) -> bool:
+    """Whether transformers has this architecture and runs the model with this head."""
+    rgb = config.num_channels == 3
+    return config.in_transformers and (head != "pretraining" or config.norm_pix_loss or rgb)
+
+
 def transformers_notes(config: Config, head: str) -> tuple[str, ...]:
     """Where transformers, if it has this architecture, does not compute what `config` says."""
     if not config.in_transformers:
         return ()
+    if not runs_in_transformers(config, head):
+        return (
+            "transformers does not run pre-training with norm_pix_loss=False and "
+            f"{config.num_channels} channels: it has no loss for pixels other than RGB",
+        )
     notes = []
     if config.class_splits is not None:
         notes.append("transformers computes the logits of class_splits, but has no loss for them")
@@ -76,8 +87,8 @@ def transformers_notes(config: Config, head: str) -> tuple[str, ...]:
     if head == "pretraining" and not predicts_as_published(config):
         notes.append(
             f"image_mean is {config.image_mean} and image_std {config.image_std} here; "
-            "transformers predicts pixels un-normalised with ImageNet's if they are RGB, else as "
-            "they are"
+            "transformers takes pixels un-normalised with ImageNet's if they are RGB, else as they "
+            "are"
         )
     norms = {"pretraining": "decoder_norm_eps"}
     if getattr(config, "use_mean_pooling", False):
@@ -92,13 +103,14 @@ def transformers_notes(config: Config, head: str) -> tuple[str, ...]:
 
 
 def write_config(
-    directory: str | Path, config: Config, head: str, dtype: str, for_transformers: bool = True
+    directory: str | Path, config: Config, head: str, dtype: str, warn: bool = True
 ) -> None:
     """Write config.json for a model with this head whose weights are stored as `dtype`.
 
-    Warns where transformers will not compute what it says, if it is for it to read.
+    Warns where transformers will not compute what it says; `warn=False` is for whoever tells it
+    in another way, and for files that are not for transformers.
     """
-    for note in transformers_notes(config, head) if for_transformers else ():
+    for note in transformers_notes(config, head) if warn else ():
         logger.warning("%s", note)
     values = config.to_dict()
     values["architectures"] = [architecture(config.model_type, head)]

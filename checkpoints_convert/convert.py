@@ -118,7 +118,7 @@ def convert_checkpoint(
             files = [file_layout.write(staged, written, container)]
         else:
             files = write_weights(staged, written, max_shard_size)
-        write_config(staged, config, head, stored_dtype(written), file_layout is None)
+        write_config(staged, config, head, stored_dtype(written), warn=False)  # the report does
         files += _write_processor(staged, path, loaded)
     notes = () if file_layout else transformers_notes(config, head)
     return Conversion(

@@ -108,11 +108,12 @@ def verify_checkpoint(
     matrix products. A checkpoint that transformers does not read, scenic's or that of VideoMAE's
     authors, is first converted into a temporary directory, with `settings` for what it does not
     say. Raises CheckpointError if either side does not load every tensor, MissingExtra without
-    PyTorch or transformers, UserError for a model that transformers does not have.
+    PyTorch or transformers, UserError for a model that transformers does not have or
+    does not run.
     """
     import jax
 
-    from checkpoints_convert.config_json import reusable, transformers_notes
+    from checkpoints_convert.config_json import reusable, runs_in_transformers, transformers_notes
     from checkpoints_convert.convert import convert_checkpoint
     from checkpoints_convert.layouts import architecture
     from checkpoints_convert.rules import match_import
@@ -127,7 +128,7 @@ def verify_checkpoint(
         )
     path, settings = resolve_checkpoint(source, revision), reusable(settings)
     opened = open_source(path, settings=settings)
-    if not opened.config.in_transformers:
+    if not runs_in_transformers(opened.config, opened.layout.head):
         raise UserError(_no_reference(opened))
     if opened.layout.name != "hf":
         with tempfile.TemporaryDirectory() as directory:
@@ -175,7 +176,15 @@ def verify_checkpoint(
 
 def _no_reference(opened) -> str:
     """Why there is nothing to compare a model with, and what stands in for it."""
+    from checkpoints_convert.config_json import transformers_notes
+
     config = opened.config
+    if config.in_transformers:
+        (reason,) = transformers_notes(config, opened.layout.head)
+        return (
+            f"{opened.checkpoint.path} has nothing to be compared with: {reason}. vivit-convert "
+            "inspect checks the tensors"
+        )
     if opened.layout.family == "videomae":
         parts = {
             "cosine attention": config.cosine_attention,

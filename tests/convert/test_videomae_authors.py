@@ -736,10 +736,11 @@ def test_transformers_computes_the_same_but_for_an_epsilon(run, tmp_path, case, 
     import transformers
 
     path = write(tmp_path / "x.pth", state(case))
-    status, out, _ = run("convert", path, tmp_path / "hf", *flags_of(case))
+    status, out, err = run("convert", path, tmp_path / "hf", *flags_of(case))
     field = {"fine-tuned": "fc_norm_eps", "pretraining": "decoder_norm_eps"}.get(case)
     note = f"{field} is 1e-06 here; transformers computes with 1e-05"
-    assert status == 0 and (note in out and note in caplog.text) == (field is not None)
+    assert (status, err, caplog.text) == (0, "", "")  # in the report and not in a warning as well
+    assert out.count(note) == (field is not None)
     model, params = vivit_jax.from_pretrained(tmp_path / "hf")
     cls = getattr(transformers, type(model).__name__)
     reference, info = cls.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -786,6 +787,32 @@ def test_verify(run, tmp_path):
     assert "fc_norm_eps is 1e-06 here" in result["note"]
     blocks = [row for row in result["rows"] if row["name"].startswith("block")]
     assert len(blocks) == 3 and max(row["relative"] for row in blocks) < 2e-5
+
+
+def test_pixels_of_other_channels_do_not_run_in_transformers(run, tmp_path):
+    import torch
+    import transformers
+
+    path = write(tmp_path / "x.pth", state("pretraining", channels=4), normlize_target=False)
+    note = (
+        "transformers does not run pre-training with norm_pix_loss=False and 4 channels: it has no "
+        "loss for pixels other than RGB"
+    )
+    flags = [*flags_of("pretraining"), "image_mean=0.5", "image_std=0.5"]
+    status, out, _ = run("convert", path, tmp_path / "hf", *flags)
+    assert status == 0 and out.count("transformers ") == out.count(note) == 1
+    for source, more in ((path, flags), (tmp_path / "hf", [])):
+        status, out, err = run("verify", source, *more)
+        assert (status, out) == (2, "") and note in err and err.count("\n") == 1, err
+    model = transformers.VideoMAEForPreTraining.from_pretrained(tmp_path / "hf")
+    config = expected_config("pretraining", num_channels=4)
+    inputs = torch.from_numpy(clip(config).transpose(0, 1, 4, 2, 3).copy())
+    with pytest.raises(ValueError, match="Can't unnormalize non-RGB images"):
+        model(inputs, torch.from_numpy(bool_mask(config)))
+    # Normalised tubelets have a loss.
+    flags = [*flags_of("pretraining"), "norm_pix_loss=true"]
+    status, out, err = run("verify", path, *flags)
+    assert status == 0 and "loss" in out, err
 
 
 def test_inspect(run, tmp_path):
