@@ -229,7 +229,7 @@ def estimate_statistics(
     -DISTANCE_POWER.
     """
     distances = _distances(grid)
-    means, stds = (x.copy() for x in patch_statistics(patches))
+    means, stds = patch_statistics(patches)
     for clip, (mean, std) in zip(hidden, zip(means, stds, strict=True), strict=True):
         weights = distances[np.ix_(clip, ~clip)] ** (-DISTANCE_POWER / 2)
         weights /= weights.sum(1, keepdims=True)
