@@ -78,7 +78,7 @@ def open_image_model(source: str | Path, *, heads: int | None = None, revision=N
         tensors, prefix = {name.removeprefix(prefix): t for name, t in inside.items()}, ""
     elif kind is not None:
         check_flat(path, tensors)
-    check_readable(tensors)
+    check_readable(path, tensors)
     kernel = _patch_kernel(path, kind, prefix, tensors)
     if kind == "hf":
         config = _hf_config(path, tensors, prefix)

@@ -106,7 +106,7 @@ def open_source(
         tensors, left_out = authors.parameters(path, everything)
     else:
         check_flat(path, everything)
-    check_readable(tensors)
+    check_readable(path, tensors)
     if layout not in FILE_LAYOUTS or config_path(path).is_file():
         config, head = read_config(path, **execution)
         config = override(config, settings)

@@ -12,7 +12,10 @@ from checkpoints_convert.settings import Settings, joined
 
 
 def content_hash(tensors: Mapping[str, Any]) -> str:
-    """sha256 over names, dtypes, shapes and data, the same for every split into files."""
+    """sha256 over names, dtypes, shapes and data, the same for every split into files.
+
+    Of an `Unreadable` leaf it is over the reason.
+    """
     from checkpoints_convert.rules import dtype_name
 
     digest = hashlib.sha256()

@@ -94,11 +94,11 @@ def constant(value: Any) -> PlainValue:
     return PlainValue((), array.dtype, array.copy)
 
 
-def check_readable(tensors: Mapping[str, LazyTensor]) -> None:
+def check_readable(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """CheckpointError, with the reason, if any of these could be no tensor of a model."""
     for tensor in tensors.values():
         if isinstance(tensor, Unreadable):
-            raise CheckpointError(tensor.reason)
+            raise CheckpointError(f"{path}: {tensor.reason}")
 
 
 def known_dtype(path: Path, name: str, kind: str, known: Mapping[str, np.dtype]) -> np.dtype:

@@ -53,7 +53,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
     tensors: dict[str, LazyTensor] = {}
     try:
-        for name, value in _leaves(path, state):
+        for name, value in _leaves(state):
             if name in tensors:
                 raise CheckpointError(f"{path} holds {name} twice, and names must be unique")
             tensors[name] = _leaf(path, name, value)
@@ -130,7 +130,7 @@ def _torch_dtypes() -> dict[str, np.dtype]:
     return {str(dtype): dtype for dtype in DTYPES.values()}
 
 
-def _leaves(path: Path, tree: Any, *above: str) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Any, *above: str) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Mapping):
         items = tree.items()
     elif isinstance(tree, argparse.Namespace):
@@ -142,12 +142,10 @@ def _leaves(path: Path, tree: Any, *above: str) -> Iterator[tuple[str, Any]]:
         return
     for key, value in items:
         if isinstance(key, str | int):
-            yield from _leaves(path, value, *above, str(key))
+            yield from _leaves(value, *above, str(key))
             continue
-        reason = (
-            f"{path} holds what is not a tensor under a name: the key {key!r} of "
-            f"{'/'.join(above) or 'the file'}"
-        )
+        place = "/".join(above) or "the file"
+        reason = f"not a tensor under a name: the key {key!r} of {place}"
         yield "/".join((*above, repr(key))), Unreadable.because(reason)
 
 
@@ -165,12 +163,11 @@ def _leaf(path: Path, name: str, value: Any) -> LazyTensor:
     if not isinstance(value, torch.Tensor):
         return constant(value)
     if value.layout != torch.strided or value.is_meta:
-        reason = f"{path} holds what is not a dense tensor under a name: {name}"
-        return Unreadable.because(reason)
+        return Unreadable.because(f"not a dense tensor under a name: {name}")
     try:
         dtype = known_dtype(path, name, str(value.dtype).removeprefix("torch."), _torch_dtypes())
     except CheckpointError as error:
-        return Unreadable.because(str(error))
+        return Unreadable.because(str(error).removeprefix(f"{path}: "))
 
     def read():
         flat = value.detach().contiguous().reshape(-1)
