@@ -266,7 +266,7 @@ def test_the_table_has_a_line_per_row_and_no_number_for_what_does_not_exist():
     assert len(set(map(len, lines))) == 1
 
 
-def test_what_cannot_be_reconstructed_is_refused(model):
+def test_what_cannot_be_reconstructed_is_refused(model, monkeypatch):
     net, params = model
     pixel_values, mask = IMAGENET(make_clips()), make_mask()
     encoder = vivit_jax.VideoMAEModel(net.config)
@@ -286,3 +286,8 @@ def test_what_cannot_be_reconstructed_is_refused(model):
         reconstruction.patch_statistics(one_pixel)
     with pytest.raises(vivit_jax.UserError, match="not finite"):
         reconstruct(net, broken, pixel_values, mask, IMAGENET)
+    logits = np.zeros((*mask.masked.shape, net.config.patch_values), np.float32)
+    logits[1, 2, 3] = np.inf
+    monkeypatch.setattr(reconstruction, "_predictions", lambda *_: logits)
+    with pytest.raises(vivit_jax.UserError, match="not finite"):
+        reconstruct(net, params, pixel_values, mask, IMAGENET)
