@@ -102,7 +102,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_no_directory(run, damaged, tmp_pa
 def test_failure_while_writing_leaves_no_directory(run, checkpoints, tmp_path, monkeypatch):
     import checkpoints_convert.config_json as config_json
 
-    def full(*args):
+    def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(config_json, "write_config", full)
