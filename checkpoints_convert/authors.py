@@ -23,7 +23,7 @@ CONTAINERS = {"model": "model/", "module": "module/", "bare": ""}
 _READ = ("model/", "module/", "state_dict/")
 FILE = "checkpoint.pth"
 # What readers of a directory would open instead, or could not tell from it.
-RIVALS = re.compile(r"checkpoint(_\d+)?|.*\.(pth|npz|msgpack|safetensors)")
+RIVALS = re.compile(r"checkpoint(_\d+)?|.*\.(pth|pt|npz|msgpack|safetensors)")
 TRAINING_STATE = "training state, not in the container of the parameters"
 # Heads by width: the weights do not say them, the authors' code has these models only.
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
@@ -211,14 +211,8 @@ def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, An
     return head, found
 
 
-def check_function(
-    config: VideoMAEConfig, head: str, pooler: bool = False, beside: Path | None = None
-) -> None:
-    """ConfigError where the authors' code would compute something else than this config says.
-
-    `beside` is the config.json from which it was read with a checkpoint of theirs; without it the
-    checkpoint is still to be written.
-    """
+def departures(config: VideoMAEConfig, head: str) -> dict[str, Any]:
+    """What the authors' code computes, by field, where this config says something else."""
     fixed = dict(_FUNCTION)
     if head != "classification" or not config.use_mean_pooling:
         del fixed["fc_norm_eps"]
@@ -235,7 +229,18 @@ def check_function(
         pixels = config.num_channels == 3 and not config.norm_pix_loss
         if pixels and not predicts_as_published(config):
             fixed |= {"image_mean": None, "image_std": None}
-    wrong = {name: value for name, value in fixed.items() if getattr(config, name) != value}
+    return {name: value for name, value in fixed.items() if getattr(config, name) != value}
+
+
+def check_function(
+    config: VideoMAEConfig, head: str, pooler: bool = False, beside: Path | None = None
+) -> None:
+    """ConfigError where the authors' code would compute something else than this config says.
+
+    `beside` is the config.json from which it was read with a checkpoint of theirs; without it the
+    checkpoint is still to be written.
+    """
+    wrong = departures(config, head)
     if wrong:
         listed = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
         computed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())

@@ -71,9 +71,12 @@ def runs_in_transformers(config: Config, head: str) -> bool:
 
 
 def transformers_notes(config: Config, head: str) -> tuple[str, ...]:
-    """Where transformers, if it has this architecture, does not compute what `config` says."""
+    """Where transformers does not compute what `config` says."""
     if not config.in_transformers:
-        return ()
+        return (
+            "transformers does not have this model; its Auto classes refuse the model_type "
+            f"{config.own_model_type!r}",
+        )
     if not runs_in_transformers(config, head):
         return (
             "transformers does not run pre-training with norm_pix_loss=False and "
@@ -156,6 +159,8 @@ def parse_settings(cls: type[Config], settings: Settings) -> dict[str, Any]:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"
+            if name in {f.name for f in dataclasses.fields(cls)}:
+                hint = ": it says how a model runs, not what it computes, and is an argument"
             raise ConfigError(f"{where}: {what} has no field {name!r}{hint}")
         if name in changes:
             raise ConfigError(f"--config: {name} is set twice")

@@ -22,7 +22,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)  # in order of preference
 # What a directory may hold instead, behind checkpoint and checkpoint_<step>.
 _FLAX_FILES = ("flax_model.msgpack", "model.msgpack")
-_SINGLE_FILES = ("*.npz", "*.msgpack", "*.safetensors", "*.pth")
+_SINGLE_FILES = ("*.npz", "*.msgpack", "*.safetensors", "*.pth", "*.pt")
 _STEP = re.compile(r"checkpoint_(\d+)")
 
 
@@ -40,9 +40,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     A directory may hold any of `WEIGHT_FILES`, safetensors first, or else one that JAX programs
     write: `checkpoint`, the `checkpoint_<step>` of the largest step, or a single npz, msgpack,
-    safetensors or pth file. Raises CheckpointError for a path that holds no checkpoint, for damaged
-    or truncated files, for a pickle that could run code, and for an index that disagrees with its
-    shards; MissingExtra for a .bin or .pth without torch.
+    safetensors, pth or pt file. Raises CheckpointError for a path that holds no checkpoint, for
+    damaged or truncated files, for a pickle that could run code, and for an index that disagrees
+    with its shards; MissingExtra for a .bin or .pth without torch.
     """
     path = _weight_file(Path(path))
     if path.name.endswith(".index.json"):

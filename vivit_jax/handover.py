@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert import trees
+from checkpoints_convert.authors import departures
 from checkpoints_convert.layouts import architecture
 from checkpoints_convert.source import open_source
 from vivit_jax.config import VideoMAEConfig
@@ -31,7 +32,8 @@ def init_from_pretraining(
     The encoder's patch embedding and blocks are taken. Its final norm is dropped, and `fc_norm`, on
     the mean of all tokens, starts at scale 1 and bias 0. The classifier is drawn from `seed`,
     normal with `initializer_range`, and multiplied by `init_scale`, its bias too. Decoder and mask
-    token are dropped. The report names all of it and is logged.
+    token are dropped. The report names all of it, and where the checkpoint's config departs from
+    the authors' (epsilons, heads), which is kept; it is logged.
 
     `source` is a HuggingFace directory or hub id, or an authors' .pth file. `config` sets fields of
     the classifier: `num_labels` (or `id2label`, `class_splits`), and whatever fine-tuning changes,
@@ -41,6 +43,11 @@ def init_from_pretraining(
     Source: VideoMAE and VideoMAE V2, fine-tuning. Their classifier is drawn from a normal
     distribution truncated at 100 standard deviations, which is this one.
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            'config must be a mapping of fields, such as {"num_labels": 400}, got '
+            f"{type(config).__name__}"
+        )
     known = {f.name: f.metadata.get("execution") for f in dataclasses.fields(VideoMAEConfig)}
     unknown = [str(name) for name in config if name not in known]
     if unknown:
@@ -80,11 +87,16 @@ def init_from_pretraining(
     params = plan.read(plan.model.config.param_dtype, seed)
     for path in ("head/kernel", "head/bias"):
         params[path] = params[path] * init_scale
-    notes = (
+    notes = [
         f"the classifier is multiplied by {init_scale:g}",
         "the encoder's norm is left out: fc_norm, on the mean of all tokens, starts at 1 and 0",
         *plan.report.notes,
-    )
-    report = dataclasses.replace(plan.report, notes=notes)
+    ]
+    differs = departures(plan.model.config, "classification")
+    if differs:
+        kept = ", ".join(f"{name}={getattr(plan.model.config, name)}" for name in differs)
+        theirs = ", ".join(f"{name}={value}" for name, value in differs.items())
+        notes.append(f"kept as the checkpoint has them: {kept}; the authors have {theirs} (config)")
+    report = dataclasses.replace(plan.report, notes=tuple(notes))
     logger.warning("%s", report)
     return InitialisedModel(plan.model, trees.unflatten(params), report)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax.core import meta
 
 from checkpoints_convert import trees
 from vivit_jax.config import VideoMAEConfig, VivitConfig
@@ -20,7 +22,7 @@ def read_label_map(path: str | Path) -> tuple[int, ...]:
     """A label map: a JSON list whose entry k is the class of the larger model that class k was.
 
     The authors of VideoMAE V2 publish such files for Kinetics-400, 600 and 700 out of 710
-    (misc/label_710to400.json). Raises UserError for anything else.
+    (misc/label_710to400.json). Raises UserError for anything else, OSError without a file.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -45,7 +47,7 @@ def gather_classes(
             f"class_splits is {config.class_splits}: a label map lists classes of one classifier; "
             "gather the heads apart"
         )
-    flat = trees.flatten(params)
+    flat = trees.flatten(meta.unbox(params))
     if "head/kernel" not in flat or flat["head/kernel"].shape[-1] != config.num_labels:
         found = flat["head/kernel"].shape if "head/kernel" in flat else "none"
         raise UserError(
@@ -67,7 +69,9 @@ def gather_classes(
 
 
 def _checked(values: Any, name: str) -> tuple[int, ...]:
-    good = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str) and len(values)
+    if isinstance(values, np.ndarray | jax.Array) and values.ndim == 1:
+        values = values.tolist()
+    good = isinstance(values, Sequence) and not isinstance(values, str) and len(values)
     if not good or not all(
         isinstance(v, int | np.integer) and not isinstance(v, bool) and v >= 0 for v in values
     ):

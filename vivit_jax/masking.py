@@ -153,7 +153,9 @@ def _check(name: str, key: Random, batch: int, grid: Grid, ratio: float) -> Grid
             f"{name} needs a jax PRNG key or a numpy.random.Generator, got {type(key).__name__}; "
             "jax.random.key(0) or numpy.random.default_rng(0)"
         )
-    if batch < 1 or len(grid) != 3 or min(grid) < 1 or not 0 <= ratio <= 1:
+    whole = all(isinstance(n, int | np.integer) for n in (batch, *grid))
+    good = whole and batch >= 1 and len(grid) == 3 and min(grid) >= 1
+    if not good or not isinstance(ratio, float | int | np.floating) or not 0 <= ratio <= 1:
         raise UserError(
             f"{name} needs batch >= 1, a grid (t, h, w) and a ratio in [0, 1], got batch "
             f"{batch}, grid {grid}, ratio {ratio}"

@@ -348,8 +348,8 @@ def _notes(model: nn.Module, held: Layout, stored: Config, fresh: bool) -> list[
     classifier = isinstance(model, videomae.VideoMAEForVideoClassification)
     if classifier and fresh and not model.config.use_mean_pooling:
         notes.append(
-            "use_mean_pooling is false in config.json: the classifier reads the first token, as in "
-            "transformers"
+            "use_mean_pooling is false: the classifier reads the first token, as in transformers; "
+            "init_from_pretraining makes the authors' classifier, on the mean of all tokens"
         )
     return notes
 

@@ -56,6 +56,17 @@ def test_json_holds_frames_and_scores_that_the_model_gives(model, clips, capsys)
         assert abs(prediction["score"] - scores[prediction["index"]]) < 1e-6
 
 
+def test_a_clip_of_other_channels_is_reported_and_the_rest_classified(
+    model, clips, capsys, tmp_path
+):
+    np.save(tmp_path / "grey.npy", np.zeros((40, 24, 16, 1), np.uint8))
+    files = (tmp_path / "grey.npy", clips["long"])
+    status, out, err = run(capsys, *files, "--model", model, "--json")
+    grey, long = json.loads(out)
+    assert status == 1 and "predictions" in long and "predictions" not in grey
+    assert "grey.npy has 1 channels, the model takes 3" in grey["error"] and grey["error"] in err
+
+
 @pytest.mark.parametrize(
     ("name", "options", "frames"),
     [

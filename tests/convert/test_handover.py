@@ -43,6 +43,20 @@ def test_the_encoder_goes_over_and_nothing_else(pretrained, caplog):
         assert text in str(report) and text in caplog.text
 
 
+def test_what_the_authors_compute_otherwise_is_kept_and_named(pretrained):
+    """A HuggingFace directory has HuggingFace's epsilons; `config` gives it the authors'."""
+    directory, _ = pretrained
+    model, _, report = init_from_pretraining(directory, {"num_labels": 7})
+    assert (model.config.layer_norm_eps, model.config.fc_norm_eps) == (1e-12, 1e-5)
+    assert (
+        "kept as the checkpoint has them: layer_norm_eps=1e-12, fc_norm_eps=1e-05; the authors "
+        "have layer_norm_eps=1e-06, fc_norm_eps=1e-06"
+    ) in str(report)
+    authors = {"num_labels": 7, "layer_norm_eps": 1e-6, "fc_norm_eps": 1e-6}
+    model, _, report = init_from_pretraining(directory, authors)
+    assert model.config.layer_norm_eps == 1e-6 and "kept as" not in str(report)
+
+
 def test_the_classifier_is_scaled(pretrained):
     directory, _ = pretrained
     heads = {
@@ -108,6 +122,8 @@ def test_head_dropout_acts_on_the_features_alone(pretrained):
         ({"num_labels": 3, "num_label": 3}, "VideoMAEConfig has no num_label; expected some of"),
         ({"num_labels": 3, "use_mean_pooling": False}, "which is not what the authors do"),
         ({"num_labels": 3, "hidden_size": 96}, "wrong shape"),
+        (None, "must be a mapping of fields, such as .* got NoneType"),
+        (config_of("mae cls"), "must be a mapping of fields, .* got VideoMAEConfig"),
     ],
 )
 def test_bad_settings(pretrained, config, message):

@@ -140,6 +140,15 @@ def test_published_trees_both_ways(key):
         assert config.decoder_num_attention_heads == DECODERS[key[1]]["heads"]
     else:
         assert config.num_labels == key[2]
+    # What is read off a file is the preset of that name.
+    version = "v2" if "V2" in key[1] or "giant" in key[1] else "v1"
+    classes = {0: "", 400: "-kinetics400", 710: "-kinetics710"}[key[2]]
+    preset = vivit_jax.PRESETS[f"videomae-{version}-{key[1].split()[0]}{classes}"].config
+    ours, wanted = config.to_dict(), preset.to_dict()
+    decoder = {name for name in ours if name.startswith("decoder_") and head != "pretraining"}
+    assert {k: ours[k] for k in ours.keys() - decoder} == {
+        k: wanted[k] for k in wanted.keys() - decoder
+    }
     model = build_model(config, head)
     leaves = trees.shapes_of(trees.flatten(abstract_params(model)))
     # A broadcast scalar has a shape and no data.
@@ -403,7 +412,8 @@ def test_no_note_hides_another():
     pixels, eps = transformers_notes(config, "pretraining")
     assert "image_mean is (0.5, 0.5, 0.5)" in pixels and "decoder_norm_eps is 1e-06" in eps
     assert transformers_notes(config, "none") == ()
-    assert transformers_notes(expected_config("V2 fine-tuned"), "classification") == ()
+    (note,) = transformers_notes(expected_config("V2 fine-tuned"), "classification")
+    assert "does not have this model" in note and "'videomae_jax'" in note
 
 
 # --- damage and danger --------------------------------------------------------------------------

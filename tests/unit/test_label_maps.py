@@ -4,8 +4,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from helpers import VIDEOMAE, clip, random_params
 
 from checkpoints_convert import trees
@@ -37,6 +39,10 @@ def test_logits_are_those_of_the_classes(params):
     )
     x = clip(CONFIG)
     np.testing.assert_array_equal(run(config, fewer, x), run(CONFIG, params, x)[:, MAP])
+    # What model.init returns carries the names of axes; jax's arrays list classes too.
+    boxed = jax.tree.map(lambda leaf: nn.LogicallyPartitioned(leaf, (None,) * leaf.ndim), params)
+    _, unboxed = gather_classes(CONFIG, boxed, jnp.array(MAP))
+    np.testing.assert_array_equal(unboxed["head"]["kernel"], fewer["head"]["kernel"])
     # A flat tree stays flat, and nothing but the classifier changes.
     flat = trees.flatten(params)
     _, gathered = gather_classes(CONFIG, flat, np.array(MAP))

@@ -198,7 +198,15 @@ def test_masks_of_a_loader_are_stacked_clip_by_clip():
 @pytest.mark.parametrize("function", [*GENERATORS, running_cell])
 @pytest.mark.parametrize(
     ("batch", "grid", "ratio"),
-    [(0, (2, 4, 4), 0.5), (1, (4, 4), 0.5), (1, (2, 0, 4), 0.5), (1, (2, 4, 4), float("nan"))],
+    [
+        (0, (2, 4, 4), 0.5),
+        (2.0, (2, 4, 4), 0.5),
+        (1, (4, 4), 0.5),
+        (1, (2, 0, 4), 0.5),
+        (1, (2, 4.0, 4), 0.5),
+        (1, (2, 4, 4), float("nan")),
+        (1, (2, 4, 4), "0.5"),
+    ],
 )
 def test_arguments(function, kind, batch, grid, ratio):
     with pytest.raises(UserError, match="needs batch >= 1, a grid .* and a ratio in"):

@@ -101,6 +101,7 @@ def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[d
         except vivit_jax.VideoError as error:
             yield {"clip": str(clip), "error": str(error)}
             continue
+        read.warn_of_alpha(processor)
         values, heads = scores(params, read.pixel_values(processor))
         result = {
             "clip": str(clip),

@@ -2,7 +2,6 @@
 """`vivit-jax reconstruct`: what a masked autoencoder makes of a clip that it sees a part of."""
 
 import json as json_module
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,13 +75,7 @@ def reconstruct(
     processor = processor_of(source)
     read = read_clip(clip, config, stride=stride, start=place, pad=pad)
     pixel_values = read.pixel_values(processor)
-    if read.mixes_channels(processor):
-        print(
-            f"the last of {read.frames.shape[-1]} channels was taken for alpha, which weights the "
-            'others in the resize; if it is data, set "independent_channels": true in '
-            "preprocessor_config.json",
-            file=sys.stderr,
-        )
+    read.warn_of_alpha(processor)
     module, params = vivit_jax.from_pretrained(model)
     result = predict_hidden(
         module, params, pixel_values, chosen, processor, true_statistics=true_statistics

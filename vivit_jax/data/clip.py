@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,16 @@ class Clip:
         factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
         return processor(self.frames, do_rescale=True, rescale_factor=factor, **layout)
 
+    def warn_of_alpha(self, processor) -> None:
+        """Say on stderr where `pixel_values` weights channels by the last one."""
+        if self.mixes_channels(processor):
+            print(
+                f"the last of {self.frames.shape[-1]} channels was taken for alpha, which weights "
+                'the others in the resize; if it is data, set "independent_channels": true in '
+                "preprocessor_config.json",
+                file=sys.stderr,
+            )
+
     def mixes_channels(self, processor) -> bool:
         """Whether `pixel_values` weights channels by the last one: a resize takes it for alpha."""
         if (
@@ -62,8 +73,8 @@ def read_clip(
     `start` and `pad` are those of `vivit_jax.data.sampling.clip_indices`. A file that ends in .npy
     holds the frames themselves, [t, h, w, c], of any channel count, uint8 or float in [0, 1].
 
-    Raises VideoError for a file that cannot be read or has too few frames, UserError for an
-    argument that is wrong.
+    Raises VideoError for a file that cannot be read, has too few frames or other channels than the
+    model takes, UserError for an argument that is wrong.
     """
     path = Path(path)
     frames = _read_npy(path) if path.suffix.lower() == ".npy" else None
@@ -77,6 +88,11 @@ def read_clip(
         stride = max(1, min(RECIPE_STRIDE[config.model_type], longest))
     indices = clip_indices(total, num_frames=config.num_frames, stride=stride, start=start, pad=pad)
     frames = read_video(path, indices=indices) if frames is None else np.array(frames[indices])
+    if frames.shape[-1] != config.num_channels:
+        raise VideoError(
+            f"{path} has {frames.shape[-1]} channels, the model takes {config.num_channels}; "
+            "other channels than RGB come as .npy, [t, h, w, c]"
+        )
     return Clip(frames, indices, fps)
 
 
