@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.layouts import architecture, head_of_architectures
-from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
+from vivit_jax.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VideoMAEConfig,
+    VivitConfig,
+    config_from_dict,
+)
 from vivit_jax.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -56,12 +62,8 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
 
 def predicts_as_published(config: VideoMAEConfig) -> bool:
     """Whether pre-training turns pixels back into [0, 1] as HuggingFace and the authors do."""
-    from vivit_jax.data.processor import VideoProcessor
-
-    if config.image_mean is None:
-        return True
-    published = VideoProcessor.named("videomae-imagenet")
-    return (config.image_mean, config.image_std) == (published.image_mean, published.image_std)
+    statistics = (config.image_mean, config.image_std)
+    return statistics in ((None, None), (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def runs_in_transformers(config: Config, head: str) -> bool:

@@ -24,6 +24,8 @@ ATTENTION_TYPES = (
     "joint", "factorised_encoder", "factorised_self_attention", "factorised_dot_product",
 )  # fmt: skip
 POOLINGS = ("cls", "mean", "max", "sum")
+# Per channel, of pixels in [0, 1]: what VideoMAE was trained with.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands need of `--model` besides its weights."""
+"""What the commands need of `--model` and of a clip before the model runs."""
 
 import sys
 
@@ -33,3 +33,15 @@ def processor_of(source):
             )
             return processor
     return VideoProcessor.from_pretrained(path.parent)
+
+
+def pixel_values_of(clip, processor):
+    """A `vivit_jax.data.clip.Clip` as the model's input; told on stderr where alpha weights it."""
+    if clip.mixes_channels(processor):
+        print(
+            f"the last of {clip.frames.shape[-1]} channels was taken for alpha, which weights the "
+            'others in the resize; if it is data, set "independent_channels": true in '
+            "preprocessor_config.json",
+            file=sys.stderr,
+        )
+    return clip.pixel_values(processor)

@@ -76,7 +76,7 @@ def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[d
     import vivit_jax
     from checkpoints_convert.layouts import architecture
     from checkpoints_convert.source import open_source
-    from vivit_jax.cli.model import processor_of
+    from vivit_jax.cli.model import pixel_values_of, processor_of
     from vivit_jax.data.clip import read_clip
 
     # What is cheap to check comes before the weights.
@@ -101,8 +101,7 @@ def classify(clips, model: str, *, top_k: int, stride, start, pad) -> Iterator[d
         except vivit_jax.VideoError as error:
             yield {"clip": str(clip), "error": str(error)}
             continue
-        read.warn_of_alpha(processor)
-        values, heads = scores(params, read.pixel_values(processor))
+        values, heads = scores(params, pixel_values_of(read, processor))
         result = {
             "clip": str(clip),
             "frames": [int(i) for i in read.indices],

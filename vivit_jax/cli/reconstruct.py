@@ -63,7 +63,7 @@ def reconstruct(
     if seed < 0:
         raise UserError(f"--seed must not be negative, got {seed}")
     import vivit_jax
-    from vivit_jax.cli.model import processor_of
+    from vivit_jax.cli.model import pixel_values_of, processor_of
     from vivit_jax.data.clip import parse_start, read_clip
     from vivit_jax.reconstruction import error_table, rmse
     from vivit_jax.reconstruction import reconstruct as predict_hidden
@@ -74,8 +74,7 @@ def reconstruct(
     chosen = draw_mask(mask, seed, 1, config.grid, mask_ratio)
     processor = processor_of(source)
     read = read_clip(clip, config, stride=stride, start=place, pad=pad)
-    pixel_values = read.pixel_values(processor)
-    read.warn_of_alpha(processor)
+    pixel_values = pixel_values_of(read, processor)
     module, params = vivit_jax.from_pretrained(model)
     result = predict_hidden(
         module, params, pixel_values, chosen, processor, true_statistics=true_statistics

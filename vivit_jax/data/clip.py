@@ -3,7 +3,6 @@
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +33,6 @@ class Clip:
         # Floats are in [0, 1], and the processor's factor is one for bytes.
         factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
         return processor(self.frames, do_rescale=True, rescale_factor=factor, **layout)
-
-    def warn_of_alpha(self, processor) -> None:
-        """Say on stderr where `pixel_values` weights channels by the last one."""
-        if self.mixes_channels(processor):
-            print(
-                f"the last of {self.frames.shape[-1]} channels was taken for alpha, which weights "
-                'the others in the resize; if it is data, set "independent_channels": true in '
-                "preprocessor_config.json",
-                file=sys.stderr,
-            )
 
     def mixes_channels(self, processor) -> bool:
         """Whether `pixel_values` weights channels by the last one: a resize takes it for alpha."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from vivit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from vivit_jax.data.frames import as_clips, center_crop, channels_last, resize
 from vivit_jax.errors import ConfigError, UserError
 
@@ -43,7 +44,7 @@ _DEFAULTS = {
     VIVIT: _COMMON | {"size": 256, "rescale_factor": 1 / 127.5, "offset": True},
     VIDEOMAE: _COMMON | {"size": 224, "rescale_factor": 1 / 255, "offset": False},
 }
-_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+_IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
 _NAMED = {
     "vivit-kinetics400": (VIVIT, {"size": 224}),
     "vivit-scenic": (VIVIT, {"do_normalize": False}),

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vivit_jax.config import VideoMAEConfig
+from vivit_jax.config import IMAGENET_MEAN, IMAGENET_STD, VideoMAEConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.embed import patchify, take_tokens
 from vivit_jax.layers.linear import at_least_float32
 from vivit_jax.masking import Mask
 
 IGNORE_INDEX = -100
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+TARGET_EPSILON = 1e-6  # beside the standard deviation that a target is divided by
 
 
 def classification_loss(
@@ -205,7 +204,7 @@ def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> 
         mean, std = (np.reshape(v, (1, 1, 1, -1)) for v in statistics)
         x = x * jnp.asarray(std, x.dtype) + jnp.asarray(mean, x.dtype)
     if config.norm_pix_loss:
-        std = jnp.sqrt(jnp.var(x, axis=2, keepdims=True, ddof=1)) + 1e-6
+        std = jnp.sqrt(jnp.var(x, axis=2, keepdims=True, ddof=1)) + TARGET_EPSILON
         # Behind the barrier the rounding is the same for any number of tokens.
         mean, std = jax.lax.optimization_barrier((jnp.mean(x, axis=2, keepdims=True), std))
         x = (x - mean) / std
