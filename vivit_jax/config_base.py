@@ -107,7 +107,7 @@ class TransformerConfig:
     param_dtype: str = execution_field("float32")
     attention: str = execution_field("auto")
     scan_layers: bool = execution_field(True)
-    remat: str = execution_field("none")
+    remat: str = execution_field("dots")
 
     def __post_init__(self):
         if self.id2label is not None:

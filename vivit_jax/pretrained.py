@@ -93,7 +93,7 @@ def from_pretrained(
     param_dtype: str | None = "float32",
     attention: str = "auto",
     scan_layers: bool = True,
-    remat: str = "none",
+    remat: str = "dots",
     num_labels: int | None = None,
     id2label: Mapping[int, str] | Sequence[str] | None = None,
     class_splits: Sequence[int] | None = None,

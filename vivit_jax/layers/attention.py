@@ -11,11 +11,11 @@ from flax import linen as nn
 
 from vivit_jax.config_base import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
-from vivit_jax.layers.linear import Config, Projection, at_least_float32, project
+from vivit_jax.layers.chunked import chunked_attention
+from vivit_jax.layers.linear import Config, Projection, at_least_float32, platform, project_together
 
 log = logging.getLogger(__name__)
 
-QUERY_BLOCK = 200
 # Of the logarithm of a cosine's factor: log 100 as the authors round it, which makes 100.003.
 LARGEST_LOG_SCALE = 4.6052
 
@@ -27,24 +27,22 @@ def attention(q, k, v, *, implementation: str = "auto"):
 
     * "xla": `jax.nn.dot_product_attention`, holds the scores [b, n, q, k]; its softmax is in
       float32 for float64 too;
-    * "chunked": head by head in blocks of queries, scores of one block at a time, recomputed in
-      the backward pass;
+    * "chunked": `chunked_attention`, tiles of scores, on every platform;
     * "cudnn": cuDNN flash attention, raises where cuDNN cannot run;
-    * "auto": `choose_implementation` for the default backend, logged once.
+    * "auto": `choose_implementation` for the platform, logged once.
     """
+    place = platform()
     if implementation == "auto":
-        implementation = choose_implementation(
-            jax.default_backend(), q.dtype.name, q.shape[-1], q.shape[1]
-        )
-    if implementation == "cudnn" and q.shape[1] == 1 and jax.default_backend() == "gpu":
+        implementation = choose_implementation(place, q.dtype.name, q.shape[-1], q.shape[1])
+    if implementation == "cudnn" and q.shape[1] == 1 and place == "gpu":
         implementation = "xla"  # one row of scores is nothing to save, and not what flash is for
     if implementation == "chunked":
-        return _chunked(q, k, v)
+        return chunked_attention(q, k, v)
     if implementation not in ATTENTION_IMPLEMENTATIONS:
         raise ConfigError(
             f"attention must be one of {list(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}"
         )
-    if implementation == "xla" and q.dtype == jnp.float16 and jax.default_backend() == "cpu":
+    if implementation == "xla" and q.dtype == jnp.float16 and place == "cpu":
         raise ConfigError(
             "attention='xla' cannot run float16 on CPU; use attention='auto' or 'chunked', or "
             "dtype='bfloat16'"
@@ -55,59 +53,48 @@ def attention(q, k, v, *, implementation: str = "auto"):
         if implementation != "cudnn":
             raise
         raise ConfigError(
-            f"attention='cudnn' cannot run here ({error}) on {jax.default_backend()} with "
-            f"{q.dtype.name}, head width {q.shape[-1]}; it needs an NVIDIA GPU and dtype bfloat16 "
-            "or float16. attention='auto' picks what runs"
+            f"attention='cudnn' cannot run here ({error}) on {place} with {q.dtype.name}, head "
+            f"width {q.shape[-1]}; it needs an NVIDIA GPU and dtype bfloat16 or float16. "
+            "attention='auto' picks what runs"
         ) from error
 
 
 @functools.cache
-def choose_implementation(platform: str, dtype: str, head_dim: int, length: int) -> str:
-    """The backend that "auto" stands for; logs each distinct choice once.
+def choose_implementation(place: str, dtype: str, head_dim: int, length: int) -> str:
+    """The backend that "auto" stands for on a platform; logs each distinct choice once.
 
-    A single query, the class token of a last block, goes to XLA everywhere. cuDNN takes half
-    precision and head widths that are multiples of 8 up to 128. XLA on CPU runs the batched score
-    product several times slower than the same product head by head, and has no float16 form of it.
-    jax takes the softmax of float64 scores in float32 there; the blocks keep float64.
+    On an NVIDIA GPU half precision goes to cuDNN, unless cuDNN refuses. A single query, the class
+    token of a last block, goes to XLA: one row of scores needs no tiles. All else is tiled: scores
+    take memory linear in tokens, float64 keeps a float64 softmax, and on CPU it is three times as
+    fast at 1568 tokens as `jax.nn.dot_product_attention`. So it is on TPU, where the library
+    kernels of jax want head widths of 128 and lengths in blocks of 128, and video has neither.
     """
-    if dtype == "float64":
-        chosen = "chunked"
-    elif length == 1 and dtype != "float16":
-        chosen = "xla"  # one row of scores needs no blocks
-    elif platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16"):
-        chosen = "cudnn" if head_dim % 8 == 0 and head_dim <= 128 else "xla"
-    elif platform == "cpu":
-        long = length > QUERY_BLOCK // 2
-        chosen = "chunked" if long or dtype == "float16" else "xla"
-    else:
+    chosen, why = "chunked", ""
+    if length == 1 and dtype not in ("float64", "float16"):
         chosen = "xla"
-    log.info("attention: %s on %s, %s, head width %d", chosen, platform, dtype, head_dim)
+    elif place == "gpu" and dtype in ("bfloat16", "float16"):
+        refusal = cudnn_refusal(dtype, head_dim, length)
+        chosen, why = ("chunked", f"; cuDNN refuses: {refusal}") if refusal else ("cudnn", "")
+    log.info(
+        "attention: %s on %s, %s, head width %d, %d queries%s",
+        *(chosen, place, dtype, head_dim, length, why),
+    )
     return chosen
 
 
-def _chunked(q, k, v):
-    b, num_queries, n, e = q.shape
-    blocks = math.ceil(num_queries / QUERY_BLOCK)
-    size = math.ceil(num_queries / blocks)
-    heads_first = lambda x: x.transpose(0, 2, 1, 3).reshape(b * n, x.shape[1], e)  # noqa: E731
-    q, k, v = heads_first(q), heads_first(k), heads_first(v)
-    q = jnp.pad(q, ((0, 0), (0, blocks * size - num_queries), (0, 0)))
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+def cudnn_refusal(dtype: str, head_dim: int, length: int) -> str | None:
+    """Why cuDNN cannot attend forward and backward over so many tokens; None where it can.
 
-    def one_head(head):
-        q_blocks, k, v = head
-
-        # Without the checkpoint the backward pass would keep every block's scores.
-        @jax.checkpoint
-        def one_block(q):
-            scores = jnp.einsum("qe,ke->qk", q, k, preferred_element_type=wide) * e**-0.5
-            return project(jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-
-        return jax.lax.map(one_block, q_blocks)
-
-    out = jax.lax.map(one_head, (q.reshape(b * n, blocks, size, e), k, v))
-    out = out.reshape(b, n, blocks * size, e)[:, :, :num_queries]
-    return out.transpose(0, 2, 1, 3)
+    Compiles both for one head, because what cuDNN lacks an engine for shows only then.
+    """
+    x = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    loss = lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum()  # noqa: E731
+    try:
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def cosine_scaled(q, k, log_scale):
@@ -163,13 +150,16 @@ class SelfAttention(nn.Module):
         n, d = config.num_attention_heads, config.hidden_size
         e = d // n
 
-        def project(name, x, use_bias):
+        def projection(name, use_bias):
             axes = ("embed", "heads", "kv")
-            return Projection(config, (d, n, e), axes, use_bias=use_bias, name=name)(x)
+            return Projection(config, (d, n, e), axes, use_bias=use_bias, name=name)
 
-        q = project("query", x if read is None else x[..., :read, :], config.qkv_bias)
-        k = project("key", x, config.key_bias)
-        v = project("value", x, config.qkv_bias)
+        query = projection("query", config.qkv_bias)
+        key, value = projection("key", config.key_bias), projection("value", config.qkv_bias)
+        if read is None:
+            q, k, v = project_together(x, (query, key, value))
+        else:
+            q, (k, v) = query(x[..., :read, :]), project_together(x, (key, value))
         if config.cosine_attention:
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(10)), ("heads",))
             q, k = cosine_scaled(

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import SPACE, SelfAttention
+from vivit_jax.layers.chunked import SAVED
 from vivit_jax.layers.linear import ACTIVATIONS, Config, Projection, layer_norm
 
 
@@ -102,9 +103,15 @@ class Block(nn.Module):
         return x, LayerOutput(x if hidden else None, weights.get("space"), weights.get("time"))
 
 
+# What the forward pass keeps for the backward pass beside each block's input: "block" nothing,
+# "dots" the results of matrix products and of attention. Norms, activations and residual sums,
+# computed again, cost less than their memory's traffic.
 REMAT = {
     "block": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
 }
 
 
