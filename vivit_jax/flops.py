@@ -59,6 +59,22 @@ def forward_flops(
     return flops
 
 
+def step_flops(
+    config: VivitConfig | VideoMAEConfig,
+    head: str = "classification",
+    visible: int | None = None,
+    decoded: int | None = None,
+) -> int:
+    """As `forward_flops`, of the loss and its gradient to all params.
+
+    Every product has two in the backward pass, but for the tubelet embedding, whose pixels get no
+    gradient. What is computed again instead of kept is not counted, nor is the optimizer.
+    """
+    flops = forward_flops(config, head, visible, decoded)
+    tokens = config.num_tokens if visible is None else visible
+    return 3 * flops - _embedding(config, tokens)
+
+
 def _vivit_blocks(config: VivitConfig, head: str, all_tokens: bool) -> int:
     t, h, w = config.grid
     layers, tokens, has_cls = config.num_hidden_layers, config.num_tokens, config.pooling == "cls"
