@@ -154,7 +154,7 @@ def verify_checkpoint(
         opened.expected(),
         opened.title,
     )
-    reference = _load_in_torch(path, name, opened.layout)
+    reference = load_transformers(path, name, "vivit-convert verify", pooler=opened.layout.pooler)
     model, params = from_pretrained(path, attention=attention)
     if clip is None:
         config = model.config
@@ -221,28 +221,32 @@ def _compare(name: str, ours, theirs, truth, tolerance: float) -> Row:
     return Row(name, scale, difference, jax_error, torch_error, within)
 
 
-def _load_in_torch(path: Path, name: str, layout) -> Any:
-    for package in ("torch", "transformers"):
-        try:
-            __import__(package)
-        except ModuleNotFoundError:
-            raise MissingExtra(package, "torch", "vivit-convert verify") from None
+def load_transformers(
+    path: Path,
+    name: str,
+    purpose: str,
+    *,
+    pooler: bool = False,
+    attention: str = "sdpa",
+    dtype: str = "float32",
+) -> Any:
+    """The class `name` of transformers with the weights of `path`, in eval mode; all or an error.
+
+    `pooler` is whether a headless ViViT has one. Raises MissingExtra without PyTorch or
+    transformers, told as what `purpose` needs, UserError for a transformers that is too old, and
+    CheckpointError where it does not load every tensor.
+    """
+    check_torch(purpose)
     import torch
     import transformers
 
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < OLDEST_TRANSFORMERS:
-        raise UserError(
-            f"verify needs transformers >= 5.18, got {transformers.__version__}: earlier releases "
-            "load VideoMAE weights without their biases. pip install 'vivit_jax[torch]'"
-        )
-    options = {"add_pooling_layer": layout.pooler} if name == "VivitModel" else {}
+    options = {"add_pooling_layer": pooler} if name == "VivitModel" else {}
     with _as_directory(path) as directory, _quiet(transformers):
         try:
             model, info = getattr(transformers, name).from_pretrained(
                 directory,
-                attn_implementation="sdpa",
-                dtype=torch.float32,
+                attn_implementation=attention,
+                dtype=getattr(torch, dtype),
                 output_loading_info=True,
                 output_attentions=False,
                 **options,
@@ -258,6 +262,23 @@ def _load_in_torch(path: Path, name: str, layout) -> Any:
         raise CheckpointError(f"transformers does not load every tensor of {path}: {told}")
     model.config.return_dict = True  # transformers trips over its own tuples otherwise
     return model.eval()
+
+
+def check_torch(purpose: str) -> None:
+    """MissingExtra without PyTorch or transformers, UserError where transformers is too old."""
+    for package in ("torch", "transformers"):
+        try:
+            __import__(package)
+        except ModuleNotFoundError:
+            raise MissingExtra(package, "torch", purpose) from None
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < OLDEST_TRANSFORMERS:
+        raise UserError(
+            f"{purpose} needs transformers >= 5.18, got {transformers.__version__}: earlier "
+            "releases load VideoMAE weights without their biases. pip install 'vivit_jax[torch]'"
+        )
 
 
 @contextlib.contextmanager

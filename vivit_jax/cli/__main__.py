@@ -4,13 +4,20 @@
 import sys
 from collections.abc import Sequence
 
+from vivit_jax.cli.benchmark import benchmark
 from vivit_jax.cli.demo import demo
 from vivit_jax.cli.predict import predict
 from vivit_jax.cli.presets import presets
 from vivit_jax.cli.reconstruct import reconstruct
 from vivit_jax.cli.run import run
 
-COMMANDS = {"demo": demo, "predict": predict, "presets": presets, "reconstruct": reconstruct}
+COMMANDS = {
+    "benchmark": benchmark,
+    "demo": demo,
+    "predict": predict,
+    "presets": presets,
+    "reconstruct": reconstruct,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -9,18 +9,18 @@ from pathlib import Path
 from vivit_jax.errors import UserError
 
 
-def check_output(path: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+def check_output(path: Path, suffixes: Sequence[str], overwrite: bool, flag: str = "--out") -> None:
     """UserError where a command could not or should not write `path`; run it before the work."""
     if path.suffix.lower() not in suffixes:
         raise UserError(
-            f"--out {path} ends in {path.suffix!r}; expected one of {', '.join(suffixes)}"
+            f"{flag} {path} ends in {path.suffix!r}; expected one of {', '.join(suffixes)}"
         )
     if path.is_dir():
-        raise UserError(f"--out {path} is a directory; expected a file name")
+        raise UserError(f"{flag} {path} is a directory; expected a file name")
     if path.exists() and not overwrite:
-        raise UserError(f"--out {path} exists; choose another name, or pass --overwrite")
+        raise UserError(f"{flag} {path} exists; choose another name, or pass --overwrite")
     if not path.parent.is_dir():
-        raise UserError(f"--out {path}: there is no directory {path.parent}; make it first")
+        raise UserError(f"{flag} {path}: there is no directory {path.parent}; make it first")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A comparison from weights to table, and the tables of transformers' documentation."""
+
+import dataclasses
+import gc
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vivit_jax.benchmark import products
+from vivit_jax.benchmark.measure import (
+    Agreement,
+    Peak,
+    Timing,
+    agreement,
+    alternate,
+    peak_memory,
+)
+from vivit_jax.benchmark.sides import OURS, JaxSide, TorchSide, check_work, write_weights
+from vivit_jax.benchmark.work import Work, program, work_of
+
+SEED_BATCHES = (1, 2, 4, 8)
+MEBI = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One side's figures; None where they do not apply or were not asked for."""
+
+    name: str
+    timing: Timing
+    compile_seconds: float | None
+    agreement: Agreement | None  # with the first row, None for that row itself
+    peak: Peak | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The rows of one work; the first is this library's."""
+
+    work: Work
+    rows: tuple[Row, ...]
+    rate: float  # operations per second of a large matrix product on this machine
+    products_seconds: float | None  # all matrix products of the work, each timed alone
+    failures: tuple[str, ...] = ()  # rows that could not run, and why
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every side computes what the first does."""
+        return all(row.agreement is None or row.agreement.holds for row in self.rows)
+
+    def ratio(self, row: Row) -> float | None:
+        """Time of the first row by that of another; None for itself and where outputs differ."""
+        if row.agreement is None or not row.agreement.holds:
+            return None
+        return self.rows[0].timing.median / row.timing.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, seconds and bytes."""
+        work, config = self.work, self.work.config
+        return {
+            "model": work.name,
+            "work": work.kind,
+            "batch": work.batch,
+            "frames": config.num_frames,
+            "dtype": config.dtype,
+            "remat": config.remat,
+            "flops": work.flops(),
+            "product_flops_per_second": self.rate,
+            "products_seconds": self.products_seconds,
+            "failures": list(self.failures),
+            "rows": [
+                dataclasses.asdict(row)
+                | {
+                    "median_seconds": row.timing.median,
+                    "clips_per_second": work.batch / row.timing.median,
+                    "share_of_product_rate": self._share(row),
+                    "ratio": self.ratio(row),
+                    "agrees": None if row.agreement is None else row.agreement.holds,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def _share(self, row: Row) -> float:
+        return self.work.flops() / row.timing.median / self.rate
+
+    def __str__(self) -> str:
+        work, config = self.work, self.work.config
+        what = "forward pass" if work.kind == "forward" else f"{work.kind} step"
+        head = (
+            f"{work.name}, {what}, batch {work.batch}, {config.num_frames} frames, {config.dtype}: "
+            f"{work.flops() / 1e9:,.0f} GFLOP"
+        )
+        table = [
+            ("", "seconds", "+-", "clips/s", "TFLOP/s", "of products", "compile s", "peak MiB")
+            + ("ours/this", "difference")
+        ]
+        for row in self.rows:
+            ratio = self.ratio(row)
+            table.append(
+                (
+                    row.name,
+                    f"{row.timing.median:.4g}",
+                    f"{row.timing.spread:.0%}",
+                    f"{work.batch / row.timing.median:.3g}",
+                    f"{work.flops() / row.timing.median / 1e12:.3g}",
+                    f"{self._share(row):.0%}",
+                    "-" if row.compile_seconds is None else f"{row.compile_seconds:.1f}",
+                    "-" if row.peak is None else f"{row.peak.step / MEBI:,.0f}",
+                    "" if row.agreement is None else f"{ratio:.2f}" if ratio else "DIFFERS",
+                    "" if row.agreement is None else _difference(row.agreement),
+                )
+            )
+        lines = [head, *columns(table)]
+        bound = f"one large product: {self.rate / 1e12:.3g} TFLOP/s"
+        if self.products_seconds is not None:
+            over = self.rows[0].timing.median / self.products_seconds
+            bound += (
+                f"; this work's products alone: {self.products_seconds:.4g} s, "
+                f"{self.rows[0].name} takes {over:.2f} times that"
+            )
+        return "\n".join([*lines, bound, *self.failures])
+
+
+def compare(
+    work: Work,
+    attention: Sequence[str] = ("auto",),
+    variants: Sequence[str] = (),
+    repeats: int = 5,
+    *,
+    memory: bool = True,
+    products: bool = True,
+) -> Comparison:
+    """Time a work with each of our attentions and each variant of PyTorch, on the same weights.
+
+    A variant that cannot run is left out and told in `failures`; one that computes something else
+    gets no ratio. Raises UserError where this library cannot run.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        directory = Path(parent) / "weights"
+        write_weights(work, directory)
+        sides = []
+        for name in attention:
+            config = dataclasses.replace(work.config, attention=name)
+            label = OURS if len(attention) == 1 else f"{OURS} {name}"
+            sides.append(JaxSide(dataclasses.replace(work, config=config), directory, label))
+        sides += [TorchSide(work, directory, variant) for variant in variants]
+        # Memory before the sides are warm: the processes that measure it need room.
+        peaks, apart, failures, first = {}, {}, [], None
+        for side in list(sides):
+            try:
+                if memory:
+                    peaks[side.name] = peak_memory(side.work, side.name, directory)
+                computed = side.warm_up(), side.moments()
+            except Exception as error:  # torch.compile wants a C++ compiler, memory may not do
+                if isinstance(side, JaxSide):
+                    raise
+                reason = (str(error).strip().splitlines() or [""])[0]
+                failures.append(f"{side.name} did not run: {type(error).__name__}: {reason}")
+                sides.remove(side)
+                continue
+            if first is None:
+                first = computed
+            else:
+                apart[side.name] = agreement(work, first, computed)
+        del first, computed
+        timings = alternate(sides, repeats)
+        rows = tuple(
+            Row(
+                side.name,
+                timings[side.name],
+                side.compile_seconds,
+                apart.get(side.name),
+                peaks.get(side.name),
+            )
+            for side in sides
+        )
+        ours = sides[0].work
+        sides.clear()
+        gc.collect()
+    alone = _products_alone(ours) if products else None
+    return Comparison(ours, rows, _rate(work.config.dtype), alone, tuple(failures))
+
+
+def _products_alone(work: Work) -> float:
+    made = program(work)
+    counted = products.products_of(made.step, made.state, made.inputs)
+    return sum(products.seconds_alone(product) * count for product, count in counted.items())
+
+
+def _rate(dtype: str) -> float:
+    return products.product_rate(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedTable:
+    """A table as transformers' documentation prints it, with this library's column."""
+
+    title: str
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all sides computed the same in every row."""
+        return all(comparison.agrees for comparison in self.comparisons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The title and its comparisons as plain values."""
+        return {
+            "title": self.title,
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+        }
+
+    def __str__(self) -> str:
+        table = [
+            (
+                "batch",
+                "eager ms",
+                "sdpa ms",
+                "eager/sdpa",
+                "vivit_jax ms",
+                "eager/ours",
+                "sdpa/ours",
+            )
+            + ("eager MiB", "sdpa MiB", "vivit_jax MiB", "sdpa/ours MiB")
+        ]
+        for comparison in self.comparisons:
+            ours, eager, sdpa = comparison.rows
+            milliseconds = [1e3 * row.timing.median for row in (eager, sdpa, ours)]
+            e, s, o = milliseconds
+            memory = [row.peak.step / MEBI for row in (eager, sdpa, ours)]
+            # No ratio of what is not the same function.
+            ratio = lambda a, b: f"{a / b:.2f}" if comparison.agrees else "DIFFERS"  # noqa: E731, B023
+            table.append(
+                (
+                    str(comparison.work.batch),
+                    *(f"{e:,.0f}", f"{s:,.0f}", ratio(e, s)),
+                    *(f"{o:,.0f}", ratio(e, o), ratio(s, o)),
+                    *(f"{value:,.0f}" for value in memory),
+                    ratio(memory[1], memory[2]),
+                )
+            )
+        return "\n".join([self.title, *columns(table)])
+
+
+def seed_tables(
+    batches: Sequence[int] = SEED_BATCHES, dtype: str = "float32", repeats: int = 5
+) -> Iterator[SeedTable]:
+    """ViViT-B training and inference, VideoMAE-B inference: time and memory, eager against sdpa."""
+    tables = (
+        ("vivit-b-16x2-kinetics400", "finetune", batches[:1], "ViViT-B, one training step"),
+        ("vivit-b-16x2-kinetics400", "forward", batches, "ViViT-B, inference"),
+        ("videomae-base-kinetics400", "forward", batches, "VideoMAE-B, inference"),
+    )
+    for name, kind, sizes, title in tables:
+        rows = []
+        for size in sizes:
+            work = work_of(name, kind, size, dtype=dtype)
+            check_work(work)
+            print(f"{title}, batch {size} ...", file=sys.stderr, flush=True)
+            rows.append(compare(work, ("auto",), ("eager", "sdpa"), repeats, products=False))
+        yield SeedTable(f"{title}, {dtype}", tuple(rows))
+
+
+def columns(table: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def _difference(agreement: Agreement) -> str:
+    found = f"{agreement.output:.0e}"
+    return found if agreement.gradients is None else f"{found}, gradients {agreement.gradients:.0e}"

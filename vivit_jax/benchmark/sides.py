@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two sides of a comparison: this library and transformers, on the same weights and inputs.
+
+A side is made from a `Work` and a directory with its weights. `warm_up` compiles and runs a first
+step and returns what it computed, `run` is one more step, to its end. `moments` are Adam's first
+moments after the first step, by the tensor names on disk: 0.1 of the gradients.
+"""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vivit_jax.benchmark.work import OPTIMIZER, Work, initial_state, inputs_of, program
+from vivit_jax.errors import UserError
+
+OURS = "vivit_jax"
+PURPOSE = "vivit-jax benchmark --against torch"
+TORCH = ("eager", "sdpa", "compile")  # the last is torch.compile with sdpa
+
+
+class Side(Protocol):
+    """One way to do a work."""
+
+    name: str
+    compile_seconds: float | None
+
+    def warm_up(self) -> np.ndarray: ...
+
+    def run(self) -> None: ...
+
+    def moments(self) -> dict[str, np.ndarray] | None: ...
+
+
+def write_weights(work: Work, directory: Path, seed: int = 0) -> None:
+    """Fresh float32 weights of the work's model as an HF directory."""
+    from vivit_jax.pretrained import build_model, save_pretrained
+    from vivit_jax.train.fit import init_params
+
+    config = dataclasses.replace(work.config, dtype="float32", param_dtype="float32")
+    model = build_model(config, work.head)
+    one = dataclasses.replace(work, batch=1)
+    save_pretrained(directory, model, init_params(model, seed, one.mask()))
+
+
+class JaxSide:
+    """This library; `name` says which attention, so that several can be compared."""
+
+    def __init__(self, work: Work, directory: Path, name: str = OURS):
+        self.name, self.work, self.directory = name, work, directory
+        self.compile_seconds = None
+        self._state = self._first = None
+
+    def warm_up(self) -> np.ndarray:
+        import jax
+
+        from vivit_jax.pretrained import from_pretrained
+
+        config = self.work.config
+        execution = ("dtype", "param_dtype", "attention", "scan_layers", "remat")
+        self.program = program(self.work)
+        _, params = from_pretrained(
+            self.directory,
+            head=self.work.head,
+            **{name: getattr(config, name) for name in execution},
+        )
+        self.inputs = jax.device_put(inputs_of(self.work))
+        start = time.perf_counter()
+        lowered = self.program.step.lower(self.program.state, self.program.inputs)
+        self._step = lowered.compile()
+        self.compile_seconds = time.perf_counter() - start
+        self._state = initial_state(self.program, params)
+        del params
+        return np.asarray(self._run(), np.float32)
+
+    def _run(self):
+        if self.work.kind == "forward":
+            return self._step(self._state, self.inputs)
+        self._state, loss = self._step(self._state, self.inputs)
+        return loss
+
+    def run(self) -> None:
+        import jax
+
+        jax.block_until_ready((self._run(), self._state))
+
+    def moments(self) -> dict[str, np.ndarray] | None:
+        if self.work.kind == "forward":
+            return None
+        from vivit_jax.pretrained import save_pretrained
+
+        (_, optimizer_state) = self._state
+        return _as_tensors(
+            lambda path: save_pretrained(path, self.program.model, optimizer_state[0].mu)
+        )
+
+
+class TorchSide:
+    """transformers with one kind of attention, or compiled by `torch.compile`."""
+
+    def __init__(self, work: Work, directory: Path, variant: str):
+        if variant not in TORCH:
+            raise UserError(f"--against torch variants are {list(TORCH)}, got {variant!r}")
+        self.name, self.work, self.variant = f"torch {variant}", work, variant
+        self.directory = directory
+        self.compile_seconds = None
+
+    def warm_up(self) -> np.ndarray:
+        import torch
+
+        from checkpoints_convert.layouts import architecture
+        from checkpoints_convert.verify import load_transformers
+
+        work = self.work
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, work.config.dtype)
+        name = architecture(work.config.model_type, work.head)
+        attention = "eager" if self.variant == "eager" else "sdpa"
+        model = load_transformers(
+            self.directory, name, PURPOSE, attention=attention, dtype=work.config.param_dtype
+        ).to(self.device)
+        self.model = model.eval() if work.kind == "forward" else model.train()
+        self._call = torch.compile(self.model) if self.variant == "compile" else self.model
+        self.inputs = self._inputs(torch)
+        self.optimizer = None
+        self._context = contextlib.nullcontext
+        if work.kind != "forward":
+            rates = dict(lr=OPTIMIZER["learning_rate"], betas=(OPTIMIZER["b1"], OPTIMIZER["b2"]))
+            self.optimizer = torch.optim.AdamW(
+                self.model.parameters(),
+                **rates,
+                eps=OPTIMIZER["eps"],
+                weight_decay=OPTIMIZER["weight_decay"],
+                fused=True,
+            )
+            if dtype != torch.float32:
+                self._context = lambda: torch.autocast(self.device, dtype)
+        start = time.perf_counter()
+        first = self._run()
+        seconds = time.perf_counter() - start
+        self.compile_seconds = seconds if self.variant == "compile" else None
+        return first.float().cpu().numpy()
+
+    def _inputs(self, torch) -> dict[str, Any]:
+        arrays = inputs_of(self.work)
+        clip = np.ascontiguousarray(arrays["pixel_values"].transpose(0, 1, 4, 2, 3))
+        tensors = {"pixel_values": torch.from_numpy(clip)}
+        if self.work.kind == "forward":
+            dtype = getattr(torch, self.work.config.dtype)
+            tensors["pixel_values"] = tensors["pixel_values"].to(dtype)
+        if "labels" in arrays:
+            tensors["labels"] = torch.from_numpy(arrays["labels"].astype(np.int64))
+        if "mask" in arrays:
+            tensors["bool_masked_pos"] = torch.from_numpy(np.array(arrays["mask"].to_bool()))
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+    def _run(self):
+        import torch
+
+        if self.work.kind == "forward":
+            with torch.inference_mode():
+                out = self._call(**self.inputs).logits
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            with self._context():
+                loss = self._call(**self.inputs).loss
+            loss.backward()
+            self.optimizer.step()
+            out = loss.detach()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    def run(self) -> None:
+        self._run()
+
+    def moments(self) -> dict[str, np.ndarray] | None:
+        if self.optimizer is None:
+            return None
+        import torch
+
+        # save_pretrained renames, so moments take the way to the file that weights take.
+        kept = {}
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                state = self.optimizer.state.get(parameter)
+                moment = state["exp_avg"] if state else torch.zeros_like(parameter)
+                kept[parameter], parameter.data = parameter.data, moment
+            try:
+                return _as_tensors(self.model.save_pretrained)
+            finally:
+                for parameter, data in kept.items():
+                    parameter.data = data
+
+
+def _as_tensors(save) -> dict[str, np.ndarray]:
+    """What `save(directory)` writes to model.safetensors, by name."""
+    from safetensors.numpy import load_file
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model"
+        save(path)
+        files = sorted(path.glob("*.safetensors"))
+        return {k: v.astype(np.float32) for file in files for k, v in load_file(file).items()}
+
+
+def check_work(work: Work) -> None:
+    """MissingExtra or UserError where the work has no PyTorch side."""
+    from checkpoints_convert.verify import check_torch
+
+    check_torch(PURPOSE)
+    if not work.config.in_transformers:
+        raise UserError(
+            f"--against torch: transformers does not have {work.name}; it has joint ViViT and "
+            "VideoMAE without cosine attention and layer scale"
+        )
+    if work.dual_masks and work.kind == "pretrain":
+        raise UserError(
+            f"--against torch: transformers has no dual masks, which {work.name} is pre-trained "
+            "with; use a videomae-v1 model"
+        )
+
+
+def share_the_gpu() -> None:
+    """Keep JAX from taking most of a GPU's memory at its start; call before it is imported."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
