@@ -163,6 +163,40 @@ def test_seeking_decodes_only_what_is_needed(clip, decoded, name):
     assert len(decoded) == 1
 
 
+@pytest.mark.parametrize("name", ["one-gop.mp4", "one-gop.mkv"])
+def test_pictures_that_no_other_needs_are_not_decoded(clip, decoded, log, name):
+    path = clip(name, gop=100, b_frames=3)  # every second picture refers to others only
+    reference = every_frame(path)
+    for k in range(30):
+        decoded.clear()
+        np.testing.assert_array_equal(read_video(path, indices=[k])[0], reference[k], str(k))
+        assert len(decoded) <= 2 + 2 * -(-k // 4)
+    assert not log.messages
+
+
+@pytest.mark.parametrize(
+    "units, passing",
+    [
+        ([9, 1], True),
+        ([1, 1, 12], True),
+        ([0x21], False),  # nal_ref_idc 1: others are predicted from it
+        ([1, 0x21], False),
+        ([0x65], False),
+        ([6, 1], False),  # a message may hold for later pictures
+        ([8, 1], False),
+        ([], False),
+    ],
+)
+def test_packets_that_leave_nothing_behind(units, passing):
+    for length_bytes in (1, 2, 4):
+        data = b"".join(
+            (2 + n).to_bytes(length_bytes, "big") + bytes([u]) + b"x" * (1 + n)
+            for n, u in enumerate(units)
+        )
+        assert packets._h264_passing(memoryview(data), length_bytes) is passing
+        assert packets._h264_passing(memoryview(data[:-1]), length_bytes) is False  # cut off
+
+
 def test_decoding_from_the_start_stops_at_the_last_frame(clip, decoded):
     path = clip("mpeg4.avi", codec="mpeg4")
     read_video(path, indices=[5, 2])

@@ -24,10 +24,10 @@ The reason is logged at DEBUG level.
 A damaged file is readable up to the first packet that is cut off or cannot be decoded; a warning
 says how many frames that leaves. A wanted frame in which the decoder reports errors that it
 concealed (`frame.is_corrupt`) is refused; where such a frame is only decoded on the way to a wanted
-one, a warning says so. Two limits: damage in a stretch that holds no wanted frame goes unnoticed,
-as nothing there is decoded, and the frames after it keep the numbers that their packets give them;
-and damage that the decoder does not report, or that a frame inherits from one it is predicted from,
-shows in the pixels only.
+one, a warning says so. Two limits: damage in a stretch that holds no wanted frame, or in a frame
+that no other is predicted from, goes unnoticed, as it is not decoded, and the frames after it keep
+the numbers that their packets give them; and damage that the decoder does not report, or that a
+frame inherits from one it is predicted from, shows in the pixels only.
 """
 
 import contextlib

@@ -2,13 +2,14 @@
 """Numbers the frames of an opened stream by its packets, and decodes only what wanted frames need.
 
 Demuxing (no decoding) gives the presentation time of every packet; sorted, these are the times of
-frames 0, 1, 2... A wanted frame is decoded from the keyframe before it, and the decoded times must
-equal the table's, exactly and in order, or the run is refused. `vivit_jax.data.decode` says what
-makes a table unfit and decodes from the start instead.
+frames 0, 1, 2... A wanted frame is decoded from the keyframe before it, without the h264 pictures
+that no other is predicted from, and the decoded times must equal the table's, exactly and in order,
+or the run is refused. `vivit_jax.data.decode` says what makes a table unfit and decodes from the
+start instead.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # In these containers each of their packets holds one shown picture. mpeg4's may hold none, or two,
 # and vp8's hidden reference pictures are packets of their own.
 SPARSE_CODECS = ("h264", "hevc", "vp9", "av1")
+# NAL units of h264 that leave nothing behind for other pictures if their nal_ref_idc is 0: slice,
+# delimiter, filler. Messages (SEI) and parameter sets may hold for the pictures that follow.
+_PASSING_UNITS = (1, 9, 12)
 
 
 @dataclass(frozen=True)
@@ -157,13 +161,22 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
     shown, damaged = np.sort(table.pts), []
     frame_at = dict(zip(shown[wanted].tolist(), wanted.tolist(), strict=True))
     position_at = {time: position for position, time in enumerate(table.pts.tolist())}
+    length_bytes = _h264_length_bytes(stream)
+
+    def needless(packet) -> bool:
+        if packet.pts in frame_at or not length_bytes:
+            return False
+        return _h264_passing(memoryview(packet), length_bytes)
+
     for first, last in _runs(table, wanted):
         times = table.pts[first : last + 1]
         start = int(times[0])
-        decoded = []
+        decoded, skipped = [], []
         try:
             container.seek(start, stream=stream)
-            for frame in _decode_run(container, stream, position_at, first, last):
+            for frame in _decode_run(
+                container, stream, position_at, first, last, needless, skipped
+            ):
                 # Those shown before the keyframe lack what they refer to, and are not wanted here.
                 if frame.pts is None or frame.pts >= start:
                     if not decoded and not frame.key_frame:
@@ -177,7 +190,7 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
                         damaged.append(int(np.searchsorted(shown, frame.pts)))
         except av.FFmpegError as error:
             raise Distrusted(f"decoding from packet {first} fails: {reason_of(error)}") from error
-        if decoded != np.sort(times[times >= start]).tolist():
+        if decoded != np.setdiff1d(times[times >= start], skipped).tolist():
             raise Distrusted(f"packets {first} to {last} give frames at other times than theirs")
     warn_of_damage(container.name.removeprefix("file:"), damaged)
 
@@ -196,19 +209,51 @@ def named(frames: list[int], most: int = 8) -> str:
     return f"frame{'s' if len(frames) > 1 else ''} {numbers}{more}"
 
 
-def _decode_run(container, stream, position_at: dict, first: int, last: int) -> Iterator:
-    """Decodes packets `first` to `last` from wherever before `first` the container now stands."""
+def _decode_run(
+    container,
+    stream,
+    position_at: dict,
+    first: int,
+    last: int,
+    needless: Callable = lambda packet: False,
+    skipped: list | None = None,
+) -> Iterator:
+    """Decodes packets `first` to `last` from wherever before `first` the container now stands.
+
+    The times of those among them that are `needless`, and not decoded, are added to `skipped`.
+    """
     previous = -1
     for packet in _packets(container, stream):
         position = position_at.get(packet.pts)
         if position is None or (position > first and position != previous + 1):
             raise Distrusted(f"seeking to packet {first} gives packet {position} after {previous}")
         previous = position
-        if position >= first:
+        if position >= first and needless(packet):
+            skipped.append(packet.pts)
+        elif position >= first:
             yield from decode_packet(stream.codec_context, packet)
         if position == last:
             break
     yield from decode_packet(stream.codec_context, None)
+
+
+def _h264_length_bytes(stream) -> int:
+    """Bytes of the length before each NAL unit of h264 packets; 0 for other packets."""
+    header = stream.codec_context.extradata
+    if codec_name(stream) != "h264" or not header or len(header) < 7 or header[0] != 1:
+        return 0
+    return (header[4] & 3) + 1
+
+
+def _h264_passing(data: memoryview, length_bytes: int) -> bool:
+    """Whether decoding the pictures that follow needs nothing of this packet."""
+    at = 0
+    while at + length_bytes < len(data):
+        unit = data[at + length_bytes]
+        if unit & 0x60 or unit & 0x1F not in _PASSING_UNITS:
+            return False
+        at += length_bytes + int.from_bytes(data[at : at + length_bytes], "big")
+    return at == len(data) > 0
 
 
 def decode_packet(context, packet) -> list:
