@@ -48,8 +48,13 @@ def _device() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
+    return f"{cpu_name()} CPU"
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, or else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()} CPU"
-    return f"{platform.machine()} CPU"
+            return line.partition(":")[2].strip()
+    return platform.machine()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from vivit_jax.cli.benchmark import benchmark
+from vivit_jax.cli.benchmark_input import benchmark_input
 from vivit_jax.cli.demo import demo
 from vivit_jax.cli.predict import predict
 from vivit_jax.cli.presets import presets
@@ -13,6 +14,7 @@ from vivit_jax.cli.run import run
 
 COMMANDS = {
     "benchmark": benchmark,
+    "benchmark-input": benchmark_input,
     "demo": demo,
     "predict": predict,
     "presets": presets,

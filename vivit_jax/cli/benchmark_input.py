@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax benchmark-input`: how fast clips come from files to the device."""
+
+import contextlib
+import dataclasses
+import json as json_module
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vivit_jax.errors import UserError
+
+_STEPS = ("prepare", "send", "normalise")
+
+
+def benchmark_input(
+    videos: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    frames: int = 16,
+    stride: int = 4,
+    start: Literal["center", "random"] = "center",
+    cores: Literal["one", "all"] = "one",
+    repeats: int = 5,
+    minutes: float = 1.0,
+    fps: int = 25,
+    gop: int = 250,
+    width: int = 320,
+    height: int = 180,
+    scene_seconds: float = 0.0,
+    json: Path | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Time reading clips of video files beside other readers, and sending them to the device.
+
+    Dense clips have frames --stride apart, sparse clips one in each of --frames equal parts of the
+    video. read_video is timed beside the loop of transformers' documentation, which decodes from
+    the first frame to the last one asked, and beside torchcodec where it is installed. The frames
+    are compared first; where those of read_video and of the loop differ in any bit, no ratio is
+    printed and the exit status is 1.
+
+    Args:
+        videos: Video files. Default: one that is made for the measurement.
+        frames: Frames of a clip.
+        stride: Frames of the video from one frame of a dense clip to the next.
+        start: Where clips lie: in the middle (of the parts, if sparse), or at random.
+        cores: "one" runs every reader on one core, "all" as they run by themselves.
+        repeats: Rounds in which the readers take turns.
+        minutes: Length of the made video.
+        fps: Frames per second of the made video.
+        gop: Most frames from one keyframe to the next in the made video; 250 is x264's default.
+        width: Of the made video, pixels.
+        height: Of the made video, pixels.
+        scene_seconds: Cut the made video to another scene this often, which starts with a keyframe.
+            Default: never, so that as much as --gop allows lies before a wanted frame.
+        json: Also write the figures to this file.
+        overwrite: Replace the file of --json.
+    """
+    for flag, value in (("--frames", frames), ("--stride", stride), ("--repeats", repeats)):
+        if value < 1:
+            raise UserError(f"{flag} must be at least 1, got {value}")
+    from vivit_jax.cli.output import check_output, whole_file
+
+    if json is not None:
+        check_output(json, (".json",), overwrite, flag="--json")
+    import av
+
+    from vivit_jax.benchmark import input as reading
+    from vivit_jax.benchmark.environment import cpu_name, environment
+    from vivit_jax.data.decode import read_video
+
+    made = None if videos else reading.Video(minutes, fps, gop, width, height, scene_seconds)
+    codec, missing = reading.torchcodec_reader(threads=1 if cores == "one" else 0)
+    readers = {reading.OURS: reading.read_ours, reading.LOOP: reading.read_loop}
+    readers |= {reading.TORCHCODEC: codec} if codec else {}
+    where = environment()
+    ffmpeg = {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
+    print(where.line)
+    print(f"FFmpeg of av: libavcodec {ffmpeg['libavcodec']}; CPU: {cpu_name()}")
+    results = []
+    for path in videos:  # all that is wrong is told before anything is timed
+        for sampling in reading.SAMPLINGS:
+            reading.draw(path, sampling, frames, stride)
+    with _paths(videos, made) as paths, _cores(cores) as pinned:
+        for path in paths:
+            for sampling in reading.SAMPLINGS:
+                result = reading.compare_readers(
+                    path,
+                    sampling,
+                    readers,
+                    num_frames=frames,
+                    stride=stride,
+                    start=start,
+                    repeats=repeats,
+                )
+                print(f"\n{_reading_text(result, missing)}", flush=True)
+                results.append(result)
+        total = results[0].info.num_frames
+        middle = reading.sample("sparse", total, frames, stride, None)
+        clip = read_video(paths[0], indices=middle)
+    pixels = reading.compare_pixels(clip, repeats)
+    print(f"\n{_pixels_text(pixels)}")
+    if json is not None:
+        values = dataclasses.asdict(where) | {
+            "cpu": cpu_name(),
+            "ffmpeg": ffmpeg,
+            "one_core": pinned,
+            "made": None if made is None else dataclasses.asdict(made),
+            "frames": frames,
+            "stride": stride,
+            "start": start,
+            "repeats": repeats,
+            "torchcodec": missing or "installed",
+            "reading": [result.to_dict() for result in results],
+            "pixels": pixels.to_dict(),
+        }
+        with whole_file(json) as partial:
+            partial.write_text(json_module.dumps(values, indent=2) + "\n")
+    return 0 if all(result.agrees for result in results) else 1
+
+
+@contextlib.contextmanager
+def _paths(videos: tuple[Path, ...], made) -> Iterator[tuple[Path, ...]]:
+    """The files, or a made one that is removed again."""
+    if videos:
+        yield videos
+        return
+    from vivit_jax.benchmark.input import write_video
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "made.mp4"
+        print(f"making {made.num_frames} frames of video ...", file=sys.stderr)
+        write_video(path, made)
+        yield (path,)
+
+
+@contextlib.contextmanager
+def _cores(cores: str) -> Iterator[bool]:
+    """Whether one core is all that the block can use."""
+    from vivit_jax.benchmark.input import one_core
+
+    if cores == "all":
+        yield False
+        return
+    with one_core() as pinned:
+        if not pinned:
+            print("this system cannot keep a reader to one core: all are used", file=sys.stderr)
+        yield pinned
+
+
+def _reading_text(result, missing: str) -> str:
+    info, used = result.info, result.num_frames
+    lines = [
+        f"{result.video}, {info.num_frames} frames {info.width}x{info.height} {info.codec}: "
+        f"{result.sampling} clips of {used} frames"
+    ]
+    rows = [("reader", "ms/clip", "+-", "CPU ms", "clips/s", "decoded")]
+    for rate in result.rates:
+        rows.append(
+            (
+                rate.side,
+                f"{1e3 * rate.wall.median:.1f}",
+                f"{100 * rate.wall.spread:.0f}%",
+                f"{1e3 * rate.cpu.median:.1f}",
+                f"{rate.clips_per_second:.2f}",
+                "unknown" if rate.decoded is None else f"{rate.decoded:.0f}",
+            )
+        )
+    lines += _aligned(rows)
+    for rate in result.rates:
+        if rate.side == "torchcodec" and rate.apart:
+            lines.append(f"  torchcodec differs by up to {rate.apart} of 255 grey levels")
+    if missing:
+        lines.append(f"  torchcodec: {missing}")
+    if result.agrees:
+        lines.append(
+            f"  time of vivit_jax / read loop: {result.ratio:.3f} "
+            f"(CPU time {result.cpu_ratio:.3f}), frames bit-equal"
+        )
+    else:
+        gap = next(rate.apart for rate in result.rates if rate.side == "vivit_jax")
+        lines.append(
+            f"  frames of vivit_jax and of the read loop differ by up to {gap} of 255: no ratio"
+        )
+    return "\n".join(lines)
+
+
+def _pixels_text(pixels) -> str:
+    shape = "x".join(map(str, pixels.shape))
+    rows = [("sent", "bytes/clip", "prepare ms", "send ms", "normalise ms", "sum ms")]
+    ways = (
+        ("float32", pixels.floats, pixels.float_bytes),
+        ("uint8", pixels.bytes, pixels.byte_bytes),
+    )
+    for name, steps, count in ways:
+        times = {step: 1e3 * timing.median for step, timing in steps.items()}
+        cells = [f"{times[step]:.2f}" if step in times else "-" for step in _STEPS]
+        rows.append((name, f"{count:,}", *cells, f"{sum(times.values()):.2f}"))
+    return "\n".join(
+        [
+            f"pixels {shape} to {pixels.device}: normalised on the CPU, or in the jitted step",
+            *_aligned(rows),
+            f"  the two differ by up to {pixels.apart:.2e}",
+        ]
+    )
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in rows
+    ]
