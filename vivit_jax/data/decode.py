@@ -39,6 +39,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vivit_jax.data.packets import (
+    SPARSE_CODECS,
     TIMED_CONTAINERS,
     Distrusted,
     Table,
@@ -297,8 +298,7 @@ def _open(name: str, threads: str = "AUTO") -> Iterator[tuple]:
     import av
 
     try:
-        # The prefix keeps a colon in a file name from being read as a network protocol.
-        with av.open("file:" + name, metadata_errors="replace") as container:
+        with _opened(name) as container:
             stream = _video_stream(name, container)
             stream.thread_type = threads
             yield container, stream
@@ -307,6 +307,24 @@ def _open(name: str, threads: str = "AUTO") -> Iterator[tuple]:
             f"{name}: no readable video ({reason_of(error)}): damaged, cut off, or another kind of "
             f"file; {_EXPECTED}"
         ) from error
+
+
+def _opened(name: str):
+    """The container, its packets as they are stored where the numbering by packets is at home.
+
+    FFmpeg's parsers look into every packet otherwise, for what these containers say themselves.
+    """
+    import av
+
+    # The prefix keeps a colon in a file name from being read as a network protocol.
+    file, options = "file:" + name, {"fflags": "noparse"}
+    with contextlib.suppress(av.FFmpegError):
+        container = av.open(file, metadata_errors="replace", options=options)
+        codecs = [s.codec_context and codec_name(s) for s in container.streams.video]
+        if container.format.name in TIMED_CONTAINERS and set(codecs) <= set(SPARSE_CODECS):
+            return container
+        container.close()
+    return av.open(file, metadata_errors="replace")
 
 
 def _video_stream(name: str, container):
