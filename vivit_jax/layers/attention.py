@@ -70,7 +70,8 @@ def choose_implementation(place: str, dtype: str, head_dim: int, length: int) ->
     kernels of jax want head widths of 128 and lengths in blocks of 128, and video has neither.
     """
     chosen, why = "chunked", ""
-    if length == 1 and dtype not in ("float64", "float16"):
+    xla_cannot = dtype == "float64" or (place, dtype) == ("cpu", "float16")
+    if length == 1 and not xla_cannot:
         chosen = "xla"
     elif place == "gpu" and dtype in ("bfloat16", "float16"):
         refusal = cudnn_refusal(dtype, head_dim, length)
