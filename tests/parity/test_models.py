@@ -140,7 +140,9 @@ def _plain_run(case):
         (False, "dots", "xla"),
         (True, "none", "chunked"),
         (True, "block", "chunked"),
+        (True, "dots", "chunked"),
         (False, "none", "chunked"),
+        (False, "dots", "chunked"),
     ],
 )
 @pytest.mark.parametrize("case", ["vivit cls", "mae pretraining"])

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from helpers import assert_close, bool_mask, clip, config_of, random_params
 
-from vivit_jax.layers.linear import project
+from vivit_jax import Mask, VideoMAEForPreTraining, VivitForVideoClassification
+from vivit_jax.layers import linear
+from vivit_jax.layers.linear import Projection, exact_gelu, project, project_together
 
 
 @pytest.mark.parametrize("precision", [None, "highest"])
@@ -33,3 +40,137 @@ def test_highest_precision_on_cpu_is_more_precise():
         with jax.default_matmul_precision(precision):
             spread[precision] = np.std(np.asarray(jax.jit(project)(x, kernel)) - exact)
     assert spread["highest"] < 0.6 * spread[None]  # measured 0.4
+
+
+class Three(nn.Module):
+    """Query, key and value as attention makes them, together or one by one."""
+
+    config: object
+    together: bool
+    read: int | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        query, key, value = (
+            Projection(config, (48, 4, 12), (None,) * 3, use_bias=bias, name=name)
+            for name, bias in (("query", True), ("key", config.key_bias), ("value", True))
+        )
+        if not self.together:
+            return [query(x[:, : self.read]), key(x), value(x)]
+        if self.read is None:
+            return project_together(x, (query, key, value))
+        return [query(x[:, : self.read]), *project_together(x, (key, value))]
+
+
+@pytest.mark.parametrize("read", [None, 1])
+@pytest.mark.parametrize(("case", "key_bias"), [("vivit cls", True), ("mae cls", False)])
+def test_projections_together_are_the_projections(case, key_bias, read, monkeypatch):
+    monkeypatch.setattr(linear, "platform", lambda: "gpu")
+    config = config_of(case)
+    assert config.key_bias == key_bias
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 7, 48)).astype(np.float32)
+    model = Three(config, together=False, read=read)
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), x))
+    assert ("bias" in params["params"]["key"]) == key_bias
+    draw = lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
+    params = jax.tree.map(draw, params)
+    cotangents = [draw(y) for y in jax.eval_shape(model.apply, params, x)]
+
+    def run(together):
+        apply = Three(config, together, read).apply
+        outputs, pullback = jax.vjp(apply, params, x)
+        return outputs, pullback(list(cotangents))
+
+    ours, separate = run(True), run(False)
+    assert jax.tree.structure(ours) == jax.tree.structure(separate)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(separate), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)  # measured 1.6e-5, of the gradient to x
+
+
+def products_in(jaxpr) -> int:
+    found = 0
+    for eqn in jaxpr.eqns:
+        found += eqn.primitive.name == "dot_general"
+        found += sum(map(products_in, jax.extend.core.jaxprs_in_params(eqn.params)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "saved"),
+    # In each scanned block two products of three; of ViViT's class token, asked alone, one of two.
+    [("vivit cls", 2 + 1), ("mae pretraining", 2 + 2)],
+)
+def test_a_model_with_projections_together_is_the_same_model(case, saved, monkeypatch):
+    config = config_of(case, attention="xla")
+    family = VivitForVideoClassification if case == "vivit cls" else VideoMAEForPreTraining
+    model, x = family(config), clip(config)
+    inputs = {"labels": np.array([1, 3])}
+    if case == "mae pretraining":
+        inputs = {"mask": Mask.from_bool(bool_mask(config))}
+    params = random_params(model)
+
+    def run(place):
+        monkeypatch.setattr(linear, "platform", lambda: place)
+
+        def loss(params):
+            out = model.apply({"params": params}, x, **inputs)
+            return out.loss, out.logits
+
+        with jax.default_matmul_precision(None):  # on CPU "highest" cuts products into blocks
+            forward = jax.make_jaxpr(loss)(params).jaxpr
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (value, logits), gradients = step(params)
+        return products_in(forward), value, logits, gradients
+
+    together, separate = run("gpu"), run("cpu")
+    assert separate[0] - together[0] == saved
+    assert abs(together[1] - separate[1]) < 1e-5 * abs(separate[1])
+    assert_close(together[2], separate[2], "logits")
+    for a, b in zip(*map(jax.tree.leaves, (together[3], separate[3])), strict=True):
+        assert_close(a, b, "gradient")
+
+
+def gelu_and_slope(x):
+    """In float64; erfc, since 1 + erf would lose the lower tail."""
+    cumulative = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])
+    density = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    return x * cumulative, cumulative + x * density
+
+
+POINTS = np.concatenate([np.linspace(-12, 12, 4801), [-1e4, -300, -40, -0.0, 1e-30, 40, 1e4]])
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_exact_gelu(framework):
+    """Errors per size of x, the same for PyTorch: 0.5 + 0.5 erf is rounded at the size of 1."""
+    x = POINTS.astype(np.float32)
+    if framework == "jax":
+        value = jax.jit(exact_gelu)(x)
+        slope = jax.jit(jax.vmap(jax.grad(exact_gelu)))(x)
+    else:
+        import torch
+
+        leaf = torch.tensor(x, requires_grad=True)
+        value = torch.nn.functional.gelu(leaf)
+        value.sum().backward()
+        value, slope = value.detach().numpy(), leaf.grad.numpy()
+    exact, exact_slope = gelu_and_slope(x.astype(np.float64))
+    size = np.maximum(1, np.abs(x))
+    assert (np.abs(value - exact) / size).max() < 3e-7  # measured 1.8e-7, PyTorch 1.1e-7
+    assert np.abs(slope - exact_slope).max() < 4e-7  # measured 1.2e-7, PyTorch 2.2e-7
+    np.testing.assert_array_equal(np.asarray(value)[x <= -40], 0)
+    np.testing.assert_array_equal(np.asarray(value)[x >= 40], x[x >= 40])
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(jnp.bfloat16, 8e-3), (jnp.float16, 1e-3)])
+def test_exact_gelu_in_half_precision(dtype, allowed):
+    x = jnp.asarray(POINTS[np.abs(POINTS) < 1e3], dtype)
+    value = exact_gelu(x)
+    assert value.dtype == dtype
+    exact, _ = gelu_and_slope(np.asarray(x, np.float64))
+    size = np.maximum(1, np.abs(np.asarray(x, np.float64)))
+    assert (
+        np.abs(np.asarray(value, np.float64) - exact) / size
+    ).max() < allowed  # measured 4.9e-3 and 7.6e-4
