@@ -225,7 +225,9 @@ def test_errors_of_the_library():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scene_seconds, most", [(6, 0.1), (0, 0.15)])
+# Measured on one core of a busy machine: 0.088 and 0.090 with a cut every 6 s; without any, where
+# 125 frames on average lie between a wanted one and the keyframe before it, 0.107 and 0.123.
+@pytest.mark.parametrize("scene_seconds, most", [(6, 0.1), (0, 0.2)])
 def test_sixteen_frames_of_ten_minutes(tmp_path, scene_seconds, most):
     path = tmp_path / "made.mp4"
     reading.write_video(path, reading.Video(minutes=10, scene_seconds=scene_seconds))
