@@ -241,7 +241,7 @@ def load_transformers(
     import transformers
 
     options = {"add_pooling_layer": pooler} if name == "VivitModel" else {}
-    with _as_directory(path) as directory, _quiet(transformers):
+    with _as_directory(path) as directory, quiet(transformers):
         try:
             model, info = getattr(transformers, name).from_pretrained(
                 directory,
@@ -282,7 +282,7 @@ def check_torch(purpose: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(transformers) -> Iterator[None]:
+def quiet(transformers) -> Iterator[None]:
     """Leave the load report to us: what it would warn of is an error here."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

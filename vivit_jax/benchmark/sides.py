@@ -183,6 +183,9 @@ class TorchSide:
         if self.optimizer is None:
             return None
         import torch
+        import transformers
+
+        from checkpoints_convert.verify import quiet
 
         # save_pretrained renames, so moments take the way to the file that weights take.
         kept = {}
@@ -192,7 +195,8 @@ class TorchSide:
                 moment = state["exp_avg"] if state else torch.zeros_like(parameter)
                 kept[parameter], parameter.data = parameter.data, moment
             try:
-                return _as_tensors(self.model.save_pretrained)
+                with quiet(transformers):
+                    return _as_tensors(self.model.save_pretrained)
             finally:
                 for parameter, data in kept.items():
                     parameter.data = data

@@ -3,8 +3,11 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from vivit_jax.errors import UserError
+
+CACHE_FLAG = "--compilation-cache"
 
 
 def run(
@@ -21,8 +24,13 @@ def run(
     import tyro
 
     try:
+        args = _compilation_cache(list(sys.argv[1:] if args is None else args))
         status = tyro.extras.subcommand_cli_from_dict(
-            commands, prog=prog, description=description, args=args
+            commands,
+            prog=prog,
+            description=f"{description} {CACHE_FLAG} DIR before the command keeps compiled "
+            "programs there for later runs.",
+            args=args,
         )
     except (UserError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
@@ -34,3 +42,26 @@ def run(
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     return status or 0
+
+
+def _compilation_cache(args: list[str]) -> list[str]:
+    """The arguments without `--compilation-cache DIR`, which may stand before the command.
+
+    With it compiled programs are kept in the directory and found there by later runs of any
+    command, as with the environment's JAX_COMPILATION_CACHE_DIR, however quickly they compiled.
+    """
+    if not args or args[0].partition("=")[0] != CACHE_FLAG:
+        return args
+    flag, given, directory = args[0].partition("=")
+    rest = args[1:]
+    if not given:
+        directory, rest = (rest[0] if rest else ""), rest[1:]
+    if not directory or directory.startswith("-"):
+        raise UserError(f"{flag} needs a directory, got {directory!r}; for example {flag} cache")
+    import jax
+
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return rest

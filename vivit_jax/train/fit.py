@@ -18,6 +18,7 @@ from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.masking import Mask
 from vivit_jax.train.metrics import classification_metrics
+from vivit_jax.train.step import gradient_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +136,9 @@ def fit(
             )
             return out.loss, 0.0 if labels is None else _accuracy(model.config, out.logits, labels)
 
-        (loss, accuracy), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        params = optax.apply_updates(params, updates)
+        params, optimizer_state, loss, accuracy = gradient_step(
+            optimizer, loss_of, params, optimizer_state
+        )
         return params, optimizer_state, sums + jnp.stack([loss, accuracy]), key
 
     arrays = (clips,) if labels is None else (clips, labels)
