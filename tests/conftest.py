@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import os
 
 import jax
@@ -19,6 +20,13 @@ def pytest_configure(config):
     if "not slow" in config.option.markexpr:
         flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
         os.environ.setdefault("XLA_FLAGS", flags)
+
+
+def pytest_collection_finish():
+    # Tracing makes many objects, and each full collection walks all that torch and jax imported.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):
