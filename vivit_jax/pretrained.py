@@ -217,8 +217,15 @@ def build_model(config: Config, head: str, add_pooling_layer: bool = True) -> nn
 
 def abstract_params(model: nn.Module) -> dict[str, Any]:
     """The model's parameter tree as ShapeDtypeStructs, in its running layout."""
+    return trees.unflatten(_abstract_leaves(model, jax.config.jax_enable_x64))
+
+
+@functools.lru_cache(maxsize=32)  # tracing a model takes a good part of a second
+def _abstract_leaves(model: nn.Module, x64: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves of `abstract_params` by path, whose dtypes depend on whether there are 64 bits."""
     clip, inputs = _init_inputs(model)
-    return meta.unbox(jax.eval_shape(model.init, jax.random.key(0), clip, **inputs))["params"]
+    variables = jax.eval_shape(model.init, jax.random.key(0), clip, **inputs)
+    return trees.flatten(meta.unbox(variables)["params"])
 
 
 def _init_inputs(model: nn.Module) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
@@ -232,7 +239,6 @@ def _init_inputs(model: nn.Module) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]
     return jax.ShapeDtypeStruct(shape, np.float32), inputs
 
 
-@functools.lru_cache(maxsize=32)  # tracing a model takes a good part of a second
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return trees.shapes_of(trees.flatten(abstract_params(model)))
 
