@@ -248,16 +248,16 @@ def initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.A
     # Drawn in float32 and cast, so that a seed gives the same head in every dtype.
     config, dtype = model.config, model.config.param_dtype
     model = model.clone(config=dataclasses.replace(config, dtype="float32", param_dtype="float32"))
+    return _drawn(model, tuple(sorted(leaves)), dtype, jax.random.key(seed))
+
+
+# Compiled, so that what is not returned is not computed; equal models are compiled once.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _drawn(model: nn.Module, leaves: tuple[str, ...], dtype: str, key: jax.Array) -> dict:
     clip, inputs = _init_inputs(model)
-
-    # Compiled, so that what is not returned is not computed.
-    @jax.jit
-    def init(key):
-        variables = model.init(key, jax.numpy.zeros(clip.shape, clip.dtype), **inputs)
-        flat = trees.flatten(meta.unbox(variables)["params"])
-        return {path: flat[path].astype(dtype) for path in leaves}
-
-    return init(jax.random.key(seed))
+    variables = model.init(key, jax.numpy.zeros(clip.shape, clip.dtype), **inputs)
+    flat = trees.flatten(meta.unbox(variables)["params"])
+    return {path: flat[path].astype(dtype) for path in leaves}
 
 
 @dataclasses.dataclass(frozen=True)
