@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny configurations, PyTorch references with large weights, and comparisons."""
 
+import functools
+
+import jax
 import numpy as np
 
 import vivit_jax
@@ -96,6 +99,16 @@ def config_of(case: str, **changes):
     cls, _, values = CASES[case]
     family = vivit_jax.VivitConfig if "vivit" in case else vivit_jax.VideoMAEConfig
     return family(**{**values, **changes})
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("output_hidden_states", "output_attentions", "interpolate_pos_encoding"),
+)
+def forward(model, params, pixel_values, **inputs):
+    """A model's outputs, compiled once for all tests that ask equal models for the same."""
+    return model.apply({"params": params}, pixel_values, **inputs)
 
 
 def random_params(model, scale: float = 0.3, seed: int = 0):

@@ -15,6 +15,7 @@ from helpers import (
     clip,
     config_of,
     error,
+    forward,
     random_params,
     to_torch,
     torch_model,
@@ -82,16 +83,13 @@ def test_outputs(pair, scan_layers):
     theirs = torch_run(case, reference, x, mask, labels)
     model, params = vivit_jax.from_pretrained(directory, scan_layers=scan_layers)
     assert type(model).__name__ == CASES[case][1]
-    apply = jax.jit(model.apply, static_argnames=("output_hidden_states", "output_attentions"))
     inputs = jax_inputs(case, mask, labels)
-    compare(
-        apply({"params": params}, x, output_hidden_states=True, output_attentions=True, **inputs),
-        theirs,
-    )
+    flags = dict(output_hidden_states=True, output_attentions=True)
+    compare(forward(model, params, x, **flags, **inputs), theirs)
     if not scan_layers:
         return
     # Without flags the fused attention path runs; it must agree too and return nothing more.
-    plain = apply({"params": params}, x, **inputs)
+    plain = forward(model, params, x, **inputs)
     assert plain.hidden_states is None and plain.attentions is None
     for field in ("loss", "logits", "last_hidden_state", "pooler_output"):
         if getattr(theirs, field, None) is not None:
@@ -115,7 +113,7 @@ def _loss_and_gradients(case, flat, **execution):
         return model.apply({"params": params}, x, **inputs).loss
 
     loss, grads = run(trees.unflatten(params))
-    grads = trees.flatten(grads)
+    grads = trees.flatten(jax.device_get(grads))  # a jax array compiles each of these slices
     return float(loss), {
         path: grads[slot.leaf] if slot.layer is None else grads[slot.leaf][slot.layer]
         for path, slot in slots.items()
@@ -224,9 +222,8 @@ def test_the_authors_epsilon(case, tmp_path):
 
     x, mask, labels = inputs_of(case)
     theirs = torch_run(case, reference, x, mask, labels)
-    apply = jax.jit(model.apply, static_argnames=("output_hidden_states", "output_attentions"))
     flags = dict(output_hidden_states=True, output_attentions=True)
-    ours = apply({"params": params}, x, **flags, **jax_inputs(case, mask, labels))
+    ours = forward(model, params, x, **flags, **jax_inputs(case, mask, labels))
     compare(ours, theirs)
     encoder = np.stack([x.detach().numpy() for x in theirs.hidden_states])
     measured = {
@@ -268,7 +265,7 @@ def test_default_matmul_precision(case, tmp_path):
     theirs = torch_run(case, reference, x, mask, labels)
     model, params = vivit_jax.from_pretrained(tmp_path)
     with jax.default_matmul_precision("default"):
-        ours = jax.jit(model.apply)({"params": params}, x, **jax_inputs(case, mask, labels))
+        ours = forward(model, params, x, **jax_inputs(case, mask, labels))
     assert_close(ours.logits, theirs.logits.detach().numpy(), "logits")
     assert_close(ours.loss, theirs.loss.detach().numpy(), "loss")
 
@@ -282,7 +279,7 @@ def test_masked_encoder(case, tmp_path):
     x, mask, _ = inputs_of(case)
     theirs = reference(to_torch(x), bool_masked_pos=torch.from_numpy(mask))
     model, params = vivit_jax.from_pretrained(tmp_path)
-    ours = jax.jit(model.apply)({"params": params}, x, mask=vivit_jax.Mask.from_bool(mask))
+    ours = forward(model, params, x, mask=vivit_jax.Mask.from_bool(mask))
     for field in ("logits", "last_hidden_state"):
         if field in theirs:
             assert_close(getattr(ours, field), getattr(theirs, field).detach().numpy(), field)
@@ -301,9 +298,9 @@ def test_low_contrast_clip_shows_the_norm_epsilon(tmp_path):
     x = clip(config_of("vivit cls"), scale=0.01)
     theirs = reference(to_torch(x)).logits.detach().numpy()
     model, params = vivit_jax.from_pretrained(tmp_path)
-    assert_close(model.apply({"params": params}, x).logits, theirs, "logits")
+    assert_close(forward(model, params, x).logits, theirs, "logits")
     wrong = type(model)(dataclasses.replace(model.config, layer_norm_eps=1e-5))
-    assert error(wrong.apply({"params": params}, x).logits, theirs) > 2e-5
+    assert error(forward(wrong, params, x).logits, theirs) > 2e-5
 
 
 @pytest.mark.parametrize("case", ["vivit cls", "mae cls"])
@@ -314,12 +311,11 @@ def test_negative_controls_fail(case, tmp_path):
     x, _, _ = inputs_of(case)
     theirs = reference(to_torch(x)).logits.detach().numpy()
     model, params = vivit_jax.from_pretrained(tmp_path)
-    apply = jax.jit(model.apply)
-    assert_close(apply({"params": params}, x).logits, theirs, "logits")
+    assert_close(forward(model, params, x).logits, theirs, "logits")
 
     other_gelu = {"gelu": "gelu_fast", "gelu_fast": "gelu"}[model.config.hidden_act]
     wrong = type(model)(dataclasses.replace(model.config, hidden_act=other_gelu))
-    assert error(wrong.apply({"params": params}, x).logits, theirs) > 2e-5
+    assert error(forward(wrong, params, x).logits, theirs) > 2e-5
 
     flat = trees.flatten(params)
     for a, b in (("query", "key"), ("query", "value")):
@@ -328,12 +324,12 @@ def test_negative_controls_fail(case, tmp_path):
             f"{prefix}{a}/kernel": flat[f"{prefix}{b}/kernel"],
             f"{prefix}{b}/kernel": flat[f"{prefix}{a}/kernel"],
         }
-        out = apply({"params": trees.unflatten(swapped)}, x).logits
+        out = forward(model, trees.unflatten(swapped), x).logits
         assert error(out, theirs) > 1e-3
     for path in flat:
         if path.endswith("bias") and "key" not in path:  # a key bias cannot change the softmax
             zeroed = flat | {path: jnp.zeros_like(flat[path])}
-            out = apply({"params": trees.unflatten(zeroed)}, x).logits
+            out = forward(model, trees.unflatten(zeroed), x).logits
             assert error(out, theirs) > 1e-3, path
 
 
@@ -350,7 +346,6 @@ def test_float32_error_is_no_larger_than_pytorchs(case, tmp_path):
     exact = exact.double()
     config = config_of(case)
     model, params = vivit_jax.from_pretrained(tmp_path)
-    apply = jax.jit(model.apply)
     field = "last_hidden_state" if case in HEADLESS else "logits"
     squares = np.zeros(2)
     for seed in range(10):
@@ -362,7 +357,7 @@ def test_float32_error_is_no_larger_than_pytorchs(case, tmp_path):
         with torch.no_grad():
             truth = exact(to_torch(x).double(), **torch_in)[field].numpy()
             theirs = reference(to_torch(x), **torch_in)[field].numpy()
-        ours = getattr(apply({"params": params}, x, **jax_in), field)
+        ours = getattr(forward(model, params, x, **jax_in), field)
         squares += [np.mean((np.asarray(y) - truth) ** 2) for y in (ours, theirs)]
     ratio = np.sqrt(squares[0] / squares[1])
     assert ratio <= 1.5, f"our error is {ratio:.2f} times PyTorch's"
@@ -380,9 +375,9 @@ def test_bfloat16_stays_near_float32(case, tmp_path):
     mixed, mixed_params = vivit_jax.from_pretrained(tmp_path, dtype="bfloat16")
     assert {str(p.dtype) for p in jax.tree.leaves(half_params)} == {"bfloat16"}
     assert {str(p.dtype) for p in jax.tree.leaves(mixed_params)} == {"float32"}
-    exact = np.asarray(jax.jit(model.apply)({"params": params}, x, **inputs).logits)
+    exact = np.asarray(forward(model, params, x, **inputs).logits)
     for other, p in ((half, half_params), (mixed, mixed_params)):
-        out = jax.jit(other.apply)({"params": p}, x, **inputs)
+        out = forward(other, p, x, **inputs)
         assert out.logits.dtype == jnp.bfloat16 and out.loss.dtype == jnp.float32
         # bfloat16 has 8 bits: 2^-9 per rounding, many of them in three blocks.
         assert 1e-4 < error(np.asarray(out.logits, np.float32), exact) < 0.1
@@ -399,7 +394,7 @@ def test_position_resize_matches_huggingface_where_it_works():
     with tempfile.TemporaryDirectory() as directory:
         reference.save_pretrained(directory)
         model, params = vivit_jax.from_pretrained(directory)
-    ours = model.apply({"params": params}, x, interpolate_pos_encoding=True).last_hidden_state
+    ours = forward(model, params, x, interpolate_pos_encoding=True).last_hidden_state
     assert_close(ours, theirs.detach().numpy(), "last_hidden_state")
 
 
@@ -407,13 +402,13 @@ def test_dropout_needs_a_key_and_changes_the_output():
     config = config_of("mae cls", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     model = CASES["mae cls"][0](config)
     x = clip(config)
-    variables = {"params": random_params(model)}
-    plain = model.apply(variables, x).logits
+    params = random_params(model)
+    plain = forward(model, params, x).logits
 
     @jax.jit
     def run(seed):
         rngs = {"dropout": jax.random.key(seed)}
-        return model.apply(variables, x, deterministic=False, rngs=rngs).logits
+        return model.apply({"params": params}, x, deterministic=False, rngs=rngs).logits
 
     assert (np.asarray(run(0)) == np.asarray(run(0))).all()
     assert error(run(0), plain) > 1e-6 and error(run(0), run(1)) > 1e-6

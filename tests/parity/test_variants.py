@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, error
+from helpers import assert_close, error, forward
 from numpy_vivit import random_params
 from variants import FDP, FE, FSA, VARIANTS, reference, variant_config
 
@@ -47,11 +47,6 @@ def load(config, params):
     return model, trees.unflatten(import_params(params, table, shapes))
 
 
-def jit_apply(model):
-    flags = ("output_hidden_states", "output_attentions", "interpolate_pos_encoding")
-    return jax.jit(model.apply, static_argnames=flags)
-
-
 CORE = ("joint", "encoder", "self-attention time first", "dot product")
 
 
@@ -65,8 +60,7 @@ def test_outputs(case, scan_layers):
     pixels = pixels_of(config)
     expected = reference(variant_config(case), params, pixels)
     model, ours = load(config, params)
-    apply = jit_apply(model)
-    out = apply({"params": ours}, pixels, output_hidden_states=True, output_attentions=True)
+    out = forward(model, ours, pixels, output_hidden_states=True, output_attentions=True)
     assert_close(out.logits, expected["logits"], "logits")
     hidden = np.stack([expected["embedded"], *expected["layers"]])
     assert_close(out.hidden_states, hidden, "hidden_states")
@@ -75,11 +69,11 @@ def test_outputs(case, scan_layers):
             out.temporal_hidden_states[1:], np.stack(expected["temporal_layers"]), "hidden_states"
         )
     # The fused path, which runs where nobody asks for weights, must be the same function.
-    assert_close(apply({"params": ours}, pixels).logits, expected["logits"], "logits")
+    assert_close(forward(model, ours, pixels).logits, expected["logits"], "logits")
     if not scan_layers:
         return
     backbone = vivit_jax.VivitModel(config, add_pooling_layer=False)
-    tokens = jax.jit(backbone.apply)({"params": ours["backbone"]}, pixels).last_hidden_state
+    tokens = forward(backbone, ours["backbone"], pixels).last_hidden_state
     wanted = expected["frames" if config.spatial_only else "tokens"]
     assert_close(tokens, wanted, "last_hidden_state")
 
@@ -90,7 +84,7 @@ def test_attention_weights_are_softmaxes_over_their_axis(case):
     t, h, w = config.grid
     cls = config.pooling == "cls"
     model, ours = load(config, scenic_params(case))
-    out = jit_apply(model)({"params": ours}, pixels_of(config), output_attentions=True)
+    out = forward(model, ours, pixels_of(config), output_attentions=True)
     heads, s, k = config.num_attention_heads, cls + h * w, t + cls
     shapes = {
         FE: ((3, 2, t, heads, s, s), (2, 2, heads, k, k)),
@@ -156,7 +150,7 @@ def test_another_function_is_told_apart(case, changes):
     params, config = scenic_params(case), variant_config(case, **changes)
     model, ours = load(config, params)
     pixels = pixels_of(config)
-    logits = jit_apply(model)({"params": ours}, pixels).logits
+    logits = forward(model, ours, pixels).logits
     assert error(logits, reference(variant_config(case), params, pixels)["logits"]) > 1e-4
 
 
@@ -170,7 +164,7 @@ def test_halves_of_the_heads_are_told_apart():
     config = variant_config("dot product")
     model, ours = load(config, params)
     pixels = pixels_of(config)
-    logits = jit_apply(model)({"params": ours}, pixels).logits
+    logits = forward(model, ours, pixels).logits
     original = reference(variant_config("dot product"), scenic_params("dot product"), pixels)[
         "logits"
     ]
@@ -207,7 +201,7 @@ def test_attention_backends(case, attention):
     params, config = scenic_params(case), variant_config(case, attention=attention)
     model, ours = load(config, params)
     pixels = pixels_of(config)
-    logits = jit_apply(model)({"params": ours}, pixels).logits
+    logits = forward(model, ours, pixels).logits
     assert_close(logits, reference(variant_config(case), params, pixels)["logits"], "logits")
 
 
@@ -217,7 +211,7 @@ def test_bfloat16_is_near(case):
     pixels = pixels_of(variant_config(case))
     wanted = reference(variant_config(case), params, pixels)["logits"]
     model, ours = load(variant_config(case, dtype="bfloat16"), params)
-    logits = jit_apply(model)({"params": ours}, pixels).logits
+    logits = forward(model, ours, pixels).logits
     assert logits.dtype == jnp.bfloat16
     assert 1e-4 < error(logits.astype(np.float32), wanted) < 0.1
 
@@ -246,7 +240,7 @@ def test_any_size(case):
     params, config = scenic_params(case), variant_config(case)
     pixels = pixels_of(config, t=10, h=32, w=40)
     model, ours = load(config, params)
-    out = jit_apply(model)({"params": ours}, pixels, interpolate_pos_encoding=True)
+    out = forward(model, ours, pixels, interpolate_pos_encoding=True)
     (t, h, w), new, cls = config.grid, (5, 4, 5), int(config.pooling == "cls")
     name = "Transformer/posembed_input/pos_embedding"
     tables = {name: ((t, h, w), new)}

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import numpy_videomae as reference
 import pytest
-from helpers import VIDEOMAE, assert_close, bool_mask, clip, error
+from helpers import VIDEOMAE, assert_close, bool_mask, clip, error, forward
 
 import vivit_jax
 from checkpoints_convert import trees
@@ -123,7 +123,7 @@ def run(config, params, pixels, hidden, dropped, **flags):
     """Our pre-training outputs from parameters under the authors' names."""
     model, ours = load(config, params)
     mask = vivit_jax.Mask.from_bool(hidden, dropped)
-    return jax.jit(lambda p, x, m: model.apply({"params": p}, x, m, **flags))(ours, pixels, mask)
+    return forward(model, ours, pixels, mask=mask, **flags)
 
 
 @functools.cache
@@ -131,7 +131,8 @@ def dual_run():
     """(parameters, pixels, masks, our outputs) of "dual both"."""
     case = "dual both"
     params, pixels, masks = params_of(case), clip(config_of(case)), masks_of(case)
-    return params, pixels, masks, run(config_of(case), params, pixels, *masks)
+    out = run(config_of(case), params, pixels, *masks, output_hidden_states=True)
+    return params, pixels, masks, out
 
 
 @pytest.mark.parametrize(
@@ -166,9 +167,7 @@ def test_classification(case, pooled):
         params, pixels, tubelet=config.tubelet, heads=config.num_attention_heads
     )
     model, ours = load(config, params, "classification")
-    out = jax.jit(lambda p, x: model.apply({"params": p}, x, output_hidden_states=True))(
-        ours, pixels
-    )
+    out = forward(model, ours, pixels, output_hidden_states=True)
     assert_close(out.hidden_states, np.stack([wanted["embedded"], *wanted["layers"]]), "logits")
     measured = assert_close(out.logits, wanted["logits"], "logits")
     print(f"\n{case} {'mean' if pooled else 'token 0'}: logits {measured:.1e}")
@@ -339,7 +338,7 @@ def test_float64_shows_the_epsilons_of_a_classifier():
         def measured(**changes):
             changed = dataclasses.replace(config, **changes)
             model, ours = load(changed, params, "classification")
-            return error(jax.jit(model.apply)({"params": ours}, pixels).logits, wanted)
+            return error(forward(model, ours, pixels).logits, wanted)
 
         assert measured() < 1e-11
         assert measured(layer_norm_eps=1e-12) > 1e-8
