@@ -36,8 +36,8 @@ def test_everything_imports_without_torch_transformers_and_av():
         import checkpoints_convert.__main__
         from vivit_jax.errors import MissingExtra
         try:
-            from checkpoints_convert.verify import _load_in_torch
-            _load_in_torch(None, "VivitModel", None)
+            from checkpoints_convert.verify import load_transformers
+            load_transformers(None, "VivitModel", "vivit-convert verify")
         except MissingExtra as error:
             assert "pip install 'vivit_jax[torch]'" in str(error)
         else:

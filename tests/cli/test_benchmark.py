@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax benchmark`: what it measures is measured, and no ratio of unequal functions."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from vivit_jax.benchmark import measure, products, report, work
+from vivit_jax.benchmark.measure import Peak, Timing, alternate
+from vivit_jax.benchmark.sides import JaxSide, TorchSide
+from vivit_jax.benchmark.work import KINDS, inputs_of, program, work_of
+from vivit_jax.cli.__main__ import main
+from vivit_jax.errors import UserError
+
+SMALL = "videomae-small-kinetics400"
+# Two frames are 196 tokens: a second on any machine.
+QUICK = ("benchmark", "--models", SMALL, "--frames", "2", "--repeats", "2")
+ALONE = ("--no-peak-memory", "--no-products")
+TORCH = ("--against", "torch", "--variants", "sdpa")
+
+
+@pytest.fixture(autouse=True)
+def tiny(request, monkeypatch):
+    """The small model made tiny, but where another process has to know it by its name."""
+    if request.function is test_every_figure_is_there:
+        return
+    preset = work.PRESETS[SMALL]
+    sizes = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    decoder = dict(decoder_hidden_size=24, decoder_num_attention_heads=2)
+    decoder |= dict(decoder_intermediate_size=32, decoder_num_hidden_layers=1)
+    config = dataclasses.replace(preset.config, image_size=64, **sizes, **decoder)
+    changed = {**work.PRESETS, SMALL: dataclasses.replace(preset, config=config)}
+    monkeypatch.setattr(work, "PRESETS", changed)
+
+
+def test_every_figure_is_there(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    assert main([*QUICK, *TORCH, "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(path.read_text())
+    assert figures["versions"]["jax"] == jax.__version__ and figures["cores"] > 0
+    (result,) = figures["results"]
+    assert result["flops"] == work_of(SMALL, frames=2).flops()
+    assert result["products_seconds"] > 0 and "this work's products alone" in printed
+    ours, theirs = result["rows"]
+    assert (ours["name"], theirs["name"]) == ("vivit_jax", "torch sdpa")
+    weights = 4 * 21_900_000
+    for row in (ours, theirs):
+        assert len(row["timing"]["seconds"]) == 2 and row["median_seconds"] > 0
+        assert row["clips_per_second"] == pytest.approx(1 / row["median_seconds"])
+        # The weights are in memory, and not many times over.
+        assert weights < row["peak"]["step"] <= row["peak"]["whole"] < 6 * weights
+    assert ours["compile_seconds"] > 0 and ours["ratio"] is None
+    assert theirs["ratio"] == pytest.approx(ours["median_seconds"] / theirs["median_seconds"])
+    assert theirs["agrees"] and 0 < theirs["agreement"]["output"] < 1e-5  # measured 2.5e-7
+
+
+@pytest.mark.parametrize("kind", ["finetune", "pretrain"])
+def test_steps_agree_in_loss_and_in_every_gradient(kind, tmp_path):
+    path = tmp_path / "figures.json"
+    arguments = [*QUICK, *TORCH, *ALONE, "--work", kind, "--batch", "2", "--json", str(path)]
+    assert main(arguments) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    found = result["rows"][1]["agreement"]
+    assert found["output"] < 1e-5 and 0 < found["gradients"] < 1e-4
+
+
+def test_no_ratio_where_outputs_differ(monkeypatch, capsys):
+    warm_up = TorchSide.warm_up
+    monkeypatch.setattr(TorchSide, "warm_up", lambda side: warm_up(side) * 1.01)
+    assert main([*QUICK, *TORCH, *ALONE]) == 1
+    row = next(line for line in capsys.readouterr().out.splitlines() if "torch sdpa" in line)
+    assert "DIFFERS" in row and "1e-02" in row
+
+
+def test_no_ratio_where_one_gradient_differs(monkeypatch, capsys):
+    moments = JaxSide.moments
+
+    def wrong(side):
+        found = moments(side)
+        largest = max(found, key=lambda name: np.square(found[name]).sum())
+        return found | {largest: -found[largest]}
+
+    monkeypatch.setattr(JaxSide, "moments", wrong)
+    assert main([*QUICK, *TORCH, *ALONE, "--work", "finetune"]) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_a_variant_that_cannot_run_is_told_and_left_out(monkeypatch, capsys):
+    warm_up = TorchSide.warm_up
+
+    def broken(side):
+        if side.variant == "compile":
+            raise RuntimeError("no C++ compiler\nsecond line")
+        return warm_up(side)
+
+    monkeypatch.setattr(TorchSide, "warm_up", broken)
+    assert main([*QUICK, *TORCH, "compile", *ALONE]) == 0
+    out = capsys.readouterr().out
+    assert "torch compile did not run: RuntimeError: no C++ compiler" in out
+    assert "second line" not in out and "torch sdpa" in out
+
+
+def test_backends_of_ours_are_rows_of_one_table(capsys):
+    assert main([*QUICK, *ALONE, "--attention", "chunked", "xla"]) == 0
+    out = capsys.readouterr().out
+    assert "vivit_jax chunked" in out and "vivit_jax xla" in out and "DIFFERS" not in out
+
+
+def test_the_tables_of_the_documentation(monkeypatch, capsys):
+    monkeypatch.setattr(report, "work_of", lambda _, *args, **kw: work_of(SMALL, *args, frames=2))
+    monkeypatch.setattr(report, "peak_memory", lambda *_: Peak(2**20, 2**21))
+    assert main(["benchmark", "--preset", "seeds", "--batch", "1", "2", "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    titles = ["ViViT-B, one training step", "ViViT-B, inference", "VideoMAE-B, inference"]
+    assert [line for title in titles for line in out.splitlines() if line.startswith(title)] == [
+        f"{title}, float32" for title in titles
+    ]
+    rows = [line.split() for line in out.splitlines() if line[:1].isdigit()]
+    assert [row[0] for row in rows] == ["1", "1", "2", "1", "2"]
+    assert all(len(row) == 11 for row in rows)
+
+
+def test_what_fits_is_said_before_anything_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(JaxSide, "warm_up", None)
+    path = tmp_path / "fit.json"
+    fit = [*QUICK, "--work", "finetune", "--fit", "--json", str(path)]
+    assert main([*fit, "--memory", "1MiB"]) == 0
+    assert "yes" not in capsys.readouterr().out
+    assert main([*fit, "--memory", "40MiB", "--overwrite"]) == 0
+    assert "no " not in capsys.readouterr().out.partition("remat")[2]
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["memory"] == 40 * 2**20 and all(row["fits"] for row in result["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "vivit-c"], "unknown model 'vivit-c'"),
+        (["--models", "vivit-b-16x2-kinetics400", "--work", "pretrain"], "needs a VideoMAE"),
+        (["--models", "vivit-b-16x2-fe-kinetics400", *TORCH], "transformers does not have"),
+        (["--models", "videomae-v2-base", "--work", "pretrain", *TORCH], "no dual masks"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--batch", "0"], "batch must be at least 1, got 0"),
+        (["--memory", "1GiB"], "pass --fit too"),
+        (["--fit", "--memory", "much"], "got 'much'"),
+        (["--preset", "seeds", "--fit"], "pass one of them"),
+        (["--json", "no/such/file.json"], "--json no/such/file.json"),
+        (["--frames", "3"], "num_frames"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, message, capsys):
+    assert main(["benchmark", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_compiled_programs_are_kept_on_request(tmp_path, capsys, monkeypatch):
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    directory = tmp_path / "cache"
+    try:
+        assert main(["--compilation-cache", str(directory), *QUICK, *ALONE]) == 0
+        assert any(directory.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert main(["--compilation-cache"]) == 2
+    assert "needs a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_the_formula(kind):
+    case = work_of(SMALL, kind, frames=2, attention="xla", remat="none")
+    made = program(case)
+    counted = products.products_of(made.step, made.state, made.inputs)
+    assert sum(products.flops_of(p) * n for p, n in counted.items()) == case.flops()
+
+
+def test_a_product_is_timed_without_its_call():
+    shape = ((512, 512), "float32")
+    large = (shape, shape, (((1,), (0,)), ((), ())), "float32")
+    tiny = (((2, 2), "float32"),) * 2 + ((((1,), (0,)), ((), ())), "float32")
+    assert products.flops_of(large) == 2 * 512**3
+    batched = (((3, 4, 5), "float32"), ((3, 6, 5), "float32"), (((2,), (2,)), ((0,), (0,))), "x")
+    assert products.flops_of(batched) == 2 * 3 * 4 * 5 * 6
+    assert 0 <= products.seconds_alone(tiny) < products.seconds_alone(large)
+
+
+def test_rounds_alternate_and_spread_is_that_of_the_rounds():
+    order = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def run(self):
+            order.append(self.name)
+
+    timings = alternate([Fake("a"), Fake("b")], 3)
+    assert "".join(order) == "abbaab" and len(timings["a"].seconds) == 3
+    assert Timing((1.0, 2.0, 3.0, 4.0, 5.0)).median == 3
+    assert Timing((1.0, 2.0, 3.0, 4.0, 5.0)).spread == pytest.approx(1 / 3)
+
+
+def test_nan_is_no_agreement():
+    case = work_of(SMALL, frames=2)
+    nan = np.full((1, 400), np.nan, np.float32)
+    assert not measure.agreement(case, (nan, None), (np.ones_like(nan), None)).holds
+    with pytest.raises(UserError, match="differ in their names"):
+        measure.agreement(case, (nan, {"a": nan}), (nan, {"b": nan}))
+
+
+def test_inputs_are_the_same_for_every_side():
+    case = work_of(SMALL, "pretrain", 2, frames=2)
+    first, second = inputs_of(case), inputs_of(case)
+    np.testing.assert_array_equal(first["pixel_values"], second["pixel_values"])
+    np.testing.assert_array_equal(first["mask"].visible, second["mask"].visible)
