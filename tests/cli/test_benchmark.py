@@ -131,7 +131,7 @@ def test_what_fits_is_said_before_anything_runs(monkeypatch, capsys, tmp_path):
     assert main([*fit, "--memory", "1MiB"]) == 0
     assert "yes" not in capsys.readouterr().out
     assert main([*fit, "--memory", "40MiB", "--overwrite"]) == 0
-    assert "no " not in capsys.readouterr().out.partition("remat")[2]
+    assert " no " not in capsys.readouterr().out.partition("remat")[2]
     (result,) = json.loads(path.read_text())["results"]
     assert result["memory"] == 40 * 2**20 and all(row["fits"] for row in result["rows"])
 

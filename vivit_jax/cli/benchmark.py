@@ -3,6 +3,7 @@
 
 import dataclasses
 import json as json_module
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +83,9 @@ def benchmark(
         for kind in work
         if not (kind == "pretrain" and name.startswith("vivit") and len(models) * len(work) > 1)
     ]
+    for name in models if "pretrain" in work else ():
+        if (name, "pretrain") not in kept:
+            print(f"{name} has no masked pre-training and sits it out", file=sys.stderr)
     works = [
         work_of(name, kind, size, frames=frames, dtype=number, attention=attention[0], remat=remat)
         for name, kind in kept
@@ -111,6 +115,7 @@ class Fits:
         if available is None:
             raise UserError("the device does not tell its memory; pass --memory, such as 16GiB")
         self.work, self.memory = work, available
+        print(f"compiling {work.name} {work.kind} for its analysis ...", file=sys.stderr)
         self.rows = fit.alternatives(work, available)
 
     def __str__(self) -> str:
