@@ -89,7 +89,8 @@ def test_setup_lines_are_the_ones_ci_runs():
 
 
 def test_no_placeholder_is_left():
-    assert not re.findall(r"\b[A-Z]{3,}_[A-Z]{3,}\b", README)
+    prose = re.sub(r"`[^`]*`", "", README)  # code may name environment variables
+    assert not re.findall(r"\b[A-Z]{3,}_[A-Z]{3,}\b", prose)
 
 
 def test_there_is_something_to_test():

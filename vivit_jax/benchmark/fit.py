@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from vivit_jax.benchmark.table import columns
 from vivit_jax.benchmark.work import Work, program
 from vivit_jax.errors import UserError
 
@@ -180,15 +181,11 @@ def table(rows: Sequence[Alternative], memory: int) -> str:
                 str(row.largest_batch),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         f"{work.name} {work.kind}, batch {work.batch}, {work.config.num_frames} frames, "
         f"{work.config.dtype}, in {readable(memory)}, compiled for {jax.default_backend()}"
     ]
-    for first, *others in cells:
-        padded = [text.rjust(width) for text, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *padded]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *columns(cells)])
 
 
 def readable(size: int) -> str:

@@ -22,7 +22,7 @@ from vivit_jax.benchmark.work import Work, work_of
 from vivit_jax.errors import UserError
 
 # Two implementations of one function: the largest ||a - b|| / ||b|| of outputs and of gradients
-# that rounding explains. Measured at full size on noise: see the tests of this module.
+# that rounding explains. VideoMAE-B forward in float32 measured 6e-7; half precision not measured.
 AGREEMENT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vivit_jax.benchmark import products
 from vivit_jax.benchmark.measure import (
     Agreement,
     Peak,
@@ -18,7 +17,9 @@ from vivit_jax.benchmark.measure import (
     alternate,
     peak_memory,
 )
+from vivit_jax.benchmark.products import product_rate, products_of, seconds_alone
 from vivit_jax.benchmark.sides import OURS, JaxSide, TorchSide, check_work, write_weights
+from vivit_jax.benchmark.table import columns
 from vivit_jax.benchmark.work import Work, program, work_of
 
 SEED_BATCHES = (1, 2, 4, 8)
@@ -182,17 +183,13 @@ def compare(
         sides.clear()
         gc.collect()
     alone = _products_alone(ours) if products else None
-    return Comparison(ours, rows, _rate(work.config.dtype), alone, tuple(failures))
+    return Comparison(ours, rows, product_rate(work.config.dtype), alone, tuple(failures))
 
 
 def _products_alone(work: Work) -> float:
     made = program(work)
-    counted = products.products_of(made.step, made.state, made.inputs)
-    return sum(products.seconds_alone(product) * count for product, count in counted.items())
-
-
-def _rate(dtype: str) -> float:
-    return products.product_rate(dtype)
+    counted = products_of(made.step, made.state, made.inputs)
+    return sum(seconds_alone(product) * count for product, count in counted.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,18 +260,6 @@ def seed_tables(
             print(f"{title}, batch {size} ...", file=sys.stderr, flush=True)
             rows.append(compare(work, ("auto",), ("eager", "sdpa"), repeats, products=False))
         yield SeedTable(f"{title}, {dtype}", tuple(rows))
-
-
-def columns(table: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
 
 
 def _difference(agreement: Agreement) -> str:

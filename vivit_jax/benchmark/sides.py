@@ -54,7 +54,7 @@ class JaxSide:
     def __init__(self, work: Work, directory: Path, name: str = OURS):
         self.name, self.work, self.directory = name, work, directory
         self.compile_seconds = None
-        self._state = self._first = None
+        self._state = None
 
     def warm_up(self) -> np.ndarray:
         import jax
@@ -231,5 +231,5 @@ def check_work(work: Work) -> None:
 
 
 def share_the_gpu() -> None:
-    """Keep JAX from taking most of a GPU's memory at its start; call before it is imported."""
+    """Keep JAX from taking most of a GPU's memory; call before it first looks for devices."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -135,7 +135,7 @@ def program(work: Work) -> Program:
     if work.kind == "forward":
         apply = jax.jit(lambda params, inputs: model.apply({"params": params}, **inputs).logits)
         return Program(work, model, apply, params, inputs)
-    optimizer = optax.adamw(**OPTIMIZER)
+    optimizer = _optimizer()
 
     def step(state, inputs):
         loss_of = lambda params: (model.apply({"params": params}, **inputs).loss, None)  # noqa: E731
@@ -164,4 +164,8 @@ def initial_state(program: Program, params: Any) -> Any:
     if program.work.kind == "forward":
         return params
     params = jax.tree.map(jnp.copy, params)
-    return params, optax.adamw(**OPTIMIZER).init(params)
+    return params, _optimizer().init(params)
+
+
+def _optimizer() -> optax.GradientTransformation:
+    return optax.adamw(**OPTIMIZER)

@@ -2,7 +2,6 @@
 """`vivit-jax benchmark`: how fast, in how much memory, and beside PyTorch."""
 
 import dataclasses
-import json as json_module
 import sys
 from pathlib import Path
 from typing import Literal
@@ -139,7 +138,7 @@ class Fits:
 def _print(results, json: Path | None) -> int:
     """Print each result as soon as it is there; 1 if the sides of one disagree."""
     from vivit_jax.benchmark.environment import environment
-    from vivit_jax.cli.output import whole_file
+    from vivit_jax.cli.output import write_json
 
     where = environment()
     print(where.line)
@@ -149,6 +148,5 @@ def _print(results, json: Path | None) -> int:
         done.append(result)
     if json is not None:
         values = dataclasses.asdict(where) | {"results": [result.to_dict() for result in done]}
-        with whole_file(json) as partial:
-            partial.write_text(json_module.dumps(values, indent=2) + "\n")
+        write_json(json, values)
     return 0 if all(result.agrees for result in done) else 1

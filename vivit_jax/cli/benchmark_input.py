@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import json as json_module
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from vivit_jax.benchmark.table import columns
 from vivit_jax.errors import UserError
 
 _STEPS = ("prepare", "send", "normalise")
@@ -63,7 +63,7 @@ def benchmark_input(
     for flag, value in (("--frames", frames), ("--stride", stride), ("--repeats", repeats)):
         if value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
-    from vivit_jax.cli.output import check_output, whole_file
+    from vivit_jax.cli.output import check_output, write_json
 
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")
@@ -118,8 +118,7 @@ def benchmark_input(
             "reading": [result.to_dict() for result in results],
             "pixels": pixels.to_dict(),
         }
-        with whole_file(json) as partial:
-            partial.write_text(json_module.dumps(values, indent=2) + "\n")
+        write_json(json, values)
     return 0 if all(result.agrees for result in results) else 1
 
 
@@ -170,7 +169,7 @@ def _reading_text(result, missing: str) -> str:
                 "unknown" if rate.decoded is None else f"{rate.decoded:.0f}",
             )
         )
-    lines += _aligned(rows)
+    lines += [f"  {line}" for line in columns(rows)]
     for rate in result.rates:
         if rate.side == "torchcodec" and rate.apart:
             lines.append(f"  torchcodec differs by up to {rate.apart} of 255 grey levels")
@@ -203,15 +202,7 @@ def _pixels_text(pixels) -> str:
     return "\n".join(
         [
             f"pixels {shape} to {pixels.device}: normalised on the CPU, or in the jitted step",
-            *_aligned(rows),
+            *(f"  {line}" for line in columns(rows)),
             f"  the two differ by up to {pixels.apart:.2e}",
         ]
     )
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in rows
-    ]

@@ -2,9 +2,11 @@
 """Files that a command writes: checked before the work, and never left half written."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from vivit_jax.errors import UserError
 
@@ -32,3 +34,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values as a JSON file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
