@@ -359,6 +359,20 @@ def test_probe_of_a_variable_rate(clip):
     assert info.fps == pytest.approx(30 / info.duration)
 
 
+def test_packets_are_listed_again_only_when_the_file_changes(tmp_path, monkeypatch):
+    scans, scan = [], decode.scan
+    monkeypatch.setattr(decode, "scan", lambda *opened: scans.append(1) or scan(*opened))
+    path = write_clip(tmp_path / "clip.mp4")
+    assert probe_video(path).num_frames == 30
+    for k in (4, 17):
+        assert number_in(read_video(path, indices=[k])[0]) == k
+    assert len(scans) == 1
+    # At the same place other frames, at other times.
+    write_clip(path, frames=20, gop=7, fps=10)
+    assert [number_in(frame) for frame in read_video(path)] == list(range(20))
+    assert len(scans) == 2
+
+
 def announce(path: Path, frames: int) -> None:
     data = bytearray(path.read_bytes())
     length = data.index(b"strh") + 8 + 32

@@ -109,8 +109,9 @@ class Peak:
 def peak_memory(work: Work, side: str, directory: Path) -> Peak:
     """Run a side by itself in a process of its own and see how much memory it takes.
 
-    On CPU resident memory of the process, less what it had after its imports; on a GPU the
-    allocator's count. `side` is a name of `sides`. Raises UserError where the process fails.
+    On CPU resident memory of the process, less what it had when its framework had multiplied one
+    small matrix, so that libraries do not count; on a GPU the allocator's count. `side` is a name
+    of `sides`. Raises UserError where the process fails.
     """
     task = {
         "work": [work.name, work.kind, work.batch],
@@ -143,12 +144,15 @@ def _alone(task: dict) -> Peak:
 
         device = torch.device("cuda") if torch.cuda.is_available() else None
         getattr(transformers, "VivitModel")  # noqa: B009  transformers imports lazily
+        torch.ones(8, 8) @ torch.ones(8, 8)
         side = TorchSide(work, directory, task["side"].removeprefix("torch "))
     else:
         import jax
+        import jax.numpy as jnp
 
         import vivit_jax.pretrained  # noqa: F401
 
+        jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
         device = jax.devices()[0] if jax.default_backend() == "gpu" else None
         side = JaxSide(work, directory)
     baseline = _resident("VmRSS")

@@ -31,6 +31,7 @@ frame inherits from one it is predicted from, shows in the pixels only.
 """
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -109,8 +110,8 @@ def probe_video(path) -> VideoInfo:
         UserError: `path` is no path.
     """
     name = _checked(path)
+    table = _table(name)
     with _open(name) as (container, stream):
-        table = scan(name, container, stream)
         announced, time_base = stream.frames or None, stream.time_base
         rate = stream.average_rate or stream.guessed_rate
         codec, container_format = codec_name(stream), container.format.name
@@ -202,13 +203,12 @@ def read_video(
     def convert(frame) -> np.ndarray:
         return _oriented(_rgb(frame), _orientation(name, frame))
 
-    with _open(name) as (container, stream):
-        table = scan(name, container, stream)
-        if table.distrust is None:
-            wanted = choose(table.packets)
-            with _fallback(name):
-                found = sparse_frames(container, stream, table, np.unique(wanted))
-                return _stacked(name, {k: convert(frame) for k, frame in found}, wanted)
+    table = _table(name)
+    if table.distrust is None:
+        wanted = choose(table.packets)
+        with _open(name) as (container, stream), _fallback(name):
+            found = sparse_frames(container, stream, table, np.unique(wanted))
+            return _stacked(name, {k: convert(frame) for k, frame in found}, wanted)
 
     # Frames at fixed places are chosen, and decoding stops at the last, without counting the rest.
     fixed = indices is not None or not (everything or start in ("center", "end", "random"))
@@ -307,6 +307,26 @@ def _open(name: str, threads: str = "AUTO") -> Iterator[tuple]:
             f"{name}: no readable video ({reason_of(error)}): damaged, cut off, or another kind of "
             f"file; {_EXPECTED}"
         ) from error
+
+
+def _table(name: str) -> Table:
+    """The packets of a file; logs a warning if it ends before what it announces.
+
+    A long video has many, and the same file is often asked again: what it holds, then a clip, then
+    the next clip. So tables are kept while their file is the same one, unchanged.
+    """
+    file = os.stat(name)
+    state = file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns
+    table = _scanned(name, state)
+    if table.incomplete:
+        logger.warning("%s: %s", name, table.incomplete)
+    return table
+
+
+@functools.lru_cache(maxsize=64)  # about a megabyte for an hour of video
+def _scanned(name: str, state: tuple[int, ...]) -> Table:
+    with _open(name) as (container, stream):
+        return scan(container, stream)
 
 
 def _opened(name: str):

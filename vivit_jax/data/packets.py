@@ -37,6 +37,7 @@ class Table:
     distrust: str | None  # why the presentation times do not number the frames
     announced: int  # frames the container claims, 0 if it claims nothing
     damage: str | None  # why packets after these cannot be read
+    incomplete: str | None  # that the file ends before what it announces, for a warning
 
 
 class Distrusted(Exception):
@@ -61,13 +62,13 @@ def codec_name(stream) -> str:
     return stream.codec_context.codec.canonical_name
 
 
-def scan(name: str, container, stream) -> Table:
-    """Demuxes all packets; logs a warning if the file ends before what it announces."""
+def scan(container, stream) -> Table:
+    """Demuxes all packets."""
     import av
 
     codec, pts, keys = codec_name(stream), [], []
     discarded = last_duration = 0
-    latest = distrust = damage = None
+    latest = distrust = damage = incomplete = None
     if container.format.name not in TIMED_CONTAINERS:
         distrust = f"container {container.format.name}"
     elif codec not in SPARSE_CODECS:
@@ -94,19 +95,29 @@ def scan(name: str, container, stream) -> Table:
     found = f"{len(pts)} frames can be read" + (f" ({damage})" if damage else "")
     if damage or len(pts) < stream.frames:
         announced = stream.frames or "no number of"
-        logger.warning("%s: incomplete: %s frames announced, %s", name, announced, found)
+        incomplete = f"incomplete: {announced} frames announced, {found}"
     elif not stream.frames and container.duration and latest is not None:
         end, announced = (
             float((latest + last_duration) * stream.time_base),
             container.duration / 1e6,
         )
         if end < 0.9 * announced:  # an audio stream may well be a little longer
-            message = "%s: incomplete or longer in sound: %.2f s announced, %s, up to %.2f s"
-            logger.warning(message, name, announced, found, end)
+            incomplete = "incomplete or longer in sound: "
+            incomplete += f"{announced:.2f} s announced, {found}, up to {end:.2f} s"
     times = np.array(pts if distrust is None else [], dtype=np.int64)
     keys = np.array(keys, dtype=np.int64)
     distrust = distrust or damage or _disorder(times, keys)
-    return Table(times, keys, last_duration, len(pts), discarded, distrust, stream.frames, damage)
+    return Table(
+        pts=times,
+        keys=keys,
+        last_duration=last_duration,
+        packets=len(pts),
+        discarded=discarded,
+        distrust=distrust,
+        announced=stream.frames,
+        damage=damage,
+        incomplete=incomplete,
+    )
 
 
 def _packets(container, stream) -> Iterator:
