@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vivit_jax.benchmark.sides import JaxSide, Side, TorchSide
+from vivit_jax.benchmark.sides import JaxSide, Runnable, TorchSide
 from vivit_jax.benchmark.work import Work, work_of
 from vivit_jax.errors import UserError
 
@@ -44,7 +44,7 @@ class Timing:
         return float(high - low) / 2 / self.median
 
 
-def alternate(sides: Sequence[Side], repeats: int) -> dict[str, Timing]:
+def alternate(sides: Sequence[Runnable], repeats: int) -> dict[str, Timing]:
     """Every side once in each round, in turn forwards and backwards; warm sides only.
 
     What slows the machine down for a while slows all sides down, so that ratios hold where times

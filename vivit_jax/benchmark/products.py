@@ -49,21 +49,43 @@ def flops_of(product: Product) -> int:
     return 2 * rows * terms * (math.prod(right) // shared)
 
 
-def seconds_alone(product: Product, repeats: int = 5) -> float:
-    """Median seconds of the product by itself, on warm operands.
+class ProductsAlone:
+    """The products of a program one after the other, on warm operands: a side to alternate with."""
 
-    Short products are timed several in a row, and their calls' own cost is taken off: that of a
-    call that only returns.
-    """
+    name = "its products alone"
+
+    def __init__(self, products: Counter[Product]):
+        self._calls = [(*_call(product), count) for product, count in products.items()]
+        nothing = jax.jit(lambda a: a[0])
+        seconds = _median(nothing, (jnp.zeros(1),), repeats=5)
+        # A call costs what one that only returns costs, which is not the products' time.
+        self.calls_seconds = seconds * products.total()
+
+    def run(self) -> None:
+        """Every product as often as the program does it."""
+        for multiply, operands, count in self._calls:
+            for _ in range(count):
+                multiply(*operands).block_until_ready()
+
+
+def seconds_alone(product: Product, repeats: int = 5) -> float:
+    """Median seconds of one product, on warm operands; a short one is timed several in a row."""
+    return _median(*_call(product), repeats)
+
+
+def _call(product: Product) -> tuple[Callable, tuple[jax.Array, jax.Array]]:
+    """The product as a compiled function, called once, and operands for it."""
     (left, left_dtype), (right, right_dtype), dimensions, out = product
     keys = jax.random.split(jax.random.key(0))
-    a = jax.random.normal(keys[0], left, left_dtype)
-    b = jax.random.normal(keys[1], right, right_dtype)
+    operands = (
+        jax.random.normal(keys[0], left, left_dtype),
+        jax.random.normal(keys[1], right, right_dtype),
+    )
     multiply = jax.jit(
         lambda a, b: jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.dtype(out))
     )
-    nothing = jax.jit(lambda a, b: a[(0,) * a.ndim])
-    return max(0.0, _median(multiply, a, b, repeats) - _median(nothing, a, b, repeats))
+    multiply(*operands).block_until_ready()
+    return multiply, operands
 
 
 def product_rate(dtype: str, size: int = 2048) -> float:
@@ -73,15 +95,15 @@ def product_rate(dtype: str, size: int = 2048) -> float:
     return flops_of(product) / seconds_alone(product, repeats=9)
 
 
-def _median(function, a, b, repeats: int, at_least: float = 0.02) -> float:
-    function(a, b).block_until_ready()
+def _median(function, operands, repeats: int, at_least: float = 0.02) -> float:
+    function(*operands).block_until_ready()
     start = time.perf_counter()
-    function(a, b).block_until_ready()
+    function(*operands).block_until_ready()
     in_a_row = max(1, math.ceil(at_least / max(time.perf_counter() - start, 1e-6)))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(in_a_row):
-            function(a, b).block_until_ready()
+            function(*operands).block_until_ready()
         times.append((time.perf_counter() - start) / in_a_row)
     return statistics.median(times)

@@ -17,7 +17,7 @@ from vivit_jax.benchmark.measure import (
     alternate,
     peak_memory,
 )
-from vivit_jax.benchmark.products import product_rate, products_of, seconds_alone
+from vivit_jax.benchmark.products import ProductsAlone, product_rate, products_of
 from vivit_jax.benchmark.sides import OURS, JaxSide, TorchSide, check_work, write_weights
 from vivit_jax.benchmark.table import columns
 from vivit_jax.benchmark.work import Work, program, work_of
@@ -44,7 +44,7 @@ class Comparison:
     work: Work
     rows: tuple[Row, ...]
     rate: float  # operations per second of a large matrix product on this machine
-    products_seconds: float | None  # all matrix products of the work, each timed alone
+    products: Timing | None  # of all matrix products of the work, one after the other
     failures: tuple[str, ...] = ()  # rows that could not run, and why
 
     @property
@@ -70,7 +70,8 @@ class Comparison:
             "remat": config.remat,
             "flops": work.flops(),
             "product_flops_per_second": self.rate,
-            "products_seconds": self.products_seconds,
+            "products_seconds": self.products and self.products.median,
+            "products_ratio": self.over_products,
             "failures": list(self.failures),
             "rows": [
                 dataclasses.asdict(row)
@@ -84,6 +85,16 @@ class Comparison:
                 for row in self.rows
             ],
         }
+
+    @property
+    def over_products(self) -> float | None:
+        """Time of the first row by that of its matrix products alone, in the same rounds.
+
+        None where they were not timed, or take no longer than calling them.
+        """
+        if self.products is None or not self.products.median:
+            return None
+        return self.rows[0].timing.median / self.products.median
 
     def _share(self, row: Row) -> float:
         return self.work.flops() / row.timing.median / self.rate
@@ -117,11 +128,11 @@ class Comparison:
             )
         lines = [head, *columns(table)]
         bound = f"one large product: {self.rate / 1e12:.3g} TFLOP/s"
-        if self.products_seconds is not None:
-            over = self.rows[0].timing.median / self.products_seconds
+        if self.over_products is not None:
             bound += (
-                f"; this work's products alone: {self.products_seconds:.4g} s, "
-                f"{self.rows[0].name} takes {over:.2f} times that"
+                f"; this work's products alone: {self.products.median:.4g} s, "
+                f"+-{self.products.spread:.0%}, {self.rows[0].name} takes "
+                f"{self.over_products:.2f} times that"
             )
         return "\n".join([*lines, bound, *self.failures])
 
@@ -168,7 +179,8 @@ def compare(
             else:
                 apart[side.name] = agreement(work, first, computed)
         del first, computed
-        timings = alternate(sides, repeats)
+        bound = _products_alone(sides[0].work) if products else None
+        timings = alternate([*sides, bound] if bound else sides, repeats)
         rows = tuple(
             Row(
                 side.name,
@@ -179,17 +191,18 @@ def compare(
             )
             for side in sides
         )
-        ours = sides[0].work
+        ours, alone = sides[0].work, None
+        if bound:
+            seconds = timings[bound.name].seconds
+            alone = Timing(tuple(max(0.0, each - bound.calls_seconds) for each in seconds))
         sides.clear()
         gc.collect()
-    alone = _products_alone(ours) if products else None
     return Comparison(ours, rows, product_rate(work.config.dtype), alone, tuple(failures))
 
 
-def _products_alone(work: Work) -> float:
+def _products_alone(work: Work) -> ProductsAlone:
     made = program(work)
-    counted = products_of(made.step, made.state, made.inputs)
-    return sum(seconds_alone(product) * count for product, count in counted.items())
+    return ProductsAlone(products_of(made.step, made.state, made.inputs))
 
 
 @dataclasses.dataclass(frozen=True)

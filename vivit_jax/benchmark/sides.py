@@ -24,15 +24,20 @@ PURPOSE = "vivit-jax benchmark --against torch"
 TORCH = ("eager", "sdpa", "compile")  # the last is torch.compile with sdpa
 
 
-class Side(Protocol):
-    """One way to do a work."""
+class Runnable(Protocol):
+    """What can be timed."""
 
     name: str
+
+    def run(self) -> None: ...
+
+
+class Side(Runnable, Protocol):
+    """One way to do a work."""
+
     compile_seconds: float | None
 
     def warm_up(self) -> np.ndarray: ...
-
-    def run(self) -> None: ...
 
     def moments(self) -> dict[str, np.ndarray] | None: ...
 
