@@ -29,6 +29,19 @@ def test_project_contracts_every_term(precision, x_shape, kernel_shape, num_in):
     np.testing.assert_allclose(y, np.tensordot(x, kernel, num_in), atol=2e-4)
 
 
+def test_gradients_copy_nothing():
+    """A product over more than two axes has gradients for which XLA on CPU copies its operands."""
+
+    def copies(product):
+        loss = lambda x, kernel, y: (product(x, kernel) * y).sum()  # noqa: E731
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        shapes = [(2, 40, 48), (48, 4, 12), (2, 40, 4, 12)]
+        operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        return gradient.lower(*operands).compile().as_text().count(" copy(")
+
+    assert copies(project) == 0 < copies(lambda x, kernel: jnp.tensordot(x, kernel, 1))
+
+
 def test_highest_precision_on_cpu_is_more_precise():
     if jax.default_backend() != "cpu":
         pytest.skip("about the CPU; the default device is another")
