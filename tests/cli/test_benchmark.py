@@ -142,11 +142,23 @@ def test_what_fits_is_said_before_anything_runs(monkeypatch, capsys, tmp_path):
     assert result["memory"] == 40 * 2**20 and all(row["fits"] for row in result["rows"])
 
 
+def test_what_fits_with_each_attention(monkeypatch, capsys):
+    monkeypatch.setattr(fit, "largest_batch", lambda work, memory: 17)
+    models = ("--models", SMALL, "vivit-b-16x2-kinetics400", "--frames", "2", "--work", "pretrain")
+    assert main(["benchmark", *models, "--fit", "--attention", "chunked", "xla"]) == 0
+    printed = capsys.readouterr()
+    tables = [line for line in printed.out.splitlines() if " pretrain, batch 1" in line]
+    assert ["attention chunked" in tables[0], "attention xla" in tables[1]] == [True, True]
+    assert len(tables) == 2
+    assert "vivit-b-16x2-kinetics400 has no masked pre-training and sits it out" in printed.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--models", "vivit-c"], "unknown model 'vivit-c'"),
         (["--models", "vivit-b-16x2-kinetics400", "--work", "pretrain"], "needs a VideoMAE"),
+        (["--work", "pretrain", "--models", *2 * ["vivit-b-16x2-kinetics400"]], "ViViTs"),
         (["--models", "vivit-b-16x2-fe-kinetics400", *TORCH], "transformers does not have"),
         (["--models", "videomae-v2-base", "--work", "pretrain", *TORCH], "no dual masks"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),

@@ -151,7 +151,7 @@ def test_alternatives_and_table(by_formula):
     assert all(row.work == work(batch=20, remat=row.remat) for row in rows)
     heading, *lines = table(rows, 8 * GIB).splitlines()
     assert heading == (
-        "small finetune, batch 20, 4 frames, float32, in 8.00 GiB, compiled for "
+        "small finetune, batch 20, 4 frames, float32, attention auto, in 8.00 GiB, compiled for "
         + jax.default_backend()
     )
     # 7168 - 100 MiB for clips.

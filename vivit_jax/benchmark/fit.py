@@ -183,7 +183,8 @@ def table(rows: Sequence[Alternative], memory: int) -> str:
         )
     lines = [
         f"{work.name} {work.kind}, batch {work.batch}, {work.config.num_frames} frames, "
-        f"{work.config.dtype}, in {readable(memory)}, compiled for {jax.default_backend()}"
+        f"{work.config.dtype}, attention {work.config.attention}, in {readable(memory)}, "
+        f"compiled for {jax.default_backend()}"
     ]
     return "\n".join([*lines, *columns(cells)])
 

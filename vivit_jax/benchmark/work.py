@@ -15,7 +15,7 @@ from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import UserError
 from vivit_jax.flops import forward_flops, step_flops
 from vivit_jax.masking import Mask, dual_mask, tube_mask
-from vivit_jax.presets import PRESETS
+from vivit_jax.presets import PRESETS, Preset
 from vivit_jax.pretrained import abstract_params, build_model
 from vivit_jax.train.step import gradient_step
 
@@ -88,9 +88,7 @@ def work_of(
     `frames` is the clip's length, the preset's own by default. In a forward pass params have
     `dtype` too, in a step they stay float32. Raises UserError for an unknown preset.
     """
-    if preset not in PRESETS:
-        raise UserError(f"unknown model {preset!r}; `vivit-jax presets` lists them")
-    config = PRESETS[preset].config
+    config = _preset(preset).config
     still = {name: 0.0 for name in config.probabilities}
     config = dataclasses.replace(
         config,
@@ -101,7 +99,18 @@ def work_of(
         attention=attention,
         remat=remat,
     )
-    return Work(preset, config, kind, batch, PRESETS[preset].dual_masks)
+    return Work(preset, config, kind, batch, _preset(preset).dual_masks)
+
+
+def has_pretraining(preset: str) -> bool:
+    """Whether a preset's model is pre-trained by masking; UserError for an unknown preset."""
+    return isinstance(_preset(preset).config, VideoMAEConfig)
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise UserError(f"unknown model {name!r}; `vivit-jax presets` lists them")
+    return PRESETS[name]
 
 
 @dataclasses.dataclass(frozen=True)

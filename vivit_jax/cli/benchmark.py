@@ -65,7 +65,7 @@ def benchmark(
     if against or preset:
         share_the_gpu()
     from vivit_jax.benchmark import report
-    from vivit_jax.benchmark.work import work_of
+    from vivit_jax.benchmark.work import has_pretraining, work_of
 
     if repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {repeats}")
@@ -76,20 +76,22 @@ def benchmark(
             raise UserError("--preset seeds measures, --fit does not run: pass one of them")
         sizes = report.SEED_BATCHES if batch == (1,) else batch
         return _print(report.seed_tables(sizes, dtype[0], repeats), json)
-    kept = [
-        (name, kind)
-        for name in models
-        for kind in work
-        if not (kind == "pretrain" and name.startswith("vivit") and len(models) * len(work) > 1)
-    ]
-    for name in models if "pretrain" in work else ():
-        if (name, "pretrain") not in kept:
-            print(f"{name} has no masked pre-training and sits it out", file=sys.stderr)
+    pairs = [(name, kind) for name in models for kind in work]
+    idle = [pair for pair in pairs if pair[1] == "pretrain" and not has_pretraining(pair[0])]
+    if idle == pairs:
+        raise UserError(
+            f"--work pretrain needs a VideoMAE, got {list(models)}: ViViTs, which have no masked "
+            "pre-training; use forward or finetune"
+        )
+    for name, _ in idle:
+        print(f"{name} has no masked pre-training and sits it out", file=sys.stderr)
     works = [
-        work_of(name, kind, size, frames=frames, dtype=number, attention=attention[0], remat=remat)
-        for name, kind in kept
+        work_of(name, kind, size, frames=frames, dtype=number, attention=backend, remat=remat)
+        for name, kind in pairs
+        if (name, kind) not in idle
         for size in batch
         for number in dtype
+        for backend in (attention if fit else attention[:1])  # `compare` makes a row of each
     ]
     if fit:
         return _print((Fits(each, memory) for each in works), json)
