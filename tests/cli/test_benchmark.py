@@ -18,6 +18,7 @@ from vivit_jax.errors import UserError
 SMALL = "videomae-small-kinetics400"
 # Two frames are 196 tokens: a second on any machine.
 QUICK = ("benchmark", "--models", SMALL, "--frames", "2", "--repeats", "2")
+VIVITS = ("vivit-b-16x2-kinetics400", "vivit-b-16x2-fe-kinetics400")
 ALONE = ("--no-peak-memory", "--no-products")
 TORCH = ("--against", "torch", "--variants", "sdpa")
 
@@ -127,6 +128,20 @@ def test_the_tables_of_the_documentation(monkeypatch, capsys):
     assert all(len(row) == 11 for row in rows)
 
 
+def test_a_side_that_cannot_run_leaves_its_row_of_the_table_empty(monkeypatch, capsys):
+    monkeypatch.setattr(report, "work_of", lambda _, *args, **kw: work_of(SMALL, *args, frames=2))
+    monkeypatch.setattr(report, "peak_memory", lambda *_: Peak(2**20, 2**21))
+
+    def broken(side):
+        raise MemoryError("not enough")
+
+    monkeypatch.setattr(TorchSide, "warm_up", broken)
+    assert main(["benchmark", "--preset", "seeds", "--batch", "2", "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("torch eager did not run: MemoryError: not enough") == 3
+    assert len([line for line in out.splitlines() if line.split() == ["2", *10 * "-"]]) == 3
+
+
 def test_what_fits_is_said_before_anything_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(JaxSide, "warm_up", None)
     # The search for it is tests/unit/test_memory_fit.py's.
@@ -158,7 +173,10 @@ def test_what_fits_with_each_attention(monkeypatch, capsys):
     [
         (["--models", "vivit-c"], "unknown model 'vivit-c'"),
         (["--models", "vivit-b-16x2-kinetics400", "--work", "pretrain"], "needs a VideoMAE"),
-        (["--work", "pretrain", "--models", *2 * ["vivit-b-16x2-kinetics400"]], "ViViTs"),
+        (["--work", "pretrain", "--models", *VIVITS], "ViViTs"),
+        (["--models", SMALL, SMALL], "--models must be one value or several different ones"),
+        (["--batch"], "--batch must be one value or several different ones, got ()"),
+        (["--frames", "0"], "num_frames"),
         (["--models", "vivit-b-16x2-fe-kinetics400", *TORCH], "transformers does not have"),
         (["--models", "videomae-v2-base", "--work", "pretrain", *TORCH], "no dual masks"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),

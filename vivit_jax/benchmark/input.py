@@ -50,7 +50,7 @@ class Video:
             raise UserError(
                 f"width and height must be even and at least 32, got {self.width}x{self.height}"
             )
-        if not self.num_frames:
+        if not math.isfinite(self.minutes) or not self.num_frames:
             raise UserError(f"minutes must hold at least one frame, got {self.minutes}")
         if not self.scene_seconds >= 0:
             raise UserError(f"scene_seconds must be at least 0, got {self.scene_seconds}")

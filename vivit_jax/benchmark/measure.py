@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -168,7 +167,7 @@ def _alone(task: dict) -> Peak:
         peak = device.memory_stats()["peak_bytes_in_use"]
         return Peak(peak, peak)
     ctypes.CDLL(None).malloc_trim(0)  # what compilation has freed is not the step's
-    whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    whole = _resident("VmHWM")  # ru_maxrss would begin with the parent's
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(2):
         side.run()

@@ -238,6 +238,10 @@ class SeedTable:
             + ("eager MiB", "sdpa MiB", "vivit_jax MiB", "sdpa/ours MiB")
         ]
         for comparison in self.comparisons:
+            if comparison.failures:
+                unknown = ("-",) * (len(table[0]) - 1)
+                table.append((str(comparison.work.batch), *unknown))
+                continue
             ours, eager, sdpa = comparison.rows
             milliseconds = [1e3 * row.timing.median for row in (eager, sdpa, ours)]
             e, s, o = milliseconds
@@ -253,7 +257,8 @@ class SeedTable:
                     ratio(memory[1], memory[2]),
                 )
             )
-        return "\n".join([self.title, *columns(table)])
+        failures = [text for comparison in self.comparisons for text in comparison.failures]
+        return "\n".join([self.title, *columns(table), *failures])
 
 
 def seed_tables(

@@ -93,7 +93,7 @@ def work_of(
     config = dataclasses.replace(
         config,
         **still,
-        num_frames=frames or config.num_frames,
+        num_frames=config.num_frames if frames is None else frames,
         dtype=dtype,
         param_dtype=dtype if kind == "forward" else "float32",
         attention=attention,

@@ -62,11 +62,16 @@ def benchmark(
 
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")
-    if against or preset:
+    if against or preset or peak_memory:
         share_the_gpu()
     from vivit_jax.benchmark import report
     from vivit_jax.benchmark.work import has_pretraining, work_of
 
+    lists = dict(models=models, work=work, batch=batch, dtype=dtype)
+    lists |= dict(attention=attention, variants=variants)
+    for flag, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"--{flag} must be one value or several different ones, got {values}")
     if repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {repeats}")
     if memory is not None and not fit:
