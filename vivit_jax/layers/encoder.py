@@ -104,8 +104,8 @@ class Block(nn.Module):
 
 
 # What the forward pass keeps for the backward pass beside each block's input: "block" nothing,
-# "dots" the results of matrix products and of attention. Norms, activations and residual sums,
-# computed again, cost less than their memory's traffic.
+# "dots" the results of matrix products and of chunked attention. Norms, activations and residual
+# sums, computed again, cost less than their memory's traffic.
 REMAT = {
     "block": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
