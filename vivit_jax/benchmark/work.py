@@ -88,7 +88,8 @@ def work_of(
     `frames` is the clip's length, the preset's own by default. In a forward pass params have
     `dtype` too, in a step they stay float32. Raises UserError for an unknown preset.
     """
-    config = _preset(preset).config
+    found = _preset(preset)
+    config = found.config
     still = {name: 0.0 for name in config.probabilities}
     config = dataclasses.replace(
         config,
@@ -99,7 +100,7 @@ def work_of(
         attention=attention,
         remat=remat,
     )
-    return Work(preset, config, kind, batch, _preset(preset).dual_masks)
+    return Work(preset, config, kind, batch, found.dual_masks)
 
 
 def has_pretraining(preset: str) -> bool:

@@ -317,14 +317,15 @@ def _table(name: str) -> Table:
     """
     file = os.stat(name)
     state = file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns
-    table = _scanned(name, state)
+    table = scanned(name, state)
     if table.incomplete:
         logger.warning("%s: %s", name, table.incomplete)
     return table
 
 
 @functools.lru_cache(maxsize=64)  # about a megabyte for an hour of video
-def _scanned(name: str, state: tuple[int, ...]) -> Table:
+def scanned(name: str, state: tuple[int, ...]) -> Table:
+    """The packets of a file in a state, which only tells a changed file from the one it was."""
     with _open(name) as (container, stream):
         return scan(container, stream)
 
