@@ -20,7 +20,7 @@ EXACT = dict(dtype="float64", param_dtype="float64")
 # What users' programs are compiled with; the emitters of the fast suite, see conftest.py, may round
 # a fused sum otherwise where its neighbours are others.
 AS_USERS = {"xla_cpu_use_fusion_emitters": True}
-ROUNDS = 7
+ROUNDS = 5
 SIZES = VIDEOMAE | dict(image_size=(32, 16), use_mean_pooling=False)
 
 
@@ -172,8 +172,10 @@ def test_step_time(compute_all):
         )
     wall, processors = median[everything] / median[ours]
     print(f"computing all takes {wall:.3f} times as long, {processors:.3f} of processor time")
-    print(f"and {(work[everything] - work[ours]) / 1e9:.1f} G operations more")
-    # The encoder's blocks see visible tokens either way: what is saved is nine tenths of the
-    # embedding, forwards and backwards, a few percent of a step and near what a timer can tell.
-    assert work[everything] > work[ours] and processors > 0.99  # measured 1.015 to 1.038
+    # The encoder's blocks see visible tokens either way: what is saved is the embedding of nine
+    # tenths of the tokens and its gradient to the kernel, a few per cent of a step. A timer hardly
+    # tells (0.99 to 1.04 of processor time), so the times are printed and the work is compared.
+    hidden = config.num_tokens - mask.visible.shape[1]
+    saved = 2 * 2 * 2 * hidden * config.patch_values * config.hidden_size
+    assert work[everything] - work[ours] == pytest.approx(saved, rel=0.01)
     assert abs(losses[ours] - losses[everything]) < 1e-6
