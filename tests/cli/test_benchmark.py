@@ -225,7 +225,7 @@ def test_products_are_done_as_often_as_they_are_in_the_program(monkeypatch):
         return jax.lax.scan(lambda a, _: (a @ b, None), a, length=3)[0] @ a
 
     square = np.ones((8, 8), np.float32)
-    counted = products.products_of(program, square, square)
+    counted = products.products_of(jax.jit(program), square, square)
     assert counted.total() == 4
     done, call = [], products._call
 

@@ -34,7 +34,7 @@ DECODER = dict(
 VIVIT = SIZES | dict(tubelet_size=(1, 2, 2))
 FACTORISED = dict(attention_type="factorised_encoder", num_temporal_layers=2)
 # Configuration, the work with gradients, and the shapes of a tile of scores: on accelerators all
-# heads at once, on CPU half of one head's 1024 queries, or 15 of the 16 heads of the frames.
+# heads at once, on CPU half of one head's 1024 queries, or 8 of the 16 heads of the frames.
 MODELS = {
     "VideoMAE": (
         VideoMAEConfig(**SIZES, **DECODER, patch_size=2, tubelet_size=1),
@@ -47,7 +47,7 @@ MODELS = {
         VivitConfig(**VIVIT, **FACTORISED),
         "finetune",
         "16x257x257",
-        "15x257x257",
+        "8x257x257",
     ),
 }
 

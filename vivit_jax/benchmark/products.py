@@ -16,12 +16,12 @@ from jax.extend.core import jaxprs_in_params
 Product = tuple[tuple, tuple, tuple, Any]
 
 
-def products_of(function: Callable, *args: Any) -> Counter[Product]:
-    """Every dot_general that `function(*args)` runs on CPU, with how often it does.
+def products_of(function: jax.stages.Wrapped, *args: Any) -> Counter[Product]:
+    """Every dot_general that the jitted `function(*args)` runs on CPU, with how often it does.
 
     Where a program has a branch for each platform, the first, which is CPU's, is counted.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return _count(function.trace(*args).jaxpr.jaxpr)
 
 
 def _count(jaxpr) -> Counter[Product]:

@@ -17,7 +17,7 @@ from vivit_jax.flops import forward_flops, step_flops
 from vivit_jax.masking import Mask, dual_mask, tube_mask
 from vivit_jax.presets import PRESETS, Preset
 from vivit_jax.pretrained import abstract_params, build_model
-from vivit_jax.train.step import gradient_step
+from vivit_jax.train.step import gradient_step, jit_step
 
 KINDS = ("forward", "finetune", "pretrain")
 MASK_RATIO = 0.9
@@ -153,7 +153,7 @@ def program(work: Work) -> Program:
         return (params, optimizer_state), loss
 
     state = params, jax.eval_shape(optimizer.init, params)
-    return Program(work, model, jax.jit(step, donate_argnums=0), state, inputs)
+    return Program(work, model, jit_step(step), state, inputs)
 
 
 def inputs_of(work: Work, seed: int = 0) -> dict[str, Any]:

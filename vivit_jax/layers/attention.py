@@ -8,10 +8,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from vivit_jax.config_base import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
-from vivit_jax.layers.chunked import chunked_attention
+from vivit_jax.layers.chunked import SAVED, chunked_attention
 from vivit_jax.layers.linear import Config, Projection, at_least_float32, platform, project_together
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def attention(q, k, v, *, implementation: str = "auto"):
             "dtype='bfloat16'"
         )
     try:
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     except (RuntimeError, NotImplementedError) as error:
         if implementation != "cudnn":
             raise
@@ -57,6 +58,7 @@ def attention(q, k, v, *, implementation: str = "auto"):
             f"width {q.shape[-1]}; it needs an NVIDIA GPU and dtype bfloat16 or float16. "
             "attention='auto' picks what runs"
         ) from error
+    return checkpoint_name(out, SAVED)
 
 
 @functools.cache
@@ -76,7 +78,8 @@ def choose_implementation(place: str, dtype: str, head_dim: int, length: int) ->
     elif place == "gpu" and dtype in ("bfloat16", "float16"):
         refusal = cudnn_refusal(dtype, head_dim, length)
         chosen, why = ("chunked", f"; cuDNN refuses: {refusal}") if refusal else ("cudnn", "")
-    log.info(
+    log.log(
+        logging.WARNING if why else logging.INFO,
         "attention: %s on %s, %s, head width %d, %d queries%s",
         *(chosen, place, dtype, head_dim, length, why),
     )

@@ -21,17 +21,17 @@ from vivit_jax.layers.linear import project
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """How much is computed at a time."""
+    """How much is computed at a time: a block of a head's queries, or several whole heads."""
 
-    queries: int  # in a block of one head, at most
-    scores: int  # in such a block, at most
-    together: int  # scores of several short heads, at most
+    queries: int  # of one head, at most
+    rows: int  # queries of all heads of a tile, at most
+    scores: int  # of a tile, at most
 
 
 # On CPU a tile should stay in cache: 523 queries of 1568 take 3.3 MB. Accelerators need more work
-# at a time; 2**26 float32 scores are 256 MB.
-SAVED = "attention"
-TILES = {"cpu": Tile(576, 2**21, 2**20), "default": Tile(4096, 2**26, 2**26)}
+# at a time: 16384 rows of scores, whose memory is linear in tokens, 98 MiB for 1568.
+TILES = {"cpu": Tile(576, 2**12, 2**21), "default": Tile(4096, 2**14, 2**27)}
+SAVED = "attention"  # the name of what a remat policy may keep
 
 
 def chunked_attention(q, k, v):
@@ -73,7 +73,7 @@ def _by_platform(function, *operands):
 
 def _forward_tiles(q, k, v, tile):
     _, num_queries, e = q.shape
-    block, heads = _plan(num_queries, k.shape[1], tile)
+    block, heads = _plan(len(q), num_queries, k.shape[1], tile)
 
     def one_head(head):
         q, k, v = head
@@ -95,7 +95,7 @@ def _forward_tiles(q, k, v, tile):
 
 def _backward_tiles(q, k, v, out, log_sum, d_out, tile):
     _, num_queries, e = q.shape
-    block, heads = _plan(num_queries, k.shape[1], tile)
+    block, heads = _plan(len(q), num_queries, k.shape[1], tile)
     wide = log_sum.dtype
     # What the softmax's derivative takes off: the weighted mean of the gradient to the weights.
     mean = jnp.sum(out.astype(wide) * d_out.astype(wide), -1, keepdims=True)
@@ -107,15 +107,19 @@ def _backward_tiles(q, k, v, out, log_sum, d_out, tile):
             q, d_out, log_sum, mean = block
             weights = jnp.exp(_scores(q, k) - log_sum)
             d_weights = jnp.einsum("qe,ke->qk", d_out, v, preferred_element_type=wide)
-            d_scores = (weights * (d_weights - mean) * e**-0.5).astype(q.dtype)
+            d_scores = weights * (d_weights - mean) * e**-0.5
+            if q.dtype == jnp.float16:  # which ends at 6e-8, and the scores' gradients do not
+                q, keys = q.astype(wide), k.astype(wide)
+            else:
+                d_scores, keys = d_scores.astype(q.dtype), k
             add = (
                 jnp.einsum("qk,qe->ke", d_scores, q, preferred_element_type=wide),
                 jnp.einsum(
-                    "qk,qe->ke", weights.astype(q.dtype), d_out, preferred_element_type=wide
+                    "qk,qe->ke", weights.astype(d_out.dtype), d_out, preferred_element_type=wide
                 ),
             )
             sums = add if sums is None else jax.tree.map(jnp.add, sums, add)
-            return sums, project(d_scores, k)
+            return sums, project(d_scores, keys)
 
         if len(blocks[0]) == 1:
             (d_k, d_v), d_q = one_block(None, jax.tree.map(lambda x: x[0], blocks))
@@ -130,12 +134,13 @@ def _backward_tiles(q, k, v, out, log_sum, d_out, tile):
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
-def _plan(num_queries: int, num_keys: int, tile: Tile) -> tuple[int, int]:
-    """Queries in a block, and heads that are computed together."""
-    most = max(1, min(tile.queries, tile.scores // num_keys))
-    blocks = math.ceil(num_queries / most)
+def _plan(num_heads: int, num_queries: int, num_keys: int, tile: Tile) -> tuple[int, int]:
+    """Queries in a block, and heads that are computed together: as many each time."""
+    rows = min(tile.rows, tile.scores // num_keys)
+    blocks = math.ceil(num_queries / max(1, min(tile.queries, rows)))
     block = math.ceil(num_queries / blocks)
-    return block, max(1, tile.together // (block * num_keys)) if blocks == 1 else 1
+    most = max(1, rows // block) if blocks == 1 else 1
+    return block, max(n for n in range(1, min(most, num_heads) + 1) if num_heads % n == 0)
 
 
 def _blocks(x, block: int):

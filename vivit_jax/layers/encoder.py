@@ -2,6 +2,7 @@
 """Pre-norm transformer blocks and the stack of them, scanned or looped."""
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -103,14 +104,23 @@ class Block(nn.Module):
         return x, LayerOutput(x if hidden else None, weights.get("space"), weights.get("time"))
 
 
+def _save_attention(primitive, *_, **__) -> bool:
+    """Whether a result is one of cuDNN's forward attention, from which its backward pass starts."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 # What the forward pass keeps for the backward pass beside each block's input: "block" nothing,
-# "dots" the results of matrix products and of chunked attention. Norms, activations and residual
-# sums, computed again, cost less than their memory's traffic.
+# "dots" the results of matrix products and of attention, but no scores. Norms, activations and
+# residual sums, computed again, cost less than their memory's traffic.
 REMAT = {
     "block": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
+    "dots": functools.reduce(
+        jax.checkpoint_policies.save_from_both_policies,
+        (
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(SAVED),
+            _save_attention,
+        ),
     ),
 }
 

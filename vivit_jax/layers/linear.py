@@ -48,7 +48,8 @@ PRECISE_TERMS = 256
 def platform() -> str:
     """Where what is traced now will run: "cpu", "gpu" or "tpu", after `jax_default_device`."""
     device = jax.config.jax_default_device
-    return jax.default_backend() if device is None else getattr(device, "platform", device)
+    place = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return {"cuda": "gpu", "rocm": "gpu"}.get(place, place)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

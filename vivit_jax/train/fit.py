@@ -18,7 +18,7 @@ from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.masking import Mask
 from vivit_jax.train.metrics import classification_metrics
-from vivit_jax.train.step import gradient_step
+from vivit_jax.train.step import gradient_step, jit_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def fit(
     kernels = jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
     optimizer = optax.adamw(schedule, b2=b2, weight_decay=weight_decay, mask=kernels)
 
-    @jax.jit(donate_argnums=0)
+    @jit_step
     def step(state, clips, labels=None):
         params, optimizer_state, sums, key = state
         key, dropout = jax.random.split(key)
