@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vivit_jax.errors import CheckpointError
+from vivit_jax.errors import CheckpointError, first_line
 
 # safetensors' names; what is not a float is listed, and refused when it is imported.
 DTYPES = {
@@ -113,8 +113,3 @@ def incomplete(path: Path, kind: str, reason: BaseException | str) -> Checkpoint
     return CheckpointError(
         f"{path} is not a complete {kind} file ({first_line(reason)}); copy or download it again"
     )
-
-
-def first_line(reason: BaseException | str) -> str:
-    """The first line of a message, or the name of an error that has none."""
-    return (str(reason).strip() or repr(reason)).splitlines()[0]

@@ -17,11 +17,10 @@ from checkpoints_convert.tensors import (
     PlainValue,
     Unreadable,
     constant,
-    first_line,
     incomplete,
     known_dtype,
 )
-from vivit_jax.errors import CheckpointError, MissingExtra
+from vivit_jax.errors import CheckpointError, MissingExtra, first_line
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:

@@ -19,6 +19,7 @@ import tyro
 
 from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import CheckpointError, MissingExtra, UserError
+from vivit_jax.table import columns
 
 # Earlier releases from 5.6 on load published VideoMAE files with zero query and value biases.
 OLDEST_TRANSFORMERS = (5, 18)
@@ -71,14 +72,6 @@ class Verification:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(
-                cell.ljust(width) if i in (0, 6) else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
         differs = sum(not row.within for row in self.rows)
         verdict = (
             f"agree: every difference is within {self.tolerance:g} x max(1, max |value|)"
@@ -87,7 +80,7 @@ class Verification:
             f"{self.tolerance:g} x max(1, max |value|)"
         )
         title = f"{self.source}: {self.model}, {self.inputs}"
-        return "\n".join([title, *table, *([self.note] if self.note else []), verdict])
+        return "\n".join([title, *columns(lines), *([self.note] if self.note else []), verdict])
 
 
 def verify_checkpoint(

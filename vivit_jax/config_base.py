@@ -12,7 +12,7 @@ HIDDEN_ACTS = (
     "selu", "silu", "swish", "tanh", "sigmoid", "linear",
 )  # fmt: skip
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn")
-REMAT_POLICIES = ("none", "block", "dots")
+REMAT_POLICIES = ("none", "dots", "block")  # from the most memory to the least
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 

@@ -30,3 +30,8 @@ class MissingExtra(UserError, ImportError):
             f"{purpose} needs the package {package!r}, which is not installed: "
             f"pip install 'vivit_jax[{extra}]'"
         )
+
+
+def first_line(reason: BaseException | str) -> str:
+    """The first line of a message, or the name of an error that has none."""
+    return (str(reason).strip() or repr(reason)).splitlines()[0]

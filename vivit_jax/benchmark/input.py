@@ -24,7 +24,7 @@ from vivit_jax.data.decode import VideoInfo, probe_video, read_video
 from vivit_jax.data.frames import center_crop, resize
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.data.sampling import clip_indices
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.errors import UserError, VideoError, first_line
 
 SAMPLINGS = ("dense", "sparse")
 OURS, LOOP, TORCHCODEC = "vivit_jax", "read loop", "torchcodec"
@@ -178,7 +178,7 @@ def torchcodec_reader(threads: int) -> tuple[Callable | None, str]:
     except ImportError:
         return None, "not installed"
     except (OSError, RuntimeError) as error:  # it looks for FFmpeg's libraries when imported
-        return None, f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        return None, f"cannot be loaded: {first_line(error)}"
 
     def read(path: Path, indices: Sequence[int]) -> np.ndarray:
         decoder = VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=threads)

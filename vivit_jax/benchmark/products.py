@@ -2,7 +2,6 @@
 """The matrix products of a program, timed alone: what bounds it on a machine."""
 
 import math
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,8 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
-# (shape, dtype) of both sides, the dimension numbers and the dtype of the result.
-Product = tuple[tuple, tuple, tuple, Any]
+from vivit_jax.benchmark.measure import Timing
+from vivit_jax.layers.linear import platform
+
+CALLS = 1000  # to tell what one costs
+
+# (shape, dtype) of both sides, the dimension numbers, the precision and the result's dtype.
+Product = tuple[tuple, tuple, tuple, Any, Any]
 
 
 def products_of(function: jax.stages.Wrapped, *args: Any) -> Counter[Product]:
@@ -31,7 +35,7 @@ def _count(jaxpr) -> Counter[Product]:
         if name == "dot_general":
             left, right = ((x.aval.shape, x.aval.dtype.name) for x in eqn.invars)
             out = eqn.outvars[0].aval.dtype.name
-            found[left, right, params["dimension_numbers"], out] += 1
+            found[left, right, params["dimension_numbers"], params["precision"], out] += 1
         times = params["length"] if name == "scan" else 1
         inner = params["branches"][:1] if name == "cond" else jaxprs_in_params(params)
         for each in inner:
@@ -42,7 +46,7 @@ def _count(jaxpr) -> Counter[Product]:
 
 def flops_of(product: Product) -> int:
     """Two operations per multiply-add."""
-    (left, _), (right, _), ((contracted, _), (batch, _)), _ = product
+    (left, _), (right, _), ((contracted, _), (batch, _)), *_ = product
     terms = math.prod(left[i] for i in contracted)
     rows = math.prod(left) // terms
     shared = terms * math.prod(left[i] for i in batch)
@@ -50,60 +54,62 @@ def flops_of(product: Product) -> int:
 
 
 class ProductsAlone:
-    """The products of a program one after the other, on warm operands: a side to alternate with."""
+    """Products one after the other, on warm operands: a side to alternate with.
 
-    name = "its products alone"
+    On a CPU each is waited for, elsewhere only the last, whose device takes them in turn.
+    """
 
-    def __init__(self, products: Counter[Product]):
+    def __init__(self, products: Counter[Product], name: str = "its products alone"):
+        self.name, self._products = name, products
         self._calls = [(*_call(product), count) for product, count in products.items()]
-        nothing = jax.jit(lambda a: a[0])
-        seconds = _median(nothing, (jnp.zeros(1),), repeats=5)
-        # A call costs what one that only returns costs, which is not the products' time.
-        self.calls_seconds = seconds * products.total()
+        self._each = platform() == "cpu"
 
     def run(self) -> None:
         """Every product as often as the program does it."""
         for multiply, operands, count in self._calls:
             for _ in range(count):
-                multiply(*operands).block_until_ready()
+                done = multiply(*operands)
+                if self._each:
+                    done.block_until_ready()
+        done.block_until_ready()
+
+    def without_calls(self, timing: Timing) -> Timing:
+        """Less what calling costs: on a CPU as often as a function that only returns."""
+        if not self._each:
+            return timing
+        nothing, operand = jax.jit(lambda a: a[0]), jnp.zeros(1)
+        nothing(operand).block_until_ready()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            nothing(operand).block_until_ready()
+        calls = (time.perf_counter() - start) / CALLS * self._products.total()
+        return Timing(tuple(max(0.0, seconds - calls) for seconds in timing.seconds))
+
+    def rate(self, timing: Timing) -> float:
+        """Operations per second."""
+        return sum(flops_of(p) * n for p, n in self._products.items()) / timing.median
 
 
-def seconds_alone(product: Product, repeats: int = 5) -> float:
-    """Median seconds of one product, on warm operands; a short one is timed several in a row."""
-    return _median(*_call(product), repeats)
+def large_product(dtype: str) -> ProductsAlone:
+    """A large square product, as often as a clock can tell: the machine's rate for a dtype."""
+    size, times = (2048, 1) if platform() == "cpu" else (8192, 16)
+    shape = ((size, size), dtype)
+    product = (shape, shape, (((1,), (0,)), ((), ())), None, dtype)
+    return ProductsAlone(Counter({product: times}), "one large product")
 
 
 def _call(product: Product) -> tuple[Callable, tuple[jax.Array, jax.Array]]:
     """The product as a compiled function, called once, and operands for it."""
-    (left, left_dtype), (right, right_dtype), dimensions, out = product
+    (left, left_dtype), (right, right_dtype), dimensions, precision, out = product
     keys = jax.random.split(jax.random.key(0))
     operands = (
         jax.random.normal(keys[0], left, left_dtype),
         jax.random.normal(keys[1], right, right_dtype),
     )
     multiply = jax.jit(
-        lambda a, b: jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.dtype(out))
+        lambda a, b: jax.lax.dot_general(
+            a, b, dimensions, precision, preferred_element_type=jnp.dtype(out)
+        )
     )
     multiply(*operands).block_until_ready()
     return multiply, operands
-
-
-def product_rate(dtype: str, size: int = 2048) -> float:
-    """Operations per second of one large square product, the machine's rate for a dtype."""
-    shape = ((size, size), dtype)
-    product = (shape, shape, (((1,), (0,)), ((), ())), dtype)
-    return flops_of(product) / seconds_alone(product, repeats=9)
-
-
-def _median(function, operands, repeats: int, at_least: float = 0.02) -> float:
-    function(*operands).block_until_ready()
-    start = time.perf_counter()
-    function(*operands).block_until_ready()
-    in_a_row = max(1, math.ceil(at_least / max(time.perf_counter() - start, 1e-6)))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(in_a_row):
-            function(*operands).block_until_ready()
-        times.append((time.perf_counter() - start) / in_a_row)
-    return statistics.median(times)

@@ -9,18 +9,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vivit_jax.benchmark.measure import (
-    Agreement,
-    Peak,
-    Timing,
-    agreement,
-    alternate,
-    peak_memory,
+import jax
+
+from vivit_jax.benchmark.agreement import Agreement, Computed, agreement, is_rounded
+from vivit_jax.benchmark.measure import Timing, alternate
+from vivit_jax.benchmark.memory import Peak, peak_memory
+from vivit_jax.benchmark.products import ProductsAlone, large_product, products_of
+from vivit_jax.benchmark.sides import (
+    OURS,
+    Compilation,
+    JaxSide,
+    Side,
+    TorchSide,
+    check_work,
+    write_weights,
 )
-from vivit_jax.benchmark.products import ProductsAlone, product_rate, products_of
-from vivit_jax.benchmark.sides import OURS, JaxSide, TorchSide, check_work, write_weights
-from vivit_jax.benchmark.table import columns
 from vivit_jax.benchmark.work import Work, program, work_of
+from vivit_jax.errors import first_line
+from vivit_jax.layers.linear import platform
+from vivit_jax.table import columns
 
 SEED_BATCHES = (1, 2, 4, 8)
 MEBI = 2**20
@@ -32,7 +39,7 @@ class Row:
 
     name: str
     timing: Timing
-    compile_seconds: float | None
+    compilation: Compilation | None
     agreement: Agreement | None  # with the first row, None for that row itself
     peak: Peak | None
 
@@ -43,9 +50,10 @@ class Comparison:
 
     work: Work
     rows: tuple[Row, ...]
-    rate: float  # operations per second of a large matrix product on this machine
+    rate: float  # operations per second of a large matrix product, in the same rounds
     products: Timing | None  # of all matrix products of the work, one after the other
     failures: tuple[str, ...] = ()  # rows that could not run, and why
+    peak_rate: float | None = None  # operations per second that the device is sold for
 
     @property
     def agrees(self) -> bool:
@@ -56,7 +64,7 @@ class Comparison:
         """Time of the first row by that of another; None for itself and where outputs differ."""
         if row.agreement is None or not row.agreement.holds:
             return None
-        return self.rows[0].timing.median / row.timing.median
+        return self.rows[0].timing.over(row.timing)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, seconds and bytes."""
@@ -78,7 +86,8 @@ class Comparison:
                 | {
                     "median_seconds": row.timing.median,
                     "clips_per_second": work.batch / row.timing.median,
-                    "share_of_product_rate": self._share(row),
+                    "share_of_product_rate": self._share(row, self.rate),
+                    "mfu": self._share(row, self.peak_rate),
                     "ratio": self.ratio(row),
                     "agrees": None if row.agreement is None else row.agreement.holds,
                 }
@@ -94,10 +103,10 @@ class Comparison:
         """
         if self.products is None or not self.products.median:
             return None
-        return self.rows[0].timing.median / self.products.median
+        return self.rows[0].timing.over(self.products)
 
-    def _share(self, row: Row) -> float:
-        return self.work.flops() / row.timing.median / self.rate
+    def _share(self, row: Row, rate: float | None) -> float | None:
+        return rate and self.work.flops() / row.timing.median / rate
 
     def __str__(self) -> str:
         work, config = self.work, self.work.config
@@ -106,9 +115,10 @@ class Comparison:
             f"{work.name}, {what}, batch {work.batch}, {config.num_frames} frames, {config.dtype}: "
             f"{work.flops() / 1e9:,.0f} GFLOP"
         )
+        mfu = () if self.peak_rate is None else ("MFU",)
         table = [
-            ("", "seconds", "+-", "clips/s", "TFLOP/s", "of products", "compile s", "peak MiB")
-            + ("ours/this", "difference")
+            ("", "seconds", "+-", "clips/s", "TFLOP/s", "of products", *mfu, "compile s")
+            + ("peak MiB", "ours/this", "difference")
         ]
         for row in self.rows:
             ratio = self.ratio(row)
@@ -119,11 +129,12 @@ class Comparison:
                     f"{row.timing.spread:.0%}",
                     f"{work.batch / row.timing.median:.3g}",
                     f"{work.flops() / row.timing.median / 1e12:.3g}",
-                    f"{self._share(row):.0%}",
-                    "-" if row.compile_seconds is None else f"{row.compile_seconds:.1f}",
+                    f"{self._share(row, self.rate):.0%}",
+                    *(f"{self._share(row, self.peak_rate):.1%}" for _ in mfu),
+                    _compilation(row.compilation),
                     "-" if row.peak is None else f"{row.peak.step / MEBI:,.0f}",
                     "" if row.agreement is None else f"{ratio:.2f}" if ratio else "DIFFERS",
-                    "" if row.agreement is None else _difference(row.agreement),
+                    "" if row.agreement is None else str(row.agreement),
                 )
             )
         lines = [head, *columns(table)]
@@ -145,11 +156,13 @@ def compare(
     *,
     memory: bool = True,
     products: bool = True,
+    peak_rate: float | None = None,
 ) -> Comparison:
     """Time a work with each of our attentions and each variant of PyTorch, on the same weights.
 
     A variant that cannot run is left out and told in `failures`; one that computes something else
-    gets no ratio. Raises UserError where this library cannot run.
+    gets no ratio. `products` are timed on a CPU, where they are what bounds the work. Raises
+    UserError where this library cannot run.
     """
     with tempfile.TemporaryDirectory() as parent:
         directory = Path(parent) / "weights"
@@ -160,44 +173,57 @@ def compare(
             label = OURS if len(attention) == 1 else f"{OURS} {name}"
             sides.append(JaxSide(dataclasses.replace(work, config=config), directory, label))
         sides += [TorchSide(work, directory, variant) for variant in variants]
+        exact = _in_float32(work, directory) if len(sides) > 1 and is_rounded(work) else None
         # Memory before the sides are warm: the processes that measure it need room.
-        peaks, apart, failures, first = {}, {}, [], None
+        peaks, agreements, failures, first = {}, {}, [], None
         for side in list(sides):
             try:
                 if memory:
                     peaks[side.name] = peak_memory(side.work, side.name, directory)
-                computed = side.warm_up(), side.moments()
+                computed = _first_step(side)
             except Exception as error:  # torch.compile wants a C++ compiler, memory may not do
                 if isinstance(side, JaxSide):
                     raise
-                reason = (str(error).strip().splitlines() or [""])[0]
-                failures.append(f"{side.name} did not run: {type(error).__name__}: {reason}")
+                name = type(error).__name__
+                failures.append(f"{side.name} did not run: {name}: {first_line(error)}")
                 sides.remove(side)
                 continue
             if first is None:
                 first = computed
             else:
-                apart[side.name] = agreement(work, first, computed)
-        del first, computed
-        bound = _products_alone(sides[0].work) if products else None
-        timings = alternate([*sides, bound] if bound else sides, repeats)
+                agreements[side.name] = agreement(work, first, computed, exact)
+        del first, computed, exact
+        large = large_product(work.config.dtype)
+        alone = _products_alone(sides[0].work) if products and platform() == "cpu" else None
+        timings = alternate([*sides, large, *([alone] if alone else [])], repeats)
         rows = tuple(
             Row(
                 side.name,
                 timings[side.name],
-                side.compile_seconds,
-                apart.get(side.name),
+                side.compilation(timings[side.name].median),
+                agreements.get(side.name),
                 peaks.get(side.name),
             )
             for side in sides
         )
-        ours, alone = sides[0].work, None
-        if bound:
-            seconds = timings[bound.name].seconds
-            alone = Timing(tuple(max(0.0, each - bound.calls_seconds) for each in seconds))
+        bound = alone and alone.without_calls(timings[alone.name])
+        rate, ours = large.rate(timings[large.name]), sides[0].work
         sides.clear()
         gc.collect()
-    return Comparison(ours, rows, product_rate(work.config.dtype), alone, tuple(failures))
+    return Comparison(ours, rows, rate, bound, tuple(failures), peak_rate)
+
+
+def _first_step(side: Side) -> Computed:
+    output = side.warm_up()
+    return output, side.moments()
+
+
+def _in_float32(work: Work, directory: Path) -> Computed:
+    """What this library computes with all bits of float32."""
+    config = dataclasses.replace(work.config, dtype="float32", param_dtype="float32")
+    config = dataclasses.replace(config, attention="auto")
+    with jax.default_matmul_precision("highest"):
+        return _first_step(JaxSide(dataclasses.replace(work, config=config), directory))
 
 
 def _products_alone(work: Work) -> ProductsAlone:
@@ -280,6 +306,7 @@ def seed_tables(
         yield SeedTable(f"{title}, {dtype}", tuple(rows))
 
 
-def _difference(agreement: Agreement) -> str:
-    found = f"{agreement.output:.0e}"
-    return found if agreement.gradients is None else f"{found}, gradients {agreement.gradients:.0e}"
+def _compilation(compilation: Compilation | None) -> str:
+    if compilation is None:
+        return "-"
+    return f"{compilation.seconds:.1f}" + " (cache)" * compilation.cached

@@ -3,7 +3,8 @@
 
 A side is made from a `Work` and a directory with its weights. `warm_up` compiles and runs a first
 step and returns what it computed, `run` is one more step, to its end. `moments` are Adam's first
-moments after the first step, by the tensor names on disk: 0.1 of the gradients.
+moments after the first step, by the tensor names on disk: 0.1 of the gradients. `compilation` is
+told how long a warm step takes.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import dataclasses
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,25 +34,34 @@ class Runnable(Protocol):
     def run(self) -> None: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """What it took to make the program that is run."""
+
+    seconds: float
+    cached: bool  # loaded from the persistent compilation cache
+
+
 class Side(Runnable, Protocol):
     """One way to do a work."""
-
-    compile_seconds: float | None
 
     def warm_up(self) -> np.ndarray: ...
 
     def moments(self) -> dict[str, np.ndarray] | None: ...
 
+    def compilation(self, step_seconds: float) -> Compilation | None: ...
+
 
 def write_weights(work: Work, directory: Path, seed: int = 0) -> None:
-    """Fresh float32 weights of the work's model as an HF directory."""
+    """Fresh float32 weights of the work's model as an HF directory, see `telling`."""
+    from vivit_jax.benchmark.agreement import telling
     from vivit_jax.pretrained import build_model, save_pretrained
     from vivit_jax.train.fit import init_params
 
     config = dataclasses.replace(work.config, dtype="float32", param_dtype="float32")
     model = build_model(config, work.head)
     one = dataclasses.replace(work, batch=1)
-    save_pretrained(directory, model, init_params(model, seed, one.mask()))
+    save_pretrained(directory, model, telling(init_params(model, seed, one.mask()), config, seed))
 
 
 class JaxSide:
@@ -58,7 +69,6 @@ class JaxSide:
 
     def __init__(self, work: Work, directory: Path, name: str = OURS):
         self.name, self.work, self.directory = name, work, directory
-        self.compile_seconds = None
         self._state = None
 
     def warm_up(self) -> np.ndarray:
@@ -77,8 +87,9 @@ class JaxSide:
         self.inputs = jax.device_put(inputs_of(self.work))
         start = time.perf_counter()
         lowered = self.program.step.lower(self.program.state, self.program.inputs)
-        self._step = lowered.compile()
-        self.compile_seconds = time.perf_counter() - start
+        with _cache_hits() as hits:
+            self._step = lowered.compile()
+        self._compilation = Compilation(time.perf_counter() - start, bool(hits))
         self._state = initial_state(self.program, params)
         del params
         return np.asarray(self._run(), np.float32)
@@ -94,6 +105,9 @@ class JaxSide:
 
         jax.block_until_ready((self._run(), self._state))
 
+    def compilation(self, step_seconds: float) -> Compilation | None:
+        return self._compilation
+
     def moments(self) -> dict[str, np.ndarray] | None:
         if self.work.kind == "forward":
             return None
@@ -105,6 +119,24 @@ class JaxSide:
         )
 
 
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """What is loaded from the persistent compilation cache in the block."""
+    import jax
+
+    hits = []
+
+    def listen(event: str, **_):
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
 class TorchSide:
     """transformers with one kind of attention, or compiled by `torch.compile`."""
 
@@ -113,7 +145,6 @@ class TorchSide:
             raise UserError(f"--against torch variants are {list(TORCH)}, got {variant!r}")
         self.name, self.work, self.variant = f"torch {variant}", work, variant
         self.directory = directory
-        self.compile_seconds = None
 
     def warm_up(self) -> np.ndarray:
         import torch
@@ -123,6 +154,8 @@ class TorchSide:
 
         work = self.work
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda":  # float32 in TensorFloat32, as JAX multiplies it by default
+            torch.set_float32_matmul_precision("high")
         dtype = getattr(torch, work.config.dtype)
         name = architecture(work.config.model_type, work.head)
         attention = "eager" if self.variant == "eager" else "sdpa"
@@ -147,8 +180,7 @@ class TorchSide:
                 self._context = lambda: torch.autocast(self.device, dtype)
         start = time.perf_counter()
         first = self._run()
-        seconds = time.perf_counter() - start
-        self.compile_seconds = seconds if self.variant == "compile" else None
+        self._first_seconds = time.perf_counter() - start
         return first.float().cpu().numpy()
 
     def _inputs(self, torch) -> dict[str, Any]:
@@ -183,6 +215,12 @@ class TorchSide:
 
     def run(self) -> None:
         self._run()
+
+    def compilation(self, step_seconds: float) -> Compilation | None:
+        if self.variant != "compile":
+            return None
+        # It compiles in the first step; its own cache of earlier runs is not looked into.
+        return Compilation(max(0.0, self._first_seconds - step_seconds), False)
 
     def moments(self) -> dict[str, np.ndarray] | None:
         if self.optimizer is None:

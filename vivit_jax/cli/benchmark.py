@@ -2,27 +2,34 @@
 """`vivit-jax benchmark`: how fast, in how much memory, and beside PyTorch."""
 
 import dataclasses
+import inspect
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from vivit_jax.config_base import REMAT_POLICIES
 from vivit_jax.errors import UserError
+
+MODELS = ("videomae-base-kinetics400", "vivit-b-16x2-kinetics400")
 
 
 def benchmark(
     *,
-    models: tuple[str, ...] = ("videomae-base-kinetics400", "vivit-b-16x2-kinetics400"),
+    models: tuple[str, ...] = MODELS,
     work: tuple[Literal["forward", "finetune", "pretrain"], ...] = ("forward",),
-    batch: tuple[int, ...] = (1,),
+    batch: tuple[int, ...] | None = None,
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",),
     attention: tuple[Literal["auto", "xla", "cudnn", "chunked"], ...] = ("auto",),
-    remat: Literal["none", "dots", "block"] = "dots",
+    remat: Literal["none", "dots", "block"] | None = None,
     frames: int | None = None,
-    repeats: int = 5,
+    repeats: int | None = None,
     against: Literal["torch"] | None = None,
     variants: tuple[Literal["eager", "sdpa", "compile"], ...] = ("eager", "sdpa", "compile"),
     peak_memory: bool = True,
     products: bool = True,
+    peak_tflops: float | None = None,
     preset: Literal["seeds"] | None = None,
     fit: bool = False,
     memory: str | None = None,
@@ -33,80 +40,107 @@ def benchmark(
 
     Every combination of models, work, batch and dtype is a table of its own, whose rows take
     turns. A step of finetune or pretrain is loss, gradients and AdamW's update. With --against the
-    outputs are compared first (and the gradients of a step); where they differ no ratio is printed
-    and the exit status is 1.
+    outputs are compared first (and the gradients of a step, tensor by tensor); where they differ no
+    ratio is printed and the exit status is 1.
 
     Args:
         models: Names of `vivit-jax presets`.
         work: What is done: a forward pass, a fine-tuning step, a pre-training step (VideoMAE).
-        batch: Clips at a time.
+        batch: Clips at a time; 1 by default, with --preset seeds 1, 2, 4 and 8.
         dtype: Of the computation; params of training steps stay float32.
         attention: Backends of this library, each a row.
-        remat: What a training step keeps for its backward pass.
+        remat: What a training step keeps for its backward pass, "dots" by default; --fit compares
+            all three unless one is given.
         frames: Frames of a clip, the model's own by default.
-        repeats: Rounds that are timed, after a first step of every row.
+        repeats: Rounds that are timed, 5 by default; in a round every row takes two steps.
         against: The same weights and inputs through transformers, in the same rounds.
         variants: Rows of PyTorch: attention eager, sdpa, and torch.compile with sdpa.
         peak_memory: Run every row once more in a process of its own and report its memory.
-        products: Also time the model's matrix products alone, what bounds it on this machine.
+        products: On a CPU also time the model's matrix products alone, what bounds it there.
+        peak_tflops: What the device is sold for in this dtype; adds the share of it (MFU).
         preset: "seeds" prints the tables of transformers' documentation, ViViT-B and VideoMAE-B at
-            batch 1, 2, 4 and 8, eager against sdpa, with this library's column; of the other
-            flags only dtype, batch, repeats and json count.
+            batch 1, 2, 4 and 8, eager against sdpa, with this library's column. Of the other
+            flags it takes batch, one dtype, repeats and json.
         fit: Do not run: print what memory the work takes, and what fits into --memory.
         memory: For --fit, such as 16GiB; the device's own by default.
-        json: Also write the figures to this file.
+        json: Also write the figures to this file, after each table.
         overwrite: Replace the file of --json.
     """
+    given = locals()
     from vivit_jax.benchmark.sides import check_work, share_the_gpu
     from vivit_jax.cli.output import check_output
 
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")
+    if preset == "seeds":
+        _only("--preset seeds", given, "batch", "dtype", "repeats")
+        if len(dtype) > 1:
+            raise UserError(f"--preset seeds takes one --dtype, got {' '.join(dtype)}")
+    elif fit:
+        of_work = ("models", "work", "batch", "dtype", "attention", "remat", "frames")
+        _only("--fit", given, *of_work, "memory")
+    elif memory is not None:
+        raise UserError(f"--memory {memory} is for --fit; pass --fit too")
+    if variants != _DEFAULTS["variants"] and not against:
+        raise UserError("--variants is for --against torch; pass --against torch too")
     if against or preset or peak_memory:
         share_the_gpu()
     from vivit_jax.benchmark import report
     from vivit_jax.benchmark.work import has_pretraining, work_of
 
-    lists = dict(models=models, work=work, batch=batch, dtype=dtype)
-    lists |= dict(attention=attention, variants=variants)
-    for flag, values in lists.items():
+    lists = dict(models=models, work=work, dtype=dtype, attention=attention, variants=variants)
+    for flag, values in (lists | ({} if batch is None else {"batch": batch})).items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"--{flag} must be one value or several different ones, got {values}")
+    repeats = 5 if repeats is None else repeats
     if repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {repeats}")
-    if memory is not None and not fit:
-        raise UserError(f"--memory {memory} is for --fit; pass --fit too")
+    if peak_tflops is not None and not 0 < peak_tflops < math.inf:
+        raise UserError(f"--peak-tflops must be above 0, got {peak_tflops:g}")
     if preset == "seeds":
-        if fit:
-            raise UserError("--preset seeds measures, --fit does not run: pass one of them")
-        sizes = report.SEED_BATCHES if batch == (1,) else batch
-        return _print(report.seed_tables(sizes, dtype[0], repeats), json)
+        return _print(report.seed_tables(batch or report.SEED_BATCHES, dtype[0], repeats), json)
     pairs = [(name, kind) for name in models for kind in work]
     idle = [pair for pair in pairs if pair[1] == "pretrain" and not has_pretraining(pair[0])]
     if idle == pairs:
-        raise UserError(
-            f"--work pretrain needs a VideoMAE, got {list(models)}: ViViTs, which have no masked "
-            "pre-training; use forward or finetune"
-        )
+        idle = []  # for `work_of` to refuse
     for name, _ in idle:
         print(f"{name} has no masked pre-training and sits it out", file=sys.stderr)
+    options = dict(frames=frames, remat=remat or "dots")
     works = [
-        work_of(name, kind, size, frames=frames, dtype=number, attention=backend, remat=remat)
+        work_of(name, kind, size, dtype=number, attention=backend, **options)
         for name, kind in pairs
         if (name, kind) not in idle
-        for size in batch
+        for size in batch or (1,)
         for number in dtype
         for backend in (attention if fit else attention[:1])  # `compare` makes a row of each
     ]
     if fit:
-        return _print((Fits(each, memory) for each in works), json)
+        policies = REMAT_POLICIES if remat is None else (remat,)
+        return _print((Fits(each, memory, policies) for each in works), json)
     for each in works if against else ():
         check_work(each)
     rows = variants if against else ()
     options = dict(memory=peak_memory, products=products)
+    options |= dict(peak_rate=peak_tflops and peak_tflops * 1e12)
     return _print(
         (report.compare(each, attention, rows, repeats, **options) for each in works), json
     )
+
+
+_DEFAULTS = {name: value.default for name, value in inspect.signature(benchmark).parameters.items()}
+
+
+def _only(mode: str, given: dict, *flags: str) -> None:
+    """UserError where a flag was given that the mode would ignore."""
+    known = {*flags, "preset", "fit", "json", "overwrite"} - (
+        {"fit"} if "preset" in mode else set()
+    )
+    for name, default in _DEFAULTS.items():
+        if name not in known and given[name] != default:
+            raise UserError(
+                f"{mode} has no use for --{name.replace('_', '-')}; it takes "
+                f"{', '.join(f'--{flag}' for flag in flags)} and --json"
+            )
 
 
 class Fits:
@@ -114,7 +148,7 @@ class Fits:
 
     agrees = True
 
-    def __init__(self, work, memory: str | None):
+    def __init__(self, work, memory: str | None, policies: Sequence[str]):
         from vivit_jax.benchmark import fit
 
         available = fit.device_memory() if memory is None else fit.parse_bytes(memory)
@@ -122,7 +156,7 @@ class Fits:
             raise UserError("the device does not tell its memory; pass --memory, such as 16GiB")
         self.work, self.memory = work, available
         print(f"compiling {work.name} {work.kind} for its analysis ...", file=sys.stderr)
-        self.rows = fit.alternatives(work, available)
+        self.rows = fit.alternatives(work, available, policies)
 
     def __str__(self) -> str:
         from vivit_jax.benchmark import fit
@@ -137,8 +171,9 @@ class Fits:
             "batch": self.work.batch,
             "frames": self.work.config.num_frames,
             "dtype": self.work.config.dtype,
+            "attention": self.work.config.attention,
             "memory": self.memory,
-            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "rows": [dataclasses.asdict(row) | {"total": row.memory.total} for row in self.rows],
         }
 
 
@@ -149,11 +184,11 @@ def _print(results, json: Path | None) -> int:
 
     where = environment()
     print(where.line)
-    done = []
+    agree, values = True, dataclasses.asdict(where) | {"results": []}
     for result in results:
         print(f"\n{result}", flush=True)
-        done.append(result)
-    if json is not None:
-        values = dataclasses.asdict(where) | {"results": [result.to_dict() for result in done]}
-        write_json(json, values)
-    return 0 if all(result.agrees for result in done) else 1
+        agree = agree and result.agrees
+        values["results"].append(result.to_dict())
+        if json is not None:  # so that what was measured is kept if the next cannot be
+            write_json(json, values)
+    return 0 if agree else 1

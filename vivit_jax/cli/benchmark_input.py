@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vivit_jax.benchmark.table import columns
 from vivit_jax.errors import UserError
+from vivit_jax.table import columns
 
 _STEPS = ("prepare", "send", "normalise")
 

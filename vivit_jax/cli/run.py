@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, first_line
 
 CACHE_FLAG = "--compilation-cache"
 
@@ -36,7 +36,12 @@ def run(
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except MemoryError as error:
-        print(f"{prog}: error: not enough memory: {error}", file=sys.stderr)
+        print(f"{prog}: error: not enough memory: {first_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for it
+            raise
+        print(f"{prog}: error: not enough memory: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

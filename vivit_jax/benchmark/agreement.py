@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether two sides compute the same function, on weights with which a difference shows."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vivit_jax.benchmark.work import Work
+from vivit_jax.errors import UserError
+from vivit_jax.layers.linear import Config, platform
+
+# What a side computes: the output, and Adam's first moments by tensor, None for a forward pass.
+Computed = tuple[np.ndarray, dict[str, np.ndarray] | None]
+
+# ||a - b|| / ||b|| that rounding explains where both sides compute in float32. VideoMAE-B and
+# ViViT-B measured 4e-7 for outputs and 7e-6 for the worst gradient; scores times 0.9 are 2e-4 and
+# 2e-1 apart.
+OUTPUT, GRADIENT = 1e-5, 1e-4
+# In fewer bits both sides are off by as much as a mistake might be. There the one that is farther
+# from float32 may be so many times as far as the other: correct sides measured 1.1 for outputs,
+# scores times 0.9 made 3 to 18.
+FARTHER = 2.0
+# A gradient may be this far from float32 in fewer bits whatever the other side's is: measured 2e-2
+# on both sides for bfloat16, 2e-2 for PyTorch in float16, and 2e-1 for scores times 0.9.
+ROUNDED_GRADIENT = 5e-2
+# A tensor's gradient counts as no smaller than this share of the largest tensor's. The bias of
+# keys has a gradient of 0 of which both sides make some rounding error (3e-10 of the largest).
+FLOOR = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Distance:
+    """||a - b|| / ||b|| of outputs, and of the gradient of the tensor where it is largest."""
+
+    output: float
+    gradient: float | None = None  # None for a forward pass
+    tensor: str | None = None
+
+    def __str__(self) -> str:
+        found = f"{self.output:.0e}"
+        return found if self.gradient is None else f"{found}, gradient {self.gradient:.0e}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How far a side is from the truth, and whether that is the same function as ours.
+
+    On a CPU in float32 `distance` is from this library. Where products are rounded to fewer bits,
+    in half precision and by accelerators, it is from this library's float32, and `own` is the same
+    of what is measured here.
+    """
+
+    distance: Distance
+    own: Distance | None
+    holds: bool
+
+    def __str__(self) -> str:
+        return f"{self.distance}" if self.own is None else f"{self.distance} (ours {self.own})"
+
+
+def agreement(work: Work, ours: Computed, theirs: Computed, exact: Computed | None) -> Agreement:
+    """Compare two sides after their first step; `exact` is float32's result where
+    `is_rounded`, else None.
+
+    Raises UserError where the gradients are of other tensors.
+    """
+    if exact is None:
+        apart = distance(work, theirs, ours)
+        return Agreement(apart, None, _within(apart.output, OUTPUT, apart.gradient, GRADIENT))
+    own, apart = distance(work, ours, exact), distance(work, theirs, exact)
+    outputs = _alike(own.output, apart.output, epsilon(work))
+    gradients = own.gradient is None or _alike(own.gradient, apart.gradient, ROUNDED_GRADIENT)
+    return Agreement(apart, own, outputs and gradients)
+
+
+def epsilon(work: Work) -> float:
+    """The rounding of the factors of matrix products, relative to them."""
+    dtype = work.config.dtype
+    if dtype == "float32":  # which accelerators multiply in fewer bits unless told otherwise
+        return {"gpu": 2.0**-10, "tpu": 2.0**-7}.get(platform(), float(jnp.finfo(dtype).eps))
+    return float(jnp.finfo(dtype).eps)
+
+
+def is_rounded(work: Work) -> bool:
+    """Whether products are rounded to fewer bits than float32 has."""
+    return epsilon(work) > jnp.finfo(jnp.float32).eps
+
+
+def _within(output: float, most: float, gradient: float | None, most_gradient: float) -> bool:
+    return output <= most and (gradient is None or gradient <= most_gradient)  # NaN is not
+
+
+def _alike(one: float, other: float, rounding: float) -> bool:
+    """Whether two distances from the truth are rounding, or else not far from one another."""
+    if np.isnan(one) or np.isnan(other):
+        return False
+    near, far = sorted([one, other])
+    return far <= rounding or (far <= FARTHER * near and far < 0.5)
+
+
+def distance(work: Work, computed: Computed, truth: Computed) -> Distance:
+    """How far what a side computed is from the truth."""
+    (output, moments), (true_output, true_moments) = computed, truth
+    apart = _norm(output - true_output) / max(_norm(true_output), 1e-30)
+    if true_moments is None:
+        return Distance(apart)
+    if moments.keys() != true_moments.keys():
+        raise UserError(
+            f"gradients of {work.name} differ in their names: "
+            f"{sorted(moments.keys() ^ true_moments.keys())[:6]}"
+        )
+    norms = {name: _norm(moment) for name, moment in true_moments.items()}
+    least = max(FLOOR * max(norms.values()), 1e-30)
+    errors = {
+        name: _norm(moments[name] - true_moments[name]) / max(norm, least)
+        for name, norm in norms.items()
+    }
+    # NaN is worse than any number.
+    worst = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
+    return Distance(apart, errors[worst], worst)
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
+
+
+def telling(params: Any, config: Config, seed: int = 0) -> Any:
+    """Fresh params changed so that every part of the model tells on its outputs.
+
+    As they are drawn, queries and keys are so small that all tokens get almost the same weight:
+    without any attention outputs are as near as rounding in half precision. Here queries and keys
+    are three times as large, biases are not 0 and scales not 1. Kernels are as large as a model of
+    width 768 has them with its std of 0.02, so that narrow models tell as much.
+    """
+    rng = np.random.default_rng(seed)
+    larger = 0.02 * 768**0.5 / (config.initializer_range * config.hidden_size**0.5)
+
+    def change(path, x):
+        x, (*_, parent, name) = np.asarray(x), ("", *(key.key for key in path))
+        if name == "bias":
+            return rng.normal(0, 0.1, x.shape).astype(x.dtype)
+        if name.startswith("scale"):
+            return x * rng.normal(1, 0.1, x.shape).astype(x.dtype)
+        if name == "kernel":
+            return x * np.asarray(larger * (3 if parent in ("query", "key") else 1), x.dtype)
+        return x
+
+    return jax.tree.map_with_path(change, params)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory that a side takes, measured in a process that runs nothing else."""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from vivit_jax.benchmark.sides import JaxSide, TorchSide
+from vivit_jax.benchmark.work import Work, work_of
+from vivit_jax.errors import UserError, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Memory of a side alone, in bytes."""
+
+    step: int  # the largest while a warm step runs, with weights and optimizer
+    whole: int  # the largest since the start, compilation and first step too
+
+
+def peak_memory(work: Work, side: str, directory: Path) -> Peak:
+    """Run a side by itself in a process of its own and see how much memory it takes.
+
+    On CPU resident memory of the process, less what it had when its framework had done a little of
+    what a step does, so that libraries do not count. On a GPU the allocator's count; JAX's cannot
+    forget a peak, so that `step` is `whole` there. `side` is a name of `sides`. Raises UserError
+    where the process fails.
+    """
+    task = {
+        "work": [work.name, work.kind, work.batch],
+        "options": {
+            "frames": work.config.num_frames,
+            "dtype": work.config.dtype,
+            "attention": work.config.attention,
+            "remat": work.config.remat,
+        },
+        "side": side,
+        "directory": str(directory),
+    }
+    command = [sys.executable, "-m", "vivit_jax.benchmark.memory", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return Peak(**json.loads(lines[-1]))
+    if done.returncode == 1 and lines:
+        reason = lines[-1]
+    elif done.returncode < 0:
+        killed = signal.Signals(-done.returncode)
+        reason = f"ended by {killed.name}"
+        reason += ", as a system out of memory does" if killed is signal.SIGKILL else ""
+    else:
+        reason = f"exit status {done.returncode}: {done.stderr.strip()[-300:]}"
+    raise UserError(f"measuring the memory of {side} failed: {reason}")
+
+
+def _alone(task: dict) -> Peak:
+    """The other end of `peak_memory`."""
+    name, kind, batch = task["work"]
+    work = work_of(name, kind, batch, **task["options"])
+    directory = Path(task["directory"])
+    in_torch = task["side"].startswith("torch ")
+    if in_torch:
+        import torch
+        import transformers
+
+        from checkpoints_convert.layouts import architecture
+
+        device = torch.device("cuda") if torch.cuda.is_available() else None
+        # transformers imports a model when it is first asked for, torch its compiler with the
+        # first step of an optimizer.
+        getattr(transformers, architecture(work.config.model_type, work.head))
+        weights = torch.ones(8, 8, requires_grad=True)
+        (weights @ weights).sum().backward()
+        torch.optim.AdamW([weights], fused=True).step()
+        side = TorchSide(work, directory, task["side"].removeprefix("torch "))
+    else:
+        import jax
+        import jax.numpy as jnp
+
+        import vivit_jax.pretrained  # noqa: F401
+
+        jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
+        device = jax.devices()[0] if jax.default_backend() == "gpu" else None
+        side = JaxSide(work, directory)
+    baseline = _resident("VmRSS")
+    side.warm_up()
+    side.run()
+    gc.collect()
+    if device is not None and in_torch:
+        whole = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        side.run()
+        return Peak(torch.cuda.max_memory_allocated(), whole)
+    if device is not None:
+        peak = device.memory_stats()["peak_bytes_in_use"]
+        return Peak(peak, peak)
+    ctypes.CDLL(None).malloc_trim(0)  # what compilation has freed is not the step's
+    whole = _resident("VmHWM")  # ru_maxrss would begin with the parent's
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(2):
+        side.run()
+    return Peak(_resident("VmHWM") - baseline, whole - baseline)
+
+
+def _resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        print(json.dumps(dataclasses.asdict(_alone(json.loads(sys.argv[1])))))
+    except Exception as error:  # for the parent to tell; its traceback would drown in JAX's notes
+        print(first_line(error))
+        sys.exit(1)
