@@ -91,7 +91,6 @@ def _alone(task: dict) -> Peak:
         side = JaxSide(work, directory)
     baseline = _resident("VmRSS")
     side.warm_up()
-    side.run()
     gc.collect()
     if device is not None and in_torch:
         whole = torch.cuda.max_memory_allocated()
@@ -104,8 +103,7 @@ def _alone(task: dict) -> Peak:
     ctypes.CDLL(None).malloc_trim(0)  # what compilation has freed is not the step's
     whole = _resident("VmHWM")  # ru_maxrss would begin with the parent's
     Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(2):
-        side.run()
+    side.run()
     return Peak(_resident("VmHWM") - baseline, whole - baseline)
 
 

@@ -153,7 +153,7 @@ def program(work: Work) -> Program:
         return (params, optimizer_state), loss
 
     state = params, jax.eval_shape(optimizer.init, params)
-    return Program(work, model, jit_step(step), state, inputs)
+    return Program(work, model, jit_step(step, pretraining=work.kind == "pretrain"), state, inputs)
 
 
 def inputs_of(work: Work, seed: int = 0) -> dict[str, Any]:

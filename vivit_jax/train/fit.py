@@ -119,7 +119,7 @@ def fit(
     kernels = jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
     optimizer = optax.adamw(schedule, b2=b2, weight_decay=weight_decay, mask=kernels)
 
-    @jit_step
+    @functools.partial(jit_step, pretraining=mask is not None)
     def step(state, clips, labels=None):
         params, optimizer_state, sums, key = state
         key, dropout = jax.random.split(key)
