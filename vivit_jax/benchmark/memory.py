@@ -100,8 +100,12 @@ def _alone(task: dict) -> Peak:
     if device is not None:
         peak = device.memory_stats()["peak_bytes_in_use"]
         return Peak(peak, peak)
-    ctypes.CDLL(None).malloc_trim(0)  # what compilation has freed is not the step's
     whole = _resident("VmHWM")  # ru_maxrss would begin with the parent's
+    # What tracing and compiling have left behind is not the step's.
+    if not in_torch:
+        jax.clear_caches()
+        gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     side.run()
     return Peak(_resident("VmHWM") - baseline, whole - baseline)
