@@ -102,4 +102,8 @@ def test_weights_that_tell():
         np.testing.assert_allclose(block["attention"][name]["kernel"], size * narrow, rtol=1e-6)
     assert 0.05 < block["mlp_in"]["bias"].std() < 0.2 and abs(block["mlp_in"]["bias"].mean()) < 0.1
     assert 0.05 < block["ln_mlp"]["scale"].std() < 0.2
+    zeros = jax.tree.map(np.zeros_like, ones)
+    told = telling(zeros, config)
+    silent = [path for path, x in jax.tree.leaves_with_path(told) if not x.any()]
+    assert all(path[-1].key in ("kernel", "scale") for path in silent)
     assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, ones)

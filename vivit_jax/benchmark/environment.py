@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-PACKAGES = ("jax", "flax", "optax", "numpy", "av", "torch", "transformers", "torchcodec")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "av", "torch", "transformers", "torchcodec")
 
 
 @dataclasses.dataclass(frozen=True)

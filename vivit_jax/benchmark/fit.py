@@ -31,7 +31,7 @@ _UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}iB".upper(): 1024**i for i, prefix in enumerate("KMGT", 1)}
 # LLVM's effort on a CPU is most of the compilation and comes after the buffers are laid out.
 _COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 0}}
-RESERVE = 0.08  # share of the memory at hand that no analysis sees the use of
+RESERVE = 0.1  # share of the memory at hand that no analysis sees the use of
 _GROWTH = 16  # how far beyond a batch that fits the search steps at most
 
 

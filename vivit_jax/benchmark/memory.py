@@ -15,6 +15,7 @@ from pathlib import Path
 from vivit_jax.benchmark.sides import JaxSide, TorchSide
 from vivit_jax.benchmark.work import Work, work_of
 from vivit_jax.errors import UserError, first_line
+from vivit_jax.layers.linear import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _alone(task: dict) -> Peak:
 
         from checkpoints_convert.layouts import architecture
 
-        device = torch.device("cuda") if torch.cuda.is_available() else None
+        device = torch.device("cuda") if platform() == "gpu" else None
         # transformers imports a model when it is first asked for, torch its compiler with the
         # first step of an optimizer.
         getattr(transformers, architecture(work.config.model_type, work.head))
@@ -96,7 +97,8 @@ def _alone(task: dict) -> Peak:
         whole = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         side.run()
-        return Peak(torch.cuda.max_memory_allocated(), whole)
+        step = torch.cuda.max_memory_allocated()
+        return Peak(step, max(step, whole))
     if device is not None:
         peak = device.memory_stats()["peak_bytes_in_use"]
         return Peak(peak, peak)
@@ -108,7 +110,8 @@ def _alone(task: dict) -> Peak:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     side.run()
-    return Peak(_resident("VmHWM") - baseline, whole - baseline)
+    step = _resident("VmHWM")
+    return Peak(step - baseline, max(step, whole) - baseline)
 
 
 def _resident(field: str) -> int:

@@ -25,7 +25,7 @@ from vivit_jax.benchmark.sides import (
     write_weights,
 )
 from vivit_jax.benchmark.work import Work, program, work_of
-from vivit_jax.errors import first_line
+from vivit_jax.errors import UserError, first_line
 from vivit_jax.layers.linear import platform
 from vivit_jax.table import columns
 
@@ -57,7 +57,10 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether every side computes what the first does."""
+        """Whether what was compared computes what the first does, and not all of it failed."""
+        compared = [row for row in self.rows if row.agreement is not None]
+        if self.failures and not compared:
+            return False
         return all(row.agreement is None or row.agreement.holds for row in self.rows)
 
     def ratio(self, row: Row) -> float | None:
@@ -75,7 +78,9 @@ class Comparison:
             "batch": work.batch,
             "frames": config.num_frames,
             "dtype": config.dtype,
+            "attention": config.attention,
             "remat": config.remat,
+            "peak_flops_per_second": self.peak_rate,
             "flops": work.flops(),
             "product_flops_per_second": self.rate,
             "products_seconds": self.products and self.products.median,
@@ -101,7 +106,7 @@ class Comparison:
 
         None where they were not timed, or take no longer than calling them.
         """
-        if self.products is None or not self.products.median:
+        if self.products is None or not all(self.products.seconds):
             return None
         return self.rows[0].timing.over(self.products)
 
@@ -173,15 +178,18 @@ def compare(
             label = OURS if len(attention) == 1 else f"{OURS} {name}"
             sides.append(JaxSide(dataclasses.replace(work, config=config), directory, label))
         sides += [TorchSide(work, directory, variant) for variant in variants]
-        exact = _in_float32(work, directory) if len(sides) > 1 and is_rounded(work) else None
-        # Memory before the sides are warm: the processes that measure it need room.
+        # Memory before any side is warm: the processes that measure it need room.
         peaks, agreements, failures, first = {}, {}, [], None
+        for side in sides if memory else ():
+            try:
+                peaks[side.name] = peak_memory(side.work, side.name, directory)
+            except (UserError, OSError) as error:
+                failures.append(f"{first_line(error)}; --no-peak-memory leaves it out")
+        exact = _in_float32(work, directory) if len(sides) > 1 and is_rounded(work) else None
         for side in list(sides):
             try:
-                if memory:
-                    peaks[side.name] = peak_memory(side.work, side.name, directory)
                 computed = _first_step(side)
-            except Exception as error:  # torch.compile wants a C++ compiler, memory may not do
+            except Exception as error:  # torch.compile wants a C++ compiler
                 if isinstance(side, JaxSide):
                     raise
                 name = type(error).__name__
@@ -264,23 +272,24 @@ class SeedTable:
             + ("eager MiB", "sdpa MiB", "vivit_jax MiB", "sdpa/ours MiB")
         ]
         for comparison in self.comparisons:
-            if comparison.failures:
+            if len(comparison.rows) < 3:
                 unknown = ("-",) * (len(table[0]) - 1)
                 table.append((str(comparison.work.batch), *unknown))
                 continue
             ours, eager, sdpa = comparison.rows
-            milliseconds = [1e3 * row.timing.median for row in (eager, sdpa, ours)]
-            e, s, o = milliseconds
-            memory = [row.peak.step / MEBI for row in (eager, sdpa, ours)]
+            e, s, o = (row.timing for row in (eager, sdpa, ours))
+            ms = lambda timing: f"{1e3 * timing.median:,.0f}"  # noqa: E731
+            peaks = [row.peak and row.peak.step / MEBI for row in (eager, sdpa, ours)]
+            saved = peaks[1] / peaks[2] if all(peaks) else None
             # No ratio of what is not the same function.
-            ratio = lambda a, b: f"{a / b:.2f}" if comparison.agrees else "DIFFERS"  # noqa: E731, B023
+            ratio = lambda a: f"{a:.2f}" if comparison.agrees else "DIFFERS"  # noqa: E731, B023
             table.append(
                 (
                     str(comparison.work.batch),
-                    *(f"{e:,.0f}", f"{s:,.0f}", ratio(e, s)),
-                    *(f"{o:,.0f}", ratio(e, o), ratio(s, o)),
-                    *(f"{value:,.0f}" for value in memory),
-                    ratio(memory[1], memory[2]),
+                    *(ms(e), ms(s), ratio(e.over(s))),
+                    *(ms(o), ratio(e.over(o)), ratio(s.over(o))),
+                    *("-" if peak is None else f"{peak:,.0f}" for peak in peaks),
+                    "-" if saved is None else ratio(saved),
                 )
             )
         failures = [text for comparison in self.comparisons for text in comparison.failures]

@@ -20,6 +20,7 @@ import numpy as np
 
 from vivit_jax.benchmark.work import OPTIMIZER, Work, initial_state, inputs_of, program
 from vivit_jax.errors import UserError
+from vivit_jax.layers.linear import platform
 
 OURS = "vivit_jax"
 PURPOSE = "vivit-jax benchmark --against torch"
@@ -153,7 +154,7 @@ class TorchSide:
         from checkpoints_convert.verify import load_transformers
 
         work = self.work
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if platform() == "gpu" else "cpu"  # where this library runs
         if self.device == "cuda":  # float32 in TensorFloat32, as JAX multiplies it by default
             torch.set_float32_matmul_precision("high")
         dtype = getattr(torch, work.config.dtype)
@@ -261,6 +262,14 @@ def check_work(work: Work) -> None:
     from checkpoints_convert.verify import check_torch
 
     check_torch(PURPOSE)
+    import torch
+
+    place = platform()
+    if place == "tpu" or (place == "gpu" and not torch.cuda.is_available()):
+        raise UserError(
+            f"--against torch: JAX runs on {place} and this PyTorch {torch.__version__} does not; "
+            "install one that does, or set JAX_PLATFORMS=cpu"
+        )
     if not work.config.in_transformers:
         raise UserError(
             f"--against torch: transformers does not have {work.name}; it has joint ViViT and "

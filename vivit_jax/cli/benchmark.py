@@ -97,6 +97,8 @@ def benchmark(
         raise UserError(f"--repeats must be at least 1, got {repeats}")
     if peak_tflops is not None and not 0 < peak_tflops < math.inf:
         raise UserError(f"--peak-tflops must be above 0, got {peak_tflops:g}")
+    if peak_tflops is not None and len(dtype) > 1:
+        raise UserError(f"--peak-tflops is that of one --dtype, got {' '.join(dtype)}")
     if preset == "seeds":
         return _print(report.seed_tables(batch or report.SEED_BATCHES, dtype[0], repeats), json)
     pairs = [(name, kind) for name in models for kind in work]
@@ -165,6 +167,8 @@ class Fits:
 
     def to_dict(self) -> dict:
         """The work, the memory at hand and the rows as plain values."""
+        from vivit_jax.benchmark import fit
+
         return {
             "model": self.work.name,
             "work": self.work.kind,
@@ -173,6 +177,7 @@ class Fits:
             "dtype": self.work.config.dtype,
             "attention": self.work.config.attention,
             "memory": self.memory,
+            "reserve": fit.RESERVE,
             "rows": [dataclasses.asdict(row) | {"total": row.memory.total} for row in self.rows],
         }
 

@@ -58,7 +58,8 @@ def attention(q, k, v, *, implementation: str = "auto"):
             f"width {q.shape[-1]}; it needs an NVIDIA GPU and dtype bfloat16 or float16. "
             "attention='auto' picks what runs"
         ) from error
-    return checkpoint_name(out, SAVED)
+    # Of cuDNN's a remat policy keeps the result before its name, see `encoder.REMAT`.
+    return out if implementation == "cudnn" else checkpoint_name(out, SAVED)
 
 
 @functools.cache
