@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from vivit_jax.benchmark import fit, memory, products, report, work
+from vivit_jax.benchmark import fit, memory, products, report, sides, work
 from vivit_jax.benchmark.measure import Timing, alternate
 from vivit_jax.benchmark.memory import Peak
 from vivit_jax.benchmark.products import ProductsAlone
@@ -348,3 +348,11 @@ def test_without_its_memory_a_side_is_timed_all_the_same(monkeypatch, capsys):
     assert main([*QUICK, "--no-products"]) == 1
     out = capsys.readouterr().out
     assert "failed: no /proc; --no-peak-memory leaves it out" in out and "\nvivit_jax " in out
+
+
+@pytest.mark.parametrize("place", ["gpu", "tpu"])
+def test_no_ratio_between_two_kinds_of_machine(place, monkeypatch, capsys):
+    monkeypatch.setattr(sides, "platform", lambda: place)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([*QUICK, *TORCH]) == 2
+    assert f"JAX runs on {place} and this PyTorch" in capsys.readouterr().err
