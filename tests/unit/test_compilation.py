@@ -57,17 +57,12 @@ def test_what_remat_keeps():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's scheduler for a CPU")
-def test_a_step_is_scheduled_for_memory():
-    """VideoMAE-B's pre-training, not run: measured 519 MiB of temporaries in place of 773."""
+def test_a_pretraining_step_is_scheduled_for_memory():
+    """VideoMAE-B's, not run: 519 MiB of temporaries, 773 as XLA orders it by default."""
     made = program(Work("", PRESETS["videomae-base"].config, "pretrain", 2))
-    lowered = made.step.lower(made.state, made.inputs)
     quickly = {"xla_backend_optimization_level": 0}  # after the buffers are laid out
-    concurrent = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_CONCURRENCY_OPTIMIZED"}
-    ours, others = (
-        lowered.compile(compiler_options=options).memory_analysis().temp_size_in_bytes
-        for options in (quickly, quickly | concurrent)
-    )
-    assert ours < 0.75 * others
+    step = made.step.lower(made.state, made.inputs).compile(compiler_options=quickly)
+    assert step.memory_analysis().temp_size_in_bytes < 600 * 2**20
 
 
 @pytest.mark.slow
