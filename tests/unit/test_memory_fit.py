@@ -151,15 +151,15 @@ def test_alternatives_and_table(by_formula):
     assert all(row.work == work(batch=20, remat=row.remat) for row in rows)
     heading, *lines = table(rows, 8 * GIB).splitlines()
     assert heading == (
-        "small finetune, batch 20, 4 frames, float32, attention auto, in 8.00 GiB less 10%, "
+        "small finetune, batch 20, 4 frames, float32, attention auto, in 8.00 GiB less 12%, "
         "compiled for " + jax.default_backend()
     )
-    # 90 % of 8192 MiB, less 1024 and 100: 6248 MiB for clips.
+    # 88 % of 8192 MiB, less 1024 and 100: 6084 MiB for clips.
     assert [re.split(r"\s{2,}", line) for line in lines] == [
         ["remat", "params+optimizer", "temporaries", "total", "fits", "one clip", "most clips"],
         ["none", "1.00 GiB", "9.86 GiB", "10.86 GiB", "no", "1.59 GiB", "12"],
         ["dots", "1.00 GiB", "5.96 GiB", "6.96 GiB", "yes", "1.39 GiB", "20"],
-        ["block", "1.00 GiB", "2.05 GiB", "3.05 GiB", "yes", "1.20 GiB", "62"],
+        ["block", "1.00 GiB", "2.05 GiB", "3.05 GiB", "yes", "1.20 GiB", "60"],
     ]
     assert len({len(line) for line in lines}) == 1
 
@@ -296,7 +296,7 @@ def test_prediction_against_a_process(remat, batch):
     measured, predicted = fresh(MEASURE, remat, batch)
     print(f"{remat}: measured {measured / MIB:.0f} MiB, predicted {predicted / MIB:.0f} MiB")
     assert predicted > 500e6
-    # Measured 1.04 to 1.07.
+    # Measured 1.03 to 1.08.
     assert 0.95 < measured / predicted < 1 / (1 - fit.RESERVE)
 
 
