@@ -31,8 +31,7 @@ def test_products_as_users_run_it(scan_layers):
 
 def operations(work) -> int:
     made = program(work)
-    counted = products.products_of(made.step, made.state, made.inputs)
-    return sum(products.flops_of(product) * count for product, count in counted.items())
+    return products.operations(products.products_of(made.step, made.state, made.inputs))
 
 
 def test_products_are_done_as_often_as_they_are_in_the_program(monkeypatch):

@@ -62,14 +62,15 @@ class Agreement:
 
 
 def agreement(work: Work, ours: Computed, theirs: Computed, exact: Computed | None) -> Agreement:
-    """Compare two sides after their first step; `exact` is float32's result where
-    `is_rounded`, else None.
+    """Compare two sides after their first step.
 
-    Raises UserError where the gradients are of other tensors.
+    `exact` is what float32 computes where `is_rounded`, else None. Raises UserError where the
+    gradients are of other tensors.
     """
     if exact is None:
         apart = distance(work, theirs, ours)
-        return Agreement(apart, None, _within(apart.output, OUTPUT, apart.gradient, GRADIENT))
+        gradient = 0.0 if apart.gradient is None else apart.gradient
+        return Agreement(apart, None, apart.output <= OUTPUT and gradient <= GRADIENT)
     own, apart = distance(work, ours, exact), distance(work, theirs, exact)
     outputs = _alike(own.output, apart.output, epsilon(work))
     gradients = own.gradient is None or _alike(own.gradient, apart.gradient, ROUNDED_GRADIENT)
@@ -87,10 +88,6 @@ def epsilon(work: Work) -> float:
 def is_rounded(work: Work) -> bool:
     """Whether products are rounded to fewer bits than float32 has."""
     return epsilon(work) > jnp.finfo(jnp.float32).eps
-
-
-def _within(output: float, most: float, gradient: float | None, most_gradient: float) -> bool:
-    return output <= most and (gradient is None or gradient <= most_gradient)  # NaN is not
 
 
 def _alike(one: float, other: float, rounding: float) -> bool:
@@ -133,8 +130,8 @@ def telling(params: Any, config: Config, seed: int = 0) -> Any:
     As they are drawn, queries and keys are so small that all tokens get almost the same weight:
     without any attention outputs are as near as rounding in half precision. Here queries and keys
     are three times as large, biases, positions and the class and mask tokens are not 0 and scales
-    not 1. Kernels are as large as a model of
-    width 768 has them with its std of 0.02, so that narrow models tell as much.
+    not 1. Kernels are as large as a model of width 768 has them with its std of 0.02, so that
+    narrow models tell as much.
     """
     rng = np.random.default_rng(seed)
     larger = 0.02 * 768**0.5 / (config.initializer_range * config.hidden_size**0.5)

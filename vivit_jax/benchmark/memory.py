@@ -66,14 +66,13 @@ def _alone(task: dict) -> Peak:
     name, kind, batch = task["work"]
     work = work_of(name, kind, batch, **task["options"])
     directory = Path(task["directory"])
-    in_torch = task["side"].startswith("torch ")
+    in_torch, on_gpu = task["side"].startswith("torch "), platform() == "gpu"
     if in_torch:
         import torch
         import transformers
 
         from checkpoints_convert.layouts import architecture
 
-        device = torch.device("cuda") if platform() == "gpu" else None
         # transformers imports a model when it is first asked for, torch its compiler with the
         # first step of an optimizer.
         getattr(transformers, architecture(work.config.model_type, work.head))
@@ -88,19 +87,18 @@ def _alone(task: dict) -> Peak:
         import vivit_jax.pretrained  # noqa: F401
 
         jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
-        device = jax.devices()[0] if jax.default_backend() == "gpu" else None
         side = JaxSide(work, directory)
     baseline = _resident("VmRSS")
     side.warm_up()
     gc.collect()
-    if device is not None and in_torch:
+    if on_gpu and in_torch:
         whole = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         side.run()
         step = torch.cuda.max_memory_allocated()
         return Peak(step, max(step, whole))
-    if device is not None:
-        peak = device.memory_stats()["peak_bytes_in_use"]
+    if on_gpu:
+        peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
         return Peak(peak, peak)
     whole = _resident("VmHWM")  # ru_maxrss would begin with the parent's
     # What tracing and compiling have left behind is not the step's.

@@ -53,6 +53,11 @@ def flops_of(product: Product) -> int:
     return 2 * rows * terms * (math.prod(right) // shared)
 
 
+def operations(products: Counter[Product]) -> int:
+    """Operations of all products together."""
+    return sum(flops_of(product) * count for product, count in products.items())
+
+
 class ProductsAlone:
     """Products one after the other, on warm operands: a side to alternate with.
 
@@ -87,7 +92,7 @@ class ProductsAlone:
 
     def rate(self, timing: Timing) -> float:
         """Operations per second."""
-        return sum(flops_of(p) * n for p, n in self._products.items()) / timing.median
+        return operations(self._products) / timing.median
 
 
 def large_product(dtype: str) -> ProductsAlone:

@@ -35,11 +35,9 @@ def run(
     except (UserError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except MemoryError as error:
-        print(f"{prog}: error: not enough memory: {first_line(error)}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for it
+    except (MemoryError, RuntimeError) as error:
+        # XLA has a word for it, in an error that may mean anything.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"{prog}: error: not enough memory: {first_line(error)}", file=sys.stderr)
         return 2
