@@ -150,3 +150,35 @@ def test_temporal_attention_can_start_at_zero_and_learns():
     np.testing.assert_array_equal(run(params).logits, run(moved).logits)
     grads = jax.grad(lambda p: run(p, jnp.array([0, 2])).loss)(params)
     assert np.abs(grads["backbone"]["layers"]["attention_time"]["out"]["kernel"]).max() > 1e-7
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("family", ["factorised encoder", "videomae"])
+def test_a_batch_in_parts_drops_what_the_whole_one_does(family, scan_layers):
+    """What is dropped is drawn from a key for each clip's number, by every kind of dropout."""
+    rates = dict(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, drop_path_rate=0.5)
+    if family == "videomae":
+        sizes = {**SIZES, "tubelet_size": 2, "patch_size": 8, "scan_layers": scan_layers}
+        del sizes["num_temporal_layers"]
+        config = vivit_jax.VideoMAEConfig(**sizes, **rates, head_dropout=0.3)
+        model = vivit_jax.VideoMAEForVideoClassification(config)
+    else:
+        config = config_of(
+            attention_type="factorised_encoder", pooling=None, scan_layers=scan_layers, **rates
+        )
+        model = vivit_jax.VivitForVideoClassification(config)
+    params = random_params(model)
+    x = np.random.default_rng(0).standard_normal((4, 4, 16, 16, 3)).astype(np.float32)
+
+    @jax.jit
+    def logits(x, rows):
+        # The generator of numbers that do not depend on the shape they are drawn in.
+        rngs = {"dropout": jax.random.key(0, impl="threefry2x32")}
+        return model.apply({"params": params}, x, deterministic=False, rows=rows, rngs=rngs).logits
+
+    rows = jnp.arange(4)
+    whole = logits(x, rows)
+    parts = jnp.concatenate([logits(x[:2], rows[:2]), logits(x[2:], rows[2:])])
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
+    # Numbered from 0 both times, the second half would drop what the first does.
+    assert np.abs(logits(x[2:], rows[:2]) - whole[2:]).max() > 1e-3

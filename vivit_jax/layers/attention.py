@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vivit_jax.config_base import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
 from vivit_jax.layers.chunked import SAVED, chunked_attention
+from vivit_jax.layers.dropout import dropout
 from vivit_jax.layers.linear import Config, Projection, at_least_float32, platform, project_together
 
 log = logging.getLogger(__name__)
@@ -148,9 +149,7 @@ class SelfAttention(nn.Module):
     zero_init: bool = False
 
     @nn.compact
-    def __call__(
-        self, x, head_mask, output_attentions: bool, deterministic: bool, read: int | None = None
-    ):
+    def __call__(self, x, head_mask, output_attentions: bool, rows=None, read: int | None = None):
         config = self.config
         n, d = config.num_attention_heads, config.hidden_size
         e = d // n
@@ -172,7 +171,7 @@ class SelfAttention(nn.Module):
             )
         if read is not None and self.along != SPACE:
             raise ValueError(f"read={read} needs along={SPACE!r}, got {self.along!r}")
-        dropped = config.attention_probs_dropout_prob > 0 and not deterministic
+        dropped = config.attention_probs_dropout_prob > 0 and rows is not None
         explicit = output_attentions or head_mask is not None or dropped
 
         def attend(q, k, v, head_mask, axis):
@@ -180,7 +179,7 @@ class SelfAttention(nn.Module):
             q, k, v = (jnp.moveaxis(y, axis, -3) for y in (q, k, v))
             shape = q.shape
             if explicit:
-                out, weights = self._explicit(q, k, v, head_mask, deterministic)
+                out, weights = self._explicit(q, k, v, head_mask, rows)
             else:
                 q, k, v = (y.reshape(-1, *y.shape[-3:]) for y in (q, k, v))
                 out, weights = attention(q, k, v, implementation=config.attention), None
@@ -203,14 +202,13 @@ class SelfAttention(nn.Module):
         y = out(y)
         return y, ((over_space, over_time) if output_attentions else (None, None))
 
-    def _explicit(self, q, k, v, head_mask, deterministic):
+    def _explicit(self, q, k, v, head_mask, rows):
         """Attention with its weights [..., n, q, k] in sight; q, k, v [..., l, n, e]."""
         wide = jnp.promote_types(q.dtype, jnp.float32)
         scores = jnp.einsum("...qne,...kne->...nqk", q, k, preferred_element_type=wide)
         weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
         shared = (1,) if self.shared_dropout else ()
-        dropout = nn.Dropout(self.config.attention_probs_dropout_prob, broadcast_dims=shared)
-        weights = dropout(weights, deterministic=deterministic)
+        weights = dropout(self, weights, self.config.attention_probs_dropout_prob, rows, shared)
         if head_mask is not None:
             scale = jnp.expand_dims(head_mask.astype(v.dtype), (*range(weights.ndim - 3), -2, -1))
             weights = weights * scale

@@ -13,6 +13,7 @@ from flax import linen as nn
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import SPACE, SelfAttention
 from vivit_jax.layers.chunked import SAVED
+from vivit_jax.layers.dropout import draw_kept, dropout
 from vivit_jax.layers.linear import ACTIVATIONS, Config, Projection, layer_norm
 
 
@@ -53,34 +54,30 @@ class Block(nn.Module):
     arrangement: Arrangement
 
     @nn.compact
-    def __call__(
-        self, x, layer, hidden: bool, attention: bool, deterministic: bool, read: int | None = None
-    ):
+    def __call__(self, x, layer, hidden: bool, attention: bool, read: int | None = None):
         """The form `nn.scan` wants: (carry, layer input, flags) -> (carry, layer output).
 
-        `layer` is (head mask [n] or None, probability of leaving out a branch or None). With `read`
-        only the first so many tokens are computed.
+        `layer` is (head mask [n] or None, probability of leaving out a branch or None, the clips'
+        numbers [b] or None where nothing is dropped). With `read` only the first so many tokens are
+        computed.
         """
         config, arrangement = self.config, self.arrangement
         d, f = config.hidden_size, config.intermediate_size
-        head_mask, drop_rate = layer
+        head_mask, drop_rate, rows = layer
         shared = (1,) if arrangement.shared_dropout else ()
-        dropout = nn.Dropout(
-            config.hidden_dropout_prob, broadcast_dims=shared, deterministic=deterministic
-        )
 
         def branch(name, y):
             """What is added to the residual stream: scaled, dropped in part or for a whole clip."""
-            y = dropout(y)
+            y = dropout(self, y, config.hidden_dropout_prob, rows, shared)
             if config.layer_scale_init:
                 init = nn.initializers.constant(config.layer_scale_init)
                 init = nn.with_logical_partitioning(init, ("embed",))
                 scale = self.param(f"scale_{name}", init, (d,), jnp.dtype(config.param_dtype))
                 y = y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (d,))
-            if drop_rate is None or deterministic:
+            if drop_rate is None:
                 return y
-            shape = (y.shape[0],) + (1,) * (y.ndim - 1)
-            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_rate, shape)
+            key, ones = self.make_rng("dropout"), (1,) * (y.ndim - 1)
+            keep = draw_kept(key, rows, 1 - drop_rate, ones)
             keep = keep / (1 - drop_rate) if config.drop_path_rescale else keep
             return y * keep.astype(y.dtype)
 
@@ -90,7 +87,7 @@ class Block(nn.Module):
             y = layer_norm(config, config.layer_norm_eps, f"ln_{name}")(x)
             zero = name in arrangement.zero_init
             attend = SelfAttention(config, along, arrangement.shared_dropout, zero, name=name)
-            y, found = attend(y, head_mask, attention, deterministic, read)
+            y, found = attend(y, head_mask, attention, rows, read)
             weights |= {
                 k: v for k, v in zip(("space", "time"), found, strict=True) if v is not None
             }
@@ -133,32 +130,35 @@ def run_blocks(
     *,
     output_hidden_states: bool = False,
     output_attentions: bool = False,
-    deterministic: bool = True,
+    rows: jax.Array | None = None,
     read: int | None = None,
 ) -> tuple[jax.Array, LayerOutput]:
     """Run the blocks of an arrangement; call inside a module's compact method.
 
     x [b, l, d] or [b, t, s, d] -> (x, what the layers report with a leading layer axis; `hidden`
-    starts with x itself and so has one entry more). `head_mask` is [layers, n]. With `read` and
-    nothing to report, only the first so many tokens leave the last block.
+    starts with x itself and so has one entry more). `head_mask` is [layers, n]; `rows` are the
+    clips' numbers [b], None where nothing is dropped. With `read` and nothing to report, only the
+    first so many tokens leave the last block.
 
     Parameters live in the calling module, under `layers` with a leading layer axis if
     `config.scan_layers` (the last block apart where the arrangement says so), else under
     `layers_0`, `layers_1`, ...
     """
     layers = arrangement.num_layers
-    flags = (output_hidden_states, output_attentions, deterministic)
+    flags = (output_hidden_states, output_attentions)
     read = None if output_hidden_states or output_attentions else read
     rates = None
-    if config.drop_path_rate and not deterministic:
-        rates = jnp.asarray(np.linspace(0, config.drop_path_rate, layers), jnp.float32)
-    inputs = lambda rows: jax.tree.map(lambda values: values[rows], (head_mask, rates))  # noqa: E731
+    if rows is not None:
+        if config.drop_path_rate:
+            rates = jnp.asarray(np.linspace(0, config.drop_path_rate, layers), jnp.float32)
+        rows = jnp.broadcast_to(rows, (layers, len(rows)))
+    inputs = lambda at: jax.tree.map(lambda values: values[at], (head_mask, rates, rows))  # noqa: E731
 
     def block(in_scan: bool):
         if config.remat == "none":
             return Block
         # A scan keeps XLA from merging the recomputation with the forward pass by itself.
-        policy, static = REMAT[config.remat], (3, 4, 5, 6)
+        policy, static = REMAT[config.remat], (3, 4, 5)
         return nn.remat(Block, prevent_cse=not in_scan, static_argnums=static, policy=policy)
 
     embedding, outputs, together = x, [], 0
@@ -169,7 +169,7 @@ def run_blocks(
             block(in_scan=True),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *(nn.broadcast,) * 4),
+            in_axes=(0, *(nn.broadcast,) * 3),
             length=together,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import UserError
+from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions, take_tokens
 from vivit_jax.layers.encoder import Arrangement, per_layer, run_blocks
 from vivit_jax.layers.linear import Projection, layer_norm
@@ -36,6 +37,7 @@ class VideoMAEModel(nn.Module):
         output_hidden_states: bool = False,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
+        rows=None,
         return_dict: bool = True,
     ) -> ModelOutput | tuple:
         """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, l or visible, d].
@@ -44,8 +46,10 @@ class VideoMAEModel(nn.Module):
         `head_mask` [n] or [layers, n] scales attention weights per head (0 silences a head).
         `interpolate_pos_encoding` accepts any frame count and resolution divisible by the tubelet
         and recomputes the position table for that many tokens, as the authors do.
-        `deterministic=False` turns dropout on and needs rngs={"dropout": key}. Raises UserError for
-        a clip or a mask that does not fit.
+        `deterministic=False` turns dropout on and needs rngs={"dropout": key}; what is dropped is
+        drawn by `rows`, the numbers [b] of the clips (by default 0, 1, ...), so that a batch in
+        parts drops what the whole one does. Raises UserError for a clip or a mask that does not
+        fit.
         """
         config = self.config
         grid = check_clip(config, pixel_values.shape, any_size=interpolate_pos_encoding)
@@ -62,7 +66,7 @@ class VideoMAEModel(nn.Module):
             per_layer(head_mask, config.num_hidden_layers, config.num_attention_heads),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            deterministic=deterministic,
+            rows=numbered(rows, len(pixel_values), deterministic),
         )
         if not config.use_mean_pooling:
             x = layer_norm(config, config.layer_norm_eps, "ln_final")(x)
@@ -76,14 +80,14 @@ class VideoMAEDecoder(nn.Module):
     config: VideoMAEConfig  # of the whole model
 
     @nn.compact
-    def __call__(self, x, num_predicted: int, output_hidden_states: bool, deterministic: bool):
+    def __call__(self, x, num_predicted: int, output_hidden_states: bool, rows=None):
         config = self.config.decoder()
         x, layers = run_blocks(
             config,
             Arrangement(config.num_hidden_layers),
             x,
             output_hidden_states=output_hidden_states,
-            deterministic=deterministic,
+            rows=rows,
         )
         x = x[:, x.shape[1] - num_predicted :]
         x = layer_norm(config, config.decoder_norm_eps, "ln_final")(x)
@@ -111,6 +115,7 @@ class VideoMAEForPreTraining(nn.Module):
         output_hidden_states: bool = False,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
+        rows=None,
         return_dict: bool = True,
     ) -> PreTrainingOutput | tuple:
         """As `VideoMAEModel`; logits [b, k, patch values] in the order of `mask.predicted`; loss.
@@ -129,6 +134,7 @@ class VideoMAEForPreTraining(nn.Module):
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
             deterministic=deterministic,
+            rows=rows,
         )
         if not mask.masked.shape[1] or not mask.visible.shape[1]:
             raise UserError(
@@ -153,7 +159,10 @@ class VideoMAEForPreTraining(nn.Module):
         # Visible tokens first, then blanks: attention does not see the order, the slice does.
         x = jnp.concatenate([x, blanks], axis=1)
         logits, decoder_hidden_states = VideoMAEDecoder(config, name="decoder")(
-            x, mask.predicted.shape[1], output_hidden_states, deterministic
+            x,
+            mask.predicted.shape[1],
+            output_hidden_states,
+            numbered(rows, len(pixel_values), deterministic),
         )
         targets = reconstruction_targets(pixel_values, mask, config)
         loss = reconstruction_loss(logits, targets, mask.counted)
@@ -184,6 +193,7 @@ class VideoMAEForVideoClassification(nn.Module):
         output_hidden_states: bool = False,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
+        rows=None,
         return_dict: bool = True,
     ) -> ClassifierOutput | tuple:
         """As `VideoMAEModel`; logits [b, classes]; labels add `loss`, see `classification_loss`."""
@@ -196,12 +206,13 @@ class VideoMAEForVideoClassification(nn.Module):
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
             deterministic=deterministic,
+            rows=rows,
         )
         if config.use_mean_pooling:
             x = layer_norm(config, config.fc_norm_eps, "fc_norm")(out.last_hidden_state.mean(1))
         else:
             x = out.last_hidden_state[:, 0]
-        x = nn.Dropout(config.head_dropout)(x, deterministic=deterministic)
+        x = dropout(self, x, config.head_dropout, numbered(rows, len(x), deterministic))
         loss, logits = classify(config, x, labels)
         out = ClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return out if return_dict else out.to_tuple()

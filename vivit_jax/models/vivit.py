@@ -16,12 +16,15 @@ the model as `backbone` and adds `head`. With a class token the last block, whic
 token alone, lies beside the scanned ones: `layers` has 11 of 12, and `layers_11` is the last.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from vivit_jax.config import VivitConfig
 from vivit_jax.layers.attention import HALVES, SPACE, TIME
+from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
 from vivit_jax.layers.encoder import Arrangement, per_layer, run_blocks
 from vivit_jax.layers.linear import ACTIVATIONS, Projection, layer_norm
@@ -62,7 +65,7 @@ class Encoder(nn.Module):
     pooled_only: bool = False
 
     @nn.compact
-    def __call__(self, x, grid: Grid, head_mask, flags: dict[str, bool]):
+    def __call__(self, x, grid: Grid, head_mask, flags: dict[str, Any]):
         config, d = self.config, x.shape[-1]
         param_dtype = jnp.dtype(config.param_dtype)
         zeros = nn.initializers.zeros
@@ -87,8 +90,7 @@ class Encoder(nn.Module):
         frames = x.shape[1:-2] if grid[0] > 1 else (1,) * (x.ndim - 3)
         x = x + positions.reshape(1, *frames, -1, d)
         shared = (1,) if self.arrangement.shared_dropout else ()
-        dropout = nn.Dropout(config.hidden_dropout_prob, broadcast_dims=shared)
-        x = dropout(x, deterministic=flags["deterministic"])
+        x = dropout(self, x, config.hidden_dropout_prob, flags["rows"], shared)
         read = 1 if self.pooled_only and self.arrangement.last_apart else None
         x, layers = run_blocks(config, self.arrangement, x, head_mask, read=read, **flags)
         return layer_norm(config, config.layer_norm_eps, "ln_final")(x), layers
@@ -129,6 +131,7 @@ class VivitModel(nn.Module):
         output_hidden_states: bool = False,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
+        rows=None,
         return_dict: bool = True,
     ) -> ModelOutput | tuple:
         """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, tokens, d].
@@ -137,8 +140,9 @@ class VivitModel(nn.Module):
         class token and the frames. `head_mask` [n] or [layers, n] scales attention weights per head
         (0 silences a head); rows for temporal layers follow those for spatial ones.
         `interpolate_pos_encoding` accepts any frame count and resolution divisible by the tubelet.
-        `deterministic=False` turns dropout on and needs rngs={"dropout": key}. Raises UserError for
-        a clip that does not fit.
+        `deterministic=False` turns dropout on and needs rngs={"dropout": key}; what is dropped is
+        drawn by `rows`, the numbers [b] of the clips (by default 0, 1, ...), so that a batch in
+        parts drops what the whole one does. Raises UserError for a clip that does not fit.
         """
         config = self.config
         grid = check_clip(config, pixel_values.shape, any_size=interpolate_pos_encoding)
@@ -146,7 +150,7 @@ class VivitModel(nn.Module):
         flags = dict(
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            deterministic=deterministic,
+            rows=numbered(rows, len(pixel_values), deterministic),
         )
         stages = arrangements(config)
         depth = sum(stage.num_layers for stage in stages)
@@ -201,6 +205,7 @@ class VivitForVideoClassification(nn.Module):
         output_hidden_states: bool = False,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
+        rows=None,
         return_dict: bool = True,
     ) -> ClassifierOutput | tuple:
         """As `VivitModel`; logits [b, classes]; labels add `loss`, see `classification_loss`."""
@@ -213,6 +218,7 @@ class VivitForVideoClassification(nn.Module):
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
             deterministic=deterministic,
+            rows=rows,
         )
         loss, logits = classify(config, pool(config, out.last_hidden_state), labels)
         out = ClassifierOutput(
