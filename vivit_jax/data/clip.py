@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vivit_jax.data.dataset import open_array
 from vivit_jax.data.decode import probe_video, read_video
 from vivit_jax.data.frames import resize
 from vivit_jax.data.sampling import clip_indices
@@ -66,7 +67,7 @@ def read_clip(
     model takes, UserError for an argument that is wrong.
     """
     path = Path(path)
-    frames = _read_npy(path) if path.suffix.lower() == ".npy" else None
+    frames = _open_npy(path) if path.suffix.lower() == ".npy" else None
     if frames is None:
         info = probe_video(path)
         total, fps = info.num_frames, info.fps if np.isfinite(info.fps) else None
@@ -94,17 +95,8 @@ def parse_start(text: str) -> str | int:
     raise ConfigError(f"--start must be begin, center, end or a frame index, got {text!r}")
 
 
-def _read_npy(path: Path) -> np.ndarray:
-    try:
-        # Mapped, so that of a long file only the clip is read; no pickles, they run code.
-        frames = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise VideoError(f"{path}: not an array in numpy's .npy format: {error}") from None
-    if frames.ndim != 4 or not frames.size:
-        raise VideoError(
-            f"{path}: an array of shape {frames.shape}; expected frames [t, h, w, c], none of "
-            "them 0"
-        )
+def _open_npy(path: Path) -> np.ndarray:
+    frames = open_array(path)
     if frames.dtype != np.uint8 and frames.dtype.kind != "f":
         raise VideoError(f"{path}: an array of {frames.dtype}; expected uint8, or floats in [0, 1]")
     if frames.dtype.kind == "f":

@@ -10,6 +10,7 @@ from vivit_jax.errors import UserError, VideoError
 
 STARTS = ("begin", "center", "end", "random")
 PADS = ("error", "repeat_last", "loop")
+SAMPLERS = ("hold", "linspace", "loop", "segments")
 
 
 def clip_indices(
@@ -45,9 +46,7 @@ def clip_indices(
         VideoError: the video is too short and `pad` is "error", or `start` is past its end.
         UserError: an argument is outside what is listed above.
     """
-    for name, value in (("num_frames", num_frames), ("stride", stride)):
-        if not _is_int(value) or value < 1:
-            raise UserError(f"{name} is {value!r}; expected an int of at least 1")
+    _check_counts(num_frames=num_frames, stride=stride)
     _check_pad(pad)
     offsets = np.arange(num_frames, dtype=np.int64) * stride
     room = total - (int(offsets[-1]) + 1)
@@ -157,8 +156,116 @@ def sample_frame_indices(
     return np.minimum(spaced, end - 1).astype(np.int64)
 
 
+def training_indices(
+    sampler: str, total: int, num_frames: int, stride: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Draws the frames of a training clip as a paper does.
+
+    - "hold" (VideoMAE pre-training): frames exactly `stride` apart, the first uniform over
+      0..total - num_frames * stride. A video shorter than `num_frames * stride` starts at 0, and
+      the last frame that steps of `stride` reach is held.
+    - "linspace" (VideoMAE fine-tuning): `sample_frame_indices`, whose spacing is a little over
+      `stride`; for 16 frames at stride 4 it is 4 or 5. Of a video of at most `num_frames * stride`
+      frames, `total // stride` ones evenly spread over all of it, then its last frame.
+    - "loop" (ViViT): frames exactly `stride` apart, the first uniform over all places where the
+      clip fits; a video in which it fits nowhere starts at 0 and starts again at its end.
+    - "segments" (TSN; VideoMAE on Something-Something): one frame, uniform, of each of `num_frames`
+      parts of `total // num_frames` frames; `stride` means nothing. A video of fewer than
+      `num_frames` frames gives all of them after repeats of frame 0, as in VideoMAE V2 (V1 repeats
+      frame 0 only).
+
+    Args:
+        sampler: one of `SAMPLERS`.
+        total: frames in the video.
+        num_frames: frames in the clip, at least 1.
+        stride: distance between neighbouring frames, in frames of the video, at least 1.
+        rng: source of the draw.
+
+    Returns:
+        int64 [num_frames], each in [0, total), never decreasing but where "loop" starts again.
+
+    Raises:
+        VideoError: the video has no frame.
+        UserError: another argument is outside what is listed above.
+    """
+    _check_sampler(sampler, total, num_frames=num_frames, stride=stride)
+    span, steps = num_frames * stride, np.arange(num_frames, dtype=np.int64)
+    if sampler == "hold":
+        first = int(rng.integers(max(total - span, 0) + 1))
+        return first + np.minimum(steps, (total - 1 - first) // stride) * stride
+    if sampler == "loop":
+        first = int(rng.integers(max(total - span + stride, 1)))
+        return (first + steps * stride) % total
+    if sampler == "linspace":
+        if total > span:
+            return sample_frame_indices(num_frames, stride, total, rng)
+        spread = np.linspace(0, total, num=total // stride)
+        held = np.full(num_frames - len(spread), total)
+        return np.minimum(np.append(spread, held), total - 1).astype(np.int64)
+    part = total // num_frames
+    if part:
+        return steps * part + rng.integers(part, size=num_frames)
+    return np.maximum(steps - (num_frames - total), 0)
+
+
+def view_indices(
+    sampler: str, total: int, num_frames: int, stride: int, clips: int = 1
+) -> np.ndarray:
+    """The frames of a test video's `clips` clips along time: the test forms of `training_indices`.
+
+    - "hold", "linspace" (VideoMAE): of frames 0, stride, 2 * stride... the first clip takes the
+      first `num_frames`, the last the last, the others begin at equal distances between them
+      (rounded down). Too few are followed by repeats of the last of them.
+    - "loop" (ViViT): frames exactly `stride` apart; the first clip begins at 0, the last at
+      `total - num_frames * stride`, the others at equal distances between (rounded down). A shorter
+      video starts again at its end.
+    - "segments" (TSN; VideoMAE on Something-Something): the video is divided into `num_frames`
+      parts and each of these into `clips`; clip k takes the first frame of part k of each.
+
+    One clip is the centre: it begins midway between first and last, or takes the frame in the
+    middle of each part.
+
+    Args:
+        sampler, total, num_frames, stride: as in `training_indices`.
+        clips: at least 1.
+
+    Returns:
+        int64 [clips, num_frames], each in [0, total).
+
+    Raises:
+        VideoError, UserError: as `training_indices`.
+    """
+    _check_sampler(sampler, total, num_frames=num_frames, stride=stride, clips=clips)
+    steps, views = np.arange(num_frames, dtype=np.int64), np.arange(clips, dtype=np.int64)[:, None]
+    if sampler == "segments":
+        if clips == 1:
+            return (2 * steps[None] + 1) * total // (2 * num_frames)
+        # Whole numbers: in floating point an exact boundary may round to the frame before.
+        return (views + clips * steps) * total // (clips * num_frames)
+    reach = total if sampler == "loop" else -(-total // stride)
+    room = max(reach - (num_frames * stride if sampler == "loop" else num_frames), 0)
+    firsts = views * room // (clips - 1) if clips > 1 else np.array([[room // 2]])
+    if sampler == "loop":
+        return (firsts + steps * stride) % total
+    return np.minimum(firsts + steps, reach - 1) * stride
+
+
 def _is_int(value) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_sampler(sampler, total, **counts) -> None:
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler is {sampler!r}; expected one of {SAMPLERS}")
+    _check_counts(**counts)
+    if total < 1:
+        raise VideoError(f"a video of {total} frames has none to take: leave it out of the list")
+
+
+def _check_counts(**counts) -> None:
+    for name, value in counts.items():
+        if not _is_int(value) or value < 1:
+            raise UserError(f"{name} is {value!r}; expected an int of at least 1")
 
 
 def _check_pad(pad) -> None:

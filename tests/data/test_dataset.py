@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lists and directories are taken to mean, and that an example's frames are its file's."""
+
+import io
+import logging
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vivit_jax.data.dataset import (
+    Example,
+    count_frames,
+    read_dataset,
+    read_frames,
+    read_training_clip,
+    read_views,
+)
+from vivit_jax.data.decode import read_video
+from vivit_jax.data.sampling import training_indices, view_indices
+from vivit_jax.data.synthetic import write_mp4
+from vivit_jax.errors import UserError, VideoError
+
+
+def listed(tmp_path, text, root="/data", name="train.csv", **options):
+    """(path, label, start, total) of each example of a list with this text."""
+    file = tmp_path / name
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    examples = read_dataset(file, root, **options).examples
+    return [(e.path, e.label, e.start, e.total) for e in examples]
+
+
+def numbered(count, height=6, width=8):
+    """uint8 [t, h, w, 3] whose every pixel states its frame."""
+    frames = np.zeros((count, height, width, 3), np.uint8)
+    frames += (10 * np.arange(count, dtype=np.uint8))[:, None, None, None]
+    frames[..., 1] += 1
+    frames[..., 2] += 2
+    return frames
+
+
+def image_folder(folder, frames, name="img_{:05}.png", first=1):
+    folder.mkdir(parents=True)
+    for k, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / name.format(first + k))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """An mp4 of 30 frames, and those frames as they are decoded."""
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    noise = np.random.default_rng(0).integers(0, 256, (30, 32, 48, 3))
+    write_mp4(path, noise.astype(np.uint8))
+    return str(path), read_video(path)
+
+
+# ---- lists
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a/x.mp4 3\nb y.mp4 0\n",
+        "a/x.mp4\t3\nb y.mp4\t0",
+        "a/x.mp4,3\nb y.mp4,0\n",
+        "a/x.mp4, 3\nb y.mp4 , 0\n",
+        "  a/x.mp4    3  \r\n\r\n# a comment 4\r\n   \r\nb y.mp4 0\r\n",
+        '"a/x.mp4",3\n"b y.mp4" 0\n',
+        b"\xef\xbb\xbfa/x.mp4 3\nb y.mp4 0\n",
+    ],
+)
+def test_a_list_of_paths_and_labels(tmp_path, text):
+    expected = [("/data/a/x.mp4", 3, 0, None), ("/data/b y.mp4", 0, 0, None)]
+    assert listed(tmp_path, text) == expected
+    assert listed(tmp_path, text, labels=1) == expected
+    assert listed(tmp_path, text, labels=0) == [(path, None, 0, None) for path, *_ in expected]
+
+
+def test_paths_keep_their_commas_white_space_and_bytes(tmp_path):
+    text = b"a, b  c,5.mp4 1\nx\ty\nd 7.mp4 2\nr\xe9.mp4 4\n".replace(b"x\ty\n", b"x  y\t6\n")
+    paths = [path for path, *_ in listed(tmp_path, text, root="")]
+    assert paths == ["a, b  c,5.mp4", "x  y", "d 7.mp4", "r\udce9.mp4"]
+
+
+def test_relative_paths_are_below_the_list_or_the_root(tmp_path):
+    text = "a.mp4 1\n/b.mp4 2\n"
+    below = [path for path, *_ in listed(tmp_path, text, root=None)]
+    assert below == [str(tmp_path / "a.mp4"), "/b.mp4"]
+    assert [path for path, *_ in listed(tmp_path, text, root="/r")] == ["/r/a.mp4", "/b.mp4"]
+
+
+HYBRID = "k400/a.mp4 0 -1\nAVA/b 9601 300\nAVA/b 9901 300\nSomethingV2/frames/7 1 58\n"
+
+
+def test_videomae_lists_for_pretraining(tmp_path):
+    assert listed(tmp_path, HYBRID, labels=0) == [
+        ("/data/k400/a.mp4", None, 0, None),
+        ("/data/AVA/b", None, 9601, 300),
+        ("/data/AVA/b", None, 9901, 300),
+        ("/data/SomethingV2/frames/7", None, 1, 58),
+    ]
+    videos = "a.mp4 0 -1\nb.mp4 0 -1\n"
+    for labels in (None, 0, 1, 2):
+        assert listed(tmp_path, videos, labels=labels)[1] == ("/data/b.mp4", None, 0, None)
+    assert listed(tmp_path, "a b.mp4\nc.mp4\n", labels=0)[0] == ("/data/a b.mp4", None, 0, None)
+    assert listed(tmp_path, "a.mp4 -1\n") == [("/data/a.mp4", None, 0, None)]
+    assert listed(tmp_path, "d 3 40 6\n", labels=0) == [("/data/d", None, 3, 40)]
+
+
+def test_lists_of_frame_folders_with_labels(tmp_path):
+    assert listed(tmp_path, "frames/74225 62 140\n", labels=1) == [
+        ("/data/frames/74225", 140, 1, 62)
+    ]
+    assert listed(tmp_path, "f 62 140\n", labels=1, first_frame=0) == [("/data/f", 140, 0, 62)]
+    assert listed(tmp_path, "f 9 62 140\n", labels=1) == [("/data/f", 140, 9, 62)]
+    # Of a video, frames are counted from 0.
+    assert listed(tmp_path, "f.mp4 62 140\n", labels=1) == [("/data/f.mp4", 140, 0, 62)]
+
+
+@pytest.mark.parametrize(
+    "text, labels",
+    [
+        ("a.mp4 12,3\n", None),
+        ("a.mp4 12,3\n", 2),
+        ("a.mp4 12 3\n", 2),
+        ("a.mp4,12,3\n", 2),
+        ("a.mp4\t12\t3\n", 2),
+        ("a.mp4\t12,3\n", None),
+    ],
+)
+def test_two_labels(tmp_path, text, labels):
+    assert listed(tmp_path, text, labels=labels) == [("/data/a.mp4", (12, 3), 0, None)]
+    file = tmp_path / "train.csv"
+    assert read_dataset(file, labels=labels).labels_per_example == 2
+
+
+def test_a_part_of_a_video_with_two_labels(tmp_path):
+    assert listed(tmp_path, "P01.mp4 120 33 12 3\n", labels=2) == [
+        ("/data/P01.mp4", (12, 3), 120, 33)
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("", {}, "a list without a clip"),
+        ("# nothing\n\n", {}, "a list without a clip"),
+        ("a.mp4 1\n\nb.mp4 swim\n", {}, "line 3: 'b.mp4 swim': there is no label"),
+        ("a.mp4 1\nb.mp4\n", {}, "line 2: 'b.mp4': there is no label, .* pass labels=0"),
+        ("a.mp4 1\nb.mp4 1.5\n", {}, "line 2: 'b.mp4 1.5': there is no label"),
+        ("a.mp4\t1\nb.mp4\tswim\n", {}, "line 2: .*'swim' is no whole number"),
+        ("a 1 58\n", {}, "line 1: 'a 1 58': its numbers can be read in several ways"),
+        ("a.mp4 3\n", {"labels": 2}, "line 1: .*it has 1 labels; expected 2"),
+        ("a.mp4 3,4\n", {"labels": 1}, "line 1: .*it has 2 labels; expected 1"),
+        ("a.mp4 -2\n", {}, "line 1: .*label -2; expected at least 0, or -1"),
+        ("a 0 5\n", {"labels": 1}, "line 1: .*it says 0 frames"),
+        ("a -3 9 5\n", {"labels": 1}, "line 1: .*9 frames from -3"),
+        (",3\n", {}, "line 1: .*there is no path"),
+        ("a.mp4 1\nb.mp4 -1\n", {}, "differing numbers of labels: 1 in line 1 and 0 in line 2"),
+        ("a.mp4 1\nb.mp4 1,2\n", {}, "differing numbers of labels: 1 in line 1 and 2 in line 2"),
+        ("a.mp4 1\nb.mp4 2\na.mp4 2\n", {}, "a.mp4 has label 1 in line 1 and 2 in line 3"),
+        ("a.mp4 1\n", {"frame_name": "img.jpg"}, "frame_name is 'img.jpg': it is the same"),
+        ("a.mp4 1\n", {"frame_name": "{x}"}, "frame_name is '{x}'"),
+        ("a.mp4 1\n", {"labels": -1}, "labels is -1; expected how many"),
+        (b"\x00\x01\x02", {}, "not a text file; expected a list file"),
+    ],
+)
+def test_refused_lists(tmp_path, text, options, message):
+    with pytest.raises(UserError, match=message):
+        listed(tmp_path, text, **options)
+
+
+def test_a_repeated_line_counts_again_with_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert len(listed(tmp_path, "a.mp4 1\na.mp4 1\nb.mp4 2\na.mp4 1\n")) == 4
+    assert "2 lines repeat an earlier one" in caplog.text
+
+
+def test_sources_that_are_no_data_sets(tmp_path):
+    (tmp_path / "clip.mp4").touch()
+    for name, message in (("none.txt", "No such file"), ("clip.mp4", "clip.mp4 is one clip")):
+        with pytest.raises(UserError, match=message):
+            read_dataset(tmp_path / name)
+
+
+def test_a_large_list_is_small_and_travels(tmp_path):
+    text = "".join(f"k400/{k:06}.mp4 {k % 400}\n" for k in range(5000))
+    (tmp_path / "l.txt").write_text(text)
+    dataset = read_dataset(tmp_path / "l.txt")
+    assert len(dataset) == 5000 and dataset.classes is None
+    assert pickle.loads(pickle.dumps(dataset)) == dataset
+    assert not hasattr(dataset.examples[0], "__dict__")
+    assert len(pickle.dumps(dataset)) < 200 * 5000
+
+
+# ---- directories
+
+
+def touched(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def test_a_folder_for_each_class(tmp_path, caplog):
+    touched(tmp_path, "swim/b.mp4", "swim/a.AVI", "run/c.npy", "run/.d.mp4", "run/notes.txt", ".x")
+    (tmp_path / "sit").mkdir()
+    with caplog.at_level(logging.WARNING):
+        dataset = read_dataset(tmp_path)
+    assert dataset.classes == ("run", "sit", "swim") and dataset.labels_per_example == 1
+    found = [(e.path, e.label) for e in dataset.examples]
+    assert found == [
+        (str(tmp_path / "run/c.npy"), 0),
+        (str(tmp_path / "swim/a.AVI"), 2),
+        (str(tmp_path / "swim/b.mp4"), 2),
+    ]
+    assert "1 files are no clips, such as notes.txt" in caplog.text
+    unlabelled = read_dataset(tmp_path, labels=0)
+    assert unlabelled.labels_per_example == 0 and len(unlabelled) == 3
+
+
+def test_a_directory_is_listed_below_itself_whatever_the_root(tmp_path, monkeypatch):
+    touched(tmp_path, "set/run/a.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert read_dataset("set", "/elsewhere").examples == (Example("set/run/a.mp4", 0),)
+
+
+def test_a_directory_of_clips_is_unlabelled(tmp_path):
+    touched(tmp_path, "b.mp4", "a.webm", "c.npz")
+    dataset = read_dataset(tmp_path)
+    names = [e.path.removeprefix(f"{tmp_path}/") for e in dataset.examples]
+    assert names == ["a.webm", "b.mp4", "c.npz"]
+    assert dataset.classes is None and dataset.labels_per_example == 0
+
+
+def test_folders_of_images_are_clips(tmp_path):
+    touched(tmp_path, "one/b/1.jpg", "one/a/1.png", "two/c/1.jpg", "two/d.mp4")
+    dataset = read_dataset(tmp_path)
+    found = [(e.path.removeprefix(f"{tmp_path}/"), e.label) for e in dataset.examples]
+    assert found == [("one/a", 0), ("one/b", 0), ("two/c", 1), ("two/d.mp4", 1)]
+    unlabelled = read_dataset(tmp_path / "one")
+    assert [e.label for e in unlabelled.examples] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["readme.txt"], "no clips .*expected a list file"),
+        (["a/readme.txt"], "its folders hold no clips"),
+        (["a/x.mp4", "y.mp4"], "holds folders such as a and clips such as y.mp4"),
+        (["a/1.jpg", "b/x.mp4"], "a holds images, b clips"),
+        (["1.jpg", "2.jpg"], "a folder of images, which is one clip"),
+        (["a/b/c/x.mp4"], "its folder b holds no images"),
+    ],
+)
+def test_refused_directories(tmp_path, names, message):
+    touched(tmp_path, *names)
+    with pytest.raises(UserError, match=message):
+        read_dataset(tmp_path)
+
+
+def test_folders_name_one_label(tmp_path):
+    touched(tmp_path, "a/x.mp4")
+    with pytest.raises(UserError, match="folders name one label; for labels=2 write a list"):
+        read_dataset(tmp_path, labels=2)
+
+
+# ---- frames
+
+
+def test_frames_of_a_video_are_those_of_the_decoder(video):
+    path, frames = video
+    assert count_frames(Example(path, 0)) == 30
+    wanted = [7, 0, 29, 7]
+    np.testing.assert_array_equal(read_frames(Example(path, 0), wanted), frames[wanted])
+    part = Example(path, 0, start=12, total=9)
+    assert count_frames(part) == 9 and count_frames(Example(path, 0, start=12)) == 18
+    np.testing.assert_array_equal(read_frames(part, [0, 8]), frames[[12, 20]])
+    with pytest.raises(VideoError, match="clip.mp4: no such frames: 9; there are 9"):
+        read_frames(part, [9])
+    with pytest.raises(VideoError, match="clip.mp4: no such frames: 30"):
+        read_frames(Example(path, 0, start=25, total=10), [5])
+
+
+@pytest.mark.parametrize("sampler", ["hold", "linspace", "loop", "segments"])
+def test_clips_and_views_have_the_samplers_frames(video, sampler):
+    path, frames = video
+    example = Example(path, 3)
+    clip = read_training_clip(
+        example, np.random.default_rng(5), num_frames=6, stride=3, sampler=sampler
+    )
+    drawn = training_indices(sampler, 30, 6, 3, np.random.default_rng(5))
+    np.testing.assert_array_equal(clip, frames[drawn])
+    views, indices = read_views(example, num_frames=6, stride=3, sampler=sampler, clips=4)
+    np.testing.assert_array_equal(indices, view_indices(sampler, 30, 6, 3, 4))
+    assert views.shape == (4, 6, 32, 48, 3) and views.dtype == np.uint8
+    np.testing.assert_array_equal(views, frames[indices])
+
+
+def test_a_folder_with_a_listed_total_is_read_by_name(tmp_path):
+    frames = numbered(9)
+    folder = image_folder(tmp_path / "clip", frames)
+    example = Example(folder, 0, start=3, total=5, frame_name="img_{:05}.png")
+    assert count_frames(example) == 5
+    found = read_frames(example, [4, 0, 0])
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, frames[[6, 2, 2]])
+    with pytest.raises(VideoError, match="clip: no such frames: 5; there are 5"):
+        read_frames(example, [5])
+    longer = Example(folder, 0, start=3, total=50, frame_name="img_{:05}.png")
+    with pytest.raises(VideoError, match="img_00010.png: no readable image: .*No such file"):
+        read_frames(longer, [7])
+
+
+def test_a_folder_without_a_total_is_read_in_order_of_number(tmp_path):
+    frames = numbered(12)
+    folder = image_folder(tmp_path / "clip", frames, name="f{}.png", first=0)
+    touched(tmp_path / "clip", "notes.txt", ".f99.png")
+    assert count_frames(Example(folder, 0)) == 12
+    np.testing.assert_array_equal(read_frames(Example(folder, 0), range(12)), frames)
+    part = Example(folder, 0, start=2, total=3)
+    np.testing.assert_array_equal(read_frames(part, [0, 2]), frames[[2, 4]])
+
+
+def test_listed_folders_are_read_as_the_list_says(tmp_path):
+    frames = numbered(8)
+    image_folder(tmp_path / "v1", frames, name="image_{:06}.png", first=5)
+    (tmp_path / "train.txt").write_text("v1 6 3\n")
+    options = {"labels": 0, "frame_name": "image_{:06}.png"}
+    (example,) = read_dataset(tmp_path / "train.txt", **options).examples
+    np.testing.assert_array_equal(read_frames(example, [0, 2]), frames[[1, 3]])
+
+
+def test_jpeg_grey_and_alpha_images_become_rgb(tmp_path):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    grey = Image.fromarray(np.full((6, 8), 77, np.uint8))
+    grey.save(folder / "1.png")
+    Image.fromarray(np.full((6, 8, 4), (10, 20, 30, 0), np.uint8)).save(folder / "2.png")
+    smooth = np.linspace(0, 255, 6 * 8 * 3).astype(np.uint8).reshape(6, 8, 3)
+    Image.fromarray(smooth).save(folder / "3.jpg")
+    found = read_frames(Example(str(folder), 0), [0, 1, 2])
+    assert (found[0] == 77).all() and (found[1] == [10, 20, 30]).all()
+    np.testing.assert_array_equal(found[2], np.asarray(Image.open(folder / "3.jpg")))
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "named"])
+def test_frames_of_arrays(tmp_path, kind):
+    frames = np.random.default_rng(0).integers(0, 256, (9, 4, 6, 5)).astype(np.uint8)
+    path = tmp_path / ("clip.npy" if kind == "npy" else "clip.npz")
+    if kind == "npy":
+        np.save(path, frames)
+    elif kind == "npz":
+        np.savez_compressed(path, anything=frames)
+    else:
+        np.savez(path, other=np.zeros(3), frames=frames)
+    example = Example(str(path), 0)
+    assert count_frames(example) == 9
+    found = read_frames(example, [8, 0, 8])
+    assert type(found) is np.ndarray and found.flags.writeable
+    np.testing.assert_array_equal(found, frames[[8, 0, 8]])
+    part = Example(str(path), 0, start=4, total=3)
+    np.testing.assert_array_equal(read_frames(part, [2]), frames[[6]])
+    with pytest.raises(VideoError, match="there are 9 frames; the list says 3 from frame 7 on"):
+        count_frames(Example(str(path), 0, start=7, total=3))
+
+
+def saved(array, **options):
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+def png(mode="RGB", size=(8, 6)):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, "png")
+    return file.getvalue()
+
+
+def jpeg():
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(
+        file, "jpeg"
+    )
+    return file.getvalue()
+
+
+def archive(**files):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as writer:
+        for name, data in files.items():
+            writer.writestr(f"{name}.npy", data)
+    return file.getvalue()
+
+
+GOOD = saved(np.zeros((3, 4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("none.mp4", None, "no such file"),
+        ("empty.mp4", b"", "empty file"),
+        ("noise.mp4", bytes(range(256)) * 20, "no readable video"),
+        ("none.npy", None, "no such file"),
+        ("empty.npy", b"", "not an array in numpy's .npy format"),
+        ("noise.npy", b"\x00\xff" * 300, "not an array in numpy's .npy format"),
+        ("cut.npy", GOOD[:-1], "not an array in numpy's .npy format"),
+        ("header.npy", GOOD[:20] + b"\xfe(" + GOOD[22:], "not an array in numpy's .npy format"),
+        ("objects.npy", saved(np.array([[{}]]), allow_pickle=True), "not an array"),
+        ("flat.npy", saved(np.zeros((3, 4), np.uint8)), r"of shape \(3, 4\)"),
+        ("zero.npy", saved(np.zeros((0, 4, 4, 3), np.uint8)), r"of shape \(0, 4, 4, 3\)"),
+        ("floats.npy", saved(np.zeros((3, 4, 4, 3))), "an array of float64; expected uint8"),
+        ("noise.npz", b"PK\x03\x04" + bytes(200), "not an array in numpy's .npz format"),
+        ("cut.npz", archive(a=GOOD)[:150], "not an array in numpy's .npz format"),
+        ("inner.npz", archive(a=GOOD[:-5]), "not an array in numpy's .npz format"),
+        ("objects.npz", archive(a=saved(np.array([{}]), allow_pickle=True)), "not an array"),
+        ("two.npz", archive(a=GOOD, b=GOOD), r"holds the arrays \['a', 'b'\]; expected one"),
+        ("nothing.npz", archive(), r"holds the arrays \[\]; expected one"),
+        ("clip/1.jpg", jpeg()[:700], "clip/1.jpg: no readable image"),
+        ("clip/1.jpg", b"", "clip/1.jpg: no readable image"),
+        ("clip/1.png", png()[:45], "clip/1.png: no readable image"),
+        ("clip/1.png", png("I;16"), "clip/1.png: .*pixels of mode I;16, expected 8 bits"),
+        ("clip/1.txt", b"", "clip: a folder without images"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damaged_files_are_video_errors_that_name_them(tmp_path, name, data, message):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if data is not None:
+        path.write_bytes(data)
+    example = Example(str(tmp_path / name.split("/")[0]), 0)
+    with pytest.raises(VideoError, match=message) as caught:
+        read_frames(example, [0])
+    assert example.path in str(caught.value)
+    with pytest.raises(VideoError):
+        read_training_clip(
+            example, np.random.default_rng(0), num_frames=2, stride=1, sampler="loop"
+        )
+
+
+def test_images_of_different_sizes_and_a_missing_folder(tmp_path):
+    folder = image_folder(tmp_path / "clip", numbered(2))
+    Image.new("RGB", (9, 6)).save(tmp_path / "clip/img_00003.png")
+    with pytest.raises(VideoError, match=r"clip: .*8x6 \(frame 0\), 9x6 \(frame 2\)"):
+        read_frames(Example(folder, 0), [0, 1, 2])
+    np.testing.assert_array_equal(read_frames(Example(folder, 0), [1]), numbered(2)[1:])
+    gone = Example(str(tmp_path / "gone"), 0, 1, 9, "img_{:05}.png")
+    with pytest.raises(VideoError, match="gone: no such folder of images"):
+        read_frames(gone, [0])
+
+
+def test_wrong_arguments_are_not_taken_for_damage(video):
+    example = Example(video[0], 0)
+    for call in (
+        lambda: read_frames(example, []),
+        lambda: read_frames(example, [-1]),
+        lambda: read_views(example, num_frames=4, stride=0, sampler="loop", clips=2),
+        lambda: read_views(example, num_frames=4, stride=1, sampler="dense", clips=2),
+    ):
+        with pytest.raises(UserError) as caught:
+            call()
+        assert not isinstance(caught.value, VideoError)
