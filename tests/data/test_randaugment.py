@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from vivit_jax.data import randaugment
+from vivit_jax.data.randaugment import (
+    SCENIC_OPERATIONS,
+    TIMM_OPERATIONS,
+    RandAugment,
+    apply,
+    parse_rand_augment,
+    rand_augment,
+    scenic_argument,
+    timm_argument,
+)
+from vivit_jax.errors import UserError
+
+
+def smooth_clip(frames=2, height=40, width=56, seed=0):
+    """Frames with edges, slopes and a range that is not the whole one; each differs."""
+    rng = np.random.default_rng(seed)
+    rough = rng.integers(20, 220, (frames, 5, 7, 3), np.uint8)
+    large = [Image.fromarray(f).resize((width, height), Image.Resampling.BILINEAR) for f in rough]
+    clip = np.stack(large)
+    clip[:, 10:20, 10:20] = (230, 30, 128)
+    return clip
+
+
+def by_hand(image, name, argument):
+    """One frame through Pillow, operation by operation."""
+    w, h = image.size
+    geometric = {"resample": Image.Resampling.BICUBIC, "fillcolor": (128, 128, 128)}
+    affine = Image.Transform.AFFINE
+    match name:
+        case "AutoContrast":
+            return ImageOps.autocontrast(image)
+        case "Equalize":
+            return ImageOps.equalize(image)
+        case "Invert":
+            return ImageOps.invert(image)
+        case "Posterize":
+            return ImageOps.posterize(image, argument) if argument else Image.new("RGB", (w, h))
+        case "Solarize":
+            return ImageOps.solarize(image, argument)
+        case "SolarizeAdd":
+            return image.point([min(v + argument, 255) if v < 128 else v for v in range(256)] * 3)
+        case "Color" | "Contrast" | "Brightness" | "Sharpness":
+            return getattr(ImageEnhance, name)(image).enhance(argument)
+        case "Rotate":
+            return image.rotate(argument, **geometric)
+        case "ShearX":
+            return image.transform((w, h), affine, (1, argument, 0, 0, 1, 0), **geometric)
+        case "ShearY":
+            return image.transform((w, h), affine, (1, 0, 0, argument, 1, 0), **geometric)
+        case "TranslateX":
+            return image.transform((w, h), affine, (1, 0, argument * w, 0, 1, 0), **geometric)
+        case "TranslateY":
+            return image.transform((w, h), affine, (1, 0, 0, 0, 1, argument * h), **geometric)
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("level", [0, 3.3, 7, 10])
+@pytest.mark.parametrize("name", TIMM_OPERATIONS)
+def test_each_operation_is_pillows_on_each_frame(name, level, sign):
+    clip = smooth_clip()
+    argument = timm_argument(name, level, sign, increasing=True)
+    wanted = np.stack([by_hand(Image.fromarray(frame), name, argument) for frame in clip])
+    changed = apply(clip, name, argument)
+    assert changed.dtype == np.uint8
+    np.testing.assert_array_equal(changed, wanted)
+
+
+def test_operations_go_the_way_their_names_say():
+    clip = np.zeros((1, 21, 21, 3), np.uint8)
+    clip[0, 10, 15] = 255
+    spot = lambda changed: np.argwhere(changed[0, ..., 0] > 250).tolist()  # noqa: E731
+    assert spot(apply(clip, "TranslateX", 5 / 21)) == [[10, 10]]
+    assert spot(apply(clip, "TranslateY", -5 / 21)) == [[15, 15]]
+    assert (apply(clip, "TranslateX", 5 / 21)[0, :, -5:] == 128).all()
+    assert spot(apply(clip, "Rotate", 90)) == [[5, 10]]  # against the clock
+
+
+# Written out from the ranges of the papers' code: at magnitude 10 a turn of 30 degrees, and so on.
+TIMM_LEVELS = {  # increasing: at 0, 7 and 10; not increasing: the same
+    "Rotate": ([0, 21, 30], [0, 21, 30]),
+    "Posterize": ([4, 2, 0], [0, 2, 4]),
+    "Solarize": ([256, 77, 0], [0, 179, 256]),
+    "SolarizeAdd": ([0, 77, 110], [0, 77, 110]),
+    "Color": ([1, 1.63, 1.9], [0.1, 1.36, 1.9]),
+    "Contrast": ([1, 1.63, 1.9], [0.1, 1.36, 1.9]),
+    "Brightness": ([1, 1.63, 1.9], [0.1, 1.36, 1.9]),
+    "Sharpness": ([1, 1.63, 1.9], [0.1, 1.36, 1.9]),
+    "ShearX": ([0, 0.21, 0.3], [0, 0.21, 0.3]),
+    "ShearY": ([0, 0.21, 0.3], [0, 0.21, 0.3]),
+    "TranslateX": ([0, 0.315, 0.45], [0, 0.315, 0.45]),
+    "TranslateY": ([0, 0.315, 0.45], [0, 0.315, 0.45]),
+}
+
+
+@pytest.mark.parametrize("name", TIMM_OPERATIONS)
+def test_timm_levels(name):
+    for increasing in (True, False):
+        wanted = TIMM_LEVELS.get(name, ([None] * 3, [None] * 3))[0 if increasing else 1]
+        got = [timm_argument(name, level, 1, increasing) for level in (0, 7, 10)]
+        assert got == (wanted if wanted[0] is None else pytest.approx(wanted))
+
+
+def test_timm_signs_turn_directions_and_factors_but_no_amounts():
+    for name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"):
+        assert timm_argument(name, 7, -1, True) == -timm_argument(name, 7, 1, True)
+    assert timm_argument("Color", 7, -1, True) == pytest.approx(0.37)
+    for name in ("Posterize", "Solarize", "SolarizeAdd"):
+        assert timm_argument(name, 7, -1, True) == timm_argument(name, 7, 1, True)
+    assert timm_argument("Color", 7, -1, False) == timm_argument("Color", 7, 1, False)
+
+
+SCENIC_LEVELS = {  # at magnitudes 0, 7, 10, 15 (Epic Kitchens) and 20 (Something-Something)
+    "Posterize": [0, 2, 4, 6, 8],
+    "Solarize": [0, 179, 256, 384, 512],
+    "SolarizeAdd": [0, 77, 110, 165, 220],
+    "Cutout": [0, 28, 40, 60, 80],
+    "Color": [0.1, 1.36, 1.9, 2.8, 3.7],
+    "Contrast": [0.1, 1.36, 1.9, 2.8, 3.7],
+    "Brightness": [0.1, 1.36, 1.9, 2.8, 3.7],
+    "Sharpness": [0.1, 1.36, 1.9, 2.8, 3.7],
+}
+
+
+@pytest.mark.parametrize("name", SCENIC_OPERATIONS)
+def test_scenic_levels_go_on_beyond_10(name):
+    got = [scenic_argument(name, magnitude) for magnitude in (0, 7, 10, 15, 20)]
+    wanted = SCENIC_LEVELS.get(name, [None] * 5)
+    assert got == (wanted if wanted[0] is None else pytest.approx(wanted))
+
+
+def only(monkeypatch, family, name):
+    """Makes `name` the one operation that a family draws."""
+    monkeypatch.setattr(randaugment, f"{family.upper()}_OPERATIONS", (name,))
+
+
+def scenic_once(monkeypatch, name, clip, magnitude, seed=0):
+    """`name` of the scenic family, drawn until it is not the one that does nothing."""
+    only(monkeypatch, "scenic", name)
+    while np.random.default_rng(seed).integers(2) == 1:
+        seed += 1
+    spec = RandAugment(family="scenic", layers=1, magnitude=magnitude)
+    return rand_augment(np.random.default_rng(seed), clip, spec)
+
+
+@pytest.mark.parametrize("magnitude", [7, 15, 20])
+@pytest.mark.parametrize("name", [n for n in SCENIC_OPERATIONS if n not in ("Cutout", "Contrast")])
+def test_scenic_operations_are_pillows_on_all_frames_as_one_tall_image(
+    monkeypatch, name, magnitude
+):
+    clip = smooth_clip(3)
+    clip[1] //= 2  # so that frames by themselves would stretch otherwise
+    argument = scenic_argument(name, magnitude)
+    if name == "Posterize":
+        argument = min(argument, 8)
+    wanted = np.asarray(by_hand(Image.fromarray(clip.reshape(-1, 56, 3)), name, argument))
+    changed = scenic_once(monkeypatch, name, clip, magnitude)
+    if name == "Sharpness":  # each frame by itself: a tall image would mix the rows that meet
+        wanted, changed = wanted.reshape(clip.shape)[:, 1:-1], changed[:, 1:-1]
+    np.testing.assert_array_equal(changed, wanted.reshape(changed.shape))
+    if magnitude == 20 and name in ("Posterize", "Solarize"):
+        np.testing.assert_array_equal(changed, clip)
+
+
+@pytest.mark.parametrize(("shape", "grey"), [((2, 48, 85), 31), ((1, 256, 260), 255)])
+def test_scenic_contrast_moves_away_from_the_number_of_pixels_over_256(monkeypatch, shape, grey):
+    assert min(math.prod(shape) // 256, 255) == grey
+    clip = smooth_clip(*shape)
+    wanted = np.clip(grey + 3.7 * (clip.astype(np.float64) - grey), 0, 255)
+    changed = scenic_once(monkeypatch, "Contrast", clip, 20)
+    assert np.abs(changed + 0.5 - wanted).max() <= 0.5 + 1e-4
+
+
+def test_cutout_blackens_one_square_alike_in_all_frames(monkeypatch):
+    clip = np.full((3, 70, 90, 3), 200, np.uint8)
+    centres, sizes = [], Counter()
+    for seed in range(200):
+        black = scenic_once(monkeypatch, "Cutout", clip, 5, seed) == 0  # 20 to each side
+        assert (black == black[:1, :, :, :1]).all()
+        rows, columns = black[0, :, :, 0].any(1).nonzero()[0], black[0, :, :, 0].any(0).nonzero()[0]
+        assert black[0, :, :, 0].sum() == len(rows) * len(columns)
+        # Towards the edges a part is cut off: the centre lies 20 after the start or before the end.
+        centres.append(rows[0] + 20 if rows[0] else rows[-1] + 1 - 20)
+        sizes[len(rows), len(columns)] += 1
+    assert min(centres) < 10 and max(centres) > 60
+    assert max(sizes) == (40, 40) and min(rows for rows, _ in sizes) < 28
+
+
+def counted(monkeypatch, spec, draws, seed=0):
+    """How often each operation is applied in so many clips, and the arguments of all."""
+    names, arguments = Counter(), []
+
+    def spy(clip, name, argument):
+        names[name] += 1
+        arguments.append(argument)
+        return clip
+
+    monkeypatch.setattr(randaugment, "apply", spy)
+    rng = np.random.default_rng(seed)
+    clip = np.zeros((1, 2, 2, 3), np.uint8)
+    for _ in range(draws):
+        rand_augment(rng, clip, spec)
+    return names, arguments
+
+
+def test_timm_draws_its_operations_evenly_and_applies_half(monkeypatch):
+    spec = parse_rand_augment("rand-m7-n4-mstd0.5-inc1")
+    names, _ = counted(monkeypatch, spec, 3000)
+    mean = 3000 * 4 * 0.5 / 15
+    assert names.keys() == set(TIMM_OPERATIONS)
+    assert max(abs(count - mean) for count in names.values()) < 5 * math.sqrt(mean)
+
+
+def test_scenic_draws_its_operations_and_nothing_evenly_and_applies_all(monkeypatch):
+    names = Counter()
+    monkeypatch.setattr(
+        randaugment, "_apply_scenic", lambda rng, clip, name, _: names.update([name]) or clip
+    )
+    spec, rng = parse_rand_augment("scenic-m15-n2"), np.random.default_rng(0)
+    for _ in range(3000):
+        rand_augment(rng, np.zeros((1, 2, 2, 3), np.uint8), spec)
+    assert names.keys() == set(SCENIC_OPERATIONS)
+    mean = 3000 * 2 / 12
+    assert abs(names.total() - 11 * mean) < 5 * math.sqrt(mean)
+    assert max(abs(count - mean) for count in names.values()) < 5 * math.sqrt(mean)
+
+
+def test_timm_magnitudes_are_normal_with_random_signs_and_clipped_at_10(monkeypatch):
+    only(monkeypatch, "timm", "Rotate")
+    spec = RandAugment(family="timm", layers=1, magnitude=7, std=0.5, probability=1)
+    _, degrees = counted(monkeypatch, spec, 2000)
+    levels = np.abs(degrees) / 3
+    assert len(degrees) == 2000
+    np.testing.assert_allclose([levels.mean(), levels.std()], [7, 0.5], atol=0.05)
+    assert abs(np.sign(degrees).mean()) < 0.1
+    _, strong = counted(monkeypatch, parse_rand_augment("rand-m9-n1-mstd3-p1"), 500)
+    assert np.abs(strong).max() == 30
+    _, fixed = counted(monkeypatch, parse_rand_augment("rand-m9-n1-p1"), 50)
+    assert set(fixed) == {27.0, -27.0}
+
+
+@pytest.mark.parametrize("text", ["rand-m9-n2-mstd0.5-inc1-p1", "scenic-m15-n2"])
+def test_equal_frames_stay_equal_and_draws_depend_on_the_seed_alone(text):
+    spec = parse_rand_augment(text)
+    clip = np.repeat(smooth_clip(1), 3, axis=0)
+    before, results = clip.copy(), []
+    for seed in range(30):
+        result = rand_augment(np.random.default_rng(seed), clip, spec)
+        assert result.shape == clip.shape and result.dtype == np.uint8
+        np.testing.assert_array_equal(result, np.repeat(result[:1], 3, axis=0))
+        again = rand_augment(np.random.default_rng(seed), clip, spec)
+        np.testing.assert_array_equal(result, again)
+        results.append(result.tobytes())
+    assert len(set(results)) > 12  # some draws change nothing
+    np.testing.assert_array_equal(clip, before)
+
+
+def test_each_layer_works_on_the_result_of_the_one_before(monkeypatch):
+    only(monkeypatch, "timm", "Invert")
+    clip = smooth_clip()
+    for layers in (1, 2, 3):
+        spec = RandAugment(family="timm", layers=layers, magnitude=5, probability=1)
+        changed = rand_augment(np.random.default_rng(0), clip, spec)
+        np.testing.assert_array_equal(changed, 255 - clip if layers % 2 else clip)
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        (
+            "rand-m7-n4-mstd0.5-inc1",
+            dict(family="timm", magnitude=7, layers=4, std=0.5, increasing=True),
+        ),
+        ("rand-n2-m9", dict(family="timm", magnitude=9, layers=2)),
+        ("rand-m6.5-n1-p1-inc0", dict(family="timm", magnitude=6.5, layers=1, probability=1)),
+        ("scenic-m20-n2", dict(family="scenic", magnitude=20, layers=2)),
+    ],
+)
+def test_parse_rand_augment(text, fields):
+    assert parse_rand_augment(text) == RandAugment(**fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("augmix-m3", "rand_augment is 'augmix-m3', expected 'rand-m.*'scenic-m"),
+        ("rand-m7-n4-w0", "'w0' in it is unknown .* expected 'rand-m"),
+        ("rand-m7-m8-n4", "'m8' in it is unknown or there twice"),
+        ("rand-m7-n4-inc2", "'inc2' in it is unknown"),
+        ("rand-m7-n4.5", r"'n4\.5' in it is unknown"),
+        ("rand-m7", "'rand-m7' without layers"),
+        ("scenic-n2", "without magnitude: expected 'scenic-m"),
+        ("scenic-m20-n2-inc1", "'inc1' in it is unknown .* 'scenic-m20-n2'"),
+        ("scenic-m20-n0", "'scenic-m20-n0': layers of RandAugment is 0, expected at least 1"),
+        ("rand-m7-n4-p3", r"probability of RandAugment is 3\.0, expected 0 to 1"),
+        ("", "rand_augment is ''"),
+    ],
+)
+def test_parse_rand_augment_names_what_is_wrong(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_rand_augment(text)
+
+
+def test_a_family_that_does_not_exist():
+    with pytest.raises(UserError, match="family is 'torch', expected one of"):
+        RandAugment(family="torch", layers=1, magnitude=1)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 8, 8, 4), (8, 8, 3)])
+def test_clips_that_are_not_rgb(shape):
+    with pytest.raises(UserError, match="needs RGB frames; set augment.rand_augment to None"):
+        spec = parse_rand_augment("scenic-m5-n1")
+        rand_augment(np.random.default_rng(0), np.zeros(shape, np.uint8), spec)
