@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a recipe makes sense before anything is read or built, and the model that it names."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.presets import PRESETS, Preset
+from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.typed import Misfit, expected, from_json
+
+# Values that are not None, by field.
+_RANGES = (
+    (
+        lambda v: v >= 1,
+        "1 or more",
+        "data.stride data.repeats data.threads augment.resize optim.lr_batch train.epochs "
+        "train.batch_size train.accumulate train.steps train.checkpoint_every train.evaluate_every "
+        "train.keep train.max_bad_steps evaluation.clips evaluation.crops evaluation.stride "
+        "evaluation.resize",
+    ),
+    (lambda v: v > 0, "above 0", "optim.lr optim.eps optim.clip"),
+    (
+        lambda v: v >= 0,
+        "0 or more",
+        "data.workers data.cache_gib data.first_frame augment.mixup augment.cutmix optim.min_lr optim.warmup_epochs "
+        "optim.weight_decay train.seed",
+    ),
+    (
+        lambda v: 0 <= v <= 1,
+        "in 0 to 1",
+        "data.max_bad_share augment.flip augment.colour augment.erase augment.mix_switch "
+        "augment.mix_prob",
+    ),
+    (
+        lambda v: 0 <= v < 1,
+        "in 0 to below 1",
+        "augment.smoothing optim.b1 optim.b2 optim.momentum",
+    ),
+    (lambda v: 0 < v < 1, "above 0 and below 1", "mask.ratio mask.decoder_ratio optim.ema"),
+    (lambda v: 0 < v <= 1, "above 0 and at most 1", "optim.layer_decay"),
+    (lambda v: 0 < v[0] <= v[1] <= 1, "two areas above 0, in order, to 1", "augment.crop_scale"),
+    (
+        lambda v: 0 < v[0] <= v[1],
+        "two factors above 0, in order",
+        "augment.crop_ratio augment.jitter_scale",
+    ),
+    (lambda v: v >= 2 and v % 2 == 0, "even, since clips mix in pairs", "augment.mix_group"),
+)
+
+
+def preset_named(name: str) -> Preset:
+    """The preset that `model.preset` names. Raises UserError for another name."""
+    if name not in PRESETS:
+        raise UserError(
+            f"model.preset is {name!r}, which is no preset{closest(name, PRESETS, short=True)}"
+        )
+    return PRESETS[name]
+
+
+def config_fields(preset: str) -> dict[str, Any]:
+    """Names and types of what `model.config` may hold: the fields of the preset's configuration."""
+    return {field.name: field.type for field in dataclasses.fields(preset_named(preset).config)}
+
+
+def model_config(recipe: Recipe) -> VivitConfig | VideoMAEConfig:
+    """The configuration of a recipe's model: the preset's with `model.config` on top.
+
+    Another `num_labels` drops the preset's names of classes and its `class_splits`, unless they are
+    given too. Raises UserError for an unknown preset, ConfigError for what the configuration
+    refuses.
+    """
+    from checkpoints_convert.config_json import override
+
+    config = preset_named(recipe.model.preset).config
+    running = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")}
+    values = dict(recipe.model.config)
+    try:
+        changed = override(config, {k: v for k, v in values.items() if k not in running})
+        return dataclasses.replace(changed, **{k: v for k, v in values.items() if k in running})
+    except ConfigError as error:
+        raise ConfigError(f"model.config: {error}") from error
+
+
+def check(recipe: Recipe) -> Recipe:
+    """The recipe, if every field is of its type and in its range, and the fields agree.
+
+    Raises UserError, which names the field, or the fields that disagree and which to set too. Does
+    not look at files: `data.train` may be empty.
+    """
+    _check_types(recipe)
+    _check_ranges(recipe)
+    _check_names(recipe)
+    _check_frames(recipe, model_config(recipe))
+    _check_batch(recipe)
+    if recipe.task == "finetune":
+        _check_labelled(recipe)
+    else:
+        _check_unlabelled(recipe)
+    _check_schedule(recipe)
+    _check_patterns(recipe)
+    return recipe
+
+
+def closest(name: str, known: Iterable[str], short: bool = False) -> str:
+    """The end of a message about an unknown name: what may be meant, and all that there are.
+
+    `short` leaves out the second where there is the first.
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    meant = [f"did you mean {' or '.join(close)}?"] if close else []
+    listed = [] if close and short else [f"known: {', '.join(known)}"]
+    return f"; {' '.join(meant + listed)}"
+
+
+def wrong(path: str, value: Any, wanted: str) -> UserError:
+    """A value that a field cannot have."""
+    return UserError(f"{path} is {value!r}, expected {wanted}")
+
+
+def _check_types(recipe: Recipe) -> None:
+    for name, section, fields in _sections(recipe):
+        for field in fields:
+            if field.name == "config":
+                continue
+            _check_type(f"{name}{field.name}", field.type, getattr(section, field.name))
+    known, config = config_fields(recipe.model.preset), recipe.model.config
+    if not isinstance(config, Mapping):
+        raise wrong("model.config", config, "an object of fields")
+    for key, value in config.items():
+        if key not in known:
+            raise UserError(
+                f"model.config has no field {key!r} with the preset {recipe.model.preset}"
+                f"{closest(key, known)}"
+            )
+        _check_type(f"model.config.{key}", known[key], value)
+
+
+def _sections(recipe: Recipe):
+    """Prefix, dataclass and fields that are no dataclasses themselves, of each part."""
+    own = dataclasses.fields(recipe)
+    yield "", recipe, [f for f in own if not dataclasses.is_dataclass(f.type)]
+    for field in own:
+        if dataclasses.is_dataclass(field.type):
+            section = getattr(recipe, field.name)
+            if not isinstance(section, field.type):
+                raise wrong(field.name, section, field.type.__name__)
+            yield f"{field.name}.", section, dataclasses.fields(section)
+
+
+def _check_type(path: str, wanted: Any, value: Any) -> None:
+    try:
+        from_json(wanted, value)
+    except Misfit:
+        raise wrong(path, value, expected(wanted)) from None
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for good, wanted, paths in _RANGES:
+        for path in paths.split():
+            section, name = path.split(".")
+            value = getattr(getattr(recipe, section), name)
+            if value is not None and not good(value):
+                raise wrong(path, value, wanted)
+
+
+def _check_names(recipe: Recipe) -> None:
+    from vivit_jax.data.processor import VideoProcessor
+    from vivit_jax.data.randaugment import parse_rand_augment
+
+    if recipe.augment.rand_augment is not None:
+        try:
+            parse_rand_augment(recipe.augment.rand_augment)
+        except UserError as error:
+            raise UserError(f"augment.{error}") from error
+    try:
+        VideoProcessor.named(recipe.processor)
+    except UserError as error:
+        raise UserError(f"processor: {error}") from error
+    preset = preset_named(recipe.model.preset)
+    head = {"pretrain": "pretraining", "finetune": "classification"}[recipe.task]
+    if preset.head != head:
+        fitting = [name for name, other in PRESETS.items() if other.head == head]
+        raise UserError(
+            f"task is {recipe.task!r} but model.preset {recipe.model.preset} is for "
+            f"{preset.head}{closest(recipe.model.preset, fitting, short=True)}"
+        )
+
+
+def _check_frames(recipe: Recipe, config: VivitConfig | VideoMAEConfig) -> None:
+    side = min(config.frame_size)
+    if recipe.evaluation.resize < side:
+        raise UserError(
+            f"evaluation.resize is {recipe.evaluation.resize}, but the model's frames have {side} "
+            f"pixels a side: set evaluation.resize={side} or more too, or model.config.image_size"
+        )
+    augment = recipe.augment
+    if augment.resize is not None and augment.crop in ("random", "center"):
+        smallest = int(augment.resize * min(1.0, (augment.jitter_scale or (1.0,))[0]))
+        if smallest < side:
+            raise UserError(
+                f"augment.resize {augment.resize} with jitter_scale {augment.jitter_scale} leaves "
+                f"{smallest} pixels to crop the model's {side} from: set augment.resize higher too"
+            )
+
+
+def _check_labelled(recipe: Recipe) -> None:
+    augment, train = recipe.augment, recipe.train
+    clips = train.batch_size * recipe.data.repeats
+    if augment.mix_prob == 0 or (augment.mixup == 0 and augment.cutmix == 0):
+        return
+    group, part = augment.mix_group or clips, clips // train.accumulate
+    if group % 2 or part % group:
+        parts = f", {part} in each of train.accumulate {train.accumulate}," * (part < clips)
+        raise UserError(
+            f"train.batch_size {train.batch_size} x data.repeats {recipe.data.repeats} = {clips} "
+            f"clips{parts} are no whole groups of augment.mix_group {augment.mix_group}, which mix "
+            "in pairs: set augment.mix_group too, to an even number that divides them"
+            + (", or none for all of them" if part == clips and clips % 2 == 0 else "")
+        )
+
+
+def _check_unlabelled(recipe: Recipe) -> None:
+    for name in ("mixup", "cutmix", "smoothing"):
+        value = getattr(recipe.augment, name)
+        if value > 0:
+            raise UserError(
+                f"augment.{name} is {value}, which changes labels, and task 'pretrain' has none: "
+                f"set augment.{name}=0"
+            )
+
+
+def _check_batch(recipe: Recipe) -> None:
+    train = recipe.train
+    if train.batch_size % train.accumulate:
+        raise UserError(
+            f"train.batch_size {train.batch_size} does not divide into train.accumulate "
+            f"{train.accumulate} equal parts: set one of them to fit the other"
+        )
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    optim, epochs = recipe.optim, recipe.train.epochs
+    if optim.schedule == "constant":
+        return
+    if optim.warmup_epochs >= epochs:
+        raise UserError(
+            f"optim.warmup_epochs {optim.warmup_epochs:g} leaves nothing of train.epochs {epochs}: "
+            "set optim.warmup_epochs too, below them, or train.steps to stop early"
+        )
+    if optim.min_lr > optim.lr:
+        raise UserError(
+            f"optim.min_lr {optim.min_lr:g} is above optim.lr {optim.lr:g}: set optim.min_lr too"
+        )
+
+
+def _check_patterns(recipe: Recipe) -> None:
+    optim = recipe.optim
+    patterns = [("optim.freeze", pattern, 1.0) for pattern in optim.freeze]
+    for name in ("lr_rules", "decay_rules"):
+        patterns += [(f"optim.{name}", *rule) for rule in getattr(optim, name)]
+    for path, pattern, factor in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"{path}: {pattern!r} is no regular expression ({error}); it must match paths of "
+                "parameters, such as backbone/patch_embed/.*"
+            ) from None
+        if factor < 0:
+            raise UserError(f"{path}: the factor of {pattern!r} is {factor}, expected 0 or more")

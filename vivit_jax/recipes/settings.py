@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes as text: `--set section.field=value`, and JSON both ways."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vivit_jax.errors import UserError
+from vivit_jax.recipes.checks import check, closest, config_fields, wrong
+from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.typed import Misfit, expected, from_json, from_text
+
+_FIELDS = {field.name: field.type for field in dataclasses.fields(Recipe)}
+_SECTIONS = {
+    name: {field.name: field.type for field in dataclasses.fields(kind)}
+    for name, kind in _FIELDS.items()
+    if dataclasses.is_dataclass(kind)
+}
+
+
+def apply_settings(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """The recipe with fields set as typed: "optim.lr=1e-4", "model.config.drop_path_rate=0.2".
+
+    Values are read by the type of their field, see `typed.from_text`; fields of the model's
+    configuration are those of the preset, also of one that is set here. All settings are applied
+    before the result is checked, so that fields which must agree can be set together.
+
+    Raises UserError for what is no assignment, for an unknown field, for one that is set twice, for
+    a value of another type, and as `check` does.
+    """
+    texts: dict[str, str] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        path = path.strip()
+        if not equals or not path:
+            raise UserError(f"{assignment!r} is no setting, expected section.field=value")
+        if path in texts:
+            raise UserError(f"{path} is set twice, to {texts[path]!r} and to {text!r}")
+        texts[path] = text
+    preset = from_text(str, texts.get("model.preset", recipe.model.preset))
+    changes: dict[str, Any] = {}
+    for path, text in texts.items():
+        wanted = _type_of(path, preset)
+        try:
+            value = from_text(wanted, text)
+        except Misfit:
+            raise wrong(path, text, expected(wanted)) from None
+        *parents, name = path.split(".")
+        place = changes
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
+    return check(_replaced(recipe, changes))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """All fields of a recipe as plain JSON values; `from_dict` reads them back."""
+    return _plain(recipe)
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that `to_dict` wrote, equal to it, checked.
+
+    Raises UserError with the full name of the field for one that is unknown, that is missing or
+    whose value is of another type, and as `check` does.
+    """
+    _check_keys("", values, _FIELDS)
+    read = {
+        name: _section(name, values[name]) if name in _SECTIONS else _read(name, kind, values[name])
+        for name, kind in _FIELDS.items()
+    }
+    return check(Recipe(**read))
+
+
+def _section(name: str, values: Any) -> Any:
+    known = dict(_SECTIONS[name])
+    _check_keys(f"{name}.", values, known)
+    read = {}
+    if name == "model":
+        del known["config"]
+        config, fields = (
+            values["config"],
+            config_fields(_read("model.preset", str, values["preset"])),
+        )
+        _check_keys("model.config.", config, fields, all_of_them=False)
+        read["config"] = {k: _read(f"model.config.{k}", fields[k], v) for k, v in config.items()}
+    read |= {key: _read(f"{name}.{key}", kind, values[key]) for key, kind in known.items()}
+    return _FIELDS[name](**read)
+
+
+def _type_of(path: str, preset: str) -> Any:
+    """The annotation of a field by its full name. Raises UserError if there is no such field."""
+    section, _, name = path.partition(".")
+    if section not in _SECTIONS:
+        if path in _FIELDS:
+            return _FIELDS[path]
+        raise UserError(f"there is no field {path!r}{_meant(path)}")
+    if section == "model" and name.partition(".")[0] == "config":
+        key, known = name.partition(".")[2], config_fields(preset)
+        if not key:
+            raise UserError(
+                "model.config is set field by field, as in model.config.drop_path_rate=0.2"
+                f"{closest('', known)}"
+            )
+        if key not in known:
+            raise UserError(f"model.config of {preset} has no field {key!r}{closest(key, known)}")
+        return known[key]
+    known = _SECTIONS[section]
+    if not name:
+        raise UserError(f"{section} is a section{closest('', known)}")
+    if name not in known:
+        raise UserError(f"{section} has no field {name!r}{closest(name, known)}")
+    return known[name]
+
+
+def _meant(path: str) -> str:
+    """The end of a message about a name that is neither a section nor in one."""
+    name = path.rpartition(".")[2]
+    full = [f"{section}.{name}" for section, known in _SECTIONS.items() if name in known]
+    if full:
+        return f"; did you mean {' or '.join(full)}?"
+    return closest(path.partition(".")[0], _FIELDS)
+
+
+def _replaced(value: Any, changes: Mapping[str, Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {**value, **changes}
+    replaced = {
+        name: _replaced(getattr(value, name), change) if isinstance(change, dict) else change
+        for name, change in changes.items()
+    }
+    return dataclasses.replace(value, **replaced)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        names = (field.name for field in dataclasses.fields(value))
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _check_keys(
+    prefix: str, values: Any, known: Mapping[str, Any], all_of_them: bool = True
+) -> None:
+    if not isinstance(values, Mapping):
+        raise wrong(prefix.rstrip(".") or "a recipe", values, "an object of fields")
+    for key in values:
+        if key not in known:
+            raise UserError(f"{prefix}{key}: there is no such field{closest(str(key), known)}")
+    missing = [f"{prefix}{key}" for key in known if key not in values]
+    if missing and all_of_them:
+        raise UserError(f"{', '.join(missing)}: missing; a recipe's file has all fields")
+
+
+def _read(path: str, wanted: Any, value: Any) -> Any:
+    try:
+        return from_json(wanted, value)
+    except Misfit:
+        raise wrong(path, value, expected(wanted)) from None
