@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report is one well-formed page that shows every metric, whatever was measured."""
+
+import json
+import math
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from vivit_jax.errors import UserError
+from vivit_jax.train.chart import Curve, figure
+from vivit_jax.train.log import METRICS, MetricLog
+from vivit_jax.train.report import write_report
+
+HOSTILE = """</td><script>alert("1")</script>&amp;\x00\x1b\ud800'"""
+
+
+def page_of(directory):
+    """The report's root; its parser refuses what is not well-formed, stray entities included."""
+    path = write_report(directory)
+    assert path == directory / "report.html"
+    return ElementTree.fromstring(path.read_text(encoding="utf-8"))
+
+
+def write_metrics(directory, lines):
+    log = MetricLog(directory)
+    for kind, step, values in lines:
+        log.write(kind, step, values)
+    log.close()
+
+
+def text_of(element):
+    return " ".join(element.itertext())
+
+
+def charts(page):
+    return {element.findtext("figcaption/b"): element for element in page.iter("figure")}
+
+
+def tables(page):
+    """Cells by the heading above each table."""
+    body, found, heading = page.find("body"), {}, None
+    for element in body:
+        heading = element.text if element.tag == "h2" else heading
+        if element.tag == "div" and element.get("class") == "wide":
+            found[heading] = [[text_of(c) for c in row] for row in element.iter("tr")]
+    return found
+
+
+def points(element):
+    """The points of all lines of a chart that belong to a curve."""
+    return [
+        [tuple(map(float, pair.split())) for pair in re.findall(r"[\d.-]+ [\d.-]+", path.get("d"))]
+        for group in element.iter("g")
+        for path in group.iter("path")
+    ]
+
+
+def training(step, **values):
+    rates = dict(lr=1e-3 / step, clips_per_second=100.0 + step % 3, wait_share=0.25)
+    return "train", step, {"loss": 2.0 / step, **rates, **values}
+
+
+def test_every_metric_has_a_curve_and_every_part_its_table(tmp_path):
+    lines = []
+    for step in range(1, 13):
+        lines.append(training(step, odd_one=float(step)))
+        if step % 4 == 0:
+            accuracies = {"noun_accuracy": step / 16, "noun-verb_accuracy_top_5": step / 12}
+            lines.append(("evaluate", step, {"loss": 1.0, "videos": 7, **accuracies}))
+    lines.append(("event", 12, {"text": "stopped by SIGTERM"}))
+    write_metrics(tmp_path, lines)
+    recipe = {
+        "name": "tiny",
+        "model": {"config": {"num_labels": 3}, "start": None},
+        "optim": {"betas": [0.9, 0.999], "rules": {}},
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    bad = {"read": 40, "left_out": 3, "clips": {"b.mp4": "no video", "a.mp4": "cut off"}}
+    (tmp_path / "bad_clips.json").write_text(json.dumps(bad))
+    page = page_of(tmp_path)
+    assert page.findtext("head/title") == page.findtext("body/h1") == "tiny: training report"
+    found = charts(page)
+    assert list(found) == [
+        *("Loss", "Accuracy", "Learning rate", "Throughput", "Waiting for data", "odd_one")
+    ]
+    assert [len(line) for line in points(found["Loss"])] == [12, 3]
+    assert [e.text for e in found["Loss"].iter("i")] == [None, None]
+    assert "train" in text_of(found["Loss"]) and "evaluate" in text_of(found["Loss"])
+    assert "evaluate noun-verb_accuracy_top_5" in text_of(found["Accuracy"])
+    assert "100%" in text_of(found["Accuracy"]) and "step 12: 75%" in text_of(found["Accuracy"])
+    assert "clips per second" in text_of(found["Throughput"])
+    for element in found.values():
+        labels = [text.text for text in element.iter("text")]
+        assert labels[-1] == "step" and "2" in labels and "12" in labels
+
+    shown = tables(page)
+    assert shown["Evaluations"][0] == [
+        *("step", "loss", "videos", "noun_accuracy", "noun-verb_accuracy_top_5")
+    ]
+    assert shown["Evaluations"][1:] == [
+        ["4", "1", "7", "0.25", "0.333333"],
+        ["8", "1", "7", "0.5", "0.666667"],
+        ["12", "1", "7", "0.75", "1"],
+    ]
+    assert shown["Settings"] == [
+        ["name", "tiny"],
+        ["model.config.num_labels", "3"],
+        ["model.start", "null"],
+        ["optim.betas", "[0.9, 0.999]"],
+        ["optim.rules", "{}"],
+    ]
+    assert shown["Events"] == [["step", "text"], ["12", "stopped by SIGTERM"]]
+    assert shown["Clips that could not be read"][1:] == [
+        ["a.mp4", "cut off"],
+        ["b.mp4", "no video"],
+    ]
+    assert "3 of 40 times" in text_of(page)
+    assert ["last step", "12"] in shown["Summary"]
+
+
+def test_the_page_needs_no_other_file(tmp_path):
+    write_metrics(tmp_path, [training(1)])
+    page_of(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    for needle in ("http:", "https:", "src=", "href=", "<script", "@import", "url("):
+        assert needle not in text
+    assert "prefers-color-scheme: dark" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS, "report.html"]
+
+
+def test_text_of_any_kind_is_shown_and_not_obeyed(tmp_path):
+    log = MetricLog(tmp_path)
+    log.write("train", 1, {HOSTILE.replace("\ud800", ""): 1.0, "loss": 1.0})
+    log.write("event", 1, {"text": HOSTILE})
+    log.close()
+    (tmp_path / "recipe.json").write_text(json.dumps({"name": HOSTILE, "a<b": [HOSTILE]}))
+    page = page_of(tmp_path)
+    assert not list(page.iter("script"))
+    shown = HOSTILE.replace("\x00\x1b\ud800", "\N{REPLACEMENT CHARACTER}" * 3)
+    assert page.findtext("body/h1") == f"{shown}: training report"
+    assert tables(page)["Events"][1][1] == shown
+    assert any(row[0] == "a<b" for row in tables(page)["Settings"])
+    assert any("<script>" in title for title in charts(page))
+
+
+def test_one_step_is_a_dot(tmp_path):
+    write_metrics(tmp_path, [training(7)])
+    found = charts(page_of(tmp_path))
+    (dot,) = found["Loss"].iter("circle")
+    assert text_of(dot) == "step 7: 0.2857"
+    assert [text.text for text in found["Loss"].iter("text")][-4:] == ["6", "7", "8", "step"]
+
+
+def test_no_metrics_at_all(tmp_path):
+    write_metrics(tmp_path, [])
+    page = page_of(tmp_path)
+    assert "No metrics yet." in text_of(page)
+    assert page.findtext("body/h1") == f"{tmp_path.name}: training report"
+
+
+def test_what_is_not_finite_is_a_gap_and_is_named(tmp_path):
+    values = [1.0, 0.5, math.nan, 0.25, math.inf, -math.inf, 0.125, 0.1]
+    write_metrics(tmp_path, [("train", s, {"loss": v}) for s, v in enumerate(values, 1)])
+    write_metrics(
+        tmp_path / "none", [("train", s, {"loss": math.nan, "lr": 0.0}) for s in range(1, 10)]
+    )
+    element = charts(page_of(tmp_path))["Loss"]
+    (group,) = element.iter("g")
+    (path,) = group.iter("path")
+    assert path.get("d").count("M") == 3 and path.get("d").count("L") == 2
+    assert len(list(group.iter("circle"))) == 5
+    assert "3 values are not finite (train, step 3, 5, 6)" in text_of(element)
+    element = charts(page_of(tmp_path / "none"))["Loss"]
+    assert "9 values are not finite (train, step 1, 2, 3, 4, 5, 6, ...)" in text_of(element)
+
+
+def test_curves_are_where_their_axes_say():
+    """Read back from the labelled ticks, by linear interpolation."""
+    steps, values = np.arange(10.0, 400.0, 13.0), np.linspace(0.003, 0.047, 30) ** 2
+    element = ElementTree.fromstring(
+        figure("x", "", [Curve("a", steps, values)], first=0, last=400)
+    )
+    labels = [(text, text.text) for text in element.iter("text") if text.text != "step"]
+    ys = [(float(t.get("y")) - 4, float(v)) for t, v in labels if t.get("text-anchor") == "end"]
+    xs = [(float(t.get("x")), float(v)) for t, v in labels if t.get("text-anchor") == "middle"]
+    assert len(xs) >= 3 and len(ys) >= 3
+    line = np.array(points(element)[0])
+    for ticks, drawn, true in ((xs, line[:, 0], steps), (ys, line[:, 1], values)):
+        slope, offset = np.polyfit(*np.array(ticks).T, 1)
+        np.testing.assert_allclose(slope * drawn + offset, true, atol=abs(slope) * 0.3)
+
+
+def test_long_curves_are_thinned_say_so_and_keep_their_extremes(tmp_path):
+    rng = np.random.default_rng(0)
+    losses = rng.uniform(1.0, 2.0, 100_000)
+    losses[[31_415, 92_653]] = 5.0, -3.0
+    losses[50_000:50_400] = np.nan
+    lines = [
+        json.dumps({"kind": "train", "step": s, "time": 0.0, "loss": None if v != v else v}) + "\n"
+        for s, v in enumerate(losses.tolist(), 1)
+        if v == v
+    ]
+    tmp_path.joinpath(METRICS).write_text("".join(lines))
+    page = page_of(tmp_path)
+    assert (tmp_path / "report.html").stat().st_size < 100_000
+    element = charts(page)["Loss"]
+    assert "Thinned: of 99,600 values (train)" in text_of(element)
+    thin, mean = points(element)
+    assert 900 <= len(thin) <= 1000 and len(mean) <= 300
+    assert min(y for _, y in thin) == pytest.approx(min(y for _, y in thin + mean))
+    heights = np.array([y for _, y in thin])
+    assert (np.sort(heights)[[0, -1]] == [heights.min(), heights.max()]).all()
+    scale = (heights.max() - heights.min()) / 8.0  # from -3 to 5
+    typical = np.array([y for _, y in mean])
+    np.testing.assert_allclose((heights.max() - typical) / scale - 3.0, 1.5, atol=0.1)
+    xs = np.array([x for x, _ in thin])
+    assert (np.diff(xs) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.69312, 0.69318), (-2e-9, 3e-9), (0, 0.97), (1e4, 1.3e4), (5, 5), (0, 0)]
+)
+def test_ticks_can_be_told_apart(low, high):
+    curve = Curve("a", np.array([1.0, 2.0]), np.array([low, high], float))
+    element = ElementTree.fromstring(figure("x", "", [curve], first=1, last=2))
+    labels = [t.text for t in element.iter("text") if t.get("text-anchor") == "end"]
+    assert 2 <= len(labels) <= 8 and len(set(labels)) == len(labels)
+    assert all(len(label) <= 10 for label in labels)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+        write_report(tmp_path)
+    write_metrics(tmp_path, [training(1)])
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(UserError, match=r"recipe\.json is not JSON.*write it anew or remove it"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells while it trains: metrics.jsonl, TensorBoard files and a live line."""
+
+import collections
+import datetime
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from vivit_jax.cli.output import whole_file
+from vivit_jax.errors import MissingExtra, UserError
+
+METRICS = "metrics.jsonl"
+Kind = Literal["train", "evaluate", "event"]
+KINDS = ("train", "evaluate", "event")
+_OWN = ("kind", "step", "time", "not_finite")
+
+
+class MetricLog:
+    """metrics.jsonl in a run's directory: a line for each report, evaluation and event.
+
+    A line is strict JSON: "kind", "step", "time" (Unix, seconds) and the values by name. What is
+    not finite is null there, and "not_finite" says by name whether it is NaN, Infinity or
+    -Infinity; `read_metrics` undoes that. Each line is on disk once `write` returns. Names that
+    `vivit_jax.train.report` has a place for: loss, accuracy and its kin, lr, clips_per_second,
+    wait_share, gradient_norm; any other number gets a curve of its own.
+
+    A new run's file must not exist yet. With `resume_at` lines of later steps are dropped, and so
+    is a last line that was cut off, so that each step of a killed and resumed run is there once.
+    `tensorboard` writes the finite values to files in directory/tensorboard too. With
+    `enabled=False`, for all processes of a run but the first, nothing is read or written. Raises
+    UserError for a file that is there or damaged, MissingExtra without tensorboardX.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        resume_at: int | None = None,
+        tensorboard: bool = False,
+        enabled: bool = True,
+    ):
+        self._file = self._board = None
+        self._enabled = enabled
+        if not enabled:
+            return
+        directory = Path(directory)
+        board = _summary_writer() if tensorboard else None
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / METRICS
+        had_file = path.exists()
+        if resume_at is None and had_file:
+            raise UserError(
+                f"{path} exists, from an earlier run; resume that run, or give the new one another "
+                "directory"
+            )
+        if had_file:
+            lines = [text for text, line in _read(path) if line["step"] <= resume_at]
+            with whole_file(path) as partial:
+                partial.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        if board is not None:
+            # Without the suffix a run resumed within a second would overwrite its own last file.
+            self._board = board(
+                str(directory / "tensorboard"),
+                purge_step=None if resume_at is None else resume_at + 1,
+                filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}",
+            )
+        if resume_at is not None and not had_file:
+            self.write("event", resume_at, {"text": f"there was no {METRICS} of earlier steps"})
+
+    def write(self, kind: Kind, step: int, values: Mapping[str, float | str]) -> None:
+        """Append a line; numbers may be numpy's or jax's scalars. UserError for anything else."""
+        if not self._enabled:
+            return
+        if kind not in KINDS:
+            raise UserError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
+        line: dict[str, Any] = {"kind": kind, "step": int(step), "time": round(time.time(), 3)}
+        not_finite = {}
+        for name, value in values.items():
+            if name in _OWN:
+                raise UserError(f"a metric is named {name!r}, which each line uses for itself")
+            line[name] = value = _plain(name, value)
+            if isinstance(value, float) and not math.isfinite(value):
+                line[name], not_finite[name] = None, json.dumps(value)
+        if not_finite:
+            line["not_finite"] = not_finite
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name in values:
+                if isinstance(line[name], str):
+                    self._board.add_text(f"{kind}/{name}", line[name], step)
+                elif line[name] is not None:
+                    self._board.add_scalar(f"{kind}/{name}", line[name], step)
+
+    def close(self) -> None:
+        """Close the files; TensorBoard's are complete only then, or after two minutes."""
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
+
+
+def _summary_writer():
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise MissingExtra("tensorboardX", "tensorboard", "writing TensorBoard files") from error
+    return SummaryWriter
+
+
+def _plain(name: str, value: Any) -> int | float | str:
+    value = value.item() if hasattr(value, "item") and not getattr(value, "ndim", 1) else value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise UserError(
+            f"metric {name!r} is {value!r}, {type(value).__name__}; expected a number or a string"
+        )
+    return value
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl as dicts, with NaN and infinities as floats again.
+
+    A last line that was cut off, as by a kill or while it is written, is left out. UserError for a
+    file that is missing or damaged otherwise.
+    """
+    return [line for _, line in _read(Path(path))]
+
+
+def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each whole line as text and as its values."""
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            line = json.loads(text)
+            if line["kind"] not in KINDS or not isinstance(line["step"], int):
+                raise ValueError
+            for name, value in line.pop("not_finite", {}).items():
+                line[name] = float(value)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # A whole line ends in a newline, after which comes an empty text.
+            if number == len(texts):
+                break
+            raise UserError(
+                f"{path}: line {number} is no line of metrics: {text[:60]!r}; remove it"
+            ) from None
+        lines.append((text, line))
+    return lines
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    if not stream.isatty():
+        return False
+    try:
+        # Some pseudo-terminals say they have no columns, in which a live line would be empty.
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return True
+
+
+class Progress:
+    """How training gets on: one live line on a terminal, a line every so often elsewhere.
+
+    Shows the step, loss, learning rate, clips per second, the share of time spent waiting for data
+    and the time that is left. Rates are those of the last 50 updates, without the first, in which
+    programs are compiled. `every_seconds` is for streams that are no terminal, which also get the
+    first and the last step. With `enabled=False` nothing is shown.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int,
+        clips_per_step: int,
+        stream: TextIO | None = None,  # None: standard error
+        every_seconds: float = 30.0,
+        enabled: bool = True,
+    ):
+        self._total, self._step, self._clips = total_steps, first_step, clips_per_step
+        self._stream = sys.stderr if stream is None else stream
+        self._every, self._printed = every_seconds, -math.inf
+        self._recent: collections.deque = collections.deque(maxlen=50)
+        self._updates = 0
+        self._bar = None
+        self._enabled = enabled
+        if enabled and _is_terminal(self._stream):
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="step {n_fmt}/{total_fmt} |{bar:12}| {desc}",
+            )
+
+    def update(
+        self, step: int, *, loss: float, lr: float, wait_seconds: float, seconds: float
+    ) -> None:
+        """Show `step` as done; `seconds` passed since the last update, `wait_seconds` idle."""
+        if not self._enabled:
+            return
+        self._updates += 1
+        if self._updates == 2:
+            self._recent.clear()
+        self._recent.append((step - self._step, wait_seconds, seconds))
+        self._step = step
+        steps, wait, total = (sum(column) for column in zip(*self._recent, strict=True))
+        parts = [f"loss {loss:.4f}", f"lr {lr:.2e}"]
+        if total > 0 and steps > 0:
+            left = datetime.timedelta(seconds=round((self._total - step) * total / steps))
+            parts += [
+                f"{steps * self._clips / total:.1f} clips/s",
+                f"{wait / total:.0%} waiting",
+                f"{left} left",
+            ]
+        text = "  ".join(parts)
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._printed >= self._every or step >= self._total:
+            self._printed = now
+            print(f"step {step}/{self._total}  {text}", file=self._stream, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, above the live line."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        elif self._enabled:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state of the live line and end it."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()
