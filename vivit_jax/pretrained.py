@@ -217,15 +217,19 @@ def build_model(config: Config, head: str, add_pooling_layer: bool = True) -> nn
 
 def abstract_params(model: nn.Module) -> dict[str, Any]:
     """The model's parameter tree as ShapeDtypeStructs, in its running layout."""
-    return trees.unflatten(_abstract_leaves(model, jax.config.jax_enable_x64))
+    return meta.unbox(boxed_params(model))
+
+
+def boxed_params(model: nn.Module) -> dict[str, Any]:
+    """`abstract_params` in flax's boxes, which say the logical axes of each parameter."""
+    return _boxed(model, jax.config.jax_enable_x64)
 
 
 @functools.lru_cache(maxsize=32)  # tracing a model takes a good part of a second
-def _abstract_leaves(model: nn.Module, x64: bool) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaves of `abstract_params` by path, whose dtypes depend on whether there are 64 bits."""
+def _boxed(model: nn.Module, x64: bool) -> dict[str, Any]:
+    """`x64` is part of the key: dtypes depend on whether there are 64 bits."""
     clip, inputs = _init_inputs(model)
-    variables = jax.eval_shape(model.init, jax.random.key(0), clip, **inputs)
-    return trees.flatten(meta.unbox(variables)["params"])
+    return jax.eval_shape(model.init, jax.random.key(0), clip, **inputs)["params"]
 
 
 def _init_inputs(model: nn.Module) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
@@ -241,6 +245,12 @@ def _init_inputs(model: nn.Module) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return trees.shapes_of(trees.flatten(abstract_params(model)))
+
+
+def fresh_params(model: nn.Module, seed: int) -> dict[str, Any]:
+    """Freshly drawn parameters of a whole model, with HuggingFace's initial values."""
+    leaves = set(trees.flatten(abstract_params(model)))
+    return trees.unflatten(initialise(model, leaves, seed))
 
 
 def initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.Array]:

@@ -25,8 +25,8 @@ from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.masking import Mask
 from vivit_jax.models.videomae import VideoMAEForPreTraining
-from vivit_jax.train.fit import arithmetic
 from vivit_jax.train.losses import TARGET_EPSILON, pixel_statistics
+from vivit_jax.train.pixels import arithmetic
 
 Grid = tuple[int, int, int]
 

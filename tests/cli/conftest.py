@@ -7,7 +7,10 @@ import pytest
 
 from vivit_jax.cli.__main__ import main
 
-TINY = ("--clips-per-class", "3", "--test-clips-per-class", "2", "--epochs", "1")
+TINY = (
+    *("--clips-per-class", "3", "--labelled-clips-per-class", "2"),
+    *("--test-clips-per-class", "2", "--epochs", "1"),
+)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 from helpers import random_params
 
 import checkpoints_convert.__main__
@@ -25,8 +26,6 @@ PROGRAMS = {
 COMMANDS = [block for block in SHELL if block[0].split()[0] in PROGRAMS]
 # The epsilon of the authors' norms, without which nothing is written as theirs.
 AUTHORS = dict(layer_norm_eps=1e-6, fc_norm_eps=1e-6, decoder_norm_eps=1e-6)
-# Of a demo among the commands: README's reader has minutes, a test has seconds.
-TINY = ("--clips-per-class", "3", "--test-clips-per-class", "2", "--epochs", "1")
 SETUP = [line for block in SHELL if block not in COMMANDS for line in block]
 
 

@@ -401,7 +401,7 @@ def compare_pixels(frames: np.ndarray, repeats: int = 5) -> Pixels:
     """Prepare, send and normalise uint8 [t, h, w, 3] both ways, in turn."""
     import jax
 
-    from vivit_jax.train.fit import normaliser
+    from vivit_jax.train.pixels import normaliser
 
     processor = VideoProcessor.named(PROCESSOR)
     height, width = processor.crop_size["height"], processor.crop_size["width"]

@@ -56,13 +56,11 @@ class Side(Runnable, Protocol):
 def write_weights(work: Work, directory: Path, seed: int = 0) -> None:
     """Fresh float32 weights of the work's model as an HF directory, see `telling`."""
     from vivit_jax.benchmark.agreement import telling
-    from vivit_jax.pretrained import build_model, save_pretrained
-    from vivit_jax.train.fit import init_params
+    from vivit_jax.pretrained import build_model, fresh_params, save_pretrained
 
     config = dataclasses.replace(work.config, dtype="float32", param_dtype="float32")
     model = build_model(config, work.head)
-    one = dataclasses.replace(work, batch=1)
-    save_pretrained(directory, model, telling(init_params(model, seed, one.mask()), config, seed))
+    save_pretrained(directory, model, telling(fresh_params(model, seed), config, seed))
 
 
 class JaxSide:

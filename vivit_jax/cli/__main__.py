@@ -7,17 +7,24 @@ from collections.abc import Sequence
 from vivit_jax.cli.benchmark import benchmark
 from vivit_jax.cli.benchmark_input import benchmark_input
 from vivit_jax.cli.demo import demo
+from vivit_jax.cli.evaluate import evaluate
 from vivit_jax.cli.predict import predict
 from vivit_jax.cli.presets import presets
+from vivit_jax.cli.recipes import recipes
 from vivit_jax.cli.reconstruct import reconstruct
 from vivit_jax.cli.run import run
+from vivit_jax.cli.train import finetune, pretrain
 
 COMMANDS = {
     "benchmark": benchmark,
     "benchmark-input": benchmark_input,
     "demo": demo,
+    "evaluate": evaluate,
+    "finetune": finetune,
     "predict": predict,
     "presets": presets,
+    "pretrain": pretrain,
+    "recipes": recipes,
     "reconstruct": reconstruct,
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published training recipes, each a plain function that returns a `Recipe`, by name.
+"""Training recipes, published ones and the demo's: plain functions that return a `Recipe`.
 
 `recipe_named("videomae-v1-base-kinetics400-finetune")`, then change what differs with
 `apply_settings(recipe, ["data.train=list.txt", "train.batch_size=64", "augment.mix_group=8"])`.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from vivit_jax.errors import UserError
-from vivit_jax.recipes import videomae_v1, videomae_v2, vivit
+from vivit_jax.recipes import demo, videomae_v1, videomae_v2, vivit
 from vivit_jax.recipes.checks import check, closest, model_config
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import apply_settings, from_dict, to_dict
@@ -23,7 +23,7 @@ __all__ = [
 RECIPES: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         function.__name__.replace("_", "-"): function
-        for module in (vivit, videomae_v1, videomae_v2)
+        for module in (vivit, videomae_v1, videomae_v2, demo)
         for function in module.RECIPES
     }
 )

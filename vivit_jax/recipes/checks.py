@@ -27,8 +27,8 @@ _RANGES = (
     (
         lambda v: v >= 0,
         "0 or more",
-        "data.workers data.cache_gib data.first_frame augment.mixup augment.cutmix optim.min_lr optim.warmup_epochs "
-        "optim.weight_decay train.seed",
+        "data.workers data.cache_gib data.first_frame augment.mixup augment.cutmix optim.min_lr "
+        "optim.warmup_epochs optim.weight_decay train.seed",
     ),
     (
         lambda v: 0 <= v <= 1,

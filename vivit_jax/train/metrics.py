@@ -109,6 +109,20 @@ def classification_metrics(
     return metrics
 
 
+def leading_accuracy(config, logits, labels) -> jax.Array:
+    """Share of right answers, in all heads together where the model has several."""
+    metrics = classification_metrics(logits, labels, config.class_splits, config.split_names)
+    return metrics[leading_name(config)]
+
+
+def leading_name(config) -> str:
+    """The name of `leading_accuracy` among `classification_metrics`."""
+    if config.class_splits is None:
+        return "accuracy"
+    names = config.split_names or (str(i + 1) for i in range(len(config.class_splits)))
+    return f"{'-'.join(names)}_accuracy"
+
+
 def _accuracies(scores, labels, prefix: str) -> dict[str, jax.Array]:
     metrics = {f"{prefix}accuracy": topk_accuracy(scores, labels, 1)}
     if scores.shape[1] > TOP_K:

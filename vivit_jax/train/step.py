@@ -1,18 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of gradient descent."""
+"""The training step: the same function on one device and on a mesh, whole or in parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import platform
+from vivit_jax.masking import Mask, dual_mask, random_mask, tube_mask
+from vivit_jax.recipes.recipe import MaskSettings, Recipe
+from vivit_jax.train.augment import mix, soft_targets
+from vivit_jax.train.losses import multi_head_loss
+from vivit_jax.train.metrics import leading_accuracy
+from vivit_jax.train.optim import trained, update_average
+from vivit_jax.train.pixels import training_pixels
+from vivit_jax.train.sharding import BATCH, RULES, batch_shards
+from vivit_jax.train.state import TrainState
 
 _LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def jit_step(step: Callable, *, pretraining: bool) -> Callable:
+def jit_step(step: Callable, *, pretraining: bool, out_shardings: Any = None) -> Callable:
     """`jax.jit` of a training step, for the platform that computes now.
 
     `step` takes the whole state first, which is donated: the new state takes its place in memory.
@@ -24,7 +39,9 @@ def jit_step(step: Callable, *, pretraining: bool) -> Callable:
     temporaries and take 7 % longer.
     """
     least = pretraining and platform() == "cpu"
-    return jax.jit(step, donate_argnums=0, compiler_options=_LEAST_MEMORY if least else None)
+    options = {} if out_shardings is None else {"out_shardings": out_shardings}
+    options["compiler_options"] = _LEAST_MEMORY if least else None
+    return jax.jit(step, donate_argnums=0, **options)
 
 
 def gradient_step(
@@ -40,3 +57,183 @@ def gradient_step(
     (loss, aside), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
     return optax.apply_updates(params, updates), optimizer_state, loss, aside
+
+
+def draw_mask(settings: MaskSettings, key: jax.Array, batch: int, grid) -> Mask:
+    """One mask for each clip, as the settings say."""
+    if settings.kind == "dual":
+        return dual_mask(key, batch, grid, settings.ratio, settings.decoder_ratio)
+    draw = {"tube": tube_mask, "random": random_mask}[settings.kind]
+    return draw(key, batch, grid, settings.ratio)
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    recipe: Recipe,
+    processor: VideoProcessor,
+    mesh: Mesh,
+    shapes: TrainState,
+) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step of a recipe: (state, batch) -> (new state, scalars by name).
+
+    A batch holds "clips", uint8 [b, t, h, w, c], and to fine-tune "labels", int [b] or [b, heads].
+    The old state is donated. `shapes` is `state_shapes` of the same model, optimiser and mesh.
+
+    What is random (masks, dropout, augmentation) is drawn for each clip from (seed, step, row), so
+    that neither the mesh nor `train.accumulate` changes the result beyond rounding: of a batch in
+    parts the loss is the mean over all its clips, or, with masks of which not every token counts,
+    over all its tokens. A step whose loss or gradients are not finite changes nothing but the
+    counts of steps. Raises UserError where the batch does not divide.
+    """
+    parts = recipe.train.accumulate
+    rows = recipe.train.batch_size * recipe.data.repeats
+    _check_division(recipe, rows, mesh)
+    pretraining = recipe.task == "pretrain"
+    objective = (_reconstruct if pretraining else _classify)(model, recipe, processor)
+    learns = trained(recipe.optim, shapes.params)
+    shards, constraint = batch_shards(mesh), NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+    def split(x):
+        """[b, ...] -> [parts, b / parts, ...]; every device keeps its own rows."""
+        x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(parts, -1, *x.shape[3:])
+        return jax.lax.with_sharding_constraint(x, constraint)
+
+    def step(state: TrainState, batch):
+        # This generator's numbers do not depend on how an array is split over devices.
+        seed = jax.random.key(recipe.train.seed, impl="threefry2x32")
+        key = jax.random.fold_in(seed, state.step)
+        whole = dict(batch, rows=jnp.arange(rows, dtype=jnp.int32))
+        weights = jnp.full(parts, 1 / parts)
+        if pretraining:
+            grid = model.config.grid
+            whole["mask"] = draw_mask(recipe.mask, jax.random.fold_in(key, 0), rows, grid)
+
+        def loss_of(params, part, weight):
+            # No gradient for what is frozen, so that none is computed.
+            params = jax.tree.map(
+                lambda p, learn: p if np.any(learn) else jax.lax.stop_gradient(p), params, learns
+            )
+            loss, aside = objective(params, jax.random.fold_in(key, 1), part)
+            return loss * weight, aside
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        if parts == 1:
+            (loss, aside), gradients = gradient(state.params, whole, 1.0)
+        else:
+            divided = jax.tree.map(split, whole)
+            if pretraining and divided["mask"].decoded is not None:
+                counted = jax.vmap(lambda mask: mask.counted.sum())(divided["mask"])
+                weights = counted / counted.sum()
+
+            def add(total, part):
+                (loss, aside), gradients = gradient(state.params, *part)
+                both = (loss, jax.tree.map(lambda x: x / parts, aside)), gradients
+                return jax.tree.map(jnp.add, total, both), None
+
+            first = jax.tree.map(lambda x: x[0], (divided, weights))
+            sums = jax.eval_shape(gradient, state.params, *first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+            ((loss, aside), gradients), _ = jax.lax.scan(add, zeros, (divided, weights))
+
+        norm = optax.tree.norm(gradients)
+        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            average = update_average(average, params, recipe.optim.ema)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, old)  # noqa: E731
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            optimizer=keep(optimizer_state, state.optimizer),
+            average=keep(average, state.average),
+            bad_steps=jnp.where(fine, 0, state.bad_steps + 1),
+            skipped=state.skipped + ~fine,
+        )
+        rate = schedule(state.step - state.skipped)
+        return new, dict(aside, loss=loss, gradient_norm=norm, lr=rate, bad_steps=new.bad_steps)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    jitted = jit_step(step, pretraining=pretraining, out_shardings=(shardings, everywhere))
+    return on_mesh(jitted, mesh)
+
+
+def on_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """The function, with the mesh and our table for the logical axes that its models name."""
+
+    def run(*args):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            return function(*args)
+
+    return run
+
+
+def _reconstruct(model, recipe: Recipe, processor) -> Callable:
+    """Loss of masked pre-training: (params, key, part of a batch) -> (loss, {})."""
+    pixels = training_pixels(processor, recipe.augment)
+
+    def objective(params, key, part):
+        augment, dropout = jax.random.split(key)
+        out = model.apply(
+            {"params": params},
+            pixels(augment, part["rows"], part["clips"]),
+            part["mask"],
+            deterministic=False,
+            rows=part["rows"],
+            rngs={"dropout": dropout},
+        )
+        return out.loss, {}
+
+    return objective
+
+
+def _classify(model, recipe: Recipe, processor) -> Callable:
+    """Soft cross entropy: (params, key, part of a batch) -> (loss, {"accuracy"} if unmixed)."""
+    config, settings = model.config, recipe.augment
+    pixels = training_pixels(processor, settings)
+    splits = config.class_splits or (config.num_labels,)
+    mixes = bool(settings.mixup or settings.cutmix)
+
+    def objective(params, key, part):
+        augment, mixing, dropout = jax.random.split(key, 3)
+        rows, clips = part["rows"], pixels(augment, part["rows"], part["clips"])
+        targets = soft_targets(
+            part["labels"], config.num_labels, settings.smoothing, config.class_splits
+        )
+        if mixes:
+            clips, targets = mix(mixing, clips, targets, settings, rows)
+        out = model.apply(
+            {"params": params}, clips, deterministic=False, rows=rows, rngs={"dropout": dropout}
+        )
+        aside = {}
+        if not mixes:
+            aside["accuracy"] = leading_accuracy(config, out.logits, part["labels"])
+        return multi_head_loss(out.logits, targets, splits), aside
+
+    return objective
+
+
+def _check_division(recipe: Recipe, rows: int, mesh: Mesh) -> None:
+    shards, parts = batch_shards(mesh), recipe.train.accumulate
+    if rows % (shards * parts):
+        raise UserError(
+            f"train.batch_size {recipe.train.batch_size} x data.repeats {recipe.data.repeats} is "
+            f"{rows} clips, which {shards} devices in {parts} parts (train.accumulate) do not "
+            f"divide; use a multiple of {shards * parts}"
+        )
+    augment = recipe.augment
+    if recipe.task == "pretrain" or not (augment.mixup or augment.cutmix):
+        return
+    group, part = augment.mix_group or rows, rows // (shards * parts)
+    # Groups may reach over devices, not over parts, which see each other's clips no more.
+    if group % 2 or rows % group or (parts > 1 and part % group):
+        raise UserError(
+            f"augment.mix_group {group} does not fit: it must be even and divide "
+            + (f"the {part} clips of a part on a device" if parts > 1 else f"the {rows} clips")
+            + "; set augment.mix_group, or train.batch_size and train.accumulate"
+        )

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step function: whole or in parts, on one device or on a mesh, and never a step into NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_recipes import CLASSES, FINETUNE, PRETRAIN, SIZES, changed
+
+import vivit_jax
+from checkpoints_convert import trees
+from vivit_jax.errors import UserError
+from vivit_jax.pretrained import abstract_params
+from vivit_jax.train.optim import learning_rate, make_optimizer
+from vivit_jax.train.sharding import AXES, batch_sharding, bytes_on_a_device, make_mesh, parse_mesh
+from vivit_jax.train.starting import starting_model
+from vivit_jax.train.state import new_state, state_shapes
+from vivit_jax.train.step import make_step
+
+PROCESSOR = vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16)
+STEPS = 4
+DUAL = changed(
+    PRETRAIN, mask__kind="dual", mask__ratio=0.5, model__config=SIZES | {"patch_size": 4}
+)
+
+
+def name(value):
+    return f"{value.task}-{value.mask.kind}" if hasattr(value, "task") else str(value)
+
+
+def batches(recipe, steps=STEPS, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        rows = recipe.train.batch_size
+        batch = {"clips": rng.integers(0, 256, (rows, 4, 16, 16, 3), np.uint8)}
+        if recipe.task == "finetune":
+            batch["labels"] = rng.integers(0, CLASSES, rows).astype(np.int32)
+        yield batch
+
+
+def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
+    """(loss of each step, params and their average by path, the state, what it takes a device)."""
+    sizes = parse_mesh(mesh, int(np.prod([int(s.split("=")[1]) for s in mesh.split(",")])))
+    devices = make_mesh(sizes)
+    model, params, _ = starting_model(recipe)
+    # Larger than they start, so that every layer tells in the loss.
+    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+    schedule = learning_rate(recipe.optim, batch_size=16, steps_per_epoch=2, epochs=4)
+    optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
+    averaged = recipe.optim.ema is not None
+    shapes = state_shapes(model, optimizer, devices, averaged=averaged)
+    step = make_step(model, optimizer, schedule, recipe, PROCESSOR, devices, shapes)
+    place = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    state = jax.device_put(new_state(params, optimizer, averaged=averaged), place)
+    losses = []
+    for i, batch in enumerate(batches(recipe, steps)):
+        state, values = step(state, jax.device_put(change(i, batch), batch_sharding(devices)))
+        losses.append(float(values["loss"]))
+    flat = trees.flatten(jax.device_get({"params": state.params, "average": state.average or {}}))
+    return losses, flat, state, shapes
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A run on one device, whole batches, of each recipe."""
+    found = {}
+
+    def get(recipe):
+        if recipe.name + recipe.mask.kind not in found:
+            found[recipe.name + recipe.mask.kind] = run(recipe)
+        return found[recipe.name + recipe.mask.kind]
+
+    return get
+
+
+def assert_same(found, expected, tolerance=2e-4):
+    np.testing.assert_allclose(found[0], expected[0], rtol=2e-5)
+    for path, value in expected[1].items():
+        np.testing.assert_allclose(
+            found[1][path],
+            value,
+            rtol=tolerance,
+            atol=tolerance * np.abs(value).max(),
+            err_msg=path,
+        )
+
+
+@pytest.mark.parametrize(("recipe", "parts"), [(FINETUNE, 4), (PRETRAIN, 2), (DUAL, 2)], ids=name)
+def test_a_batch_in_parts_gives_the_step_of_the_whole_one(recipe, parts, alone):
+    """With dropout, drop path, erasing, mixup and cutmix, and masks."""
+    assert_same(run(changed(recipe, train__accumulate=parts)), alone(recipe))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mesh", "parts"),
+    [
+        (FINETUNE, "data=2", 1),
+        (FINETUNE, "data=2,fsdp=2,tensor=2", 2),
+        (PRETRAIN, "data=2,fsdp=4", 2),
+    ],
+    ids=name,
+)
+def test_a_mesh_gives_the_step_of_one_device(recipe, mesh, parts, alone):
+    assert_same(run(changed(recipe, train__accumulate=parts), mesh), alone(recipe))
+
+
+def test_another_seed_gives_another_run(alone):
+    """What is compared above does tell."""
+    other = run(changed(FINETUNE, train__seed=1))
+    assert np.abs(np.subtract(other[0], alone(FINETUNE)[0])).max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_fsdp_divides_what_a_device_holds(size):
+    """All but the biases of queries, values and MLPs, which have no axis of the model's width."""
+    mesh = make_mesh(parse_mesh(f"fsdp={size}", size))
+    model, params, _ = starting_model(FINETUNE)
+    optimizer = make_optimizer(FINETUNE.optim, params, optax.constant_schedule(1e-3))
+    shapes = state_shapes(model, optimizer, mesh)
+    for tree, copies in ((shapes.params, 1), (shapes.optimizer, 2)):
+        leaves = trees.flatten(abstract_params(model))
+        split = [
+            leaf
+            for path, leaf in leaves.items()
+            if not path.endswith(("query/bias", "value/bias", "mlp_in/bias", "head/bias"))
+        ]
+        rest = sum(leaf.size for leaf in leaves.values()) - sum(leaf.size for leaf in split)
+        expected = copies * 4 * (sum(leaf.size for leaf in split) // size + rest)
+        assert bytes_on_a_device(tree) - expected in (0, 4, 8)  # counts of steps
+
+
+def test_a_step_without_finite_gradients_changes_nothing():
+    huge = lambda i, batch: batch | {"labels": batch["labels"] * 0 - 1} if i == 2 else batch  # noqa: E731
+    losses, flat, state, _ = run(FINETUNE, change=huge)
+    assert np.isnan(losses[2]) and np.isfinite(losses[3])
+    assert (int(state.step), int(state.skipped), int(state.bad_steps)) == (4, 1, 0)
+    assert all(np.isfinite(value).all() for value in flat.values())
+    _, before, state, _ = run(FINETUNE, steps=2)
+    _, after, bad, _ = run(FINETUNE, steps=3, change=huge)
+    for path, value in before.items():
+        np.testing.assert_array_equal(after[path], value, err_msg=path)
+    assert int(bad.bad_steps) == 1
+    for old, new in zip(
+        jax.tree.leaves(state.optimizer), jax.tree.leaves(bad.optimizer), strict=True
+    ):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize(
+    ("fields", "mesh", "message"),
+    [
+        ({"train__batch_size": 12}, "data=8", "train.batch_size 12 .* use a multiple of 8"),
+        ({"train__accumulate": 3}, "data=1", "use a multiple of 3"),
+        ({"augment__mix_group": None, "train__accumulate": 2}, "data=1", "augment.mix_group"),
+        ({}, "tensor=8", "does not divide"),
+    ],
+)
+def test_what_does_not_divide_is_told(fields, mesh, message):
+    with pytest.raises(UserError, match=message):
+        run(changed(FINETUNE, **fields), mesh, steps=0)
+
+
+@pytest.mark.parametrize(
+    "text", ["data=3", "data=4,data=2", "model=8", "data=0,fsdp=8", "data", "data=-8", ""]
+)
+def test_a_mesh_that_is_none_is_told(text):
+    with pytest.raises(UserError, match="--mesh"):
+        parse_mesh(text, 8)
+
+
+def test_a_mesh_is_read():
+    assert parse_mesh(None, 8) == dict(data=8, fsdp=1, tensor=1)
+    assert parse_mesh("data=4, fsdp=2", 8) == dict(data=4, fsdp=2, tensor=1)
+    assert make_mesh(parse_mesh("fsdp=2", 2)).axis_names == AXES
+
+
+def test_gradients_are_summed_in_float32_of_a_model_that_computes_in_bfloat16(alone):
+    """Params stay float32, and so near the run in float32 that more than noise is left."""
+    half = changed(PRETRAIN, model__config=PRETRAIN.model.config | {"dtype": "bfloat16"})
+    losses, flat, _, _ = run(changed(half, train__accumulate=2))
+    assert all(value.dtype == jnp.float32 for value in flat.values())
+    np.testing.assert_allclose(losses, alone(PRETRAIN)[0], rtol=2e-2)

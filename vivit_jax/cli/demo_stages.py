@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of `vivit-jax demo`, each made of what the other commands are made of."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import vivit_jax
+from vivit_jax.cli.demo import (
+    MOVING,
+    PREDICTIONS,
+    RECONSTRUCTIONS,
+    Demo,
+    Outcome,
+    quoted,
+    say,
+)
+from vivit_jax.cli.panels import RIGHT, WRONG, Panels
+from vivit_jax.cli.predict import predict
+from vivit_jax.cli.reconstruct import draw_mask, panels_of, reconstruct
+from vivit_jax.data.dataset import Dataset, read_dataset, read_frames
+from vivit_jax.data.synthetic import CLASSES
+from vivit_jax.errors import MissingExtra
+from vivit_jax.recipes.demo import demo_finetune, demo_pretrain, demo_vivit
+from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.reconstruction import error_dict, error_table, rmse
+from vivit_jax.train.evaluate import Evaluation, evaluate
+from vivit_jax.train.loop import Outcome as Ended
+from vivit_jax.train.loop import train
+from vivit_jax.train.sharding import AXES, make_mesh
+
+SHOWN = ("circle-clockwise", "grow", "move-left", "move-down")
+
+
+def videomae(demo: Demo) -> Outcome:
+    """Masked pre-training, fine-tuning on few labels, and the same from scratch."""
+    data = demo.out / "data"
+    pretraining = demo.out / "pretrained"
+    shutil.copytree(_run(demo, demo_pretrain(), "pretraining", data / "train").model, pretraining)
+    with demo.stage("reconstruct"):
+        errors, recipe = _reconstructions(demo, pretraining)
+        file = sorted(demo.test.glob("grow/*.mp4"))[0]
+        options = f"--mask {recipe.mask.kind} --mask-ratio {recipe.mask.ratio:g}"
+        command = f"vivit-jax reconstruct {quoted(file)} --model {quoted(pretraining)} {options}"
+        say(f"\n$ {command} --out {quoted(demo.out / MOVING)}")
+        reconstruct(
+            file,
+            model=str(pretraining),
+            out=demo.out / MOVING,
+            mask=recipe.mask.kind,
+            mask_ratio=recipe.mask.ratio,
+        )
+    few = data / "labelled"
+    finetuning = _run(demo, demo_finetune(), "finetuning", few, start=pretraining)
+    scratch = _run(demo, demo_finetune(), "scratch", few)
+    used = _use(demo, finetuning, recipe=demo_finetune())
+    with demo.stage("evaluate"):
+        alone = _evaluate(demo, scratch.model, demo_finetune())
+    accuracy, other = used.evaluation.metrics["accuracy"], alone.metrics["accuracy"]
+    count = demo.labelled * len(CLASSES)
+    say(
+        f"\nheld-out accuracy with {count} labelled clips: {accuracy:.1%} after pre-training, "
+        f"{other:.1%} from scratch"
+    )
+    return Outcome(
+        passed=used.passed,
+        summary=dict(
+            accuracy=accuracy,
+            accuracy_from_scratch=other,
+            predictions=used.predictions,
+            rmse=errors,
+        ),
+        files={
+            "pretraining/": "the run without labels; curves in its report.html",
+            "pretrained/": "its model",
+            "finetuning/": "the run on few labels that starts from it",
+            "scratch/": "the same run from nothing",
+            RECONSTRUCTIONS: "held-out clips: original, masked, reconstruction",
+            MOVING: "one of them, moving",
+            PREDICTIONS: "a held-out clip of every class with its prediction",
+        },
+        commands=(
+            f"{command} --out reconstruction.mp4",
+            f"vivit-jax evaluate --model {quoted(demo.out / 'model')} --data {quoted(demo.test)}",
+            *used.commands,
+        ),
+    )
+
+
+def vivit(demo: Demo) -> Outcome:
+    """A ViViT from scratch, on all clips with their labels."""
+    finetuning = _run(demo, demo_vivit(), "finetuning", demo.out / "data" / "train")
+    used = _use(demo, finetuning, recipe=demo_vivit())
+    return Outcome(
+        passed=used.passed,
+        summary=dict(accuracy=used.evaluation.metrics["accuracy"], predictions=used.predictions),
+        files={
+            "finetuning/": "the run; curves in its report.html",
+            PREDICTIONS: "a held-out clip of every class with its prediction",
+        },
+        commands=used.commands,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Used:
+    """What came of using a model that was trained."""
+
+    passed: bool
+    evaluation: Evaluation
+    predictions: dict[str, str]  # of the files shown
+    commands: tuple[str, ...]
+
+
+def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None = None) -> Ended:
+    """Train into `demo.out / name`."""
+    task = recipe.task
+    begin = "" if start is None else f" --start {quoted(start)}"
+    say(
+        f"\n$ vivit-jax {task} --recipe {recipe.name} --data {quoted(data)}{begin} "
+        f"--out {quoted(demo.out / name)}"
+    )
+    clips = len(read_dataset(data, labels=None if task == "finetune" else 0))
+    settings = recipe.train
+    epochs = settings.epochs if demo.epochs is None else demo.epochs
+    if demo.epochs is None and demo.quick and task == "pretrain":
+        epochs = settings.epochs // 2
+    recipe = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, start=None if start is None else str(start)),
+        data=dataclasses.replace(recipe.data, train=str(data), validation=str(demo.test)),
+        optim=dataclasses.replace(
+            recipe.optim, warmup_epochs=min(recipe.optim.warmup_epochs, epochs / 4)
+        ),
+        train=dataclasses.replace(
+            settings,
+            epochs=epochs,
+            batch_size=min(settings.batch_size, clips),
+            seed=demo.seed,
+            evaluate_every=epochs,
+            checkpoint_every=epochs * (clips // min(settings.batch_size, clips)),
+        ),
+    )
+    with demo.stage(name):
+        outcome = train(recipe, demo.out / name, say=lambda text: say(f"  {text}"))
+    if outcome.stopped:
+        raise KeyboardInterrupt
+    return outcome
+
+
+def _use(demo: Demo, trained: Ended, recipe: Recipe) -> _Used:
+    """Load, evaluate and use a classifier that was trained and saved."""
+    directory = demo.out / "model"
+    shutil.copytree(trained.model, directory)
+    with demo.stage("evaluate"):
+        evaluation = _evaluate(demo, directory, recipe)
+    dataset = read_dataset(demo.test)
+    labels = np.array([example.label for example in dataset.examples])
+    scores = np.stack([answer.scores for answer in evaluation.answers])
+    accuracy = evaluation.metrics["accuracy"]
+    say(
+        f"\nheld-out accuracy {accuracy:.1%} of {len(labels)} clips (chance {1 / len(CLASSES):.1%})"
+    )
+    same = accuracy == trained.metrics["accuracy"]
+    verdict = (
+        "the same accuracy" if same else f"ANOTHER ACCURACY, {trained.metrics['accuracy']:.1%}"
+    )
+    say(f"loaded back from {directory}: {verdict} as in training")
+    for line in _per_class(labels, scores.argmax(-1)):
+        say(f"  {line}")
+
+    file = Path(dataset.examples[0].path)
+    say(f"\n$ vivit-jax predict {quoted(file)} --model {quoted(directory)}")
+    with demo.stage("predict"):
+        predict((file,), model=str(directory), top_k=3)
+    with demo.stage("PyTorch"):
+        agrees = agrees_with_pytorch(directory, file)
+    with demo.stage("pictures"):
+        first = np.unique(labels, return_index=True)[1]  # one clip of every class
+        _draw_predictions(demo, dataset, first, labels, scores, accuracy)
+    predictions = {
+        Path(dataset.examples[i].path).relative_to(demo.out).as_posix(): CLASSES[scores[i].argmax()]
+        for i in first
+    }
+    commands = (
+        f"vivit-jax predict {quoted(demo.out)}/data/test/*/0000.mp4 --model {quoted(directory)}",
+        f"vivit-convert inspect {quoted(directory)}",
+        f"vivit-convert verify {quoted(directory)} --clip {quoted(file)}",
+    )
+    return _Used(same and agrees, evaluation, predictions, commands)
+
+
+def _evaluate(demo: Demo, directory: Path, recipe: Recipe) -> Evaluation:
+    """A saved model on the held-out clips."""
+    import jax
+
+    model, params = vivit_jax.from_pretrained(directory)
+    return evaluate(
+        model,
+        params,
+        read_dataset(demo.test),
+        recipe.evaluation,
+        vivit_jax.VideoProcessor.from_pretrained(directory),
+        mesh=make_mesh(dict.fromkeys(AXES, 1) | {"data": jax.device_count()}),
+    )
+
+
+def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recipe]:
+    """Errors behind the masks of the training on held-out clips, and a picture of four of them."""
+    model, params = vivit_jax.from_pretrained(directory)
+    processor = vivit_jax.VideoProcessor.from_pretrained(directory)
+    recipe = demo_pretrain()
+    kind, ratio = recipe.mask.kind, recipe.mask.ratio
+    examples = read_dataset(demo.test).examples
+    # The first clip of every class, then the second: a batch holds clips of all.
+    examples = sorted(examples, key=lambda example: (Path(example.path).name, example.label))
+    frames = np.stack([read_frames(example, range(8)) for example in examples])
+    pixels = processor(frames)
+    results = []
+    for i in range(0, len(pixels), 64):
+        batch = pixels[i : i + 64]
+        masks = draw_mask(kind, i, len(batch), model.config.grid, ratio)
+        results.append(vivit_jax.reconstruct(model, params, batch, masks, processor))
+    errors = rmse(results)
+    say(
+        f"\nRMSE on hidden patches of {len(pixels)} held-out clips, pixels in [0, 1], {kind} masks "
+        f"of {ratio:g}:"
+    )
+    say("\n".join(f"  {line}" for line in error_table(errors)))
+    chosen = [
+        next(i for i, example in enumerate(examples) if CLASSES[example.label] == name)
+        for name in SHOWN
+    ]
+    panels_of(
+        results[0].take(chosen),
+        title="Held-out clips, hidden in part, and what the model makes of them",
+        about=f"{type(model).__name__}, vivit-jax demo, seed {demo.seed}; {kind} mask",
+        times=[f"frame {i}" for i in range(frames.shape[1])],
+    ).save_png(demo.out / RECONSTRUCTIONS)
+    return {f"{kind} {ratio:g}": error_dict(errors)}, recipe
+
+
+def agrees_with_pytorch(directory: Path, clip: Path) -> bool:
+    """Compare the saved model with PyTorch on one file; True where there is no PyTorch."""
+    from checkpoints_convert.verify import verify_checkpoint
+
+    try:
+        result = verify_checkpoint(directory, clip=clip)
+    except MissingExtra as missing:
+        say(f"\nnot compared with PyTorch: {missing}")
+        return True
+    say(f"\n$ vivit-convert verify {quoted(directory)} --clip {quoted(clip)}\n{result}")
+    return result.passed
+
+
+def _per_class(labels, predicted) -> Iterator[str]:
+    """One line per class: its accuracy and what its other clips were taken for."""
+    width = max(map(len, CLASSES))
+    for k, name in enumerate(CLASSES):
+        answers = np.bincount(predicted[labels == k], minlength=len(CLASSES))
+        line = f"{name:{width}}  {answers[k] / answers.sum():6.1%}"
+        wrong = [
+            f"{answers[j]} as {CLASSES[j]}"
+            for j in np.argsort(-answers, kind="stable")
+            if j != k and answers[j]
+        ]
+        yield f"{line}   {', '.join(wrong)}".rstrip()
+
+
+def _draw_predictions(
+    demo: Demo, dataset: Dataset, shown: Sequence[int], labels, scores, accuracy: float
+) -> None:
+    """A row for each clip shown, with what the model takes it for."""
+    from vivit_jax.cli.demo import FPS
+
+    answers = []
+    for i in shown:
+        probabilities = np.exp(scores[i])  # averages of softmax come as logarithms
+        right = scores[i].argmax() == labels[i]
+        colour, verdict = (RIGHT, "right") if right else (WRONG, "wrong")
+        answer = CLASSES[scores[i].argmax()]
+        answers.append((answer, colour, f"{verdict}, probability {probabilities.max():.2f}"))
+    frames = np.stack([read_frames(dataset.examples[i], range(8)) for i in shown])
+    Panels(
+        title="Held-out clips and what the model takes them for",
+        notes=[
+            f"Trained by vivit-jax demo, seed {demo.seed}: {accuracy:.1%} of {len(labels)} "
+            "held-out clips right. What leaves a frame on one side comes in on the other."
+        ],
+        warning=None,
+        labels=[CLASSES[labels[i]] for i in shown],
+        clips=frames,
+        times=[f"{i / FPS:.3g} s" for i in range(frames.shape[1])],
+        group=len(frames),
+        answers=answers,
+    ).save_png(demo.out / PREDICTIONS)

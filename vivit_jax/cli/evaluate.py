@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax evaluate`: accuracy of a classifier, and everything that moves the number."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from vivit_jax.cli.output import check_output, write_json
+from vivit_jax.cli.train import join
+from vivit_jax.errors import UserError
+
+
+def evaluate(
+    *,
+    model: str,
+    data: str,
+    root: str | None = None,
+    recipe: str | None = None,
+    clips: int | None = None,
+    crops: int | None = None,
+    sampler: Literal["hold", "linspace", "loop", "segments"] | None = None,
+    stride: int | None = None,
+    resize: int | None = None,
+    average: Literal["softmax", "logits"] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    views_at_once: int | None = None,
+    threads: int = 2,
+    mesh: str | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    coordinator: str | None = None,
+    processes: int = 1,
+    process: int = 0,
+) -> int:
+    """Score a classifier on labelled videos, several views of each averaged into one answer.
+
+    Views are clips along time by crops along the longer side. Their number and kind are a recipe's,
+    changed by the flags; without --recipe one central view is taken, as the model's family reads
+    it. Videos that cannot be read are named, are no part of the accuracy, and make the exit status
+    1.
+
+    Args:
+        model: Directory, weight file or hub id, with its preprocessor_config.json.
+        data: A list file with a path and a label in each line, or a directory with a folder for
+            each class.
+        root: Directory of the relative paths of a list. Default: the list's own.
+        recipe: Take the views of this recipe of `vivit-jax recipes`.
+        clips: Clips along time.
+        crops: Crops along the longer side.
+        sampler: Which frames: linspace or hold (VideoMAE), loop (ViViT), segments (TSN).
+        stride: Frames from one to the next.
+        resize: Shortest side before the crop, in pixels.
+        average: What is averaged over views, softmax (VideoMAE) or logits (scenic).
+        dtype: Of the computation.
+        views_at_once: Views that go through the model together. Default: 8 for each device.
+        threads: That read videos.
+        mesh: Sizes of the mesh of devices, such as data=8. Default: all along data.
+        out: Write the result with every video's answer, and all that moves the number, as JSON.
+        overwrite: Replace the file of --out.
+        coordinator: Address of process 0 of several, host:port.
+        processes: How many processes there are.
+        process: Number of this process, from 0.
+    """
+    if out is not None:
+        check_output(out, (".json",), overwrite)
+    join(coordinator, processes, process)
+
+    import jax
+
+    import vivit_jax
+    from checkpoints_convert.source import open_source
+    from vivit_jax.cli.model import processor_of
+    from vivit_jax.data.dataset import read_dataset
+    from vivit_jax.recipes import recipe_named
+    from vivit_jax.train import evaluate as evaluation
+    from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
+
+    for flag, value in (
+        *(("--clips", clips), ("--crops", crops), ("--stride", stride), ("--resize", resize)),
+        *(("--views-at-once", views_at_once), ("--threads", threads)),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1, got {value}")
+    devices = make_mesh(parse_mesh(mesh, jax.device_count()))
+    source = open_source(model, dtype=dtype)
+    if source.layout.head != "classification":
+        raise UserError(
+            f"--model {model} holds no classifier; fine-tune it first (vivit-jax finetune --start)"
+        )
+    dataset = read_dataset(data, root, labels=len(source.config.class_splits or (1,)))
+    dataset = evaluation.model_labels(dataset, source.config)
+    processor = processor_of(source)
+    net, params = vivit_jax.from_pretrained(model, "classification", dtype=dtype)
+    given = dict(
+        clips=clips, crops=crops, sampler=sampler, stride=stride, resize=resize, average=average
+    )
+    given = {name: value for name, value in given.items() if value is not None}
+    chosen = _views(net.config, processor) if recipe is None else recipe_named(recipe).evaluation
+    views = dataclasses.replace(chosen, **given)
+
+    placed = jax.device_put(params, param_shardings(net, devices))
+    result = evaluation.evaluate(
+        net,
+        placed,
+        dataset,
+        views,
+        processor,
+        mesh=devices,
+        views_at_once=views_at_once,
+        threads=threads,
+    )
+    unreadable = [
+        (example.path, answer.error)
+        for example, answer in zip(dataset.examples, result.answers, strict=True)
+        if answer.error
+    ]
+    if jax.process_index() == 0:
+        for name, value in result.metrics.items():
+            print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+        for path, error in unreadable:
+            print(f"left out {path}: {error}")
+        if out is not None:
+            write_json(out, _record(net, params, dataset, views, processor, result, model))
+            print(f"written to {out}")
+    return int(bool(unreadable))
+
+
+def _views(config, processor):
+    """One central view, as the model's family takes it."""
+    from vivit_jax.data.clip import RECIPE_STRIDE
+    from vivit_jax.recipes.recipe import EvalSettings
+
+    scenic = config.model_type == "vivit"
+    side = processor.size.get("shortest_edge") or min(processor.size.values())
+    return EvalSettings(
+        sampler="loop" if scenic else "linspace",
+        stride=RECIPE_STRIDE[config.model_type],
+        resize=max(side, *config.frame_size),
+        average="logits" if scenic or config.class_splits else "softmax",
+    )
+
+
+def _record(net, params, dataset, views, processor, result, model: str) -> dict:
+    from vivit_jax.train import evaluate as evaluation
+
+    config = net.config
+    videos = []
+    for example, answer in zip(dataset.examples, result.answers, strict=True):
+        video = {"path": example.path, "label": example.label}
+        if answer.error:
+            videos.append(video | {"error": answer.error})
+            continue
+        video["answer"] = evaluation.best_classes(config, answer.scores)
+        videos.append(video | {"frames": answer.indices.tolist()})
+    record = {"model": model, "data": dataset.source, "metrics": result.metrics}
+    record["conditions"] = evaluation.conditions(net, params, views, processor)
+    if config.class_splits is None:
+        record["per_class"] = evaluation.per_class(dataset, result, config.labels)
+    return record | {"videos": videos}

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax pretrain` and `vivit-jax finetune`: a recipe, run into a directory."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from checkpoints_convert.settings import Settings, joined
+from vivit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What both commands take.
+
+    Attributes:
+        out: Directory to write; new or empty, or with --resume one that holds a run.
+        recipe: A name of `vivit-jax recipes`. With --resume the run's own, which need not be named.
+        data: Clips to train on, as --set data.train=...: a list file with a path in each line, and
+            a label to fine-tune, or a directory, to fine-tune with a folder for each class.
+        start: Weights to start from, as --set model.start=...: the same kind of model, and to
+            fine-tune a masked autoencoder or, for a ViViT, an image ViT.
+        set: Fields of the recipe to change, such as optim.lr=1e-4; may be repeated. `vivit-jax
+            recipes NAME` shows all fields.
+        mesh: Sizes of the mesh of devices, such as data=4,fsdp=2,tensor=1. Default: all along data.
+        resume: Go on with the run in --out.
+        tensorboard: Write TensorBoard files too (needs the extra tensorboard).
+        coordinator: Address of process 0 of several, host:port.
+        processes: How many processes there are.
+        process: Number of this process, from 0.
+    """
+
+    out: Path
+    recipe: str | None = None
+    data: str | None = None
+    start: str | None = None
+    set: Settings = ()
+    mesh: str | None = None
+    resume: bool = False
+    tensorboard: bool = False
+    coordinator: str | None = None
+    processes: int = 1
+    process: int = 0
+
+
+Options = Annotated[RunOptions, tyro.conf.arg(name="")]
+
+
+def pretrain(options: Options) -> int:
+    """Train a masked autoencoder without labels, by one of the published recipes.
+
+    Ctrl-C and SIGTERM save and end the run after the step that is under way; --resume goes on with
+    it. Several processes are started alike, each with --coordinator, --processes and its --process.
+    """
+    return _run("pretrain", options)
+
+
+def finetune(options: Options) -> int:
+    """Train a classifier by one of the published recipes.
+
+    Ctrl-C and SIGTERM save and end the run after the step that is under way; --resume goes on with
+    it. Several processes are started alike, each with --coordinator, --processes and its --process.
+    """
+    return _run("finetune", options)
+
+
+def _run(task: str, options: RunOptions) -> int:
+    from vivit_jax.recipes import apply_settings, recipe_named
+    from vivit_jax.train.run import saved_recipe
+
+    out = options.out
+    if options.recipe is None and not options.resume:
+        raise UserError("--recipe is missing; `vivit-jax recipes` lists the names")
+    own = options.recipe is None
+    recipe = saved_recipe(out) if own else recipe_named(options.recipe)
+    if recipe.task != task:
+        raise UserError(f"{recipe.name} is to {recipe.task}; use vivit-jax {recipe.task}")
+    given = [*joined(options.set)]
+    for name, value in (("data.train", options.data), ("model.start", options.start)):
+        given += [f"{name}={value}"] if value is not None else []
+    recipe = apply_settings(recipe, given)
+    join(options.coordinator, options.processes, options.process)
+
+    import jax
+
+    from vivit_jax.train.loop import train
+    from vivit_jax.train.sharding import parse_mesh
+
+    outcome = train(
+        recipe,
+        out,
+        resume=options.resume,
+        mesh_sizes=parse_mesh(options.mesh, jax.device_count()),
+        tensorboard=options.tensorboard,
+    )
+    if jax.process_index():
+        return 0
+    if outcome.stopped:
+        print(
+            f"stopped by {outcome.stopped} after step {outcome.step}; go on with\n"
+            f"  vivit-jax {task} --out {out} --resume"
+        )
+    else:
+        print(f"step {outcome.step} done; model in {outcome.model}, curves in {out}/report.html")
+    return 0
+
+
+def join(coordinator: str | None, processes: int, process: int) -> None:
+    """Make this process one of several, where there are several. UserError for numbers amiss."""
+    if coordinator is None:
+        if processes != 1 or process != 0:
+            raise UserError(
+                f"--processes {processes} --process {process} need --coordinator host:port, the "
+                "address of process 0"
+            )
+        return
+    if not 0 <= process < processes:
+        raise UserError(f"--process {process} must be from 0 to {processes - 1} (--processes)")
+    import jax
+
+    jax.distributed.initialize(coordinator, processes, process)

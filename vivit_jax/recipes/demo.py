@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes of `vivit-jax demo`, of models that train in seconds on its clips."""
+
+import dataclasses
+
+from vivit_jax.recipes.recipe import (
+    AugmentSettings,
+    DataSettings,
+    EvalSettings,
+    MaskSettings,
+    ModelSettings,
+    OptimSettings,
+    Recipe,
+    TrainSettings,
+)
+
+_SIZES = dict(
+    image_size=48,
+    num_frames=8,
+    hidden_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=192,
+    initializer_range=0.06,  # 0.02 suits widths near 768
+)
+_VIDEOMAE = _SIZES | dict(tubelet_size=4, patch_size=16)
+_DECODER = dict(
+    decoder_hidden_size=64,
+    decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=4,
+    decoder_intermediate_size=128,
+)
+# Every clip is seen whole, and no mirror image is: direction is what the classes are.
+_WHOLE = AugmentSettings(crop="center", flip=0.0)
+_CLIPS = DataSettings(sampler="loop", stride=1, cache_gib=1.0)
+_VIEWS = EvalSettings(sampler="loop", stride=1, resize=48)
+
+
+def demo_pretrain() -> Recipe:
+    """The demo's masked pre-training, on clips without labels.
+
+    Starts from: nothing.
+    Source: this project; there is no such run in the papers.
+    Hardware: two CPU cores.
+    Result: see the README.
+    """
+    return Recipe(
+        name="demo-pretrain",
+        task="pretrain",
+        processor="videomae-imagenet",
+        model=ModelSettings(
+            preset="videomae-base", config=_VIDEOMAE | _DECODER | dict(norm_pix_loss=False)
+        ),
+        data=_CLIPS,
+        augment=dataclasses.replace(_WHOLE, flip=0.5),
+        mask=MaskSettings(kind="tube", ratio=0.75),
+        optim=OptimSettings(lr=4e-3, lr_batch=None, warmup_epochs=2, b2=0.95, weight_decay=0.05),
+        train=TrainSettings(epochs=20, batch_size=16, evaluate_every=10),
+        evaluation=_VIEWS,
+    )
+
+
+def demo_finetune() -> Recipe:
+    """The demo's fine-tuning, on few clips with labels.
+
+    Starts from: the demo's pre-training, or from nothing to compare.
+    Source: this project; there is no such run in the papers.
+    Hardware: two CPU cores.
+    Result: see the README.
+    """
+    return Recipe(
+        name="demo-finetune",
+        task="finetune",
+        processor="videomae-imagenet",
+        model=ModelSettings(
+            preset="videomae-base-kinetics400", config=_VIDEOMAE | dict(num_labels=8)
+        ),
+        data=_CLIPS,
+        augment=_WHOLE,
+        optim=OptimSettings(lr=2e-3, lr_batch=None, warmup_epochs=4, weight_decay=0.05),
+        train=TrainSettings(epochs=40, batch_size=16, evaluate_every=40),
+        evaluation=_VIEWS,
+    )
+
+
+def demo_vivit() -> Recipe:
+    """The demo's ViViT, trained from nothing on many clips with labels.
+
+    Starts from: nothing.
+    Source: this project; there is no such run in the papers.
+    Hardware: two CPU cores.
+    Result: see the README.
+    """
+    sizes = _SIZES | dict(tubelet_size=(4, 16, 16), num_labels=8)
+    return dataclasses.replace(
+        demo_finetune(),
+        name="demo-vivit",
+        processor="vivit-scenic",
+        model=ModelSettings(preset="vivit-b-16x2-kinetics400", config=sizes),
+        train=TrainSettings(epochs=12, batch_size=16, evaluate_every=12),
+    )
+
+
+RECIPES = (demo_pretrain, demo_finetune, demo_vivit)

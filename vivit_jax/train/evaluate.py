@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of a classifier on videos, several views of each averaged into one answer."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from checkpoints_convert import trees
+from vivit_jax.data.dataset import Dataset
+from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.errors import UserError
+from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
+from vivit_jax.train.losses import reconstruction_targets
+from vivit_jax.train.metrics import classification_metrics
+from vivit_jax.train.pixels import arithmetic
+from vivit_jax.train.sharding import batch_sharding, batch_shards, replicated
+from vivit_jax.train.step import draw_mask, on_mesh
+from vivit_jax.train.views import Views
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a video's views come to, and which frames they were; None for one that is unreadable."""
+
+    scores: np.ndarray | None  # [classes], of all views: logits, or logarithms of probabilities
+    indices: np.ndarray | None  # [clips, t]
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Accuracies over the videos that could be read, and every video's answer, in order."""
+
+    metrics: dict[str, float]
+    answers: tuple[Answer, ...]
+
+
+def evaluate(
+    model: nn.Module,
+    params: Any,
+    dataset: Dataset,
+    settings: EvalSettings,
+    processor: VideoProcessor,
+    *,
+    mesh: Mesh,
+    views_at_once: int | None = None,
+    threads: int = 2,
+) -> Evaluation:
+    """Score a labelled data set; of several processes each reads its share and all get the result.
+
+    A video's views are `settings.clips` places in time by `settings.crops` crops. Their softmax,
+    or their logits, are averaged before the best class is taken. `views_at_once` go through the
+    model together (default: 8 for each device). A video that cannot be read is no part of the
+    accuracy and is named in its answer. Raises UserError as `model_labels`, and for several heads
+    with averaged softmax, of which there is no joint answer.
+    """
+    config = model.config
+    dataset = model_labels(dataset, config)
+    if config.class_splits is not None and settings.average == "softmax":
+        raise UserError(
+            "evaluation.average 'softmax' is for one head; a model of several is averaged by its "
+            "logits: set evaluation.average=logits (--average logits)"
+        )
+    views = _local_views(dataset, config, settings, mesh, views_at_once, threads)
+    scale, shift = (tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
+    forward = _forward(model, scale, shift, settings.average, mesh)
+    scores = _local_rows(views, lambda clips: forward(params, clips), mesh)
+    scores = scores.astype(np.float64).reshape(views.videos, views.each, -1).mean(1)
+    if settings.average == "softmax":
+        with np.errstate(divide="ignore"):
+            scores = np.log(scores)
+    answers = [
+        Answer(None if error else scores[i], indices, error)
+        for i, (indices, error) in enumerate(views.found)
+    ]
+    if views.count > 1:
+        answers = _gathered(answers, views, config)
+    readable = [i for i, answer in enumerate(answers) if answer.error is None]
+    if not readable:
+        raise UserError(
+            f"none of the {len(dataset)} videos of {dataset.source} could be read: "
+            f"{answers[0].error}"
+        )
+    labels = np.array([dataset.examples[i].label for i in readable], np.int32)
+    together = np.stack([answers[i].scores for i in readable]).astype(np.float32)
+    metrics = classification_metrics(together, labels, config.class_splits, config.split_names)
+    values = {name: float(value) for name, value in metrics.items()}
+    values |= {"videos": len(readable), "unreadable": len(dataset) - len(readable)}
+    return Evaluation(values, tuple(answers))
+
+
+def evaluate_reconstruction(
+    model: nn.Module,
+    params: Any,
+    dataset: Dataset,
+    settings: EvalSettings,
+    masks: MaskSettings,
+    processor: VideoProcessor,
+    *,
+    mesh: Mesh,
+    threads: int = 2,
+) -> dict[str, float]:
+    """The loss of masked pre-training on the central view of each video.
+
+    Returns {"loss": mean over the videos that can be read, "videos": their number, "unreadable":
+    that of the others}. Video i is hidden by the same mask in every evaluation, on any mesh. Raises
+    UserError where no video can be read.
+    """
+    config = model.config
+    settings = dataclasses.replace(settings, clips=1, crops=1)
+    views = _local_views(dataset, config, settings, mesh, None, threads)
+    scale, shift = (tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
+    forward = _errors(model, scale, shift, masks, mesh)
+    steps = itertools.count()
+
+    def losses_of(clips):
+        here = views.rows * next(steps) + np.arange(views.rows, dtype=np.int32)
+        videos = views.index + views.count * here
+        numbers = jax.make_array_from_process_local_data(batch_sharding(mesh), videos)
+        return forward(params, clips, numbers)
+
+    losses = _local_rows(views, losses_of, mesh)
+    readable = np.array([error is None for _, error in views.found], bool)
+    totals = np.array([losses[: len(readable)][readable].sum(), readable.sum()], np.float64)
+    if views.count > 1:
+        from jax.experimental.multihost_utils import process_allgather
+
+        totals = process_allgather(totals.astype(np.float32)).sum(0)
+    if not totals[1]:
+        raise UserError(f"none of the {len(dataset)} videos of {dataset.source} could be read")
+    unreadable = len(dataset) - int(totals[1])
+    return {
+        "loss": float(totals[0] / totals[1]),
+        "videos": int(totals[1]),
+        "unreadable": unreadable,
+    }
+
+
+def model_labels(dataset: Dataset, config) -> Dataset:
+    """The data set with its labels as the model counts its classes.
+
+    Where folders name the classes and the model names its own, a folder's number is that of the
+    model's class of this name. Raises UserError for a folder that is none of them, and for labels
+    that are missing, more or fewer than the model's heads, or none of its classes.
+    """
+    sizes = config.class_splits or (config.num_labels,)
+    if dataset.labels_per_example != len(sizes):
+        raise UserError(
+            f"{dataset.source} has {dataset.labels_per_example or 'no'} labels for each clip, the "
+            f"model has {len(sizes)} heads; an evaluation compares one label with each"
+        )
+    unnamed = tuple(f"LABEL_{i}" for i in range(config.num_labels))
+    if dataset.classes not in (None, config.labels) and config.labels != unnamed:
+        numbers = {name: i for i, name in enumerate(config.labels)}
+        unknown = [name for name in dataset.classes if name not in numbers]
+        if unknown:
+            raise UserError(
+                f"{dataset.source}: {len(unknown)} of {len(dataset.classes)} folders are none of "
+                f"the model's classes: {', '.join(unknown[:5])}; name folders as the model does "
+                f"({', '.join(config.labels[:3])}, ...), or pass a list of paths and numbers"
+            )
+        examples = tuple(
+            dataclasses.replace(example, label=numbers[dataset.classes[example.label]])
+            for example in dataset.examples
+        )
+        dataset = Dataset(examples, config.labels, dataset.source)
+    labels = np.array([example.label for example in dataset.examples]).reshape(-1, len(sizes))
+    for found, size in zip(labels.T, sizes, strict=True):
+        if found.min() < 0 or found.max() >= size:
+            raise UserError(
+                f"{dataset.source} has labels {found.min()} to {found.max()}, the model has "
+                f"classes 0 to {size - 1}"
+            )
+    return dataset
+
+
+def per_class(dataset: Dataset, evaluation: Evaluation, names: tuple[str, ...]) -> dict[str, Any]:
+    """Of one head: for each class that occurs, how many videos there are and the share right.
+
+    `dataset` has its labels as the model counts, see `model_labels`.
+    """
+    rights: dict[int, list[bool]] = {}
+    for example, answer in zip(dataset.examples, evaluation.answers, strict=True):
+        if answer.scores is not None:
+            # Of a model that gives NaN nothing is right, though argmax would name a class.
+            right = int(answer.scores.argmax()) == example.label and np.isfinite(
+                answer.scores.max()
+            )
+            rights.setdefault(example.label, []).append(right)
+    return {
+        names[label]: {"videos": len(values), "accuracy": sum(values) / len(values)}
+        for label, values in sorted(rights.items())
+    }
+
+
+def best_classes(config, scores: np.ndarray) -> int | list[int]:
+    """The class of the highest score, or that of each head."""
+    if config.class_splits is None:
+        return int(scores.argmax())
+    heads = np.split(scores, np.cumsum(config.class_splits)[:-1])
+    return [int(head.argmax()) for head in heads]
+
+
+def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor) -> dict[str, Any]:
+    """Everything else that moves the number, as JSON values."""
+    import av
+    import PIL
+
+    import vivit_jax
+
+    config = model.config
+    return {
+        "views": dataclasses.asdict(settings),
+        "frames": config.num_frames,
+        "size": list(config.frame_size),
+        "processor": processor.to_dict(),
+        "resize": "bilinear with half-pixel centres, no antialiasing, rounded to bytes",
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "attention": config.attention,
+        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "params_sha256": params_hash(params),
+        "decoder": {"av": av.__version__, **{k: list(v) for k, v in av.library_versions.items()}},
+        "pillow": PIL.__version__,
+        "jax": jax.__version__,
+        "vivit_jax": vivit_jax.__version__,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "python": platform.python_version(),
+    }
+
+
+def params_hash(params: Any) -> str:
+    """SHA-256 of all parameters in the order of their per-layer names, dtype and shape included.
+
+    The same for both layouts of the same weights, scanned and looped.
+    """
+    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    digest = hashlib.sha256()
+    for name, slot in sorted(trees.slots(trees.shapes_of(flat)).items()):
+        value = flat[slot.leaf] if slot.layer is None else flat[slot.leaf][slot.layer]
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+# Equal models share the compiled function, from one evaluation of a run to the next.
+@functools.lru_cache(maxsize=8)
+def _forward(model: nn.Module, scale: tuple, shift: tuple, average: str, mesh: Mesh):
+    """(params, uint8 [b, t, h, w, c]) -> [b, classes] in float32: probabilities or logits."""
+    scale, shift = (np.asarray(v, np.float32).reshape(1, 1, 1, 1, -1) for v in (scale, shift))
+
+    def forward(params, clips):
+        pixels = clips.astype(jnp.float32) * scale + shift
+        logits = model.apply({"params": params}, pixels).logits.astype(jnp.float32)
+        return jax.nn.softmax(logits) if average == "softmax" else logits
+
+    return on_mesh(jax.jit(forward, out_shardings=replicated(mesh)), mesh)
+
+
+@functools.lru_cache(maxsize=8)
+def _errors(model: nn.Module, scale: tuple, shift: tuple, masks: MaskSettings, mesh: Mesh):
+    """(params, uint8 [b, t, h, w, c], numbers of the videos [b]) -> mean error of each [b]."""
+    scale, shift = (np.asarray(v, np.float32).reshape(1, 1, 1, 1, -1) for v in (scale, shift))
+
+    def mask_of(number):
+        key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), number)
+        mask = draw_mask(masks, key, 1, model.config.grid)
+        return jax.tree.map(lambda indices: indices[0], mask)
+
+    def errors(params, clips, numbers):
+        mask = jax.vmap(mask_of)(numbers)
+        pixels = clips.astype(jnp.float32) * scale + shift
+        logits = model.apply({"params": params}, pixels, mask).logits.astype(jnp.float32)
+        targets = reconstruction_targets(pixels, mask, model.config)
+        tokens = jnp.mean((logits - targets) ** 2, axis=-1)
+        counted = jnp.ones_like(tokens) if mask.counted is None else mask.counted
+        return jnp.sum(tokens * counted, axis=1) / jnp.sum(counted, axis=1)
+
+    return on_mesh(jax.jit(errors, out_shardings=replicated(mesh)), mesh)
+
+
+def _local_views(dataset, config, settings, mesh: Mesh, at_once: int | None, threads: int) -> Views:
+    count, shards = jax.process_count(), batch_shards(mesh)
+    if at_once is not None and at_once < 1:
+        raise UserError(f"views_at_once is {at_once}, expected at least 1 (--views-at-once)")
+    if shards % count:
+        raise UserError(
+            f"the mesh {dict(mesh.shape)} splits a batch into {shards} parts, which {count} "
+            "processes cannot share; make data x fsdp a multiple of them (--mesh)"
+        )
+    rows = -(-(at_once or 8 * shards) // shards) * shards // count
+    return Views(dataset, config, settings, rows, jax.process_index(), count, threads)
+
+
+def _local_rows(views: Views, forward: Callable, mesh: Mesh) -> np.ndarray:
+    """What `forward` makes of the rows of this process, [videos * views of each, ...]."""
+    first, outputs = views.index * views.rows, []
+    for batch in views:
+        clips = jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
+        outputs.append(np.asarray(forward(clips))[first : first + views.rows])
+    return np.concatenate(outputs)[: views.videos * views.each]
+
+
+def _gathered(answers: list[Answer], views: Views, config) -> list[Answer]:
+    """The answers of all processes, in the data set's order."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    most, total = views.videos, len(views.dataset)
+    scores = np.zeros((most, config.num_labels), np.float32)
+    indices = np.zeros((most, views.settings.clips, config.num_frames), np.int32)
+    errors = np.zeros((most, 1000), np.uint8)
+    for i, answer in enumerate(answers):
+        if answer.error is None:
+            scores[i], indices[i] = answer.scores, answer.indices
+        else:
+            text = np.frombuffer(answer.error.encode()[:1000], np.uint8)
+            errors[i, : len(text)] = text
+    scores, indices, errors = (process_allgather(x) for x in (scores, indices, errors))
+    whole = []
+    for i in range(total):
+        at = i % views.count, i // views.count
+        error = errors[at].tobytes().rstrip(b"\0").decode(errors="replace")
+        whole.append(Answer(None, None, error) if error else Answer(scores[at], indices[at]))
+    return whole

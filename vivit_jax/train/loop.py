@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run from its first step to its last."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from vivit_jax.data.dataset import Dataset, read_dataset
+from vivit_jax.data.pipeline import Batches, Share
+from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.errors import UserError
+from vivit_jax.pretrained import abstract_params, save_pretrained
+from vivit_jax.recipes.checks import check, model_config
+from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.train.checkpoint import Checkpoints
+from vivit_jax.train.evaluate import evaluate, evaluate_reconstruction, model_labels
+from vivit_jax.train.log import MetricLog, Progress
+from vivit_jax.train.metrics import leading_name
+from vivit_jax.train.optim import learning_rate, make_optimizer
+from vivit_jax.train.report import write_report
+from vivit_jax.train.run import RunDirectory
+from vivit_jax.train.sharding import AXES, batch_sharding, bytes_on_a_device, make_mesh
+from vivit_jax.train.starting import Start, described_model, description, starting_model
+from vivit_jax.train.state import TrainState, new_state, state_shapes
+from vivit_jax.train.step import make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int  # the last one taken
+    steps: int  # of all epochs
+    stopped: str | None  # the signal that ended it, None where it came to its end
+    model: Path  # the best model's directory; without validation the last one's
+    metrics: dict[str, float]  # of the last validation
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """All that a run works with and never changes."""
+
+    recipe: Recipe
+    mesh: Mesh
+    model: nn.Module
+    processor: VideoProcessor
+    validation: Dataset | None
+    optimizer: optax.GradientTransformation
+    shapes: TrainState  # with the sharding of each leaf
+    step: Callable  # (state, batch) -> (state, values)
+    per_epoch: int
+
+    @property
+    def rows(self) -> int:
+        """Clips of a step."""
+        return self.recipe.train.batch_size * self.recipe.data.repeats
+
+    @property
+    def steps(self) -> int:
+        """Of all epochs."""
+        return self.recipe.train.epochs * self.per_epoch
+
+    @property
+    def last(self) -> int:
+        """The step that the run ends with."""
+        return min(self.steps, self.recipe.train.steps or self.steps)
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    mesh_sizes: dict[str, int] | None = None,
+    tensorboard: bool = False,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Run a recipe into the directory `out`, or go on with the run that is there.
+
+    The directory gets recipe.json, model.json, metrics.jsonl, checkpoints/ (all that is needed to
+    go on), models/ (the model of each kept checkpoint as a HuggingFace directory, of the average
+    where there is one), bad_clips.json where clips could not be read, and report.html. With
+    `resume` the run goes on as if it had never stopped, on as many devices or others; on the same
+    ones bit for bit. SIGINT and SIGTERM end a run after the step that is under way, with a
+    checkpoint. `mesh_sizes` are those of `vivit_jax.train.sharding.parse_mesh`, by default all
+    devices along "data".
+
+    Raises UserError for what cannot be run, a directory that holds a run without `resume` among it,
+    with nothing written, and where steps keep having no finite loss or too many clips cannot be
+    read: then the last good state is saved first.
+    """
+    check(recipe)
+    sizes = mesh_sizes or dict.fromkeys(AXES, 1) | {"data": jax.device_count()}
+    first_process = jax.process_index() == 0
+    run = RunDirectory(Path(out), recipe, resume=resume)
+    with contextlib.ExitStack() as stack:
+        enter = lambda thing: stack.enter_context(contextlib.closing(thing))  # noqa: E731
+        checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
+        taken = checkpoints.latest() if resume else None
+        model_file = None if taken is None else run.model_file
+        setting, batches, start = _prepare(recipe, make_mesh(sizes), model_file)
+        enter(batches)
+        if start is not None:
+            state, taken = _first_state(setting, start.params), 0
+        else:
+            state, data, taken = checkpoints.restore(setting.shapes)
+            # A process more than there were is told so by the batches.
+            batches.restore(data.get(str(jax.process_index()), data["0"]))
+        run.begin(None if start is None else description(start, recipe.task))
+        progress = enter(Progress(setting.last, taken, setting.rows, enabled=first_process))
+        log = enter(
+            MetricLog(
+                run.path,
+                resume_at=taken if resume else None,
+                tensorboard=tensorboard,
+                enabled=first_process,
+            )
+        )
+        if first_process:
+            say(_summary(setting, batches, run, taken))
+        stopped, metrics = _steps(setting, state, taken, batches, run, checkpoints, log, progress)
+        checkpoints.wait()
+        best = checkpoints.best()
+        step = checkpoints.latest()
+    if first_process:
+        write_report(run.path)
+    model = run.path / "models" / str(step if best is None else best)
+    return Outcome(step, setting.steps, stopped, model, metrics)
+
+
+def _prepare(
+    recipe: Recipe, mesh: Mesh, model_file: Path | None
+) -> tuple[Setting, Batches, Start | None]:
+    """The setting, the batches, and what a run starts from, None for one that goes on.
+
+    `model_file` describes the model of a run that goes on. Writes nothing.
+    """
+    if not recipe.data.train:
+        raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
+    finetune = recipe.task == "finetune"
+    heads = len(model_config(recipe).class_splits or (1,)) if finetune else 0
+    listed = lambda source: read_dataset(  # noqa: E731
+        source,
+        recipe.data.root,
+        labels=heads,
+        frame_name=recipe.data.frame_name,
+        first_frame=recipe.data.first_frame,
+    )
+    dataset = listed(recipe.data.train)
+    validation = None if recipe.data.validation is None else listed(recipe.data.validation)
+    start = None
+    if model_file is None:
+        start = starting_model(recipe, dataset.classes if finetune else None)
+    model = described_model(model_file) if start is None else start.model
+    config = model.config
+    if finetune:
+        dataset = model_labels(dataset, config)
+        validation = None if validation is None else model_labels(validation, config)
+    processor = VideoProcessor.named(
+        recipe.processor,
+        size={"shortest_edge": recipe.evaluation.resize},
+        crop_size=dict(zip(("height", "width"), config.frame_size, strict=True)),
+    )
+    batches = Batches(
+        dataset,
+        recipe.data,
+        recipe.augment,
+        num_frames=config.num_frames,
+        size=config.frame_size,
+        num_channels=config.num_channels,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        share=Share(jax.process_index(), jax.process_count()),
+        labelled=finetune,
+    )
+    per_epoch = batches.order.steps_per_epoch
+    schedule = learning_rate(
+        recipe.optim,
+        batch_size=recipe.train.batch_size,
+        steps_per_epoch=per_epoch,
+        epochs=recipe.train.epochs,
+    )
+    optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
+    shapes = state_shapes(model, optimizer, mesh, averaged=recipe.optim.ema is not None)
+    step = make_step(model, optimizer, schedule, recipe, processor, mesh, shapes)
+    setting = Setting(
+        recipe, mesh, model, processor, validation, optimizer, shapes, step, per_epoch
+    )
+    return setting, batches, start
+
+
+def _steps(
+    setting: Setting,
+    state: TrainState,
+    taken: int,
+    batches: Batches,
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    log: MetricLog,
+    progress: Progress,
+) -> tuple[str | None, dict[str, float]]:
+    """Take the steps after `taken`; what stopped them early, and the last validation's metrics."""
+    recipe, per_epoch, last = setting.recipe, setting.per_epoch, setting.last
+    clock, metrics = _Clock(), {}
+    position = batches.state()
+
+    def save(scores: dict[str, float] | None = None) -> None:
+        params = _whole(state.params if state.average is None else state.average)
+        export = lambda path: save_pretrained(  # noqa: E731
+            path, setting.model, params, setting.processor
+        )
+        data = _of_all_processes(position)
+        first = jax.process_index() == 0
+        checkpoints.save(taken, state, data, scores, export if first else None)
+        run.write_bad_clips(data)
+
+    def tell(step: int, values: dict[str, jax.Array], waited: float) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        seconds, bad = clock.lap(), int(numbers.pop("bad_steps"))
+        rate = dict(clips_per_second=setting.rows / seconds, wait_share=waited / seconds)
+        log.write("train", step, numbers | rate)
+        progress.update(
+            step, loss=numbers["loss"], lr=numbers["lr"], wait_seconds=waited, seconds=seconds
+        )
+        if not bad:
+            return
+        what = f"loss {numbers['loss']:g}, gradient norm {numbers['gradient_norm']:g}"
+        progress.say(f"step {step}: {what}; this step changed nothing")
+        if bad >= recipe.train.max_bad_steps:
+            raise UserError(
+                f"{bad} steps in a row, up to step {step}, had no finite loss and gradients "
+                f"({what}) and changed nothing; the last good state is saved: lower optim.lr, set "
+                "optim.clip, or compute in float32"
+            )
+
+    untold = stopped = None
+    with _signals() as received:
+        try:
+            while taken < last and stopped is None:
+                batch = failed = None
+                try:
+                    batch, waited = clock.fetch(batches, untold and untold[1]["loss"])
+                except UserError as error:
+                    failed = error
+                stopped = _agreed(received, failed)
+                state, values = setting.step(state, _placed(batch, setting.mesh))
+                taken, position = taken + 1, batches.state()
+                # One step behind, so that the device has its next step before one is reported.
+                told, untold = untold, (taken, values, waited)
+                if told is not None:
+                    tell(*told)
+                # One process need not ask others, and so may end without another step.
+                if received and jax.process_count() == 1:
+                    stopped = received[0]
+                epoch, within = divmod(taken, per_epoch)
+                ended = taken == last or stopped is not None
+                due = taken % (recipe.train.checkpoint_every or per_epoch) == 0
+                validate = setting.validation is not None and (
+                    taken == last or (not within and epoch % recipe.train.evaluate_every == 0)
+                )
+                if not (ended or due or validate):
+                    continue
+                told, untold = untold, None
+                tell(*told)
+                with clock.paused():
+                    scores = None
+                    if validate:
+                        metrics = _validate(setting, state)
+                        scores = _scored(setting, metrics)
+                        log.write("evaluate", taken, metrics)
+                        text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+                        progress.say(f"step {taken}, after {taken / per_epoch:g} epochs: {text}")
+                    # What was validated too: else the best of them might be lost.
+                    save(scores)
+        except UserError:
+            # The state is good: steps without finite gradients change nothing.
+            if untold is not None:
+                with contextlib.suppress(UserError):
+                    tell(*untold)
+            if checkpoints.latest() != taken and taken:
+                save()
+            raise
+        checkpoints.wait()
+    return stopped if taken < last else None, metrics
+
+
+def _first_state(setting: Setting, params: Any) -> TrainState:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setting.shapes)
+    averaged = setting.recipe.optim.ema is not None
+    place = jax.jit(
+        lambda params: new_state(params, setting.optimizer, averaged=averaged),
+        out_shardings=shardings,
+    )
+    return place(jax.device_put(params, shardings.params))
+
+
+def _summary(setting: Setting, batches: Batches, run: RunDirectory, taken: int) -> str:
+    if taken >= setting.last:
+        return (
+            f"{run.path}: step {taken} is taken and the run ends with step {setting.last} of "
+            f"{setting.steps}; nothing is left to do"
+        )
+    mesh = ", ".join(f"{axis} {size}" for axis, size in setting.mesh.shape.items())
+    params, kept = (
+        bytes_on_a_device(tree) / 2**20
+        for tree in (setting.shapes.params, setting.shapes.optimizer)
+    )
+    return (
+        f"{type(setting.model).__name__}, {len(batches.order.dataset)} clips, "
+        f"{setting.per_epoch} steps an epoch, steps {taken + 1} to {setting.last} of "
+        f"{setting.steps}; mesh: {mesh}; on each device {params:.1f} MiB of parameters and "
+        f"{kept:.1f} MiB of optimiser state"
+    )
+
+
+def _validate(setting: Setting, state: TrainState) -> dict[str, float]:
+    recipe = setting.recipe
+    params = state.params if state.average is None else state.average
+    one = dataclasses.replace(recipe.evaluation, clips=1, crops=1)
+    if setting.model.config.class_splits is not None:
+        one = dataclasses.replace(one, average="logits")
+    common = dict(mesh=setting.mesh, threads=recipe.data.threads)
+    what = (setting.model, params, setting.validation, one)
+    if recipe.task == "pretrain":
+        return evaluate_reconstruction(*what, recipe.mask, setting.processor, **common)
+    return evaluate(*what, setting.processor, **common).metrics
+
+
+def _scored(setting: Setting, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics with the one by which checkpoints are compared."""
+    if setting.recipe.task == "pretrain":
+        return metrics | {"score": -metrics["loss"]}
+    return metrics | {"score": metrics[leading_name(setting.model.config)]}
+
+
+def _placed(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, values)
+        for name, values in batch.items()
+    }
+
+
+def _whole(params: Any) -> Any:
+    """The params as numpy arrays, in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(params)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return process_allgather(params, tiled=True)
+
+
+def _of_all_processes(state: dict[str, Any]) -> dict[str, Any]:
+    """What each process says, by the number of the process."""
+    if jax.process_count() == 1:
+        return {"0": state}
+    from jax.experimental.multihost_utils import process_allgather
+
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    longest = int(process_allgather(np.array([len(text)], np.int32)).max())
+    rows = process_allgather(np.pad(text, (0, longest - len(text)), constant_values=ord(" ")))
+    return {str(i): json.loads(row.tobytes()) for i, row in enumerate(rows)}
+
+
+def _agreed(received: list[str], failed: UserError | None) -> str | None:
+    """The signal that any process got, so that all stop after the same step.
+
+    Raises `failed`, and in the other processes a UserError that says which one it was.
+    """
+    if failed is not None and jax.process_count() == 1:
+        raise failed
+    if jax.process_count() == 1:
+        return received[0] if received else None
+    from jax.experimental.multihost_utils import process_allgather
+
+    number = signal.Signals[received[0]].value if received else 0
+    every = process_allgather(np.array([number, failed is not None], np.int32))
+    if every[:, 1].any():
+        which = int(every[:, 1].argmax())
+        raise failed or UserError(f"process {which} cannot go on, for what it says itself")
+    largest = int(every[:, 0].max())
+    return signal.Signals(largest).name if largest else None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Names of the SIGINT and SIGTERM that come while the block runs; a second one is not held."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, _):
+        received.append(signal.Signals(number).name)
+        restore()
+
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+class _Clock:
+    """Seconds a step takes, and how many of them the device had nothing to do for want of data."""
+
+    def __init__(self):
+        self._last = time.perf_counter()
+
+    def fetch(self, batches: Batches, running: jax.Array | None) -> tuple[dict, float]:
+        """The next batch, and how long it kept the device waiting.
+
+        `running` is a result of the step before. While that is not there the device is busy and
+        waits for nothing.
+        """
+        start = time.perf_counter()
+        batch = next(batches)
+        busy = running is not None and not running.is_ready()
+        return batch, 0.0 if busy else time.perf_counter() - start
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in the block is no part of a lap."""
+        start = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - start

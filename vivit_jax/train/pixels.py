@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the bytes of a batch to the model's pixels, on the device and inside the jitted step."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.recipes.recipe import AugmentSettings
+from vivit_jax.train.augment import clip_keys, colour_jitter, random_erasing
+
+
+def arithmetic(processor: VideoProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """What the processor does after resize and crop: byte * scale + shift, float64 [] or [c]."""
+    scale = processor.rescale_factor if processor.do_rescale else 1.0
+    shift = -1.0 if processor.offset else 0.0
+    if processor.do_normalize:
+        mean, std = np.asarray(processor.image_mean), np.asarray(processor.image_std)
+        scale, shift = scale / std, (shift - mean) / std
+    return np.asarray(scale, np.float64), np.asarray(shift, np.float64)
+
+
+def normaliser(processor: VideoProcessor) -> Callable[[jax.Array], jax.Array]:
+    """The processor's `arithmetic` on the device: uint8 [b, t, h, w, c] to float32 pixels.
+
+    Bytes may come as floats that lie between them.
+    """
+    values = arithmetic(processor)
+    scale, shift = (value.astype(np.float32).reshape(1, 1, 1, 1, -1) for value in values)
+    return lambda clips: clips.astype(jnp.float32) * scale + shift
+
+
+def training_pixels(
+    processor: VideoProcessor, settings: AugmentSettings
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """(key, rows [b], uint8 [b, t, h, w, c]) -> float32 pixels, augmented as far as floats go.
+
+    Colour jitter comes before normalisation, as scenic's, which undoes it first; erasing after it,
+    as VideoMAE's. What happens to a clip is a function of the key and of its row.
+    """
+    normalise = normaliser(processor)
+
+    def pixels(key, rows, clips):
+        colour, erase = (clip_keys(jax.random.fold_in(key, i), rows) for i in range(2))
+        if settings.colour:
+            clips = 255 * colour_jitter(colour, clips.astype(jnp.float32) / 255, settings.colour)
+        clips = normalise(clips)
+        return random_erasing(erase, clips, settings.erase) if settings.erase else clips
+
+    return pixels

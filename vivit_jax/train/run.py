@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directory of a training run: what is in it, who may write to it, and how one goes on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vivit_jax.cli.output import whole_file, write_json
+from vivit_jax.errors import UserError
+from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.settings import from_dict, to_dict
+
+RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
+# What a run that goes on may have otherwise: nothing of it changes what a step computes.
+CHANGEABLE = (
+    "data.threads",
+    "data.workers",
+    "data.max_bad_share",
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.max_bad_steps",
+)
+_SHOWN = 8  # fields in a message
+
+
+class RunDirectory:
+    """A directory that holds one run: `recipe.json` first, and what the parts of a run write.
+
+    Without `resume` it must be new or empty; with it, it must hold a run of `recipe`, but for
+    CHANGEABLE. Raises UserError. Nothing is written before `begin`, so that a run that cannot be
+    set up leaves no trace.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, *, resume: bool):
+        self.path, self.model_file, self._recipe = path, path / MODEL, recipe
+        held = path / RECIPE
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path} is a file; expected a directory, new or empty")
+        if resume:
+            differs = differences(to_dict(saved_recipe(path)), to_dict(recipe))
+            fixed = {name: both for name, both in differs.items() if name not in CHANGEABLE}
+            if fixed:
+                each = [f"{name} {a!r} there, {b!r} now" for name, (a, b) in fixed.items()]
+                more = f"; and {len(each) - _SHOWN} more" if len(each) > _SHOWN else ""
+                raise UserError(
+                    f"{held} is of another recipe: {'; '.join(each[:_SHOWN])}{more}; leave these "
+                    "as they were, or train into another directory"
+                )
+        elif held.exists():
+            raise UserError(
+                f"--out {path} holds a run; go on with it by --resume, or choose another directory"
+            )
+        elif path.is_dir() and any(path.iterdir()):
+            raise UserError(f"--out {path} is not empty; choose a new directory")
+        self._first = jax.process_index() == 0
+
+    def begin(self, model: Mapping[str, Any] | None) -> None:
+        """Write down the recipe, and what the model is, but for a run that goes on (None).
+
+        `model` is a `vivit_jax.train.starting.description`.
+        """
+        _together(f"checked {self.path}")
+        if not self._first:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / RECIPE, to_dict(self._recipe))
+        if model is not None:
+            write_json(self.model_file, model)
+
+    def write_bad_clips(self, states: Mapping[str, Any]) -> None:
+        """Name the clips that could not be read, of all processes' `Batches.state()`."""
+        found = {path: why for state in states.values() for path, why in state["bad"].items()}
+        if not self._first or not (found or (self.path / BAD_CLIPS).exists()):
+            return
+        values = {
+            "read": sum(state["read"] for state in states.values()),
+            "left_out": sum(state["left_out"] for state in states.values()),
+            "clips": found,
+        }
+        with whole_file(self.path / BAD_CLIPS) as partial:
+            partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def saved_recipe(path: Path) -> Recipe:
+    """The recipe of the run in a directory. UserError where there is none."""
+    file = path / RECIPE
+    if not file.is_file():
+        raise UserError(f"{path} holds no run to go on with: there is no {RECIPE} in it")
+    try:
+        return from_dict(json.loads(file.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is no JSON: {error}") from None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """name -> (old, new) of the fields in which two recipes, as dicts, differ."""
+    found = {}
+    for name in [*old, *(name for name in new if name not in old)]:
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[f"{prefix}{name}"] = (a, b)
+    return found
+
+
+def _together(what: str) -> None:
+    """Wait until all processes are here, so that none looks at what another has just written."""
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(what)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a training state and a batch lie on a mesh of devices: one table from logical axes.
+
+A mesh has three axes. Clips are split over "data" and "fsdp"; parameters, and what the optimiser
+keeps of them, over "fsdp" along the model's width and over "tensor" along heads and MLP width.
+The same step runs on one device and on any mesh.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vivit_jax.errors import UserError
+from vivit_jax.pretrained import boxed_params
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+# The first rule whose mesh axes are still free in an array counts, so that activations, which have
+# both a batch and a width, are split by clips.
+RULES = (
+    ("batch", BATCH),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    *((axis, None) for axis in ("frames", "length", "kv", "layers", "channels", "classes")),
+    *((axis, None) for axis in ("pixels", "pooled", "embed")),
+)
+
+
+def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
+    """The sizes in "data=4,fsdp=2", every axis at least 1; None: all devices along data.
+
+    Raises UserError for other axes and for a product that is not the number of devices.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    if text is None:
+        return sizes | {"data": devices}
+    given = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or name in given or not size.isdecimal() or int(size) < 1:
+            raise UserError(
+                f"--mesh {text!r}: got {part.strip()!r}, expected each of {', '.join(AXES)} at "
+                "most once with a positive size, such as data=4,fsdp=2"
+            )
+        given[name] = int(size)
+    sizes |= given
+    if math.prod(sizes.values()) != devices:
+        raise UserError(
+            f"--mesh {text!r} is for {math.prod(sizes.values())} devices, there are {devices}; "
+            "their product must be the number of devices"
+        )
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh of all devices of all processes; `sizes` as `parse_mesh` returns them."""
+    shape = tuple(sizes[axis] for axis in AXES)
+    # With explicit axes, the default, the constraints of linen modules raise.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose first axis is clips."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
+    """A sharding for each parameter. UserError where a size does not divide."""
+    boxed = boxed_params(model)
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    wrong = []
+
+    def check(path, leaf, sharding):
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError:
+            name = "/".join(key.key for key in path)
+            wrong.append(f"{name} {leaf.shape} along {sharding.spec}")
+
+    shapes = nn.unbox(boxed)
+    jax.tree.map_with_path(check, shapes, shardings)
+    if wrong:
+        raise UserError(
+            f"the mesh {dict(mesh.shape)} does not divide {len(wrong)} parameters, such as "
+            f"{wrong[0]}; fsdp must divide the model's widths, tensor its heads and MLP widths"
+        )
+    return shardings
+
+
+def like_params(tree: Any, params: Any, shardings: Any, other: NamedSharding) -> Any:
+    """A sharding for each leaf of `tree`, an optimiser's state, say: its parameter's, or `other`.
+
+    A leaf belongs to the parameter whose path its own path ends with and whose shape it has.
+    """
+    by_path = {
+        _names(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree.leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def find(path, leaf):
+        names = _names(path)
+        for start in range(len(names)):
+            shape, sharding = by_path.get(names[start:], (None, None))
+            if shape is not None and shape == leaf.shape:
+                return sharding
+        return other
+
+    return jax.tree.map_with_path(find, tree)
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """What the first local device holds of a tree of arrays, or would of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views of test videos, in batches that every process has equally many of."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from vivit_jax.data.augment import resize_shortest, three_crops
+from vivit_jax.data.dataset import Dataset, Example, read_views
+from vivit_jax.errors import VideoError
+from vivit_jax.recipes.recipe import EvalSettings
+
+
+@dataclasses.dataclass
+class Views:
+    """The views of this process's share of a data set: every `count`-th video from `index` on.
+
+    Iterating gives uint8 [rows, t, h, w, c], videos one after the other and the views of each
+    together; `found` gets, for each video, (frame indices [clips, t], None) or (None, why it cannot
+    be read). Videos that cannot be read and what is missing to whole batches are black, so that all
+    processes take `steps` batches.
+    """
+
+    dataset: Dataset
+    config: object  # of the model
+    settings: EvalSettings
+    rows: int
+    index: int = 0
+    count: int = 1
+    threads: int = 2
+
+    def __post_init__(self):
+        self.found: list[tuple[np.ndarray | None, str | None]] = []
+        self.videos = -(-len(self.dataset) // self.count)  # of the process that has most
+        self.each = self.settings.clips * self.settings.crops
+        self.steps = -(-self.videos * self.each // self.rows)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        config, videos = self.config, self._read()
+        shape = (config.num_frames, *config.frame_size, config.num_channels)
+        black = np.zeros(shape, np.uint8)
+        waiting: list[np.ndarray] = []
+        for _ in range(self.steps):
+            while len(waiting) < self.rows:
+                video = next(videos, None)
+                if video is None:
+                    waiting += [black] * (self.rows - len(waiting))
+                    break
+                clips, indices, error = video
+                self.found.append((indices, error))
+                waiting += [black] * self.each if clips is None else [*clips]
+            yield np.stack(waiting[: self.rows])
+            waiting = waiting[self.rows :]
+
+    def _read(self) -> Iterator:
+        """(uint8 [views, t, h, w, c] or None, indices or None, error or None) for each video."""
+        import grain.python as grain
+
+        config, settings = self.config, self.settings
+        # Where the middle lies between two places VideoMAE takes the first, scenic the second.
+        rounding = "ceil" if settings.sampler == "loop" else "floor"
+
+        def read(example: Example):
+            try:
+                frames, indices = read_views(
+                    example,
+                    num_frames=config.num_frames,
+                    stride=settings.stride,
+                    sampler=settings.sampler,
+                    clips=settings.clips,
+                )
+                if frames.shape[-1] != config.num_channels:
+                    raise VideoError(
+                        f"{example.path} has {frames.shape[-1]} channels, the model takes "
+                        f"{config.num_channels}"
+                    )
+            except VideoError as error:
+                return None, None, str(error)
+            crops = [
+                three_crops(
+                    resize_shortest(clip, settings.resize),
+                    config.frame_size,
+                    settings.crops,
+                    rounding=rounding,
+                )
+                for clip in frames
+            ]
+            return np.concatenate(crops), indices, None
+
+        share = self.dataset.examples[self.index :: self.count]
+        if not share:
+            return iter(())
+        ahead = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+        return iter(grain.MapDataset.source(share).map(read).to_iter_dataset(ahead))
