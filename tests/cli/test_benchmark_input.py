@@ -15,6 +15,7 @@ from vivit_jax.benchmark import input as reading
 from vivit_jax.cli.__main__ import main
 from vivit_jax.errors import UserError, VideoError
 
+DEFAULT = "videomae-v1-base-kinetics400-finetune"
 SHORT = ("--frames", "4", "--stride", "3", "--repeats", "2")
 
 
@@ -175,6 +176,35 @@ def test_torchcodec_without_its_libraries(monkeypatch):
     assert reader is None and why == "cannot be loaded: Could not load libtorchcodec."
 
 
+def test_the_loader_s_clips_per_second(clip, capsys, tmp_path):
+    """A batch of a recipe's clips, repeats counted; of one video as of many."""
+    path = tmp_path / "loader.json"
+    flags = ("--loader", "--batch", "2", "--threads", "1", "--repeats", "2", "--json", path)
+    status, out, err = run(capsys, clip, *flags)
+    assert status == 0 and err == ""
+    figures = json.loads(path.read_text())
+    rate = figures["loader"]
+    assert (rate["recipe"], rate["clip"]) == (DEFAULT, [16, 224, 224, 3])
+    assert (rate["batch"], rate["repeats"], rate["threads"], rate["workers"]) == (2, 2, 1, 0)
+    seconds = rate["rounds"]["seconds"]
+    assert len(seconds) == 2 and all(map(positive, seconds)) and positive(rate["start_seconds"])
+    assert rate["videos_per_second"] == pytest.approx(2 * 2 / sum(seconds))
+    assert rate["clips_per_second"] == pytest.approx(2 * rate["videos_per_second"])
+    assert rate["cpu_per_clip"] == pytest.approx(rate["cpu_seconds"] / 8)
+    assert figures["made"] is None and figures["videos"] == [str(clip)] and figures["command"]
+    assert f"loader of {DEFAULT}: 16 frames 224x224 of videos of 40 frames 64x48\n" in out
+    assert "\n  --threads 1 --workers 0 --batch 2 x 2 repeats; 2 batches timed\n" in out
+    assert f"\n  {rate['clips_per_second']:.2f} clips/s, " in out and "ms of CPU a clip" in out
+
+
+def test_the_loader_reads_a_made_video_by_many_names(capsys):
+    recipe = ("--recipe", "videomae-v1-base-ssv2-pretrain", "--batch", "1", "--repeats", "1")
+    made = ("--minutes", "0.05", "--fps", "10", "--width", "64", "--height", "48")
+    status, out, err = run(capsys, "--loader", *recipe, *made)
+    assert status == 0 and err == "making 30 frames of video ...\n"
+    assert "\n  --threads 2 --workers 0 --batch 1; 1 batches timed\n" in out and " clips/s, " in out
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no such call")
 def test_one_core_is_given_back():
     before = os.sched_getaffinity(0)
@@ -202,6 +232,12 @@ def test_one_core_is_given_back():
         (("--gop", "0"), "gop must be at least 1, got 0"),
         (("--width", "33"), "width and height must be even and at least 32, got 33x180"),
         (("--scene-seconds", "-1"), "scene_seconds must be at least 0, got -1.0"),
+        (("--loader", "missing.mp4"), "missing.mp4: no such file"),
+        (("--loader", "--frames", "8", "--start", "random"), "--frames, --start: not for --loader"),
+        (("--loader", "--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--loader", "--workers", "-1"), "--workers must be at least 0, got -1"),
+        (("--loader", "--recipe", "x"), "there is no recipe 'x'"),
+        (("--workers", "2", "--batch", "4"), "--batch, --workers: only for --loader"),
         (("--json", "figures.txt"), "--json figures.txt ends in '.txt'; expected one of .json"),
         (("--json", "there.json"), "--json there.json exists; choose another name"),
     ],

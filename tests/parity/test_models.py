@@ -76,24 +76,34 @@ def compare(ours, theirs):
         assert_close(getattr(ours, field), stacked, field)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-def test_outputs(pair, scan_layers):
+def outputs(pair, **execution):
+    """(ours, PyTorch's, our model, params, inputs) with everything that can be asked for."""
     case, reference, directory = pair
     x, mask, labels = inputs_of(case)
     theirs = torch_run(case, reference, x, mask, labels)
-    model, params = vivit_jax.from_pretrained(directory, scan_layers=scan_layers)
+    model, params = vivit_jax.from_pretrained(directory, **execution)
     assert type(model).__name__ == CASES[case][1]
     inputs = jax_inputs(case, mask, labels)
     flags = dict(output_hidden_states=True, output_attentions=True)
-    compare(forward(model, params, x, **flags, **inputs), theirs)
-    if not scan_layers:
-        return
+    return forward(model, params, x, **flags, **inputs), theirs, model, params, (x, inputs)
+
+
+def test_outputs(pair):
+    ours, theirs, model, params, (x, inputs) = outputs(pair)
+    compare(ours, theirs)
     # Without flags the fused attention path runs; it must agree too and return nothing more.
     plain = forward(model, params, x, **inputs)
     assert plain.hidden_states is None and plain.attentions is None
     for field in ("loss", "logits", "last_hidden_state", "pooler_output"):
         if getattr(theirs, field, None) is not None:
             assert_close(getattr(plain, field), getattr(theirs, field).detach().numpy(), field)
+
+
+@pytest.mark.parametrize(
+    "pair", ["vivit cls", "mae base norm", "mae pretraining"], indirect=True, ids=str
+)
+def test_outputs_of_looped_layers(pair):
+    compare(*outputs(pair, scan_layers=False)[:2])
 
 
 def _loss_and_gradients(case, flat, **execution):

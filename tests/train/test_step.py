@@ -11,7 +11,7 @@ from tiny_recipes import CLASSES, FINETUNE, PRETRAIN, SIZES, changed
 import vivit_jax
 from checkpoints_convert import trees
 from vivit_jax.errors import UserError
-from vivit_jax.pretrained import abstract_params
+from vivit_jax.pretrained import abstract_params, fresh_params
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.sharding import AXES, batch_sharding, bytes_on_a_device, make_mesh, parse_mesh
 from vivit_jax.train.starting import starting_model
@@ -43,9 +43,11 @@ def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
     """(loss of each step, params and their average by path, the state, what it takes a device)."""
     sizes = parse_mesh(mesh, int(np.prod([int(s.split("=")[1]) for s in mesh.split(",")])))
     devices = make_mesh(sizes)
-    model, params, _ = starting_model(recipe)
-    # Larger than they start, so that every layer tells in the loss.
-    params = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
+    model, _, _ = starting_model(recipe)
+    # Larger than a run starts, and no classifier of nearly zero: every layer tells in the loss.
+    params = jax.tree.map(
+        lambda x: 5 * x if x.ndim > 1 else x, fresh_params(model, recipe.train.seed)
+    )
     schedule = learning_rate(recipe.optim, batch_size=16, steps_per_epoch=2, epochs=4)
     optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
     averaged = recipe.optim.ema is not None

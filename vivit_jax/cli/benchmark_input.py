@@ -15,16 +15,23 @@ from vivit_jax.errors import UserError
 from vivit_jax.table import columns
 
 _STEPS = ("prepare", "send", "normalise")
+_OF_READERS = ("frames", "stride", "start", "cores")
+_OF_LOADER = ("recipe", "batch", "threads", "workers")
 
 
 def benchmark_input(
     videos: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     /,
     *,
-    frames: int = 16,
-    stride: int = 4,
-    start: Literal["center", "random"] = "center",
-    cores: Literal["one", "all"] = "one",
+    frames: int | None = None,
+    stride: int | None = None,
+    start: Literal["center", "random"] | None = None,
+    cores: Literal["one", "all"] | None = None,
+    loader: bool = False,
+    recipe: str | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    workers: int | None = None,
     repeats: int = 5,
     minutes: float = 1.0,
     fps: int = 25,
@@ -44,13 +51,23 @@ def benchmark_input(
     printed and the exit status is 1. Every clip is timed as the first one of its file: read_video
     keeps the list of a file's packets, and a second clip takes less.
 
+    With --loader nothing is compared: batches of training clips are read, decoded and augmented as
+    --recipe says, in --threads and --workers, and counted in clips per second. That is what a
+    training run gets at most.
+
     Args:
         videos: Video files. Default: one that is made for the measurement.
-        frames: Frames of a clip.
-        stride: Frames of the video from one frame of a dense clip to the next.
-        start: Where clips lie: in the middle (of the parts, if sparse), or at random.
-        cores: "one" runs every reader on one core, "all" as they run by themselves.
-        repeats: Rounds in which the readers take turns.
+        frames: Frames of a clip, 16 by default.
+        stride: Frames of the video from one frame of a dense clip to the next, 4 by default.
+        start: Where clips lie: in the middle (of the parts, if sparse), by default, or at random.
+        cores: "one", the default, runs every reader on one core, "all" as they run by themselves.
+        loader: Count the clips per second of a recipe's batches instead.
+        recipe: For --loader, of `vivit-jax recipes`: frames, sampling, augmentation, repeats.
+            Default: videomae-v1-base-kinetics400-finetune.
+        batch: For --loader, videos of a batch, 8 by default.
+        threads: For --loader, threads that read, in each process; 2 by default, as in recipes.
+        workers: For --loader, processes that read beside this one, 0 by default.
+        repeats: Rounds in which the readers take turns; for --loader, batches that are timed.
         minutes: Length of the made video.
         fps: Frames per second of the made video.
         gop: Most frames from one keyframe to the next in the made video; 250 is x264's default.
@@ -61,9 +78,20 @@ def benchmark_input(
         json: Also write the figures to this file.
         overwrite: Replace the file of --json.
     """
-    for flag, value in (("--frames", frames), ("--stride", stride), ("--repeats", repeats)):
-        if value < 1:
-            raise UserError(f"{flag} must be at least 1, got {value}")
+    given = locals()
+    for name in ("frames", "stride", "repeats", "batch", "threads"):
+        if given[name] is not None and given[name] < 1:
+            raise UserError(f"--{name} must be at least 1, got {given[name]}")
+    if workers is not None and workers < 0:
+        raise UserError(f"--workers must be at least 0, got {workers}")
+    others = _OF_READERS if loader else _OF_LOADER
+    amiss = [f"--{name}" for name in others if given[name] is not None]
+    if amiss:
+        raise UserError(
+            f"{', '.join(amiss)}: not for --loader, whose clips are the recipe's"
+            if loader
+            else f"{', '.join(amiss)}: only for --loader"
+        )
     from vivit_jax.cli.output import check_output, write_json
 
     if json is not None:
@@ -75,6 +103,13 @@ def benchmark_input(
     from vivit_jax.data.decode import read_video
 
     made = None if videos else reading.Video(minutes, fps, gop, width, height, scene_seconds)
+    if loader:
+        name = recipe or "videomae-v1-base-kinetics400-finetune"
+        values = _loader(videos, made, name, batch or 8, threads or 2, workers or 0, repeats)
+        if json is not None:
+            write_json(json, values)
+        return 0
+    frames, stride, start, cores = frames or 16, stride or 4, start or "center", cores or "one"
     codec, missing = reading.torchcodec_reader(threads=1 if cores == "one" else 0)
     readers = {reading.OURS: reading.read_ours, reading.LOOP: reading.read_loop}
     readers |= {reading.TORCHCODEC: codec} if codec else {}
@@ -123,6 +158,44 @@ def benchmark_input(
     return 0 if all(result.agrees for result in results) else 1
 
 
+def _loader(
+    videos: tuple[Path, ...],
+    made,
+    name: str,
+    batch: int,
+    threads: int,
+    workers: int,
+    rounds: int,
+) -> dict:
+    """Measure and print the loader; the figures as plain values."""
+    from vivit_jax.benchmark.environment import cpu_name, environment
+    from vivit_jax.benchmark.loader import many_names, measure_loader
+    from vivit_jax.data.decode import probe_video
+    from vivit_jax.recipes import recipe_named
+
+    recipe = recipe_named(name)
+    where, known = environment(), [probe_video(path) for path in videos]
+    print(f"{where.line}\nCPU: {cpu_name()}")
+    with _paths(videos, made) as paths:
+        known = known or [probe_video(paths[0])]
+        rate = measure_loader(
+            paths if videos else many_names(paths[0]),
+            recipe,
+            batch=batch,
+            threads=threads,
+            workers=workers,
+            rounds=rounds,
+        )
+    sizes = sorted({f"{info.num_frames} frames {info.width}x{info.height}" for info in known})
+    print(f"\n{_loader_text(rate, sizes)}")
+    return dataclasses.asdict(where) | {
+        "cpu": cpu_name(),
+        "made": None if made is None else dataclasses.asdict(made),
+        "videos": [str(path) for path in videos],
+        "loader": rate.to_dict(),
+    }
+
+
 @contextlib.contextmanager
 def _paths(videos: tuple[Path, ...], made) -> Iterator[tuple[Path, ...]]:
     """The files, or a made one that is removed again."""
@@ -150,6 +223,22 @@ def _cores(cores: str) -> Iterator[bool]:
         if not pinned:
             print("this system cannot keep a reader to one core: all are used", file=sys.stderr)
         yield pinned
+
+
+def _loader_text(rate, sizes: list[str]) -> str:
+    t, h, w, _ = rate.clip
+    repeats = f" x {rate.repeats} repeats" if rate.repeats > 1 else ""
+    spread = 100 * rate.rounds.spread
+    cpu = "" if rate.cpu_per_clip is None else f", {1e3 * rate.cpu_per_clip:.0f} ms of CPU a clip"
+    return "\n".join(
+        [
+            f"loader of {rate.recipe}: {t} frames {h}x{w} of videos of {', '.join(sizes[:3])}",
+            f"  --threads {rate.threads} --workers {rate.workers} --batch {rate.batch}{repeats}; "
+            f"{len(rate.rounds.seconds)} batches timed",
+            f"  {rate.clips_per_second:.2f} clips/s, {rate.videos_per_second:.2f} videos/s "
+            f"(batches +-{spread:.0f}%){cpu}; first batch after {rate.start_seconds:.1f} s",
+        ]
+    )
 
 
 def _reading_text(result, missing: str) -> str:

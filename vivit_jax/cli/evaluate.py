@@ -118,7 +118,7 @@ def evaluate(
         for name, value in result.metrics.items():
             print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
         for path, error in unreadable:
-            print(f"left out {path}: {error}")
+            print(f"left out {error if error.startswith(path) else f'{path}: {error}'}")
         if out is not None:
             write_json(out, _record(net, params, dataset, views, processor, result, model))
             print(f"written to {out}")

@@ -23,6 +23,9 @@ class ModelSettings:
     # A directory, file or hub id: the same model, masked pre-training to fine-tune, an image ViT.
     # None: fresh.
     start: str | None = None
+    # What is not in `start` is drawn as the paper's code does, or as transformers does: normal of
+    # the configuration's initializer_range.
+    initial: Literal["paper", "huggingface"] = "paper"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

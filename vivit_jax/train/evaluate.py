@@ -93,7 +93,7 @@ def evaluate(
         )
     labels = np.array([dataset.examples[i].label for i in readable], np.int32)
     together = np.stack([answers[i].scores for i in readable]).astype(np.float32)
-    metrics = classification_metrics(together, labels, config.class_splits, config.split_names)
+    metrics = _metrics(together, labels, config.class_splits, config.split_names)
     values = {name: float(value) for name, value in metrics.items()}
     values |= {"videos": len(readable), "unreadable": len(dataset) - len(readable)}
     return Evaluation(values, tuple(answers))
@@ -251,6 +251,9 @@ def params_hash(params: Any) -> str:
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()
+
+
+_metrics = jax.jit(classification_metrics, static_argnums=(2, 3))
 
 
 # Equal models share the compiled function, from one evaluation of a run to the next.

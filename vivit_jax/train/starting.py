@@ -11,9 +11,10 @@ from flax import linen as nn
 
 from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
 from vivit_jax.errors import UserError
-from vivit_jax.pretrained import build_model, fresh_params
+from vivit_jax.pretrained import LoadReport, abstract_params, build_model, fresh_params
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.train.initial import papers_params
 
 HEADS = {"pretrain": "pretraining", "finetune": "classification"}
 # Of a preset, what belongs to the data and not to the weights that training starts from.
@@ -33,8 +34,9 @@ def starting_model(recipe: Recipe, classes: tuple[str, ...] | None = None) -> St
 
     `start` may hold the same kind of model (whose configuration then counts, with the recipe's
     changes), for fine-tuning also a masked autoencoder, as its authors hand it over, or, for a
-    ViViT, an image ViT. `classes` names what the data are labelled with and so how many there are.
-    Raises ConfigError and CheckpointError as the loaders do.
+    ViViT, an image ViT. What it does not hold is drawn as `model.initial` says (`papers_params`).
+    `classes` names what the data are labelled with and so how many there are. Raises ConfigError
+    and CheckpointError as the loaders do.
     """
     config, head = model_config(recipe), HEADS[recipe.task]
     if recipe.task == "pretrain" and not isinstance(config, VideoMAEConfig):
@@ -45,7 +47,7 @@ def starting_model(recipe: Recipe, classes: tuple[str, ...] | None = None) -> St
     if classes is not None and config.class_splits is None:
         config = dataclasses.replace(config, num_labels=len(classes), id2label=classes)
     if recipe.model.start is None:
-        return _fresh(config, head, recipe.train.seed)
+        return _fresh(recipe, config, head)
     changes = dict(recipe.model.config)
     if recipe.task == "finetune":
         for name in (*_OF_THE_DATA, *(("id2label",) if classes is not None else ())):
@@ -54,9 +56,20 @@ def starting_model(recipe: Recipe, classes: tuple[str, ...] | None = None) -> St
     return _loaded(recipe, config, head, changes)
 
 
-def _fresh(config, head: str, seed: int) -> Start:
-    model = build_model(config, head)
-    return Start(model, fresh_params(model, seed), f"{type(model).__name__}, fresh, seed {seed}")
+def _fresh(recipe: Recipe, config, head: str) -> Start:
+    model, seed = build_model(config, head), recipe.train.seed
+    if recipe.model.initial == "huggingface":
+        params, values = fresh_params(model, seed), f"normal({config.initializer_range:g})"
+    else:
+        params, values = papers_params(model, abstract_params(model), seed), "the paper's values"
+    return Start(model, params, f"{type(model).__name__}, fresh, {values}, seed {seed}")
+
+
+def _completed(recipe: Recipe, model: nn.Module, params: Any, report: LoadReport) -> Start:
+    """The start from a file, whose loader drew what is not in it as HuggingFace does."""
+    if recipe.model.initial == "paper":
+        params = papers_params(model, params, recipe.train.seed, report.fresh)
+    return Start(model, params, str(report))
 
 
 def _loaded(recipe: Recipe, config, head: str, changes: Mapping[str, Any]) -> Start:
@@ -76,7 +89,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: Mapping[str, Any]) -> St
                 f"starts; model.preset is {recipe.model.preset!r}"
             )
         model, params, report = init_from_image_model(source, config, seed=seed)
-        return Start(model, params, str(report))
+        return _completed(recipe, model, params, report)
     held = open_source(source).layout
     if held.family != config.model_type:
         raise UserError(
@@ -85,7 +98,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: Mapping[str, Any]) -> St
         )
     if head == "classification" and held.head == "pretraining":
         model, params, report = init_from_pretraining(source, changes, seed=seed)
-        return Start(model, params, str(report))
+        return _completed(recipe, model, params, report)
     labels = {name: changes.pop(name) for name in (*_OF_THE_DATA, "id2label") if name in changes}
     execution = {
         field.name: changes.pop(field.name)
@@ -95,7 +108,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: Mapping[str, Any]) -> St
     asked = dict(head=head, config=changes, **labels)
     report = load_report(source, **asked)
     model, params = from_pretrained(source, **asked, **execution, seed=seed)
-    return Start(model, params, str(report))
+    return _completed(recipe, model, params, report)
 
 
 def description(start: Start, task: str) -> dict[str, Any]:

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax evaluate`: what it prints and writes, and what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from helpers import VIDEOMAE, VIVIT, config_of, forward, random_params
+
+import vivit_jax
+from vivit_jax.cli.__main__ import main
+from vivit_jax.data.augment import resize_shortest
+from vivit_jax.data.dataset import Example, read_views
+from vivit_jax.data.sampling import view_indices
+from vivit_jax.train.evaluate import params_hash
+
+CLASSES = ("walk", "run", "jump", "fly", "sleep")
+LENGTHS = (30, 18, 9, 24)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of tiny models of 24x16 frames, by name."""
+    folder = tmp_path_factory.mktemp("models")
+    scenic = vivit_jax.VideoProcessor.vivit(size=28, crop_size=(24, 16))
+    imagenet = vivit_jax.VideoProcessor.named(
+        "videomae-imagenet", size=26, crop_size={"height": 24, "width": 16}
+    )
+    heads = dict(num_labels=7, class_splits=(3, 4), split_names=("noun", "verb"))
+    made = {
+        "vivit": (vivit_jax.VivitConfig(**VIVIT, id2label=CLASSES), "Vivit", scenic),
+        "videomae": (config_of("mae cls"), "VideoMAE", imagenet),
+        "heads": (vivit_jax.VideoMAEConfig(**VIDEOMAE | heads), "VideoMAE", imagenet),
+    }
+    for name, (config, family, processor) in made.items():
+        model = getattr(vivit_jax, f"{family}ForVideoClassification")(config)
+        vivit_jax.save_pretrained(folder / name, model, random_params(model, 0.5), processor)
+    model = vivit_jax.VideoMAEForPreTraining(config_of("mae pretraining"))
+    vivit_jax.save_pretrained(folder / "pretrained", model, random_params(model), imagenet)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A folder with four arrays, a file that is none, and lists of them."""
+    folder, rng = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
+    for i, length in enumerate(LENGTHS):
+        np.save(folder / f"{i}.npy", rng.integers(0, 256, (length, 30, 36, 3), np.uint8))
+    (folder / "bad.npy").write_bytes(b"no video")
+    labels = (1, 0, 4, 1)
+    lines = [f"{i}.npy {label}" for i, label in enumerate(labels)]
+    (folder / "good.txt").write_text("\n".join(lines))
+    (folder / "all.txt").write_text("\n".join([lines[0], "bad.npy 2", *lines[1:]]))
+    (folder / "bad.txt").write_text("bad.npy 2\n")
+    (folder / "far.txt").write_text("0.npy 5\n")
+    (folder / "two.txt").write_text("\n".join(f"{i}.npy {i % 3} {i}" for i in range(4)))
+    for i, name in ((0, "run"), (1, "walk"), (2, "sleep"), (3, "run")):
+        (folder / "folders" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "folders" / name / f"{i}.npy").write_bytes((folder / f"{i}.npy").read_bytes())
+    (folder / "other" / "swim").mkdir(parents=True)
+    (folder / "other" / "swim" / "0.npy").write_bytes((folder / "0.npy").read_bytes())
+    return folder
+
+
+def run(capsys, model, data, *args):
+    status = main(["evaluate", "--model", str(model), "--data", str(data), *map(str, args)])
+    return status, *capsys.readouterr()
+
+
+def printed(out):
+    return dict(line.rsplit(maxsplit=1) for line in out.splitlines() if " " in line)
+
+
+def test_one_central_view_of_a_vivit_as_scenic_takes_it(models, videos, capsys, tmp_path):
+    """Every figure of the file, from the model itself; a video that cannot be read is left out."""
+    path = tmp_path / "result.json"
+    args = ("--out", path, "--views-at-once", 8)
+    status, out, err = run(capsys, models / "vivit", videos / "all.txt", *args)
+    assert status == 1 and err == ""
+    result = json.loads(path.read_text())
+    model, params = vivit_jax.from_pretrained(models / "vivit")
+    processor = vivit_jax.VideoProcessor.from_pretrained(models / "vivit")
+    answers, right = [], []
+    for i, label in enumerate((1, 0, 4, 1)):
+        example = Example(str(videos / f"{i}.npy"), None)
+        how = dict(num_frames=6, stride=2, sampler="loop", clips=1)
+        (frames,), indices = read_views(example, **how)
+        frames = resize_shortest(frames, 28)  # 28 x 33, of which the middle is rounded up
+        pixels = frames[:, 2:26, 9:25] / 127.5 - 1
+        logits = forward(model, params, pixels[None].astype(np.float32)).logits[0]
+        answers.append(int(logits.argmax()))
+        right.append(answers[-1] == label)
+        video = result["videos"][i + (i > 0)]
+        assert video == {
+            "path": str(videos / f"{i}.npy"),
+            "label": label,
+            "answer": answers[-1],
+            "frames": indices.tolist(),
+        }
+    assert (
+        result["videos"][1]["label"] == 2
+        and "bad.npy: not an array" in result["videos"][1]["error"]
+    )
+    assert f"left out {videos}/bad.npy: not an array" in out
+    assert result["metrics"] == {"accuracy": np.mean(right), "videos": 4, "unreadable": 1}
+    assert printed(out)["accuracy"] == f"{np.mean(right):.4f}" and printed(out)["videos"] == "4"
+    assert result["per_class"]["run"] == {"videos": 2, "accuracy": (right[0] + right[3]) / 2}
+    assert result["per_class"].keys() == {"walk", "run", "sleep"}
+    conditions = result["conditions"]
+    assert conditions["views"] == dict(
+        clips=1, crops=1, sampler="loop", stride=2, resize=28, average="logits"
+    )
+    assert conditions["params_sha256"] == params_hash(params)
+    assert conditions["processor"] == processor.to_dict()
+    assert result["model"] == str(models / "vivit") and result["data"] == str(videos / "all.txt")
+    assert out.endswith(f"written to {path}\n")
+
+
+def test_flags_change_the_views_of_a_recipe(models, videos, capsys, tmp_path):
+    path = tmp_path / "result.json"
+    flags = ("--clips", 2, "--stride", 3, "--resize", 26, "--out", path, "--overwrite")
+    recipe = ("--recipe", "videomae-v1-base-kinetics400-finetune")
+    path.write_text("{}")
+    status, out, err = run(capsys, models / "videomae", videos / "good.txt", *recipe, *flags)
+    assert (status, err) == (0, "") and "left out" not in out
+    result = json.loads(path.read_text())
+    assert result["conditions"]["views"] == dict(
+        clips=2, crops=3, sampler="linspace", stride=3, resize=26, average="softmax"
+    )
+    for video, length in zip(result["videos"], LENGTHS, strict=True):
+        assert video["frames"] == view_indices("linspace", length, 6, 3, 2).tolist()
+
+
+def test_folders_are_scored_by_their_names(models, videos, capsys, tmp_path):
+    """As a list of the same videos with the model's numbers."""
+    results = []
+    for name in ("good.txt", "folders"):
+        path = tmp_path / f"{name}.json"
+        args = ("--out", path, "--views-at-once", 8, "--mesh", "data=8")
+        assert run(capsys, models / "vivit", videos / name, *args)[0] == 0
+        results.append(json.loads(path.read_text()))
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["per_class"] == results[1]["per_class"]
+    listed = [sorted((v["label"], v["answer"]) for v in result["videos"]) for result in results]
+    assert listed[0] == listed[1]
+
+
+def test_several_heads_average_logits_by_themselves(models, videos, capsys, tmp_path):
+    path = tmp_path / "result.json"
+    args = ("--out", path, "--views-at-once", 8)
+    status, out, _ = run(capsys, models / "heads", videos / "two.txt", *args)
+    assert status == 0
+    result = json.loads(path.read_text())
+    assert {"noun_accuracy", "verb_accuracy", "noun-verb_accuracy"} < result["metrics"].keys()
+    assert "noun-verb_accuracy" in out and "per_class" not in result
+    assert result["conditions"]["views"]["average"] == "logits"
+    assert [video["label"] for video in result["videos"]] == [[i % 3, i] for i in range(4)]
+    for video in result["videos"]:
+        noun, verb = video["answer"]
+        assert 0 <= noun < 3 and 0 <= verb < 4
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "flags", "words"),
+    [
+        ("vivit", "missing.txt", (), "missing.txt"),
+        ("missing", "good.txt", (), "missing"),
+        ("pretrained", "good.txt", (), "pretrained holds no classifier; fine-tune it first"),
+        ("vivit", "far.txt", (), "far.txt has labels 5 to 5, the model has classes 0 to 4"),
+        ("vivit", "two.txt", (), "two.txt"),
+        ("heads", "good.txt", (), "good.txt"),
+        ("heads", "two.txt", ("--average", "softmax"), "set evaluation.average=logits (--average"),
+        ("vivit", "other", (), "1 of 1 folders are none of the model's classes: swim"),
+        ("vivit", "bad.txt", ("--views-at-once", "8"), "none of the 1 videos of"),
+        ("vivit", "good.txt", ("--resize", "20"), "smaller than the crop of 24 x 16"),
+        ("vivit", "good.txt", ("--clips", "0"), "--clips must be at least 1, got 0"),
+        ("vivit", "good.txt", ("--views-at-once", "-1"), "--views-at-once must be at least 1"),
+        ("vivit", "good.txt", ("--threads", "0"), "--threads must be at least 1, got 0"),
+        (
+            "vivit",
+            "good.txt",
+            ("--mesh", "data=3"),
+            "--mesh 'data=3' is for 3 devices, there are 8",
+        ),
+        ("vivit", "good.txt", ("--recipe", "vivit"), "there is no recipe 'vivit'"),
+        ("vivit", "good.txt", ("--out", "x.txt"), "--out x.txt ends in '.txt'"),
+        ("vivit", "good.txt", ("--process", "1"), "--processes 1 --process 1 need --coordinator"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(models, videos, capsys, model, data, flags, words):
+    status, out, err = run(capsys, models / model, videos / data, *flags)
+    assert status == 2 and words in err and err.count("\n") == 1 and out == ""
+
+
+def test_nothing_is_left_out_of_the_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and jax.device_count() == 8
+    for flag in ("--model", "--data", "--recipe", "--clips", "--crops", "--average", "--out"):
+        assert flag in text

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sequence of training batches: a function of seed and place, whoever reads it and from where.
+
+Every pixel of a test clip states its clip, its frame and its place in the frame.
+"""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vivit_jax.data import pipeline
+from vivit_jax.data.augment import train_transform
+from vivit_jax.data.dataset import Dataset, Example, read_training_clip
+from vivit_jax.data.pipeline import Batches, Share
+from vivit_jax.errors import UserError
+from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
+
+COUNT, FRAMES, HEIGHT, WIDTH = 7, 9, 20, 24
+DATA = DataSettings(sampler="loop", stride=1)
+CROPS = AugmentSettings(crop="random", flip=0.0)
+
+
+def pixels(clip, frames=FRAMES, channels=3):
+    """uint8 [t, h, w, c]: clip and frame, row, column."""
+    values = np.zeros((frames, HEIGHT, WIDTH, channels), np.uint8)
+    values[..., 0] = 16 * clip + np.arange(frames)[:, None, None]
+    values[..., 1] = np.arange(HEIGHT)[:, None]
+    values[..., 2] = np.arange(WIDTH)
+    return values
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Seven arrays, labelled by their number."""
+    for i in range(COUNT):
+        np.save(tmp_path / f"{i}.npy", pixels(i))
+    return labelled(tmp_path / f"{i}.npy" for i in range(COUNT))
+
+
+def labelled(paths):
+    return Dataset(tuple(Example(str(p), i) for i, p in enumerate(paths)), None, "list.txt")
+
+
+def batches(dataset, data=DATA, augment=CROPS, **options):
+    options = dict(num_frames=4, size=(16, 16), batch_size=3, seed=5) | options
+    return Batches(dataset, data, augment, **options)
+
+
+def first(count, *args, **options):
+    with batches(*args, **options) as source:
+        return [next(source) for _ in range(count)]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], strict=True)
+
+
+def are_same(found, expected):
+    return all(np.array_equal(a["clips"], b["clips"]) for a, b in zip(found, expected, strict=True))
+
+
+def test_every_clip_comes_once_an_epoch_in_another_order_each():
+    examples = tuple(Example(f"{i}", i) for i in range(COUNT))
+    order = pipeline.Order(Dataset(examples, None, "x"), 3, 5, Share())
+    assert order.steps_per_epoch == 2
+    epochs = [[order[6 * epoch + i] for i in range(6)] for epoch in range(40)]
+    labels = [tuple(example.label for example, _ in epoch) for epoch in epochs]
+    assert all(len(set(epoch)) == 6 for epoch in labels)
+    assert len(set(labels)) == 40 and {label for epoch in labels for label in epoch} == {*range(7)}
+    assert [number for epoch in epochs for _, number in epoch] == list(range(240))
+
+
+def test_a_batch_holds_what_its_clips_files_do(clips):
+    """The definition: an order for each epoch and a generator for each element."""
+    read = train_transform(CROPS, (16, 16))
+    for step, batch in enumerate(first(5, clips)):
+        assert batch["clips"].dtype == np.uint8 and batch["clips"].shape == (3, 4, 16, 16, 3)
+        assert batch["labels"].dtype == np.int32
+        for row in range(3):
+            epoch, place = divmod(3 * step + row, 6)
+            label = np.random.default_rng((5, epoch)).permutation(COUNT)[place]
+            rng = np.random.default_rng((5, 3 * step + row, 1))
+            frames = read_training_clip(
+                clips.examples[label], rng, num_frames=4, stride=1, sampler="loop"
+            )
+            np.testing.assert_array_equal(batch["clips"][row], read(rng, frames))
+            assert batch["labels"][row] == label == batch["clips"][row, 0, 0, 0, 0] // 16
+            assert np.ptp(batch["clips"][row, :, 0, 0, 0]) == 3  # four frames, one after another
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_seed_others(clips):
+    many = dataclasses.replace(DATA, threads=5)
+    expected = first(5, clips)
+    assert_same(first(5, clips, many), expected)
+    assert not are_same(first(5, clips, seed=6), expected)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 5])
+def test_a_restored_sequence_goes_on_bit_for_bit(clips, tmp_path, step):
+    """At a clip that could not be read and across the end of an epoch too."""
+    (tmp_path / "3.npy").write_bytes(b"no array")
+    data = dataclasses.replace(DATA, max_bad_share=0.5)
+    with batches(clips, data) as source, batches(clips, data) as other:
+        for _ in range(step):
+            next(source)
+        state = json.loads(json.dumps(source.state()))
+        assert source.state() == state
+        next(other)  # what was read before counts no more
+        other.restore(state)
+        assert other.state() == state
+        expected = [next(source) for _ in range(6)]
+        assert_same([next(other) for _ in range(6)], expected)
+        assert other.state() == source.state() != state
+
+
+def test_another_number_of_processes_cannot_go_on(clips):
+    with batches(clips, batch_size=4, share=Share(0, 2)) as source:
+        state = source.state()
+    with pytest.raises(UserError, match="by 2 processes, .* now there are 1; go on with as many"):
+        batches(clips, batch_size=4).restore(state)
+
+
+def test_shares_put_together_are_the_whole_batch(clips):
+    data = dataclasses.replace(DATA, repeats=2)
+    whole = first(4, clips, data, batch_size=4)
+    halves = [first(4, clips, data, batch_size=4, share=Share(i, 2)) for i in range(2)]
+    joined = [
+        {name: np.concatenate([one[name], other[name]]) for name in one}
+        for one, other in zip(*halves, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+def test_repeats_are_neighbours_of_the_same_frames_augmented_differently(clips):
+    data = dataclasses.replace(DATA, repeats=3)
+    cut = set()
+    for batch in first(4, clips, data):
+        assert batch["clips"].shape == (9, 4, 16, 16, 3) and batch["labels"].shape == (9,)
+        copies = batch["clips"].reshape(3, 3, *batch["clips"].shape[1:])
+        assert (batch["labels"].reshape(3, 3) == batch["labels"][::3, None]).all()
+        np.testing.assert_array_equal(copies[..., 0], copies[:, :1, :, :, :, 0].repeat(3, 1))
+        corners = copies[:, :, 0, 0, 0, 1:].reshape(3, 3, 2)
+        assert any(len({tuple(corner) for corner in row}) > 1 for row in corners)
+        cut |= {tuple(corner) for corner in corners.reshape(-1, 2)}
+    assert len(cut) > 10
+
+
+def test_a_clip_that_cannot_be_read_is_left_out_and_named(clips, tmp_path):
+    """The next one takes its place, and the rest are those that would have come anyway."""
+    bad = str(tmp_path / "3.npy")
+    with batches(clips) as source:
+        order = source.order
+        wanted = [order[i][1] for i in range(40) if order[i][0].path != bad]
+    whole = {}
+    for step, batch in enumerate(first(10, clips)):
+        whole |= {3 * step + row: batch["clips"][row] for row in range(3)}
+    (tmp_path / "3.npy").write_bytes(b"no array")
+    with batches(clips, dataclasses.replace(DATA, max_bad_share=0.5)) as source:
+        for step in range(6):
+            batch = next(source)
+            assert batch["clips"].shape[0] == 3 and 3 not in batch["labels"]
+            for row, element in enumerate(wanted[3 * step : 3 * step + 3]):
+                np.testing.assert_array_equal(batch["clips"][row], whole[element])
+        state = source.state()
+    assert list(source.bad) == [bad] and bad in source.bad[bad]
+    assert state["read"] == wanted[17] + 1
+    assert state["left_out"] == wanted[17] + 1 - 18 > 1
+
+
+def test_an_array_of_other_channels_is_a_bad_clip(clips, tmp_path):
+    np.save(tmp_path / "0.npy", pixels(0, channels=4))
+    with batches(clips, dataclasses.replace(DATA, max_bad_share=0.5)) as source:
+        for _ in range(4):
+            assert 0 not in next(source)["labels"]
+    assert list(source.bad.values()) == [f"{tmp_path}/0.npy has 4 channels, the model takes 3"]
+    four = labelled([tmp_path / "0.npy"] * 3)
+    assert first(1, four, num_channels=4)[0]["clips"].shape[-1] == 4
+
+
+def test_too_many_bad_clips_end_the_run_and_a_few_do_not(clips, tmp_path):
+    (tmp_path / "3.npy").write_bytes(b"no array")
+    with batches(clips) as source, pytest.raises(UserError) as error:
+        for _ in range(20):
+            next(source)
+    assert "more than data.max_bad_share 0.05: " in str(error.value)
+    assert "3.npy: not an array" in str(error.value)
+    # Counted from the start of the run, not from where it goes on.
+    with batches(clips) as source:
+        source.restore({"processes": 1, "read": 990, "left_out": 5, "bad": {}})
+        for _ in range(20):
+            next(source)
+        assert source.state()["left_out"] > 5
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_data_set_without_a_readable_clip_ends_the_run(clips, share):
+    missing = labelled(f"/nowhere/{i}.npy" for i in range(4))
+    data = dataclasses.replace(DATA, max_bad_share=share)
+    with batches(missing, data) as source, pytest.raises(UserError, match="no such file"):
+        next(source)
+
+
+@pytest.mark.parametrize("gib", [2e-5, 1.0])
+def test_a_cache_changes_nothing_but_what_is_read_again(clips, tmp_path, monkeypatch, gib):
+    """Though one clip has a frame that is damaged, so that some of its parts can be read only."""
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for k, frame in enumerate(pixels(7, frames=12)):
+        Image.fromarray(frame).save(folder / f"{k}.png")
+    (folder / "10.png").write_bytes(b"no image")
+    dataset = labelled([*(e.path for e in clips.examples), folder])
+    data = dataclasses.replace(DATA, max_bad_share=0.5)
+
+    def run(data):
+        opened = []
+        original = pipeline.read_training_clip
+        monkeypatch.setattr(
+            pipeline,
+            "read_training_clip",
+            lambda e, *a, **k: (opened.append(e), original(e, *a, **k))[1],
+        )
+        with batches(dataset, data, batch_size=8) as source:
+            found = [next(source) for _ in range(8)]
+            state = source.state()
+        monkeypatch.setattr(pipeline, "read_training_clip", original)
+        return found, state, opened
+
+    plain, state, opened = run(data)
+    assert 0 < state["left_out"] < 8 and len(opened) >= state["read"]
+    cached, cached_state, again = run(dataclasses.replace(data, cache_gib=gib))
+    assert_same(cached, plain)
+    assert cached_state == state
+    direct = {example.path for example in again}
+    # A clip takes 9 * 20 * 24 * 3 = 12960 bytes, 2e-5 GiB are 21475: two fit, about.
+    assert str(folder) in direct and (len(direct) == 1 if gib == 1.0 else len(direct) >= 5)
+    assert len(again) < len(opened)
+
+
+def test_labels_of_several_heads(clips):
+    heads = tuple(Example(e.path, (e.label, 10 * e.label)) for e in clips.examples)
+    data = dataclasses.replace(DATA, repeats=2)
+    batch = first(1, Dataset(heads, None, "list.txt"), data)[0]
+    assert batch["labels"].shape == (6, 2) and batch["labels"].dtype == np.int32
+    np.testing.assert_array_equal(batch["labels"], batch["clips"][:, 0, 0, 0, :1] // 16 * [1, 10])
+
+
+def test_clips_without_labels(clips):
+    bare = Dataset(tuple(Example(e.path, None) for e in clips.examples), None, "list.txt")
+    assert first(1, bare, labelled=False)[0].keys() == {"clips"}
+    with pytest.raises(UserError, match="list.txt has no labels"):
+        batches(bare)
+
+
+def test_batches_that_cannot_be_made(clips):
+    with pytest.raises(UserError, match="list.txt has 7 clips, train.batch_size is 8; "):
+        batches(clips, batch_size=8)
+    with pytest.raises(UserError, match="train.batch_size 5 is not a multiple of the 2 processes"):
+        batches(clips, batch_size=5, share=Share(1, 2))
+
+
+def test_a_setting_that_does_not_fit_a_clip_names_it(clips):
+    words = r"\.npy: frames of 20 x 24 pixels .* are smaller"
+    with batches(clips, size=(32, 32)) as source, pytest.raises(UserError, match=words):
+        next(source)
+
+
+SCRIPT = """
+    import dataclasses, hashlib, json, multiprocessing, os, signal, sys
+
+    from vivit_jax.data.dataset import Dataset, Example
+    from vivit_jax.data.pipeline import Batches
+    from vivit_jax.errors import UserError
+    from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
+
+    def probing(transform, calls=[]):
+        def probe(rng, frames):
+            calls.append(1)
+            if len(calls) < 15:
+                return transform(rng, frames)
+            import jax._src.xla_bridge
+
+            busy = jax._src.xla_bridge.backends_are_initialized()
+            heavy = ("vivit_jax.train", "vivit_jax.models", "torch")
+            known = [name for name in sys.modules if name.startswith(heavy)]
+            raise UserError(f"backend {busy}, modules {known}")
+        return probe
+
+    def main(paths, steps):
+        said = {"imported jax": "jax" in sys.modules}
+        dataset = Dataset(tuple(Example(p, i) for i, p in enumerate(paths)), None, "list.txt")
+        data = DataSettings(sampler="loop", stride=1, workers=2, threads=1, max_bad_share=0.5)
+        augment = AugmentSettings(crop="random", flip=0.0)
+        options = dict(num_frames=4, size=(16, 16), batch_size=3, seed=5)
+        with Batches(dataset, data, augment, **options) as source:
+            transform = probing(source._reader.transform)
+            source._reader = dataclasses.replace(source._reader, transform=transform)
+            digest = hashlib.sha256()
+            for step in range(steps):
+                batch = next(source)
+                digest.update(batch["clips"].tobytes() + batch["labels"].tobytes())
+                if not step:  # Ctrl-C reaches them too, and is not for them
+                    workers = multiprocessing.active_children()
+                    for worker in workers:
+                        os.kill(worker.pid, signal.SIGINT)
+            said |= {"digest": digest.hexdigest(), "state": source.state(), "workers": len(workers)}
+            try:
+                while True:
+                    next(source)
+            except UserError as error:
+                said["probe"] = str(error)
+        said["left"] = len(multiprocessing.active_children())
+        print(json.dumps(said))
+
+    if __name__ == "__main__":
+        main(sys.argv[2:], int(sys.argv[1]))
+"""
+
+
+def test_processes_read_the_same_batches_and_end_quietly(clips, tmp_path):
+    """They hold no device: grain imports jax, for its trees, but nothing starts a backend."""
+    (tmp_path / "3.npy").write_bytes(b"no array")
+    script, steps = tmp_path / "script.py", 7
+    script.write_text(textwrap.dedent(SCRIPT))
+    paths = [example.path for example in clips.examples]
+    done = subprocess.run(
+        [sys.executable, script, str(steps), *paths], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    digest = hashlib.sha256()
+    data = dataclasses.replace(DATA, max_bad_share=0.5)
+    with batches(clips, data) as source:
+        for batch in (next(source) for _ in range(steps)):
+            digest.update(batch["clips"].tobytes() + batch["labels"].tobytes())
+        # So that a run may go on with other workers, or none.
+        assert said["state"] == source.state()
+    assert said["digest"] == digest.hexdigest()
+    assert (said["imported jax"], said["workers"], said["left"]) == (False, 2, 0)
+    assert said["probe"].endswith(".npy: backend False, modules []")
