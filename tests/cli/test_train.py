@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax pretrain`, `finetune` and `recipes`: what they refuse in a line, and one whole story."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+import vivit_jax
+from vivit_jax.cli.__main__ import main
+from vivit_jax.recipes import RECIPES, from_dict, recipe_named, to_dict
+from vivit_jax.train.log import read_metrics
+
+SIZES = dict(
+    image_size=16,
+    num_frames=4,
+    patch_size=8,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+)
+DECODER = dict(
+    decoder_hidden_size=8,
+    decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=2,
+    decoder_intermediate_size=16,
+)
+
+
+def sets(**fields):
+    """--set with section__field=value."""
+    return ["--set", *(f"{name.replace('__', '.')}={value}" for name, value in fields.items())]
+
+
+def sizes(values):
+    return {f"model__config__{name}": value for name, value in values.items()}
+
+
+COMMON = dict(data__stride=1, evaluation__resize=16, train__batch_size=8, train__epochs=6)
+FINETUNE = (
+    ["finetune", "--recipe", "videomae-v1-base-kinetics400-finetune"]
+    + sets(**COMMON, **sizes(SIZES), augment__mixup=0, augment__cutmix=0, data__repeats=1)
+    + sets(augment__rand_augment="none")
+)
+PRETRAIN = ["pretrain", "--recipe", "videomae-v1-base-kinetics400-pretrain"]
+PRETRAIN += sets(**COMMON, **sizes(SIZES | DECODER), optim__warmup_epochs=1, mask__ratio=0.75)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """clips/<class> of three classes with four clips each, and lists of them."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    paths = []
+    for name in ("a", "b", "c"):
+        (root / "clips" / name).mkdir(parents=True)
+        for i in range(4):
+            paths.append(root / "clips" / name / f"{i}.npy")
+            np.save(paths[-1], rng.integers(0, 256, (6, 18, 20, 3), np.uint8))
+    (root / "far.txt").write_text("".join(f"{path} 400\n" for path in paths))
+    (root / "paths.txt").write_text("".join(f"{path}\n" for path in paths))
+    (root / "few.txt").write_text("".join(f"{path} 1\n" for path in paths[:5]))
+    return root
+
+
+def refused(capsys, *args):
+    """The one line on stderr of a command that fails."""
+    assert main(list(map(str, args))) == 2
+    out, line = capsys.readouterr()
+    assert out == "" and line.startswith("vivit-jax: error: ") and line.endswith("\n")
+    assert line.count("\n") == 1
+    return line
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["finetune"], "--recipe is missing; `vivit-jax recipes` lists the names"),
+        (["finetune", "--recipe", "demo-fintune"], "did you mean demo-finetune"),
+        ([*FINETUNE, *sets(optim__lrr=1)], "optim has no field 'lrr'; did you mean lr"),
+        ([*FINETUNE, *sets(optim__clip="much")], "optim.clip is 'much', expected a number"),
+        ([*FINETUNE, "--set", "optim.lr"], "'optim.lr' is no setting"),
+        ([*FINETUNE, *sets(data__train="x"), "--data", "y"], "data.train is set twice"),
+        (["pretrain", *FINETUNE[1:]], "is to finetune; use vivit-jax finetune"),
+        (["finetune", *PRETRAIN[1:]], "is to pretrain; use vivit-jax pretrain"),
+        ([*FINETUNE, "--processes", "2"], "--processes 2 --process 0 need --coordinator"),
+        (
+            [*FINETUNE, "--coordinator", "x:1", "--processes", "2", "--process", "2"],
+            "--process 2 must be from 0 to 1",
+        ),
+        ([*FINETUNE, "--mesh", "data=3"], "is for 3 devices, there are 8"),
+        (FINETUNE, "data.train is empty; say where the clips are"),
+        ([*FINETUNE, "--data", "/nowhere"], "/nowhere: No such file"),
+        ([*PRETRAIN, "--data", "{data}/clips", "--start", "/nowhere"], "/nowhere"),
+        ([*FINETUNE, "--data", "{data}/paths.txt"], "there is no label"),
+        ([*FINETUNE, "--data", "{data}/far.txt"], "labels 400 to 400, the model has classes 0 to"),
+        ([*FINETUNE, "--data", "{data}/few.txt"], "has 5 clips, train.batch_size is 8"),
+        (
+            [*FINETUNE, "--data", "{data}/clips", *sets(train__batch_size=12)],
+            "12 clips, which 8 devices in 1 parts (train.accumulate) do not divide",
+        ),
+        (
+            [*FINETUNE, "--data", "{data}/clips", *sets(data__validation="{data}/no")],
+            "no: No such file",
+        ),
+        (["finetune", "--resume"], "holds no run to go on with: there is no recipe.json in it"),
+        ([*FINETUNE, "--resume"], "holds no run to go on with: there is no recipe.json in it"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line_and_leaves_no_directory(args, message, data, tmp_path, capsys):
+    args = [arg.replace("{data}", str(data)) for arg in args]
+    if "train.batch_size=12" in args:
+        args.remove("train.batch_size=8")
+    assert message in refused(capsys, *args, "--out", tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_directories_are_left_alone(data, tmp_path, capsys):
+    args = [*FINETUNE, "--data", data / "clips", "--out"]
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "recipe.json").write_text("{")
+    assert "is a file" in refused(capsys, *args, tmp_path / "file")
+    assert "is not empty; choose a new directory" in refused(capsys, *args, tmp_path / "full")
+    assert "holds a run; go on with it by --resume" in refused(capsys, *args, tmp_path / "damaged")
+    for name, message in (
+        ("full", "holds no run"),
+        ("empty", "holds no run"),
+        ("damaged", "is no JSON"),
+    ):
+        assert message in refused(capsys, "finetune", "--resume", "--out", tmp_path / name)
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert found == ["damaged", "damaged/recipe.json", "empty", "file", "full", "full/notes"]
+
+
+def test_recipes_are_listed_with_what_they_are(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_a_recipe_is_shown_with_its_source_and_every_field(capsys):
+    name = "videomae-v1-base-kinetics400-finetune"
+    assert main(["recipes", name]) == 0
+    shown = capsys.readouterr().out
+    assert "fine-tuning on Kinetics-400" in shown.splitlines()[0]
+    fields = dict(line.split(" = ", 1) for line in shown.split("\n\n")[-1].splitlines() if line)
+    assert fields["name"] == name and fields["optim.layer_decay"] == "0.75"
+    values = to_dict(recipe_named(name))
+    for section, value in values.items():
+        for field in value if isinstance(value, dict) else ():
+            assert json.loads(fields[f"{section}.{field}"]) == value[field]
+    assert main(["recipes", name, "--json"]) == 0
+    assert from_dict(json.loads(capsys.readouterr().out)) == recipe_named(name)
+
+
+def test_a_recipe_that_is_none_is_told(capsys):
+    assert "did you mean demo-vivit" in refused(capsys, "recipes", "demo-vivid")
+
+
+@pytest.mark.slow
+def test_pretraining_then_fine_tuning_then_evaluation(data, tmp_path, capsys):
+    """As the commands print it, with a space in the name of the directory."""
+    first, then = tmp_path / "pre train", tmp_path / "fine tune"
+    clips = str(data / "clips")
+    assert main([*PRETRAIN, "--data", clips, "--out", str(first), "--tensorboard"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "12 clips, 1 steps an epoch, steps 1 to 6 of 6; mesh: data 8" in said[0]
+    model = first / "models" / "6"
+    assert said[1] == f"step 6 done; model in {model}, curves in {first}/report.html"
+    assert list((first / "tensorboard").glob("events*"))
+
+    start = ["--data", clips, "--start", str(model), "--out", str(then)]
+    assert main([*FINETUNE, *start, *sets(train__steps=2)]) == 0
+    assert main([*FINETUNE, *start, *sets(train__steps=3), "--resume"]) == 0
+    assert main(["finetune", "--resume", "--out", str(then)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "nothing is left to do" in said[-2] and said[-1].startswith("step 3 done")
+    assert [line["step"] for line in read_metrics(then / "metrics.jsonl")] == [1, 2, 3]
+    tuned, _ = vivit_jax.from_pretrained(then / "models" / "3")
+    assert tuned.config.labels == ("a", "b", "c")
+    assert main(["evaluate", "--model", str(then / "models" / "3"), "--data", clips]) == 0
+    assert "videos                   12" in capsys.readouterr().out
+    assert shlex  # quoted

@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs in this process: what they write, how they stop and go on, and what they start from."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from helpers import assert_close, forward, random_params, to_torch
+from helpers import clip as random_clip
+from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
+from tiny_runs import NAME, PLAIN, assert_same, lines, settings, state, write_clip
+
+import vivit_jax
+from checkpoints_convert import trees
+from vivit_jax.cli.__main__ import main
+from vivit_jax.data.dataset import read_dataset
+from vivit_jax.errors import UserError
+from vivit_jax.recipes.recipe import ModelSettings
+from vivit_jax.train import loop
+from vivit_jax.train.evaluate import evaluate
+from vivit_jax.train.log import MetricLog
+from vivit_jax.train.sharding import make_mesh, parse_mesh
+from vivit_jax.train.starting import described_model, description, starting_model
+
+FOLDERS = ("blue", "green", "red", "white")
+STEPS = 12  # 4 epochs of 3 steps
+STOPPED = 5  # by a signal, neither at the end of an epoch nor where a checkpoint is due
+ONE = parse_mesh("data=1", 1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """train/<class> with one damaged clip; test/ lacks the first class, so that numbers differ."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, folders in (("train", FOLDERS), ("test", FOLDERS[1:])):
+        for folder in folders:
+            (root / split / folder).mkdir(parents=True)
+            for i in range(6):
+                write_clip(root / split / folder / f"{i}.npy", FOLDERS.index(folder), rng)
+    (root / "train" / "green" / "damaged.npy").write_bytes(b"\x93NUMPY no more")
+    return root
+
+
+@pytest.fixture(scope="module")
+def recipe(data):
+    return changed(
+        dataclasses.replace(FINETUNE, augment=PLAIN),
+        model__config=SIZES | dict(num_labels=4, drop_path_rate=0.3, head_dropout=0.0),
+        optim__layer_decay=None,
+        optim__clip=None,
+        data__train=str(data / "train"),
+        data__validation=str(data / "test"),
+        data__max_bad_share=0.2,
+        train__batch_size=8,
+        train__checkpoint_every=4,
+        train__evaluate_every=2,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equal_steps_are_compiled_once():
+    """Runs of one recipe on one mesh share the compiled step, which takes seconds."""
+    made, make_step = {}, loop.make_step
+
+    def remembered(model, optimizer, schedule, recipe, processor, mesh, shapes):
+        free = dict(steps=None, checkpoint_every=None, keep=1, max_bad_steps=1)
+        rates = [float(schedule(i)) for i in range(8)]
+        train = dataclasses.replace(recipe.train, **free)
+        key = (model, recipe.task, recipe.optim, recipe.augment, recipe.mask, train, rates)
+        key = repr((*key, recipe.data.repeats, processor.to_dict(), mesh))
+        if key not in made:
+            made[key] = make_step(model, optimizer, schedule, recipe, processor, mesh, shapes)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", remembered)
+        yield
+
+
+def run(recipe, out, mesh=ONE, **options):
+    """(outcome, what was said)."""
+    said = []
+    return loop.train(recipe, out, mesh_sizes=mesh, say=said.append, **options), said
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """A run that nothing stopped."""
+    return run(recipe, tmp_path_factory.mktemp("whole") / "run")[0]
+
+
+@contextlib.contextmanager
+def interrupted(number, after):
+    """Runs get a signal once that step was told."""
+
+    class Interrupting(MetricLog):
+        def write(self, kind, step, values):
+            super().write(kind, step, values)
+            if (kind, step) == ("train", after):
+                signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "MetricLog", Interrupting)
+        yield
+    assert signal.getsignal(number) == before
+
+
+@pytest.fixture(scope="module")
+def stopped(recipe, tmp_path_factory):
+    """The same, stopped by SIGTERM."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with interrupted(signal.SIGTERM, after=STOPPED - 1):
+        outcome, _ = run(recipe, out)
+    assert (outcome.step, outcome.steps, outcome.stopped) == (STOPPED, STEPS, "SIGTERM")
+    return out
+
+
+def files(out):
+    """Every file below a directory with its bytes."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_a_run_tells_each_step_once_and_each_validation(whole):
+    out = whole.model.parents[1]
+    assert (whole.step, whole.steps, whole.stopped) == (STEPS, STEPS, None)
+    told = lines(out)
+    assert [line["step"] for line in told] == list(range(1, STEPS + 1))
+    assert told[-1]["loss"] < told[0]["loss"] - 0.1
+    # One warm-up epoch to 1e-2, then a cosine.
+    np.testing.assert_allclose([line["lr"] for line in told[:4]], [0, 5e-3, 1e-2, 1e-2], rtol=0.05)
+    validated = lines(out, "evaluate")
+    assert [line["step"] for line in validated] == [6, 12]
+    assert {line["videos"] for line in validated} == {18}
+    assert validated[-1]["accuracy"] == whole.metrics["accuracy"]
+    assert lines(out, "event") == []
+    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_best_and_the_last_checkpoints_are_kept(whole):
+    out = whole.model.parents[1]
+    best = max(lines(out, "evaluate"), key=lambda line: (line["accuracy"], line["step"]))["step"]
+    for kind in ("checkpoints", "models"):
+        assert {int(path.name) for path in (out / kind).iterdir()} == {best, 8, 12}
+    assert whole.model == out / "models" / str(best)
+
+
+def test_a_damaged_clip_is_named(whole, data):
+    found = json.loads((whole.model.parents[1] / "bad_clips.json").read_text())
+    assert list(found["clips"]) == [str(data / "train" / "green" / "damaged.npy")]
+    # 96 clips were used, of 24 or 25 in an epoch.
+    assert found["left_out"] in (1, 2, 3, 4) and found["read"] == 96 + found["left_out"]
+
+
+def test_the_model_opens_in_transformers_with_the_folders_names(whole):
+    import torch
+    import transformers
+
+    directory = whole.model.parent / str(STEPS)
+    theirs = transformers.VideoMAEForVideoClassification.from_pretrained(directory).eval()
+    assert theirs.config.id2label == dict(enumerate(FOLDERS))
+    model, params = vivit_jax.from_pretrained(directory)
+    assert model.config.labels == FOLDERS
+    clip = random_clip(model.config)
+    with torch.no_grad():
+        expected = theirs(to_torch(clip)).logits.numpy()
+    assert_close(forward(model, params, clip).logits, expected, "logits")
+    # It is the average that is exported, not what is trained.
+    last = state(whole.model.parents[1], STEPS)
+    for path, value in trees.flatten(params).items():
+        np.testing.assert_array_equal(last[f"average/{path}"], value, err_msg=path)
+    assert np.abs(last["params/head/kernel"] - last["average/head/kernel"]).max() > 1e-4
+
+
+def test_the_model_comes_with_its_preprocessing(whole):
+    import transformers
+
+    processor = vivit_jax.VideoProcessor.from_pretrained(whole.model)
+    named = vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16)
+    assert processor.to_dict() == named.to_dict()
+    theirs = transformers.VideoMAEImageProcessor.from_pretrained(whole.model)
+    assert dict(theirs.size) == {"shortest_edge": 16}
+    assert dict(theirs.crop_size) == {"height": 16, "width": 16}
+    assert list(theirs.image_mean) == [0.485, 0.456, 0.406]
+
+
+def test_validation_goes_by_the_names_of_folders(whole, recipe, data, tmp_path):
+    """Its folder 0 is the model's class 1."""
+    model, params = vivit_jax.from_pretrained(whole.model.parent / str(STEPS))
+    clips = [(path, FOLDERS.index(path.parent.name)) for path in (data / "test").rglob("*.npy")]
+    (tmp_path / "list.txt").write_text("\n".join(f"{path} {label}" for path, label in clips))
+    result = evaluate(
+        model,
+        params,
+        read_dataset(tmp_path / "list.txt"),
+        dataclasses.replace(recipe.evaluation, clips=1),
+        vivit_jax.VideoProcessor.from_pretrained(whole.model),
+        mesh=make_mesh(ONE),
+    )
+    assert result.metrics == whole.metrics
+    assert whole.metrics["accuracy"] > 0.5
+
+
+def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(
+    whole, stopped, recipe, tmp_path
+):
+    assert lines(stopped) == lines(whole.model.parents[1])[:STOPPED]
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    outcome, said = run(recipe, out, resume=True)
+    assert (outcome.step, outcome.stopped) == (STEPS, None) and "steps 6 to 12 of 12" in said[0]
+    assert_same(out, whole.model.parents[1], STEPS)
+    for kind in ("evaluate", "event"):
+        assert lines(out, kind) == lines(whole.model.parents[1], kind)
+    bad = [(each / "bad_clips.json").read_text() for each in (out, whole.model.parents[1])]
+    assert bad[0] == bad[1]
+    assert outcome.model.name == whole.model.name
+
+
+@pytest.mark.parametrize(
+    "mesh", ["data=8", pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)]
+)
+def test_a_run_of_eight_devices_is_interrupted_and_goes_on_with_one(
+    mesh, whole, recipe, tmp_path, capsys
+):
+    """By the command line and Ctrl-C, then from Python."""
+    out, expected = tmp_path / "run", whole.model.parents[1]
+    args = ["finetune", "--out", str(out), "--mesh", mesh, "--recipe", NAME]
+    with interrupted(signal.SIGINT, after=2):
+        assert main([*args, "--set", *settings(recipe)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "stopped by SIGINT after step 3; go on with",
+        f"  vivit-jax finetune --out {out} --resume",
+    ]
+    outcome, _ = run(recipe, out, resume=True)
+    assert outcome.step == STEPS
+    assert lines(out) != lines(expected)  # else the comparison would be of nothing
+    assert_same(out, expected, STEPS, rtol=2e-5)
+
+
+def test_threads_and_steps_may_be_others_when_a_run_goes_on(whole, stopped, recipe, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    fewer = changed(recipe, data__threads=1, train__steps=7)
+    outcome, said = run(fewer, out, resume=True)
+    assert (outcome.step, outcome.stopped) == (7, None) and "steps 6 to 7 of 12" in said[0]
+    assert json.loads((out / "recipe.json").read_text())["train"]["steps"] == 7
+    assert lines(out) == lines(whole.model.parents[1])[:7]
+
+
+def test_a_run_at_its_end_says_so_and_changes_nothing(whole, recipe):
+    out = whole.model.parents[1]
+    before = files(out)
+    outcome, said = run(recipe, out, resume=True)
+    assert (outcome.step, outcome.stopped, outcome.model) == (STEPS, None, whole.model)
+    assert said == [
+        f"{out}: step 12 is taken and the run ends with step 12 of 12; nothing is left to do"
+    ]
+    after = files(out)
+    assert before.keys() == after.keys()
+    assert {path for path in before if before[path] != after[path]} <= {"report.html"}
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(whole, recipe, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("recipe.json", "metrics.jsonl"):
+        shutil.copy(whole.model.parents[1] / name, out)
+    outcome, said = run(changed(recipe, train__steps=2), out, resume=True)
+    assert outcome.step == 2 and "steps 1 to 2 of 12" in said[0]
+    assert lines(out) == lines(whole.model.parents[1])[:2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "resume", "message"),
+    [
+        ({}, False, "holds a run; go on with it by --resume, or choose another directory"),
+        (
+            dict(optim__lr=1e-3, train__seed=5),
+            True,
+            "optim.lr 0.01 there, 0.001 now; train.seed 0 there, 5 now; leave these as they were",
+        ),
+        (
+            {f"optim__{name}": 0.5 for name in ("lr", "b1", "b2", "eps", "clip", "ema")}
+            | dict(augment__erase=0.5, augment__flip=0.0, train__epochs=3),
+            True,
+            "optim.lr 0.01 there, 0.5 now; .*; and 1 more; leave",
+        ),
+    ],
+)
+def test_a_directory_with_a_run_is_left_alone(fields, resume, message, whole, recipe, tmp_path):
+    out = whole.model.parents[1]
+    before = files(out)
+    with pytest.raises(UserError, match=message):
+        run(changed(recipe, **fields), out, resume=resume)
+    assert files(out) == before
+
+
+def test_too_many_damaged_clips_stop_a_run_that_can_go_on(whole, recipe, tmp_path):
+    with pytest.raises(UserError, match=r"data.max_bad_share 0.01: .*damaged.npy"):
+        run(changed(recipe, data__max_bad_share=0.01), tmp_path)
+    taken = lines(tmp_path)[-1]["step"]
+    assert taken % 4 and taken % 6, "a checkpoint was due anyway; use another seed"
+    assert max(int(path.name) for path in (tmp_path / "models").iterdir()) == taken
+    run(recipe, tmp_path, resume=True)
+    assert_same(tmp_path, whole.model.parents[1], STEPS)
+
+
+@pytest.fixture
+def start(whole, tmp_path):
+    """A copy of a trained classifier's directory, with its head changed."""
+
+    def copy(change):
+        from safetensors.numpy import load_file, save_file
+
+        directory = tmp_path / "start"
+        shutil.copytree(whole.model, directory)
+        tensors = load_file(directory / "model.safetensors")
+        tensors["classifier.bias"] = change(tensors["classifier.bias"])
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return str(directory)
+
+    return copy
+
+
+def test_steps_that_stay_without_finite_loss_stop_a_run(recipe, start, tmp_path):
+    broken, out = start(lambda bias: bias * np.nan), tmp_path / "run"
+    with pytest.raises(UserError, match="5 steps in a row, up to step 5, had no finite loss"):
+        run(changed(recipe, model__start=broken), out)
+    told = lines(out)
+    assert [line["step"] for line in told] == [1, 2, 3, 4, 5, 6] and np.isnan(told[-1]["loss"])
+    kept = state(out, 6)
+    assert kept["bad_steps"] == kept["skipped"] == 6
+    _, params = vivit_jax.from_pretrained(broken)
+    for path, value in trees.flatten(params).items():
+        np.testing.assert_array_equal(kept[f"params/{path}"], value, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """A pre-trained model's directory, and its params, which are large."""
+    model = vivit_jax.VideoMAEForPreTraining(
+        vivit_jax.VideoMAEConfig(**SIZES, use_mean_pooling=False)
+    )
+    params, directory = random_params(model), tmp_path_factory.mktemp("start") / "autoencoder"
+    vivit_jax.save_pretrained(directory, model, params)
+    return str(directory), params
+
+
+@pytest.mark.slow
+def test_fine_tuning_goes_on_where_pretraining_ended(recipe, tmp_path):
+    """By the directories of models that runs write."""
+    plain = dataclasses.replace(PRETRAIN.augment, crop="center", flip=0.0)
+    first = dataclasses.replace(PRETRAIN, data=recipe.data, augment=plain, optim=recipe.optim)
+    outcome, _ = run(changed(first, train__batch_size=8, train__steps=2), tmp_path / "first")
+    assert outcome.model.name == "2" and 0 < outcome.metrics["loss"] < 10
+    begun = changed(recipe, model__start=str(outcome.model), train__steps=1, optim__lr=1e-30)
+    then, _ = run(begun, tmp_path / "then")
+    _, pretrained = vivit_jax.from_pretrained(outcome.model)
+    assert_encoder(vivit_jax.from_pretrained(then.model)[1], pretrained)
+    told = json.loads((tmp_path / "then" / "model.json").read_text())["start"]
+    assert str(outcome.model) in told and "multiplied by 0.001" in told
+
+
+def assert_encoder(params, expected):
+    ours, theirs = (trees.flatten(each["backbone"]) for each in (params, expected))
+    paths = [path for path in theirs if not path.startswith("ln_final")]
+    assert len(paths) == 17
+    for path in paths:
+        value = theirs[path]
+        np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+def test_fine_tuning_starts_from_an_autoencoder(autoencoder):
+    directory, pretrained = autoencoder
+    found = starting_model(changed(FINETUNE, model__start=directory), FOLDERS)
+    assert_encoder(found.params, pretrained)
+    config = found.model.config
+    assert config.labels == FOLDERS and config.use_mean_pooling
+    assert (config.drop_path_rate, config.head_dropout) == (0.3, 0.2)
+    # As its authors hand it over: a new norm and a hundredth of the usual classifier.
+    assert (np.asarray(found.params["fc_norm"]["scale"]) == 1).all()
+    kernel = np.asarray(found.params["head"]["kernel"])
+    assert kernel.shape == (16, 4) and 0 < np.abs(kernel).max() < 1e-4
+    assert "the classifier is multiplied by 0.001" in found.report
+
+
+def test_pretraining_starts_from_an_autoencoder_with_its_decoder(autoencoder):
+    directory, pretrained = autoencoder
+    found = starting_model(changed(PRETRAIN, model__start=directory))
+    for path, value in trees.flatten(pretrained).items():
+        np.testing.assert_array_equal(trees.flatten(found.params)[path], value, err_msg=path)
+
+
+def test_fine_tuning_starts_from_a_classifier(whole, recipe):
+    """With its head where it has as many classes, else with a fresh one."""
+    _, trained = vivit_jax.from_pretrained(whole.model)
+    begun = changed(recipe, model__start=str(whole.model))
+    same = starting_model(begun)
+    assert same.model.config.labels == FOLDERS
+    np.testing.assert_array_equal(same.params["head"]["kernel"], trained["head"]["kernel"])
+    other = starting_model(begun, ("a", "b", "c"))
+    assert other.model.config.labels == ("a", "b", "c")
+    assert other.params["head"]["kernel"].shape == (16, 3)
+    assert "num_labels is 3, the checkpoint's classifier has 4" in other.report
+    for found in (same, other):
+        assert_encoder(found.params, trained)
+
+
+VIVIT = ModelSettings(
+    preset="vivit-b-16x2-fe-kinetics400",
+    config=dict(
+        image_size=16,
+        num_frames=4,
+        tubelet_size=(2, 8, 8),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_temporal_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory):
+    """A tiny image ViT of transformers, and its directory."""
+    import transformers
+
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **sizes, num_labels=7)
+    model = transformers.ViTForImageClassification(config)
+    directory = tmp_path_factory.mktemp("image") / "vit"
+    model.save_pretrained(directory)
+    return str(directory), model
+
+
+def test_a_vivit_starts_from_an_image_model(image_model):
+    directory, theirs = image_model
+    settings = dataclasses.replace(VIVIT, start=directory)
+    found = starting_model(dataclasses.replace(FINETUNE, model=settings), FOLDERS)
+    assert found.model.config.labels == FOLDERS
+    assert found.params["head"]["kernel"].shape == (16, 4)
+    tensors = {name: value.detach().numpy() for name, value in theirs.state_dict().items()}
+    (name,) = (name for name in tensors if name.endswith("patch_embeddings.projection.weight"))
+    kernel = np.asarray(found.params["backbone"]["patch_embed"]["kernel"])
+    # The later frame of a tubelet sees what the image model sees.
+    np.testing.assert_array_equal(kernel[1], tensors[name].transpose(2, 3, 1, 0))
+    assert not kernel[0].any() and "inflated" in found.report
+
+
+@pytest.mark.parametrize(
+    ("wanted", "start", "message"),
+    [
+        (FINETUNE, "image", "an image model, from which only a ViViT classifier starts"),
+        (dataclasses.replace(FINETUNE, model=VIVIT), "mae", "holds a videomae, .* is a vivit"),
+        (FINETUNE, "nowhere", "nowhere"),
+        (dataclasses.replace(PRETRAIN, model=VIVIT), "mae", "ViViT, which has no masked pre-train"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_told(wanted, start, message, image_model, autoencoder):
+    source = {"image": image_model[0], "mae": autoencoder[0]}.get(start, "/nowhere")
+    with pytest.raises(UserError, match=message):
+        starting_model(changed(wanted, model__start=source), FOLDERS)
+
+
+def test_a_model_is_described_and_built_again(tmp_path):
+    settings = dict(FINETUNE.model.config, dtype="bfloat16", remat="block", id2label=FOLDERS)
+    start = starting_model(changed(FINETUNE, model__config=settings))
+    (tmp_path / "model.json").write_text(json.dumps(description(start, "finetune")))
+    assert described_model(tmp_path / "model.json") == start.model
