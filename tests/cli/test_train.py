@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax pretrain`, `finetune` and `recipes`: what they refuse in a line, and one whole story."""
+"""`vivit-jax pretrain`, `finetune` and `recipes`: what they refuse in a line, and one story."""
 
 import json
-import shlex
 
 import numpy as np
 import pytest
@@ -186,4 +185,3 @@ def test_pretraining_then_fine_tuning_then_evaluation(data, tmp_path, capsys):
     assert tuned.config.labels == ("a", "b", "c")
     assert main(["evaluate", "--model", str(then / "models" / "3"), "--data", clips]) == 0
     assert "videos                   12" in capsys.readouterr().out
-    assert shlex  # quoted

@@ -2,6 +2,7 @@
 """`vivit-jax pretrain` and `vivit-jax finetune`: a recipe, run into a directory."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -100,7 +101,7 @@ def _run(task: str, options: RunOptions) -> int:
     if outcome.stopped:
         print(
             f"stopped by {outcome.stopped} after step {outcome.step}; go on with\n"
-            f"  vivit-jax {task} --out {out} --resume"
+            f"  vivit-jax {task} --out {shlex.quote(str(out))} --resume"
         )
     else:
         print(f"step {outcome.step} done; model in {outcome.model}, curves in {out}/report.html")
