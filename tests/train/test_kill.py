@@ -132,6 +132,7 @@ def together(parent, tmp_path, args):
     return [parent.start(tmp_path / f"{i}.log", [*args, *shared, "--process", i]) for i in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, parent, cache, data):
     """Of a device each."""
     simple = dict(optim__algorithm="sgd", optim__ema=None, optim__lr=0.1)
