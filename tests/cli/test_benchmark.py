@@ -73,7 +73,7 @@ def test_every_figure_is_there(tmp_path, capsys):
     assert theirs["agrees"] and 0 < found < 5e-6  # measured 4.2e-7
 
 
-@pytest.mark.parametrize("kind", ["finetune", "pretrain"])
+@pytest.mark.parametrize("kind", [pytest.param("finetune", marks=pytest.mark.slow), "pretrain"])
 def test_steps_agree_in_loss_and_in_every_gradient(kind, tmp_path):
     path = tmp_path / "figures.json"
     arguments = [*QUICK, *TORCH, *ALONE, "--work", kind, "--batch", "2", "--json", str(path)]
@@ -110,7 +110,11 @@ def test_no_ratio_where_the_smallest_gradient_differs(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("forward", "float32"), ("forward", "float16"), ("finetune", "bfloat16")],
+    [
+        ("forward", "float32"),
+        ("forward", "float16"),
+        pytest.param("finetune", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_no_ratio_where_scores_are_a_tenth_too_small(kind, dtype, monkeypatch, capsys):
     case = [*QUICK, *TORCH, *ALONE, "--work", kind, "--dtype", dtype, "--repeats", "1"]

@@ -5,6 +5,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
 
 from vivit_jax.recipes.recipe import ModelSettings
@@ -38,6 +39,7 @@ def learnt(recipe, tmp_path, **fields):
     return train(changed(recipe, **data, **fields), tmp_path / "run", say=lambda text: None)
 
 
+@pytest.mark.slow
 def test_two_heads_are_learnt(tmp_path):
     """By a factorised encoder, whose answers are averaged as scenic does."""
     sizes = dict(
@@ -66,6 +68,7 @@ def test_two_heads_are_learnt(tmp_path):
     assert min(metrics[name] for name in names) > 0.9, metrics
 
 
+@pytest.mark.slow
 def test_pixels_are_learnt(tmp_path):
     config = SIZES | dict(norm_pix_loss=False, hidden_size=32, decoder_hidden_size=32)
     fields = dict(
