@@ -155,6 +155,14 @@ def read_frames(example: Example, indices: Sequence[int]) -> np.ndarray:
     return _read(example, _stored(example), indices)
 
 
+def read_whole(example: Example) -> np.ndarray:
+    """Reads all frames of a clip: uint8 [t, h, w, c]. Raises VideoError as `read_frames` does."""
+    stored = _stored(example)
+    if stored is None and example.start == 0 and example.total is None:
+        return read_video(example.path)  # which counts the frames as it decodes them
+    return _read(example, stored, range(_count(example, stored)))
+
+
 def read_training_clip(
     example: Example, rng: np.random.Generator, *, num_frames: int, stride: int, sampler: str
 ) -> np.ndarray:

@@ -10,6 +10,7 @@ processes and workers reads the same batches.
 import dataclasses
 import functools
 import gc
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,14 +21,14 @@ from vivit_jax.data.augment import train_transform
 from vivit_jax.data.dataset import (
     Dataset,
     Example,
-    count_frames,
-    read_frames,
     read_training_clip,
+    read_whole,
 )
 from vivit_jax.data.sampling import training_indices
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
 
+_READ_AHEAD = 64 * 2**20  # bytes of clips
 # Elements there may be, skipped clips included: more than any run reads.
 _ENDLESS = 2**48
 # Before so many clips were read, a share of bad ones says little.
@@ -94,7 +95,7 @@ class Cache:
             if example in self._videos or self.room <= 0:
                 return self._videos.get(example)
         try:
-            video = read_frames(example, range(count_frames(example)))
+            video = read_whole(example)
         except VideoError:
             video = None  # the clip that is wanted may lie before what is damaged
         with self._lock:
@@ -204,6 +205,7 @@ class Batches:
         cache = Cache(settings.cache_gib * 2**30)
         transform = train_transform(augment, size)
         self._reader = Read(settings, transform, num_frames, num_channels, seed, cache)
+        self._element_bytes = math.prod((settings.repeats, num_frames, *size, num_channels))
         self._elements: Iterator[dict[str, Any]] | None = None
 
     def _start(self) -> Iterator[dict[str, Any]]:
@@ -211,8 +213,10 @@ class Batches:
         import grain.python as grain
 
         threads, workers = self._settings.threads, self._settings.workers
-        # Two batches, of all processes together.
-        ahead = -(-2 * self._rows // max(workers, 1)) + threads
+        # Of all workers together: two batches, or, of small clips, as many as are read while the
+        # first step compiles.
+        ahead = max(2 * self._rows, _READ_AHEAD // self._element_bytes)
+        ahead = -(-ahead // max(workers, 1)) + threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         source = grain.MapDataset.source(dataclasses.replace(self.order, first=self._read))
         elements = source.map(self._reader).to_iter_dataset(options)

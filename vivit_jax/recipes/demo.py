@@ -58,7 +58,7 @@ def demo_pretrain() -> Recipe:
         # Of 18 tokens a tenth is not enough to find a shape by.
         mask=MaskSettings(kind="random", ratio=0.5),
         optim=OptimSettings(lr=4e-3, lr_batch=None, warmup_epochs=5, b2=0.95, weight_decay=0.05),
-        train=TrainSettings(epochs=50, batch_size=16),
+        train=TrainSettings(epochs=44, batch_size=16),
         evaluation=_VIEWS,
     )
 
@@ -103,8 +103,9 @@ def demo_vivit() -> Recipe:
         name="demo-vivit",
         processor="vivit-scenic",
         model=ModelSettings(preset="vivit-b-16x2-kinetics400", config=sizes, initial="huggingface"),
+        augment=_WHOLE,
         optim=dataclasses.replace(recipe.optim, warmup_epochs=2),
-        train=TrainSettings(epochs=16, batch_size=16),
+        train=TrainSettings(epochs=12, batch_size=16),
     )
 
 
