@@ -147,6 +147,10 @@ def dual_mask(
     return mask.replace(decoded=running_cell(second, batch, grid, decoder_ratio))
 
 
+# Generators by name, of (key, batch, grid, ratio).
+MASKS = {"tube": tube_mask, "random": random_mask, "dual": dual_mask}
+
+
 def _check(name: str, key: Random, batch: int, grid: Grid, ratio: float) -> Grid:
     if not isinstance(key, jax.Array | np.ndarray | np.random.Generator):
         raise UserError(

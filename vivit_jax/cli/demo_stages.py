@@ -31,7 +31,7 @@ from vivit_jax.reconstruction import error_dict, error_table, rmse
 from vivit_jax.train.evaluate import Evaluation, evaluate
 from vivit_jax.train.loop import Outcome as Ended
 from vivit_jax.train.loop import train
-from vivit_jax.train.sharding import AXES, make_mesh
+from vivit_jax.train.sharding import make_mesh, parse_mesh
 
 SHOWN = ("circle-clockwise", "grow", "move-left", "move-down")
 
@@ -205,7 +205,7 @@ def _evaluate(demo: Demo, directory: Path, recipe: Recipe) -> Evaluation:
         read_dataset(demo.test),
         recipe.evaluation,
         vivit_jax.VideoProcessor.from_pretrained(directory),
-        mesh=make_mesh(dict.fromkeys(AXES, 1) | {"data": jax.device_count()}),
+        mesh=make_mesh(parse_mesh(None, jax.device_count())),
     )
 
 

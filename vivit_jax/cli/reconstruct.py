@@ -117,14 +117,9 @@ def draw_mask(kind: str, seed: int, batch: int, grid, ratio: float):
     """A mask of `kind` (tube, random, dual) for every clip of a batch, a function of `seed`."""
     import numpy as np
 
-    from vivit_jax import masking
+    from vivit_jax.masking import MASKS
 
-    draw = {
-        "tube": masking.tube_mask,
-        "random": masking.random_mask,
-        "dual": masking.dual_mask,
-    }[kind]
-    return draw(np.random.default_rng(seed), batch, grid, ratio)
+    return MASKS[kind](np.random.default_rng(seed), batch, grid, ratio)
 
 
 def panels_of(result, *, title: str, about: str, times: list[str]):

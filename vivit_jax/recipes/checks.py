@@ -10,7 +10,7 @@ from typing import Any
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.presets import PRESETS, Preset
-from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.recipes.typed import Misfit, expected, from_json
 
 # Values that are not None, by field.
@@ -183,7 +183,7 @@ def _check_names(recipe: Recipe) -> None:
     except UserError as error:
         raise UserError(f"processor: {error}") from error
     preset = preset_named(recipe.model.preset)
-    head = {"pretrain": "pretraining", "finetune": "classification"}[recipe.task]
+    head = HEADS[recipe.task]
     if preset.head != head:
         fitting = [name for name, other in PRESETS.items() if other.head == head]
         raise UserError(

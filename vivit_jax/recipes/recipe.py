@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+# The head of the model, by a recipe's task.
+HEADS = {"pretrain": "pretraining", "finetune": "classification"}
 Rules = tuple[tuple[str, float], ...]
 Sampler = Literal["hold", "linspace", "loop", "segments"]
 

@@ -22,7 +22,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
 from vivit_jax.train.losses import reconstruction_targets
 from vivit_jax.train.metrics import classification_metrics
-from vivit_jax.train.pixels import arithmetic
+from vivit_jax.train.pixels import arithmetic, scaled_and_shifted
 from vivit_jax.train.sharding import batch_sharding, batch_shards, replicated
 from vivit_jax.train.step import draw_mask, on_mesh
 from vivit_jax.train.views import Views
@@ -72,8 +72,7 @@ def evaluate(
             "logits: set evaluation.average=logits (--average logits)"
         )
     views = _local_views(dataset, config, settings, mesh, views_at_once, threads)
-    scale, shift = (tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
-    forward = _forward(model, scale, shift, settings.average, mesh)
+    forward = _forward(model, _hashable(processor), settings.average, mesh)
     scores = _local_rows(views, lambda clips: forward(params, clips), mesh)
     scores = scores.astype(np.float64).reshape(views.videos, views.each, -1).mean(1)
     if settings.average == "softmax":
@@ -119,8 +118,7 @@ def evaluate_reconstruction(
     config = model.config
     settings = dataclasses.replace(settings, clips=1, crops=1)
     views = _local_views(dataset, config, settings, mesh, None, threads)
-    scale, shift = (tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
-    forward = _errors(model, scale, shift, masks, mesh)
+    forward = _errors(model, _hashable(processor), masks, mesh)
     steps = itertools.count()
 
     def losses_of(clips):
@@ -254,26 +252,31 @@ def params_hash(params: Any) -> str:
 
 
 _metrics = jax.jit(classification_metrics, static_argnums=(2, 3))
+_Arithmetic = tuple[tuple[float, ...], ...]
+
+
+def _hashable(processor: VideoProcessor) -> _Arithmetic:
+    """The processor's `arithmetic`, as what compiled functions are kept by."""
+    return tuple(tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
 
 
 # Equal models share the compiled function, from one evaluation of a run to the next.
 @functools.lru_cache(maxsize=8)
-def _forward(model: nn.Module, scale: tuple, shift: tuple, average: str, mesh: Mesh):
+def _forward(model: nn.Module, values: _Arithmetic, average: str, mesh: Mesh):
     """(params, uint8 [b, t, h, w, c]) -> [b, classes] in float32: probabilities or logits."""
-    scale, shift = (np.asarray(v, np.float32).reshape(1, 1, 1, 1, -1) for v in (scale, shift))
+    normalise = scaled_and_shifted(*values)
 
     def forward(params, clips):
-        pixels = clips.astype(jnp.float32) * scale + shift
-        logits = model.apply({"params": params}, pixels).logits.astype(jnp.float32)
+        logits = model.apply({"params": params}, normalise(clips)).logits.astype(jnp.float32)
         return jax.nn.softmax(logits) if average == "softmax" else logits
 
     return on_mesh(jax.jit(forward, out_shardings=replicated(mesh)), mesh)
 
 
 @functools.lru_cache(maxsize=8)
-def _errors(model: nn.Module, scale: tuple, shift: tuple, masks: MaskSettings, mesh: Mesh):
+def _errors(model: nn.Module, values: _Arithmetic, masks: MaskSettings, mesh: Mesh):
     """(params, uint8 [b, t, h, w, c], numbers of the videos [b]) -> mean error of each [b]."""
-    scale, shift = (np.asarray(v, np.float32).reshape(1, 1, 1, 1, -1) for v in (scale, shift))
+    normalise = scaled_and_shifted(*values)
 
     def mask_of(number):
         key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), number)
@@ -282,7 +285,7 @@ def _errors(model: nn.Module, scale: tuple, shift: tuple, masks: MaskSettings, m
 
     def errors(params, clips, numbers):
         mask = jax.vmap(mask_of)(numbers)
-        pixels = clips.astype(jnp.float32) * scale + shift
+        pixels = normalise(clips)
         logits = model.apply({"params": params}, pixels, mask).logits.astype(jnp.float32)
         targets = reconstruction_targets(pixels, mask, model.config)
         tokens = jnp.mean((logits - targets) ** 2, axis=-1)

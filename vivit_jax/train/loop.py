@@ -31,7 +31,7 @@ from vivit_jax.train.metrics import leading_name
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run import RunDirectory
-from vivit_jax.train.sharding import AXES, batch_sharding, bytes_on_a_device, make_mesh
+from vivit_jax.train.sharding import batch_sharding, bytes_on_a_device, make_mesh, parse_mesh
 from vivit_jax.train.starting import Start, described_model, description, starting_model
 from vivit_jax.train.state import TrainState, new_state, state_shapes
 from vivit_jax.train.step import make_step
@@ -102,7 +102,7 @@ def train(
     read: then the last good state is saved first.
     """
     check(recipe)
-    sizes = mesh_sizes or dict.fromkeys(AXES, 1) | {"data": jax.device_count()}
+    sizes = mesh_sizes or parse_mesh(None, jax.device_count())
     first_process = jax.process_index() == 0
     run = RunDirectory(Path(out), recipe, resume=resume)
     with contextlib.ExitStack() as stack:

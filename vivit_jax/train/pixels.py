@@ -27,8 +27,12 @@ def normaliser(processor: VideoProcessor) -> Callable[[jax.Array], jax.Array]:
 
     Bytes may come as floats that lie between them.
     """
-    values = arithmetic(processor)
-    scale, shift = (value.astype(np.float32).reshape(1, 1, 1, 1, -1) for value in values)
+    return scaled_and_shifted(*arithmetic(processor))
+
+
+def scaled_and_shifted(scale, shift) -> Callable[[jax.Array], jax.Array]:
+    """clips [b, t, h, w, c] -> clips * scale + shift in float32; both are numbers or one each c."""
+    scale, shift = (np.asarray(v, np.float32).reshape(1, 1, 1, 1, -1) for v in (scale, shift))
     return lambda clips: clips.astype(jnp.float32) * scale + shift
 
 

@@ -13,10 +13,9 @@ from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
 from vivit_jax.errors import UserError
 from vivit_jax.pretrained import LoadReport, abstract_params, build_model, fresh_params
 from vivit_jax.recipes.checks import model_config
-from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.train.initial import papers_params
 
-HEADS = {"pretrain": "pretraining", "finetune": "classification"}
 # Of a preset, what belongs to the data and not to the weights that training starts from.
 _OF_THE_DATA = ("num_labels", "class_splits", "split_names")
 

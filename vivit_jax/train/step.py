@@ -14,14 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import platform
-from vivit_jax.masking import Mask, dual_mask, random_mask, tube_mask
+from vivit_jax.masking import MASKS, Mask
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
 from vivit_jax.train.augment import mix, soft_targets
 from vivit_jax.train.losses import multi_head_loss
 from vivit_jax.train.metrics import leading_accuracy
 from vivit_jax.train.optim import trained, update_average
 from vivit_jax.train.pixels import training_pixels
-from vivit_jax.train.sharding import BATCH, RULES, batch_shards
+from vivit_jax.train.sharding import BATCH, RULES, batch_shards, replicated
 from vivit_jax.train.state import TrainState
 
 _LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -61,10 +61,8 @@ def gradient_step(
 
 def draw_mask(settings: MaskSettings, key: jax.Array, batch: int, grid) -> Mask:
     """One mask for each clip, as the settings say."""
-    if settings.kind == "dual":
-        return dual_mask(key, batch, grid, settings.ratio, settings.decoder_ratio)
-    draw = {"tube": tube_mask, "random": random_mask}[settings.kind]
-    return draw(key, batch, grid, settings.ratio)
+    dual = {"decoder_ratio": settings.decoder_ratio} if settings.kind == "dual" else {}
+    return MASKS[settings.kind](key, batch, grid, settings.ratio, **dual)
 
 
 def make_step(
@@ -158,8 +156,8 @@ def make_step(
         return new, dict(aside, loss=loss, gradient_norm=norm, lr=rate, bad_steps=new.bad_steps)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    jitted = jit_step(step, pretraining=pretraining, out_shardings=(shardings, everywhere))
+    out = (shardings, replicated(mesh))
+    jitted = jit_step(step, pretraining=pretraining, out_shardings=out)
     return on_mesh(jitted, mesh)
 
 
