@@ -436,7 +436,7 @@ def test_damaged_files_are_video_errors_that_name_them(tmp_path, name, data, mes
     example = Example(str(tmp_path / name.split("/")[0]), 0)
     with pytest.raises(VideoError, match=message) as caught:
         read_frames(example, [0])
-    assert example.path in str(caught.value)
+    assert example.path in str(caught.value) and "allow_pickle" not in str(caught.value)
     with pytest.raises(VideoError):
         read_training_clip(
             example, np.random.default_rng(0), num_frames=2, stride=1, sampler="loop"

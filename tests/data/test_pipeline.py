@@ -10,6 +10,8 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -131,6 +133,21 @@ def test_another_number_of_processes_cannot_go_on(clips):
         batches(clips, batch_size=4).restore(state)
 
 
+def test_other_clips_labels_or_another_order_cannot_go_on(clips):
+    with batches(clips) as source:
+        state = source.state()
+    with batches(Dataset(tuple(clips.examples), None, "the same list elsewhere")) as source:
+        source.restore(state)
+    relabelled = dataclasses.replace(clips.examples[2], label=0)
+    for examples in (
+        clips.examples[:-1],
+        clips.examples[::-1],
+        (*clips.examples[:2], relabelled, *clips.examples[3:]),
+    ):
+        with pytest.raises(UserError, match="list.txt lists other clips or labels than when"):
+            batches(Dataset(examples, None, "list.txt")).restore(state)
+
+
 def test_shares_put_together_are_the_whole_batch(clips):
     data = dataclasses.replace(DATA, repeats=2)
     whole = first(4, clips, data, batch_size=4)
@@ -197,7 +214,7 @@ def test_too_many_bad_clips_end_the_run_and_a_few_do_not(clips, tmp_path):
     assert "3.npy: not an array" in str(error.value)
     # Counted from the start of the run, not from where it goes on.
     with batches(clips) as source:
-        source.restore({"processes": 1, "read": 990, "left_out": 5, "bad": {}})
+        source.restore(source.state() | {"read": 990, "left_out": 5})
         for _ in range(20):
             next(source)
         assert source.state()["left_out"] > 5
@@ -245,6 +262,27 @@ def test_a_cache_changes_nothing_but_what_is_read_again(clips, tmp_path, monkeyp
     # A clip takes 9 * 20 * 24 * 3 = 12960 bytes, 2e-5 GiB are 21475: two fit, about.
     assert str(folder) in direct and (len(direct) == 1 if gib == 1.0 else len(direct) >= 5)
     assert len(again) < len(opened)
+
+
+def test_a_cache_decodes_ahead_and_everything_once(clips, monkeypatch):
+    decoded, original = [], pipeline.read_whole
+    monkeypatch.setattr(pipeline, "read_whole", lambda e: (decoded.append(e), original(e))[1])
+    data = dataclasses.replace(DATA, cache_gib=1.0, threads=1)
+    alive = lambda: "decode ahead" in [thread.name for thread in threading.enumerate()]  # noqa: E731
+    with batches(clips, data, batch_size=1) as source:
+        next(source)
+        end = time.monotonic() + 60
+        while len(decoded) < len(clips) and time.monotonic() < end:
+            time.sleep(0.01)
+        for _ in range(12):
+            next(source)
+    assert sorted(e.path for e in decoded) == sorted(e.path for e in clips.examples)
+    # One that is cut short ends with the batches.
+    slow = lambda e: (time.sleep(0.2), original(e))[1]  # noqa: E731
+    monkeypatch.setattr(pipeline, "read_whole", slow)
+    with batches(clips, data, batch_size=1) as source:
+        next(source)
+    assert not alive()
 
 
 def test_labels_of_several_heads(clips):

@@ -171,6 +171,12 @@ def test_a_mesh_that_is_none_is_told(text):
         parse_mesh(text, 8)
 
 
+def test_processes_that_cannot_share_a_batch_are_told(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(UserError, match="2 parts, which 3 processes cannot share; make data x"):
+        make_mesh({"data": 1, "fsdp": 2, "tensor": 4})
+
+
 def test_a_mesh_is_read():
     assert parse_mesh(None, 8) == dict(data=8, fsdp=1, tensor=1)
     assert parse_mesh("data=4, fsdp=2", 8) == dict(data=4, fsdp=2, tensor=1)

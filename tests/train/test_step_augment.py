@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from vivit_jax import UserError
+from vivit_jax.layers.dropout import clip_keys
 from vivit_jax.recipes.recipe import AugmentSettings
 from vivit_jax.train.augment import (
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
-    clip_keys,
     colour_jitter,
     draw_colours,
     draw_erased,

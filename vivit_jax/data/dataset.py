@@ -6,6 +6,8 @@ when it is read, as a `VideoError` that names its path.
 """
 
 import dataclasses
+import functools
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -65,6 +67,14 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all examples in their order, for a run that goes on to know them again."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr(dataclasses.astuple(example)).encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     @property
     def labels_per_example(self) -> int:
@@ -214,9 +224,10 @@ def open_array(path: str | os.PathLike) -> np.ndarray:
                 name = names[0] if len(names) == 1 else "frames"
                 frames = archive[name] if name in names else None
     except Exception as error:  # of many kinds: zip files and headers may be damaged anywhere
-        raise VideoError(
-            f"{path}: not an array in numpy's {ending(path)} format: {first_line(error)}"
-        ) from None
+        why = first_line(error)
+        if "pickle" in why:  # numpy's words advise to allow it
+            why = "damaged, of another format, or with Python objects, which are not read"
+        raise VideoError(f"{path}: not an array in numpy's {ending(path)} format: {why}") from None
     if frames is None:
         raise VideoError(f"{path}: holds the arrays {names}; expected one, or one called 'frames'")
     if frames.ndim != 4 or not frames.size:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -82,26 +82,59 @@ class Cache:
     def __init__(self, room: float):
         self.room = room
         self._videos: dict[Example, np.ndarray | None] = {}
-        self._lock = threading.Lock()
+        self._underway: set[Example] = set()
+        self._changed = threading.Condition()
+        self._filler: threading.Thread | None = None
+        self._stopped = threading.Event()
 
     def __reduce__(self):
         return Cache, (self.room,)
 
     def video(self, example: Example) -> np.ndarray | None:
         """All frames of an example; None where there is no room, or not all can be read."""
-        with self._lock:
+        with self._changed:
+            self._changed.wait_for(lambda: example not in self._underway)
             if example in self._videos or self.room <= 0:
                 return self._videos.get(example)
+            self._underway.add(example)
+        video = None
         try:
             video = read_whole(example)
         except VideoError:
-            video = None  # the clip that is wanted may lie before what is damaged
-        with self._lock:
-            # What a video takes is known once it is decoded; so the last one may not fit quite.
-            if example not in self._videos and video is not None:
-                self.room -= video.nbytes
-            self._videos[example] = video
+            pass  # the clip that is wanted may lie before what is damaged
+        finally:
+            with self._changed:
+                # What a video takes is known once it is decoded: the last one may not fit quite.
+                self.room -= 0 if video is None else video.nbytes
+                self._videos[example] = video
+                self._underway.discard(example)
+                self._changed.notify_all()
         return video
+
+    def fill(self, examples: Iterable[Example]) -> None:
+        """Decode videos beside what else is done, until there is no room or `stop` is called.
+
+        So the first pass over the clips, which has to decode them, gets a start while the step is
+        compiled.
+        """
+
+        def run():
+            for example in examples:
+                if self._stopped.is_set() or self.room <= 0:
+                    return
+                if example not in self._underway:
+                    self.video(example)
+
+        self._stopped.clear()
+        self._filler = threading.Thread(target=run, name="decode ahead", daemon=True)
+        self._filler.start()
+
+    def stop(self) -> None:
+        """End `fill`, after the video that it is at."""
+        if self._filler is not None:
+            self._stopped.set()
+            self._filler.join()
+            self._filler = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +233,9 @@ class Batches:
         self._read, self._left_out, self._in_a_row = 0, 0, 0
         self._settings, self._labelled = settings, labelled
         self._rows = batch_size // share.count
-        cache = Cache(settings.cache_gib * 2**30)
+        self._cache = Cache(settings.cache_gib * 2**30)
         transform = train_transform(augment, size)
-        self._reader = Read(settings, transform, num_frames, num_channels, seed, cache)
+        self._reader = Read(settings, transform, num_frames, num_channels, seed, self._cache)
         self._elements: Iterator[dict[str, Any]] | None = None
 
     def _start(self) -> Iterator[dict[str, Any]]:
@@ -214,8 +247,8 @@ class Batches:
         # of it a step of the demo took 50 ms in place of 30, most of it waiting.
         ahead = -(-2 * self._rows // max(workers, 1)) + threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        source = grain.MapDataset.source(dataclasses.replace(self.order, first=self._read))
-        elements = source.map(self._reader).to_iter_dataset(options)
+        order = dataclasses.replace(self.order, first=self._read)
+        elements = grain.MapDataset.source(order).map(self._reader).to_iter_dataset(options)
         if workers:
             from absl import flags
 
@@ -224,6 +257,10 @@ class Batches:
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=workers)
             elements = elements.mp_prefetch(options, worker_init_fn=_start_worker)
+        elif self._settings.cache_gib:
+            epoch = self.order.steps_per_epoch * self._rows
+            # What grain reads at once is left to it.
+            self._cache.fill(order[place][0] for place in range(ahead, epoch))
         return iter(elements)
 
     def __iter__(self):
@@ -253,6 +290,7 @@ class Batches:
     def state(self) -> dict[str, Any]:
         """Where the sequence stands, as JSON values; any `threads` and `workers` go on from it."""
         return {
+            "clips": self.order.dataset.fingerprint,
             "processes": self.order.share.count,
             "read": self._read,
             "left_out": self._left_out,
@@ -260,7 +298,17 @@ class Batches:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on after the batch at which `state()` was taken, by as many processes."""
+        """Go on after the batch at which `state()` was taken, by as many processes.
+
+        Raises UserError for another number of processes, and for other clips or another order of
+        them: what was read says nothing about those.
+        """
+        if state["clips"] != self.order.dataset.fingerprint:
+            raise UserError(
+                f"{self.order.dataset.source} lists other clips or labels than when the run was "
+                "saved, or in another order; put it back as it was, or start a run of its own "
+                "from the model so far (model.start)"
+            )
         if state["processes"] != self.order.share.count:
             raise UserError(
                 f"the clips were read by {state['processes']} processes, each with an order of its "
@@ -272,6 +320,7 @@ class Batches:
 
     def close(self) -> None:
         """End the threads and processes that read ahead; the next batch would start them again."""
+        self._cache.stop()
         if self._elements is not None:
             self._elements.close()
             self._elements = None

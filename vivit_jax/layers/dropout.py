@@ -7,14 +7,23 @@ import jax
 import jax.numpy as jnp
 
 
-def draw_kept(key, rows, keep, shape: Sequence[int]) -> jax.Array:
-    """bool [b, *shape], True with probability `keep`: row i is a function of (key, rows[i]).
+def clip_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+    """One key for each clip, [b]: a function of `key` and of the clips' numbers `rows`, int [b].
 
-    One key per clip, so that a batch computed in parts, or on several devices, keeps what the whole
-    batch on one device does.
+    So a batch computed in parts, or on several devices, draws what the whole batch on one device
+    does. The keys are threefry's whatever `key` is: under vmap the other generators draw from the
+    first key of a batch for all of it.
     """
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    return jax.vmap(lambda key: jax.random.bernoulli(key, keep, tuple(shape)))(keys)
+    if jax.random.key_impl(key) != "threefry2x32":
+        data = jax.random.bits(key, (2,), jnp.uint32)
+        key = jax.random.wrap_key_data(data, impl="threefry2x32")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(rows))
+
+
+def draw_kept(key, rows, keep, shape: Sequence[int]) -> jax.Array:
+    """bool [b, *shape], True with probability `keep`: row i is a function of (key, rows[i])."""
+    draw = lambda key: jax.random.bernoulli(key, keep, tuple(shape))  # noqa: E731
+    return jax.vmap(draw)(clip_keys(key, rows))
 
 
 def dropout(module, x, rate: float, rows: jax.Array | None, shared: Sequence[int] = ()):

@@ -15,24 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from vivit_jax.errors import UserError
+from vivit_jax.layers.dropout import clip_keys
 from vivit_jax.recipes.recipe import AugmentSettings
 from vivit_jax.train.losses import head_sizes
 
 # What TensorFlow's grayscale weighs red, green and blue with.
 _LUMA = (0.2989, 0.587, 0.114)
 _TRIES = 10  # for a box that fits, as in the papers' code
-
-
-def clip_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
-    """One key for each clip, [b]: a function of `key` and of the clips' numbers `rows`, int [b].
-
-    The keys are threefry's whatever `key` is: under vmap the other generators draw from the first
-    key of a batch for all of it.
-    """
-    if jax.random.key_impl(key) != "threefry2x32":
-        data = jax.random.bits(key, (2,), jnp.uint32)
-        key = jax.random.wrap_key_data(data, impl="threefry2x32")
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(rows))
 
 
 def _uniform(keys: jax.Array, count: int) -> jax.Array:

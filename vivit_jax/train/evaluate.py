@@ -299,11 +299,6 @@ def _local_views(dataset, config, settings, mesh: Mesh, at_once: int | None, thr
     count, shards = jax.process_count(), batch_shards(mesh)
     if at_once is not None and at_once < 1:
         raise UserError(f"views_at_once is {at_once}, expected at least 1 (--views-at-once)")
-    if shards % count:
-        raise UserError(
-            f"the mesh {dict(mesh.shape)} splits a batch into {shards} parts, which {count} "
-            "processes cannot share; make data x fsdp a multiple of them (--mesh)"
-        )
     rows = -(-(at_once or 8 * shards) // shards) * shards // count
     return Views(dataset, config, settings, rows, jax.process_index(), count, threads)
 

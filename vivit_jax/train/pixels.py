@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.layers.dropout import clip_keys
 from vivit_jax.recipes.recipe import AugmentSettings
-from vivit_jax.train.augment import clip_keys, colour_jitter, random_erasing
+from vivit_jax.train.augment import colour_jitter, random_erasing
 
 
 def arithmetic(processor: VideoProcessor) -> tuple[np.ndarray, np.ndarray]:

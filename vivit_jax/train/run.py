@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from vivit_jax.cli.output import whole_file, write_json
+from vivit_jax.cli.output import write_json
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import from_dict, to_dict
@@ -18,6 +18,7 @@ RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
 CHANGEABLE = (
     "data.threads",
     "data.workers",
+    "data.cache_gib",
     "data.max_bad_share",
     "train.steps",
     "train.checkpoint_every",
@@ -81,8 +82,7 @@ class RunDirectory:
             "left_out": sum(state["left_out"] for state in states.values()),
             "clips": found,
         }
-        with whole_file(self.path / BAD_CLIPS) as partial:
-            partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.path / BAD_CLIPS, values)
 
 
 def saved_recipe(path: Path) -> Recipe:

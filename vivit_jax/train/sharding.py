@@ -58,7 +58,16 @@ def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices of all processes; `sizes` as `parse_mesh` returns them."""
+    """A mesh of all devices of all processes; `sizes` as `parse_mesh` returns them.
+
+    Raises UserError where the processes, each of which reads its own clips, cannot share a batch.
+    """
+    count, shards = jax.process_count(), math.prod(sizes[axis] for axis in BATCH)
+    if shards % count:
+        raise UserError(
+            f"the mesh {dict(sizes)} splits a batch into {shards} parts, which {count} processes "
+            "cannot share; make data x fsdp a multiple of them (--mesh)"
+        )
     shape = tuple(sizes[axis] for axis in AXES)
     # With explicit axes, the default, the constraints of linen modules raise.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -224,14 +224,12 @@ def _check_division(recipe: Recipe, rows: int, mesh: Mesh) -> None:
             f"{rows} clips, which {shards} devices in {parts} parts (train.accumulate) do not "
             f"divide; use a multiple of {shards * parts}"
         )
-    augment = recipe.augment
-    if recipe.task == "pretrain" or not (augment.mixup or augment.cutmix):
-        return
-    group, part = augment.mix_group or rows, rows // (shards * parts)
+    augment, part = recipe.augment, rows // (shards * parts)
+    group = augment.mix_group or rows
     # Groups may reach over devices, not over parts, which see each other's clips no more.
-    if group % 2 or rows % group or (parts > 1 and part % group):
+    mixes = recipe.task == "finetune" and (augment.mixup or augment.cutmix)
+    if mixes and parts > 1 and part % group:
         raise UserError(
-            f"augment.mix_group {group} does not fit: it must be even and divide "
-            + (f"the {part} clips of a part on a device" if parts > 1 else f"the {rows} clips")
-            + "; set augment.mix_group, or train.batch_size and train.accumulate"
+            f"augment.mix_group {group} does not divide the {part} clips of a part on a device; "
+            "set augment.mix_group, or train.batch_size and train.accumulate"
         )
