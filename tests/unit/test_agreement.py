@@ -45,6 +45,18 @@ def test_what_is_nothing_but_rounding_has_no_say():
     assert not agreement(work(), (0 * OUTPUT, nothing), (OUTPUT, nothing), None).holds
 
 
+def test_the_bias_of_keys_counts_as_no_smaller_than_that_of_queries():
+    """Its gradient is 0 on paper: what there is of it is rounding, however small it is."""
+    own = GRADIENTS | {"0.query.bias": np.full(2, 1e-2), "0.key.bias": np.full(2, 1e-7)}
+    other = own | {"0.key.bias": np.full(2, -1e-7)}
+    assert distance(work(), (OUTPUT, other), (OUTPUT, own)).gradient == pytest.approx(2e-5)
+    wrong = own | {"0.query.bias": np.full(2, 1.1e-2)}
+    assert distance(work(), (OUTPUT, wrong), (OUTPUT, own)).tensor == "0.query.bias"
+    alone = {name: value for name, value in other.items() if "query" not in name}
+    truth = {name: value for name, value in own.items() if "query" not in name}
+    assert distance(work(), (OUTPUT, alone), (OUTPUT, truth)).gradient > 5e-4
+
+
 @pytest.mark.parametrize("where", ["output", "gradient"])
 def test_nan_is_no_agreement(where):
     nan = np.full_like(OUTPUT, np.nan)

@@ -26,9 +26,11 @@ FARTHER = 2.0
 # A gradient may be this far from float32 in fewer bits whatever the other side's is: measured 2e-2
 # on both sides for bfloat16, 2e-2 for PyTorch in float16, and 2e-1 for scores times 0.9.
 ROUNDED_GRADIENT = 5e-2
-# A tensor's gradient counts as no smaller than this share of the largest tensor's. The bias of
-# keys has a gradient of 0 of which both sides make some rounding error (3e-10 of the largest).
+# A tensor's gradient counts as no smaller than this share of the largest tensor's.
 FLOOR = 1e-5
+# The bias of keys has a gradient of 0, of which both sides make some rounding error (1e-8 of the
+# largest gradient for ViViT-B): it counts as no smaller than that of queries.
+_ZERO, _BESIDE = "key.bias", "query.bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +113,12 @@ def distance(work: Work, computed: Computed, truth: Computed) -> Distance:
         )
     norms = {name: _norm(moment) for name, moment in true_moments.items()}
     least = max(FLOOR * max(norms.values()), 1e-30)
-    errors = {
-        name: _norm(moments[name] - true_moments[name]) / max(norm, least)
-        for name, norm in norms.items()
-    }
+
+    def size(name: str) -> float:
+        beside = name.replace(_ZERO, _BESIDE) if name.endswith(_ZERO) else name
+        return max(norms[name], norms.get(beside, 0.0), least)
+
+    errors = {name: _norm(moments[name] - true_moments[name]) / size(name) for name in norms}
     # NaN is worse than any number.
     worst = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
     return Distance(apart, errors[worst], worst)
