@@ -127,16 +127,15 @@ def evaluate(
 
 def _views(config, processor):
     """One central view, as the model's family takes it."""
-    from vivit_jax.data.clip import RECIPE_STRIDE
+    from vivit_jax.data.clip import RECIPE_STRIDE, VIEW_SAMPLER, default_average
     from vivit_jax.recipes.recipe import EvalSettings
 
-    scenic = config.model_type == "vivit"
     side = processor.size.get("shortest_edge") or min(processor.size.values())
     return EvalSettings(
-        sampler="loop" if scenic else "linspace",
+        sampler=VIEW_SAMPLER[config.model_type],
         stride=RECIPE_STRIDE[config.model_type],
         resize=max(side, *config.frame_size),
-        average="logits" if scenic or config.class_splits else "softmax",
+        average=default_average(config),
     )
 
 

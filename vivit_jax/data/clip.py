@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one clip that stands for a file: which frames, and the frames."""
+"""The clips that stand for a video: which frames, and the frames."""
 
 import dataclasses
+import functools
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 
+from vivit_jax.data.augment import three_crops
 from vivit_jax.data.dataset import open_array
 from vivit_jax.data.decode import probe_video, read_video
 from vivit_jax.data.frames import resize
-from vivit_jax.data.sampling import clip_indices
-from vivit_jax.errors import ConfigError, VideoError
+from vivit_jax.data.sampling import clip_indices, view_indices
+from vivit_jax.errors import ConfigError, UserError, VideoError
+
+logger = logging.getLogger(__name__)
 
 # Frames between samples that the published recipes train with (Kinetics).
 RECIPE_STRIDE = {"vivit": 2, "videomae": 4}
+# How they place several clips of a test video along time.
+VIEW_SAMPLER = {"vivit": "loop", "videomae": "linspace"}
 _NEAREST = 0  # Pillow's filter that copies pixels and weights nothing
 
 
@@ -26,14 +33,37 @@ class Clip:
     indices: np.ndarray  # int64 [t]
     fps: float | None  # of the file, None where it has no times
 
-    def pixel_values(self, processor) -> np.ndarray:
-        """The model's input, float32 [1, t, h, w, c]."""
-        layout = {"input_data_format": "channels_last"}
-        if self.frames.dtype == np.uint8:
-            return processor(self.frames, **layout)
-        # Floats are in [0, 1], and the processor's factor is one for bytes.
-        factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
-        return processor(self.frames, do_rescale=True, rescale_factor=factor, **layout)
+    def pixel_values(self, processor, crops: int = 1) -> np.ndarray:
+        """The model's input, float32 [crops, t, h, w, c].
+
+        One crop is the processor's own, in the centre. Several of its `crop_size` are spread evenly
+        along the longer side. Warns where a resize takes the last channel for alpha.
+        """
+        if self.mixes_channels(processor):
+            logger.warning(
+                "the last of %d channels was taken for alpha, which weights the others in the "
+                'resize; if it is data, set "independent_channels": true in '
+                "preprocessor_config.json",
+                self.frames.shape[-1],
+            )
+        process = functools.partial(processor, input_data_format="channels_last")
+        if self.frames.dtype != np.uint8:
+            # Floats are in [0, 1], and the processor's factor is one for bytes.
+            factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
+            process = functools.partial(process, do_rescale=True, rescale_factor=factor)
+        if crops == 1:
+            return process(self.frames)
+        resized = processor(
+            self.frames,
+            input_data_format="channels_last",
+            do_center_crop=False,
+            do_rescale=False,
+            offset=False,
+            do_normalize=False,
+        )[0].astype(self.frames.dtype)
+        size = processor.crop_size["height"], processor.crop_size["width"]
+        cut = three_crops(resized, size, crops)
+        return process(cut, do_resize=False, do_center_crop=False)
 
     def mixes_channels(self, processor) -> bool:
         """Whether `pixel_values` weights channels by the last one: a resize takes it for alpha."""
@@ -49,41 +79,76 @@ class Clip:
         return resize(first, processor.size, processor.resample).shape != first.shape
 
 
-def read_clip(
-    path: str | os.PathLike,
+def read_clip(source: str | os.PathLike | np.ndarray, config, **options) -> Clip:
+    """Read the one clip that stands for a video: `read_clips` with `clips=1`."""
+    (clip,) = read_clips(source, config, **options)
+    return clip
+
+
+def read_clips(
+    source: str | os.PathLike | np.ndarray,
     config,
     *,
     stride: int | None = None,
     start: str | int = "center",
     pad: str = "error",
-) -> Clip:
-    """Read the clip of `config.num_frames` frames that stands for a video file.
+    clips: int = 1,
+) -> list[Clip]:
+    """Read clips of `config.num_frames` frames from a video file or an array of frames.
 
-    `stride` None is the recipe's (ViViT 2, VideoMAE 4), less where the file is too short for it;
-    `start` and `pad` are those of `vivit_jax.data.sampling.clip_indices`. A file that ends in .npy
-    holds the frames themselves, [t, h, w, c], of any channel count, uint8 or float in [0, 1].
+    `stride` None is the recipe's (ViViT 2, VideoMAE 4), less where the video is too short for it.
+    One clip lies at `start`; `start` and `pad` are those of `vivit_jax.data.sampling.clip_indices`.
+    Several are spread over the video as the model's papers test (`view_indices` with the sampler of
+    the family). A file that ends in .npy holds the frames themselves, as an array is: [t, h, w, c],
+    of any channel count, uint8 or float in [0, 1].
 
-    Raises VideoError for a file that cannot be read, has too few frames or other channels than the
+    Raises VideoError for a video that cannot be read, has too few frames or other channels than the
     model takes, UserError for an argument that is wrong.
     """
-    path = Path(path)
-    frames = _open_npy(path) if path.suffix.lower() == ".npy" else None
+    name = "the array" if isinstance(source, np.ndarray) else os.fspath(source)
+    frames = _open_frames(source)
     if frames is None:
-        info = probe_video(path)
+        info = probe_video(source)
         total, fps = info.num_frames, info.fps if np.isfinite(info.fps) else None
     else:
         total, fps = len(frames), None
+    length = config.num_frames
     if stride is None:
-        longest = (total - 1) // max(config.num_frames - 1, 1)
+        longest = (total - 1) // max(length - 1, 1)
         stride = max(1, min(RECIPE_STRIDE[config.model_type], longest))
-    indices = clip_indices(total, num_frames=config.num_frames, stride=stride, start=start, pad=pad)
-    frames = read_video(path, indices=indices) if frames is None else np.array(frames[indices])
+    if clips == 1:
+        options = dict(num_frames=length, stride=stride, start=start, pad=pad)
+        indices = clip_indices(total, **options)[None]
+    else:
+        if start != "center":
+            raise UserError(
+                f"start is {start!r} and clips is {clips}; several clips are spread over the whole "
+                "video: leave start out, or take one clip"
+            )
+        if (length - 1) * stride >= total:
+            raise VideoError(
+                f"{name}: {total} frames hold no clip of {length} frames at stride {stride}, of "
+                f"which {clips} were asked for; take one clip, with pad to fill it up"
+            )
+        sampler = VIEW_SAMPLER[config.model_type]
+        indices = view_indices(sampler, total, length, stride, clips)
+    flat = indices.reshape(-1)
+    frames = read_video(source, indices=flat) if frames is None else np.array(frames[flat])
     if frames.shape[-1] != config.num_channels:
         raise VideoError(
-            f"{path} has {frames.shape[-1]} channels, the model takes {config.num_channels}; "
+            f"{name} has {frames.shape[-1]} channels, the model takes {config.num_channels}; "
             "other channels than RGB come as .npy, [t, h, w, c]"
         )
-    return Clip(frames, indices, fps)
+    frames = frames.reshape(*indices.shape, *frames.shape[1:])
+    return [Clip(some, places, fps) for some, places in zip(frames, indices, strict=True)]
+
+
+def default_average(config) -> str:
+    """What the family's papers average over views: "logits" (scenic) or "softmax" (VideoMAE).
+
+    Of several heads there is no joint softmax, so their logits are averaged.
+    """
+    return "logits" if config.model_type == "vivit" or config.class_splits else "softmax"
 
 
 def parse_start(text: str) -> str | int:
@@ -95,8 +160,16 @@ def parse_start(text: str) -> str | int:
     raise ConfigError(f"--start must be begin, center, end or a frame index, got {text!r}")
 
 
-def _open_npy(path: Path) -> np.ndarray:
-    frames = open_array(path)
+def _open_frames(source: str | os.PathLike | np.ndarray) -> np.ndarray | None:
+    """The frames of an array or an .npy file, None for a video file."""
+    if isinstance(source, np.ndarray):
+        path, frames = "the array", source
+        if frames.ndim != 4 or not frames.size:
+            raise VideoError(f"an array of shape {frames.shape}; expected frames [t, h, w, c]")
+    elif Path(source).suffix.lower() != ".npy":
+        return None
+    else:
+        path, frames = source, open_array(source)
     if frames.dtype != np.uint8 and frames.dtype.kind != "f":
         raise VideoError(f"{path}: an array of {frames.dtype}; expected uint8, or floats in [0, 1]")
     if frames.dtype.kind == "f":

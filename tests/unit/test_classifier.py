@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`VideoClassifier` against transformers' pipeline, and its views against their definition."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+from clips import write_clip
+from helpers import VIDEOMAE, VIVIT, random_params
+
+import vivit_jax
+from vivit_jax import UserError, VideoClassifier, VideoError
+from vivit_jax.data.sampling import view_indices
+
+LABELS = ("walk", "run", "jump", "fly", "sleep")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A saved VideoMAE of frames that all clips here have to be resized and cropped for."""
+    config = vivit_jax.VideoMAEConfig(**VIDEOMAE, id2label=LABELS)
+    module = vivit_jax.VideoMAEForVideoClassification(config)
+    height, width = config.frame_size
+    processor = vivit_jax.VideoProcessor.videomae(
+        size=max(height, width) + 6, crop_size=(height, width)
+    )
+    path = tmp_path_factory.mktemp("classifier") / "model"
+    vivit_jax.save_pretrained(path, module, random_params(module), processor)
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifier(directory):
+    return VideoClassifier.from_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    where = tmp_path_factory.mktemp("videos")
+    return [
+        write_clip(where / f"{n}.mp4", frames=n, size=size)
+        for n, size in ((40, (96, 64)), (9, (64, 64)), (70, (64, 80)))
+    ]
+
+
+def scores(predictions):
+    return {p["label"]: p["score"] for p in predictions}
+
+
+def assert_alike(found, expected, tolerance=1e-6):
+    assert [p["label"] for p in found] == [p["label"] for p in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert abs(a["score"] - b["score"]) < tolerance
+
+
+def test_transformers_pipeline_gives_the_same(directory, classifier, videos):
+    from transformers import pipeline
+
+    theirs = pipeline("video-classification", model=str(directory), top_k=4)
+    paths = [str(video) for video in videos]
+    ours = classifier(paths, stride=1, start="begin", top_k=4)
+    for expected, found in zip(theirs(paths), ours, strict=True):
+        assert_alike(found, expected, 1e-5)
+    assert_alike(
+        classifier(paths[0], stride=1, start="begin", function_to_apply="none"),
+        theirs(paths[0], function_to_apply="none", top_k=5),
+        1e-4,
+    )
+    assert len({found[0]["score"] for found in ours}) == 3
+
+
+def test_paths_arrays_lists_and_generators(classifier, videos):
+    expected = classifier([str(video) for video in videos])
+    assert [len(p) for p in expected] == [5, 5, 5]
+    for video, predictions in zip(videos, expected, strict=True):
+        assert classifier(video) == classifier(str(video)) == predictions
+        assert_alike(classifier(vivit_jax.read_video(video)), predictions)
+    assert list(classifier(video for video in videos)) == expected
+    assert classifier(()) == [] and list(classifier(iter([]))) == []
+
+
+def test_a_generator_is_read_as_it_is_asked(classifier, videos):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(len(taken))
+            yield videos[1]
+
+    answers = classifier(endless(), threads=2, batch_size=2)
+    first = [next(answers) for _ in range(3)]
+    assert first[0] == first[1] == first[2] and len(taken) <= 8
+    answers.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("read clips")]
+
+
+@pytest.mark.parametrize("average", ["softmax", "logits"])
+def test_views_are_the_papers_and_are_averaged(directory, classifier, videos, average):
+    """Two clips of the papers' places by three crops of the resized frames, each by itself."""
+    net, params = vivit_jax.from_pretrained(directory)
+    processor, config = classifier.processor, net.config
+    (height, width), total = config.frame_size, 70
+    indices = view_indices("linspace", total, config.num_frames, 4, 2)
+    logits = []
+    for places in indices:
+        frames = vivit_jax.read_video(videos[2], indices=places)
+        resized = processor(
+            frames, do_center_crop=False, do_rescale=False, do_normalize=False
+        ).astype(np.uint8)[0]
+        tall, wide = resized.shape[1:3]
+        assert tall > wide  # so crops go from the top to the bottom
+        left = (wide - width) // 2
+        for top in (0, (tall - height) // 2, tall - height):
+            crop = resized[:, top : top + height, left : left + width]
+            pixels = processor(crop, do_resize=False, do_center_crop=False)
+            logits.append(np.asarray(net.apply({"params": params}, pixels).logits[0], np.float64))
+    assert np.ptp(logits, axis=0).max() > 1e-2  # they tell views apart
+    if average == "logits":
+        expected = jax.nn.softmax(np.mean(logits, 0))
+    else:
+        expected = np.mean([jax.nn.softmax(x) for x in logits], 0)
+    options = dict(num_clips=2, num_crops=3, average=average, stride=4)
+    (result,) = classifier.classify([videos[2]], **options)
+    np.testing.assert_array_equal(result.frames, indices)
+    for label, score in scores(result.predictions).items():
+        assert abs(score - expected[LABELS.index(label)]) < 1e-5
+    for rows in (2, 4, 7):
+        several = classifier([videos[2], videos[0]], batch_size=rows, **options)
+        assert_alike(several[0], result.predictions, 1e-5)
+
+
+def test_what_is_averaged_by_default_is_the_familys(videos):
+    found = {}
+    for kind, sizes in (("Vivit", VIVIT), ("VideoMAE", VIDEOMAE)):
+        config = getattr(vivit_jax, f"{kind}Config")(**sizes, id2label=LABELS)
+        module = getattr(vivit_jax, f"{kind}ForVideoClassification")(config)
+        params = random_params(module)
+        processor = vivit_jax.VideoProcessor.videomae(size=32, crop_size=config.frame_size)
+        classifier = VideoClassifier(module, params, processor)
+        views = dict(num_clips=3)
+        found[kind] = {
+            average: classifier(videos[0], average=average, **views)
+            for average in (None, "softmax", "logits")
+        }
+    assert found["Vivit"][None] == found["Vivit"]["logits"] != found["Vivit"]["softmax"]
+    assert found["VideoMAE"][None] == found["VideoMAE"]["softmax"] != found["VideoMAE"]["logits"]
+
+
+def test_a_video_that_cannot_be_read(classifier, videos, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    mixed = [videos[0], broken, videos[1]]
+    with pytest.raises(VideoError, match="broken.mp4"):
+        classifier(mixed)
+    results = list(classifier.classify(mixed, batch_size=4))
+    assert [result.error is None for result in results] == [True, False, True]
+    assert "broken.mp4" in str(results[1].error) and results[1].predictions is None
+    assert_alike(results[2].predictions, classifier(videos[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "top_k is 0, expected an int of at least 1"),
+        ({"num_clips": 1.5}, "num_clips is 1.5"),
+        ({"num_crops": -1}, "num_crops is -1"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"threads": 0}, "threads is 0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"average": "mean"}, "average is 'mean', expected one of softmax, logits"),
+        ({"function_to_apply": "relu"}, "function_to_apply is 'relu', expected one of softmax"),
+        ({"start": "begin", "num_clips": 2}, "several clips are spread over the whole video"),
+        ({"start": "middle"}, "start is 'middle'"),
+        ({"pad": "zeros"}, "pad is 'zeros'"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_told(classifier, videos, options, message):
+    with pytest.raises(UserError, match=message):
+        classifier(videos[0], **options)
+
+
+def test_too_few_frames_for_several_clips(classifier, videos):
+    with pytest.raises(VideoError, match="9 frames hold no clip of .* frames at stride 9"):
+        classifier(videos[1], stride=9, num_clips=2)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (0, 8, 8, 3)])
+def test_an_array_that_is_no_video(classifier, shape):
+    with pytest.raises(VideoError, match="expected frames"):
+        classifier(np.zeros(shape, np.uint8))
+
+
+def test_a_model_without_classifier_is_refused(directory):
+    config = vivit_jax.VideoMAEConfig(**VIDEOMAE)
+    module = vivit_jax.VideoMAEModel(config)
+    with pytest.raises(UserError, match="VideoClassifier takes a classifier .* VideoMAEModel"):
+        VideoClassifier(module, random_params(module), vivit_jax.VideoProcessor.videomae())
