@@ -73,7 +73,7 @@ def _by_platform(function, *operands):
 
 def _forward_tiles(q, k, v, tile):
     _, num_queries, e = q.shape
-    block, heads = _plan(len(q), num_queries, k.shape[1], tile)
+    block, heads = _plan(q.shape[0], num_queries, k.shape[1], tile)
 
     def one_head(head):
         q, k, v = head
@@ -89,13 +89,13 @@ def _forward_tiles(q, k, v, tile):
         return _map(one_block, q)
 
     out, log_sum = _map(one_head, (_blocks(q, block), k, v), heads)
-    join = lambda x: x.reshape(len(q), -1, x.shape[-1])[:, :num_queries]  # noqa: E731
+    join = lambda x: x.reshape(q.shape[0], -1, x.shape[-1])[:, :num_queries]  # noqa: E731
     return join(out), join(log_sum)
 
 
 def _backward_tiles(q, k, v, out, log_sum, d_out, tile):
     _, num_queries, e = q.shape
-    block, heads = _plan(len(q), num_queries, k.shape[1], tile)
+    block, heads = _plan(q.shape[0], num_queries, k.shape[1], tile)
     wide = log_sum.dtype
     # What the softmax's derivative takes off: the weighted mean of the gradient to the weights.
     mean = jnp.sum(out.astype(wide) * d_out.astype(wide), -1, keepdims=True)
@@ -130,7 +130,7 @@ def _backward_tiles(q, k, v, out, log_sum, d_out, tile):
 
     blocks = jax.tree.map(lambda x: _blocks(x, block), (q, d_out, log_sum, mean))
     d_q, d_k, d_v = _map(one_head, (blocks, k, v), heads)
-    d_q = d_q.reshape(len(q), -1, e)[:, :num_queries]
+    d_q = d_q.reshape(q.shape[0], -1, e)[:, :num_queries]
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
@@ -140,7 +140,9 @@ def _plan(num_heads: int, num_queries: int, num_keys: int, tile: Tile) -> tuple[
     blocks = math.ceil(num_queries / max(1, min(tile.queries, rows)))
     block = math.ceil(num_queries / blocks)
     most = max(1, rows // block) if blocks == 1 else 1
-    return block, max(n for n in range(1, min(most, num_heads) + 1) if num_heads % n == 0)
+    if isinstance(num_heads, int):  # else a batch of any size, of which each clip has as many
+        most = min(most, num_heads)
+    return block, max(n for n in range(1, most + 1) if num_heads % n == 0)
 
 
 def _blocks(x, block: int):
@@ -165,9 +167,9 @@ def _weighted_sum(weights, v):
 
 def _map(function, xs, together: int = 1):
     """`jax.lax.map`, `together` at a time, and without a loop where one round is enough."""
-    count = len(jax.tree.leaves(xs)[0])
+    count = jax.tree.leaves(xs)[0].shape[0]
     if count == 1:
         return jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda x: x[0], xs)))
-    if together >= count:
+    if isinstance(count, int) and together >= count:
         return jax.vmap(function)(xs)
     return jax.lax.map(function, xs, batch_size=together if together > 1 else None)

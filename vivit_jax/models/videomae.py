@@ -66,7 +66,7 @@ class VideoMAEModel(nn.Module):
             per_layer(head_mask, config.num_hidden_layers, config.num_attention_heads),
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            rows=numbered(rows, len(pixel_values), deterministic),
+            rows=numbered(rows, pixel_values.shape[0], deterministic),
         )
         if not config.use_mean_pooling:
             x = layer_norm(config, config.layer_norm_eps, "ln_final")(x)
@@ -162,7 +162,7 @@ class VideoMAEForPreTraining(nn.Module):
             x,
             mask.predicted.shape[1],
             output_hidden_states,
-            numbered(rows, len(pixel_values), deterministic),
+            numbered(rows, pixel_values.shape[0], deterministic),
         )
         targets = reconstruction_targets(pixel_values, mask, config)
         loss = reconstruction_loss(logits, targets, mask.counted)
@@ -212,7 +212,7 @@ class VideoMAEForVideoClassification(nn.Module):
             x = layer_norm(config, config.fc_norm_eps, "fc_norm")(out.last_hidden_state.mean(1))
         else:
             x = out.last_hidden_state[:, 0]
-        x = dropout(self, x, config.head_dropout, numbered(rows, len(x), deterministic))
+        x = dropout(self, x, config.head_dropout, numbered(rows, x.shape[0], deterministic))
         loss, logits = classify(config, x, labels)
         out = ClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return out if return_dict else out.to_tuple()

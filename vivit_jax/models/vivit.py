@@ -150,7 +150,7 @@ class VivitModel(nn.Module):
         flags = dict(
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
-            rows=numbered(rows, len(pixel_values), deterministic),
+            rows=numbered(rows, pixel_values.shape[0], deterministic),
         )
         stages = arrangements(config)
         depth = sum(stage.num_layers for stage in stages)

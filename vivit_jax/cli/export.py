@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax export`: a model as one file that runs without this library."""
+
+import json as json_module
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vivit_jax.cli.output import check_output, whole_file, write_json
+from vivit_jax.errors import UserError
+
+SUFFIX = ".stablehlo"
+
+
+def export(
+    model: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    out: Path,
+    head: Literal["classification", "none"] | None = None,
+    preprocess: bool = False,
+    input_size: str | None = None,
+    batch: int | None = None,
+    frames: Literal["fixed", "symbolic"] = "fixed",
+    params: Literal["inside", "beside"] = "inside",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    precision: Literal["default", "high", "highest"] = "default",
+    overwrite: bool = False,
+    json: bool = False,
+) -> int:
+    """Write a model as one StableHLO file for CPU, CUDA and TPU, parameters included.
+
+    It takes any number of clips, pixel_values float32 [b, t, h, w, c], and gives a dict: logits of
+    a classifier, last_hidden_state (and pooler_output) of a model without one. Whoever runs it
+    needs jax and flatbuffers, not vivit_jax:
+
+    jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read())).call(pixel_values)
+
+    Beside it, a .json says what goes in and comes out, with labels, preprocessing, versions and a
+    hash of the parameters. jax reads such files for six months of its releases in both directions.
+
+    Args:
+        model: Directory with config.json and weights, a weight file, a hub id, or a file of
+            VideoMAE's authors or scenic.
+        out: File to write, .stablehlo.
+        head: none exports the model without its classifier. Of a masked autoencoder the encoder is
+            exported, all patches visible.
+        preprocess: Take uint8 frames and normalise them inside; needs preprocessor_config.json.
+            Frames come resized and cropped, unless --input-size is given.
+        input_size: Size of the frames with --preprocess, HxW like 256x340: they are resized and
+            cropped inside, to the bits of Pillow.
+        batch: Clips in a call. Default: any number.
+        frames: The model's number of frames is fixed in the file; symbolic is refused with the
+            reason.
+        params: beside writes the parameters to a .safetensors, which the program takes as its first
+            argument; for models of 2 GiB and more.
+        dtype: What the model computes in.
+        param_dtype: What parameters are stored in.
+        precision: Of matrix products, fixed in the file. default is TF32 on recent NVIDIA GPUs and
+            bfloat16 on TPU, as of the library itself; highest is float32 everywhere.
+        overwrite: Replace files that exist.
+        json: Print what the .json holds, less the labels, instead of text.
+    """
+    files = _files(out, params, overwrite)
+    if frames == "symbolic":
+        raise UserError(
+            "--frames symbolic: the models make their positions for a known number of frames (a "
+            "table of sines, or learned positions resized by a matrix of that size), so each "
+            "exported file has one; export one for each number of frames"
+        )
+    if input_size is not None and not preprocess:
+        raise UserError(f"--input-size {input_size} needs --preprocess")
+    size = None if input_size is None else parse_size(input_size)
+    if batch is not None and batch < 1:
+        raise UserError(f"--batch must be at least 1, got {batch}")
+    from vivit_jax.export import check_extra, export_model
+
+    check_extra()
+    import vivit_jax
+    from checkpoints_convert.layouts import architecture
+    from checkpoints_convert.source import open_source
+    from vivit_jax.preprocessing import processor_of
+
+    source = open_source(model)
+    held = source.layout
+    if head == "classification" and held.head != "classification":
+        raise UserError(
+            f"--head classification: {model} holds {architecture(held.family, held.head)}, which "
+            "has no classifier"
+        )
+    if head is None and held.head == "pretraining":
+        head = "none"
+    processor = None
+    try:
+        processor = processor_of(source)
+    except vivit_jax.UserError as error:  # without one, the file takes pixels as they are
+        if preprocess or isinstance(error, vivit_jax.ConfigError):
+            raise
+    module, weights = vivit_jax.from_pretrained(model, head, dtype=dtype, param_dtype=param_dtype)
+    artefact = export_model(
+        module,
+        weights,
+        processor,
+        preprocess=preprocess,
+        input_size=size,
+        batch=batch,
+        params_at=params,
+        precision=precision,
+    )
+    about = {"source": model, "file": out.name} | artefact.about
+    if artefact.params is not None:
+        about["params"]["file"] = files["params"].name
+    about["example"] = _example(about)
+    with whole_file(out) as partial:
+        partial.write_bytes(artefact.program)
+    if artefact.params is not None:
+        from safetensors.numpy import save_file
+
+        with whole_file(files["params"]) as partial:
+            save_file(artefact.params, partial)
+            partial.chmod(out.stat().st_mode)  # safetensors makes it the owner's alone
+    write_json(files["about"], about)
+    if json:
+        about = {name: value for name, value in about.items() if name != "labels"}
+        print(json_module.dumps(about, indent=2))
+    else:
+        print(_as_text(about, files))
+    return 0
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "HxW"; UserError for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if match is None:
+        raise UserError(f"--input-size is {text!r}, expected HxW in pixels, like 256x340")
+    return int(match[1]), int(match[2])
+
+
+def _files(out: Path, params: str, overwrite: bool) -> dict[str, Path]:
+    """The files to write beside the program, none of which may be in the way."""
+    check_output(out, (SUFFIX,), overwrite)
+    files = {"about": out.with_name(f"{out.name}.json")}
+    if params == "beside":
+        files["params"] = out.with_name(f"{out.name}.safetensors")
+    for path in files.values():
+        check_output(path, (path.suffix,), overwrite, flag=f"--out {out} comes with a file that")
+    return files
+
+
+def _example(about: dict) -> str:
+    """Python that runs the file in its directory."""
+    (name, taken), *_ = about["inputs"].items()
+    shape = ", ".join(str(2 if side == "b" else side) for side in taken["shape"])
+    lines = ["import jax, numpy as np", "from jax import export"]
+    arguments = name
+    if about["params"]["at"] == "beside":
+        lines.append("from safetensors.numpy import load_file")
+        arguments = f"load_file({about['params']['file']!r}), {name}"
+    lines += [
+        f"model = export.deserialize(bytearray(open({about['file']!r}, 'rb').read()))",
+        f"{name} = np.zeros(({shape}), {taken['dtype']!r})",
+        f"print(jax.jit(model.call)({arguments}))",
+    ]
+    return "\n".join(lines)
+
+
+def _as_text(about: dict, files: dict[str, Path]) -> str:
+    def shown(arrays: dict) -> str:
+        return ", ".join(
+            f"{name} {array['dtype']} [{', '.join(map(str, array['shape']))}]"
+            for name, array in arrays.items()
+        )
+
+    params = about["params"]
+    where = f"in {params['file']}" if "file" in params else "inside"
+    lines = [
+        f"{about['file']}: {about['model']} for {', '.join(about['platforms'])}, "
+        f"{about['bytes'] / 2**20:.1f} MiB",
+        f"  takes      {shown(about['inputs'])}",
+        f"  gives      {shown(about['outputs'])}",
+        f"  inside     {', '.join(about['preprocessing']['inside']) or 'no preprocessing'}",
+        f"  parameters {params['count']:,} {where}, {params['bytes'] / 2**20:.1f} MiB, sha256 "
+        f"{params['sha256'][:16]}",
+        f"  described in {files['about']}; to run it:",
+    ]
+    return "\n".join(lines + [f"    {line}" for line in about["example"].splitlines()])
