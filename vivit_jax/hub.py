@@ -1,22 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding checkpoint files: a local path as it is, a HuggingFace hub id through its cache."""
+"""Finding checkpoint files: a local path as it is, a HuggingFace hub id through its cache.
 
+A hub id is `org/name`, with a branch, tag or commit `org/name@revision`, or a weight file in a
+repository, `org/name/folder/weights.pth`, at a revision too. Where the hub cannot be reached the
+files in its cache are used; with HF_HUB_OFFLINE=1 it is not asked at all.
+"""
+
+import dataclasses
 import re
 from pathlib import Path
 
 from vivit_jax.errors import CheckpointError, MissingExtra
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_HUB_ID = re.compile(
+    rf"(?P<repository>{_NAME}/{_NAME})"
+    r"(?:/(?P<file>[\w./-]+\.(?:safetensors|bin|pth|pt|msgpack)))?"
+    r"(?:@(?P<revision>[\w./-]+))?"
+)
 _ALWAYS, _IF_PRESENT = "config.json", "preprocessor_config.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class HubId:
+    """What a hub id names: a repository, perhaps one of its files, perhaps at a revision."""
+
+    repository: str
+    file: str | None = None
+    revision: str | None = None
+
+
+def hub_id(source: str | Path, revision: str | None = None) -> HubId | None:
+    """A text read as a hub id, None if it is none.
+
+    Raises CheckpointError where it says another revision than `revision`.
+    """
+    match = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    if match is None:
+        return None
+    written = match["revision"]
+    if revision is not None and written not in (None, revision):
+        raise CheckpointError(f"{source} and revision={revision!r} disagree; give one of them")
+    return HubId(match["repository"], match["file"], written or revision)
+
+
 def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
-    """A local checkpoint directory or file; a hub id `org/name` is downloaded into the hub's cache.
+    """A local checkpoint directory or file; a hub id is downloaded into the hub's cache.
 
     Of a hub repository come config.json, preprocessor_config.json and one format of the weights,
-    safetensors where there are any. Raises CheckpointError for what is neither a path nor a hub id,
-    for an unknown repository or revision, and when the hub cannot be reached; MissingExtra without
-    huggingface_hub.
+    safetensors where there are any; of a weight file in one, the file and those two where they lie
+    beside it. Raises CheckpointError for what is neither a path nor a hub id, for an unknown
+    repository, file or revision, and when the hub cannot be reached and its cache lacks a file;
+    MissingExtra without huggingface_hub.
     """
     from checkpoints_convert.io import WEIGHT_FILES, read_index
 
@@ -24,20 +59,24 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"a checkpoint is a directory, a weight file or a hub id, got {source!r}"
         )
-    local = _local(source, revision)
+    local, remote = _local_or_remote(source, revision)
     if local is not None:
         return local
-    config = _download(source, _ALWAYS, revision, required=True)
+    if remote.file is not None:
+        return _resolve_file_of(remote)
+    config = _download(remote, _ALWAYS)
+    if config is None:
+        raise CheckpointError(_without_config(remote))
     # The commit that config.json came from: a push between two downloads must not mix weights.
-    commit = config.parent.name
-    _download(source, _IF_PRESENT, commit)
+    remote = dataclasses.replace(remote, revision=config.parent.name)
+    _download(remote, _IF_PRESENT)
     for name in WEIGHT_FILES:
-        weights = _download(source, name, commit)
+        weights = _download(remote, name)
         if weights is None:
             continue
         if name.endswith(".index.json"):
             for shard in sorted(set(read_index(weights).values())):
-                _download(source, shard, commit, required=True)
+                _required(remote, shard)
         return config.parent
     where = "the local cache (offline)" if _offline() else "the repository"
     raise CheckpointError(f"{source}: {where} holds none of {', '.join(WEIGHT_FILES)}")
@@ -48,25 +87,41 @@ def resolve_file(source: str | Path, filename: str, *, revision: str | None = No
 
     Raises as `resolve_checkpoint`, and where there is no such file.
     """
-    local = _local(source, revision)
+    local, remote = _local_or_remote(source, revision)
     if local is None:
-        return _download(source, filename, revision, required=True)
+        return _required(remote, _beside(remote, filename))
     path = (local if local.is_dir() else local.parent) / filename
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     return path
 
 
-def _local(source: str | Path, revision: str | None) -> Path | None:
+def _resolve_file_of(remote: HubId) -> Path:
+    weights = _required(remote, remote.file)
+    depth = remote.file.count("/") + 1
+    remote = dataclasses.replace(remote, revision=weights.parents[depth - 1].name)
+    for name in (_ALWAYS, _IF_PRESENT):
+        _download(remote, _beside(remote, name))
+    return weights
+
+
+def _beside(remote: HubId, filename: str) -> str:
+    """A file's path in a repository: in its folder, or in that of the weight file it names."""
+    return filename if remote.file is None else str(Path(remote.file).with_name(filename))
+
+
+def _local_or_remote(source: str | Path, revision: str | None) -> tuple[Path | None, HubId | None]:
     path = Path(source)
     if path.exists():
         if revision is not None:
             raise CheckpointError(f"revision={revision!r} is for hub ids; {source} is a local path")
-        return path
-    if isinstance(source, str) and _HUB_ID.fullmatch(source):
-        return None
+        return path, None
+    remote = hub_id(source, revision)
+    if remote is not None:
+        return None, remote
     raise CheckpointError(
-        f"{source} does not exist, and is not a hub id of the form org/name either"
+        f"{source} does not exist, and is not a hub id of the form org/name or org/name@revision "
+        "either"
     )
 
 
@@ -76,21 +131,64 @@ def _offline() -> bool:
     return is_offline_mode()
 
 
-def _download(source, filename: str, revision: str | None, *, required: bool = False):
-    """The cached path of a file; None if the repository has no such file and it may be absent."""
+def _without_config(remote: HubId) -> str:
+    """The message for a repository without config.json, with the weight files it does hold."""
+    from huggingface_hub import list_repo_files
+
+    found: list[str] = []
+    if not _offline():
+        try:
+            files = list_repo_files(remote.repository, revision=remote.revision)
+            found = [f for f in files if _HUB_ID.fullmatch(f"{remote.repository}/{f}")]
+        except Exception:  # whatever keeps the hub from listing, the message is about config.json
+            found = []
+    at = "" if remote.revision is None else f"@{remote.revision}"
+    message = f"{remote.repository}{at} on the hub holds no {_ALWAYS}"
+    if not found:
+        return message
+    shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    return (
+        f"{message}; of its weight files ({shown}) name one, "
+        f"{remote.repository}/{found[0]}{at}, if it is of VideoMAE's authors"
+    )
+
+
+def _required(remote: HubId, filename: str) -> Path:
+    path = _download(remote, filename, required=True)
+    if path is None:
+        raise CheckpointError(f"{remote.repository} on the hub holds no {filename}")
+    return path
+
+
+def _download(remote: HubId, filename: str, *, required: bool = False) -> Path | None:
+    """The cached path of a file; None if the repository has no such file.
+
+    Offline a file that is not `required` and not in the cache counts as absent, but for
+    config.json, without which there is no model.
+    """
+    source, revision = remote.repository, remote.revision
     try:
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download
+        from huggingface_hub import try_to_load_from_cache as cached_path
     except ImportError:
         raise MissingExtra("huggingface_hub", "hub", f"downloading {source}") from None
-    try:
-        return Path(hf_hub_download(str(source), filename, revision=revision))
-    except errors.LocalEntryNotFoundError:
-        if not required and _offline():
+    # What a commit holds and what it lacks does not change, so the hub is not asked twice.
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        cached = cached_path(source, filename, revision=revision)
+        if cached is _CACHED_NO_EXIST:
             return None
+        if isinstance(cached, str):
+            return Path(cached)
+    try:
+        return Path(hf_hub_download(source, filename, revision=revision))
+    except errors.LocalEntryNotFoundError:
+        if _offline() and not required and filename != _ALWAYS:
+            return None
+        reason = "HF_HUB_OFFLINE is set" if _offline() else "the hub cannot be reached"
         raise CheckpointError(
             f"{source} is no local path, and {filename} of that hub repository is not in the local "
-            "cache and cannot be downloaded: "
-            + ("HF_HUB_OFFLINE is set" if _offline() else "the hub cannot be reached")
+            f"cache and cannot be downloaded: {reason}; give a local directory, or fill the cache "
+            f"where there is a network: hf download {source}"
         ) from None
     except errors.GatedRepoError:
         raise CheckpointError(
@@ -103,8 +201,6 @@ def _download(source, filename: str, revision: str | None, *, required: bool = F
             f"{source} is neither a local path nor a repository on the hub that you can read"
         ) from None
     except errors.EntryNotFoundError:
-        if not required:
-            return None
-        raise CheckpointError(f"{source} on the hub holds no {filename}") from None
+        return None
     except errors.HfHubHTTPError as error:
         raise CheckpointError(f"{source}: the hub answered {error}") from None

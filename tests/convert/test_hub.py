@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hub ids, against a cache directory made by hand: nothing here touches the network."""
+"""Hub ids, against a cache made by hand, and a server on this machine that answers as the hub.
 
+Nothing here touches the network.
+"""
+
+import http.server
+import json
+import os
 import shutil
+import subprocess
 import sys
+import threading
 import types
 
 import pytest
 from huggingface_hub import errors
 
 import vivit_jax
-from vivit_jax.hub import resolve_checkpoint, resolve_file
+from vivit_jax.hub import HubId, hub_id, resolve_checkpoint, resolve_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "someone/tiny-vivit"
@@ -134,3 +142,182 @@ def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(vivit_jax.MissingExtra, match=r"vivit_jax\[hub\]"):
         resolve_checkpoint(ID)
+
+
+@pytest.mark.parametrize(
+    ("text", "revision", "expected"),
+    [
+        ("org/name", None, HubId("org/name")),
+        ("org/name", "v1", HubId("org/name", None, "v1")),
+        ("org/name@v1", None, HubId("org/name", None, "v1")),
+        ("org/name@v1", "v1", HubId("org/name", None, "v1")),
+        ("org/na.me-2@refs/pr/3", None, HubId("org/na.me-2", None, "refs/pr/3")),
+        ("org/name/model.pth", None, HubId("org/name", "model.pth")),
+        ("org/name/a/b.c.pth@v1", None, HubId("org/name", "a/b.c.pth", "v1")),
+        ("name", None, None),
+        ("org/name@", None, None),
+        ("org/name/folder", None, None),
+        ("/org/name", None, None),
+    ],
+)
+def test_what_a_hub_id_names(text, revision, expected):
+    assert hub_id(text, revision) == expected
+
+
+def test_two_revisions():
+    with pytest.raises(vivit_jax.CheckpointError, match="disagree"):
+        resolve_checkpoint("org/name@v1", "v2")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers for repositories {id: {revision: (commit, directory)}} as huggingface.co does."""
+
+    repositories: dict = {}
+    asked: list = []
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, body):
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"] and parts[4] == "tree":
+            _, directory = self.repositories["/".join(parts[2:4])][parts[5]]
+            files = [p for p in directory.rglob("*") if p.is_file()]
+            listing = [
+                {"type": "file", "path": str(p.relative_to(directory)), "oid": "0", "size": 1}
+                for p in files
+            ]
+            return self.send(200, json.dumps(listing).encode(), {}, body)
+        repository, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+        self.asked.append((self.command, revision, name))
+        held = self.repositories.get(repository)
+        if held is None:
+            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+        found = {**held, **{commit: (commit, at) for commit, at in held.values()}}.get(revision)
+        if found is None:
+            return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
+        commit, directory = found
+        headers = {"X-Repo-Commit": commit}
+        if not (directory / name).is_file():
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound", **headers}, body)
+        content = (directory / name).read_bytes()
+        etag = f'"{len(content)}-{commit[:8]}-{name.replace("/", "-")}"'
+        return self.send(200, content, {"ETag": etag, **headers}, body)
+
+    def send(self, status, content, headers, body):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+# One process asks for several sources: huggingface_hub reads its settings when it is imported.
+ASK = """
+import json, sys, time
+time.sleep = lambda seconds: None  # between tries of what cannot be reached
+from vivit_jax.hub import resolve_checkpoint
+from vivit_jax.data.processor import VideoProcessor
+for source in sys.argv[1:]:
+    try:
+        path = resolve_checkpoint(source)
+        config = (path if path.is_dir() else path.parent) / "config.json"
+        answer = {"path": str(path)}
+        if config.exists():
+            answer["note"] = json.loads(config.read_text())["note"]
+            answer["size"] = VideoProcessor.from_pretrained(source).size
+    except ValueError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path, checkpoints):
+    """A server with one model at two revisions, and a repository of an authors' file."""
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    for size, (branch, commit) in enumerate(commits.items(), 30):
+        path = tmp_path / "served" / branch
+        shutil.copytree(checkpoints.path("vivit cls"), path)
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"note": branch}))
+        vivit_jax.VideoProcessor.vivit(size=size).save_pretrained(path)
+        commits[branch] = (commit, path)
+    authors = tmp_path / "served" / "authors"
+    (authors / "base").mkdir(parents=True)
+    (authors / "base/model.pth").write_bytes(b"weights")
+    (authors / "README.md").write_text("no config.json here")
+    repositories = {"someone/model": commits, "someone/authors": {"main": ("c" * 40, authors)}}
+    handler = type("Handler", (Hub,), {"repositories": repositories, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+
+    def ask(*sources, **environment):
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, *sources],
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ,
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_DISABLE_XET": "1",
+                **environment,
+            },
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def stop():
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    yield types.SimpleNamespace(ask=ask, stop=stop, asked=handler.asked)
+    stop()
+
+
+def test_download_cache_and_no_network(hub):
+    """What was downloaded at two revisions is found again without the hub, the rest is told."""
+    main, v1, commit, file, no_config, no_revision, unknown = hub.ask(
+        *("someone/model", "someone/model@v1", f"someone/model@{'b' * 40}"),
+        "someone/model/model.safetensors@v1",
+        *("someone/authors", "someone/model@v9", "someone/nothing"),
+    )
+    assert main["note"] == "main" and main["size"] == {"shortest_edge": 30}
+    assert v1["note"] == "v1" and v1["size"] == {"shortest_edge": 31}
+    assert commit == v1 and v1["path"].endswith("b" * 40)
+    assert file == {**v1, "path": v1["path"] + "/model.safetensors"}
+    assert "holds no config.json" in no_config["error"]
+    assert "someone/authors/base/model.pth" in no_config["error"]
+    assert "has no revision 'v9'" in no_revision["error"]
+    assert "nor a repository on the hub" in unknown["error"]
+    downloads = [name for method, _, name in hub.asked if method == "GET"]
+    assert sorted(downloads) == sorted(
+        ["config.json", "preprocessor_config.json", "model.safetensors"] * 2
+    )
+
+    hub.stop()
+    for environment, reason in (
+        ({}, "the hub cannot be reached"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+    ):
+        again, again_v1, never = hub.ask(
+            "someone/model", "someone/model@v1", "someone/other", **environment
+        )
+        assert (again, again_v1) == (main, v1)
+        assert reason in never["error"] and "hf download someone/other" in never["error"]
+
+
+def test_authors_file_in_a_repository(hub):
+    file, missing = hub.ask("someone/authors/base/model.pth", "someone/authors/base/no.pth")
+    assert set(file) == {"path"} and file["path"].endswith(f"{'c' * 40}/base/model.pth")
+    assert "holds no base/no.pth" in missing["error"]

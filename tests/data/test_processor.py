@@ -583,7 +583,7 @@ def test_wrong_files(tmp_path, config, message):
 def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(UserError, match="holds no processor file.*preprocessor_config.json"):
         VideoProcessor.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no such file or directory"):
+    with pytest.raises(UserError, match="does not exist"):
         VideoProcessor.from_pretrained(tmp_path / "missing")
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):

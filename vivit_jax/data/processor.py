@@ -77,7 +77,6 @@ _CONFIG_FILES = (
     ("processor_config.json", "video_processor"),
     ("video_preprocessor_config.json", None),
 )
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 # Above this, rescale_factor is not meant for bytes, so floats in [0, 1] are what it expects.
 _LARGEST_BYTE_FACTOR = 0.5
@@ -235,8 +234,8 @@ class VideoProcessor:
         """Reads the processor of a checkpoint: a directory, a JSON file or a hub id.
 
         A directory may hold preprocessor_config.json, video_preprocessor_config.json or a
-        processor_config.json with a nested section; of a hub id, preprocessor_config.json is read
-        (at `revision`). `overrides` replace fields of the file.
+        processor_config.json with a nested section; of a hub id (`org/name`, `org/name@revision`),
+        preprocessor_config.json is read, at `revision`. `overrides` replace fields of the file.
         Raises `UserError` if nothing is found, `ConfigError` if the file is wrong.
         """
         path = Path(source)
@@ -244,13 +243,11 @@ class VideoProcessor:
             candidates = _candidates(path)
         elif path.is_file():
             candidates = [(path, name) for name in ("image_processor", "video_processor", None)]
-        elif _HUB_ID.fullmatch(str(source)):
+        else:
             from vivit_jax.hub import resolve_file
 
             file = resolve_file(str(source), "preprocessor_config.json", revision=revision)
             candidates = [(file, None)]
-        else:
-            raise UserError(f"{source}: no such file or directory, and not a hub id")
         found = _first_config(candidates)
         if found is None:
             raise UserError(
