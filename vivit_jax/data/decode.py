@@ -109,9 +109,9 @@ def probe_video(path) -> VideoInfo:
         VideoError: the path is not a readable video file with at least one frame.
         UserError: `path` is no path.
     """
-    name = _checked(path)
-    table = _table(name)
-    with _open(name) as (container, stream):
+    name = checked_path(path)
+    table = packet_table(name)
+    with open_video(name) as (container, stream):
         announced, time_base = stream.frames or None, stream.time_base
         rate = stream.average_rate or stream.guessed_rate
         codec, container_format = codec_name(stream), container.format.name
@@ -124,8 +124,7 @@ def probe_video(path) -> VideoInfo:
         run = _decode_from_start(name, table, lambda frame: frame, {0})
         first, times = run.frames[0], run.times
     if container_format in TIMED_CONTAINERS and len(times) > 1 and None not in times:
-        shown = max(times) - min(times)
-        duration = float((shown + (table.last_duration or shown / (len(times) - 1))) * time_base)
+        duration = duration_of(times, table, time_base)
     else:
         duration = len(times) / float(rate) if rate else float("nan")
     rotation, mirrored, turned = _rotation(_orientation(name, first))
@@ -143,6 +142,12 @@ def probe_video(path) -> VideoInfo:
         pixel_format=first.format.name,
         container=container_format,
     )
+
+
+def duration_of(times, table: Table, time_base) -> float:
+    """Seconds from the first of at least two frames to the end of the last, by their times."""
+    shown = int(max(times)) - int(min(times))
+    return float((shown + (table.last_duration or shown / (len(times) - 1))) * time_base)
 
 
 def read_video(
@@ -180,7 +185,7 @@ def read_video(
             displayed at an angle that is no multiple of 90 degrees.
         UserError: arguments that contradict each other or are out of range, or `path` is no path.
     """
-    name = _checked(path)
+    name = checked_path(path)
     if indices is not None and num_frames is not None:
         raise UserError("got both num_frames and indices: pass one of them")
     if num_frames is None and (stride != 1 or start != "center"):
@@ -198,15 +203,13 @@ def read_video(
             rng = None if seed is None else np.random.default_rng(seed)
             return clip_indices(total, num_frames, stride, start, pad, rng)
         except VideoError as error:
-            raise VideoError(f"{name}: {error}{_shortage(table, total, cut)}") from None
+            raise VideoError(f"{name}: {error}{shortage(table, total, cut)}") from None
 
-    def convert(frame) -> np.ndarray:
-        return _oriented(_rgb(frame), _orientation(name, frame))
-
-    table = _table(name)
+    convert = functools.partial(displayed, name)
+    table = packet_table(name)
     if table.distrust is None:
         wanted = choose(table.packets)
-        with _open(name) as (container, stream), _fallback(name):
+        with open_video(name) as (container, stream), _fallback(name):
             found = sparse_frames(container, stream, table, np.unique(wanted))
             return _stacked(name, {k: convert(frame) for k, frame in found}, wanted)
 
@@ -224,7 +227,7 @@ def read_video(
         if not run.frames.keys() >= set(wanted.tolist()):
             last = int(wanted.max())
             run = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
-    _refuse_damaged(name, run.damaged, wanted)
+    refuse_damaged(name, run.damaged, wanted)
     return _stacked(name, run.frames, wanted)
 
 
@@ -269,11 +272,12 @@ def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
             pad_indices(sorted(wanted), total)
         except VideoError as error:
             raise VideoError(f"{name}: {error}") from None
-    _refuse_damaged(name, damaged, sorted(wanted))
+    refuse_damaged(name, damaged, sorted(wanted))
     return _stacked(name, frames, sorted(wanted))
 
 
-def _checked(path) -> str:
+def checked_path(path) -> str:
+    """The name of a file that is there and not empty; VideoError or UserError otherwise."""
     if not isinstance(path, str | bytes | os.PathLike):
         raise UserError(
             f"path is {path!r} ({type(path).__name__}); expected the path of a video file "
@@ -294,7 +298,8 @@ def _checked(path) -> str:
 
 
 @contextlib.contextmanager
-def _open(name: str, threads: str = "AUTO") -> Iterator[tuple]:
+def open_video(name: str, threads: str = "AUTO") -> Iterator[tuple]:
+    """(container, its video stream); what FFmpeg refuses is a VideoError."""
     import av
 
     try:
@@ -309,7 +314,7 @@ def _open(name: str, threads: str = "AUTO") -> Iterator[tuple]:
         ) from error
 
 
-def _table(name: str) -> Table:
+def packet_table(name: str) -> Table:
     """The packets of a file; logs a warning if it ends before what it announces.
 
     A long video has many, and the same file is often asked again: what it holds, then a clip, then
@@ -326,7 +331,7 @@ def _table(name: str) -> Table:
 @functools.lru_cache(maxsize=64)  # about a megabyte for an hour of video
 def scanned(name: str, state: tuple[int, ...]) -> Table:
     """The packets of a file in a state, which only tells a changed file from the one it was."""
-    with _open(name) as (container, stream):
+    with open_video(name) as (container, stream):
         return scan(container, stream)
 
 
@@ -384,6 +389,48 @@ class _Run:
     cut: bool  # whether a decoding error ended it
 
 
+class FromStart:
+    """The frames of a file, numbered, decoded from its start up to the first undecodable packet.
+
+    Where a packet raises an error, the numbers begin again at 0: the frames are decoded anew, by
+    one thread, and what came before is void; damage (`is_corrupt`) is marked by chance where there
+    are several. Nothing but the decoder's frames is held. `cut` says at the end whether an error
+    ended it; what is missing then is logged. Raises VideoError for a file that has no frame.
+    """
+
+    def __init__(self, name: str, table: Table):
+        self.name, self.table, self.cut = name, table, False
+
+    def __iter__(self) -> Iterator[tuple]:
+        name, table = self.name, self.table
+        threads, limit, done = "AUTO", table.packets, 0
+        while limit > 0:
+            done = 0
+            try:
+                with open_video(name, threads) as (container, stream):
+                    for frame in first_packets(container, stream, limit):
+                        done += 1
+                        yield done - 1, frame
+                break
+            except Undecodable as error:
+                # With several threads the error surfaces packets later: one finds the packet.
+                if threads == "NONE":
+                    limit = min(error.packet, limit - 1)
+                threads, damage = "NONE", str(error)
+        if not limit or not done:
+            raise VideoError(f"{name}: none of its frames can be decoded: get the file again")
+        self.cut = limit < table.packets
+        if done < table.packets - table.discarded:
+            why = f"packet {limit}: {damage}" if self.cut else "packets without a picture"
+            logger.warning(
+                "%s: %d frames can be decoded from %d packets (%s)",
+                name,
+                done,
+                table.packets - table.discarded,
+                why,
+            )
+
+
 def _decode_from_start(
     name: str,
     table: Table,
@@ -394,41 +441,24 @@ def _decode_from_start(
     """Decodes up to frame `last`, or all."""
     if table.distrust:
         logger.debug("%s: decoding from the start: %s", name, table.distrust)
-    threads, limit = "AUTO", table.packets
     frames, times, damaged = {}, [], []
-    while limit > 0:
-        frames, times, damaged = {}, [], []
-        try:
-            with _open(name, threads) as (container, stream):
-                for frame in first_packets(container, stream, limit):
-                    if frame.is_corrupt:
-                        damaged.append(len(times))
-                    if len(times) in wanted:
-                        frames[len(times)] = convert(frame)
-                    times.append(frame.pts)
-                    if len(times) - 1 == last:
-                        return _Run(frames, times, damaged, cut=False)
-            break
-        except Undecodable as error:
-            # With several threads the error surfaces packets later: one thread finds the packet.
-            if threads == "NONE":
-                limit = min(error.packet, limit - 1)
-            threads, damage = "NONE", str(error)
-    if not limit or not times:
-        raise VideoError(f"{name}: none of its frames can be decoded: get the file again")
-    if len(times) < table.packets - table.discarded:
-        why = f"packet {limit}: {damage}" if limit < table.packets else "packets without a picture"
-        logger.warning(
-            "%s: %d frames can be decoded from %d packets (%s)",
-            name,
-            len(times),
-            table.packets - table.discarded,
-            why,
-        )
-    return _Run(frames, times, damaged, cut=limit < table.packets)
+    decoding = FromStart(name, table)
+    with contextlib.closing(iter(decoding)) as numbered:
+        for k, frame in numbered:
+            if k == 0:
+                frames, times, damaged = {}, [], []
+            if frame.is_corrupt:
+                damaged.append(k)
+            if k in wanted:
+                frames[k] = convert(frame)
+            times.append(frame.pts)
+            if k == last:
+                break
+    return _Run(frames, times, damaged, decoding.cut)
 
 
-def _refuse_damaged(name: str, damaged: list[int], wanted) -> None:
+def refuse_damaged(name: str, damaged: list[int], wanted) -> None:
+    """VideoError where a wanted frame is damaged, a warning where another is."""
     refused = sorted(set(damaged) & {int(k) for k in wanted})
     if refused:
         raise VideoError(
@@ -439,7 +469,7 @@ def _refuse_damaged(name: str, damaged: list[int], wanted) -> None:
     warn_of_damage(name, damaged)
 
 
-def _shortage(table: Table, total: int, cut: bool) -> str:
+def shortage(table: Table, total: int, cut: bool) -> str:
     """Ends the message that a video has too few frames, if that is because it is damaged."""
     expected = max(table.announced, table.packets) - table.discarded
     if not (cut or table.damage or table.packets < table.announced) or expected < total:
@@ -469,6 +499,11 @@ def _orientation(name: str, frame) -> np.ndarray:
     return turned
 
 
+def displayed(name: str, frame) -> np.ndarray:
+    """uint8 [h, w, 3] of a decoded frame, turned and mirrored as a player shows it."""
+    return _oriented(_rgb(frame), _orientation(name, frame))
+
+
 def _rgb(frame) -> np.ndarray:
     # One thread: by default each frame starts its own, for the same bits at several times the cost.
     return frame.to_ndarray(format="rgb24", threads=1)
@@ -494,11 +529,15 @@ def _rotation(orientation: np.ndarray) -> tuple[int, bool, bool]:
 
 
 def _stacked(name: str, frames: dict[int, np.ndarray], indices) -> np.ndarray:
-    shapes = {frames[k].shape[:2]: k for k in reversed(indices)}
+    refuse_sizes(name, {frames[k].shape[:2]: k for k in reversed(indices)})
+    return np.stack([frames[k] for k in indices])
+
+
+def refuse_sizes(name: str, shapes: dict[tuple[int, ...], int]) -> None:
+    """VideoError for frames of more than one (height, width); each with a frame that has it."""
     if len(shapes) > 1:
         sizes = ", ".join(f"{w}x{h} (frame {k})" for (h, w), k in shapes.items())
         raise VideoError(
             f"{name}: frames of different sizes: {sizes}; expected one size: "
             "read the parts separately with indices=..., or re-encode the file to one size"
         )
-    return np.stack([frames[k] for k in indices])

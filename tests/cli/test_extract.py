@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+from clips import write_clip
+from helpers import VIDEOMAE, VIVIT, forward, random_params
+from safetensors import safe_open
+
+import vivit_jax
+from vivit_jax.cli.__main__ import main
+from vivit_jax.data.stream import FrameStream
+from vivit_jax.feature_file import RowWriter, read_metadata
+from vivit_jax.features import Windows, _model_for, _program, extract_features
+
+FRAMES = 90
+STAGED = VIVIT | dict(attention_type="factorised_encoder", num_temporal_layers=2)
+CLASSES = {
+    "vivit": (vivit_jax.VivitForVideoClassification, vivit_jax.VivitConfig, VIVIT),
+    "staged": (vivit_jax.VivitModel, vivit_jax.VivitConfig, STAGED),
+    "mean": (
+        vivit_jax.VivitForVideoClassification,
+        vivit_jax.VivitConfig,
+        VIVIT | dict(attention_type="factorised_dot_product", pooling="mean"),
+    ),
+    "mae": (vivit_jax.VideoMAEForVideoClassification, vivit_jax.VideoMAEConfig, VIDEOMAE),
+    "pretraining": (
+        vivit_jax.VideoMAEForPreTraining,
+        vivit_jax.VideoMAEConfig,
+        VIDEOMAE | dict(use_mean_pooling=False),
+    ),
+}
+
+
+def processor_of(name):
+    family = "videomae" if name in ("mae", "pretraining") else "vivit"
+    return getattr(vivit_jax.VideoProcessor, family)(size=28, crop_size=(24, 16))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """name -> (model, params, processor); drawn once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            cls, config, values = CLASSES[name]
+            model = cls(config(**values))
+            made[name] = model, random_params(model), processor_of(name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def model(models, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("extract") / "model"
+    vivit_jax.save_pretrained(directory, *models("mae"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("videos") / "a.mp4", frames=FRAMES, size=(96, 64))
+
+
+def run(capsys, *args):
+    status = main(["extract", *map(str, args)])
+    return status, *capsys.readouterr()
+
+
+def load(path):
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def loop(model, params, processor, video, starts, stride, of):
+    """The naive way: each window is read, prepared and computed by itself."""
+    rows = []
+    for start in starts:
+        indices = [start + stride * j for j in range(model.config.num_frames)]
+        pixels = processor(vivit_jax.read_video(video, indices=indices))
+        rows.append(np.asarray(of(forward(model, params, pixels, output_hidden_states=True))[0]))
+    return np.stack(rows)
+
+
+def assert_rows(found, expected):
+    found = np.stack([row.features for row in found])
+    assert found.shape == expected.shape and expected.std() > 0.01
+    scale = max(1.0, float(np.sqrt(np.mean(expected**2))))
+    assert np.abs(found - expected).max() <= 2e-5 * scale  # measured 2e-6
+    return found
+
+
+def test_command_equals_a_naive_loop(models, model, video, capsys, tmp_path):
+    out = tmp_path / "a.safetensors"
+    status, told, _ = run(capsys, video, "--model", model, "--out", out, "--window-stride", 7)
+    assert status == 0 and "10x48 features of 90 frames" in told and str(out) in told
+    arrays = load(out)
+    # Six frames, four apart: 21 from the first to the last.
+    starts = range(0, FRAMES - 20, 7)
+    indices = np.array([[s + 4 * j for j in range(6)] for s in starts])
+    np.testing.assert_array_equal(arrays["frame_indices"], indices)
+    np.testing.assert_allclose(arrays["frame_seconds"], indices / 25, atol=1e-9)
+    classifier, params, processor = models("mae")
+    encoder = vivit_jax.VideoMAEModel(classifier.config)
+    expected = loop(
+        *(encoder, params["backbone"], processor, video, starts, 4),
+        lambda out: out.last_hidden_state.mean(1),
+    )
+    np.testing.assert_allclose(arrays["features"], expected, atol=2e-5)
+    assert abs(arrays["features"].sum(dtype=np.float64) - expected.sum(dtype=np.float64)) < 1e-4
+    assert not [p for p in tmp_path.iterdir() if p != out]
+
+
+PARTS = {
+    # name of the model, layer, pool -> what of the naive loop's output it is
+    ("mae", 0, "mean"): lambda out: out.hidden_states[0].mean(1),
+    ("mae", 2, "tokens"): lambda out: out.hidden_states[2],
+    ("vivit", "last", "mean"): lambda out: out.last_hidden_state[:, 1:].mean(1),
+    ("vivit", 3, "cls"): lambda out: out.hidden_states[3][:, 0],
+    ("mean", "last", "mean"): lambda out: out.last_hidden_state.mean(1),
+    ("staged", "last", "cls"): lambda out: out.last_hidden_state[:, 0],
+    ("staged", 2, "mean"): lambda out: out.hidden_states[2][:, :, 1:].mean((1, 2)),
+    ("staged", 1, "cls"): lambda out: out.hidden_states[1][:, :, 0],
+    ("staged", "temporal:2", "tokens"): lambda out: out.temporal_hidden_states[2],
+}
+
+
+@pytest.mark.parametrize("case", PARTS, ids=lambda case: " ".join(map(str, case)))
+def test_layers_and_pools(models, video, case):
+    name, layer, pool = case
+    model, params, processor = models(name)
+    how = dict(layer=layer, pool=pool, frame_stride=3, window_stride=30)
+    found = list(extract_features(model, params, processor, video, **how))
+    cls = vivit_jax.VideoMAEModel if name == "mae" else vivit_jax.VivitModel
+    options = {} if name == "mae" else {"add_pooling_layer": False}
+    backbone = cls(model.config, **options)
+    params = params.get("backbone", params)
+    assert_rows(found, loop(backbone, params, processor, video, [0, 30, 60], 3, PARTS[case]))
+
+
+def test_the_encoder_of_a_pretrained_model_sees_everything(models, video):
+    model, params, processor = models("pretraining")
+    encoder = vivit_jax.VideoMAEModel(model.config)
+    for layer, of in {
+        "last": lambda out: out.last_hidden_state.mean(1),  # after its final norm
+        "3": lambda out: out.hidden_states[3].mean(1),
+    }.items():
+        found = list(extract_features(model, params, processor, video, layer=layer))
+        expected = loop(encoder, params["backbone"], processor, video, [0, 24, 48], 4, of)
+        assert_rows(found, expected)
+
+
+@pytest.mark.parametrize("name", ["mae", "vivit"])
+def test_what_the_head_reads(models, video, name):
+    """Through the classifier's own kernel and bias it gives the classifier's logits."""
+    model, params, processor = models(name)
+    how = dict(pool="head", frame_stride=3, window_stride=30)
+    found = np.stack([r.features for r in extract_features(model, params, processor, video, **how)])
+    head = params["head"]
+    logits = loop(model, params, processor, video, [0, 30, 60], 3, lambda out: out.logits)
+    np.testing.assert_allclose(found @ head["kernel"] + head["bias"], logits, atol=5e-5)
+
+
+def test_blocks_after_the_layer_are_not_computed(models):
+    model, params, processor = models("mae")
+    clips = np.zeros((1, 6, 24, 16, 3), np.uint8)
+
+    def flops(layer):
+        part, weights = _model_for(model, params, layer, "mean")
+        program = _program(part, layer, "mean", ((1.0,), (0.0,)))
+        return program.lower(weights, clips).compile().cost_analysis()["flops"]
+
+    one, two, three = (flops(layer) for layer in (1, 2, 3))
+    assert two > 1.4 * one and abs((three - two) - (two - one)) < 0.05 * (two - one)
+
+
+def test_bits_do_not_depend_on_the_batch_or_on_other_windows(models, video):
+    model, params, processor = models("vivit")
+
+    def rows(stride, **how):
+        found = extract_features(
+            model, params, processor, video, frame_stride=1, window_stride=stride, **how
+        )
+        return {int(row.frame_indices[0]): row.features for row in found}
+
+    one = rows(5, batch_size=1)
+    assert len(one) == 17
+    for other in (rows(5, batch_size=3), rows(5, batch_size=8), rows(5, batch_size=64)):
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one[k], other[k]) for k in one)
+    coarse = rows(20, batch_size=2)
+    assert coarse.keys() == {0, 20, 40, 60, 80}
+    assert all(np.array_equal(one[k], coarse[k]) for k in coarse)
+
+
+def test_a_batch_at_once_is_equal_to_rounding_and_drops_what_fills_it(models, video):
+    model, params, processor = models("mae")
+    how = dict(window_stride=10)
+    one = list(extract_features(model, params, processor, video, **how))
+    together = list(
+        extract_features(model, params, processor, video, **how, batch_size=4, exact=False)
+    )
+    assert len(together) == 7
+    assert_rows(together, np.stack([row.features for row in one]))
+
+
+@pytest.mark.parametrize(
+    ("total", "windows", "expected"),
+    [
+        # num_frames, frame_stride, stride, pad
+        (10, (3, 2, 5, "drop"), [[0, 2, 4], [5, 7, 9]]),
+        (9, (3, 2, 5, "drop"), [[0, 2, 4]]),
+        (9, (3, 2, 5, "repeat_last"), [[0, 2, 4], [5, 7, 8]]),
+        (10, (3, 2, 5, "repeat_last"), [[0, 2, 4], [5, 7, 9]]),
+        (7, (3, 1, 1, "repeat_last"), [[k, k + 1, k + 2] for k in range(5)]),
+        (3, (3, 2, 5, "repeat_last"), [[0, 2, 2]]),
+        (1, (3, 2, 5, "repeat_last"), [[0, 0, 0]]),
+        (12, (3, 1, 10, "drop"), [[0, 1, 2]]),
+        (12, (3, 1, 10, "repeat_last"), [[0, 1, 2], [10, 11, 11]]),
+        (9, (3, 1, 10, "repeat_last"), [[0, 1, 2]]),  # the next window would begin past the end
+    ],
+)
+def test_which_windows_there_are(models, tmp_path, total, windows, expected):
+    from vivit_jax.features import slide
+
+    path = write_clip(tmp_path / "a.mp4", frames=total)
+    prepared = []
+
+    def prepare(image):
+        prepared.append(1)
+        return image
+
+    stream = FrameStream(path)
+    found = list(slide(stream, Windows(*windows), prepare, stream))
+    assert [w.indices.tolist() for w in found] == expected
+    for window in found:
+        np.testing.assert_array_equal(
+            window.clip, vivit_jax.read_video(path, indices=window.indices)
+        )
+        np.testing.assert_allclose(window.seconds, window.indices / 25, atol=1e-9)
+    # Shared frames are prepared once; those of a window that was dropped may be prepared in vain.
+    assert len({k for row in expected for k in row}) <= len(prepared) <= total
+
+
+def test_use_is_the_union_of_all_windows():
+    for num_frames, stride, start in [(3, 2, 5), (4, 3, 1), (2, 5, 3), (3, 1, 7), (1, 1, 4)]:
+        windows = Windows(num_frames, stride, start)
+        expected = {i * start + j * stride for i in range(60) for j in range(num_frames)}
+        assert {k for k in range(50) if windows.use(k)} == {k for k in expected if k < 50}
+
+
+def test_damage_counts_where_a_window_has_the_frame(models, tmp_path):
+    import av
+
+    path = write_clip(tmp_path / "a.mp4", b_frames=0, options={"preset": "medium"}, size=(128, 96))
+    with av.open(str(path)) as container:
+        packet = [p for p in container.demux(video=0) if p.size][13]
+        place = slice(packet.pos + packet.size // 2, packet.pos + packet.size - 4)
+    data = bytearray(path.read_bytes())
+    data[place] = bytes(byte ^ 255 for byte in data[place])
+    path.write_bytes(data)
+    model, params, processor = models("mae")
+    how = dict(frame_stride=2)
+    rows = extract_features(model, params, processor, path, **how, window_stride=12)
+    assert [int(row.frame_indices[0]) for row in rows] == [0, 12]
+    rows = extract_features(model, params, processor, path, **how, window_stride=3, batch_size=1)
+    with pytest.raises(vivit_jax.VideoError, match="damage in frame 13"):
+        list(rows)
+
+
+def test_stopping_early_leaves_no_thread(models, video):
+    before = threading.active_count()
+    rows = extract_features(*models("mae"), video, window_stride=1, batch_size=1)
+    next(rows)
+    rows.close()
+    assert threading.active_count() == before
+
+
+def test_seconds_progress_and_padding(model, video, capsys, tmp_path):
+    out = tmp_path / "a.safetensors"
+    args = ("--model", model, "--out", out, "--window-stride", "0.5s", "--pad", "repeat_last")
+    status, _, _ = run(capsys, video, *args, "--frame-stride", 5)
+    assert status == 0
+    # Half a second is 12.5 frames, rounded to 12; 26 frames from a window's first to its last.
+    starts = [*range(0, 65, 12), 72]
+    indices = [[min(s + 5 * j, FRAMES - 1) for j in range(6)] for s in starts]
+    np.testing.assert_array_equal(load(out)["frame_indices"], indices)
+    assert read_metadata(out)["settings"]["window_stride"] == "0.5s"
+
+
+def test_progress_counts_frames(models, video):
+    calls = []
+    rows = extract_features(*models("mae"), video, progress=lambda *args: calls.append(args))
+    assert len(list(rows)) == 3
+    assert calls[-1] == (FRAMES, FRAMES) and calls == sorted(calls)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_half_precision(models, model, video, capsys, tmp_path, dtype, suffix):
+    out = tmp_path / f"a.{suffix}"
+    args = ("--model", model, "--pool", "tokens")
+    assert run(capsys, video, *args, "--out", out, "--dtype", dtype)[0] == 0
+    found = load(out) if suffix == "safetensors" else np.load(out)
+    features = found["features"]
+    stored = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    in_npz = suffix == "npz" and dtype == "bfloat16"
+    assert features.dtype == (np.float32 if in_npz else stored)
+    assert np.array_equal(features, features.astype(stored).astype(features.dtype))
+    full = np.stack([r.features for r in extract_features(*models("mae"), video, pool="tokens")])
+    error = np.abs(features.astype(np.float32) - full).max() / full.std()
+    assert 1e-4 < error < 0.1
+    assert read_metadata(out)["settings"]["dtype"] == dtype
+
+
+def test_npz_and_safetensors_hold_the_same(model, video, capsys, tmp_path):
+    for name in ("a.npz", "a.safetensors"):
+        args = ("--model", model, "--out", tmp_path / name, "--pool", "tokens", "--layer", 1)
+        assert run(capsys, video, *args)[0] == 0
+    with np.load(tmp_path / "a.npz") as arrays:
+        first = {name: arrays[name] for name in arrays}
+    text = json.loads(first.pop("metadata").item())
+    second = load(tmp_path / "a.safetensors")
+    assert first.keys() == second.keys() == {"features", "frame_indices", "frame_seconds"}
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+        assert first[name].dtype == second[name].dtype
+    assert text == read_metadata(tmp_path / "a.safetensors")
+    assert text["model"] == str(model) and text["settings"]["layer"] == "1"
+    assert text["video"]["path"] == str(video) and text["video"]["frames"] == FRAMES
+    assert text["video"]["file"]["bytes"] == video.stat().st_size
+
+
+def test_torch_reads_what_is_not_aligned(tmp_path):
+    """Three rows of bfloat16 that end between the eight bytes of the other arrays."""
+    from safetensors.torch import load_file
+
+    path = tmp_path / "a.safetensors"
+    rows = np.arange(9, dtype=np.float32).reshape(3, 3).astype(ml_dtypes.bfloat16)
+    with RowWriter(path) as writer:
+        for k, row in enumerate(rows):
+            writer.add(features=row, frame_indices=np.array([k]))
+        writer.finish({"a": 'quotes " and ü'})
+    found = load_file(path)
+    assert found["features"].float().tolist() == rows.astype(np.float32).tolist()
+    assert found["frame_indices"].tolist() == [[0], [1], [2]]
+    assert read_metadata(path) == {"a": 'quotes " and ü'}
+    with RowWriter(path) as writer:
+        writer.add(features=rows[0])
+        with pytest.raises(ValueError, match="row 1"):
+            writer.add(features=rows[0, :2])
+
+
+@pytest.fixture
+def videos(video, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        (folder / name).write_bytes(video.read_bytes())
+    return [folder / name for name in ("a.mp4", "b.mp4", "c.mp4")]
+
+
+def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path):
+    out = tmp_path / "features"
+    args = ("--model", model, "--out", out)
+    whole = videos[1].read_bytes()
+    videos[1].write_bytes(b"not a video")
+    status, told, errors = run(capsys, *videos, *args)
+    assert status == 1 and "b.mp4: no readable video" in errors and errors.count("\n") == 1
+    assert sorted(p.name for p in out.iterdir()) == ["a.safetensors", "c.safetensors"]
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
+    videos[1].write_bytes(whole)
+    # Neither the batch nor where the model lies moves a number.
+    status, told, errors = run(capsys, *videos, *args, "--batch-size", 2)
+    assert status == 0 and not errors
+    assert told.count("already in") == 2 and told.count("written to") == 1
+    for path, (time, content) in before.items():
+        assert path.stat().st_mtime_ns == time and path.read_bytes() == content
+    a, b = load(out / "a.safetensors"), load(out / "b.safetensors")
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--layer", "1"], "layer (last, now 1)"),
+        (["--pad", "repeat_last"], "pad (drop, now repeat_last)"),
+        (["--window-stride", "5"], "window_stride (24, now 5)"),
+        (["--dtype", "bfloat16"], "dtype (float32, now bfloat16)"),
+        ("video", "video"),
+        ("weights", "params_sha256"),
+        ("processor", "processor"),
+        ("file", "no file of features"),
+    ],
+    ids=str,
+)
+def test_a_file_made_otherwise_is_not_taken(
+    models, model, videos, capsys, tmp_path, change, message
+):
+    out, args = tmp_path / "features", ["--model", model]
+    assert run(capsys, videos[0], *args, "--out", out)[0] == 0
+    made = out / "a.safetensors"
+    net, params, processor = models("mae")
+    if change == "video":
+        os.utime(videos[0], ns=(1, 1))
+    elif change == "file":
+        made.write_bytes(b"something else")
+    elif change == "weights":
+        vivit_jax.save_pretrained(tmp_path / "m", net, random_params(net, seed=1), processor)
+        args = ["--model", tmp_path / "m"]
+    elif change == "processor":
+        other = vivit_jax.VideoProcessor.videomae(size=32, crop_size=(24, 16))
+        vivit_jax.save_pretrained(tmp_path / "m", net, params, other)
+        args = ["--model", tmp_path / "m"]
+    else:
+        args += change
+    before = made.read_bytes()
+    status, told, errors = run(capsys, *videos, *args, "--out", out)
+    assert status == 2 and message in errors and "--overwrite" in errors and not told
+    assert made.read_bytes() == before and len(list(out.iterdir())) == 1
+    status, told, _ = run(capsys, videos[0], *args, "--out", out, "--overwrite")
+    assert status == 0 and "written to" in told and made.read_bytes() != before
+
+
+def test_a_video_shorter_than_a_window(model, capsys, tmp_path):
+    short = write_clip(tmp_path / "short.mp4", frames=20)
+    args = (short, "--model", model, "--out", tmp_path / "f.npz")
+    status, told, errors = run(capsys, *args)
+    assert status == 1 and not told and not (tmp_path / "f.npz").exists()
+    assert "short.mp4: 20 frames, fewer than the 21 of a window" in errors
+    assert "--pad repeat_last" in errors and errors.count("\n") == 1
+    assert run(capsys, *args, "--pad", "repeat_last")[0] == 0
+    with np.load(tmp_path / "f.npz") as arrays:
+        assert arrays["frame_indices"].tolist() == [[0, 4, 8, 12, 16, 19]]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["{video}", "--out", "{tmp}/f.mp4"], "is a file"),
+        (["{video}", "--out", "{tmp}/no/f.npz"], "there is no directory"),
+        (["{video}", "{video}", "--out", "{tmp}/f.npz"], "one file, for 2 videos"),
+        (["{video}", "{tmp}/a.mkv", "--out", "{tmp}/f"], "would both be written to"),
+        (["{video}", "--out", "{tmp}/f.npz", "--format", "safetensors"], "contradict"),
+        (["--out", "{tmp}/f.npz"], "at least one video file"),
+        (["{video}", "--out", "{tmp}/f.npz", "--layer", "4"], "0 (the embedding) to 3"),
+        (["{video}", "--out", "{tmp}/f.npz", "--layer", "-1"], "0 (the embedding) to 3"),
+        (["{video}", "--out", "{tmp}/f.npz", "--layer", "temporal:1"], "0 (the embedding) to 3"),
+        (["{video}", "--out", "{tmp}/f.npz", "--layer", "²"], "0 (the embedding) to 3"),
+        (["{video}", "--out", "{tmp}/f.npz", "--pool", "cls"], "no class token"),
+        (
+            ["{video}", "--out", "{tmp}/f.npz", "--pool", "head", "--layer", "2"],
+            "reads of the last layer; got --layer 2",
+        ),
+        (["{video}", "--out", "{tmp}/f.npz", "--batch-size", "0"], "--batch-size must be"),
+        (["{video}", "--out", "{tmp}/f.npz", "--frame-stride", "0"], "--frame-stride"),
+        (["{video}", "--out", "{tmp}/f.npz", "--window-stride", "0"], "--window-stride"),
+        (["{video}", "--out", "{tmp}/f.npz", "--window-stride", "0.0s"], "--window-stride"),
+        (["{video}", "--out", "{tmp}/f.npz", "--window-stride", "1.5"], "seconds such as 0.5s"),
+        (["{video}", "--out", "{tmp}/f.npz", "--window-stride", "-2"], "--window-stride"),
+        (["{video}", "--out", "{tmp}/f.npz", "--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line(model, video, capsys, tmp_path, args, message):
+    (tmp_path / "f.mp4").write_bytes(b"")
+    filled = [arg.format(video=video, tmp=tmp_path) for arg in args]
+    if "--model" not in filled:
+        filled += ["--model", str(model)]
+    status, out, err = run(capsys, *filled)
+    assert status == 2 and message in err and err.count("\n") == 1 and not out
+    assert [p.name for p in tmp_path.iterdir()] == ["f.mp4"]
+
+
+def test_models_that_do_not_fit(models, video):
+    model, params, processor = models("mae")
+    other = vivit_jax.VideoProcessor.videomae(size=32, crop_size=32)
+    with pytest.raises(vivit_jax.UserError, match=r"crops frames to \(32, 32\)"):
+        extract_features(model, params, other, video)
+    staged = models("staged")
+    with pytest.raises(vivit_jax.UserError, match="temporal:0 to temporal:2.*got 'temporal:3'"):
+        extract_features(*staged, video, layer="temporal:3")
+    with pytest.raises(vivit_jax.UserError, match="the model has none: use --pool mean"):
+        extract_features(*staged, video, pool="head")

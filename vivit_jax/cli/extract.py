@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax extract`: features of untrimmed videos, by a window that slides over each."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from vivit_jax.cli.output import check_output, whole_file
+from vivit_jax.errors import UserError
+
+
+def extract(
+    videos: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    /,
+    *,
+    model: str,
+    out: Path,
+    layer: str = "last",
+    pool: Literal["mean", "cls", "tokens", "head"] = "mean",
+    frame_stride: int | None = None,
+    window_stride: str | None = None,
+    pad: Literal["drop", "repeat_last"] = "drop",
+    batch_size: int = 8,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    format: Literal["safetensors", "npz"] | None = None,
+    exact: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Slide a window over whole videos and write a row of features for each place of it.
+
+    A file has the arrays features [rows, d], frame_indices [rows, frames of a window] and
+    frame_seconds of the same shape, counted from the video's first frame, and says as JSON what
+    they were made with. Memory does not grow with the length of a video. Videos whose file is there
+    and was made the same way are skipped, so a list that was interrupted goes on. A video that
+    cannot be read is reported on stderr, the others are still done, and the exit status is 1. In
+    Python this is `vivit_jax.extract_features`.
+
+    Args:
+        videos: Video files.
+        model: Directory with config.json, weights and preprocessor_config.json, a weight file with
+            both beside it, a hub id, or a file of VideoMAE's authors or scenic; with any head.
+        out: For one video a .safetensors or .npz file; or a directory, in which each video gets a
+            file of its name.
+        layer: last (after the final norm, where there is one), 0 (the embedding) to the number of
+            blocks, or temporal:N for the second stage of a factorised encoder.
+        pool: mean of all tokens but class tokens; cls, the class token; tokens, all of them,
+            [rows, l, d]; head, what a classifier reads. A numbered layer of a factorised encoder
+            has tokens [t, s, d] and a class token for each frame.
+        frame_stride: Frames between a window's frames. Default: the recipe's (ViViT 2, VideoMAE 4).
+        window_stride: Frames between the beginnings of windows, or seconds such as 0.5s. Default:
+            one begins where the one before ends.
+        pad: What to do with frames left over at the end, and with a video shorter than a window:
+            drop leaves them out, and the short video is an error; repeat_last adds a window that
+            repeats the last frame.
+        batch_size: Windows that go through the model together. No number depends on it on a CPU,
+            where they go one by one; elsewhere rounding does.
+        dtype: Of the computation and of the features. An .npz has no bfloat16 and holds the same
+            values as float32.
+        format: Of the files in a directory. Default: safetensors.
+        exact: One window at a time elsewhere too, so that batch_size moves no bit there either.
+        overwrite: Replace files, however they were made.
+    """
+    jobs = _outputs(videos, out, format)
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {batch_size}")
+    from checkpoints_convert.source import open_source
+    from vivit_jax.errors import VideoError
+    from vivit_jax.features import check_features, extract_features, plan_windows
+    from vivit_jax.preprocessing import processor_of
+
+    source = open_source(model, dtype=dtype)
+    how = dict(
+        layer=layer,
+        pool=pool,
+        frame_stride=frame_stride,
+        window_stride=window_stride,
+        pad=pad,
+    )
+    plan_windows(source.config, frame_stride, window_stride, pad)
+    processor = processor_of(source)
+    check_features(source.config, processor, layer, pool, source.layout.head)
+
+    import vivit_jax
+
+    # Blocks in a scan are computed all together, also those after the layer.
+    net, params = vivit_jax.from_pretrained(model, dtype=dtype, scan_layers=layer == "last")
+    settings = _settings(net.config, params, processor, how)
+    if not overwrite:
+        jobs = [job for job in jobs if not _is_done(*job, settings)]
+    if out.suffix.lower() not in _suffixes():
+        out.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for i, (video, path) in enumerate(jobs):
+        rows = lambda progress, video=video: extract_features(  # noqa: E731
+            *(net, params, processor, video),
+            **how,
+            batch_size=batch_size,
+            exact=exact or None,
+            progress=progress,
+        )
+        title = video.name if len(jobs) == 1 else f"[{i + 1}/{len(jobs)}] {video.name}"
+        try:
+            _write(video, path, rows, {"model": model, "settings": settings}, title)
+        except VideoError as error:
+            failed = True
+            print(error, file=sys.stderr)
+    return int(failed)
+
+
+def _suffixes() -> tuple[str, ...]:
+    from vivit_jax.feature_file import SUFFIXES
+
+    return SUFFIXES
+
+
+def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tuple[Path, Path]]:
+    """Each video and its file; UserError where that cannot be."""
+    if not videos:
+        raise UserError("extract needs at least one video file")
+    suffix = out.suffix.lower()
+    if suffix in _suffixes() and not out.is_dir():
+        if len(videos) > 1:
+            raise UserError(f"--out {out} is one file, for {len(videos)} videos; name a directory")
+        if format not in (None, suffix[1:]):
+            raise UserError(f"--out {out} and --format {format} contradict each other; leave one")
+        check_output(out, _suffixes(), overwrite=True)
+        return [(videos[0], out)]
+    if out.exists() and not out.is_dir():
+        raise UserError(
+            f"--out {out} is a file; expected a directory, or for one video a file name that ends "
+            f"in {' or '.join(_suffixes())}"
+        )
+    jobs: dict[Path, Path] = {}
+    for video in videos:
+        path = out / f"{video.stem}.{format or 'safetensors'}"
+        if path in jobs:
+            raise UserError(
+                f"{jobs[path]} and {video} would both be written to {path}; rename one, or give "
+                "them directories of their own"
+            )
+        jobs[path] = video
+    return [(video, path) for path, video in jobs.items()]
+
+
+def _settings(config, params, processor, how: dict[str, Any]) -> dict[str, Any]:
+    """All that the numbers depend on but the video and the device, as JSON values."""
+    from vivit_jax.data.clip import RECIPE_STRIDE
+    from vivit_jax.train.evaluate import params_hash
+
+    named = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id")}
+    frame_stride = how["frame_stride"] or RECIPE_STRIDE[config.model_type]
+    stride = how["window_stride"] or config.num_frames * frame_stride
+    return how | {
+        "frame_stride": frame_stride,
+        "window_stride": str(stride),
+        "num_frames": config.num_frames,
+        "dtype": config.dtype,
+        "params_sha256": params_hash(params),
+        "config": named,
+        "processor": processor.to_dict(),
+    }
+
+
+def _state(video: Path) -> dict[str, int]:
+    """What tells a changed video file from the one it was."""
+    file = video.stat()
+    return {"bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
+
+
+def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
+    """Whether the file is there and holds what would be written; UserError for something else."""
+    from vivit_jax.feature_file import read_metadata
+
+    if not path.exists() or not video.exists():
+        return False
+    try:
+        made = read_metadata(path)
+    except UserError as error:
+        raise UserError(f"{error}; pass --overwrite, or name another --out") from error
+    now = {**settings, "video": _state(video)}
+    before = {**made.get("settings", {}), "video": made.get("video", {}).get("file")}
+    changed = [name for name in sorted(now.keys() | before) if now.get(name) != before.get(name)]
+    if changed:
+        told = ", ".join(
+            name
+            if isinstance(now.get(name), dict) or name == "params_sha256"
+            else f"{name} ({before.get(name)}, now {now.get(name)})"
+            for name in changed
+        )
+        raise UserError(
+            f"{path} exists and was made with another {told}; pass --overwrite, or name another "
+            "--out"
+        )
+    print(f"{video}: already in {path}")
+    return True
+
+
+def _write(video: Path, path: Path, rows_of, made: dict[str, Any], title: str) -> None:
+    import numpy as np
+    from tqdm import tqdm
+
+    import vivit_jax
+    from vivit_jax.feature_file import RowWriter
+
+    started, done = time.monotonic(), 0
+    # On a terminal only; elsewhere the line at the end says all.
+    bar = tqdm(unit=" frames", desc=title, disable=None, leave=False)
+
+    def progress(frames: int, announced: int) -> None:
+        nonlocal done
+        done, bar.total = frames, announced
+        bar.update(frames - bar.n)
+
+    with bar:
+        rows = rows_of(progress)
+        state = _state(video)
+        with whole_file(path) as partial, RowWriter(partial) as file:
+            for row in rows:
+                features = row.features
+                if features.dtype.name == "bfloat16" and path.suffix.lower() == ".npz":
+                    features = features.astype(np.float32)
+                file.add(
+                    features=features,
+                    frame_indices=row.frame_indices,
+                    frame_seconds=row.frame_seconds,
+                )
+            about = {"path": str(video), "frames": done, "file": state}
+            file.finish(made | {"video": about, "vivit_jax": vivit_jax.__version__})
+    seconds = time.monotonic() - started
+    shape = "x".join(map(str, (file.rows, *features.shape)))
+    print(
+        f"{video}: {shape} features of {done} frames in {seconds:.1f} s "
+        f"({done / seconds:.0f} frames/s), written to {path}"
+    )

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of untrimmed video: a window of frames slides over it, each gives a row.
+
+Every frame is decoded once, and resized and cropped once however many windows share it. A reader
+thread does that while the model computes, and holds two batches of windows, so memory does not grow
+with the length of the video.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from checkpoints_convert import trees
+from checkpoints_convert.layouts import ARCHITECTURES
+from vivit_jax.data.clip import RECIPE_STRIDE
+from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.data.stream import FrameStream, StreamedFrame, read_ahead
+from vivit_jax.errors import UserError, VideoError
+from vivit_jax.pretrained import build_model
+from vivit_jax.train.pixels import arithmetic, scaled_and_shifted
+
+POOLS = ("mean", "cls", "tokens", "head")
+PADS = ("drop", "repeat_last")
+_AHEAD = 2  # batches
+_SECONDS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Where windows lie: window i has frames i * stride + j * frame_stride for j < num_frames.
+
+    A window is there where all its frames are. With `pad` "repeat_last" one more follows where the
+    others leave frames over that it reaches; past the end it repeats the video's last frame.
+    """
+
+    num_frames: int
+    frame_stride: int
+    stride: int
+    pad: str = "drop"
+
+    @property
+    def span(self) -> int:
+        """Frames of the video from a window's first to its last."""
+        return (self.num_frames - 1) * self.frame_stride + 1
+
+    def frames(self, window: int) -> np.ndarray:
+        """int64 [num_frames], of a window with nothing repeated."""
+        offsets = np.arange(self.num_frames, dtype=np.int64) * self.frame_stride
+        return window * self.stride + offsets
+
+    def use(self, frame: int) -> bool:
+        """Whether a window has this frame."""
+        first = max(0, -(-(frame - self.span + 1) // self.stride))
+        starts = range(first * self.stride, frame + 1, self.stride)
+        return any((frame - start) % self.frame_stride == 0 for start in starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureRow:
+    """The features of one window, and which frames of the video it is."""
+
+    features: np.ndarray  # [d], or the tokens' [l, d]; in the dtype of the computation
+    frame_indices: np.ndarray  # int64 [t]
+    frame_seconds: np.ndarray  # float64 [t], from the video's first frame
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    clip: np.ndarray  # uint8 [t, h, w, c]
+    indices: np.ndarray
+    seconds: np.ndarray
+
+
+def extract_features(
+    model: nn.Module,
+    params: Any,
+    processor: VideoProcessor,
+    video: str | os.PathLike,
+    *,
+    layer: str | int = "last",
+    pool: str = "mean",
+    frame_stride: int | None = None,
+    window_stride: str | int | None = None,
+    pad: str = "drop",
+    batch_size: int = 8,
+    exact: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[FeatureRow]:
+    """Yield a `FeatureRow` per window of a video file, in order, in memory that stays constant.
+
+    `model` and `params` are those of `from_pretrained`, with any head. A window is as many frames
+    as the model takes, `frame_stride` apart (default: the recipe's, ViViT 2, VideoMAE 4), and
+    windows begin every `window_stride` frames, or seconds as "0.5s" (default: one begins where the
+    one before ends). `pad` is that of `Windows`.
+
+    `layer` is "last" (last_hidden_state, after the final norm where there is one), a number from 0
+    (the embedding) to the number of blocks, or "temporal:N" for the second stage of a factorised
+    encoder, whose numbered layers are those of the first. Blocks after it are not computed.
+
+    `pool` makes a row of the tokens: "mean" of all but class tokens, in float32; "cls", the class
+    token; "tokens", all of them, [l, d]; "head", what the classifier reads. A spatial layer of a
+    factorised encoder has tokens [t, s, d] and a class token per frame, [t, d].
+
+    Rows do not depend on each other. With `exact` (default: on CPU, where it costs nothing) windows
+    go through the model one by one, and their bits do not depend on `batch_size`; without it a
+    batch goes through at once, and rows are equal to rounding. Pixels are normalised on the device,
+    equal to the processor's up to rounding in float32.
+
+    `progress` is called with the frames decoded so far and the frames announced.
+
+    Raises VideoError for a video that cannot be read, is damaged within a window, or is shorter
+    than a window without padding; UserError for an argument that is wrong.
+    """
+    config = model.config
+    windows = plan_windows(config, frame_stride, window_stride, pad)
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1 (--batch-size), got {batch_size}")
+    exact = jax.default_backend() == "cpu" if exact is None else exact
+    values = tuple(tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
+    check_features(config, processor, layer, pool, ARCHITECTURES[type(model).__name__][1])
+    model, params = _model_for(model, params, layer, pool)
+    program = _program(model, layer, pool, values)
+    stream = FrameStream(video)
+    return _rows(
+        stream,
+        windows(stream),
+        processor,
+        functools.partial(program, params),
+        config,
+        batch_size,
+        exact,
+        progress,
+    )
+
+
+def plan_windows(
+    config, frame_stride: int | None, window_stride: str | int | None, pad: str
+) -> Callable[[FrameStream], Windows]:
+    """The windows of a video, known once its frame rate is. Raises UserError for wrong arguments.
+
+    A stride in seconds is rounded to the nearest number of frames, at least 1.
+    """
+    if pad not in PADS:
+        raise UserError(f"pad must be one of {', '.join(PADS)} (--pad), got {pad!r}")
+    frame_stride = RECIPE_STRIDE[config.model_type] if frame_stride is None else frame_stride
+    if frame_stride < 1:
+        raise UserError(f"frame_stride must be at least 1 (--frame-stride), got {frame_stride}")
+    text = str(config.num_frames * frame_stride if window_stride is None else window_stride)
+    seconds = _SECONDS.fullmatch(text)
+    if not seconds and not (text.isascii() and text.isdecimal()):
+        text = "0"
+    if float(text.rstrip("s")) <= 0:
+        raise UserError(
+            "window_stride must be frames, at least 1, or seconds such as 0.5s (--window-stride), "
+            f"got {window_stride!r}"
+        )
+
+    def of(stream: FrameStream) -> Windows:
+        stride = text
+        if seconds:
+            if not math.isfinite(stream.fps):
+                raise VideoError(
+                    f"{stream.name}: states no frame rate; give --window-stride in frames"
+                )
+            stride = max(1, round(float(seconds[1]) * stream.fps))
+        return Windows(config.num_frames, frame_stride, int(stride), pad)
+
+    return of
+
+
+def check_features(
+    config, processor: VideoProcessor, layer: str | int, pool: str, head: str
+) -> None:
+    """UserError where a model of this configuration and head has no such layer or pooling.
+
+    Also where it does not take the frames that the processor makes of a video's.
+    """
+    size = tuple(processor.crop_size[side] for side in ("height", "width"))
+    if processor.do_center_crop and size != config.frame_size:
+        raise UserError(
+            f"the processor crops frames to {size} (height, width), the model takes "
+            f"{config.frame_size}: set crop_size in preprocessor_config.json"
+        )
+    if config.num_channels != 3:
+        raise UserError(
+            f"the model takes {config.num_channels} channels; features are of video files, which "
+            "have 3"
+        )
+    field, index = _place(config, layer)
+    if pool not in POOLS:
+        raise UserError(f"pool must be one of {', '.join(POOLS)} (--pool), got {pool!r}")
+    if pool == "head" and (head != "classification" or field != "last_hidden_state"):
+        raise UserError(
+            "--pool head is what a classifier reads of the last layer; "
+            + (f"got --layer {layer}" if head == "classification" else "the model has none")
+            + ": use --pool mean"
+        )
+    if pool == "cls" and not _class_tokens(config, field):
+        raise UserError(
+            "--pool cls: the model has no class token"
+            + (" there (its frames are averaged)" if getattr(config, "spatial_only", None) else "")
+            + "; use --pool mean"
+        )
+
+
+def _place(config, layer: str | int) -> tuple[str, int]:
+    """The field of the output and the place in it. Raises UserError where there is none."""
+    staged, text = getattr(config, "temporal_layers", 0), str(layer)
+    if text == "last":
+        return "last_hidden_state", 0
+    stage, _, number = text.rpartition(":")
+    field, most = "hidden_states", config.num_hidden_layers
+    if stage == "temporal" and staged:
+        field, most, stage = "temporal_hidden_states", staged, ""
+    if stage or not (number.isascii() and number.isdecimal()) or int(number) > most:
+        choices = f"last, 0 (the embedding) to {config.num_hidden_layers}"
+        choices += f", or temporal:0 to temporal:{staged}" if staged else ""
+        raise UserError(f"layer must be {choices} (--layer), got {layer!r}")
+    return field, int(number)
+
+
+def _class_tokens(config, field: str) -> bool:
+    """Whether the first token of this output is a class token."""
+    if getattr(config, "pooling", None) != "cls":
+        return False
+    return not (field == "last_hidden_state" and config.spatial_only)
+
+
+def _model_for(model: nn.Module, params: Any, layer, pool: str) -> tuple[nn.Module, Any]:
+    """The part of a model that computes a layer, in the layout in which it computes no more."""
+    family, head = ARCHITECTURES[type(model).__name__]
+    if pool == "head":
+        return model, params
+    if head != "none":
+        params = params["backbone"]
+    config = model.config
+    if config.scan_layers and layer != "last":
+        # Blocks in a scan are computed all together; of single ones the compiler leaves out those
+        # after the layer.
+        config = dataclasses.replace(config, scan_layers=False)
+        flat = trees.flatten(params)
+        places = trees.slots(trees.shapes_of(flat)).items()
+        params = trees.unflatten(
+            {
+                path: flat[at.leaf] if at.layer is None else flat[at.leaf][at.layer]
+                for path, at in places
+            }
+        )
+    return build_model(config, "none", add_pooling_layer=False), params
+
+
+# Equal models share the compiled function, from one video to the next.
+@functools.lru_cache(maxsize=8)
+def _program(model: nn.Module, layer, pool: str, values) -> Callable:
+    """(params, uint8 [b, t, h, w, c]) -> [b, ...] in the dtype of the computation."""
+    normalise = scaled_and_shifted(*values)
+    field, index = _place(model.config, layer)
+    dtype, with_cls = jnp.dtype(model.config.dtype), _class_tokens(model.config, field)
+
+    @jax.jit
+    def features(params, clips):
+        pixels = normalise(clips)
+        if pool == "head":
+            return _read_by_head(model, params, pixels).astype(dtype)
+        deep = field != "last_hidden_state"
+        out = model.apply({"params": params}, pixels, output_hidden_states=deep)
+        x = getattr(out, field)
+        x = x[index] if deep else x  # [b, l, d], or [b, t, s, d]
+        if pool == "cls":
+            x = x[..., 0, :]
+        elif pool == "mean":
+            x = x[..., int(with_cls) :, :]
+            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = x.mean(tuple(range(1, x.ndim - 1)))
+        return x.astype(dtype)
+
+    return features
+
+
+def _read_by_head(model: nn.Module, params, pixels) -> jax.Array:
+    """[b, d], what the classifier's layer `head` is called with."""
+    read = []
+
+    def watch(call, args, kwargs, context):
+        if context.module.path == ("head",) and context.method_name == "__call__":
+            read.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        model.apply({"params": params}, pixels)
+    (x,) = read
+    return x
+
+
+def _rows(
+    stream, windows: Windows, processor, program, config, batch_size: int, exact: bool, progress
+) -> Generator[FeatureRow, None, None]:
+    def prepare(image: np.ndarray) -> np.ndarray:
+        # Whole numbers from 0 to 255, which the processor returns as floats.
+        bytes_only = dict(do_rescale=False, offset=False, do_normalize=False)
+        frame = processor(image, input_data_format="channels_last", **bytes_only)
+        return frame[0, 0].astype(np.uint8)
+
+    done = 0
+
+    def counted() -> Iterator[StreamedFrame]:
+        nonlocal done
+        for frame in stream:
+            done = frame.index + 1
+            yield frame
+
+    batches = read_ahead(
+        _batches(slide(counted(), windows, prepare, stream), batch_size), ahead=_AHEAD
+    )
+    waiting: list = []  # a batch that the device computes while the next one is handed to it
+    try:
+        for batch in batches:
+            waiting.append((batch, _compute(program, batch, batch_size, exact)))
+            if len(waiting) > 1:
+                yield from _fetch(*waiting.pop(0))
+            if progress is not None:
+                progress(done, stream.announced)
+        for found in waiting:
+            yield from _fetch(*found)
+        if progress is not None:
+            progress(done, stream.announced)
+    finally:
+        batches.close()
+
+
+def slide(
+    frames: Iterable[StreamedFrame],
+    windows: Windows,
+    prepare: Callable[[np.ndarray], np.ndarray],
+    stream: FrameStream,
+) -> Generator[_Window, None, None]:
+    """The windows over frames in order; each frame is prepared once, and held while it is needed.
+
+    Raises VideoError where there is no window.
+    """
+    held: dict[int, tuple[np.ndarray | VideoError, float]] = {}
+    window, frame = 0, None
+
+    def hold(frame: StreamedFrame) -> None:
+        try:
+            image = prepare(frame.image())
+        except VideoError as error:
+            image = error  # which matters where a window has the frame
+        held[frame.index] = image, frame.seconds
+
+    def cut(indices: np.ndarray) -> _Window:
+        images, seconds = zip(*(held[int(k)] for k in indices), strict=True)
+        for image in images:
+            if isinstance(image, VideoError):
+                raise image
+        return _Window(np.stack(images), indices, np.array(seconds, np.float64))
+
+    for frame in frames:
+        if windows.use(frame.index):
+            hold(frame)
+        if frame.index == window * windows.stride + windows.span - 1:
+            yield cut(windows.frames(window))
+            window += 1
+            for k in [k for k in held if k < window * windows.stride]:
+                del held[k]
+    total = frame.index + 1
+    start = window * windows.stride
+    covered = start - windows.stride + windows.span if window else 0
+    if windows.pad == "repeat_last" and start < total and covered < total:
+        if total - 1 not in held:
+            hold(frame)
+        yield cut(np.minimum(windows.frames(window), total - 1))
+    elif not window:
+        raise VideoError(
+            f"{stream.name}: {total} frames, fewer than the {windows.span} of a window "
+            f"({windows.num_frames} frames, {windows.frame_stride} apart): use a smaller "
+            f"--frame-stride, or --pad repeat_last{stream.shortage(total)}"
+        )
+
+
+def _batches(windows: Generator[_Window, None, None], size: int) -> Generator[list[_Window]]:
+    batch: list[_Window] = []
+    try:
+        for window in windows:
+            batch.append(window)
+            if len(batch) == size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+    finally:
+        windows.close()
+
+
+def _compute(program: Callable, batch: list[_Window], size: int, exact: bool) -> list[jax.Array]:
+    """What the model makes of a batch, on its way: one array [rows, ...], or one per row."""
+    if exact:
+        return [program(window.clip[None]) for window in batch]
+    # The last batch is filled up, because another shape would be compiled anew.
+    clips = [window.clip for window in batch]
+    clips += [np.zeros_like(clips[0])] * (size - len(batch))
+    return [program(np.stack(clips))]
+
+
+def _fetch(batch: list[_Window], outputs: list[jax.Array]) -> Iterator[FeatureRow]:
+    rows = (row for output in outputs for row in np.asarray(output))
+    for window, row in zip(batch, rows, strict=False):
+        yield FeatureRow(row, window.indices, window.seconds)
