@@ -4,10 +4,13 @@
 import sys
 from collections.abc import Sequence
 
+from vivit_jax.cli.attention import attention
 from vivit_jax.cli.benchmark import benchmark
 from vivit_jax.cli.benchmark_input import benchmark_input
 from vivit_jax.cli.demo import demo
 from vivit_jax.cli.evaluate import evaluate
+from vivit_jax.cli.export import export
+from vivit_jax.cli.extract import extract
 from vivit_jax.cli.predict import predict
 from vivit_jax.cli.presets import presets
 from vivit_jax.cli.recipes import recipes
@@ -16,10 +19,13 @@ from vivit_jax.cli.run import run
 from vivit_jax.cli.train import finetune, pretrain
 
 COMMANDS = {
+    "attention": attention,
     "benchmark": benchmark,
     "benchmark-input": benchmark_input,
     "demo": demo,
     "evaluate": evaluate,
+    "export": export,
+    "extract": extract,
     "finetune": finetune,
     "predict": predict,
     "presets": presets,

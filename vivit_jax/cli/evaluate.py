@@ -69,8 +69,8 @@ def evaluate(
 
     import vivit_jax
     from checkpoints_convert.source import open_source
-    from vivit_jax.cli.model import processor_of
     from vivit_jax.data.dataset import read_dataset
+    from vivit_jax.preprocessing import processor_of
     from vivit_jax.recipes import recipe_named
     from vivit_jax.train import evaluate as evaluation
     from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh

@@ -6,9 +6,10 @@ Drawn with Pillow alone.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ PAPER, INK, FAINT = "#ffffff", "#1f2328", "#6e7781"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 MARGIN, COLUMN_GAP, GUTTER, ROW_GAP = 28, 18, 6, 10
 TILE, MOVING_TILE = 96, 256  # pixels that a frame is wide, about, where it is scaled up
+SMALL_STEP = 16  # between lines of small text
 MOST_COLUMNS = 8  # 2,000 pixels where frames are 224 wide
 HIDDEN, HATCH = 0.88, 0.62  # grey levels of what is not shown
 
@@ -32,6 +34,18 @@ class Panels:
     times: Sequence[str]  # of frames
     group: int = 3  # rows that belong together in a png
     answers: Sequence[tuple[str, str, str]] = ()  # of rows: text, its colour, a remark
+    # Draws what lies under the frames: (width in pixels, indices of the frames above) -> picture.
+    footer: Callable[[int, Sequence[int]], Any] | None = None
+
+    def save(self, path: Path, fps: float) -> None:
+        """What the suffix of `path` says; a png does not move."""
+        kind = path.suffix.lower()
+        if kind == ".png":
+            self.save_png(path)
+        elif kind == ".mp4":
+            self.save_mp4(path, fps)
+        else:
+            self.save_gif(path, fps)
 
     def save_png(self, path: Path) -> None:
         """A row per clip, a column per frame; of many, MOST_COLUMNS from the first to the last."""
@@ -43,7 +57,7 @@ class Panels:
             note = f"{len(shown)} of {count} frames are drawn, evenly spaced from first to last."
             told = dataclasses.replace(self, notes=[*self.notes, note])
         page = told._page(rows, self.labels, [self.times[i] for i in shown], TILE, self.answers)
-        page.save(path, "PNG")
+        self._with_footer(page, shown).save(path, "PNG")
 
     def save_mp4(self, path: Path, fps: float) -> None:
         """The clips side by side at `fps` frames per second."""
@@ -62,10 +76,23 @@ class Panels:
         first.save(path, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)
 
     def _moving(self) -> list:
-        return [
+        pages = (
             self._page([[clip[i] for clip in self.clips]], [time], self.labels, MOVING_TILE)
             for i, time in enumerate(self.times)
-        ]
+        )
+        return [self._with_footer(page, [i]) for i, page in enumerate(pages)]
+
+    def _with_footer(self, page, shown: Sequence[int]):
+        """The page and below it what the footer draws for the frames on it."""
+        if self.footer is None:
+            return page
+        from PIL import Image
+
+        below = self.footer(page.width, shown)
+        whole = Image.new("RGB", (page.width, page.height + below.height), PAPER)
+        whole.paste(page, (0, 0))
+        whole.paste(below, (0, page.height))
+        return whole
 
     def _page(self, rows, row_labels, column_labels, tile: int, answers=()):
         """A grid of frames, uint8 [h, w, 3] each, under the title and the notes."""
@@ -92,6 +119,7 @@ class Panels:
             for line in _wrapped(text, font, page_width - 2 * MARGIN)
         ]
         top = MARGIN + sum(step for *_, step in lines) + 34
+        top += SMALL_STEP * max(label.count("\n") for label in column_labels)
         tops = [top + i * (height + ROW_GAP) + i // self.group * MARGIN for i in range(len(rows))]
         page_height = tops[-1] + height + MARGIN
 
@@ -102,7 +130,9 @@ class Panels:
             draw.text((MARGIN, y), line, colour, font, "lt")
             y += step
         for i, label in enumerate(column_labels):
-            draw.text((left + i * (width + GUTTER) + width // 2, top - 8), label, INK, small, "ms")
+            middle = left + i * (width + GUTTER) + width // 2
+            for j, line in enumerate(reversed(label.split("\n"))):
+                draw.text((middle, top - 8 - j * SMALL_STEP), line, INK, small, "ms")
         for y, label, frames in zip(tops, row_labels, rows, strict=True):
             draw.text((MARGIN, y + height // 2), label, INK, plain, "lm")
             for i, frame in enumerate(frames):
@@ -128,8 +158,25 @@ def as_frames(clip: np.ndarray, hatched: bool = False) -> np.ndarray:
     return np.rint(255 * np.clip(np.where(np.isnan(clip), blank, clip), 0, 1)).astype(np.uint8)
 
 
+def real_time(indices: Sequence[int], fps: float) -> float:
+    """The rate at which frames `indices` of a file of `fps` frames per second play as fast as it.
+
+    Frames at the end that stand in for missing ones do not count.
+    """
+    step = max(int(indices[1] - indices[0]), 1) if len(indices) > 1 else 1
+    return fps / step
+
+
+def channels_note(channels: int) -> str | None:
+    """What `as_frames` shows of a clip, where it is not all."""
+    if channels == 3:
+        return None
+    shown = "the first is shown" if channels < 3 else "the first three are shown as colours"
+    return f"{channels} channel{'s' * (channels > 1)}: {shown}."
+
+
 def text_width(font, *texts: str) -> int:
-    return math.ceil(max(font.getlength(text) for text in texts))
+    return math.ceil(max(font.getlength(line) for text in texts for line in text.split("\n")))
 
 
 def _wrapped(text: str, font, width: int) -> list[str]:

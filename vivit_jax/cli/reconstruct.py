@@ -63,8 +63,9 @@ def reconstruct(
     if seed < 0:
         raise UserError(f"--seed must not be negative, got {seed}")
     import vivit_jax
-    from vivit_jax.cli.model import pixel_values_of, processor_of
+    from vivit_jax.cli.panels import channels_note, real_time
     from vivit_jax.data.clip import parse_start, read_clip
+    from vivit_jax.preprocessing import processor_of
     from vivit_jax.reconstruction import error_table, rmse
     from vivit_jax.reconstruction import reconstruct as predict_hidden
 
@@ -74,7 +75,7 @@ def reconstruct(
     chosen = draw_mask(mask, seed, 1, config.grid, mask_ratio)
     processor = processor_of(source)
     read = read_clip(clip, config, stride=stride, start=place, pad=pad)
-    pixel_values = pixel_values_of(read, processor)
+    pixel_values = read.pixel_values(processor)
     module, params = vivit_jax.from_pretrained(model)
     result = predict_hidden(
         module, params, pixel_values, chosen, processor, true_statistics=true_statistics
@@ -88,25 +89,15 @@ def reconstruct(
         about=f"{model}; {mask} mask of ratio {mask_ratio:g}, seed {seed}",
         times=[f"frame {i}" for i in indices],
     )
-    # In real time: a clip of every fourth frame is shown at a quarter of the file's rate. Frames
-    # that stand in for missing ones do not count.
-    step = max(indices[1] - indices[0], 1) if len(indices) > 1 else 1
-    fps = (read.fps or DEFAULT_FPS) / step
     with whole_file(out) as partial:
-        kind = out.suffix.lower()
-        if kind == ".png":
-            panels.save_png(partial)
-        elif kind == ".mp4":
-            panels.save_mp4(partial, fps)
-        else:
-            panels.save_gif(partial, fps)
+        panels.save(partial, real_time(indices, read.fps or DEFAULT_FPS))
     if json:
         print(json_module.dumps(_summary(result, errors, clip, out, indices), indent=2))
         return 0
     print(f"{clip} ({len(indices)} frames from {indices[0]} to {indices[-1]}): {_counts(result)}")
     print("RMSE on predicted hidden patches, pixels in [0, 1]:")
     print("\n".join(f"  {line}" for line in error_table(errors)))
-    for note in (_statistics_note(result)[0], _channels_note(result)):
+    for note in (_statistics_note(result)[0], channels_note(result.original.shape[-1])):
         if note:
             print(note)
     print(f"written to {out}")
@@ -124,7 +115,7 @@ def draw_mask(kind: str, seed: int, batch: int, grid, ratio: float):
 
 def panels_of(result, *, title: str, about: str, times: list[str]):
     """The picture of a `vivit_jax.reconstruction.Reconstruction`, of every clip in it."""
-    from vivit_jax.cli.panels import Panels, as_frames
+    from vivit_jax.cli.panels import Panels, as_frames, channels_note
     from vivit_jax.reconstruction import ROWS_OF_COLUMNS, rmse
 
     column = int(result.statistics == "true")
@@ -138,7 +129,7 @@ def panels_of(result, *, title: str, about: str, times: list[str]):
     notes += [] if leaks else [note]
     if (result.hidden & ~result.predicted).any():
         notes.append("Hatched in the reconstruction: hidden and not predicted (dual mask).")
-    notes += [text for text in [_channels_note(result)] if text]
+    notes += [text for text in [channels_note(result.original.shape[-1])] if text]
     return Panels(
         title=title,
         notes=notes,
@@ -194,14 +185,6 @@ def _statistics_note(result) -> tuple[str, bool]:
         ),
         "none": ("The model predicts pixels; nothing else is known of hidden patches.", False),
     }[result.statistics]
-
-
-def _channels_note(result) -> str | None:
-    channels = result.original.shape[-1]
-    if channels == 3:
-        return None
-    shown = "the first is shown" if channels < 3 else "the first three are shown as colours"
-    return f"{channels} channel{'s' * (channels > 1)}: {shown}."
 
 
 def _summary(result, errors, clip: Path, out: Path, indices: list[int]) -> dict[str, Any]:

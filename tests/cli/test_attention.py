@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax attention`: the pictures it draws, what they say, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from clips import write_clip
+from helpers import VIDEOMAE, random_params
+from PIL import Image
+from variants import variant_config
+
+import vivit_jax
+from vivit_jax.cli import attention_picture, panels
+from vivit_jax.cli.__main__ import main
+from vivit_jax.pretrained import build_model
+
+MODELS = {
+    "joint": ("joint", "classification", {}),
+    "joint mean": ("joint mean", "none", {}),
+    "joint sampled": ("joint sampled", "classification", {}),
+    "encoder": ("encoder", "classification", {}),
+    "encoder spatial only": ("encoder spatial only", "classification", {}),
+    "self-attention": ("self-attention time first", "classification", {}),
+    "dot product": ("dot product", "none", {}),
+    "mae": (None, "none", {}),
+    "mae classifier": (None, "classification", {}),
+    "mae pretraining": (None, "pretraining", dict(use_mean_pooling=False)),
+}
+# What the notes have to say of how a block's attention became one map.
+COMBINED = {
+    "encoder": "map of a time step times the weight of the time step",
+    "encoder spatial only": "all time steps weigh the same",
+    "self-attention": "product of each block's attention over time and over space",
+    "dot product": "Half of the heads look over time",
+}
+
+
+def save_model(directory, name, **changes):
+    case, head, values = MODELS[name]
+    if case is None:
+        config = vivit_jax.VideoMAEConfig(**VIDEOMAE | values | changes)
+    else:
+        config = variant_config(case, **changes)
+    model = build_model(config, head)
+    size = dict(size={"height": 24, "width": 16}, crop_size=(24, 16))
+    if config.num_channels != 3:
+        size |= dict(image_mean=0.4, image_std=0.3)
+    processor = vivit_jax.VideoProcessor.videomae(**size)
+    vivit_jax.save_pretrained(directory, model, random_params(model, 0.3), processor)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return lambda name: root / name if (root / name).exists() else save_model(root / name, name)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=40, size=(64, 96))
+
+
+def run(capsys, *args):
+    status = main(["attention", *map(str, args)])
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The panels that a run drew."""
+    seen, save = [], panels.Panels.save
+
+    def record(self, *args):
+        seen.append(self)
+        return save(self, *args)
+
+    monkeypatch.setattr(panels.Panels, "save", record)
+    return seen
+
+
+def contains(page, tile) -> bool:
+    height, width = tile.shape[:2]
+    corners = np.argwhere((page == tile[0, 0]).all(-1))
+    return any(np.array_equal(page[y : y + height, x : x + width], tile) for y, x in corners)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model(models, clip, capsys, drawn, tmp_path, name):
+    """Both kinds; the numbers are those of the library on the same pixels."""
+    directory = models(name)
+    model, params = vivit_jax.from_pretrained(directory)
+    processor = vivit_jax.VideoProcessor.from_pretrained(directory)
+    for kind in ("map", "rollout"):
+        numbers, picture = tmp_path / f"{kind}.npz", tmp_path / f"{kind}.png"
+        args = ("--kind", kind, "--out", picture, "--save", numbers, "--json")
+        status, out, err = run(capsys, clip, "--model", directory, *args)
+        assert status == 0 and err == ""
+        summary, saved, shown = json.loads(out), np.load(numbers), drawn[-1]
+        with Image.open(picture) as image:
+            page = np.asarray(image)
+
+        # The clip as `predict` takes it, of which a sampling model sees some.
+        stride = 2 if model.config.model_type == "vivit" else 4
+        indices = np.arange(6) * stride + (40 - 5 * stride - 1) // 2
+        frames = vivit_jax.read_video(clip, indices=indices)
+        found = vivit_jax.map_attention(model, params, processor(frames), kind=kind)
+        np.testing.assert_allclose(saved["maps"], found.maps[0], rtol=1e-6)
+        np.testing.assert_allclose(saved["time_weights"], found.time_weights[0], rtol=1e-6)
+        np.testing.assert_allclose(saved["maps"].sum(), 1, rtol=1e-12)
+        np.testing.assert_array_equal(saved["frames"].reshape(-1), indices[found.frames])
+        np.testing.assert_allclose(saved["seconds"], saved["frames"] / 25)
+        t, h, w = found.maps.shape[1:]
+        assert summary["grid"] == [t, h, w] and summary["kind"] == kind
+        np.testing.assert_allclose(summary["time_weights"], t * found.time_weights[0], rtol=1e-5)
+        np.testing.assert_allclose(summary["class_token_share"], found.class_share[0], rtol=1e-5)
+        most = summary["largest"]
+        assert np.isclose(most["relative"], found.relative.max(), rtol=1e-5)
+        assert np.isclose(found.relative[0][tuple(most["token"])], most["relative"], rtol=1e-5)
+        assert most["frames"] == saved["frames"][most["token"][0]].tolist()
+
+        # The picture: frames as the model saw them, maps in the bar's colours, what it all is.
+        assert shown.times == [f"frame {i}\n{i / 25:.2f} s" for i in indices[found.frames]]
+        assert shown.labels == ["the model's input", "attention on it", "attention"]
+        plain = processor(frames, do_rescale=False, do_normalize=False)[0, found.frames]
+        np.testing.assert_array_equal(shown.clips[0], plain)
+        top, length = shown.footer.top, found.tubelet[0]
+        expected = attention_picture.colours(found.relative[0].repeat(length, 0) / top)
+        np.testing.assert_allclose(
+            shown.clips[2][:, 4::8, 4::8].astype(int), expected, atol=3, err_msg="colours"
+        )
+        for frames_drawn in shown.clips:
+            tile = np.kron(frames_drawn[-1], np.ones((6, 6, 1), np.uint8))
+            assert contains(page, tile)
+        np.testing.assert_allclose(shown.footer.weights, t * found.time_weights[0], rtol=1e-5)
+        assert len(shown.footer.ticks) == t * length
+        last = model.config.num_hidden_layers - 1
+        where = {"map": f"in layer {last} of 0", "rollout": f"rollout from layer {last} down to 0"}
+        assert shown.title.startswith("clip.mp4: attention") and where[kind] in shown.title
+        cls = getattr(model.config, "pooling", None) == "cls"
+        query = "class token" if cls else "mean of all tubelets"
+        assert shown.title.endswith(f"mean of 4 heads; query: {query}")
+        notes = " ".join(shown.notes)
+        assert f"{t}x{h}x{w} tokens" in notes and COMBINED.get(name, "") in notes
+        assert ("share a map" in notes) == (length > 1)
+        assert (f"to the class token, {100 * found.class_share[0]:.2g} %" in notes) == cls
+
+
+def test_options_choose_what_is_shown(models, clip, capsys, drawn, tmp_path):
+    directory = models("joint")
+    model, params = vivit_jax.from_pretrained(directory)
+    processor = vivit_jax.VideoProcessor.from_pretrained(directory)
+    args = ("--query", "2,1,0", "--head", "3", "--layer", "-2", "--start", "begin", "--stride", "1")
+    paths = ("--out", tmp_path / "a.png", "--save", tmp_path / "a.npz")
+    status, out, _ = run(capsys, clip, "--model", directory, *args, *paths)
+    assert status == 0
+    assert "6 frames from 0 to 5" in out and "written to" in out
+    assert "attention in layer 1 of 0 to 2, head 3 of 0 to 3; query: tubelet 2,1,0 (t,y,x)" in out
+    pixels = processor(vivit_jax.read_video(clip, indices=range(6)))
+    found = vivit_jax.map_attention(model, params, pixels, query=(2, 1, 0), head=3, layer=1)
+    np.testing.assert_allclose(np.load(tmp_path / "a.npz")["maps"], found.maps[0], rtol=1e-6)
+    (shown,) = drawn
+    assert any("outlined" in note for note in shown.notes)
+    # The outline is that of row 1, column 0 of the last two frames.
+    outlined = (shown.clips[0] == attention_picture.MARK).all(-1)
+    expected = np.zeros((6, 24, 16), bool)
+    expected[4:, 8:16, 0:8] = True
+    expected[4:, 9:15, 1:7] = False
+    np.testing.assert_array_equal(outlined, expected)
+
+
+def test_the_temporal_layer_is_named(models, clip, capsys, drawn, tmp_path):
+    args = ("--model", models("encoder"), "--temporal-layer", "0", "--out", tmp_path / "a.png")
+    assert run(capsys, clip, *args)[0] == 0
+    assert "layer 2 of 0 to 2, over time in layer 0 of 0 to 1," in drawn[0].title
+
+
+def test_a_tubelet_of_a_factorised_encoder_sees_its_frame(models, clip, capsys, drawn, tmp_path):
+    args = ("--model", models("encoder"), "--query", "1,0,0", "--out", tmp_path / "a.png")
+    status, out, _ = run(capsys, clip, *args, "--json")
+    np.testing.assert_allclose(json.loads(out)["time_weights"], [0, 3, 0], atol=1e-12)
+    assert status == 0 and any("sees its own time step only" in note for note in drawn[0].notes)
+    assert "over time" not in drawn[0].title
+
+
+def test_movies_have_a_frame_for_each_of_the_clip(models, clip, capsys, drawn, tmp_path):
+    for name in ("a.mp4", "a.GIF"):
+        args = ("--model", models("mae"), "--stride", "5", "--out", tmp_path / name)
+        assert run(capsys, clip, *args)[0] == 0
+    shown = drawn[0]
+    pages = [np.asarray(page) for page in shown._moving()]
+    assert len(pages) == 6 and len({page.shape for page in pages}) == 1
+    info = vivit_jax.probe_video(tmp_path / "a.mp4")
+    video = vivit_jax.read_video(tmp_path / "a.mp4")
+    np.testing.assert_allclose(info.fps, 5, rtol=1e-3)
+    assert len(video) == 6
+    with Image.open(tmp_path / "a.GIF") as gif:
+        assert gif.n_frames == 6 and gif.info["duration"] == 200
+        for i, page in enumerate(pages):
+            gif.seek(i)
+            seen = np.asarray(gif.convert("RGB")).astype(int)
+            height, width = page.shape[:2]
+            assert abs(seen - page).mean() < 4 and abs(video[i, :height, :width] - seen).mean() < 8
+    # The plot says which frame is shown: the pages differ below the frames too.
+    foot = shown.footer(pages[0].shape[1], [0])
+    below = [np.asarray(page)[-foot.height :] for page in pages]
+    assert all((a != b).any() for a, b in zip(below, below[1:], strict=False))
+
+
+def test_arrays_have_no_seconds(capsys, drawn, tmp_path):
+    model = save_model(tmp_path / "m", "mae", num_channels=1)
+    np.save(tmp_path / "c.npy", np.random.default_rng(0).random((6, 24, 16, 1), np.float32))
+    paths = ("--out", tmp_path / "a.png", "--save", tmp_path / "a.npz")
+    status, _, err = run(capsys, tmp_path / "c.npy", "--model", model, *paths)
+    assert status == 0, err
+    assert drawn[0].times[0] == "frame 0" and drawn[0].footer.ticks == list("012345")
+    assert np.isnan(np.load(tmp_path / "a.npz")["seconds"]).all()
+    assert "1 channel: the first is shown." in drawn[0].notes
+    expected = panels.as_frames(np.load(tmp_path / "c.npy"))
+    assert abs(drawn[0].clips[0].astype(int) - expected).max() <= 1
+
+
+def test_files_are_not_overwritten_unless_asked(models, clip, capsys, tmp_path):
+    args = (clip, "--model", models("mae"), "--out", tmp_path / "a.png")
+    for name, flag in (("a.png", "--out"), ("a.npz", "--save")):
+        (tmp_path / name).write_bytes(b"mine")
+        status, _, err = run(capsys, *args, "--save", tmp_path / "a.npz")
+        assert status == 2 and f"{flag} {tmp_path / name} exists" in err
+        assert (tmp_path / name).read_bytes() == b"mine"
+        if flag == "--out":
+            (tmp_path / name).unlink()
+    assert run(capsys, *args, "--save", tmp_path / "a.npz", "--overwrite")[0] == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"--out": "{tmp}/a.jpg"}, "--out {tmp}/a.jpg ends in '.jpg'; expected one of .png, .mp4"),
+        ({"--save": "{tmp}/a.npy"}, "--save {tmp}/a.npy ends in '.npy'; expected one of .npz"),
+        ({"--query": "all"}, "--query must be cls, mean, or a tubelet as three numbers T,Y,X"),
+        ({"--query": "0,1"}, "got '0,1'"),
+        ({"--query": "3,0,0"}, "from (0, 0, 0) to (2, 2, 1)"),
+        ({"--query": "cls"}, "needs a class token, which this model does not have"),
+        ({"--layer": "3"}, "layer must be from 0 to 2"),
+        ({"--temporal-layer": "0"}, "needs a factorised encoder"),
+        ({"--head": "best"}, "--head must be mean or the number of a head from 0, got 'best'"),
+        ({"--head": "4"}, "head must be from 0 to 3, got 4"),
+        ({"--head": "1", "--kind": "rollout"}, "a rollout takes the mean of all heads"),
+        ({"--start": "middle"}, "begin, center, end or a frame"),
+        ({"--stride": "20"}, "6 frames at stride 20"),
+        ({"--model": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"clip": "{tmp}/none.mp4"}, "none.mp4"),
+    ],
+)
+def test_wrong_input_is_one_line(models, clip, capsys, tmp_path, changes, told):
+    values = {"clip": clip, "--model": models("mae"), "--out": tmp_path / "a.png"}
+    values |= {key: text.format(tmp=tmp_path) for key, text in changes.items()}
+    args = [values.pop("clip"), *(part for pair in values.items() for part in pair)]
+    status, out, err = run(capsys, *args)
+    assert status == 2 and told.format(tmp=tmp_path) in err, err
+    assert err.count("\n") == 1 and not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_leaves_the_old_file(models, clip, capsys, tmp_path, monkeypatch):
+    out_file = tmp_path / "a.mp4"
+    out_file.write_bytes(b"mine")
+
+    def fail(self, path, *args):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(panels.Panels, "save_mp4", fail)
+    args = (clip, "--model", models("mae"), "--out", out_file, "--overwrite")
+    status, _, err = run(capsys, *args)
+    assert status == 2 and "disk full" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    assert out_file.read_bytes() == b"mine"
+
+
+def test_colours_get_lighter_evenly():
+    """Perceived lightness, CIE L*, rises with the value by about as much everywhere."""
+    table = attention_picture.colours(np.linspace(0, 1, 33)) / 255
+    linear = np.where(table <= 0.04045, table / 12.92, ((table + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
+    light = 116 * np.cbrt(luminance) - 16
+    steps = np.diff(light)
+    assert steps.min() > 1 and steps.max() < 5 and light[0] < 20 and light[-1] > 88
+    np.testing.assert_array_equal(
+        attention_picture.colours(np.array([-1.0, 2.0])),
+        attention_picture.colours(np.array([0, 1])),
+    )
+
+
+def test_the_overlay_covers_by_strength():
+    frames = np.full((1, 8, 8, 3), 200, np.uint8)
+    none, full = (attention_picture.overlay(frames, np.full((1, 2, 2), s)) for s in (0.0, 1.0))
+    least, most = attention_picture.LEAST_COVER, attention_picture.MOST_COVER
+    grey = 200 * attention_picture.DARKENED
+    for made, value, cover in ((none, 0.0, least), (full, 1.0, most)):
+        expected = (1 - cover) * grey + cover * attention_picture.colours(np.array(value))
+        np.testing.assert_allclose(made, np.broadcast_to(expected, made.shape), atol=1)
+    # Between two tokens it is interpolated; on black, so that only the colours count.
+    ramp = attention_picture.overlay(np.zeros_like(frames), np.array([[[0.0, 1.0]]]))[0, 0]
+    across = ramp.astype(int).sum(-1)
+    assert (np.diff(across) >= 0).all() and len(set(across)) > 3
+
+
+@pytest.mark.parametrize(
+    ("values", "top"),
+    [
+        (np.ones(18), 2.0),  # nearly uniform attention looks it
+        (np.array([1.0] * 17 + [11.7]), 12.0),  # few tokens: none is cut off
+        (np.r_[np.ones(996), np.full(4, 300.0)], 2.0),  # four of a thousand are
+        (np.r_[np.ones(990), np.full(10, 33.2)], 34.0),
+    ],
+)
+def test_where_the_colours_end(values, top):
+    assert attention_picture.scale_top(values) == pytest.approx(top)
+
+
+@pytest.mark.parametrize("top", [2.0, 2.3, 5.3, 12.0, 47.0, 130.0, 2500.0])
+def test_ticks_of_the_bar(top):
+    ticks = attention_picture.bar_ticks(top)
+    assert ticks[0] == 0 and ticks[-1] == top and 4 <= len(ticks) <= 8
+    assert (np.diff(ticks) > 0).all() and np.diff(ticks).min() >= 0.4 * np.diff(ticks).max()
+
+
+@pytest.mark.parametrize(("frames", "cut"), [(16, False), (64, True)])
+def test_the_footer_fits_its_width(frames, cut):
+    footer = attention_picture.Footer(
+        top=9.0,
+        cut=cut,
+        weights=np.linspace(0, 2, frames // 2),
+        tubelet=2,
+        ticks=[f"{1000 * i}\n{40 * i:.2f} s" for i in range(frames)],
+        axis="frame of the file, and its time",
+    )
+    page = np.asarray(footer(640, [0, 5]))
+    assert page.shape[1] == 640
+    assert (page[:, :8] == 255).all() and (page[:, -8:] == 255).all(), "nothing runs off the page"
+    assert (page[-8:] == 255).all()
+    assert (page == attention_picture.colours(np.array(1.0))).all(-1).any()

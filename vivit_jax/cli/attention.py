@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax attention`: where in space and time a model looks, laid on the frames of a clip."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from vivit_jax.cli.output import check_output, whole_file
+from vivit_jax.cli.reconstruct import DEFAULT_FPS, SUFFIXES
+from vivit_jax.errors import UserError
+
+# What it is called, and how a block's attention is made one map (`vivit_jax.attention_maps`).
+_ARRANGEMENTS = {
+    "joint": ("joint attention", None),
+    "factorised_encoder": (
+        "factorised encoder",
+        "Space: the spatial stage, inside each time step. Time: the temporal stage, between them. "
+        "Shown is the map of a time step times the weight of the time step.",
+    ),
+    "factorised_self_attention": (
+        "factorised self-attention",
+        "Shown is the product of each block's attention over time and over space.",
+    ),
+    "factorised_dot_product": (
+        "factorised dot-product attention",
+        "Half of the heads look over time at the query's own place, half over space in its own "
+        "time step; the mean of heads is of both.",
+    ),
+}
+_ALL_ALIKE = "Space: the spatial stage, inside each time step; all time steps weigh the same."
+
+
+def attention(
+    clip: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    model: str,
+    out: Path,
+    kind: Literal["map", "rollout"] = "map",
+    query: str | None = None,
+    layer: int | None = None,
+    temporal_layer: int | None = None,
+    head: str = "mean",
+    stride: int | None = None,
+    start: str = "center",
+    pad: Literal["error", "repeat_last", "loop"] = "error",
+    save: Path | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> int:
+    """Draw what a model attends to in a clip: over space on its frames, over time as a plot.
+
+    Numbers are multiples of uniform attention: 1 is what a token gets if all get the same. What
+    goes to a class token, which has no place in the clip, is left out, and told. In Python this is
+    `vivit_jax.map_attention`.
+
+    Args:
+        clip: Video file, or .npy with frames [t, h, w, c] of any channel count, uint8 or float in
+            [0, 1].
+        model: Directory with config.json, weights and preprocessor_config.json, a weight file with
+            both beside it, a hub id, or a file of VideoMAE's authors or scenic. Of a pre-trained
+            VideoMAE the encoder is shown, looking at the whole clip.
+        out: File to write: .png has the frames in columns, of more than eight those of eight evenly
+            spaced ones; .mp4 and .gif have all of them, moving.
+        kind: map is the attention of one layer. rollout follows it through all layers down to the
+            pixels, with half of each layer for its residual connection (Abnar and Zuidema 2020).
+        query: Whose attention: cls, the class token (of each stage, in a factorised encoder); mean,
+            the mean of all tubelets, so what each receives; or a tubelet as T,Y,X, counted from 0
+            on the grid of tokens. Default: cls where there is a class token, else mean.
+        layer: The layer of a map, the last layer of a rollout, from 0; -1 is the last, the default.
+            In a factorised encoder that of its spatial stage.
+        temporal_layer: The same for the temporal stage of a factorised encoder.
+        head: mean of all heads, or the number of one, from 0; in a factorised dot-product model the
+            first half of them looks over time. A rollout takes the mean.
+        stride: Frames between sampled frames. Default: the recipe's (ViViT 2, VideoMAE 4), less
+            where the video is too short for it.
+        start: Where the clip lies: begin, center, end, or the index of its first frame.
+        pad: What to do with a video of fewer frames than the model takes.
+        save: File to write the numbers to, .npz: maps [t, h, w], which sum to 1; time_weights [t];
+            class_token_share; frames, the file's frame numbers, of each tubelet [t, n]; seconds.
+        overwrite: Replace `out` and `save` where they exist.
+        json: Print a JSON object instead of text.
+    """
+    check_output(out, SUFFIXES, overwrite)
+    if save is not None:
+        check_output(save, (".npz",), overwrite, "--save")
+    wanted = dict(
+        kind=kind,
+        query=parse_query(query),
+        layer=layer,
+        temporal_layer=temporal_layer,
+        head=parse_head(head),
+    )
+    import numpy as np
+
+    import vivit_jax
+    from checkpoints_convert.source import open_source
+    from vivit_jax.attention_maps import choose
+    from vivit_jax.cli.panels import real_time
+    from vivit_jax.data.clip import parse_start, read_clip
+    from vivit_jax.preprocessing import processor_of
+    from vivit_jax.train.pixels import arithmetic
+
+    place = parse_start(start)
+    # What is cheap to check comes before the weights.
+    source = open_source(model)
+    choose(source.config, **wanted)
+    processor = processor_of(source)
+    read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
+    pixel_values = read.pixel_values(processor)
+    module, params = vivit_jax.from_pretrained(model)
+    found = vivit_jax.map_attention(module, params, pixel_values, **wanted)
+
+    indices = read.indices[found.frames]
+    seconds = None if read.fps is None else indices / read.fps
+    scale, shift = arithmetic(processor)
+    seen = (pixel_values[0, found.frames].astype(np.float64) - shift) / scale / 255
+    panels = picture_of(
+        found,
+        module.config,
+        seen,
+        [int(i) for i in indices],
+        seconds,
+        title=f"{clip.name}: {_subject(found.choice, module.config)}",
+        about=model,
+    )
+    with whole_file(out) as partial:
+        panels.save(partial, real_time(indices, read.fps or DEFAULT_FPS))
+    if save is not None:
+        with whole_file(save) as partial:
+            np.savez(partial, **_numbers(found, indices, seconds))
+    summary = _summary(found, indices, clip, out, save)
+    if json:
+        print(json_module.dumps(summary, indent=2))
+        return 0
+    print(f"{clip} ({len(indices)} frames from {indices[0]} to {indices[-1]})")
+    print(f"  {_subject(found.choice, module.config)}")
+    weights = " ".join(f"{w:.2f}" for w in summary["time_weights"])
+    print(f"  over time, multiples of uniform: {weights}")
+    most = summary["largest"]
+    frames = " and ".join(map(str, most["frames"]))
+    print(f"  most: {most['relative']:.3g} times uniform, token {most['token']}, frames {frames}")
+    if summary["class_token_share"]:
+        print(f"  {_left_out(found)}")
+    for path in filter(None, (out, save)):
+        print(f"written to {path}")
+    return 0
+
+
+def parse_query(text: str | None):
+    """--query as `map_attention` takes it. Raises UserError."""
+    if text is None or text in ("cls", "mean"):
+        return text
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise UserError(
+            f"--query must be cls, mean, or a tubelet as three numbers T,Y,X, got {text!r}"
+        )
+    return tuple(map(int, parts))
+
+
+def parse_head(text: str) -> int | None:
+    """--head as `map_attention` takes it. Raises UserError."""
+    if text == "mean":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--head must be mean or the number of a head from 0, got {text!r}")
+    return int(text)
+
+
+def picture_of(found, config, seen, indices: list[int], seconds, *, title: str, about: str):
+    """The picture of the first clip of a `vivit_jax.attention_maps.AttentionMaps`.
+
+    `seen` [t, h, w, c] are the frames that the model embeds, in [0, 1], `indices` and `seconds`
+    their places in the file.
+    """
+    import numpy as np
+
+    from vivit_jax.cli.attention_picture import Footer, blocks, mark, overlay, scale_top
+    from vivit_jax.cli.panels import Panels, as_frames
+
+    relative, (length, *patch) = found.relative[0], found.tubelet
+    top = scale_top(relative)
+    strength = np.repeat(relative / top, length, axis=0)
+    frames = as_frames(seen)
+    clips = [frames, overlay(frames, strength), blocks(strength, *frames.shape[1:3])]
+    query = found.choice.query
+    if not isinstance(query, str):
+        t, y, x = query
+        box = (y * patch[0], x * patch[1], (y + 1) * patch[0], (x + 1) * patch[1])
+        where = range(t * length, (t + 1) * length)
+        clips = [mark(shown, box, where) for shown in clips]
+    ticks = [f"{i}" for i in indices]
+    times = [f"frame {i}" for i in indices]
+    if seconds is not None:
+        ticks = [f"{tick}\n{s:.2f} s" for tick, s in zip(ticks, seconds, strict=True)]
+        times = [f"{time}\n{s:.2f} s" for time, s in zip(times, seconds, strict=True)]
+    return Panels(
+        title=title,
+        notes=_notes(found, config, about, seen.shape[-1]),
+        warning=None,
+        labels=["the model's input", "attention on it", "attention"],
+        clips=clips,
+        times=times,
+        footer=Footer(
+            top=top,
+            cut=bool((relative > top).any()),
+            weights=found.time_weights[0] * len(relative),
+            tubelet=length,
+            ticks=ticks,
+            axis="frame of the file" + (", and its time" if seconds is not None else ""),
+        ),
+    )
+
+
+def _subject(choice, config) -> str:
+    """What is shown: kind, layers, heads, query."""
+    layers, temporal = config.num_hidden_layers, getattr(config, "temporal_layers", 0)
+    # A tubelet of a factorised encoder has no part in the temporal stage.
+    temporal = temporal if isinstance(choice.query, str) else 0
+    if choice.kind == "map":
+        where = f"attention in layer {choice.layer} of 0 to {layers - 1}"
+        if temporal:
+            where += f", over time in layer {choice.temporal_layer} of 0 to {temporal - 1}"
+    else:
+        where = f"attention rollout from layer {choice.layer} down to 0"
+        if temporal:
+            where += f", over time from {choice.temporal_layer} to 0"
+    heads = f"head {choice.head} of 0 to {config.num_attention_heads - 1}"
+    if choice.head is None:
+        heads = f"mean of {config.num_attention_heads} heads"
+    query = {"cls": "class token", "mean": "mean of all tubelets"}.get(choice.query)
+    if query is None:
+        query = "tubelet {},{},{} (t,y,x)".format(*choice.query)
+    return f"{where}, {heads}; query: {query}"
+
+
+def _notes(found, config, about: str, channels: int) -> list[str]:
+    from vivit_jax.cli.panels import channels_note
+
+    (t, h, w), length = found.maps.shape[1:], found.tubelet[0]
+    family = "VideoMAE" if config.model_type == "videomae" else "ViViT"
+    arranged = getattr(config, "attention_type", "joint")
+    name, combined = _ARRANGEMENTS[arranged]
+    query = found.choice.query
+    if arranged == "factorised_encoder" and not isinstance(query, str):
+        combined = "The query is a token of the spatial stage, which sees its own time step only."
+    elif getattr(config, "spatial_only", False):
+        combined = _ALL_ALIKE
+    shared = f"Each token is of {length} frames, which share a map. " if length > 1 else ""
+    notes = [
+        f"{about}: {family}, {name} over {t}x{h}x{w} tokens (time, height, width).",
+        combined,
+        f"{shared}Attention is drawn as a block for each token, and on the input interpolated "
+        "between them (bilinear); colours mean the same in all frames.",
+        None if isinstance(query, str) else "The query's tubelet is outlined.",
+        f"{_left_out(found)}." if getattr(config, "pooling", None) == "cls" else None,
+        channels_note(channels),
+    ]
+    return [note for note in notes if note]
+
+
+def _left_out(found) -> str:
+    share = f"{100 * found.class_share[0]:.2g} %"
+    return f"What goes to the class token, {share} of the attention, is left out"
+
+
+def _numbers(found, indices, seconds) -> dict[str, Any]:
+    """The content of --save."""
+    import numpy as np
+
+    of_tubelets = (len(found.maps[0]), found.tubelet[0])
+    times = np.full(len(indices), np.nan) if seconds is None else seconds
+    return {
+        "maps": found.maps[0],
+        "time_weights": found.time_weights[0],
+        "class_token_share": found.class_share[0],
+        "frames": indices.reshape(of_tubelets),
+        "seconds": times.reshape(of_tubelets),
+    }
+
+
+def _summary(found, indices, clip: Path, out: Path, save: Path | None) -> dict[str, Any]:
+    import numpy as np
+
+    relative, choice = found.relative[0], found.choice
+    most = np.unravel_index(relative.argmax(), relative.shape)
+    length = found.tubelet[0]
+    return {
+        "clip": str(clip),
+        "out": str(out),
+        "save": None if save is None else str(save),
+        "kind": choice.kind,
+        "query": choice.query if isinstance(choice.query, str) else list(choice.query),
+        "layer": choice.layer,
+        "temporal_layer": choice.temporal_layer,
+        "head": "mean" if choice.head is None else choice.head,
+        "grid": list(relative.shape),
+        "frames": indices.tolist(),
+        "time_weights": (found.time_weights[0] * len(relative)).tolist(),
+        "class_token_share": float(found.class_share[0]),
+        "largest": {
+            "token": [int(i) for i in most],
+            "frames": indices[most[0] * length :][:length].tolist(),
+            "relative": float(relative[most]),
+        },
+    }
