@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -150,6 +151,17 @@ def test_a_data_set_is_a_function_of_its_seed(tmp_path):
     fewer = written("c", {"train": 1})[1]
     assert len(fewer) == 8 and fewer.items() <= files.items()
     assert not set(written("d", {"train": 2}, seed=1)[1].values()) & set(files.values())
+
+
+def test_a_clip_is_encoded_alike_beside_other_threads(tmp_path):
+    clip = synthetic.make_clip("circle-clockwise", np.random.default_rng(5))
+
+    def encoded(number):
+        synthetic.write_mp4(tmp_path / f"{number}.mp4", clip)
+        return (tmp_path / f"{number}.mp4").read_bytes()
+
+    with ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(encoded, range(120)))) == 1
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
     settings = recipe.train
     epochs = settings.epochs if demo.epochs is None else demo.epochs
     if demo.epochs is None and demo.quick and task == "pretrain":
-        epochs = settings.epochs // 3
+        epochs = settings.epochs // 4
     recipe = dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, start=None if start is None else str(start)),
@@ -218,6 +218,7 @@ def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recip
     examples = read_dataset(demo.test).examples
     # The first clip of every class, then the second: a batch holds clips of all.
     examples = sorted(examples, key=lambda example: (Path(example.path).name, example.label))
+    examples = examples[:64] if demo.quick else examples
     frames = np.stack([read_frames(example, range(8)) for example in examples])
     pixels = processor(frames)
     results = []

@@ -61,10 +61,15 @@ def _compilation_cache(args: list[str]) -> list[str]:
         directory, rest = (rest[0] if rest else ""), rest[1:]
     if not directory or directory.startswith("-"):
         raise UserError(f"{flag} needs a directory, got {directory!r}; for example {flag} cache")
+    keep_compiled(Path(directory))
+    return rest
+
+
+def keep_compiled(directory: Path) -> None:
+    """Keep compiled programs in a directory and take them from there, however small they are."""
     import jax
 
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(Path(directory).absolute()))
+    directory.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return rest

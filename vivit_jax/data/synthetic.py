@@ -158,7 +158,9 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int | Fraction = 10) -> None:
     import av
     from av.codec.codec import UnknownCodecError
 
-    options = {"preset": "veryfast", "crf": "18"}
+    # With macroblock trees x264 gives the same small frames now these bytes, now others: of 300
+    # encodings of a clip of 48x48 beside other threads 64 differed, without them none.
+    options = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
         try:
             stream = container.add_stream("libx264", rate=fps, options=options)
