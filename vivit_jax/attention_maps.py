@@ -109,6 +109,14 @@ def map_attention(
 
     Raises UserError for what the model does not have and for a clip that does not fit it.
     Definitions and source: this module's docstring.
+
+    >>> import vivit_jax
+    >>> model, params = vivit_jax.from_pretrained("vivit-demo/model")
+    >>> clip = vivit_jax.read_video("vivit-demo/data/test/grow/0000.mp4")
+    >>> processor = vivit_jax.VideoProcessor.from_pretrained("vivit-demo/model")
+    >>> found = map_attention(model, params, processor(clip), kind="rollout")
+    >>> found.maps.shape[1:] == model.config.grid
+    True
     """
     config = model.config
     grid = check_clip(config, np.shape(pixel_values), any_size=interpolate_pos_encoding)

@@ -67,6 +67,11 @@ class VideoClassifier:
 
     With `stride=1, start="begin"` both look at the same frames. Their clip of a higher rate r is
     spaced a little wider than r, by `num_frames * r - 1` over `num_frames - 1`.
+
+    >>> classifier = VideoClassifier.from_pretrained("vivit-demo/model")
+    >>> best, *others = classifier("vivit-demo/data/test/grow/0000.mp4", top_k=3)
+    >>> sorted(best), len(others)
+    (['index', 'label', 'score'], 2)
     """
 
     def __init__(self, model, params: Any, processor: VideoProcessor):

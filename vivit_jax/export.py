@@ -84,6 +84,14 @@ def export_model(
 
     Raises UserError for a model that needs a mask, for parameters of 2 GiB and more inside, and for
     what does not fit together; MissingExtra without flatbuffers.
+
+    >>> import vivit_jax
+    >>> model, params = vivit_jax.from_pretrained("vivit-demo/model")
+    >>> artefact = export_model(model, params, platforms=["cpu"])
+    >>> run = jax.export.deserialize(artefact.program)  # needs jax alone
+    >>> clips = np.zeros((3, model.config.num_frames, *model.config.frame_size, 3), "float32")
+    >>> run.call(clips)["logits"].shape[0]
+    3
     """
     check_extra()
     _check(model, processor, preprocess, input_size, batch, params_at, platforms, precision)

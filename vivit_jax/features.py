@@ -119,6 +119,14 @@ def extract_features(
 
     Raises VideoError for a video that cannot be read, is damaged within a window, or is shorter
     than a window without padding; UserError for an argument that is wrong.
+
+    >>> import vivit_jax
+    >>> model, params = vivit_jax.from_pretrained("vivit-demo/pretrained")
+    >>> processor = vivit_jax.VideoProcessor.from_pretrained("vivit-demo/pretrained")
+    >>> video = "vivit-demo/data/test/grow/0000.mp4"
+    >>> rows = extract_features(model, params, processor, video, frame_stride=1)
+    >>> [row.features.shape == (model.config.hidden_size,) for row in rows]
+    [True]
     """
     config = model.config
     windows = plan_windows(config, frame_stride, window_stride, pad)

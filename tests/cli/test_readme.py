@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """README.md is true: its examples run, its commands work, its test command is CI's."""
 
+import doctest
+import importlib
+import pkgutil
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import PROGRAM, TINY
 from helpers import random_params
 
+import checkpoints_convert
 import checkpoints_convert.__main__
 import vivit_jax
 import vivit_jax.cli.__main__
@@ -23,6 +28,7 @@ PROGRAMS = {
     ".venv/bin/vivit-jax": vivit_jax.cli.__main__.main,
     ".venv/bin/vivit-convert": checkpoints_convert.__main__.main,
 }
+LONG = ("demo", "pretrain", "finetune")
 COMMANDS = [block for block in SHELL if block[0].split()[0] in PROGRAMS]
 # The epsilon of the authors' norms, without which nothing is written as theirs.
 AUTHORS = dict(layer_norm_eps=1e-6, fc_norm_eps=1e-6, decoder_norm_eps=1e-6)
@@ -78,7 +84,33 @@ def test_commands_work(block, beside_a_demo):
     for line in block:
         program, *args = shlex.split(line)
         args += TINY if args[0] == "demo" else ()
-        assert PROGRAMS[program](args) == 0, line
+        if args[0] in LONG:
+            done = subprocess.run([*PROGRAM, *args], capture_output=True, text=True)
+            assert done.returncode == 0, (line, done.stderr)
+        else:
+            assert PROGRAMS[program](args) == 0, line
+
+
+def _examples():
+    """The doctests of every module's docstrings, by name."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for package in (vivit_jax, checkpoints_convert):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not found.name.endswith("__main__"):
+                module = importlib.import_module(found.name)
+                yield from (test for test in finder.find(module, found.name) if test.examples)
+
+
+@pytest.mark.parametrize("example", list(_examples()), ids=lambda example: example.name)
+def test_examples_in_docstrings_run(example, beside_a_demo):
+    results = doctest.DocTestRunner().run(example)
+    assert results.attempted and not results.failed
+
+
+def test_docstrings_hold_no_code_that_is_not_run():
+    for package in (vivit_jax, checkpoints_convert):
+        for path in Path(package.__path__[0]).rglob("*.py"):
+            assert "```" not in path.read_text(), path
 
 
 def test_setup_lines_are_the_ones_ci_runs():

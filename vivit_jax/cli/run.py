@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch of both command lines, and how they fail."""
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ def run(
     """
     import tyro
 
+    # Else whichever library logs first decides how warnings look.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         args = _compilation_cache(list(sys.argv[1:] if args is None else args))
         status = tyro.extras.subcommand_cli_from_dict(
