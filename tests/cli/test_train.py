@@ -103,6 +103,11 @@ def refused(capsys, *args):
             [*FINETUNE, "--data", "{data}/clips", *sets(data__validation="{data}/no")],
             "no: No such file",
         ),
+        (
+            [*PRETRAIN, "--data", "{data}/clips", *sets(mask__ratio=0.001)],
+            "mask ratio 0.001 masks 0 of",
+        ),
+        ([*FINETUNE, *sets(train__seed=2**32)], "train.seed is 4294967296, expected in 0 to below"),
         (["finetune", "--resume"], "holds no run to go on with: there is no recipe.json in it"),
         ([*FINETUNE, "--resume"], "holds no run to go on with: there is no recipe.json in it"),
     ],

@@ -145,6 +145,17 @@ def test_random_resized_crop_has_uniform_areas_and_log_uniform_ratios():
         np.testing.assert_allclose(np.quantile(place, [0, 0.5, 1]), [0, 0.5, 1], atol=0.06)
 
 
+def test_the_recipes_boxes_are_cut():
+    settings = AugmentSettings(
+        crop="random_resized", crop_scale=(0.2, 0.2), crop_ratio=(2, 2), flip=0.0
+    )
+    clip = coordinates(100, 100)
+    crop = train_transform(settings, (50, 50))(np.random.default_rng(0), clip)
+    low, high = crop[0, 5, 5, :2].astype(float), crop[0, 45, 45, :2].astype(float)
+    height, width = (high - low) * 50 / 40
+    assert abs(width / height - 2) < 0.1 and abs(width * height / 100**2 - 0.2) < 0.02
+
+
 @pytest.mark.parametrize(
     ("frame", "box"),
     [((20, 200), (0, 86, 20, 27)), ((200, 20), (86, 0, 27, 20)), ((40, 45), (0, 0, 40, 45))],

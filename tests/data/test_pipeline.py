@@ -7,6 +7,7 @@ Every pixel of a test clip states its clip, its frame and its place in the frame
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from PIL import Image
 
 from vivit_jax.data import pipeline
 from vivit_jax.data.augment import train_transform
-from vivit_jax.data.dataset import Dataset, Example, read_training_clip
+from vivit_jax.data.dataset import Dataset, Example, read_dataset, read_training_clip
 from vivit_jax.data.pipeline import Batches, Share
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
@@ -307,14 +308,38 @@ def test_batches_that_cannot_be_made(clips):
         batches(clips, batch_size=5, share=Share(1, 2))
 
 
-def test_a_setting_that_does_not_fit_a_clip_names_it(clips):
-    words = r"\.npy: frames of 20 x 24 pixels .* are smaller"
+def test_a_clip_that_is_too_small_for_the_crop_is_a_bad_clip(clips, tmp_path):
+    words = r"could not be read, .*\.npy: frames of 20 x 24 pixels .* are smaller"
     with batches(clips, size=(32, 32)) as source, pytest.raises(UserError, match=words):
         next(source)
+    np.save(tmp_path / "2.npy", pixels(2)[:, :10])
+    data = dataclasses.replace(DATA, max_bad_share=0.5)
+    with batches(clips, data) as source:
+        for _ in range(4):
+            next(source)
+        assert list(source.bad) == [str(tmp_path / "2.npy")]
+        assert "2.npy: frames of 10 x 24" in source.bad[str(tmp_path / "2.npy")]
+
+
+def test_the_same_clips_are_known_wherever_they_lie(clips, tmp_path):
+    states = []
+    for place in ("here", "there/deeper"):
+        folder = tmp_path / place
+        for example in clips.examples:
+            target = folder / "data" / ("odd" if example.label % 2 else "even")
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(example.path, target)
+        (folder / "list.txt").write_text(
+            "".join(f"data/{p.parent.name}/{p.name} 1\n" for p in sorted(folder.rglob("*.npy")))
+        )
+        both = [read_dataset(folder / "data"), read_dataset(folder / "list.txt")]
+        both.append(read_dataset(folder / "list.txt", root=folder))
+        states.append([dataset.fingerprint for dataset in both])
+    assert states[0] == states[1] and len(set(states[0])) == 2
 
 
 SCRIPT = """
-    import dataclasses, hashlib, json, multiprocessing, os, signal, sys
+    import dataclasses, hashlib, json, multiprocessing, os, signal, sys, threading, time
 
     from vivit_jax.data.dataset import Dataset, Example
     from vivit_jax.data.pipeline import Batches
@@ -344,13 +369,20 @@ SCRIPT = """
             transform = probing(source._reader.transform)
             source._reader = dataclasses.replace(source._reader, transform=transform)
             digest = hashlib.sha256()
+
+            def interrupt():  # Ctrl-C reaches them too, at once, and is not for them
+                while not over:
+                    for worker in multiprocessing.active_children():
+                        os.kill(worker.pid, signal.SIGINT)
+                    time.sleep(0.05)
+
+            over = []
+            threading.Thread(target=interrupt, daemon=True).start()
             for step in range(steps):
                 batch = next(source)
                 digest.update(batch["clips"].tobytes() + batch["labels"].tobytes())
-                if not step:  # Ctrl-C reaches them too, and is not for them
-                    workers = multiprocessing.active_children()
-                    for worker in workers:
-                        os.kill(worker.pid, signal.SIGINT)
+            workers = multiprocessing.active_children()
+            over.append(True)
             said |= {"digest": digest.hexdigest(), "state": source.state(), "workers": len(workers)}
             try:
                 while True:

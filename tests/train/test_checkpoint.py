@@ -3,6 +3,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -250,6 +251,28 @@ def test_a_state_that_differs_is_named_path_by_path(tmp_path, target, message):
     with pytest.raises(UserError, match=message):
         checkpoints.restore(abstract(target()))
     checkpoints.close()
+
+
+def test_a_disk_that_is_full_is_told_in_a_line_and_leaves_the_earlier_checkpoints(tmp_path):
+    state = make_state() | {"large": jax.device_put(np.random.default_rng(0).random((300, 300)))}
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written to .*go on with --resume"):
+            checkpoints.save(2, state, {})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints.steps() == [1]
+    checkpoints.save(3, state, {"place": 3})
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep=2)
+    assert again.steps() == [1, 3]
+    restored, data, _ = again.restore(abstract(state))
+    assert bits(restored) == bits(state) and data == {"place": 3}
 
 
 def test_arguments(tmp_path):

@@ -252,6 +252,20 @@ def test_threads_and_steps_may_be_others_when_a_run_goes_on(whole, stopped, reci
     assert lines(out) == lines(whole.model.parents[1])[:7]
 
 
+def test_data_that_moved_are_known_again_and_others_refused(whole, stopped, recipe, data, tmp_path):
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(stopped, out)
+    shutil.copytree(data, moved)
+    fields = dict(data__train=str(moved / "train"), train__steps=7)
+    clip = sorted((moved / "train").rglob("*.npy"))[0]
+    clip.rename(clip.with_name("zzz.npy"))
+    with pytest.raises(UserError, match="lists other clips or labels than when the run was saved"):
+        run(changed(recipe, **fields), out, resume=True)
+    clip.with_name("zzz.npy").rename(clip)
+    outcome, _ = run(changed(recipe, **fields), out, resume=True)
+    assert outcome.step == 7 and lines(out) == lines(whole.model.parents[1])[:7]
+
+
 def test_a_run_at_its_end_says_so_and_changes_nothing(whole, recipe):
     out = whole.model.parents[1]
     before = files(out)

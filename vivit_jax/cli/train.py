@@ -2,6 +2,7 @@
 """`vivit-jax pretrain` and `vivit-jax finetune`: a recipe, run into a directory."""
 
 import dataclasses
+import logging
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -87,6 +88,9 @@ def _run(task: str, options: RunOptions) -> int:
     import jax
 
     from vivit_jax.train.loop import train
+
+    # Of a save that fails Orbax's threads log stack traces, and the next step of the run the error.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     from vivit_jax.train.sharding import parse_mesh
 
     outcome = train(

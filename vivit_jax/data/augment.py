@@ -14,7 +14,7 @@ import numpy as np
 
 from vivit_jax.data import frames
 from vivit_jax.data.randaugment import RandAugment, parse_rand_augment, rand_augment
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, VideoError
 from vivit_jax.recipes.recipe import AugmentSettings
 
 CROPS = ("multi_scale", "random_resized", "random", "center")
@@ -177,6 +177,8 @@ def multi_scale_crop(
     al. 2016, arXiv:1608.00859); VideoMAE pre-trains with it and nothing else.
     """
     h, w = clip.shape[1:3]
+    if int(min(h, w) * min(_SCALES)) < 1:
+        raise VideoError(f"frames of {h} x {w} pixels (h x w) are too small to crop")
     heights, widths = (_sides(min(h, w), target) for target in size)
     shapes = [
         (height, width)
@@ -267,7 +269,7 @@ def three_crops(
     One crop is the one in the middle. Offsets that are not whole are rounded down in VideoMAE
     ("floor") and up in scenic ("ceil"). Square frames are cut along their width.
 
-    Returns uint8 [count, t, *size, c]. Raises `UserError` for frames smaller than `size`.
+    Returns uint8 [count, t, *size, c]. Raises `VideoError` for frames smaller than `size`.
     """
     if count < 1:
         raise UserError(f"count is {count}, expected at least 1 crop")
@@ -298,7 +300,7 @@ def _room(frame: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """Pixels that a crop leaves in height and in width."""
     room = (frame[0] - size[0], frame[1] - size[1])
     if min(room) < 0:
-        raise UserError(
+        raise VideoError(
             f"frames of {frame[0]} x {frame[1]} pixels (h x w) are smaller than the crop "
             f"of {size[0]} x {size[1]}: set resize (augment.resize in training, evaluation.resize "
             "in tests) to more, raise the lower bound of augment.jitter_scale, or crop by "

@@ -59,21 +59,28 @@ class Dataset:
         examples: all labelled, with equally many labels, or all unlabelled; at least one.
         classes: names by label, where folders name them.
         source: the list file or directory that was read.
+        root: the directory that relative paths are of.
     """
 
     examples: tuple[Example, ...]
     classes: tuple[str, ...] | None
     source: str
+    root: str = ""
 
     def __len__(self) -> int:
         return len(self.examples)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all examples in their order, for a run that goes on to know them again."""
-        digest = hashlib.sha256()
+        """A hash of all examples in their order, for a run that goes on to know them again.
+
+        Wherever the data lie: paths count from `root`, but for those outside of it.
+        """
+        digest, root = hashlib.sha256(), os.path.join(self.root, "")
         for example in self.examples:
-            digest.update(repr(dataclasses.astuple(example)).encode(errors="surrogateescape"))
+            path, *others = dataclasses.astuple(example)
+            values = (path.removeprefix(root) if self.root else path, *others)
+            digest.update(repr(values).encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     @property
@@ -129,7 +136,8 @@ def read_dataset(
         entries, classes = read_directory(path)
         if labels == 0:
             entries = [entry._replace(label=None) for entry in entries]
-        return Dataset(tuple(Example(e.path, e.label) for e in entries), classes, path)
+        examples = tuple(Example(e.path, e.label) for e in entries)
+        return Dataset(examples, classes, path, path)
     if ending(path) in VIDEOS + ARRAYS + IMAGES:
         raise UserError(f"{path} is one clip; {SOURCES}")
     root = os.path.dirname(path) if root is None else os.fspath(root)
@@ -140,7 +148,7 @@ def read_dataset(
             start = first_frame if numbered else 0
         name = frame_name if numbered else None
         examples.append(Example(os.path.join(root, clip), label, start, total, name))
-    return Dataset(tuple(examples), None, path)
+    return Dataset(tuple(examples), None, path, root)
 
 
 def count_frames(example: Example) -> int:

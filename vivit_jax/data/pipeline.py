@@ -7,9 +7,11 @@ i). So a run that stopped goes on with nothing but the place in that sequence, a
 processes and workers reads the same batches.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -166,6 +168,8 @@ class Read:
             return {"bad": str(error), "path": example.path}
         try:
             clips = [self.transform(rng, frames) for _ in range(self.settings.repeats)]
+        except VideoError as error:  # of frames that are too small, without their path
+            return {"bad": f"{example.path}: {error}", "path": example.path}
         except UserError as error:
             raise UserError(f"{example.path}: {error}") from None
         return {"clips": np.stack(clips), "label": example.label}
@@ -179,11 +183,26 @@ class Read:
         return video[training_indices(total=len(video), rng=rng, **how)]
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back from this thread, and so for good from processes that are started here.
+
+    Those take seconds until `_start_worker` runs, and Ctrl-C of a terminal reaches them at once.
+    """
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # which would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(index: int, count: int) -> None:
     """Prepare one of grain's processes: Ctrl-C is for the main one, whose end is its end too."""
     import multiprocessing
     import os
-    import signal
 
     def follow():
         multiprocessing.parent_process().join()
@@ -237,6 +256,7 @@ class Batches:
         transform = train_transform(augment, size)
         self._reader = Read(settings, transform, num_frames, num_channels, seed, self._cache)
         self._elements: Iterator[dict[str, Any]] | None = None
+        self._first: list[dict[str, Any]] = []  # that came while processes were started
 
     def _start(self) -> Iterator[dict[str, Any]]:
         """What grain reads from the element after the last one that was read."""
@@ -268,10 +288,12 @@ class Batches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._elements is None:
-            self._elements = self._start()
+            with _interrupts_held() if self._settings.workers else contextlib.nullcontext():
+                self._elements = self._start()
+                self._first = [next(self._elements)]  # by which all processes run
         found: list[dict[str, Any]] = []
         while len(found) < self._rows:
-            element = next(self._elements)
+            element = self._first.pop() if self._first else next(self._elements)
             self._read += 1
             if "bad" in element:
                 self._left_out += 1
@@ -306,8 +328,8 @@ class Batches:
         if state["clips"] != self.order.dataset.fingerprint:
             raise UserError(
                 f"{self.order.dataset.source} lists other clips or labels than when the run was "
-                "saved, or in another order; put it back as it was, or start a run of its own "
-                "from the model so far (model.start)"
+                "saved, or in another order; put it back as it was, or start another run from the "
+                "model so far (model.start)"
             )
         if state["processes"] != self.order.share.count:
             raise UserError(
@@ -321,6 +343,7 @@ class Batches:
     def close(self) -> None:
         """End the threads and processes that read ahead; the next batch would start them again."""
         self._cache.stop()
+        self._first = []
         if self._elements is not None:
             self._elements.close()
             self._elements = None

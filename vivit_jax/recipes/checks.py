@@ -28,8 +28,9 @@ _RANGES = (
         lambda v: v >= 0,
         "0 or more",
         "data.workers data.cache_gib data.first_frame augment.mixup augment.cutmix optim.min_lr "
-        "optim.warmup_epochs optim.weight_decay train.seed",
+        "optim.warmup_epochs optim.weight_decay",
     ),
+    (lambda v: 0 <= v < 2**32, "in 0 to below 2**32", "train.seed"),
     (
         lambda v: 0 <= v <= 1,
         "in 0 to 1",

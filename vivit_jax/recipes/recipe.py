@@ -36,7 +36,6 @@ class DataSettings:
 
     train: str = ""  # a list file, a directory with a folder per class, or one of clips
     validation: str | None = None
-    test: str | None = None
     root: str | None = None  # of relative paths in lists; None: the list's own directory
     # Training clips; see `vivit_jax.data.sampling`. "hold": exact stride, short videos hold the
     # last frame (VideoMAE pre-training); "linspace": evenly spread over num_frames * stride frames

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: its whole state through Orbax, and its model as a HuggingFace directory."""
 
+import contextlib
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +108,14 @@ class Checkpoints:
             export(self._models / str(step))
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         self._scores[step] = _score(finite)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run)
-            ),
-            force=True,  # else Orbax decides whether it is time to save
-        )
+        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
+        with self._writing():
+            self._manager.save(step, args=args, force=True)  # else Orbax decides whether it is time
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, in order, after waiting for the last save."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
@@ -173,7 +171,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return once everything that was saved is on disk, and what was dropped is not."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         if self._saved:
             self._tidy()
 
@@ -181,6 +180,18 @@ class Checkpoints:
         """`wait`, and stop the threads that save."""
         self.wait()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What goes wrong in Orbax's threads, as one CheckpointError."""
+        try:
+            yield
+        except Exception as error:  # of any kind: it comes from the file system's library
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self._checkpoints}: {first_line(error)}; "
+                "those that are there are whole: mend what it says, such as a full disk, and go on "
+                "with --resume"
+            ) from error
 
     def _run(self, step: int) -> dict[str, Any]:
         import orbax.checkpoint as ocp

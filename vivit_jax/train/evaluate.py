@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,8 @@ from vivit_jax.train.pixels import arithmetic, scaled_and_shifted
 from vivit_jax.train.sharding import batch_sharding, batch_shards, replicated
 from vivit_jax.train.step import draw_mask, on_mesh
 from vivit_jax.train.views import Views
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +160,15 @@ def model_labels(dataset: Dataset, config) -> Dataset:
             f"{dataset.source} has {dataset.labels_per_example or 'no'} labels for each clip, the "
             f"model has {len(sizes)} heads; an evaluation compares one label with each"
         )
-    unnamed = tuple(f"LABEL_{i}" for i in range(config.num_labels))
-    if dataset.classes not in (None, config.labels) and config.labels != unnamed:
+    unnamed = config.labels == tuple(f"LABEL_{i}" for i in range(config.num_labels))
+    if dataset.classes is not None and unnamed:
+        logger.warning(
+            "the model does not name its classes: the folders of %s are taken for them in order of "
+            "their names, %s for 0 and so on",
+            dataset.source,
+            dataset.classes[0],
+        )
+    elif dataset.classes not in (None, config.labels):
         numbers = {name: i for i, name in enumerate(config.labels)}
         unknown = [name for name in dataset.classes if name not in numbers]
         if unknown:
@@ -171,7 +181,7 @@ def model_labels(dataset: Dataset, config) -> Dataset:
             dataclasses.replace(example, label=numbers[dataset.classes[example.label]])
             for example in dataset.examples
         )
-        dataset = Dataset(examples, config.labels, dataset.source)
+        dataset = dataclasses.replace(dataset, examples=examples, classes=config.labels)
     labels = np.array([example.label for example in dataset.examples]).reshape(-1, len(sizes))
     for found, size in zip(labels.T, sizes, strict=True):
         if found.min() < 0 or found.max() >= size:

@@ -216,7 +216,9 @@ class Progress:
         self._step = step
         steps, wait, total = (sum(column) for column in zip(*self._recent, strict=True))
         parts = [f"loss {loss:.4f}", f"lr {lr:.2e}"]
-        if total > 0 and steps > 0:
+        if self._updates == 1:
+            parts.append(f"{total:.1f} s, with compilation")
+        elif total > 0 and steps > 0:
             left = datetime.timedelta(seconds=round((self._total - step) * total / steps))
             parts += [
                 f"{steps * self._clips / total:.1f} clips/s",

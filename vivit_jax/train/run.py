@@ -16,6 +16,9 @@ from vivit_jax.recipes.settings import from_dict, to_dict
 RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
 # What a run that goes on may have otherwise: nothing of it changes what a step computes.
 CHANGEABLE = (
+    "data.train",  # that the clips are the same is seen when they are listed
+    "data.validation",
+    "data.root",
     "data.threads",
     "data.workers",
     "data.cache_gib",

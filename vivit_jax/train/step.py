@@ -89,6 +89,9 @@ def make_step(
     rows = recipe.train.batch_size * recipe.data.repeats
     _check_division(recipe, rows, mesh)
     pretraining = recipe.task == "pretrain"
+    if pretraining:  # a mask that cannot be is told before a step is traced
+        drawn = lambda key: draw_mask(recipe.mask, key, 1, model.config.grid)  # noqa: E731
+        jax.eval_shape(drawn, jax.random.key(0))
     objective = (_reconstruct if pretraining else _classify)(model, recipe, processor)
     learns = trained(recipe.optim, shapes.params)
     shards, constraint = batch_shards(mesh), NamedSharding(mesh, PartitionSpec(None, BATCH))

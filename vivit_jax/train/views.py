@@ -75,17 +75,17 @@ class Views:
                         f"{example.path} has {frames.shape[-1]} channels, the model takes "
                         f"{config.num_channels}"
                     )
+                crops = [
+                    three_crops(
+                        resize_shortest(clip, settings.resize),
+                        config.frame_size,
+                        settings.crops,
+                        rounding=rounding,
+                    )
+                    for clip in frames
+                ]
             except VideoError as error:
                 return None, None, str(error)
-            crops = [
-                three_crops(
-                    resize_shortest(clip, settings.resize),
-                    config.frame_size,
-                    settings.crops,
-                    rounding=rounding,
-                )
-                for clip in frames
-            ]
             return np.concatenate(crops), indices, None
 
         share = self.dataset.examples[self.index :: self.count]
