@@ -52,7 +52,8 @@ def test_highest_precision_on_cpu_is_more_precise():
     for precision in (None, "highest"):
         with jax.default_matmul_precision(precision):
             spread[precision] = np.std(np.asarray(jax.jit(project)(x, kernel)) - exact)
-    assert spread["highest"] < 0.6 * spread[None]  # measured 0.4
+    # Measured 0.4 with AVX2 and 0.72 with AVX-512, whose registers add up in more parts anyway.
+    assert spread["highest"] < 0.85 * spread[None]
 
 
 class Three(nn.Module):
