@@ -379,6 +379,7 @@ def test_the_reconstructions_show_the_clips_beside_errors_of_baselines(finished)
     np.testing.assert_allclose(table["patch mean"][COLUMNS[1]], flat, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_pre_training_helps_in_the_demo(tmp_path):
     out, start = tmp_path / "demo", time.perf_counter()
@@ -392,6 +393,7 @@ def test_pre_training_helps_in_the_demo(tmp_path):
     assert seconds < 480  # of a machine that does other things as well
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_vivit_demo_is_accurate_and_sees_motion(tmp_path):
     """On clips that repeat one of their frames the same training learns nothing."""
