@@ -118,6 +118,7 @@ def test_a_run_killed_twice_ends_bit_for_bit_as_a_whole_one(tmp_path, parent, ca
     story(tmp_path, parent, cache, data, ["step", "saving"], steps=18, seed=0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_bit_for_bit_as_a_whole_one(tmp_path, parent, cache, data):
     deaths = ["saving", "step"] * 5 + ["interrupt"]
