@@ -7,9 +7,12 @@ against the interchange form; `slots` says where in a tree of either form each e
 """
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 _STACKED = re.compile(r"(?:^|(?<=/))layers(?=/)")
 
@@ -69,3 +72,17 @@ def slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
 def shapes_of(flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of arrays, or of anything that has a `shape`, by path."""
     return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+def params_hash(params: Any) -> str:
+    """SHA-256 of all parameters in the order of their per-layer names, dtype and shape included.
+
+    The same for both layouts of the same weights, scanned and looped.
+    """
+    flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    digest = hashlib.sha256()
+    for name, slot in sorted(slots(shapes_of(flat)).items()):
+        value = flat[slot.leaf] if slot.layer is None else flat[slot.leaf][slot.layer]
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()

@@ -141,7 +141,7 @@ def export_model(
             "count": sum(leaf.size for leaf in flat.values()),
             "bytes": size,
             "dtype": sorted({leaf.dtype.name for leaf in flat.values()}),
-            "sha256": _params_hash(params),
+            "sha256": trees.params_hash(params),
         },
         "versions": _versions(),
         "bytes": len(program),
@@ -213,12 +213,6 @@ def _preprocessing(processor, preprocess: bool, input_size) -> dict[str, Any]:
     if input_size is not None:
         inside = ["resize", "crop", *inside]
     return {"inside": inside, "processor": None if processor is None else processor.to_dict()}
-
-
-def _params_hash(params) -> str:
-    from vivit_jax.train.evaluate import params_hash
-
-    return params_hash(params)
 
 
 def _versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.data.stream import FrameStream, StreamedFrame, read_ahead
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.pretrained import build_model
-from vivit_jax.train.pixels import arithmetic, scaled_and_shifted
+from vivit_jax.train.pixels import hashable_arithmetic, scaled_and_shifted
 
 POOLS = ("mean", "cls", "tokens", "head")
 PADS = ("drop", "repeat_last")
@@ -133,7 +133,7 @@ def extract_features(
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1 (--batch-size), got {batch_size}")
     exact = jax.default_backend() == "cpu" if exact is None else exact
-    values = tuple(tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
+    values = hashable_arithmetic(processor)
     check_features(config, processor, layer, pool, ARCHITECTURES[type(model).__name__][1])
     model, params = _model_for(model, params, layer, pool)
     program = _program(model, layer, pool, values)

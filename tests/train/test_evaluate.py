@@ -24,7 +24,6 @@ from vivit_jax.train.evaluate import (
     evaluate,
     evaluate_reconstruction,
     model_labels,
-    params_hash,
     per_class,
 )
 from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
@@ -351,14 +350,14 @@ def test_the_hash_is_of_the_weights_and_not_of_their_layout(classifier):
     config = dataclasses.replace(model.config, scan_layers=False)
     shapes = trees.flatten(abstract_params(vivit_jax.VideoMAEForVideoClassification(config)))
     assert {p: s.shape for p, s in shapes.items()} == {p: v.shape for p, v in looped.items()}
-    digest = params_hash(params)
-    assert len(digest) == 64 and params_hash(trees.unflatten(looped)) == digest
+    digest = trees.params_hash(params)
+    assert len(digest) == 64 and trees.params_hash(trees.unflatten(looped)) == digest
     path = "backbone/layers_1/mlp_in/bias"
     nudged = looped | {path: np.nextafter(looped[path], np.inf, dtype=np.float32)}
     cast = looped | {path: looped[path].astype(jnp.bfloat16)}
     swapped = looped | {path: looped["backbone/layers_2/mlp_in/bias"]}
     swapped["backbone/layers_2/mlp_in/bias"] = looped[path]
-    digests = {params_hash(trees.unflatten(other)) for other in (nudged, cast, swapped)}
+    digests = {trees.params_hash(trees.unflatten(other)) for other in (nudged, cast, swapped)}
     assert len(digests | {digest}) == 4
 
 
@@ -370,7 +369,7 @@ def test_conditions_are_all_that_moves_the_number(classifier):
     assert (values["frames"], values["size"]) == (6, [24, 16])
     assert (values["dtype"], values["param_dtype"]) == ("float32", "float32")
     assert values["matmul_precision"] == "highest" and values["attention"] == "auto"
-    assert values["params_sha256"] == params_hash(classifier[1])
+    assert values["params_sha256"] == trees.params_hash(classifier[1])
     assert values["decoder"]["av"] == av.__version__
     assert values["decoder"]["libavcodec"] == list(av.library_versions["libavcodec"])
     assert values["processor"]["image_mean"] == [0.485, 0.456, 0.406]

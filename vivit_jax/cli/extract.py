@@ -148,8 +148,8 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
 
 def _settings(config, params, processor, how: dict[str, Any]) -> dict[str, Any]:
     """All that the numbers depend on but the video and the device, as JSON values."""
+    from checkpoints_convert.trees import params_hash
     from vivit_jax.data.clip import RECIPE_STRIDE
-    from vivit_jax.train.evaluate import params_hash
 
     named = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id")}
     frame_stride = how["frame_stride"] or RECIPE_STRIDE[config.model_type]

@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
 import platform
@@ -23,7 +22,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
 from vivit_jax.train.losses import reconstruction_targets
 from vivit_jax.train.metrics import classification_metrics
-from vivit_jax.train.pixels import arithmetic, scaled_and_shifted
+from vivit_jax.train.pixels import Arithmetic, hashable_arithmetic, scaled_and_shifted
 from vivit_jax.train.sharding import batch_sharding, batch_shards, replicated
 from vivit_jax.train.step import draw_mask, on_mesh
 from vivit_jax.train.views import Views
@@ -75,7 +74,7 @@ def evaluate(
             "logits: set evaluation.average=logits (--average logits)"
         )
     views = _local_views(dataset, config, settings, mesh, views_at_once, threads)
-    forward = _forward(model, _hashable(processor), settings.average, mesh)
+    forward = _forward(model, hashable_arithmetic(processor), settings.average, mesh)
     scores = _local_rows(views, lambda clips: forward(params, clips), mesh)
     scores = scores.astype(np.float64).reshape(views.videos, views.each, -1).mean(1)
     if settings.average == "softmax":
@@ -121,7 +120,7 @@ def evaluate_reconstruction(
     config = model.config
     settings = dataclasses.replace(settings, clips=1, crops=1)
     views = _local_views(dataset, config, settings, mesh, None, threads)
-    forward = _errors(model, _hashable(processor), masks, mesh)
+    forward = _errors(model, hashable_arithmetic(processor), masks, mesh)
     steps = itertools.count()
 
     def losses_of(clips):
@@ -237,7 +236,7 @@ def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor)
         "param_dtype": config.param_dtype,
         "attention": config.attention,
         "matmul_precision": jax.config.jax_default_matmul_precision,
-        "params_sha256": params_hash(params),
+        "params_sha256": trees.params_hash(params),
         "decoder": {"av": av.__version__, **{k: list(v) for k, v in av.library_versions.items()}},
         "pillow": PIL.__version__,
         "jax": jax.__version__,
@@ -247,32 +246,12 @@ def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor)
     }
 
 
-def params_hash(params: Any) -> str:
-    """SHA-256 of all parameters in the order of their per-layer names, dtype and shape included.
-
-    The same for both layouts of the same weights, scanned and looped.
-    """
-    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
-    digest = hashlib.sha256()
-    for name, slot in sorted(trees.slots(trees.shapes_of(flat)).items()):
-        value = flat[slot.leaf] if slot.layer is None else flat[slot.leaf][slot.layer]
-        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
-
-
 _metrics = jax.jit(classification_metrics, static_argnums=(2, 3))
-_Arithmetic = tuple[tuple[float, ...], ...]
-
-
-def _hashable(processor: VideoProcessor) -> _Arithmetic:
-    """The processor's `arithmetic`, as what compiled functions are kept by."""
-    return tuple(tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
 
 
 # Equal models share the compiled function, from one evaluation of a run to the next.
 @functools.lru_cache(maxsize=8)
-def _forward(model: nn.Module, values: _Arithmetic, average: str, mesh: Mesh):
+def _forward(model: nn.Module, values: Arithmetic, average: str, mesh: Mesh):
     """(params, uint8 [b, t, h, w, c]) -> [b, classes] in float32: probabilities or logits."""
     normalise = scaled_and_shifted(*values)
 
@@ -284,7 +263,7 @@ def _forward(model: nn.Module, values: _Arithmetic, average: str, mesh: Mesh):
 
 
 @functools.lru_cache(maxsize=8)
-def _errors(model: nn.Module, values: _Arithmetic, masks: MaskSettings, mesh: Mesh):
+def _errors(model: nn.Module, values: Arithmetic, masks: MaskSettings, mesh: Mesh):
     """(params, uint8 [b, t, h, w, c], numbers of the videos [b]) -> mean error of each [b]."""
     normalise = scaled_and_shifted(*values)
 

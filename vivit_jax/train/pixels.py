@@ -23,6 +23,14 @@ def arithmetic(processor: VideoProcessor) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(scale, np.float64), np.asarray(shift, np.float64)
 
 
+Arithmetic = tuple[tuple[float, ...], ...]
+
+
+def hashable_arithmetic(processor: VideoProcessor) -> Arithmetic:
+    """`arithmetic`, as what compiled functions are kept by; `scaled_and_shifted` takes it too."""
+    return tuple(tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
+
+
 def normaliser(processor: VideoProcessor) -> Callable[[jax.Array], jax.Array]:
     """The processor's `arithmetic` on the device: uint8 [b, t, h, w, c] to float32 pixels.
 
