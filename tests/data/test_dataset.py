@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lists and directories are taken to mean, and that an example's frames are its file's."""
 
+import gc
 import io
 import logging
 import pickle
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -345,6 +348,24 @@ def test_jpeg_grey_and_alpha_images_become_rgb(tmp_path):
     found = read_frames(Example(str(folder), 0), [0, 1, 2])
     assert (found[0] == 77).all() and (found[1] == [10, 20, 30]).all()
     np.testing.assert_array_equal(found[2], np.asarray(Image.open(folder / "3.jpg")))
+
+
+@pytest.mark.parametrize("name", ["clip.npy", "clip.npz"])
+def test_arrays_are_read_by_threads(tmp_path, name):
+    """Collections of garbage, which jax watches from Python, let one into another's header."""
+    save = np.save if name.endswith("npy") else np.savez
+    save(tmp_path / name, numbered(3))
+    example, before = Example(str(tmp_path / name), 0), gc.get_threshold()
+    letting_in = lambda *_: time.sleep(0)  # noqa: E731
+    gc.callbacks.append(letting_in)
+    gc.set_threshold(20)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            counts = list(threads.map(count_frames, [example] * 1200))
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(letting_in)
+    assert set(counts) == {3}
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "named"])

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,10 @@ from vivit_jax.data.folders import (
 from vivit_jax.data.lists import SOURCES, Label, count_labels, read_list
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.errors import UserError, VideoError, first_line
+
+# numpy reads a header by `ast`, which in CPython counts its depth for all threads together: where a
+# garbage collection lets another thread in, whole files fail with SystemError.
+_one_header = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -225,12 +230,15 @@ def open_array(path: str | os.PathLike) -> np.ndarray:
     if not os.path.isfile(path):
         raise VideoError(f"{path}: no such file")
     try:
-        frames = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(frames, np.lib.npyio.NpzFile):
-            with frames as archive:
-                names = archive.files
-                name = names[0] if len(names) == 1 else "frames"
-                frames = archive[name] if name in names else None
+        with _one_header:
+            frames = np.load(path, mmap_mode="r", allow_pickle=False)
+            if isinstance(frames, np.lib.npyio.NpzFile):
+                with frames as archive:
+                    names = archive.files
+                    name = names[0] if len(names) == 1 else "frames"
+                    frames = archive[name] if name in names else None
+    except SystemError:  # says nothing of the file
+        raise
     except Exception as error:  # of many kinds: zip files and headers may be damaged anywhere
         why = first_line(error)
         if "pickle" in why:  # numpy's words advise to allow it
