@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -18,11 +19,12 @@ import vivit_jax
 from checkpoints_convert import trees
 from vivit_jax.cli.__main__ import main
 from vivit_jax.data.dataset import read_dataset
+from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import ModelSettings
 from vivit_jax.train import loop
 from vivit_jax.train.evaluate import evaluate
-from vivit_jax.train.log import MetricLog
+from vivit_jax.train.log import MetricLog, read_metrics
 from vivit_jax.train.sharding import make_mesh, parse_mesh
 from vivit_jax.train.starting import described_model, description, starting_model
 
@@ -139,6 +141,22 @@ def test_a_run_tells_each_step_once_and_each_validation(whole):
     assert validated[-1]["accuracy"] == whole.metrics["accuracy"]
     assert lines(out, "event") == []
     assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_waiting_for_data_is_a_share_of_the_time(recipe, tmp_path, monkeypatch):
+    """Also of steps that are told one after another, or that end an epoch."""
+    following = Batches.__next__
+
+    def slow(batches):
+        time.sleep(0.1)
+        return following(batches)
+
+    monkeypatch.setattr(Batches, "__next__", slow)
+    run(recipe, tmp_path)
+    told = read_metrics(tmp_path / "metrics.jsonl")
+    shares = [line["wait_share"] for line in told if line["kind"] == "train"]
+    assert min(shares) >= 0 and max(shares) <= 1
+    assert np.mean(shares) > 0.1  # all but the steps told at once, with no batch between
 
 
 def test_the_best_and_the_last_checkpoints_are_kept(whole):

@@ -226,9 +226,9 @@ def _steps(
         checkpoints.save(taken, state, data, scores, export if first else None)
         run.write_bad_clips(data)
 
-    def tell(step: int, values: dict[str, jax.Array], waited: float) -> None:
+    def tell(step: int, values: dict[str, jax.Array]) -> None:
         numbers = {name: float(value) for name, value in values.items()}
-        seconds, bad = clock.lap(), int(numbers.pop("bad_steps"))
+        (seconds, waited), bad = clock.lap(), int(numbers.pop("bad_steps"))
         rate = dict(clips_per_second=setting.rows / seconds, wait_share=waited / seconds)
         log.write("train", step, numbers | rate)
         progress.update(
@@ -251,14 +251,14 @@ def _steps(
             while taken < last and stopped is None:
                 batch = failed = None
                 try:
-                    batch, waited = clock.fetch(batches, untold and untold[1]["loss"])
+                    batch = clock.fetch(batches, untold and untold[1]["loss"])
                 except UserError as error:
                     failed = error
                 stopped = _agreed(received, failed)
                 state, values = setting.step(state, _placed(batch, setting.mesh))
                 taken, position = taken + 1, batches.state()
                 # One step behind, so that the device has its next step before one is reported.
-                told, untold = untold, (taken, values, waited)
+                told, untold = untold, (taken, values)
                 if told is not None:
                     tell(*told)
                 # One process need not ask others, and so may end without another step.
@@ -424,24 +424,26 @@ class _Clock:
     """Seconds a step takes, and how many of them the device had nothing to do for want of data."""
 
     def __init__(self):
-        self._last = time.perf_counter()
+        self._last, self._waited = time.perf_counter(), 0.0
 
-    def fetch(self, batches: Batches, running: jax.Array | None) -> tuple[dict, float]:
-        """The next batch, and how long it kept the device waiting.
+    def fetch(self, batches: Batches, running: jax.Array | None) -> dict:
+        """The next batch; how long it kept the device waiting is part of the lap.
 
         `running` is a result of the step before. While that is not there the device is busy and
         waits for nothing.
         """
         start = time.perf_counter()
         batch = next(batches)
-        busy = running is not None and not running.is_ready()
-        return batch, 0.0 if busy else time.perf_counter() - start
+        if running is None or running.is_ready():
+            self._waited += time.perf_counter() - start
+        return batch
 
-    def lap(self) -> float:
-        """Seconds since the last lap."""
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, and those of them that the device waited."""
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
+        lap = now - self._last, self._waited
+        self._last, self._waited = now, 0.0
+        return lap
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
