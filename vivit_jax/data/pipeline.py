@@ -7,6 +7,7 @@ i). So a run that stopped goes on with nothing but the place in that sequence, a
 processes and workers reads the same batches.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -347,8 +348,10 @@ class Batches:
         if self._elements is not None:
             self._elements.close()
             self._elements = None
-            # grain's iterators refer to each other, and at the interpreter's end would complain.
-            gc.collect()
+            # grain's iterators refer to each other, and complain where they are still there at the
+            # very end of the interpreter. Collected once, however many there were.
+            atexit.unregister(gc.collect)
+            atexit.register(gc.collect)
 
     def __enter__(self):
         return self
