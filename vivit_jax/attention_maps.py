@@ -39,8 +39,8 @@ from vivit_jax.layers.attention import HALVES, TIME
 from vivit_jax.layers.embed import Grid, check_clip, uniform_frames
 from vivit_jax.layers.encoder import Arrangement, Block
 from vivit_jax.layers.linear import Config
-from vivit_jax.models.videomae import VideoMAEModel
-from vivit_jax.models.vivit import VivitModel, arrangements
+from vivit_jax.models.vivit import arrangements
+from vivit_jax.pretrained import headless
 
 KINDS = ("map", "rollout")
 Query = str | tuple[int, int, int]  # "cls", "mean" or the token at (t, y, x)
@@ -129,7 +129,7 @@ def map_attention(
         head=head,
         grid=grid,
     )
-    backbone, params = _backbone(model, meta.unbox(params))
+    backbone, params = headless(model, meta.unbox(params))
     out = _hidden_states(backbone, params, jnp.asarray(pixel_values), interpolate_pos_encoding)
     stages, with_cls, (t, h, w) = _stages(config), _with_cls(config), grid
     batch = len(pixel_values)
@@ -243,15 +243,6 @@ def _stages(config: Config) -> tuple[Arrangement, ...]:
     if isinstance(config, VivitConfig):
         return arrangements(config)
     return (Arrangement(config.num_hidden_layers),)
-
-
-def _backbone(model: nn.Module, params) -> tuple[nn.Module, Any]:
-    """The model without its head, which makes no attention of its own, and its parameters."""
-    if isinstance(model, VivitModel | VideoMAEModel):
-        return model, params
-    if isinstance(model.config, VivitConfig):
-        return VivitModel(model.config, add_pooling_layer=False), params["backbone"]
-    return VideoMAEModel(model.config), params["backbone"]
 
 
 def _query_row(query: Query, grid: Grid, with_cls: bool) -> np.ndarray:

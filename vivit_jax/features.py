@@ -25,7 +25,7 @@ from vivit_jax.data.clip import RECIPE_STRIDE
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.data.stream import FrameStream, StreamedFrame, read_ahead
 from vivit_jax.errors import UserError, VideoError
-from vivit_jax.pretrained import build_model
+from vivit_jax.pretrained import headless
 from vivit_jax.train.pixels import hashable_arithmetic, scaled_and_shifted
 
 POOLS = ("mean", "cls", "tokens", "head")
@@ -245,11 +245,9 @@ def _class_tokens(config, field: str) -> bool:
 
 def _model_for(model: nn.Module, params: Any, layer, pool: str) -> tuple[nn.Module, Any]:
     """The part of a model that computes a layer, in the layout in which it computes no more."""
-    family, head = ARCHITECTURES[type(model).__name__]
     if pool == "head":
         return model, params
-    if head != "none":
-        params = params["backbone"]
+    model, params = headless(model, params)
     config = model.config
     if config.scan_layers and layer != "last":
         # Blocks in a scan are computed all together; of single ones the compiler leaves out those
@@ -263,7 +261,7 @@ def _model_for(model: nn.Module, params: Any, layer, pool: str) -> tuple[nn.Modu
                 for path, at in places
             }
         )
-    return build_model(config, "none", add_pooling_layer=False), params
+    return model.clone(config=config), params
 
 
 # Equal models share the compiled function, from one video to the next.

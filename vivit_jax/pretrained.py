@@ -215,6 +215,13 @@ def build_model(config: Config, head: str, add_pooling_layer: bool = True) -> nn
     return cls(config)
 
 
+def headless(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
+    """The model without its head, which is what reports hidden states, and its parameters."""
+    _, head = ARCHITECTURES[type(model).__name__]
+    params = params if head == "none" else params["backbone"]
+    return build_model(model.config, "none", add_pooling_layer=False), params
+
+
 def abstract_params(model: nn.Module) -> dict[str, Any]:
     """The model's parameter tree as ShapeDtypeStructs, in its running layout."""
     return meta.unbox(boxed_params(model))
@@ -222,10 +229,12 @@ def abstract_params(model: nn.Module) -> dict[str, Any]:
 
 def boxed_params(model: nn.Module) -> dict[str, Any]:
     """`abstract_params` in flax's boxes, which say the logical axes of each parameter."""
-    return _boxed(model, jax.config.jax_enable_x64)
+    # As far as parameters go it is the same model, with less to trace.
+    config = dataclasses.replace(model.config, remat="none", attention="xla", dtype="float32")
+    return _boxed(model.clone(config=config), jax.config.jax_enable_x64)
 
 
-@functools.lru_cache(maxsize=32)  # tracing a model takes a good part of a second
+@functools.lru_cache(maxsize=64)  # tracing a model takes a good part of a second
 def _boxed(model: nn.Module, x64: bool) -> dict[str, Any]:
     """`x64` is part of the key: dtypes depend on whether there are 64 bits."""
     clip, inputs = _init_inputs(model)

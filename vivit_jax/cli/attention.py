@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vivit_jax.cli.output import check_output, whole_file
 from vivit_jax.cli.reconstruct import DEFAULT_FPS, SUFFIXES
 from vivit_jax.errors import UserError
+from vivit_jax.files import check_output, whole_file
 
 # What it is called, and how a block's attention is made one map (`vivit_jax.attention_maps`).
 _ARRANGEMENTS = {

@@ -68,7 +68,7 @@ def benchmark(
     """
     given = locals()
     from vivit_jax.benchmark.sides import check_work, share_the_gpu
-    from vivit_jax.cli.output import check_output
+    from vivit_jax.files import check_output
 
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")
@@ -185,7 +185,7 @@ class Fits:
 def _print(results, json: Path | None) -> int:
     """Print each result as soon as it is there; 1 if the sides of one disagree."""
     from vivit_jax.benchmark.environment import environment
-    from vivit_jax.cli.output import write_json
+    from vivit_jax.files import write_json
 
     where = environment()
     print(where.line)

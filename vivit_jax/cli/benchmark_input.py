@@ -92,7 +92,7 @@ def benchmark_input(
             if loader
             else f"{', '.join(amiss)}: only for --loader"
         )
-    from vivit_jax.cli.output import check_output, write_json
+    from vivit_jax.files import check_output, write_json
 
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")

@@ -5,9 +5,9 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from vivit_jax.cli.output import check_output, write_json
 from vivit_jax.cli.train import join
 from vivit_jax.errors import UserError
+from vivit_jax.files import check_output, write_json
 
 
 def evaluate(

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vivit_jax.cli.output import check_output, whole_file, write_json
 from vivit_jax.errors import UserError
+from vivit_jax.files import check_output, whole_file, write_json
 
 SUFFIX = ".stablehlo"
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vivit_jax.cli.output import check_output, whole_file
 from vivit_jax.errors import UserError
+from vivit_jax.files import check_output, whole_file
 
 
 def extract(

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from vivit_jax.cli.output import whole_file
 from vivit_jax.errors import MissingExtra, UserError
+from vivit_jax.files import whole_file
 
 METRICS = "metrics.jsonl"
 Kind = Literal["train", "evaluate", "event"]

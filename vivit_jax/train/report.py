@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vivit_jax.cli.output import whole_file
 from vivit_jax.errors import UserError
+from vivit_jax.files import whole_file
 from vivit_jax.train.chart import CHART_STYLE, Curve, escape, figure
 from vivit_jax.train.log import METRICS, read_metrics
 from vivit_jax.train.run import BAD_CLIPS, RECIPE

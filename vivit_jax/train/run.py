@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from vivit_jax.cli.output import write_json
 from vivit_jax.errors import UserError
+from vivit_jax.files import write_json
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import from_dict, to_dict
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that a command writes: checked before the work, and never left half written."""
+"""Files that are written: checked before the work, and never left half done."""
 
 import contextlib
 import json
