@@ -317,8 +317,11 @@ def _summary(setting: Setting, batches: Batches, run: RunDirectory, taken: int) 
         bytes_on_a_device(tree) / 2**20
         for tree in (setting.shapes.params, setting.shapes.optimizer)
     )
+    clips = f"{len(batches.order.dataset)} clips"
+    if setting.recipe.task == "finetune":  # as many classes as folders name, whatever recipes say
+        clips += f" of {setting.model.config.num_labels} classes"
     return (
-        f"{type(setting.model).__name__}, {len(batches.order.dataset)} clips, "
+        f"{type(setting.model).__name__}, {clips}, "
         f"{setting.per_epoch} steps an epoch, steps {taken + 1} to {setting.last} of "
         f"{setting.steps}; mesh: {mesh}; on each device {params:.1f} MiB of parameters and "
         f"{kept:.1f} MiB of optimiser state"
