@@ -79,7 +79,15 @@ def test_python_examples_run(code, beside_a_demo):
     exec(compile(code, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block[0][:60])
+def _trains(block):
+    return any(shlex.split(line)[1] in LONG for line in block)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, marks=[pytest.mark.slow] if _trains(b) else []) for b in COMMANDS],
+    ids=lambda block: block[0][:60],
+)
 def test_commands_work(block, beside_a_demo):
     for line in block:
         program, *args = shlex.split(line)

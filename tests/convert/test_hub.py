@@ -111,7 +111,8 @@ def test_what_the_hub_answers(monkeypatch, error, expected):
     def failing(*args, **kwargs):
         raise error()
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", failing)
+    for name in ("hf_hub_download", "list_repo_files"):
+        monkeypatch.setattr(huggingface_hub, name, failing)
     with pytest.raises(vivit_jax.CheckpointError, match=expected):
         resolve_checkpoint(ID, "v9")
 

@@ -52,12 +52,8 @@ def test_there_are_seven():
     assert len(NOTEBOOKS) == 7
 
 
-# Together they take two minutes of two cores, of which the quick suite spends those of the first.
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=[pytest.mark.slow] if i else []) for i, p in enumerate(NOTEBOOKS)],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow  # together they take two minutes of two cores
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_says_what_its_file_says(path, tmp_path):
     kept, new = nbformat.read(path, as_version=4), executed(path, tmp_path)
     for number, (old, cell) in enumerate(zip(code(kept), code(new), strict=True)):

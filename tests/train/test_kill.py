@@ -116,11 +116,6 @@ def story(tmp_path, parent, cache, data, deaths, steps, seed):
     return cut
 
 
-def test_a_run_killed_twice_ends_bit_for_bit_as_a_whole_one(tmp_path, parent, cache, data):
-    story(tmp_path, parent, cache, data, ["step", "saving"], steps=18, seed=0)
-
-
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_killed_ten_times_ends_bit_for_bit_as_a_whole_one(tmp_path, parent, cache, data):
     deaths = ["saving", "step"] * 5 + ["interrupt"]

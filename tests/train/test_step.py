@@ -39,20 +39,31 @@ def batches(recipe, steps=STEPS, seed=0):
         yield batch
 
 
-def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
-    """(loss of each step, params and their average by path, the state, what it takes a device)."""
+_BUILT = {}
+
+
+def built(recipe, mesh):
+    """The mesh, model, optimiser, the shapes of the state and the step, compiled once for all."""
+    if (repr(recipe), mesh) in _BUILT:
+        return _BUILT[repr(recipe), mesh]
     sizes = parse_mesh(mesh, int(np.prod([int(s.split("=")[1]) for s in mesh.split(",")])))
     devices = make_mesh(sizes)
     model, _, _ = starting_model(recipe)
+    schedule = learning_rate(recipe.optim, batch_size=16, steps_per_epoch=2, epochs=4)
+    optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
+    shapes = state_shapes(model, optimizer, devices, averaged=recipe.optim.ema is not None)
+    step = make_step(model, optimizer, schedule, recipe, PROCESSOR, devices, shapes)
+    return _BUILT.setdefault((repr(recipe), mesh), (devices, model, optimizer, shapes, step))
+
+
+def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
+    """(loss of each step, params and their average by path, the state)."""
+    devices, model, optimizer, shapes, step = built(recipe, mesh)
     # Larger than a run starts, and no classifier of nearly zero: every layer tells in the loss.
     params = jax.tree.map(
         lambda x: 5 * x if x.ndim > 1 else x, fresh_params(model, recipe.train.seed)
     )
-    schedule = learning_rate(recipe.optim, batch_size=16, steps_per_epoch=2, epochs=4)
-    optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
     averaged = recipe.optim.ema is not None
-    shapes = state_shapes(model, optimizer, devices, averaged=averaged)
-    step = make_step(model, optimizer, schedule, recipe, PROCESSOR, devices, shapes)
     place = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     state = jax.device_put(new_state(params, optimizer, averaged=averaged), place)
     losses = []
@@ -60,7 +71,7 @@ def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
         state, values = step(state, jax.device_put(change(i, batch), batch_sharding(devices)))
         losses.append(float(values["loss"]))
     flat = trees.flatten(jax.device_get({"params": state.params, "average": state.average or {}}))
-    return losses, flat, state, shapes
+    return losses, flat, state
 
 
 @pytest.fixture(scope="module")
@@ -88,22 +99,18 @@ def assert_same(found, expected, tolerance=2e-4):
         )
 
 
-@pytest.mark.parametrize(("recipe", "parts"), [(FINETUNE, 4), (DUAL, 2)], ids=name)
-def test_a_batch_in_parts_gives_the_step_of_the_whole_one(recipe, parts, alone):
-    """With dropout, drop path, erasing, mixup and cutmix, and masks."""
-    assert_same(run(changed(recipe, train__accumulate=parts)), alone(recipe))
-
-
 @pytest.mark.parametrize(
     ("recipe", "mesh", "parts"),
     [
-        (FINETUNE, "data=2", 1),
-        (FINETUNE, "data=2,fsdp=2,tensor=2", 2),
+        (DUAL, "data=1", 2),
+        (FINETUNE, "data=2", 4),
+        (FINETUNE, "data=2,fsdp=2,tensor=2", 1),
         (PRETRAIN, "data=2,fsdp=4", 2),
     ],
     ids=name,
 )
-def test_a_mesh_gives_the_step_of_one_device(recipe, mesh, parts, alone):
+def test_parts_and_meshes_give_the_step_of_one_device(recipe, mesh, parts, alone):
+    """With dropout, drop path, erasing, mixup and cutmix, and masks."""
     assert_same(run(changed(recipe, train__accumulate=parts), mesh), alone(recipe))
 
 
@@ -134,12 +141,12 @@ def test_fsdp_divides_what_a_device_holds(size):
 
 def test_a_step_without_finite_gradients_changes_nothing():
     huge = lambda i, batch: batch | {"labels": batch["labels"] * 0 - 1} if i == 2 else batch  # noqa: E731
-    losses, flat, state, _ = run(FINETUNE, change=huge)
+    losses, flat, state = run(FINETUNE, change=huge)
     assert np.isnan(losses[2]) and np.isfinite(losses[3])
     assert (int(state.step), int(state.skipped), int(state.bad_steps)) == (4, 1, 0)
     assert all(np.isfinite(value).all() for value in flat.values())
-    _, before, state, _ = run(FINETUNE, steps=2)
-    _, after, bad, _ = run(FINETUNE, steps=3, change=huge)
+    _, before, state = run(FINETUNE, steps=2)
+    _, after, bad = run(FINETUNE, steps=3, change=huge)
     for path, value in before.items():
         np.testing.assert_array_equal(after[path], value, err_msg=path)
     assert int(bad.bad_steps) == 1
@@ -187,6 +194,6 @@ def test_a_mesh_is_read():
 def test_gradients_are_summed_in_float32_of_a_model_that_computes_in_bfloat16(alone):
     """Params stay float32, and so near the run in float32 that more than noise is left."""
     half = changed(PRETRAIN, model__config=PRETRAIN.model.config | {"dtype": "bfloat16"})
-    losses, flat, _, _ = run(changed(half, train__accumulate=2))
+    losses, flat, _ = run(changed(half, train__accumulate=2))
     assert all(value.dtype == jnp.float32 for value in flat.values())
     np.testing.assert_allclose(losses, alone(PRETRAIN)[0], rtol=2e-2)

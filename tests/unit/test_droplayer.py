@@ -152,8 +152,9 @@ def test_temporal_attention_can_start_at_zero_and_learns():
     assert np.abs(grads["backbone"]["layers"]["attention_time"]["out"]["kernel"]).max() > 1e-7
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("family", ["factorised encoder", "videomae"])
+@pytest.mark.parametrize(
+    ("family", "scan_layers"), [("factorised encoder", True), ("videomae", False)]
+)
 def test_a_batch_in_parts_drops_what_the_whole_one_does(family, scan_layers):
     """What is dropped is drawn from a key for each clip's number, by every kind of dropout."""
     rates = dict(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, drop_path_rate=0.5)

@@ -7,7 +7,6 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
 from helpers import VIDEOMAE, VIVIT
 from jax.extend.core import jaxprs_in_params
 
@@ -20,8 +19,9 @@ from vivit_jax.models.videomae import (
     VideoMAEModel,
 )
 from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
+from vivit_jax.pretrained import abstract_params
 
-EXECUTION = dict(scan_layers=False, attention="xla")
+EXECUTION = dict(scan_layers=False, attention="xla", remat="none")
 
 
 def abstract_inputs(model, batch=1, visible=None, decoded=None):
@@ -33,8 +33,7 @@ def abstract_inputs(model, batch=1, visible=None, decoded=None):
         rows = [(batch, visible), (batch, config.num_tokens - visible)]
         rows += [] if decoded is None else [(batch, decoded)]
         inputs["mask"] = Mask(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in rows))
-    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), **inputs))
-    return params, inputs
+    return {"params": abstract_params(model)}, inputs
 
 
 def matrix_product_flops(jaxpr) -> int:
@@ -150,18 +149,18 @@ def loss_and_gradient(model, batch=1, visible=None, decoded=None):
     return jax.value_and_grad(loss), (params, inputs)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "scan_layers"),
+    [*((variant, True) for variant in VARIANTS), ("joint", False), ("factorised encoder", False)],
+)
 def test_vivit_step(variant, scan_layers):
-    flags = dict(scan_layers=scan_layers, attention="xla", remat="none")
-    config = VivitConfig(**VIVIT | VARIANTS[variant] | flags)
+    config = VivitConfig(**VIVIT | VARIANTS[variant] | EXECUTION | dict(scan_layers=scan_layers))
     assert step_flops(config) == counted_step(VivitForVideoClassification(config))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_videomae_step(scan_layers):
-    flags = dict(scan_layers=scan_layers, attention="xla", remat="none")
-    config = VideoMAEConfig(**VIDEOMAE | flags)
+    config = VideoMAEConfig(**VIDEOMAE | EXECUTION | dict(scan_layers=scan_layers))
     classifier = VideoMAEForVideoClassification(config)
     assert 3 * step_flops(config) == counted_step(classifier, batch=3)
     model = VideoMAEForPreTraining(config)
@@ -199,7 +198,6 @@ def midsize(family):
         num_attention_heads=3,
         intermediate_size=768,
         hidden_act="gelu_fast",  # the polynomial for erf would add 12 %
-        remat="none",
         **EXECUTION,
     )
     if family == "vivit":
