@@ -85,7 +85,7 @@ def demo(
         model: The family to train.
         seed: Seed of the initial weights and of the order of training.
         data_seed: Seed of the data.
-        quick: Take half of the time: a quarter of the pre-training, of which less comes.
+        quick: Take half of the time: a sixth of the pre-training, of which less comes.
         clips_per_class: Training clips of each of the eight classes.
         labelled_clips_per_class: Clips of each class that VideoMAE is fine-tuned on.
         test_clips_per_class: Held-out clips of each class.

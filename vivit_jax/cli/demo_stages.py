@@ -128,7 +128,7 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
     settings = recipe.train
     epochs = settings.epochs if demo.epochs is None else demo.epochs
     if demo.epochs is None and demo.quick and task == "pretrain":
-        epochs = settings.epochs // 4
+        epochs = settings.epochs // 6
     recipe = dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, start=None if start is None else str(start)),
