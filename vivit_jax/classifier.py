@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vivit_jax.data.clip import Clip, default_average, read_clips
+from vivit_jax.data.clip import (
+    VIEW_SAMPLER,
+    Clip,
+    check_reading,
+    crop_rounding,
+    default_average,
+    read_clips,
+)
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.layers.embed import check_clip
@@ -27,7 +34,7 @@ AVERAGES = ("softmax", "logits")
 _FUNCTION_OF = {"multi_label_classification": "sigmoid", "regression": "none"}
 
 # A video file, an .npy file, or the frames themselves.
-Video = str | os.PathLike | np.ndarray
+Video = str | os.PathLike | np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +72,10 @@ class VideoClassifier:
     | - | `num_clips`, `num_crops`, `average`: several views of each video, averaged |
     | - | `pad`: what to do with a video that is too short, "error" unless told otherwise |
 
-    With `stride=1, start="begin"` both look at the same frames. Their clip of a higher rate r is
-    spaced a little wider than r, by `num_frames * r - 1` over `num_frames - 1`.
+    With `stride=1, start="begin"` both look at the same frames where theirs has an image processor.
+    Their clip of a higher rate r is spaced a little wider than r, by `num_frames * r - 1` over
+    `num_frames - 1`. With a video processor (where torchvision is installed) transformers 5 spreads
+    the frames over the whole video, whatever the rate.
 
     >>> classifier = VideoClassifier.from_pretrained("vivit-demo/model")
     >>> best, *others = classifier("vivit-demo/data/test/grow/0000.mp4", top_k=3)
@@ -76,7 +85,7 @@ class VideoClassifier:
 
     def __init__(self, model, params: Any, processor: VideoProcessor):
         """`model` is a `VivitForVideoClassification` or `VideoMAEForVideoClassification`."""
-        if not hasattr(model, "config") or "head" not in params:
+        if not hasattr(model, "config") or not isinstance(params, Mapping) or "head" not in params:
             raise UserError(
                 f"VideoClassifier takes a classifier and its params, got {type(model).__name__} "
                 "without a head"
@@ -130,17 +139,15 @@ class VideoClassifier:
         Raises VideoError for a video that cannot be read or is too short, UserError for options
         that are wrong.
         """
-        if isinstance(inputs, str | os.PathLike | np.ndarray):
-            return next(self._predictions([inputs], options))
-        if isinstance(inputs, list | tuple):
-            return list(self._predictions(inputs, options))
-        return self._predictions(inputs, options)
-
-    def _predictions(self, videos, options) -> Iterator[list[dict[str, Any]]]:
-        for result in self.classify(videos, **options):
-            if result.error is not None:
-                raise result.error
-            yield result.predictions
+        if isinstance(inputs, Video):
+            return next(_predictions(self.classify([inputs], **options)))
+        if not isinstance(inputs, Iterable) or isinstance(inputs, bytes | Mapping):
+            raise UserError(
+                f"inputs is {type(inputs).__name__}, expected a path, an array of frames "
+                "[t, h, w, c], or a list or generator of these"
+            )
+        found = _predictions(self.classify(inputs, **options))
+        return list(found) if isinstance(inputs, list | tuple) else found
 
     def classify(
         self,
@@ -160,7 +167,8 @@ class VideoClassifier:
         """Yields what becomes of each video, in order; one that cannot be read says why.
 
         Args:
-            videos: paths of video files or .npy files, or uint8 frames [t, h, w, c].
+            videos: paths of video files or .npy files, or uint8 frames [t, h, w, c]. What their
+                iterator raises comes after the results of those before.
             top_k: how many classes.
             stride, start, pad: which frames, see `vivit_jax.data.clip.read_clips`.
             num_clips: clips along time, spread as the papers test.
@@ -183,16 +191,17 @@ class VideoClassifier:
             threads=threads,
         )
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _counts(value):
                 raise UserError(f"{name} is {value!r}, expected an int of at least 1")
-        if stride is not None and (not isinstance(stride, int) or stride < 1):
+        if stride is not None and not _counts(stride):
             raise UserError(f"stride is {stride!r}, expected an int of at least 1, or None")
+        check_reading(start, pad, num_clips)
         average = default_average(config) if average is None else average
         if average not in AVERAGES:
             raise UserError(f"average is {average!r}, expected one of {', '.join(AVERAGES)}")
         if function_to_apply is None:
             function_to_apply = _FUNCTION_OF.get(config.problem_type, "softmax")
-        elif function_to_apply not in FUNCTIONS:
+        elif function_to_apply not in (*FUNCTIONS,):
             raise UserError(
                 f"function_to_apply is {function_to_apply!r}, expected one of "
                 f"{', '.join(FUNCTIONS)}"
@@ -227,7 +236,8 @@ class VideoClassifier:
 
     def _pixels(self, clips: list[Clip], crops: int) -> np.ndarray:
         """The views of a video as the model takes them: float32 [clips * crops, t, h, w, c]."""
-        pixels = np.concatenate([clip.pixel_values(self.processor, crops) for clip in clips])
+        rounding = crop_rounding(VIEW_SAMPLER[self.config.model_type])
+        pixels = np.concatenate([c.pixel_values(self.processor, crops, rounding) for c in clips])
         check_clip(self.config, pixels.shape, any_size=False)
         return pixels
 
@@ -239,7 +249,11 @@ class VideoClassifier:
         """
         waiting: collections.deque = collections.deque()  # [(name, frames or error), views, logits]
         views: collections.deque = collections.deque()  # (pixels, logits to append to)
+        raised = None
         for name, found in _read_ahead(videos, read, threads):
+            if name is None:
+                raised = found
+                break
             if isinstance(found, VideoError):
                 waiting.append(((name, found), 0, []))
             else:
@@ -256,6 +270,8 @@ class VideoClassifier:
             self._run(list(views), rows)
         for about, _, logits in waiting:
             yield about, logits
+        if raised is not None:
+            raise raised
 
     def _run(self, views: list, rows: int) -> None:
         batch = np.stack([pixels for pixels, _ in views])
@@ -285,13 +301,46 @@ class VideoClassifier:
         }
 
 
-def _read_ahead(videos: Iterable[Video], read, threads: int) -> Iterator[tuple[str, Any]]:
-    """(name, what `read` returns) of each video, in order, read in threads, a few ahead."""
+def _counts(value) -> bool:
+    """Whether it is a whole number of at least 1, of Python's or numpy's."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+
+
+def _predictions(results: Iterator[Classified]) -> Iterator[list[dict[str, Any]]]:
+    for result in results:
+        if result.error is not None:
+            raise result.error
+        yield result.predictions
+
+
+def _named(number: int, video: Video) -> tuple[str, Video]:
+    if isinstance(video, np.ndarray | jax.Array):
+        return f"array {number}", np.asarray(video)
+    if not isinstance(video, str | os.PathLike):
+        raise UserError(
+            f"video {number} is {type(video).__name__}, expected a path or an array of frames "
+            "[t, h, w, c]"
+        )
+    return os.fspath(video), video
+
+
+def _read_ahead(videos: Iterable[Video], read, threads: int) -> Iterator[tuple[str | None, Any]]:
+    """(name, what `read` returns) of each video, in order, read in threads, a few ahead.
+
+    Ends with (None, what the videos' own iterator raised) where it raised something.
+    """
     with ThreadPoolExecutor(threads, thread_name_prefix="read clips") as pool:
         ahead: collections.deque = collections.deque()
+        raised, numbered = None, enumerate(videos)
         try:
-            for number, video in enumerate(videos):
-                name = f"array {number}" if isinstance(video, np.ndarray) else os.fspath(video)
+            while True:
+                try:
+                    name, video = _named(*next(numbered))
+                except StopIteration:
+                    break
+                except Exception as error:
+                    raised = error
+                    break
                 ahead.append((name, pool.submit(read, video)))
                 if len(ahead) > threads:
                     name, future = ahead.popleft()
@@ -299,6 +348,8 @@ def _read_ahead(videos: Iterable[Video], read, threads: int) -> Iterator[tuple[s
             while ahead:
                 name, future = ahead.popleft()
                 yield name, future.result()
+            if raised is not None:
+                yield None, raised
         finally:
             # Whoever stops early waits for what is being read, not for what is not begun.
             for _, future in ahead:

@@ -141,7 +141,7 @@ def export_model(
             "count": sum(leaf.size for leaf in flat.values()),
             "bytes": size,
             "dtype": sorted({leaf.dtype.name for leaf in flat.values()}),
-            "sha256": trees.params_hash(params),
+            "sha256": trees.params_hash(trees.unflatten(flat)),
         },
         "versions": _versions(),
         "bytes": len(program),

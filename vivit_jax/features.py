@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import meta
 
 from checkpoints_convert import trees
 from checkpoints_convert.layouts import ARCHITECTURES
+from vivit_jax.config_base import positive_int
 from vivit_jax.data.clip import RECIPE_STRIDE
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.data.stream import FrameStream, StreamedFrame, read_ahead
@@ -130,12 +132,14 @@ def extract_features(
     """
     config = model.config
     windows = plan_windows(config, frame_stride, window_stride, pad)
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1 (--batch-size), got {batch_size}")
+    if not positive_int(batch_size):
+        raise UserError(
+            f"batch_size must be an int of at least 1 (--batch-size), got {batch_size!r}"
+        )
     exact = jax.default_backend() == "cpu" if exact is None else exact
     values = hashable_arithmetic(processor)
     check_features(config, processor, layer, pool, ARCHITECTURES[type(model).__name__][1])
-    model, params = _model_for(model, params, layer, pool)
+    model, params = _model_for(model, meta.unbox(params), layer, pool)
     program = _program(model, layer, pool, values)
     stream = FrameStream(video)
     return _rows(
@@ -160,8 +164,10 @@ def plan_windows(
     if pad not in PADS:
         raise UserError(f"pad must be one of {', '.join(PADS)} (--pad), got {pad!r}")
     frame_stride = RECIPE_STRIDE[config.model_type] if frame_stride is None else frame_stride
-    if frame_stride < 1:
-        raise UserError(f"frame_stride must be at least 1 (--frame-stride), got {frame_stride}")
+    if not positive_int(frame_stride):
+        raise UserError(
+            f"frame_stride must be an int of at least 1 (--frame-stride), got {frame_stride!r}"
+        )
     text = str(config.num_frames * frame_stride if window_stride is None else window_stride)
     seconds = _SECONDS.fullmatch(text)
     if not seconds and not (text.isascii() and text.isdecimal()):

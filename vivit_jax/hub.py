@@ -10,7 +10,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from vivit_jax.errors import CheckpointError, MissingExtra
+from vivit_jax.errors import CheckpointError, MissingExtra, first_line
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(
@@ -181,6 +181,10 @@ def _download(remote: HubId, filename: str, *, required: bool = False) -> Path |
             return Path(cached)
     try:
         return Path(hf_hub_download(source, filename, revision=revision))
+    except errors.HFValidationError as error:
+        raise CheckpointError(
+            f"{source} does not exist, and is no hub id either: {first_line(error)}"
+        ) from None
     except errors.LocalEntryNotFoundError:
         if _offline() and not required and filename != _ALWAYS:
             return None

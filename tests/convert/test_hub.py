@@ -90,6 +90,12 @@ def test_neither_path_nor_hub_id(offline, tmp_path):
         resolve_checkpoint(tmp_path, "v2")
 
 
+@pytest.mark.parametrize("name", ["org/na--me", "org/na..me", f"org/{'x' * 97}", "runs/best."])
+def test_a_name_that_the_hub_forbids(name):
+    with pytest.raises(vivit_jax.CheckpointError, match="does not exist, and is no hub id either"):
+        resolve_checkpoint(name)
+
+
 def answer(status):
     return types.SimpleNamespace(status_code=status, headers={}, request=None)
 

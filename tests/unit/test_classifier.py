@@ -177,8 +177,73 @@ def test_a_video_that_cannot_be_read(classifier, videos, tmp_path):
     ids=str,
 )
 def test_wrong_options_are_told(classifier, videos, options, message):
+    """Before any video is asked for, and not only once an answer is."""
+
+    def untouched():
+        raise AssertionError("a video was asked for")
+        yield
+
+    for ask in (classifier.classify, classifier):
+        for inputs in (untouched(), []):
+            with pytest.raises(UserError, match=message):
+                ask(inputs, **options)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (7, "inputs is int, expected a path"),
+        (None, "inputs is NoneType"),
+        (b"clip.mp4", "inputs is bytes"),
+        ({"clip.mp4": 1}, "inputs is dict"),
+        ([7], "video 0 is int, expected a path"),
+        ([["clip.mp4"]], "video 0 is list"),
+    ],
+    ids=str,
+)
+def test_what_is_no_video_is_told(classifier, inputs, message):
     with pytest.raises(UserError, match=message):
-        classifier(videos[0], **options)
+        classifier(inputs)
+
+
+def test_arrays_of_jax_are_videos(classifier, videos):
+    frames = vivit_jax.read_video(videos[0], num_frames=6, stride=4)
+    assert_alike(classifier(jax.numpy.asarray(frames)), classifier(frames))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_a_generator_raises_comes_after_its_videos(classifier, videos, rows):
+    def five():
+        yield from [videos[1]] * 5
+        raise RuntimeError("the disk is gone")
+
+    answers, found = classifier(five(), batch_size=rows), []
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        for answer in answers:
+            found.append(answer)
+    assert len(found) == 5
+
+
+def test_the_middle_crop_of_a_vivit_is_scenics(videos):
+    """Where the room is odd the second of two places, as evaluation cuts them."""
+    config = vivit_jax.VivitConfig(**VIVIT, id2label=LABELS)
+    module = vivit_jax.VivitForVideoClassification(config)
+    (height, width), params = config.frame_size, random_params(module)
+    processor = vivit_jax.VideoProcessor.videomae(size=width + 9, crop_size=config.frame_size)
+    frames = vivit_jax.read_video(videos[2], num_frames=config.num_frames)  # 64 x 80
+    resized = processor(frames, do_center_crop=False, do_rescale=False, do_normalize=False)
+    resized = resized[0].astype(np.uint8)
+    tall, wide = resized.shape[1:3]
+    assert tall > wide and (tall - height) % 2 and (wide - width) % 2
+    crops = [
+        resized[:, top : top + height, (wide - width + 1) // 2 :][:, :, :width]
+        for top in (0, (tall - height + 1) // 2, tall - height)
+    ]
+    pixels = processor(np.stack(crops), do_resize=False, do_center_crop=False)
+    expected = jax.nn.softmax(module.apply({"params": params}, pixels).logits.mean(0))
+    found = VideoClassifier(module, params, processor)(frames, num_crops=3, stride=1)
+    for label, score in scores(found).items():
+        assert abs(score - expected[LABELS.index(label)]) < 1e-5
 
 
 def test_too_few_frames_for_several_clips(classifier, videos):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The clips that stand for a video: which frames, and the frames."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +35,12 @@ class Clip:
     indices: np.ndarray  # int64 [t]
     fps: float | None  # of the file, None where it has no times
 
-    def pixel_values(self, processor, crops: int = 1) -> np.ndarray:
+    def pixel_values(self, processor, crops: int = 1, rounding: str = "floor") -> np.ndarray:
         """The model's input, float32 [crops, t, h, w, c].
 
         One crop is the processor's own, in the centre. Several of its `crop_size` are spread evenly
-        along the longer side. Warns where a resize takes the last channel for alpha.
+        along the longer side, by `three_crops` with this `rounding`. Warns where a resize takes the
+        last channel for alpha.
         """
         if self.mixes_channels(processor):
             logger.warning(
@@ -62,7 +65,7 @@ class Clip:
             do_normalize=False,
         )[0].astype(self.frames.dtype)
         size = processor.crop_size["height"], processor.crop_size["width"]
-        cut = three_crops(resized, size, crops)
+        cut = three_crops(resized, size, crops, rounding)
         return process(cut, do_resize=False, do_center_crop=False)
 
     def mixes_channels(self, processor) -> bool:
@@ -105,6 +108,7 @@ def read_clips(
     Raises VideoError for a video that cannot be read, has too few frames or other channels than the
     model takes, UserError for an argument that is wrong.
     """
+    check_reading(start, pad, clips)
     name = "the array" if isinstance(source, np.ndarray) else os.fspath(source)
     frames = _open_frames(source)
     if frames is None:
@@ -120,11 +124,6 @@ def read_clips(
         options = dict(num_frames=length, stride=stride, start=start, pad=pad)
         indices = clip_indices(total, **options)[None]
     else:
-        if start != "center":
-            raise UserError(
-                f"start is {start!r} and clips is {clips}; several clips are spread over the whole "
-                "video: leave start out, or take one clip"
-            )
         if (length - 1) * stride >= total:
             raise VideoError(
                 f"{name}: {total} frames hold no clip of {length} frames at stride {stride}, of "
@@ -141,6 +140,22 @@ def read_clips(
         )
     frames = frames.reshape(*indices.shape, *frames.shape[1:])
     return [Clip(some, places, fps) for some, places in zip(frames, indices, strict=True)]
+
+
+def check_reading(start: str | int, pad: str, clips: int) -> None:
+    """UserError for arguments of `read_clips` that are wrong for every video."""
+    with contextlib.suppress(VideoError):  # that of a start which some videos do have
+        clip_indices(sys.maxsize // 2, 1, start=start, pad=pad)
+    if clips > 1 and start != "center":
+        raise UserError(
+            f"start is {start!r} and clips is {clips}; several clips are spread over the whole "
+            "video: leave start out, or take one clip"
+        )
+
+
+def crop_rounding(sampler: str) -> str:
+    """Where the middle lies between two places VideoMAE takes the first, scenic the second."""
+    return "ceil" if sampler == "loop" else "floor"
 
 
 def default_average(config) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vivit_jax.data.augment import resize_shortest, three_crops
+from vivit_jax.data.clip import crop_rounding
 from vivit_jax.data.dataset import Dataset, Example, read_views
 from vivit_jax.errors import VideoError
 from vivit_jax.recipes.recipe import EvalSettings
@@ -58,8 +59,7 @@ class Views:
         import grain.python as grain
 
         config, settings = self.config, self.settings
-        # Where the middle lies between two places VideoMAE takes the first, scenic the second.
-        rounding = "ceil" if settings.sampler == "loop" else "floor"
+        rounding = crop_rounding(settings.sampler)
 
         def read(example: Example):
             try:
