@@ -103,9 +103,8 @@ def assert_same(found, expected, tolerance=2e-4):
     ("recipe", "mesh", "parts"),
     [
         (DUAL, "data=1", 2),
-        (FINETUNE, "data=2", 4),
-        (FINETUNE, "data=2,fsdp=2,tensor=2", 1),
-        (PRETRAIN, "data=2,fsdp=4", 2),
+        (FINETUNE, "data=2,fsdp=2,tensor=2", 2),
+        (PRETRAIN, "data=2,fsdp=4", 1),
     ],
     ids=name,
 )
