@@ -2,8 +2,10 @@
 """Files that are written: checked before the work, and never left half done."""
 
 import contextlib
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,60 @@ def check_output(path: Path, suffixes: Sequence[str], overwrite: bool, flag: str
         raise UserError(
             f"{flag} {path} ends in {path.suffix!r}; expected one of {', '.join(suffixes)}"
         )
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a directory; expected a file name")
-    if path.exists() and not overwrite:
+    _check_name(path, f"{flag} {path}")
+    if os.path.exists(path) and not overwrite:
         raise UserError(f"{flag} {path} exists; choose another name, or pass --overwrite")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
+        if os.path.exists(path.parent):
+            raise UserError(f"{flag} {path}: {path.parent} is a file; expected a directory")
         raise UserError(f"{flag} {path}: there is no directory {path.parent}; make it first")
+    _check_takes_files(path.parent, f"{flag} {path}")
+
+
+def check_directory(path: Path, names: Sequence[str], flag: str = "--out") -> None:
+    """UserError where a command could not write files `names` in `path`, or could not make it."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not os.path.isdir(there):
+        raise UserError(f"{flag} {path}: {there} is a file; expected a directory")
+    # Names that are not there yet are tried where a directory is.
+    for part in path.relative_to(there).parts:
+        _check_name(there / part, f"{flag} {path}", is_file=False)
+    for name in names:
+        _check_name((path if there == path else there) / name, f"{flag} {path / name}")
+    _check_takes_files(there, f"{flag} {path}")
+
+
+def _check_name(path: Path, told: str, is_file: bool = True) -> None:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:  # too long, above all
+        raise UserError(f"{told}: {error.strerror}; choose another name") from error
+    if is_file and os.path.isdir(path):
+        raise UserError(f"{told} is a directory; expected a file name")
+
+
+def _check_takes_files(directory: Path, told: str) -> None:
+    # Permission bits do not say it: a file system may be read-only or take no files at all.
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{told}: no file can be made in {directory} ({error.strerror}); choose another place"
+        ) from error
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path`, of the same suffix, that takes its place once the block is done."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    stem = path.stem
+    if len(os.fsencode(stem)) > 64:  # with more around it, it could be longer than a name may be
+        stem = hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]
+    partial = path.with_name(f".{stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from clips import write_clip
 from helpers import VIDEOMAE, random_params
-from PIL import Image
+from PIL import Image, ImageFont
 from variants import variant_config
 
 import vivit_jax
@@ -239,6 +239,8 @@ def test_files_are_not_overwritten_unless_asked(models, clip, capsys, tmp_path):
     ("changes", "told"),
     [
         ({"--out": "{tmp}/a.jpg"}, "--out {tmp}/a.jpg ends in '.jpg'; expected one of .png, .mp4"),
+        ({"--out": "/proc/a.png"}, "--out /proc/a.png: no file can be made in /proc"),
+        ({"--save": "/proc/a.npz"}, "--save /proc/a.npz: no file can be made in /proc"),
         ({"--save": "{tmp}/a.npy"}, "--save {tmp}/a.npy ends in '.npy'; expected one of .npz"),
         ({"--query": "all"}, "--query must be cls, mean, or a tubelet as three numbers T,Y,X"),
         ({"--query": "0,1"}, "got '0,1'"),
@@ -263,6 +265,57 @@ def test_wrong_input_is_one_line(models, clip, capsys, tmp_path, changes, told):
     assert status == 2 and told.format(tmp=tmp_path) in err, err
     assert err.count("\n") == 1 and not out
     assert not list(tmp_path.iterdir())
+
+
+def test_suffixes_in_capitals(models, clip, capsys, tmp_path):
+    paths = ("--out", tmp_path / "a.PNG", "--save", tmp_path / "a.NPZ")
+    status, _, err = run(capsys, clip, "--model", models("mae"), *paths)
+    assert status == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.NPZ", "a.PNG"]
+    np.testing.assert_allclose(np.load(tmp_path / "a.NPZ")["maps"].sum(), 1, rtol=1e-12)
+
+
+def small_panels(**changes):
+    clip = np.zeros((1, 8, 8, 3), np.uint8)
+    about = dict(title="a", notes=[], warning=None, labels=["b"], clips=[clip], times=["0"])
+    return panels.Panels(**about | changes)
+
+
+def drawn_as(path, **changes):
+    small_panels(**changes).save(path, 1)
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("K\u4e00ln \u89c6.mp4", r"K\u4e00ln \u89c6.mp4"),
+        ("a\udcff\x07.mp4", r"a\udcff\x07.mp4"),
+    ],
+)
+def test_letters_that_the_font_lacks_are_escaped(tmp_path, name, told):
+    page = drawn_as(tmp_path / "a.png", title=name, notes=[name])
+    np.testing.assert_array_equal(page, drawn_as(tmp_path / "b.png", title=told, notes=[told]))
+
+
+def test_letters_that_the_font_has_are_drawn():
+    class Font:
+        def getmask(self, letter):
+            return Image.new("L", (2, 2), ord(letter) if letter == "\xf6" else 255).im
+
+    assert panels._drawable("K\xf6ln \u89c6\n", Font()) == "K\xf6ln \\u89c6\n"
+    font = ImageFont.load_default(15)
+    assert panels._drawable("a\u2026", font) == "a\u2026"  # Pillow's own font has this one
+
+
+def test_a_word_longer_than_the_line_is_broken():
+    font = ImageFont.load_default(15)
+    word = "".join(map(str, range(200)))
+    first, *lines = panels._wrapped(f"one two {word} three", font, 300)
+    assert first == "one two" and "".join(lines) == f"{word} three" and len(lines) > 5
+    assert max(panels.text_width(font, line) for line in lines) <= 300
+    assert panels._wrapped("one two", font, panels.text_width(font, "one t")) == ["one", "two"]
 
 
 def test_an_interrupted_run_leaves_the_old_file(models, clip, capsys, tmp_path, monkeypatch):

@@ -250,12 +250,57 @@ def test_files_in_the_way_and_overwrite(tiny, tmp_path, capsys):
     ]
 
 
+def test_old_parameters_do_not_stay_beside_a_new_program(tiny, tmp_path, capsys):
+    directory, *_ = tiny
+    file, old = tmp_path / "model.stablehlo", tmp_path / "model.stablehlo.safetensors"
+    assert run(capsys, directory, "--out", file, "--params", "beside")[0] == 0
+    file.unlink()
+    (tmp_path / "model.stablehlo.json").unlink()
+    status, _, err = run(capsys, directory, "--out", file)
+    assert status == 2 and f"{old} exists" in err
+    status, out, err = run(capsys, directory, "--out", file, "--overwrite", "--json")
+    assert status == 0 and f"removed {old}" in err and json.loads(out)["params"]["at"] == "inside"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "model.stablehlo",
+        "model.stablehlo.json",
+    ]
+
+
+def test_a_part_that_cannot_be_written_leaves_the_old_files(tiny, tmp_path, capsys, monkeypatch):
+    import safetensors.numpy
+
+    directory, *_ = tiny
+    names = [f"model.stablehlo{end}" for end in ("", ".json", ".safetensors")]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+
+    def fail(arrays, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    args = ("--out", tmp_path / names[0], "--params", "beside", "--overwrite")
+    status, _, err = run(capsys, directory, *args)
+    assert status == 2 and "disk full" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
+def test_no_option_that_cannot_succeed(capsys):
+    """The number of frames is the model's; there was a --frames that refused all but that."""
+    with pytest.raises(SystemExit):
+        run(capsys, "model", "--out", "model.stablehlo", "--frames", "symbolic")
+    assert "Unrecognized" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--out", "model.pb"], "ends in '.pb'; expected one of .stablehlo"),
         (["--out", "no/model.stablehlo"], "there is no directory"),
-        (["--frames", "symbolic"], "--frames symbolic: the models make their positions"),
+        (["--out", "/proc/a.stablehlo"], "no file can be made in /proc"),
+        # The program's own name is legal, that of a file beside it is too long.
+        (["--out", f"{'a' * 240}.stablehlo"], "File name too long"),
         (["--input-size", "40x30"], "--input-size 40x30 needs --preprocess"),
         (["--preprocess", "--input-size", "40"], "'40', expected HxW"),
         (["--preprocess", "--input-size", "0x3"], "'0x3', expected HxW"),

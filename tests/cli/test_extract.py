@@ -427,6 +427,33 @@ def test_a_file_made_otherwise_is_not_taken(
     assert status == 0 and "written to" in told and made.read_bytes() != before
 
 
+def test_equal_settings_are_told_from_others(model, video, capsys, tmp_path, monkeypatch):
+    import jax
+
+    args = (video, "--model", model, "--out", tmp_path / "a.safetensors", "--window-stride")
+    assert run(capsys, *args, ".5s")[0] == 0
+    settings = read_metadata(tmp_path / "a.safetensors")["settings"]
+    assert settings["window_stride"] == "0.5s" and settings["exact"] is True
+    for same in (["0.50s"], ["00.5s", "--exact"]):  # on a CPU, --exact changes nothing
+        status, told, err = run(capsys, *args, *same)
+        assert status == 0 and "already in" in told, err
+    status, _, err = run(capsys, *args, "5s")
+    assert status == 2 and "window_stride (0.5s, now 5s)" in err
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    status, _, err = run(capsys, *args, "0.5s")
+    assert status == 2 and "another exact (True, now False)" in err
+    status, told, err = run(capsys, *args, "0.5s", "--exact")
+    assert status == 0 and "already in" in told, err
+
+
+def test_a_video_of_the_longest_name(model, video, capsys, tmp_path):
+    long = tmp_path / f"{'a' * 243}.mp4"
+    long.write_bytes(video.read_bytes())
+    status, _, err = run(capsys, long, "--model", model, "--out", tmp_path / "f")
+    assert status == 0, err
+    assert [p.name for p in (tmp_path / "f").iterdir()] == [f"{'a' * 243}.safetensors"]
+
+
 def test_a_video_shorter_than_a_window(model, capsys, tmp_path):
     short = write_clip(tmp_path / "short.mp4", frames=20)
     args = (short, "--model", model, "--out", tmp_path / "f.npz")
@@ -444,6 +471,14 @@ def test_a_video_shorter_than_a_window(model, capsys, tmp_path):
     [
         (["{video}", "--out", "{tmp}/f.mp4"], "is a file"),
         (["{video}", "--out", "{tmp}/no/f.npz"], "there is no directory"),
+        (["{video}", "--out", "{tmp}/f.mp4/sub/f"], "f.mp4 is a file; expected a directory"),
+        (["{video}", "--out", "{tmp}/f.mp4/f.npz"], "f.mp4 is a file; expected a directory"),
+        (["{video}", "--out", "/proc"], "--out /proc: no file can be made in /proc"),
+        (["{video}", "--out", "/proc/no/f"], "--out /proc/no/f: no file can be made in /proc"),
+        (["{video}", "--out", "{tmp}/{long}"], "File name too long"),
+        (["{video}", "--out", "{tmp}/no/{long}"], "File name too long"),
+        (["{video}", "--out", "{tmp}/{long}.npz"], "File name too long"),
+        (["{tmp}/{long}.mp4", "--out", "{tmp}/f"], "File name too long"),
         (["{video}", "{video}", "--out", "{tmp}/f.npz"], "one file, for 2 videos"),
         (["{video}", "{tmp}/a.mkv", "--out", "{tmp}/f"], "would both be written to"),
         (["{video}", "--out", "{tmp}/f.npz", "--format", "safetensors"], "contradict"),
@@ -468,12 +503,26 @@ def test_a_video_shorter_than_a_window(model, capsys, tmp_path):
 )
 def test_wrong_input_is_one_line(model, video, capsys, tmp_path, args, message):
     (tmp_path / "f.mp4").write_bytes(b"")
-    filled = [arg.format(video=video, tmp=tmp_path) for arg in args]
+    filled = [arg.format(video=video, tmp=tmp_path, long="a" * 256) for arg in args]
     if "--model" not in filled:
         filled += ["--model", str(model)]
     status, out, err = run(capsys, *filled)
     assert status == 2 and message in err and err.count("\n") == 1 and not out
     assert [p.name for p in tmp_path.iterdir()] == ["f.mp4"]
+
+
+def test_outputs_are_checked_before_the_model(video, capsys, tmp_path):
+    """The model is not even looked for; --overwrite does not replace a directory."""
+    (tmp_path / "f" / "a.safetensors").mkdir(parents=True)
+    args = (video, "--model", "/nowhere", "--overwrite", "--out")
+    for out, message in {
+        tmp_path / "f": f"{tmp_path}/f/a.safetensors is a directory; expected a file name",
+        "/proc": "no file can be made in /proc",
+        "/proc/f.npz": "no file can be made in /proc",
+        video / "f": "is a file; expected a directory",
+    }.items():
+        status, _, err = run(capsys, *args, out)
+        assert status == 2 and message in err, err
 
 
 def test_models_that_do_not_fit(models, video):

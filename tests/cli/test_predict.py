@@ -111,6 +111,15 @@ def test_a_broken_clip_does_not_stop_the_others(model, clips, capsys):
     assert "broken.mp4" in err and "6 frames" in err and "Traceback" not in err
 
 
+def test_an_error_names_the_file_once(model, clips, capsys, tmp_path):
+    np.save(tmp_path / "grey.npy", np.zeros((40, 24, 16, 1), np.uint8))
+    files = [clips["broken"], clips["tiny"], tmp_path / "grey.npy", "no.mp4", "no.npy"]
+    status, _, err = run(capsys, *files, "--model", model)
+    assert status == 1 and err.count("\n") == len(files)
+    for file, line in zip(files, err.splitlines(), strict=True):
+        assert line.startswith(str(file)) and line.count(str(file)) == 1
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

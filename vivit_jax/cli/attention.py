@@ -129,8 +129,9 @@ def attention(
     with whole_file(out) as partial:
         panels.save(partial, real_time(indices, read.fps or DEFAULT_FPS))
     if save is not None:
-        with whole_file(save) as partial:
-            np.savez(partial, **_numbers(found, indices, seconds))
+        # Given a name, numpy adds .npz to one that ends in .NPZ.
+        with whole_file(save) as partial, partial.open("wb") as file:
+            np.savez(file, **_numbers(found, indices, seconds))
     summary = _summary(found, indices, clip, out, save)
     if json:
         print(json_module.dumps(summary, indent=2))

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax export`: a model as one file that runs without this library."""
 
+import contextlib
 import json as json_module
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from vivit_jax.errors import UserError
-from vivit_jax.files import check_output, whole_file, write_json
+from vivit_jax.files import check_output, whole_file
 
 SUFFIX = ".stablehlo"
 
@@ -23,7 +25,6 @@ def export(
     preprocess: bool = False,
     input_size: str | None = None,
     batch: int | None = None,
-    frames: Literal["fixed", "symbolic"] = "fixed",
     params: Literal["inside", "beside"] = "inside",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -33,9 +34,9 @@ def export(
 ) -> int:
     """Write a model as one StableHLO file for CPU, CUDA and TPU, parameters included.
 
-    It takes any number of clips, pixel_values float32 [b, t, h, w, c], and gives a dict: logits of
-    a classifier, last_hidden_state (and pooler_output) of a model without one. Whoever runs it
-    needs jax and flatbuffers, not vivit_jax:
+    It takes any number of clips of the model's number of frames, pixel_values float32
+    [b, t, h, w, c], and gives a dict: logits of a classifier, last_hidden_state (and pooler_output)
+    of a model without one. Whoever runs it needs jax and flatbuffers, not vivit_jax:
 
     jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read())).call(pixel_values)
 
@@ -53,24 +54,17 @@ def export(
         input_size: Size of the frames with --preprocess, HxW like 256x340: they are resized and
             cropped inside, to the bits of Pillow.
         batch: Clips in a call. Default: any number.
-        frames: The model's number of frames is fixed in the file; symbolic is refused with the
-            reason.
         params: beside writes the parameters to a .safetensors, which the program takes as its first
             argument; for models of 2 GiB and more.
         dtype: What the model computes in.
         param_dtype: What parameters are stored in.
         precision: Of matrix products, fixed in the file. default is TF32 on recent NVIDIA GPUs and
             bfloat16 on TPU, as of the library itself; highest is float32 everywhere.
-        overwrite: Replace files that exist.
+        overwrite: Replace files that exist. Parameters beside the old program are removed where the
+            new one has them inside.
         json: Print what the .json holds, less the labels, instead of text.
     """
-    files = _files(out, params, overwrite)
-    if frames == "symbolic":
-        raise UserError(
-            "--frames symbolic: the models make their positions for a known number of frames (a "
-            "table of sines, or learned positions resized by a matrix of that size), so each "
-            "exported file has one; export one for each number of frames"
-        )
+    files = _files(out, overwrite)
     if input_size is not None and not preprocess:
         raise UserError(f"--input-size {input_size} needs --preprocess")
     size = None if input_size is None else parse_size(input_size)
@@ -114,15 +108,7 @@ def export(
     if artefact.params is not None:
         about["params"]["file"] = files["params"].name
     about["example"] = _example(about)
-    with whole_file(out) as partial:
-        partial.write_bytes(artefact.program)
-    if artefact.params is not None:
-        from safetensors.numpy import save_file
-
-        with whole_file(files["params"]) as partial:
-            save_file(artefact.params, partial)
-            partial.chmod(out.stat().st_mode)  # safetensors makes it the owner's alone
-    write_json(files["about"], about)
+    _write(artefact, about, out, files)
     if json:
         about = {name: value for name, value in about.items() if name != "labels"}
         print(json_module.dumps(about, indent=2))
@@ -139,15 +125,38 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _files(out: Path, params: str, overwrite: bool) -> dict[str, Path]:
-    """The files to write beside the program, none of which may be in the way."""
+def _files(out: Path, overwrite: bool) -> dict[str, Path]:
+    """The files that belong beside the program, none of which may be in the way.
+
+    Of the parameters' also where it is not written: an old one would be taken for the program's.
+    """
     check_output(out, (SUFFIX,), overwrite)
-    files = {"about": out.with_name(f"{out.name}.json")}
-    if params == "beside":
-        files["params"] = out.with_name(f"{out.name}.safetensors")
+    files = {
+        "about": out.with_name(f"{out.name}.json"),
+        "params": out.with_name(f"{out.name}.safetensors"),
+    }
     for path in files.values():
-        check_output(path, (path.suffix,), overwrite, flag=f"--out {out} comes with a file that")
+        check_output(path, (path.suffix,), overwrite, flag=f"--out {out} comes with a file:")
     return files
+
+
+def _write(artefact, about: dict, out: Path, files: dict[str, Path]) -> None:
+    """All parts are written before the first takes its place."""
+    with contextlib.ExitStack() as parts:
+        # The stack puts them in place from the last to the first.
+        description = parts.enter_context(whole_file(files["about"]))
+        program = parts.enter_context(whole_file(out))
+        description.write_text(json_module.dumps(about, indent=2) + "\n")
+        program.write_bytes(artefact.program)
+        if artefact.params is not None:
+            from safetensors.numpy import save_file
+
+            params = parts.enter_context(whole_file(files["params"]))
+            save_file(artefact.params, params)
+            params.chmod(program.stat().st_mode)  # safetensors makes it the owner's alone
+    if artefact.params is None and files["params"].exists():
+        files["params"].unlink()
+        print(f"removed {files['params']}, of the program that was replaced", file=sys.stderr)
 
 
 def _example(about: dict) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax extract`: features of untrimmed videos, by a window that slides over each."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from vivit_jax.errors import UserError
-from vivit_jax.files import check_output, whole_file
+from vivit_jax.files import check_directory, check_output, whole_file
 
 
 def extract(
@@ -67,12 +68,15 @@ def extract(
     jobs = _outputs(videos, out, format)
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {batch_size}")
+    import jax
+
     from checkpoints_convert.source import open_source
     from vivit_jax.errors import VideoError
     from vivit_jax.features import check_features, extract_features, plan_windows
     from vivit_jax.preprocessing import processor_of
 
     source = open_source(model, dtype=dtype)
+    exact = exact or jax.default_backend() == "cpu"
     how = dict(
         layer=layer,
         pool=pool,
@@ -88,7 +92,7 @@ def extract(
 
     # Blocks in a scan are computed all together, also those after the layer.
     net, params = vivit_jax.from_pretrained(model, dtype=dtype, scan_layers=layer == "last")
-    settings = _settings(net.config, params, processor, how)
+    settings = _settings(net.config, params, processor, how | {"exact": exact})
     if not overwrite:
         jobs = [job for job in jobs if not _is_done(*job, settings)]
     if out.suffix.lower() not in _suffixes():
@@ -99,7 +103,7 @@ def extract(
             *(net, params, processor, video),
             **how,
             batch_size=batch_size,
-            exact=exact or None,
+            exact=exact,
             progress=progress,
         )
         title = video.name if len(jobs) == 1 else f"[{i + 1}/{len(jobs)}] {video.name}"
@@ -122,14 +126,14 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
     if not videos:
         raise UserError("extract needs at least one video file")
     suffix = out.suffix.lower()
-    if suffix in _suffixes() and not out.is_dir():
+    if suffix in _suffixes() and not os.path.isdir(out):
         if len(videos) > 1:
             raise UserError(f"--out {out} is one file, for {len(videos)} videos; name a directory")
         if format not in (None, suffix[1:]):
             raise UserError(f"--out {out} and --format {format} contradict each other; leave one")
         check_output(out, _suffixes(), overwrite=True)
         return [(videos[0], out)]
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(
             f"--out {out} is a file; expected a directory, or for one video a file name that ends "
             f"in {' or '.join(_suffixes())}"
@@ -143,6 +147,7 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
                 "them directories of their own"
             )
         jobs[path] = video
+    check_directory(out, [path.name for path in jobs])
     return [(video, path) for path, video in jobs.items()]
 
 
@@ -156,13 +161,20 @@ def _settings(config, params, processor, how: dict[str, Any]) -> dict[str, Any]:
     stride = how["window_stride"] or config.num_frames * frame_stride
     return how | {
         "frame_stride": frame_stride,
-        "window_stride": str(stride),
+        "window_stride": _plain_stride(str(stride)),
         "num_frames": config.num_frames,
         "dtype": config.dtype,
         "params_sha256": params_hash(params),
         "config": named,
         "processor": processor.to_dict(),
     }
+
+
+def _plain_stride(text: str) -> str:
+    """One way to write a window stride: .5s and 0.50s are 0.5s, 08 is 8."""
+    if text.endswith("s"):
+        return str(float(text[:-1])).removesuffix(".0") + "s"
+    return str(int(text))
 
 
 def _state(video: Path) -> dict[str, int]:

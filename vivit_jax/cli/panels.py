@@ -6,6 +6,7 @@ Drawn with Pillow alone.
 
 import dataclasses
 import math
+import string
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -116,7 +117,7 @@ class Panels:
         lines = [
             (line, colour, font, step)
             for text, colour, font, step in said
-            for line in _wrapped(text, font, page_width - 2 * MARGIN)
+            for line in _wrapped(_drawable(text, font), font, page_width - 2 * MARGIN)
         ]
         top = MARGIN + sum(step for *_, step in lines) + 34
         top += SMALL_STEP * max(label.count("\n") for label in column_labels)
@@ -179,12 +180,38 @@ def text_width(font, *texts: str) -> int:
     return math.ceil(max(font.getlength(line) for text in texts for line in text.split("\n")))
 
 
+def _drawable(text: str, font) -> str:
+    r"""The text; what the font lacks, and would draw as boxes, is escaped as in Python: \xf6."""
+    if text.isascii() and text.isprintable():
+        return text
+
+    def drawn(letter: str) -> tuple:
+        mask = font.getmask(letter)
+        return mask.size, bytes(mask)
+
+    box = drawn("\uffff")  # no letter, so no font has it
+
+    def shown(letter: str) -> str:
+        if letter in string.printable:
+            return letter
+        # Half of a surrogate pair, which stands for a byte of a file name, cannot be drawn at all.
+        has = not "\ud800" <= letter <= "\udfff" and drawn(letter) != box
+        return letter if has else letter.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
+
+
 def _wrapped(text: str, font, width: int) -> list[str]:
+    """Lines no wider than `width`, broken between words, and inside one that is longer."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and text_width(font, longer) > width:
-            lines.append(word)
-        else:
+        if text_width(font, longer) <= width:
             lines[-1] = longer
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if lines[-1] and text_width(font, lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     return lines

@@ -86,7 +86,10 @@ def predict(
             results.append(_as_dict(result))
             if result.error is not None:
                 failed = True
-                bar.write(f"{result.clip}: {result.error}", file=sys.stderr)
+                told = str(result.error)
+                # Most errors begin with the path.
+                named = told.startswith((f"{result.clip}:", f"{result.clip} "))
+                bar.write(told if named else f"{result.clip}: {told}", file=sys.stderr)
             elif not json:
                 bar.write(_as_text(results[-1]))
     if json:
