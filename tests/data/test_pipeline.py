@@ -14,13 +14,22 @@ import textwrap
 import threading
 import time
 
+import av
 import numpy as np
 import pytest
+from clips import write_clip
 from PIL import Image
 
 from vivit_jax.data import pipeline
 from vivit_jax.data.augment import train_transform
-from vivit_jax.data.dataset import Dataset, Example, read_dataset, read_training_clip
+from vivit_jax.data.dataset import (
+    Dataset,
+    Example,
+    count_frames,
+    read_dataset,
+    read_training_clip,
+    read_whole,
+)
 from vivit_jax.data.pipeline import Batches, Share
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
@@ -227,6 +236,24 @@ def test_a_data_set_without_a_readable_clip_ends_the_run(clips, share):
     data = dataclasses.replace(DATA, max_bad_share=share)
     with batches(missing, data) as source, pytest.raises(UserError, match="no such file"):
         next(source)
+
+
+def test_a_cache_does_not_shorten_a_damaged_video(clips, tmp_path):
+    """Of which more frames are announced than can be decoded; clips are drawn from them all."""
+    path = write_clip(tmp_path / "damaged.mp4", frames=60, b_frames=0, size=(WIDTH * 2, HEIGHT * 2))
+    with av.open(str(path)) as container:
+        spans = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    position, size = spans[30]
+    data = bytearray(path.read_bytes())
+    data[position : position + size] = b"\xff" * size
+    path.write_bytes(data)
+    example = Example(str(path), 0)
+    assert len(read_whole(example)) < count_frames(example)
+    dataset = Dataset((example,) * 3, None, "list.txt")
+    options = dict(data=dataclasses.replace(DATA, max_bad_share=1.0), batch_size=1)
+    plain = first(6, dataset, **options)
+    cached = dataclasses.replace(options["data"], cache_gib=1.0)
+    assert_same(first(6, dataset, **options | dict(data=cached)), plain)
 
 
 @pytest.mark.parametrize("gib", [2e-5, 1.0])

@@ -23,6 +23,7 @@ from vivit_jax.data.augment import train_transform
 from vivit_jax.data.dataset import (
     Dataset,
     Example,
+    count_frames,
     read_training_clip,
     read_whole,
 )
@@ -80,10 +81,14 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Cache:
-    """Whole decoded videos, kept while there is room for `room` bytes; each process has its own."""
+    """Whole decoded videos, kept while there is room for `room` bytes; each process has its own.
+
+    A video that says to have more frames than can be decoded is not kept: clips would be drawn from
+    fewer frames than without a cache.
+    """
 
     def __init__(self, room: float):
-        self.room = room
+        self.room, self._whole_room = room, room
         self._videos: dict[Example, np.ndarray | None] = {}
         self._underway: set[Example] = set()
         self._changed = threading.Condition()
@@ -91,7 +96,7 @@ class Cache:
         self._stopped = threading.Event()
 
     def __reduce__(self):
-        return Cache, (self.room,)
+        return Cache, (self._whole_room,)
 
     def video(self, example: Example) -> np.ndarray | None:
         """All frames of an example; None where there is no room, or not all can be read."""
@@ -103,6 +108,7 @@ class Cache:
         video = None
         try:
             video = read_whole(example)
+            video = video if len(video) == count_frames(example) else None
         except VideoError:
             pass  # the clip that is wanted may lie before what is damaged
         finally:
@@ -131,6 +137,11 @@ class Cache:
         self._stopped.clear()
         self._filler = threading.Thread(target=run, name="decode ahead", daemon=True)
         self._filler.start()
+
+    def clear(self) -> None:
+        """Forget all videos; nothing may be reading."""
+        self.room = self._whole_room
+        self._videos.clear()
 
     def stop(self) -> None:
         """End `fill`, after the video that it is at."""
@@ -211,6 +222,10 @@ def _start_worker(index: int, count: int) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _collect() -> None:
+    gc.collect()
 
 
 class Batches:
@@ -350,8 +365,9 @@ class Batches:
             self._elements = None
             # grain's iterators refer to each other, and complain where they are still there at the
             # very end of the interpreter. Collected once, however many there were.
-            atexit.unregister(gc.collect)
-            atexit.register(gc.collect)
+            atexit.unregister(_collect)
+            atexit.register(_collect)
+        self._cache.clear()
 
     def __enter__(self):
         return self
