@@ -47,7 +47,6 @@ def load(config, params):
     return model, trees.unflatten(import_params(params, table, shapes))
 
 
-
 @pytest.mark.parametrize(
     ("case", "scan_layers"),
     [*((case, True) for case in VARIANTS), ("joint", False), ("encoder", False)],

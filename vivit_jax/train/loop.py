@@ -104,9 +104,9 @@ def train(
     check(recipe)
     sizes = mesh_sizes or parse_mesh(None, jax.device_count())
     first_process = jax.process_index() == 0
-    run = RunDirectory(Path(out), recipe, resume=resume)
     with contextlib.ExitStack() as stack:
         enter = lambda thing: stack.enter_context(contextlib.closing(thing))  # noqa: E731
+        run = enter(RunDirectory(Path(out), recipe, resume=resume))
         checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
         taken = checkpoints.latest() if resume else None
         model_file = None if taken is None else run.model_file

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The directory of a training run: what is in it, who may write to it, and how one goes on."""
 
-import json
+import fcntl
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from vivit_jax.errors import UserError
-from vivit_jax.files import write_json
+from vivit_jax.files import read_json, write_json
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import from_dict, to_dict
 
@@ -36,11 +37,13 @@ class RunDirectory:
 
     Without `resume` it must be new or empty; with it, it must hold a run of `recipe`, but for
     CHANGEABLE. Raises UserError. Nothing is written before `begin`, so that a run that cannot be
-    set up leaves no trace.
+    set up leaves no trace. From then on, or with `resume` from the start, and until `close` the
+    directory is this process's alone.
     """
 
     def __init__(self, path: Path, recipe: Recipe, *, resume: bool):
         self.path, self.model_file, self._recipe = path, path / MODEL, recipe
+        self._first, self._lock = jax.process_index() == 0, None
         held = path / RECIPE
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; expected a directory, new or empty")
@@ -54,13 +57,38 @@ class RunDirectory:
                     f"{held} is of another recipe: {'; '.join(each[:_SHOWN])}{more}; leave these "
                     "as they were, or train into another directory"
                 )
-        elif held.exists():
+            self._hold()
+        else:
+            self._check_new()
+
+    def _check_new(self) -> None:
+        if (self.path / RECIPE).exists():
             raise UserError(
-                f"--out {path} holds a run; go on with it by --resume, or choose another directory"
+                f"--out {self.path} holds a run; go on with it by --resume, or choose another "
+                "directory"
             )
-        elif path.is_dir() and any(path.iterdir()):
-            raise UserError(f"--out {path} is not empty; choose a new directory")
-        self._first = jax.process_index() == 0
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(f"--out {self.path} is not empty; choose a new directory")
+
+    def _hold(self) -> None:
+        """Lock the directory, of all processes of a run by the first; the lock ends with it."""
+        if not self._first:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(
+                f"--out {self.path}: another process is training into it; wait for its end, or "
+                "choose another directory"
+            ) from None
+
+    def close(self) -> None:
+        """Leave the directory to others."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def begin(self, model: Mapping[str, Any] | None) -> None:
         """Write down the recipe, and what the model is, but for a run that goes on (None).
@@ -71,6 +99,9 @@ class RunDirectory:
         if not self._first:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._hold()
+            self._check_new()  # another run may have begun while this one was set up
         write_json(self.path / RECIPE, to_dict(self._recipe))
         if model is not None:
             write_json(self.model_file, model)
@@ -93,10 +124,7 @@ def saved_recipe(path: Path) -> Recipe:
     file = path / RECIPE
     if not file.is_file():
         raise UserError(f"{path} holds no run to go on with: there is no {RECIPE} in it")
-    try:
-        return from_dict(json.loads(file.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is no JSON: {error}") from None
+    return from_dict(read_json(file))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

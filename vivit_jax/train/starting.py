@@ -2,7 +2,6 @@
 """The model that a run trains, from its recipe, and back from a run's directory."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from flax import linen as nn
 
 from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
 from vivit_jax.errors import UserError
+from vivit_jax.files import read_json
 from vivit_jax.pretrained import LoadReport, abstract_params, build_model, fresh_params
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import HEADS, Recipe
@@ -121,5 +121,5 @@ def description(start: Start, task: str) -> dict[str, Any]:
 
 def described_model(path: Path) -> nn.Module:
     """The model whose `description` a file holds."""
-    values = json.loads(path.read_text())
+    values = read_json(path)
     return build_model(config_from_dict(values["config"], **values["execution"]), values["head"])

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may write to the directory of a run."""
+
+import pytest
+from tiny_recipes import FINETUNE
+
+from vivit_jax.errors import UserError
+from vivit_jax.train.run import MODEL, RECIPE, RunDirectory, saved_recipe
+from vivit_jax.train.starting import described_model
+
+
+def test_two_runs_that_start_together_do_not_mix(tmp_path):
+    """Both found the directory new before either wrote to it."""
+    first, second = (RunDirectory(tmp_path / "run", FINETUNE, resume=False) for _ in range(2))
+    first.begin({"a": 1})
+    with pytest.raises(UserError, match="run: another process is training into it; wait for"):
+        second.begin({"a": 2})
+    with pytest.raises(UserError, match="another process is training into it"):
+        RunDirectory(tmp_path / "run", FINETUNE, resume=True)
+    first.close()
+    with pytest.raises(UserError, match="holds a run; go on with it by --resume"):
+        second.begin({"a": 2})
+    second.close()
+    assert (tmp_path / "run" / MODEL).read_text() == '{\n  "a": 1\n}\n'
+    again = RunDirectory(tmp_path / "run", FINETUNE, resume=True)
+    again.begin(None)
+    again.close()
+
+
+def test_files_that_are_no_json(tmp_path):
+    (tmp_path / RECIPE).write_bytes(b"\xff\xfe{")
+    with pytest.raises(UserError, match="recipe.json is no JSON: .* put it back"):
+        saved_recipe(tmp_path)
+    (tmp_path / MODEL).write_text("{")
+    with pytest.raises(UserError, match="model.json is no JSON"):
+        described_model(tmp_path / MODEL)
