@@ -264,7 +264,10 @@ def test_folders_are_numbered_as_the_model_numbers_its_classes():
     with pytest.raises(UserError, match="1 of 3 folders are none of the model's classes: swim; "):
         model_labels(folders(("fly", "swim", "walk"), (0, 0, 2, 1)), config)
     # A model that does not name its classes, or a list of numbers, is taken by number.
-    assert model_labels(folders(("b", "a"), (0, 1)), config_of("mae cls")).classes == ("b", "a")
+    unnamed, names = config_of("mae cls"), ("e", "d", "c", "b", "a")
+    assert model_labels(folders(names, (0, 1)), unnamed).classes == names
+    with pytest.raises(UserError, match="2 folders, the model 5 classes without names, so that"):
+        model_labels(folders(names[:2], (0, 1)), unnamed)
     numbers = folders(None, (4, 0))
     assert model_labels(numbers, config) == numbers
 

@@ -160,6 +160,12 @@ def model_labels(dataset: Dataset, config) -> Dataset:
             f"model has {len(sizes)} heads; an evaluation compares one label with each"
         )
     unnamed = config.labels == tuple(f"LABEL_{i}" for i in range(config.num_labels))
+    if dataset.classes is not None and unnamed and len(dataset.classes) != config.num_labels:
+        raise UserError(
+            f"{dataset.source} has {len(dataset.classes)} folders, the model {config.num_labels} "
+            "classes without names, so that nothing says which folder is which class; make a "
+            "folder for each, which may be empty, or pass a list of paths and numbers"
+        )
     if dataset.classes is not None and unnamed:
         logger.warning(
             "the model does not name its classes: the folders of %s are taken for them in order of "
