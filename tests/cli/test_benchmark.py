@@ -46,7 +46,7 @@ def tiny(request, monkeypatch):
     monkeypatch.setattr(report, "large_product", lambda _: ProductsAlone(small, "large"))
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_every_figure_is_there(tmp_path, capsys):
     path = tmp_path / "figures.json"
     assert main([*QUICK, *TORCH, "--json", str(path)]) == 0

@@ -51,7 +51,7 @@ def large(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("layers", ["scan", "loop"])
 def test_loading_holds_the_weights_once(large, layers):
     size = (large / "model.safetensors").stat().st_size

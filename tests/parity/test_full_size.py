@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published sizes with random weights, through files on disk: minutes and gigabytes, so `slow`."""
+"""Published sizes with random weights, through files on disk: minutes and gigabytes, so `alone`."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def rms(x, truth) -> float:
     return float(np.sqrt(np.mean((np.asarray(x, np.float64) - truth) ** 2)))
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_full_size_logits(full_size):
     import torch
 

@@ -20,7 +20,7 @@ EXACT = dict(dtype="float64", param_dtype="float64")
 # What users' programs are compiled with; the emitters of the fast suite, see conftest.py, may round
 # a fused sum otherwise where its neighbours are others.
 AS_USERS = {"xla_cpu_use_fusion_emitters": True}
-ROUNDS = 5
+ROUNDS = 2
 SIZES = VIDEOMAE | dict(image_size=(32, 16), use_mean_pooling=False)
 
 
@@ -110,7 +110,7 @@ def test_real_sizes_compute_the_same_bits(batch, ratio):
         assert_same_bits(ours, everything)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("make", [vivit_jax.tube_mask, vivit_jax.dual_mask])
 def test_the_base_model_computes_the_same_bits(make, compute_all):
     """VideoMAE-B as users compile it: all that the forward pass returns, and targets alone."""
@@ -132,7 +132,7 @@ def test_the_base_model_computes_the_same_bits(make, compute_all):
             assert_same_bits(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_step_time(compute_all):
     """VideoMAE-B, loss and gradients of two clips at mask 0.9, as users run it; in turns."""
     config = vivit_jax.PRESETS["videomae-base"].config

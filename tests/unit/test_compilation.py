@@ -67,12 +67,12 @@ def test_a_pretraining_step_is_scheduled_for_memory():
     assert step.memory_analysis().temp_size_in_bytes < 600 * 2**20
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_compile_time_is_flat_in_depth():
     """VideoMAE-B's pre-training step as it is and with 6 and 24 blocks in its encoder."""
     base = PRESETS["videomae-base"].config
     seconds = {6: [], 24: []}
-    for _ in range(3):  # in turns, so that a slow moment of the machine is shared
+    for _ in range(2):  # in turns, so that a slow moment of the machine is shared
         for layers, found in seconds.items():
             config = dataclasses.replace(base, num_hidden_layers=layers)
             jax.clear_caches()

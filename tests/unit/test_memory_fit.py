@@ -290,7 +290,7 @@ def fresh(code, *args) -> list[int]:
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(("remat", "batch"), [("none", "20"), ("dots", "40"), ("block", "64")])
 def test_prediction_against_a_process(remat, batch):
     measured, predicted = fresh(MEASURE, remat, batch)
@@ -301,7 +301,7 @@ def test_prediction_against_a_process(remat, batch):
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.alone
 def test_nothing_is_allocated_for_a_large_training_step():
     code = """
 from vivit_jax.benchmark.fit import memory_of
@@ -317,7 +317,7 @@ print(status("VmHWM") - before, memory.params + memory.optimizer, memory.total)
     assert grown < 0.8e9  # measured 520 MB, the compiler's
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["finetune", "pretrain"])
 def test_lazy_compilation_changes_no_buffer(kind):
     """LLVM at its usual effort, as a step that runs is compiled, has the same buffers."""
