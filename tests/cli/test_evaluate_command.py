@@ -2,11 +2,14 @@
 """`vivit-jax evaluate`: what it prints and writes, and what it refuses."""
 
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from helpers import VIDEOMAE, VIVIT, config_of, forward, random_params
+from PIL import Image
 
 import vivit_jax
 from checkpoints_convert.trees import params_hash
@@ -146,6 +149,48 @@ def test_folders_are_scored_by_their_names(models, videos, capsys, tmp_path):
     assert listed[0] == listed[1]
 
 
+def test_a_name_that_is_no_text_is_written_and_then_printed(
+    models, videos, capsys, tmp_path, monkeypatch
+):
+    names = [os.fsencode(tmp_path / name) + b"\xff" for name in ("good", "bad")]
+    for name, source in zip(names, ("0.npy", "bad.npy"), strict=True):
+        shutil.copy(videos / source, name + b".npy")
+    listed = tmp_path / "list.txt"
+    listed.write_bytes(b"".join(name + b".npy 1\n" for name in names))
+    path = tmp_path / "result.json"
+    args = ("--out", path, "--views-at-once", 8)
+    usual = print
+
+    def after_the_file(*words, **options):
+        assert path.exists()
+        usual(*words, **options)
+
+    monkeypatch.setattr("builtins.print", after_the_file)
+    status, out, _ = run(capsys, models / "vivit", listed, *args)
+    assert status == 1 and f"left out {tmp_path}/bad\\udcff.npy: not an array" in out
+    found = [os.fsencode(video["path"]) for video in json.loads(path.read_text())["videos"]]
+    assert found == [name + b".npy" for name in names]
+
+
+def test_frames_in_folders_are_found_by_their_numbers(models, videos, capsys, tmp_path):
+    """As the same frames in a file."""
+    frames = np.load(videos / "0.npy")
+    (tmp_path / "clip").mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "clip" / f"f{i:04}.png")
+    (tmp_path / "folder.txt").write_text(f"clip {len(frames)} 1\n")
+    (tmp_path / "file.txt").write_text(f"{videos}/0.npy 1\n")
+    flags = ("--frame-name", "f{:04}.png", "--first-frame", 0)
+    results = []
+    for name, given in (("file.txt", ()), ("folder.txt", flags)):
+        path = tmp_path / f"{name}.json"
+        args = (*given, "--out", path, "--views-at-once", 8)
+        assert run(capsys, models / "vivit", tmp_path / name, *args)[0] == 0
+        results.append(json.loads(path.read_text()))
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["videos"][0]["frames"] == results[1]["videos"][0]["frames"]
+
+
 def test_several_heads_average_logits_by_themselves(models, videos, capsys, tmp_path):
     path = tmp_path / "result.json"
     args = ("--out", path, "--views-at-once", 8)
@@ -177,6 +222,8 @@ def test_several_heads_average_logits_by_themselves(models, videos, capsys, tmp_
         ("vivit", "good.txt", ("--clips", "0"), "--clips must be at least 1, got 0"),
         ("vivit", "good.txt", ("--views-at-once", "-1"), "--views-at-once must be at least 1"),
         ("vivit", "good.txt", ("--threads", "0"), "--threads must be at least 1, got 0"),
+        ("vivit", "good.txt", ("--first-frame", "-1"), "--first-frame must be at least 0, got -1"),
+        ("vivit", "good.txt", ("--frame-name", "a.jpg"), "it is the same for every number"),
         (
             "vivit",
             "good.txt",

@@ -107,6 +107,16 @@ def refused(capsys, *args):
             [*PRETRAIN, "--data", "{data}/clips", *sets(mask__ratio=0.001)],
             "mask ratio 0.001 masks 0 of",
         ),
+        (
+            [*FINETUNE, "--data", "{data}/clips", *sets(model__config__num_channels=4)]
+            + sets(augment__colour=0.8),
+            "augment.colour is 0.8, which changes colours of RGB clips, and the model takes 4 chan",
+        ),
+        (
+            [*FINETUNE, "--data", "{data}/clips", *sets(model__config__num_channels=4)]
+            + sets(augment__rand_augment="rand-m7-n4-mstd0.5-inc1"),
+            "4 channels: set augment.rand_augment=none",
+        ),
         ([*FINETUNE, *sets(train__seed=2**32)], "train.seed is 4294967296, expected in 0 to below"),
         (["finetune", "--resume"], "holds no run to go on with: there is no recipe.json in it"),
         ([*FINETUNE, "--resume"], "holds no run to go on with: there is no recipe.json in it"),
@@ -117,6 +127,7 @@ def test_a_mistake_is_told_in_a_line_and_leaves_no_directory(args, message, data
     for mine, usual in (
         ("train.batch_size=12", "train.batch_size=8"),
         ("mask.ratio=0.001", "mask.ratio=0.75"),
+        ("augment.rand_augment=rand-m7-n4-mstd0.5-inc1", "augment.rand_augment=none"),
     ):
         if mine in args:
             args.remove(usual)
@@ -133,6 +144,9 @@ def test_other_directories_are_left_alone(data, tmp_path, capsys):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "recipe.json").write_text("{")
     assert "is a file" in refused(capsys, *args, tmp_path / "file")
+    assert "file is a file; expected a dir" in refused(capsys, *args, tmp_path / "file" / "run")
+    assert "/proc/run: no file can be made in /proc" in refused(capsys, *args, "/proc/run")
+    assert "name too long; choose another" in refused(capsys, *args, tmp_path / ("a" * 300))
     assert "is not empty; choose a new directory" in refused(capsys, *args, tmp_path / "full")
     assert "holds a run; go on with it by --resume" in refused(capsys, *args, tmp_path / "damaged")
     for name, message in (

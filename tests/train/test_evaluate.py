@@ -3,6 +3,8 @@
 
 import dataclasses
 import json
+import os
+from types import SimpleNamespace
 
 import av
 import jax
@@ -19,6 +21,8 @@ from vivit_jax.errors import UserError
 from vivit_jax.pretrained import abstract_params
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
 from vivit_jax.train.evaluate import (
+    Answer,
+    _gathered,
     best_classes,
     conditions,
     evaluate,
@@ -256,7 +260,7 @@ def folders(names, labels):
     return Dataset(examples, names, "videos/")
 
 
-def test_folders_are_numbered_as_the_model_numbers_its_classes():
+def test_folders_are_numbered_as_the_model_numbers_its_classes(caplog):
     config = config_of("mae cls", id2label=("walk", "run", "jump", "fly", "sleep"))
     some = model_labels(folders(("fly", "run", "walk"), (0, 0, 2, 1)), config)
     assert [example.label for example in some.examples] == [3, 3, 0, 1]
@@ -265,11 +269,33 @@ def test_folders_are_numbered_as_the_model_numbers_its_classes():
         model_labels(folders(("fly", "swim", "walk"), (0, 0, 2, 1)), config)
     # A model that does not name its classes, or a list of numbers, is taken by number.
     unnamed, names = config_of("mae cls"), ("e", "d", "c", "b", "a")
-    assert model_labels(folders(names, (0, 1)), unnamed).classes == names
+    caplog.clear()
+    by_order = model_labels(folders(names, (4, 1)), unnamed)
+    assert [example.label for example in by_order.examples] == [4, 1]
+    assert model_labels(by_order, unnamed) == by_order
+    assert [line.message for line in caplog.records] == [
+        "the model does not name its classes: the folders of videos/ are taken for them in order "
+        "of their names, e for 0 and so on"
+    ]
     with pytest.raises(UserError, match="2 folders, the model 5 classes without names, so that"):
         model_labels(folders(names[:2], (0, 1)), unnamed)
     numbers = folders(None, (4, 0))
     assert model_labels(numbers, config) == numbers
+
+
+def test_what_processes_say_of_videos_they_cannot_read_comes_together(monkeypatch):
+    """Also of a path that is no UTF-8."""
+    from jax.experimental import multihost_utils
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: x[None])
+    views = SimpleNamespace(videos=2, dataset=range(2), count=1, settings=SIX)
+    error = os.fsdecode(b"caf\xff\xc3\xa9.npy: no such file")
+    scores, indices = np.arange(5, dtype=np.float32), np.zeros((2, 6), np.int32)
+    both = _gathered(
+        [Answer(None, None, error), Answer(scores, indices)], views, config_of("mae cls")
+    )
+    assert both[0].error == error and both[1].error is None
+    np.testing.assert_array_equal(both[1].scores, scores)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +398,7 @@ def test_conditions_are_all_that_moves_the_number(classifier):
     assert (values["frames"], values["size"]) == (6, [24, 16])
     assert (values["dtype"], values["param_dtype"]) == ("float32", "float32")
     assert values["matmul_precision"] == "highest" and values["attention"] == "auto"
+    assert values["attention_chosen"] == "chunked"
     assert values["params_sha256"] == trees.params_hash(classifier[1])
     assert values["decoder"]["av"] == av.__version__
     assert values["decoder"]["libavcodec"] == list(av.library_versions["libavcodec"])

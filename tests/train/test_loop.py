@@ -245,7 +245,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(
 def test_a_run_of_eight_devices_is_interrupted_and_goes_on_with_one(
     mesh, whole, recipe, tmp_path, capsys
 ):
-    """By the command line and Ctrl-C, then from Python."""
+    """By the command line and Ctrl-C, then from Python, with the step in two parts."""
     out, expected = tmp_path / "a run", whole.model.parents[1]
     args = ["finetune", "--out", str(out), "--mesh", mesh, "--recipe", NAME]
     with interrupted(signal.SIGINT, after=2):
@@ -254,7 +254,7 @@ def test_a_run_of_eight_devices_is_interrupted_and_goes_on_with_one(
         "stopped by SIGINT after step 3; go on with",
         f"  vivit-jax finetune --out '{out}' --resume",
     ]
-    outcome, _ = run(recipe, out, resume=True)
+    outcome, _ = run(changed(recipe, train__accumulate=2), out, resume=True)
     assert outcome.step == STEPS
     assert lines(out) != lines(expected)  # else the comparison would be of nothing
     assert_same(out, expected, STEPS, rtol=2e-5)

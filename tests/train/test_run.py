@@ -2,7 +2,7 @@
 """Who may write to the directory of a run."""
 
 import pytest
-from tiny_recipes import FINETUNE
+from tiny_recipes import FINETUNE, changed
 
 from vivit_jax.errors import UserError
 from vivit_jax.train.run import MODEL, RECIPE, RunDirectory, saved_recipe
@@ -25,6 +25,18 @@ def test_two_runs_that_start_together_do_not_mix(tmp_path):
     again = RunDirectory(tmp_path / "run", FINETUNE, resume=True)
     again.begin(None)
     again.close()
+
+
+def test_a_run_may_go_on_in_other_parts(tmp_path):
+    """What 8 devices take at once, one may not; a step in parts is tested in test_step."""
+    first = RunDirectory(tmp_path, FINETUNE, resume=False)
+    first.begin(None)
+    first.close()
+    parts = changed(FINETUNE, train__accumulate=4)
+    again = RunDirectory(tmp_path, parts, resume=True)
+    again.begin(None)
+    again.close()
+    assert saved_recipe(tmp_path) == parts
 
 
 def test_files_that_are_no_json(tmp_path):

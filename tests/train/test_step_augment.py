@@ -297,6 +297,8 @@ def test_without_mixing_nothing_changes():
     out = mix(jax.random.key(0), pixels[:2], targets[:2], never, np.arange(2))
     np.testing.assert_array_equal(out[0], pixels[:2])
     np.testing.assert_array_equal(out[1], targets[:2])
+    out = mix(jax.random.key(0), pixels, targets, never, np.arange(3))  # nor must they be pairs
+    assert out[0] is pixels and out[1] is targets
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ def evaluate(
     model: str,
     data: str,
     root: str | None = None,
+    frame_name: str = "img_{:05}.jpg",
+    first_frame: int = 1,
     recipe: str | None = None,
     clips: int | None = None,
     crops: int | None = None,
@@ -44,6 +46,9 @@ def evaluate(
         data: A list file with a path and a label in each line, or a directory with a folder for
             each class.
         root: Directory of the relative paths of a list. Default: the list's own.
+        frame_name: Of the images in folders whose list says how many there are, as Python's
+            str.format takes their number.
+        first_frame: Number of a folder's first image, where the list does not say it.
         recipe: Take the views of this recipe of `vivit-jax recipes`.
         clips: Clips along time.
         crops: Crops along the longer side.
@@ -81,13 +86,21 @@ def evaluate(
     ):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
+    if first_frame < 0:
+        raise UserError(f"--first-frame must be at least 0, got {first_frame}")
     devices = make_mesh(parse_mesh(mesh, jax.device_count()))
     source = open_source(model, dtype=dtype)
     if source.layout.head != "classification":
         raise UserError(
             f"--model {model} holds no classifier; fine-tune it first (vivit-jax finetune --start)"
         )
-    dataset = read_dataset(data, root, labels=len(source.config.class_splits or (1,)))
+    dataset = read_dataset(
+        data,
+        root,
+        labels=len(source.config.class_splits or (1,)),
+        frame_name=frame_name,
+        first_frame=first_frame,
+    )
     dataset = evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)
     net, params = vivit_jax.from_pretrained(model, "classification", dtype=dtype)
@@ -115,12 +128,14 @@ def evaluate(
         if answer.error
     ]
     if jax.process_index() == 0:
+        # First of all, so that nothing that goes wrong with the printing can lose it.
+        if out is not None:
+            write_json(out, _record(net, params, dataset, views, processor, result, model))
         for name, value in result.metrics.items():
             print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
         for path, error in unreadable:
             print(f"left out {error if error.startswith(path) else f'{path}: {error}'}")
         if out is not None:
-            write_json(out, _record(net, params, dataset, views, processor, result, model))
             print(f"written to {out}")
     return int(bool(unreadable))
 

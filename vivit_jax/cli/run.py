@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch of both command lines, and how they fail."""
 
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ def run(
     """
     import tyro
 
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A file's name may have bytes that are no text, which would end a command that prints it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Else whichever library logs first decides how warnings look.
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:

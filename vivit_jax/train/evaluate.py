@@ -19,6 +19,8 @@ from checkpoints_convert import trees
 from vivit_jax.data.dataset import Dataset
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
+from vivit_jax.layers.attention import choose_implementation
+from vivit_jax.layers.linear import platform as platform_name
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
 from vivit_jax.train.losses import reconstruction_targets
 from vivit_jax.train.metrics import classification_metrics
@@ -151,7 +153,8 @@ def model_labels(dataset: Dataset, config) -> Dataset:
 
     Where folders name the classes and the model names its own, a folder's number is that of the
     model's class of this name. Raises UserError for a folder that is none of them, and for labels
-    that are missing, more or fewer than the model's heads, or none of its classes.
+    that are missing, more or fewer than the model's heads, or none of its classes. Of a data set
+    that it returned it returns the same.
     """
     sizes = config.class_splits or (config.num_labels,)
     if dataset.labels_per_example != len(sizes):
@@ -160,19 +163,21 @@ def model_labels(dataset: Dataset, config) -> Dataset:
             f"model has {len(sizes)} heads; an evaluation compares one label with each"
         )
     unnamed = config.labels == tuple(f"LABEL_{i}" for i in range(config.num_labels))
-    if dataset.classes is not None and unnamed and len(dataset.classes) != config.num_labels:
+    by_order = unnamed and dataset.classes not in (None, config.labels)
+    if by_order and len(dataset.classes) != config.num_labels:
         raise UserError(
             f"{dataset.source} has {len(dataset.classes)} folders, the model {config.num_labels} "
             "classes without names, so that nothing says which folder is which class; make a "
             "folder for each, which may be empty, or pass a list of paths and numbers"
         )
-    if dataset.classes is not None and unnamed:
+    if by_order:
         logger.warning(
             "the model does not name its classes: the folders of %s are taken for them in order of "
             "their names, %s for 0 and so on",
             dataset.source,
             dataset.classes[0],
         )
+        dataset = dataclasses.replace(dataset, classes=config.labels)
     elif dataset.classes not in (None, config.labels):
         numbers = {name: i for i, name in enumerate(config.labels)}
         unknown = [name for name in dataset.classes if name not in numbers]
@@ -241,6 +246,7 @@ def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor)
         "dtype": config.dtype,
         "param_dtype": config.param_dtype,
         "attention": config.attention,
+        "attention_chosen": _attention(config),
         "matmul_precision": jax.config.jax_default_matmul_precision,
         "params_sha256": trees.params_hash(params),
         "decoder": {"av": av.__version__, **{k: list(v) for k, v in av.library_versions.items()}},
@@ -250,6 +256,17 @@ def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor)
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
     }
+
+
+def _attention(config) -> str:
+    """The backend of the model's longest attention here."""
+    if config.attention != "auto":
+        return config.attention
+    t, h, w = config.grid
+    joint = getattr(config, "attention_type", "joint") == "joint"
+    length = (t if joint else 1) * h * w + (getattr(config, "pooling", None) == "cls")
+    head_dim = config.hidden_size // config.num_attention_heads
+    return choose_implementation(platform_name(), config.dtype, head_dim, length)
 
 
 _metrics = jax.jit(classification_metrics, static_argnums=(2, 3))
@@ -319,12 +336,13 @@ def _gathered(answers: list[Answer], views: Views, config) -> list[Answer]:
         if answer.error is None:
             scores[i], indices[i] = answer.scores, answer.indices
         else:
-            text = np.frombuffer(answer.error.encode()[:1000], np.uint8)
+            text = answer.error.encode(errors="surrogateescape")  # of paths that are no UTF-8
+            text = np.frombuffer(text[:1000], np.uint8)
             errors[i, : len(text)] = text
     scores, indices, errors = (process_allgather(x) for x in (scores, indices, errors))
     whole = []
     for i in range(total):
         at = i % views.count, i // views.count
-        error = errors[at].tobytes().rstrip(b"\0").decode(errors="replace")
+        error = errors[at].tobytes().rstrip(b"\0").decode(errors="surrogateescape")
         whole.append(Answer(None, None, error) if error else Answer(scores[at], indices[at]))
     return whole

@@ -93,9 +93,9 @@ def train(
     go on), models/ (the model of each kept checkpoint as a HuggingFace directory, of the average
     where there is one), bad_clips.json where clips could not be read, and report.html. With
     `resume` the run goes on as if it had never stopped, on as many devices or others; on the same
-    ones bit for bit. SIGINT and SIGTERM end a run after the step that is under way, with a
-    checkpoint. `mesh_sizes` are those of `vivit_jax.train.sharding.parse_mesh`, by default all
-    devices along "data".
+    ones, in as many parts of a step, bit for bit. SIGINT and SIGTERM end a run after the step or
+    validation that is under way, with a checkpoint. `mesh_sizes` are those of
+    `vivit_jax.train.sharding.parse_mesh`, by default all devices along "data".
 
     Raises UserError for what cannot be run, a directory that holds a run without `resume` among it,
     with nothing written, and where steps keep having no finite loss or too many clips cannot be

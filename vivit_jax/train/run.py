@@ -10,12 +10,13 @@ from typing import Any
 import jax
 
 from vivit_jax.errors import UserError
-from vivit_jax.files import read_json, write_json
+from vivit_jax.files import check_directory, read_json, write_json
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import from_dict, to_dict
 
 RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
-# What a run that goes on may have otherwise: nothing of it changes what a step computes.
+# What a run that goes on may have otherwise: nothing of it changes what a step computes, but for
+# rounding in float32.
 CHANGEABLE = (
     "data.train",  # that the clips are the same is seen when they are listed
     "data.validation",
@@ -24,6 +25,7 @@ CHANGEABLE = (
     "data.workers",
     "data.cache_gib",
     "data.max_bad_share",
+    "train.accumulate",  # what fits on many devices may not fit on few
     "train.steps",
     "train.checkpoint_every",
     "train.keep",
@@ -45,8 +47,9 @@ class RunDirectory:
         self.path, self.model_file, self._recipe = path, path / MODEL, recipe
         self._first, self._lock = jax.process_index() == 0, None
         held = path / RECIPE
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path} is a file; expected a directory, new or empty")
+        # Else one of several processes might see what another tries in a directory that is empty.
+        if resume or jax.process_count() == 1 or not os.path.isdir(path):
+            check_directory(path, (RECIPE, MODEL))
         if resume:
             differs = differences(to_dict(saved_recipe(path)), to_dict(recipe))
             fixed = {name: both for name, both in differs.items() if name not in CHANGEABLE}

@@ -16,7 +16,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import platform
 from vivit_jax.masking import MASKS, Mask
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
-from vivit_jax.train.augment import mix, soft_targets
+from vivit_jax.train.augment import mix, mixes, soft_targets
 from vivit_jax.train.losses import multi_head_loss
 from vivit_jax.train.metrics import leading_accuracy
 from vivit_jax.train.optim import trained, update_average
@@ -83,11 +83,13 @@ def make_step(
     that neither the mesh nor `train.accumulate` changes the result beyond rounding: of a batch in
     parts the loss is the mean over all its clips, or, with masks of which not every token counts,
     over all its tokens. A step whose loss or gradients are not finite changes nothing but the
-    counts of steps. Raises UserError where the batch does not divide.
+    counts of steps. Raises UserError where the batch does not divide,
+    and for augmentations of colours where clips are not RGB.
     """
     parts = recipe.train.accumulate
     rows = recipe.train.batch_size * recipe.data.repeats
     _check_division(recipe, rows, mesh)
+    _check_colours(recipe, model.config.num_channels)
     pretraining = recipe.task == "pretrain"
     if pretraining:  # a mask that cannot be is told before a step is traced
         drawn = lambda key: draw_mask(recipe.mask, key, 1, model.config.grid)  # noqa: E731
@@ -198,7 +200,7 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
     config, settings = model.config, recipe.augment
     pixels = training_pixels(processor, settings)
     splits = config.class_splits or (config.num_labels,)
-    mixes = bool(settings.mixup or settings.cutmix)
+    mixed = mixes(settings)
 
     def objective(params, key, part):
         augment, mixing, dropout = jax.random.split(key, 3)
@@ -206,13 +208,13 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
         targets = soft_targets(
             part["labels"], config.num_labels, settings.smoothing, config.class_splits
         )
-        if mixes:
+        if mixed:
             clips, targets = mix(mixing, clips, targets, settings, rows)
         out = model.apply(
             {"params": params}, clips, deterministic=False, rows=rows, rngs={"dropout": dropout}
         )
         aside = {}
-        if not mixes:
+        if not mixed:
             aside["accuracy"] = leading_accuracy(config, out.logits, part["labels"])
         return multi_head_loss(out.logits, targets, splits), aside
 
@@ -230,9 +232,19 @@ def _check_division(recipe: Recipe, rows: int, mesh: Mesh) -> None:
     augment, part = recipe.augment, rows // (shards * parts)
     group = augment.mix_group or rows
     # Groups may reach over devices, not over parts, which see each other's clips no more.
-    mixes = recipe.task == "finetune" and (augment.mixup or augment.cutmix)
-    if mixes and parts > 1 and part % group:
+    mixed = recipe.task == "finetune" and mixes(augment)
+    if mixed and parts > 1 and part % group:
         raise UserError(
             f"augment.mix_group {group} does not divide the {part} clips of a part on a device; "
             "set augment.mix_group, or train.batch_size and train.accumulate"
         )
+
+
+def _check_colours(recipe: Recipe, channels: int) -> None:
+    for name, off in (("colour", 0), ("rand_augment", None)):
+        value = getattr(recipe.augment, name)
+        if value != off and channels != 3:
+            raise UserError(
+                f"augment.{name} is {value}, which changes colours of RGB clips, and the model "
+                f"takes {channels} channels: set augment.{name}={'none' if off is None else off}"
+            )
