@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 import vivit_jax
 from checkpoints_convert import trees
@@ -15,6 +16,16 @@ from vivit_jax.models.videomae import (
 )
 from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
 from vivit_jax.pretrained import abstract_params
+
+
+def mostly_slow(cases, *quick):
+    """For `parametrize`: the cases in `quick` run always, the others with -m slow."""
+    cases = list(cases)
+    assert all(case in cases for case in quick), quick
+    values = lambda case: case if isinstance(case, tuple) else (case,)  # noqa: E731
+    slow = lambda case: pytest.param(*values(case), marks=pytest.mark.slow)  # noqa: E731
+    return [case if case in quick else slow(case) for case in cases]
+
 
 # Largest absolute difference allowed, after scaling by the reference's RMS where that exceeds 1.
 # Largest of tests/parity/test_models.py::test_outputs on a 2-core x86 CPU beside each:

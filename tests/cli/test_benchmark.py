@@ -73,7 +73,8 @@ def test_every_figure_is_there(tmp_path, capsys):
     assert theirs["agrees"] and 0 < found < 5e-6  # measured 4.2e-7
 
 
-@pytest.mark.parametrize("kind", [pytest.param("finetune", marks=pytest.mark.slow), "pretrain"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["finetune", "pretrain"])
 def test_steps_agree_in_loss_and_in_every_gradient(kind, tmp_path):
     path = tmp_path / "figures.json"
     arguments = [*QUICK, *TORCH, *ALONE, "--work", kind, "--batch", "2", "--json", str(path)]
@@ -92,6 +93,7 @@ def test_no_ratio_where_outputs_differ(monkeypatch, capsys):
     assert "DIFFERS" in row and "1e-02" in row
 
 
+@pytest.mark.slow
 def test_no_ratio_where_the_smallest_gradient_differs(monkeypatch, capsys):
     moments = JaxSide.moments
 

@@ -329,6 +329,7 @@ def test_without_pytorch_the_comparison_is_skipped(finished, monkeypatch, capsys
     assert "pip install 'vivit_jax[torch]'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line_and_the_directory_can_be_overwritten(tmp_path):
     # Set back first: children of a background job start with SIGINT ignored.
     code = (

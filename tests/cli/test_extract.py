@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import VIDEOMAE, VIVIT, forward, random_params
+from helpers import VIDEOMAE, VIVIT, forward, mostly_slow, random_params
 from safetensors import safe_open
 
 import vivit_jax
@@ -130,9 +130,14 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("case", PARTS, ids=lambda case: " ".join(map(str, case)))
-def test_layers_and_pools(models, video, case):
-    name, layer, pool = case
+@pytest.mark.parametrize(
+    ("name", "layer", "pool"),
+    mostly_slow(
+        PARTS,
+        *(("mae", 2, "tokens"), ("vivit", 3, "cls"), ("staged", "temporal:2", "tokens")),
+    ),
+)
+def test_layers_and_pools(models, video, name, layer, pool):
     model, params, processor = models(name)
     how = dict(layer=layer, pool=pool, frame_stride=3, window_stride=30)
     found = list(extract_features(model, params, processor, video, **how))
@@ -140,7 +145,9 @@ def test_layers_and_pools(models, video, case):
     options = {} if name == "mae" else {"add_pooling_layer": False}
     backbone = cls(model.config, **options)
     params = params.get("backbone", params)
-    assert_rows(found, loop(backbone, params, processor, video, [0, 30, 60], 3, PARTS[case]))
+    assert_rows(
+        found, loop(backbone, params, processor, video, [0, 30, 60], 3, PARTS[name, layer, pool])
+    )
 
 
 def test_the_encoder_of_a_pretrained_model_sees_everything(models, video):

@@ -4,7 +4,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import random_params
+from helpers import mostly_slow, random_params
 from variants import variant_config
 
 import vivit_jax
@@ -74,7 +74,9 @@ def test_settings_of_heads():
 
 @pytest.mark.parametrize(
     ("case", "layers", "scan_layers"),
-    [("joint", 1, True), ("encoder", 3, True), ("joint", 2, False)],
+    mostly_slow(
+        [("joint", 1, True), ("encoder", 3, True), ("joint", 2, False)], ("joint", 1, True)
+    ),
 )
 def test_the_last_block_alone_is_the_same_function(case, layers, scan_layers):
     """With hidden states every token is computed, without them the class token alone."""

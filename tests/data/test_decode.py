@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from clips import MATRICES, every_frame, number_in, painted, write_clip, write_matrix
+from helpers import mostly_slow
 
 from vivit_jax.data import decode, packets
 from vivit_jax.data.decode import probe_video, read_video, read_video_pyav
@@ -129,7 +130,15 @@ def assert_same_as_plain_decode(path: Path) -> None:
     np.testing.assert_array_equal(clip, reference[8:21:3])
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        SPARSE,
+        *("h264.mp4", "h264.mkv", "h264-one-gop.mp4", "h264-open-gop.mp4", "h264-no-b.mkv"),
+        *("hevc.mp4", "hevc-leading.mkv", "vp9.webm", "av1.mp4", "late-start.mp4"),
+        *("h264-negative-cts.mp4", "h264-fragmented.mp4", "variable-rate.mp4"),
+    ),
+)
 def test_seeking_equals_plain_decode(clip, log, name):
     assert_same_as_plain_decode(clip(name, **SPARSE[name]))
     assert not log.messages  # neither a warning nor a decode from the start

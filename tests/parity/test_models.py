@@ -16,6 +16,7 @@ from helpers import (
     config_of,
     error,
     forward,
+    mostly_slow,
     random_params,
     to_torch,
     torch_model,
@@ -88,6 +89,12 @@ def outputs(pair, **execution):
     return forward(model, params, x, **flags, **inputs), theirs, model, params, (x, inputs)
 
 
+@pytest.mark.parametrize(
+    "pair",
+    mostly_slow(CASES, "vivit base", "vivit cls", "mae base", "mae cls", "mae pretraining"),
+    indirect=True,
+    ids=str,
+)
 def test_outputs(pair):
     ours, theirs, model, params, (x, inputs) = outputs(pair)
     compare(ours, theirs)
@@ -140,14 +147,18 @@ def _plain_run(case):
 
 @pytest.mark.parametrize(
     ("case", "scan_layers", "remat", "attention"),
-    [  # every pair of two flags; the default, (True, "dots", "chunked"), is that of test_gradients
-        ("vivit cls", True, "none", "xla"),
-        ("mae pretraining", False, "none", "chunked"),
+    mostly_slow(
+        [  # every pair of two flags; test_gradients has the default, True, "dots", "chunked"
+            ("vivit cls", True, "none", "xla"),
+            ("mae pretraining", False, "none", "chunked"),
+            ("vivit cls", True, "block", "chunked"),
+            ("mae pretraining", False, "block", "xla"),
+            ("mae pretraining", True, "dots", "xla"),
+            ("vivit cls", False, "dots", "chunked"),
+        ],
         ("vivit cls", True, "block", "chunked"),
         ("mae pretraining", False, "block", "xla"),
-        ("mae pretraining", True, "dots", "xla"),
-        ("vivit cls", False, "dots", "chunked"),
-    ],
+    ),
 )
 def test_execution_flags_do_not_change_values_or_gradients(case, scan_layers, remat, attention):
     flat, loss, gradients = _plain_run(case)
@@ -158,6 +169,12 @@ def test_execution_flags_do_not_change_values_or_gradients(case, scan_layers, re
         assert_close(changed[path], gradient, "gradient")
 
 
+@pytest.mark.parametrize(
+    "pair",
+    mostly_slow(CASES, "vivit cls", "mae cls", "mae pretraining"),
+    indirect=True,
+    ids=str,
+)
 def test_gradients(pair, tmp_path):
     case, reference, directory = pair
     model, params = vivit_jax.from_pretrained(directory)

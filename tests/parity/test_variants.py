@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, error, forward
+from helpers import assert_close, error, forward, mostly_slow
 from numpy_vivit import random_params
 from variants import FDP, FE, FSA, VARIANTS, reference, variant_config
 
@@ -49,7 +49,11 @@ def load(config, params):
 
 @pytest.mark.parametrize(
     ("case", "scan_layers"),
-    [*((case, True) for case in VARIANTS), ("joint", False), ("encoder", False)],
+    mostly_slow(
+        [*((case, True) for case in VARIANTS), ("joint", False), ("encoder", False)],
+        *((case, True) for case in ("joint", "encoder", "encoder spatial only")),
+        *((case, True) for case in ("self-attention time first", "dot product")),
+    ),
 )
 def test_outputs(case, scan_layers):
     params = scenic_params(case)
@@ -102,7 +106,10 @@ def _loss(logits):
 
 @pytest.mark.parametrize(
     "case",
-    ["joint", "encoder", "self-attention space first", "dot product max"],
+    mostly_slow(
+        ["joint", "encoder", "self-attention space first", "dot product max"],
+        *("encoder", "dot product max"),
+    ),
 )
 def test_gradients_equal_finite_differences(case):
     """In every kind of tensor, central differences of the reference at the steepest entry."""
@@ -170,11 +177,14 @@ def test_halves_of_the_heads_are_told_apart():
 
 @pytest.mark.parametrize(
     ("case", "flags"),
-    [
-        ("encoder", dict(remat="block")),
-        ("self-attention time first", dict(remat="block", scan_layers=False)),
+    mostly_slow(
+        [
+            ("encoder", dict(remat="block")),
+            ("self-attention time first", dict(remat="block", scan_layers=False)),
+            ("dot product", dict(remat="dots", attention="chunked")),
+        ],
         ("dot product", dict(remat="dots", attention="chunked")),
-    ],
+    ),
 )
 def test_execution_flags_keep_the_gradient(case, flags):
     params = scenic_params(case)
@@ -202,7 +212,9 @@ def test_attention_backends(case, attention):
     assert_close(logits, reference(variant_config(case), params, pixels)["logits"], "logits")
 
 
-@pytest.mark.parametrize("case", ["encoder", "self-attention time first", "dot product"])
+@pytest.mark.parametrize(
+    "case", mostly_slow(["encoder", "self-attention time first", "dot product"], "dot product")
+)
 def test_bfloat16_is_near(case):
     params = scenic_params(case)
     pixels = pixels_of(variant_config(case))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import numpy_videomae as reference
 import pytest
-from helpers import VIDEOMAE, assert_close, bool_mask, clip, error, forward
+from helpers import VIDEOMAE, assert_close, bool_mask, clip, error, forward, mostly_slow
 
 import vivit_jax
 from checkpoints_convert import trees
@@ -137,7 +137,10 @@ def dual_run():
 
 @pytest.mark.parametrize(
     ("case", "scan_layers"),
-    [*((case, True) for case in CASES), *((case, False) for case in UNROLLED)],
+    mostly_slow(
+        [*((case, True) for case in CASES), *((case, False) for case in UNROLLED)],
+        *((case, True) for case in ("V1", "dual", "dual both", "dual 13 channels")),
+    ),
 )
 def test_pretraining(case, scan_layers):
     params, config = params_of(case), config_of(case, scan_layers=scan_layers)
@@ -157,7 +160,10 @@ def test_pretraining(case, scan_layers):
 
 @pytest.mark.parametrize(
     ("case", "pooled"),
-    [("V1", True), ("V1", False), ("dual both", True), ("dual giant both", True)],
+    mostly_slow(
+        [("V1", True), ("V1", False), ("dual both", True), ("dual giant both", True)],
+        *(("V1", False), ("dual both", True)),
+    ),
 )
 def test_classification(case, pooled):
     config = config_of(case, use_mean_pooling=pooled)

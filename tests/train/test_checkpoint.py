@@ -344,6 +344,7 @@ CHILD = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_whole_checkpoints(tmp_path):
     """SIGKILL at random moments; each next process goes on from what the last one left."""
     rng = random.Random(os.getpid())

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import config_of, random_params
+from helpers import config_of, mostly_slow, random_params
 
 import vivit_jax
 from checkpoints_convert import trees
@@ -336,7 +336,9 @@ def test_pixels_are_those_of_the_processor():
         )
 
 
-@pytest.mark.parametrize(("kind", "mesh"), [("tube", EIGHT), ("dual", ONE)])
+@pytest.mark.parametrize(
+    ("kind", "mesh"), mostly_slow([("tube", EIGHT), ("dual", ONE)], ("tube", EIGHT))
+)
 def test_reconstruction_is_the_model_s_own_loss_of_one_video_at_a_time(dataset, kind, mesh):
     """Whatever the mesh: what hides a video depends on its number only."""
     model = vivit_jax.VideoMAEForPreTraining(

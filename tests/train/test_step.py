@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import mostly_slow
 from tiny_recipes import CLASSES, FINETUNE, PRETRAIN, SIZES, changed
 
 import vivit_jax
@@ -101,11 +102,14 @@ def assert_same(found, expected, tolerance=2e-4):
 
 @pytest.mark.parametrize(
     ("recipe", "mesh", "parts"),
-    [
-        (DUAL, "data=1", 2),
+    mostly_slow(
+        [
+            (DUAL, "data=1", 2),
+            (FINETUNE, "data=2,fsdp=2,tensor=2", 2),
+            (PRETRAIN, "data=2,fsdp=4", 1),
+        ],
         (FINETUNE, "data=2,fsdp=2,tensor=2", 2),
-        (PRETRAIN, "data=2,fsdp=4", 1),
-    ],
+    ),
     ids=name,
 )
 def test_parts_and_meshes_give_the_step_of_one_device(recipe, mesh, parts, alone):

@@ -4,7 +4,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import VIDEOMAE, clip, config_of, forward, random_params, torch_model
+from helpers import VIDEOMAE, clip, config_of, forward, mostly_slow, random_params, torch_model
 from variants import variant_config
 
 import vivit_jax
@@ -150,7 +150,13 @@ def check(model, params, pixels, **options):
 
 
 @pytest.mark.parametrize("kind", ["map", "rollout"])
-@pytest.mark.parametrize("case", [*VIVIT_CASES, "mae cosine", "mae pretraining", "mae loop"])
+@pytest.mark.parametrize(
+    "case",
+    mostly_slow(
+        [*VIVIT_CASES, "mae cosine", "mae pretraining", "mae loop"],
+        *("joint", "encoder", "self-attention time first", "dot product", "mae pretraining"),
+    ),
+)
 def test_against_whole_matrices(case, kind):
     model, params, pixels = made(case)
     check(model, params, pixels, kind=kind)

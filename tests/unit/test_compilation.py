@@ -25,6 +25,7 @@ def instructions(config) -> int:
     return made.step.lower(made.state, made.inputs).as_text().count(" = ")
 
 
+@pytest.mark.slow
 def test_a_scanned_program_does_not_grow_with_depth():
     count = {}
     for scan_layers, layers in ((True, 6), (True, 24), (False, 2), (False, 4)):
@@ -34,6 +35,7 @@ def test_a_scanned_program_does_not_grow_with_depth():
     assert count[False, 4] > 1.3 * count[False, 2]  # so that this can fail; measured 1.73
 
 
+@pytest.mark.slow
 def test_what_remat_keeps():
     """Temporary memory for "block", "dots" and "none": measured 15.4, 25.4 and 52.6 MiB."""
     sizes = dict(

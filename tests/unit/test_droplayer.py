@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import random_params
+from helpers import mostly_slow, random_params
 
 import vivit_jax
 
@@ -90,11 +90,14 @@ def test_it_acts_in_blocks_that_attend_twice(attention_type):
 
 @pytest.mark.parametrize(
     "rates",
-    [
-        dict(drop_path_rate=0.5),
-        dict(hidden_dropout_prob=0.5),
+    mostly_slow(
+        [
+            dict(drop_path_rate=0.5),
+            dict(hidden_dropout_prob=0.5),
+            dict(attention_probs_dropout_prob=0.5),
+        ],
         dict(attention_probs_dropout_prob=0.5),
-    ],
+    ),
 )
 def test_frames_of_a_clip_share_what_is_dropped(rates):
     """As in scenic, which maps the spatial stage over frames with one key: equal frames stay so."""
@@ -153,7 +156,8 @@ def test_temporal_attention_can_start_at_zero_and_learns():
 
 
 @pytest.mark.parametrize(
-    ("family", "scan_layers"), [("factorised encoder", True), ("videomae", False)]
+    ("family", "scan_layers"),
+    mostly_slow([("factorised encoder", True), ("videomae", False)], ("videomae", False)),
 )
 def test_a_batch_in_parts_drops_what_the_whole_one_does(family, scan_layers):
     """What is dropped is drawn from a key for each clip's number, by every kind of dropout."""

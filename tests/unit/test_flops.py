@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import VIDEOMAE, VIVIT
+from helpers import VIDEOMAE, VIVIT, mostly_slow
 from jax.extend.core import jaxprs_in_params
 
 from vivit_jax import PRESETS, Mask, UserError, VideoMAEConfig, VivitConfig
@@ -85,7 +85,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    mostly_slow(VARIANTS, "joint", "factorised encoder", "factorised dot-product sampled frames"),
+)
 def test_vivit(variant):
     config = VivitConfig(**VIVIT | VARIANTS[variant] | EXECUTION)
     model = VivitForVideoClassification(config)
@@ -98,11 +101,14 @@ def test_vivit(variant):
 
 @pytest.mark.parametrize(
     "values",
-    [
-        {},
-        dict(use_mean_pooling=False, num_channels=1),
+    mostly_slow(
+        [
+            {},
+            dict(use_mean_pooling=False, num_channels=1),
+            dict(cosine_attention=True, layer_scale_init=0.1),
+        ],
         dict(cosine_attention=True, layer_scale_init=0.1),
-    ],
+    ),
 )
 def test_videomae(values):
     config = VideoMAEConfig(**VIDEOMAE | values | EXECUTION)
@@ -151,7 +157,14 @@ def loss_and_gradient(model, batch=1, visible=None, decoded=None):
 
 @pytest.mark.parametrize(
     ("variant", "scan_layers"),
-    [*((variant, True) for variant in VARIANTS), ("joint", False), ("factorised encoder", False)],
+    mostly_slow(
+        [
+            *((variant, True) for variant in VARIANTS),
+            ("joint", False),
+            ("factorised encoder", False),
+        ],
+        *((variant, True) for variant in ("factorised encoder", "factorised self-attention")),
+    ),
 )
 def test_vivit_step(variant, scan_layers):
     config = VivitConfig(**VIVIT | VARIANTS[variant] | EXECUTION | dict(scan_layers=scan_layers))

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import mostly_slow
 
 from vivit_jax import VideoMAEConfig, VivitConfig
 from vivit_jax.benchmark.work import Work, program
@@ -70,8 +71,8 @@ def loops(text) -> int:
     return text.count("stablehlo.while")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16"], "bfloat16"))
+@pytest.mark.parametrize("training", mostly_slow([False, True], True))
 @pytest.mark.parametrize("model", MODELS)
 def test_accelerators_get_their_own_tile(model, training, dtype):
     _, step, accelerators, cpus = MODELS[model]

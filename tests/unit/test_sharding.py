@@ -6,7 +6,7 @@ import itertools
 import jax
 import pytest
 from flax import linen as nn
-from helpers import CASES, assert_close, bool_mask, clip, config_of, random_params
+from helpers import CASES, assert_close, bool_mask, clip, config_of, mostly_slow, random_params
 from variants import VARIANTS, variant_config
 
 from vivit_jax import Mask, VivitForVideoClassification
@@ -22,12 +22,15 @@ RULES = [
 
 @pytest.mark.parametrize(
     ("case", "attention"),
-    [
-        *itertools.product(["vivit cls", "mae pretraining"], ["xla", "chunked"]),
-        ("encoder", "xla"),
-        ("self-attention time first", "xla"),
-        ("dot product", "xla"),
-    ],
+    mostly_slow(
+        [
+            *itertools.product(["vivit cls", "mae pretraining"], ["xla", "chunked"]),
+            ("encoder", "xla"),
+            ("self-attention time first", "xla"),
+            ("dot product", "xla"),
+        ],
+        *(("mae pretraining", "chunked"), ("encoder", "xla")),
+    ),
 )
 def test_sharded_forward_equals_one_device(case, attention):
     assert jax.device_count() == 8
