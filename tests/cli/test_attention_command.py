@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import VIDEOMAE, random_params
+from helpers import VIDEOMAE, mostly_slow, random_params
 from PIL import Image, ImageFont
 from variants import variant_config
 
@@ -86,7 +86,9 @@ def contains(page, tile) -> bool:
     return any(np.array_equal(page[y : y + height, x : x + width], tile) for y, x in corners)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", mostly_slow(MODELS, "joint", "encoder", "self-attention", "mae pretraining")
+)
 def test_every_model(models, clip, capsys, drawn, tmp_path, name):
     """Both kinds; the numbers are those of the library on the same pixels."""
     directory = models(name)
@@ -297,6 +299,22 @@ def drawn_as(path, **changes):
 def test_letters_that_the_font_lacks_are_escaped(tmp_path, name, told):
     page = drawn_as(tmp_path / "a.png", title=name, notes=[name])
     np.testing.assert_array_equal(page, drawn_as(tmp_path / "b.png", title=told, notes=[told]))
+
+
+@pytest.mark.parametrize("kind", [".png", ".gif"])
+def test_labels_times_and_answers_are_escaped_as_titles_are(tmp_path, kind):
+    def changes(*words):
+        name, time, answer, remark = words
+        answers = [(answer, "#000000", remark)] if kind == ".png" else []
+        return dict(labels=[name], times=[f"{time}\n0.1 s"], answers=answers)
+
+    # A dollar is a letter like any other.
+    raw = changes("$a_1$ \u89c6", "K\u4e00ln", "\udcff\t", "\x07\r")
+    told = changes(r"$a_1$ \u89c6", r"K\u4e00ln", r"\udcff\t", r"\x07\r")
+    page = drawn_as(tmp_path / f"a{kind}", **raw)
+    np.testing.assert_array_equal(page, drawn_as(tmp_path / f"b{kind}", **told))
+    other = drawn_as(tmp_path / f"c{kind}", **(told | {"labels": [r"a_1 \u89c6"]}))
+    assert other.shape != page.shape or (other != page).any()
 
 
 def test_letters_that_the_font_has_are_drawn():

@@ -6,7 +6,6 @@ Drawn with Pillow alone.
 
 import dataclasses
 import math
-import string
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -100,10 +99,18 @@ class Panels:
         from PIL import Image, ImageDraw, ImageFont
 
         heading, plain, small = (ImageFont.load_default(size) for size in (22, 15, 13))
+        row_labels = [_drawable(label, plain) for label in row_labels]
+        column_labels = [_drawable(label, small) for label in column_labels]
+        answers = [
+            (_drawable(answer, plain), colour, _drawable(remark, small))
+            for answer, colour, remark in answers
+        ]
         height, width = rows[0][0].shape[:2]
         scale = max(1, round(tile / width))
         height, width = scale * height, scale * width
-        left = MARGIN + text_width(plain, *self.labels, *self.times) + COLUMN_GAP
+        # Of all labels and times, so that the pages of a moving picture are of one size.
+        named = (_drawable(text, plain) for text in (*self.labels, *self.times))
+        left = MARGIN + text_width(plain, *named) + COLUMN_GAP
         right = left + len(rows[0]) * (width + GUTTER) - GUTTER
         page_width = right + MARGIN
         if answers:
@@ -181,8 +188,11 @@ def text_width(font, *texts: str) -> int:
 
 
 def _drawable(text: str, font) -> str:
-    r"""The text; what the font lacks, and would draw as boxes, is escaped as in Python: \xf6."""
-    if text.isascii() and text.isprintable():
+    r"""The text; what the font lacks, and would draw as boxes, is escaped as in Python: \xf6.
+
+    Newlines stay: they are between the lines of a label.
+    """
+    if text.isascii() and text.replace("\n", "").isprintable():
         return text
 
     def drawn(letter: str) -> tuple:
@@ -192,7 +202,7 @@ def _drawable(text: str, font) -> str:
     box = drawn("\uffff")  # no letter, so no font has it
 
     def shown(letter: str) -> str:
-        if letter in string.printable:
+        if letter == "\n" or letter.isascii() and letter.isprintable():
             return letter
         # Half of a surrogate pair, which stands for a byte of a file name, cannot be drawn at all.
         has = not "\ud800" <= letter <= "\udfff" and drawn(letter) != box
