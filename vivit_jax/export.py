@@ -88,7 +88,7 @@ def export_model(
     >>> import vivit_jax
     >>> model, params = vivit_jax.from_pretrained("vivit-demo/model")
     >>> artefact = export_model(model, params, platforms=["cpu"])
-    >>> run = jax.export.deserialize(artefact.program)  # needs jax alone
+    >>> run = jax.export.deserialize(artefact.program)  # needs jax and flatbuffers
     >>> clips = np.zeros((3, model.config.num_frames, *model.config.frame_size, 3), "float32")
     >>> run.call(clips)["logits"].shape[0]
     3

@@ -2,8 +2,8 @@
 """Features of untrimmed video: a window of frames slides over it, each gives a row.
 
 Every frame is decoded once, and resized and cropped once however many windows share it. A reader
-thread does that while the model computes, and holds two batches of windows, so memory does not grow
-with the length of the video.
+thread does that while the model computes, and holds two batches of windows, so memory grows with
+the length of the video by the index of its packets only.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ def extract_features(
     exact: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[FeatureRow]:
-    """Yield a `FeatureRow` per window of a video file, in order, in memory that stays constant.
+    """Yield a `FeatureRow` per window of a video file, in order, without holding the video.
 
     `model` and `params` are those of `from_pretrained`, with any head. A window is as many frames
     as the model takes, `frame_stride` apart (default: the recipe's, ViViT 2, VideoMAE 4), and

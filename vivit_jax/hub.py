@@ -18,7 +18,13 @@ _HUB_ID = re.compile(
     r"(?:/(?P<file>[\w./-]+\.(?:safetensors|bin|pth|pt|msgpack)))?"
     r"(?:@(?P<revision>[\w./-]+))?"
 )
-_ALWAYS, _IF_PRESENT = "config.json", "preprocessor_config.json"
+_CONFIG = "config.json"
+# Where transformers has put a processor, the commonest first; a repository needs one of them.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +53,7 @@ def hub_id(source: str | Path, revision: str | None = None) -> HubId | None:
 def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """A local checkpoint directory or file; a hub id is downloaded into the hub's cache.
 
-    Of a hub repository come config.json, preprocessor_config.json and one format of the weights,
+    Of a hub repository come config.json, one of PROCESSOR_FILES and one format of the weights,
     safetensors where there are any; of a weight file in one, the file and those two where they lie
     beside it. Raises CheckpointError for what is neither a path nor a hub id, for an unknown
     repository, file or revision, and when the hub cannot be reached and its cache lacks a file;
@@ -64,12 +70,12 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         return local
     if remote.file is not None:
         return _resolve_file_of(remote)
-    config = _download(remote, _ALWAYS)
+    config = _download(remote, _CONFIG)
     if config is None:
         raise CheckpointError(_without_config(remote))
     # The commit that config.json came from: a push between two downloads must not mix weights.
     remote = dataclasses.replace(remote, revision=config.parent.name)
-    _download(remote, _IF_PRESENT)
+    _processor_file(remote)
     for name in WEIGHT_FILES:
         weights = _download(remote, name)
         if weights is None:
@@ -82,26 +88,29 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     raise CheckpointError(f"{source}: {where} holds none of {', '.join(WEIGHT_FILES)}")
 
 
-def resolve_file(source: str | Path, filename: str, *, revision: str | None = None) -> Path:
-    """One file of a checkpoint: in a directory, beside a weight file, or in a hub repository.
+def resolve_processor(source: str, revision: str | None = None) -> Path:
+    """The first of PROCESSOR_FILES that a hub repository holds, beside the file that is named.
 
-    Raises as `resolve_checkpoint`, and where there is no such file.
+    Raises as `resolve_checkpoint`, and where it holds none of them.
     """
     local, remote = _local_or_remote(source, revision)
-    if local is None:
-        return _required(remote, _beside(remote, filename))
-    path = (local if local.is_dir() else local.parent) / filename
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    return path
+    if local is not None:
+        raise CheckpointError(f"{source} is no hub id but a local path")
+    found = _processor_file(remote)
+    return found or _required(remote, _beside(remote, PROCESSOR_FILES[0]))
+
+
+def _processor_file(remote: HubId) -> Path | None:
+    files = (_download(remote, _beside(remote, name)) for name in PROCESSOR_FILES)
+    return next((file for file in files if file is not None), None)
 
 
 def _resolve_file_of(remote: HubId) -> Path:
     weights = _required(remote, remote.file)
     depth = remote.file.count("/") + 1
     remote = dataclasses.replace(remote, revision=weights.parents[depth - 1].name)
-    for name in (_ALWAYS, _IF_PRESENT):
-        _download(remote, _beside(remote, name))
+    _download(remote, _beside(remote, _CONFIG))
+    _processor_file(remote)
     return weights
 
 
@@ -143,7 +152,7 @@ def _without_config(remote: HubId) -> str:
         except Exception:  # whatever keeps the hub from listing, the message is about config.json
             found = []
     at = "" if remote.revision is None else f"@{remote.revision}"
-    message = f"{remote.repository}{at} on the hub holds no {_ALWAYS}"
+    message = f"{remote.repository}{at} on the hub holds no {_CONFIG}"
     if not found:
         return message
     shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
@@ -171,7 +180,8 @@ def _download(remote: HubId, filename: str, *, required: bool = False) -> Path |
         from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download
         from huggingface_hub import try_to_load_from_cache as cached_path
     except ImportError:
-        raise MissingExtra("huggingface_hub", "hub", f"downloading {source}") from None
+        what = f"{source} is no local path, and downloading it"
+        raise MissingExtra("huggingface_hub", "hub", what) from None
     # What a commit holds and what it lacks does not change, so the hub is not asked twice.
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         cached = cached_path(source, filename, revision=revision)
@@ -186,7 +196,7 @@ def _download(remote: HubId, filename: str, *, required: bool = False) -> Path |
             f"{source} does not exist, and is no hub id either: {first_line(error)}"
         ) from None
     except errors.LocalEntryNotFoundError:
-        if _offline() and not required and filename != _ALWAYS:
+        if _offline() and not required and filename != _CONFIG:
             return None
         reason = "HF_HUB_OFFLINE is set" if _offline() else "the hub cannot be reached"
         raise CheckpointError(

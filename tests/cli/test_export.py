@@ -286,13 +286,6 @@ def test_a_part_that_cannot_be_written_leaves_the_old_files(tiny, tmp_path, caps
     assert all((tmp_path / name).read_text() == "mine" for name in names)
 
 
-def test_no_option_that_cannot_succeed(capsys):
-    """The number of frames is the model's; there was a --frames that refused all but that."""
-    with pytest.raises(SystemExit):
-        run(capsys, "model", "--out", "model.stablehlo", "--frames", "symbolic")
-    assert "Unrecognized" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,7 +17,8 @@ import pytest
 from huggingface_hub import errors
 
 import vivit_jax
-from vivit_jax.hub import HubId, hub_id, resolve_checkpoint, resolve_file
+from vivit_jax.cli.__main__ import main
+from vivit_jax.hub import PROCESSOR_FILES, HubId, hub_id, resolve_checkpoint, resolve_processor
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "someone/tiny-vivit"
@@ -71,13 +72,32 @@ def test_cache_without_weights(cached):
 def test_processor_file(cached):
     path = cached("single")
     with pytest.raises(vivit_jax.CheckpointError, match="preprocessor_config.json"):
-        resolve_file(ID, "preprocessor_config.json")
-    vivit_jax.VideoProcessor.vivit().save_pretrained(path)
-    assert resolve_file(ID, "preprocessor_config.json") == path / "preprocessor_config.json"
-    assert resolve_file(path, "config.json") == path / "config.json"
-    assert resolve_file(path / "model.safetensors", "config.json") == path / "config.json"
-    with pytest.raises(vivit_jax.CheckpointError, match="nothing.json does not exist"):
-        resolve_file(path, "nothing.json")
+        vivit_jax.VideoProcessor.from_pretrained(ID)
+    expected = vivit_jax.VideoProcessor.vivit()
+    usual = expected.save_pretrained(path)
+    assert resolve_processor(ID) == usual
+    nested = {"video_processor": json.loads(usual.read_text())}
+    usual.rename(path / "video_preprocessor_config.json")  # as transformers 5 writes it
+    assert vivit_jax.VideoProcessor.from_pretrained(ID) == expected
+    (path / "video_preprocessor_config.json").unlink()
+    (path / "processor_config.json").write_text(json.dumps(nested))
+    assert vivit_jax.VideoProcessor.from_pretrained(ID) == expected
+    assert vivit_jax.VideoClassifier.from_pretrained(ID).processor == expected
+
+
+def test_a_hub_id_is_looked_up_once(cached, monkeypatch, tmp_path):
+    """Else a push between two looks would mix a processor with other weights."""
+    vivit_jax.VideoProcessor.vivit().save_pretrained(cached("single"))
+    sources = []
+
+    def resolve(source, revision=None):
+        sources.append(source)
+        return resolve_checkpoint(source, revision)
+
+    monkeypatch.setattr("vivit_jax.hub.resolve_checkpoint", resolve)
+    vivit_jax.VideoClassifier.from_pretrained(ID)
+    assert main(["export", ID, "--out", str(tmp_path / "model.stablehlo")]) == 0
+    assert sources.count(ID) == 2 and len(sources) > 2
 
 
 def test_neither_path_nor_hub_id(offline, tmp_path):
@@ -140,14 +160,14 @@ def test_one_weight_format_of_one_commit_is_downloaded(monkeypatch, checkpoints,
     assert resolve_checkpoint(ID) == stored
     assert asked == [
         ("config.json", None),
-        ("preprocessor_config.json", COMMIT),
+        *((name, COMMIT) for name in PROCESSOR_FILES),
         ("model.safetensors", COMMIT),
     ]
 
 
 def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(vivit_jax.MissingExtra, match=r"vivit_jax\[hub\]"):
+    with pytest.raises(vivit_jax.MissingExtra, match=r"is no local path, .*vivit_jax\[hub\]"):
         resolve_checkpoint(ID)
 
 

@@ -494,15 +494,15 @@ def test_hub_id(tmp_path, monkeypatch):
     file.write_text(json.dumps(K400_FILE))
     asked = []
 
-    def resolve_file(source, filename, *, revision=None):
-        asked.append((source, filename, revision))
+    def resolve_processor(source, revision):
+        asked.append((source, revision))
         return file
 
-    hub = types.SimpleNamespace(resolve_file=resolve_file)
+    hub = types.SimpleNamespace(resolve_processor=resolve_processor)
     monkeypatch.setitem(sys.modules, "vivit_jax.hub", hub)
     processor = VideoProcessor.from_pretrained("google/vivit-b-16x2-kinetics400", revision="v1")
     assert processor == VideoProcessor.named("vivit-kinetics400")
-    assert asked == [("google/vivit-b-16x2-kinetics400", "preprocessor_config.json", "v1")]
+    assert asked == [("google/vivit-b-16x2-kinetics400", "v1")]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

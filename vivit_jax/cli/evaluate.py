@@ -103,7 +103,7 @@ def evaluate(
     )
     dataset = evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)
-    net, params = vivit_jax.from_pretrained(model, "classification", dtype=dtype)
+    net, params = vivit_jax.from_pretrained(source.checkpoint.path, "classification", dtype=dtype)
     given = dict(
         clips=clips, crops=crops, sampler=sampler, stride=stride, resize=resize, average=average
     )

@@ -36,7 +36,8 @@ def export(
 
     It takes any number of clips of the model's number of frames, pixel_values float32
     [b, t, h, w, c], and gives a dict: logits of a classifier, last_hidden_state (and pooler_output)
-    of a model without one. Whoever runs it needs jax and flatbuffers, not vivit_jax:
+    of a model without one. Whoever runs it needs jax and flatbuffers (with --params beside also
+    safetensors), not vivit_jax:
 
     jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read())).call(pixel_values)
 
@@ -93,7 +94,9 @@ def export(
     except vivit_jax.UserError as error:  # without one, the file takes pixels as they are
         if preprocess or isinstance(error, vivit_jax.ConfigError):
             raise
-    module, weights = vivit_jax.from_pretrained(model, head, dtype=dtype, param_dtype=param_dtype)
+    module, weights = vivit_jax.from_pretrained(
+        source.checkpoint.path, head, dtype=dtype, param_dtype=param_dtype
+    )
     artefact = export_model(
         module,
         weights,

@@ -76,7 +76,7 @@ def reconstruct(
     processor = processor_of(source)
     read = read_clip(clip, config, stride=stride, start=place, pad=pad)
     pixel_values = read.pixel_values(processor)
-    module, params = vivit_jax.from_pretrained(model)
+    module, params = vivit_jax.from_pretrained(source.checkpoint.path)
     result = predict_hidden(
         module, params, pixel_values, chosen, processor, true_statistics=true_statistics
     )

@@ -234,8 +234,8 @@ class VideoProcessor:
         """Reads the processor of a checkpoint: a directory, a JSON file or a hub id.
 
         A directory may hold preprocessor_config.json, video_preprocessor_config.json or a
-        processor_config.json with a nested section; of a hub id (`org/name`, `org/name@revision`),
-        preprocessor_config.json is read, at `revision`. `overrides` replace fields of the file.
+        processor_config.json with a nested section; of a hub id (`org/name`, `org/name@revision`)
+        the first of these that it holds is read, at `revision`. `overrides` replace fields of it.
         Raises `UserError` if nothing is found, `ConfigError` if the file is wrong.
         """
         path = Path(source)
@@ -244,10 +244,10 @@ class VideoProcessor:
         elif path.is_file():
             candidates = [(path, name) for name in ("image_processor", "video_processor", None)]
         else:
-            from vivit_jax.hub import resolve_file
+            from vivit_jax.hub import resolve_processor
 
-            file = resolve_file(str(source), "preprocessor_config.json", revision=revision)
-            candidates = [(file, None)]
+            path = resolve_processor(str(source), revision)
+            candidates = [each for each in _candidates(path.parent) if each[0] == path]
         found = _first_config(candidates)
         if found is None:
             raise UserError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A video's frames in order, one at a time, in memory that does not grow with its length.
+"""A video's frames in order, one at a time, of which few are held.
 
 Frame k is that of `vivit_jax.data.decode`, bit for bit: what decoding the file from its start
 yields, turned as its display matrix says, up to the first packet that cannot be decoded.
