@@ -89,6 +89,13 @@ def _only_file(directory: Path) -> Path:
         names = ", ".join(path.name for path in found)
         raise CheckpointError(f"{directory} holds several weight files: {names}; name one of them")
     if not found:
+        models = [path.parent.name for path in directory.glob(f"models/*/{WEIGHT_FILES[0]}")]
+        models.sort(key=lambda step: (len(step), step))
+        if models:
+            raise CheckpointError(
+                f"{directory} is a training run; name one of its models, {directory}/models/"
+                f"{models[0]}" + (f" (or {', '.join(models[1:])})" if models[1:] else "")
+            )
         accepted = ", ".join((*WEIGHT_FILES, "checkpoint", "checkpoint_<step>", *_FLAX_FILES))
         raise CheckpointError(
             f"{directory} holds no weights; expected one of {accepted}, or a single file of "

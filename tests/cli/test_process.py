@@ -91,3 +91,11 @@ def test_a_users_mistake_is_one_line_and_status_2(module, args, message):
     done = command(module, *args)
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    """As before `| head -1`."""
+    run = [sys.executable, "-m", "vivit_jax.cli", "recipes"]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        done.stdout.close()
+        assert (done.stderr.read(), done.wait()) == ("", 1)

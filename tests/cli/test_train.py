@@ -10,6 +10,7 @@ import vivit_jax
 from vivit_jax.cli.__main__ import main
 from vivit_jax.recipes import RECIPES, from_dict, recipe_named, to_dict
 from vivit_jax.train.log import read_metrics
+from vivit_jax.train.loop import Outcome
 
 SIZES = dict(
     image_size=16,
@@ -183,6 +184,17 @@ def test_a_recipe_is_shown_with_its_source_and_every_field(capsys):
 
 def test_a_recipe_that_is_none_is_told(capsys):
     assert "did you mean demo-vivit" in refused(capsys, "recipes", "demo-vivid")
+
+
+@pytest.mark.parametrize(("kept", "which"), [(20, "model"), (16, "the best model on the held-out")])
+def test_a_model_of_an_earlier_step_is_said_to_be_the_best(
+    kept, which, data, tmp_path, capsys, monkeypatch
+):
+    outcome = Outcome(20, 20, None, tmp_path / "models" / str(kept), {})
+    monkeypatch.setattr("vivit_jax.train.loop.train", lambda *args, **options: outcome)
+    args = [*PRETRAIN, "--data", str(data / "clips"), "--out", str(tmp_path / "run")]
+    assert main(args) == 0
+    assert capsys.readouterr().out.startswith(f"step 20 done; {which}")
 
 
 @pytest.mark.slow

@@ -333,3 +333,11 @@ def test_interrupted_overwrite_restores_everything(old_directory, monkeypatch, f
         (new / "model.safetensors").write_text("new")
     assert {p.name: p.read_text() for p in old_directory.iterdir() if p.is_file()} == OLD
     assert names(old_directory.parent) == ["out"]
+
+
+def test_a_run_s_directory_is_told_by_its_models(tmp_path):
+    for step in ("18", "20"):
+        (tmp_path / "models" / step).mkdir(parents=True)
+        (tmp_path / "models" / step / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"is a training run; name .*/models/18 \(or 20\)"):
+        open_checkpoint(tmp_path)

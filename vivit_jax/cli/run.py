@@ -3,6 +3,7 @@
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,10 @@ def run(
             "programs there for later runs.",
             args=args,
         )
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UserError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2

@@ -110,7 +110,9 @@ def _run(task: str, options: RunOptions) -> int:
             f"  vivit-jax {task} --out {shlex.quote(str(out))} --resume"
         )
     else:
-        print(f"step {outcome.step} done; model in {outcome.model}, curves in {out}/report.html")
+        last = outcome.model.name == str(outcome.step)
+        which = "model" if last else "the best model on the held-out clips"
+        print(f"step {outcome.step} done; {which} in {outcome.model}, curves in {out}/report.html")
     return 0
 
 
