@@ -64,7 +64,7 @@ class VideoClassifier:
     | `inputs`: a path, an http link, a list | a path, an array of frames, a list or generator |
     | `top_k=5` | `top_k=5` |
     | `num_frames` | the model's own; other lengths are other models |
-    | `frame_sampling_rate=1` | `stride`, by default the recipe's: ViViT 2, VideoMAE 4 |
+    | `frame_sampling_rate=1` | `stride`; default ViViT 2, VideoMAE 4, less in a short video |
     | the clip is the video's beginning | `start="center"`; `"begin"` is theirs |
     | `function_to_apply` | `function_to_apply`: "softmax", "sigmoid", "none"; same defaults |
     | `batch_size=1` | `batch_size=1`: clips that go through the model together |
@@ -126,7 +126,8 @@ class VideoClassifier:
             )
         processor = processor_of(held) if processor is None else processor
         options = dict(dtype=dtype, param_dtype=param_dtype, attention=attention)
-        model, params = from_pretrained(source, revision=revision, **options)
+        # The files that were opened: a push to the hub in between must not mix commits.
+        model, params = from_pretrained(held.checkpoint.path, **options)
         return cls(model, params, processor)
 
     def __call__(self, inputs: Video | Iterable[Video], **options: Any):
@@ -213,12 +214,15 @@ class VideoClassifier:
             )
         reading = dict(stride=stride, start=start, pad=pad, clips=num_clips)
 
-        def read(video: Video) -> tuple[np.ndarray, np.ndarray] | VideoError:
+        def read(name: str, video: Video) -> tuple[np.ndarray, np.ndarray] | VideoError:
             try:
                 clips = read_clips(video, config, **reading)
-                return self._pixels(clips, num_crops), np.stack([clip.indices for clip in clips])
             except VideoError as error:
                 return error
+            try:
+                return self._pixels(clips, num_crops), np.stack([clip.indices for clip in clips])
+            except VideoError as error:  # knows frames, not where they are from
+                return VideoError(f"{name}: {error}")
 
         def finish(name: str, frames: np.ndarray, logits: list[np.ndarray]) -> Classified:
             scores, heads = self._scores(np.stack(logits), average, function_to_apply)
@@ -235,9 +239,22 @@ class VideoClassifier:
         return results()
 
     def _pixels(self, clips: list[Clip], crops: int) -> np.ndarray:
-        """The views of a video as the model takes them: float32 [clips * crops, t, h, w, c]."""
+        """The views of a video as the model takes them: float32 [clips * crops, t, h, w, c].
+
+        Raises VideoError where this video's size does not fit, UserError where none does.
+        """
+        processor, expected = self.processor, self.config.frame_size
         rounding = crop_rounding(VIEW_SAMPLER[self.config.model_type])
-        pixels = np.concatenate([c.pixel_values(self.processor, crops, rounding) for c in clips])
+        pixels = np.concatenate([c.pixel_values(processor, crops, rounding) for c in clips])
+        size = pixels.shape[2:4]
+        stretched = processor.do_resize and "height" in processor.size
+        if size != expected and not (crops > 1 or processor.do_center_crop or stretched):
+            raise VideoError(
+                f"frames of {size[0]} x {size[1]} pixels (h x w"
+                f"{', as resized' if processor.do_resize else ''}), the model takes {expected[0]} "
+                f"x {expected[1]}: set the processor's do_center_crop, or its do_resize with a "
+                "height and width, or resize the video"
+            )
         check_clip(self.config, pixels.shape, any_size=False)
         return pixels
 
@@ -341,7 +358,7 @@ def _read_ahead(videos: Iterable[Video], read, threads: int) -> Iterator[tuple[s
                 except Exception as error:
                     raised = error
                     break
-                ahead.append((name, pool.submit(read, video)))
+                ahead.append((name, pool.submit(read, name, video)))
                 if len(ahead) > threads:
                     name, future = ahead.popleft()
                     yield name, future.result()

@@ -13,6 +13,7 @@ from variants import variant_config
 import vivit_jax
 from vivit_jax.cli import attention_picture, panels
 from vivit_jax.cli.__main__ import main
+from vivit_jax.data.stream import FrameStream
 from vivit_jax.pretrained import build_model
 
 MODELS = {
@@ -221,6 +222,25 @@ def test_arrays_have_no_seconds(capsys, drawn, tmp_path):
     assert "1 channel: the first is shown." in drawn[0].notes
     expected = panels.as_frames(np.load(tmp_path / "c.npy"))
     assert abs(drawn[0].clips[0].astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "step"),
+    [("a.mp4", "libx264", 0.5), ("a.webm", "libvpx", 0.5), ("a.avi", "mpeg4", None)],
+)
+def test_seconds_follow_a_variable_rate(models, capsys, drawn, tmp_path, name, codec, step):
+    """Also where all is decoded from the start; avi has no times, so its rate is taken."""
+    times = None if step is None else [3 + 0.04 * k + step * max(0, k - 10) for k in range(40)]
+    video = write_clip(tmp_path / name, frames=40, size=(64, 96), codec=codec, times=times)
+    args = ("--model", models("mae"), "--stride", "4", "--start", "4", "--out", tmp_path / "a.png")
+    assert run(capsys, video, *args, "--save", tmp_path / "a.npz")[0] == 0
+    frames = np.arange(4, 28, 4)
+    expected = 0.04 * frames + (step or 0) * np.maximum(0, frames - 10)
+    seconds = np.load(tmp_path / "a.npz")["seconds"].reshape(-1)
+    np.testing.assert_allclose(seconds, expected, atol=2e-3)
+    streamed = {frame.index: frame.seconds for frame in FrameStream(video)}
+    np.testing.assert_allclose(seconds, [streamed[k] for k in frames])
+    assert drawn[0].times[-1] == f"frame 24\n{expected[-1]:.2f} s"
 
 
 def test_files_are_not_overwritten_unless_asked(models, clip, capsys, tmp_path):

@@ -2,6 +2,7 @@
 import json
 import os
 import threading
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors import safe_open
 
 import vivit_jax
 from vivit_jax.cli.__main__ import main
+from vivit_jax.cli.extract import _outputs
 from vivit_jax.data.stream import FrameStream
 from vivit_jax.feature_file import RowWriter, read_metadata
 from vivit_jax.features import Windows, _model_for, _program, extract_features
@@ -486,6 +488,8 @@ def test_a_video_shorter_than_a_window(model, capsys, tmp_path):
         (["{video}", "--out", "{tmp}/no/{long}"], "File name too long"),
         (["{video}", "--out", "{tmp}/{long}.npz"], "File name too long"),
         (["{tmp}/{long}.mp4", "--out", "{tmp}/f"], "File name too long"),
+        (["{video}", "--out", "{tmp}/x.npy"], "ends in '.npy'; expected .safetensors or .npz"),
+        (["{video}", "--out", "{tmp}/x.H5"], "a directory (one of this name has to be made first)"),
         (["{video}", "{video}", "--out", "{tmp}/f.npz"], "one file, for 2 videos"),
         (["{video}", "{tmp}/a.mkv", "--out", "{tmp}/f"], "would both be written to"),
         (["{video}", "--out", "{tmp}/f.npz", "--format", "safetensors"], "contradict"),
@@ -530,6 +534,21 @@ def test_outputs_are_checked_before_the_model(video, capsys, tmp_path):
     }.items():
         status, _, err = run(capsys, *args, out)
         assert status == 2 and message in err, err
+
+
+def test_names_that_are_directories(video, tmp_path):
+    (tmp_path / "x.npy").mkdir()
+    for name in ("x.npy", "run.v1", "features"):
+        (job,) = _outputs([video], tmp_path / name, None)
+        assert job == (video, tmp_path / name / "a.safetensors")
+
+
+def test_a_link_is_not_opened(models):
+    link = "https://x.org/a.mp4"
+    for given in (link, Path(link)):  # the second has one slash
+        told = f"^{given}: links are not opened; download the file and give its path$"
+        with pytest.raises(vivit_jax.VideoError, match=told):
+            next(extract_features(*models("mae"), given))
 
 
 def test_models_that_do_not_fit(models, video):

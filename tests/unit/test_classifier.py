@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VideoClassifier` against transformers' pipeline, and its views against their definition."""
 
+import copy
+import dataclasses
 import threading
 
 import jax
@@ -157,6 +159,52 @@ def test_a_video_that_cannot_be_read(classifier, videos, tmp_path):
     assert [result.error is None for result in results] == [True, False, True]
     assert "broken.mp4" in str(results[1].error) and results[1].predictions is None
     assert_alike(results[2].predictions, classifier(videos[1]))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_video_of_another_size_is_named(classifier, rows):
+    """The processor leaves sizes alone, so whether frames fit is up to each video."""
+    processor = dataclasses.replace(classifier.processor, do_resize=False, do_center_crop=False)
+    strict = _with(classifier, processor)
+    (height, width), total = classifier.config.frame_size, classifier.config.num_frames
+    fits = np.full((total, height, width, 3), 90, np.uint8)
+    mixed = [fits, np.pad(fits, ((0, 0), (0, 3), (0, 0), (0, 0))), fits]
+    first, wrong, last = strict.classify(mixed, batch_size=rows)
+    assert first.predictions and last.predictions
+    size = f"frames of {height + 3} x {width} pixels (h x w), the model takes {height} x {width}"
+    assert str(wrong.error).startswith(f"array 1: {size}: set the processor's do_center_crop")
+
+
+def test_frames_too_small_for_crops_are_named(classifier):
+    processor = dataclasses.replace(classifier.processor, do_resize=False)
+    (height, width), total = classifier.config.frame_size, classifier.config.num_frames
+    small = np.full((total, height - 2, width, 3), 90, np.uint8)
+    (found,) = _with(classifier, processor).classify([small], num_crops=3)
+    told = str(found.error)
+    assert told.startswith(f"array 0: frames of {height - 2} x {width} pixels (h x w) are smaller")
+    assert "of which 3 were asked for: take one crop" in told and "augment" not in told
+
+
+def test_a_processor_that_fits_no_video_is_no_videos_fault(classifier):
+    height, width = classifier.config.frame_size
+    processor = dataclasses.replace(classifier.processor, crop_size=(height + 8, width))
+    total = classifier.config.num_frames
+    with pytest.raises(UserError) as raised:
+        _with(classifier, processor)(np.zeros((total, height, width, 3), np.uint8))
+    assert not isinstance(raised.value, VideoError)
+
+
+@pytest.mark.parametrize("link", ["https://x.org/a.mp4", "https://x.org/a.npy"])
+def test_a_link_is_not_opened(classifier, link):
+    with pytest.raises(VideoError, match=f"^{link}: links are not opened; download the file"):
+        classifier(link)
+
+
+def _with(classifier, processor):
+    """The same classifier and its compiled function."""
+    other = copy.copy(classifier)
+    other.processor = processor
+    return other
 
 
 @pytest.mark.parametrize(

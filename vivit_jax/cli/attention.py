@@ -79,7 +79,8 @@ def attention(
         start: Where the clip lies: begin, center, end, or the index of its first frame.
         pad: What to do with a video of fewer frames than the model takes.
         save: File to write the numbers to, .npz: maps [t, h, w], which sum to 1; time_weights [t];
-            class_token_share; frames, the file's frame numbers, of each tubelet [t, n]; seconds.
+            class_token_share; frames, the file's frame numbers, of each tubelet [t, n]; seconds,
+            when they are shown, from the video's first frame on.
         overwrite: Replace `out` and `save` where they exist.
         json: Print a JSON object instead of text.
     """
@@ -100,6 +101,7 @@ def attention(
     from vivit_jax.attention_maps import choose
     from vivit_jax.cli.panels import real_time
     from vivit_jax.data.clip import parse_start, read_clip
+    from vivit_jax.data.decode import frame_times
     from vivit_jax.preprocessing import processor_of
     from vivit_jax.train.pixels import arithmetic
 
@@ -110,11 +112,11 @@ def attention(
     processor = processor_of(source)
     read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
     pixel_values = read.pixel_values(processor)
-    module, params = vivit_jax.from_pretrained(model)
+    module, params = vivit_jax.from_pretrained(source.checkpoint.path)
     found = vivit_jax.map_attention(module, params, pixel_values, **wanted)
 
     indices = read.indices[found.frames]
-    seconds = None if read.fps is None else indices / read.fps
+    seconds = None if read.fps is None else frame_times(clip, indices)
     scale, shift = arithmetic(processor)
     seen = (pixel_values[0, found.frames].astype(np.float64) - shift) / scale / 255
     panels = picture_of(
@@ -196,8 +198,9 @@ def picture_of(found, config, seen, indices: list[int], seconds, *, title: str, 
     ticks = [f"{i}" for i in indices]
     times = [f"frame {i}" for i in indices]
     if seconds is not None:
-        ticks = [f"{tick}\n{s:.2f} s" for tick, s in zip(ticks, seconds, strict=True)]
-        times = [f"{time}\n{s:.2f} s" for time, s in zip(times, seconds, strict=True)]
+        told = ["no time" if np.isnan(s) else f"{s:.2f} s" for s in seconds]
+        ticks = [f"{tick}\n{s}" for tick, s in zip(ticks, told, strict=True)]
+        times = [f"{time}\n{s}" for time, s in zip(times, told, strict=True)]
     return Panels(
         title=title,
         notes=_notes(found, config, about, seen.shape[-1]),

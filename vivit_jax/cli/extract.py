@@ -13,6 +13,9 @@ import tyro
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_directory, check_output, whole_file
 
+# Whoever names such a file wants a file. Other endings may well be a directory's: run.v1.
+_OTHER_FILES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".pkl", ".csv", ".json", ".parquet", ".mp4")
+
 
 def extract(
     videos: Annotated[tuple[Path, ...], tyro.conf.Positional],
@@ -35,10 +38,10 @@ def extract(
 
     A file has the arrays features [rows, d], frame_indices [rows, frames of a window] and
     frame_seconds of the same shape, counted from the video's first frame, and says as JSON what
-    they were made with. Memory does not grow with the length of a video. Videos whose file is there
-    and was made the same way are skipped, so a list that was interrupted goes on. A video that
-    cannot be read is reported on stderr, the others are still done, and the exit status is 1. In
-    Python this is `vivit_jax.extract_features`.
+    they were made with. Memory grows with a video's length by an index of its packets only. Videos
+    whose file is there and was made the same way are skipped, so a list that was interrupted goes
+    on. A video that cannot be read is reported on stderr, the others are still done, and the exit
+    status is 1. In Python this is `vivit_jax.extract_features`.
 
     Args:
         videos: Video files.
@@ -91,7 +94,9 @@ def extract(
     import vivit_jax
 
     # Blocks in a scan are computed all together, also those after the layer.
-    net, params = vivit_jax.from_pretrained(model, dtype=dtype, scan_layers=layer == "last")
+    net, params = vivit_jax.from_pretrained(
+        source.checkpoint.path, dtype=dtype, scan_layers=layer == "last"
+    )
     settings = _settings(net.config, params, processor, how | {"exact": exact})
     if not overwrite:
         jobs = [job for job in jobs if not _is_done(*job, settings)]
@@ -137,6 +142,11 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
         raise UserError(
             f"--out {out} is a file; expected a directory, or for one video a file name that ends "
             f"in {' or '.join(_suffixes())}"
+        )
+    if suffix in _OTHER_FILES and not os.path.isdir(out):
+        raise UserError(
+            f"--out {out} ends in {suffix!r}; expected {' or '.join(_suffixes())}, or a directory "
+            "(one of this name has to be made first)"
         )
     jobs: dict[Path, Path] = {}
     for video in videos:

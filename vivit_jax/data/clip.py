@@ -13,7 +13,7 @@ import numpy as np
 
 from vivit_jax.data.augment import three_crops
 from vivit_jax.data.dataset import open_array
-from vivit_jax.data.decode import probe_video, read_video
+from vivit_jax.data.decode import probe_video, read_video, refuse_link
 from vivit_jax.data.frames import resize
 from vivit_jax.data.sampling import clip_indices, view_indices
 from vivit_jax.errors import ConfigError, UserError, VideoError
@@ -41,6 +41,8 @@ class Clip:
         One crop is the processor's own, in the centre. Several of its `crop_size` are spread evenly
         along the longer side, by `three_crops` with this `rounding`. Warns where a resize takes the
         last channel for alpha.
+
+        Raises VideoError for frames that are smaller than one of several crops.
         """
         if self.mixes_channels(processor):
             logger.warning(
@@ -65,6 +67,14 @@ class Clip:
             do_normalize=False,
         )[0].astype(self.frames.dtype)
         size = processor.crop_size["height"], processor.crop_size["width"]
+        tall, wide = resized.shape[1:3]
+        if tall < size[0] or wide < size[1]:
+            raise VideoError(
+                f"frames of {tall} x {wide} pixels (h x w"
+                f"{', as resized' if processor.do_resize else ''}) are smaller than the crops of "
+                f"{size[0]} x {size[1]}, of which {crops} were asked for: take one crop, or let "
+                "the processor resize to more (its do_resize and size)"
+            )
         cut = three_crops(resized, size, crops, rounding)
         return process(cut, do_resize=False, do_center_crop=False)
 
@@ -184,6 +194,7 @@ def _open_frames(source: str | os.PathLike | np.ndarray) -> np.ndarray | None:
     elif Path(source).suffix.lower() != ".npy":
         return None
     else:
+        refuse_link(os.fsdecode(source))
         path, frames = source, open_array(source)
     if frames.dtype != np.uint8 and frames.dtype.kind != "f":
         raise VideoError(f"{path}: an array of {frames.dtype}; expected uint8, or floats in [0, 1]")

@@ -34,6 +34,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,8 @@ _EXPECTED = "expected a video file such as mp4, mkv, webm, mov or avi"
 _TEXT_CODECS = ("ansi", "bintext", "xbin", "idf")
 # A total that no index reaches.
 _ENDLESS = 2**62
+# Of two slashes a Path keeps one. One letter is a drive.
+_LINK = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,42 @@ def duration_of(times, table: Table, time_base) -> float:
     """Seconds from the first of at least two frames to the end of the last, by their times."""
     shown = int(max(times)) - int(min(times))
     return float((shown + (table.last_duration or shown / (len(times) - 1))) * time_base)
+
+
+def frame_times(path, indices: Sequence[int]) -> np.ndarray:
+    """Seconds, float64 [n], at which frames of a file are shown, counted from frame 0.
+
+    They are the container's presentation times, so they follow a variable frame rate. A container
+    that has none that are known to be right (all but mp4/mov and Matroska/WebM) is taken to have
+    the constant rate it states. A frame without a time is at nan.
+
+    Raises VideoError for what is no readable video file, or has no such frame.
+    """
+    name = checked_path(path)
+    table, places = packet_table(name), pad_indices(indices, _ENDLESS)
+
+    def check(total: int) -> None:
+        try:
+            pad_indices(places, total)
+        except VideoError as error:
+            raise VideoError(f"{name}: {error}") from None
+
+    with open_video(name) as (container, stream):
+        time_base, rate = stream.time_base, stream.average_rate or stream.guessed_rate
+        if container.format.name not in TIMED_CONTAINERS:
+            return places / float(rate) if rate else np.full(len(places), np.nan)
+        shown = None
+        if table.distrust is None:
+            check(table.packets)
+            with _fallback(name):
+                for _ in sparse_frames(container, stream, table, np.unique(places)):
+                    pass  # that the frames are at their packets' times is only known by decoding
+                shown = np.sort(table.pts).tolist()
+    if shown is None:
+        shown = _decode_from_start(name, table, lambda frame: None, set(), int(places.max())).times
+        check(len(shown))
+    ticks = [None if shown[0] is None or shown[k] is None else shown[k] - shown[0] for k in places]
+    return np.array([np.nan if tick is None else float(tick * time_base) for tick in ticks])
 
 
 def read_video(
@@ -284,6 +323,7 @@ def checked_path(path) -> str:
             "(str, bytes or os.PathLike), not an open file or its content"
         )
     name = os.fsdecode(path)
+    refuse_link(name)
     if os.path.isdir(name):
         found = "a directory"
     elif not os.path.exists(name):
@@ -295,6 +335,12 @@ def checked_path(path) -> str:
     else:
         return name
     raise VideoError(f"{name}: {found}; {_EXPECTED}")
+
+
+def refuse_link(name: str) -> None:
+    """VideoError for a link such as https://x.org/a.mp4, also one that was made a Path."""
+    if _LINK.match(name) and not os.path.exists(name):
+        raise VideoError(f"{name}: links are not opened; download the file and give its path")
 
 
 @contextlib.contextmanager
