@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import time
@@ -498,6 +499,107 @@ def test_a_start_that_does_not_fit_is_told(wanted, start, message, image_model, 
     source = {"image": image_model[0], "mae": autoencoder[0]}.get(start, "/nowhere")
     with pytest.raises(UserError, match=message):
         starting_model(changed(wanted, model__start=source), FOLDERS)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "settings", "told"),
+    [
+        (
+            FINETUNE,
+            dict(num_attention_heads=4),
+            "num_attention_heads 4 (there 2); other heads make another function of the same "
+            "weights; take the checkpoint's: --set model.config.num_attention_heads=2",
+        ),
+        (
+            PRETRAIN,
+            dict(decoder_num_attention_heads=4, qkv_bias=False),
+            "--set model.config.qkv_bias=true model.config.decoder_num_attention_heads=2",
+        ),
+        (
+            FINETUNE,
+            dict(hidden_size=32, num_attention_heads=4, patch_size=(4, 8), hidden_act="relu"),
+            "hidden_size 32 (there 16), num_attention_heads 4 (there 2), patch_size (4, 8) (there "
+            "8); take the checkpoint's: --set model.config.hidden_size=16 "
+            "model.config.num_attention_heads=2 model.config.patch_size=8",
+        ),
+    ],
+    ids=["heads", "decoder", "sizes"],
+)
+def test_a_start_of_other_heads_or_sizes_is_refused(wanted, settings, told, autoencoder):
+    config = wanted.model.config | settings
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        starting_model(changed(wanted, model__start=autoencoder[0], model__config=config), FOLDERS)
+    assert f"model.start {autoencoder[0]} " in str(caught.value)
+
+
+def test_a_vivit_of_other_positions_is_refused(tmp_path):
+    config = vivit_jax.VivitConfig(**VIVIT.config, attention_type="factorised_encoder")
+    model = vivit_jax.VivitForVideoClassification(config)
+    vivit_jax.save_pretrained(tmp_path / "model", model, random_params(model))
+    longer = dict(VIVIT.config, num_frames=8)
+    settings = dataclasses.replace(VIVIT, start=str(tmp_path / "model"), config=longer)
+    with pytest.raises(UserError, match=r"num_frames 8 \(there 4\).*model.config.num_frames=4$"):
+        starting_model(dataclasses.replace(FINETUNE, model=settings), FOLDERS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        # What only training or the decoder reads, and another spelling.
+        (dict(decoder_num_attention_heads=4, initializer_range=0.5, patch_size=(8, 8)), []),
+        (
+            dict(hidden_act="gelu_new", num_frames=8, layer_norm_eps=1e-6),
+            [
+                "config differs from the checkpoint's: num_frames 8 (there 4), "
+                "hidden_act 'gelu_new' (there 'gelu'), layer_norm_eps 1e-06 (there 1e-12)"
+            ],
+        ),
+    ],
+    ids=["same", "other"],
+)
+def test_a_config_that_differs_from_the_start_s_is_told(settings, told, autoencoder, caplog):
+    config = FINETUNE.model.config | settings
+    recipe = changed(FINETUNE, model__start=autoencoder[0], model__config=config)
+    report = starting_model(recipe, FOLDERS).report
+    logged = [text for text in caplog.messages if "config differs" in text]
+    assert logged == [f"model.start {autoencoder[0]}: {line}" for line in told]
+    assert [line.strip() for line in report.splitlines() if "config differs" in line] == told
+
+
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [
+        ("videomae-imagenet", None),
+        ("vivit-scenic", "offset False (there True), do_normalize True (there False)"),
+        ("damaged", "pixels are not compared with the checkpoint's"),
+    ],
+)
+def test_a_start_of_other_pixels_is_told(beside, told, autoencoder, tmp_path, caplog):
+    shutil.copytree(autoencoder[0], tmp_path / "model")
+    if beside == "damaged":
+        (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
+    else:
+        vivit_jax.VideoProcessor.named(beside, size=16).save_pretrained(tmp_path / "model")
+    recipe = changed(FINETUNE, model__start=str(tmp_path / "model"))
+    report = starting_model(recipe, FOLDERS).report
+    logged = [text for text in caplog.messages if "processor" in text]
+    if told is None:
+        assert not logged and "processor" not in report
+    else:
+        assert len(logged) == 1 and told in logged[0] and told in report
+        assert logged[0].endswith("the recipe's processor=videomae-imagenet decides")
+
+
+def test_an_image_model_s_pixels_are_compared_too(image_model, tmp_path):
+    """[-1, 1] as ViTs have it, which ViViT's processor reaches in one step less."""
+    shutil.copytree(image_model[0], tmp_path / "model")
+    values = dict(image_processor_type="ViTImageProcessor", image_mean=[0.5] * 3, size=16)
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(values))
+    settings = dataclasses.replace(VIVIT, start=str(tmp_path / "model"))
+    recipe = dataclasses.replace(FINETUNE, model=settings)
+    assert "image_std (0.229, 0.224, 0.225) (there (0" in starting_model(recipe, FOLDERS).report
+    same = dataclasses.replace(recipe, processor="vivit-scenic")
+    assert "processor" not in starting_model(same, FOLDERS).report
 
 
 def test_a_model_is_described_and_built_again(tmp_path):
