@@ -213,7 +213,7 @@ def _check_frames(recipe: Recipe, config: VivitConfig | VideoMAEConfig) -> None:
 def _check_labelled(recipe: Recipe) -> None:
     augment, train = recipe.augment, recipe.train
     clips = train.batch_size * recipe.data.repeats
-    if augment.mix_prob == 0 or (augment.mixup == 0 and augment.cutmix == 0):
+    if not augment.mixes:
         return
     group, part = augment.mix_group or clips, clips // train.accumulate
     if group % 2 or part % group:

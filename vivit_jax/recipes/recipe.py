@@ -73,6 +73,11 @@ class AugmentSettings:
     mix_group: int | None = None  # clips that share one lambda: a paper's batch per device
     smoothing: float = 0.0
 
+    @property
+    def mixes(self) -> bool:
+        """Whether clips are mixed at all."""
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskSettings:

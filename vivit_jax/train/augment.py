@@ -209,11 +209,6 @@ def draw_mixing(keys: jax.Array, size: tuple[int, int], settings: AugmentSetting
     return Mixing(share, cut, box, drawn)
 
 
-def mixes(settings: AugmentSettings) -> bool:
-    """Whether clips are mixed at all."""
-    return settings.mix_prob > 0 and (settings.mixup > 0 or settings.cutmix > 0)
-
-
 def mix(
     key: jax.Array,
     pixels: jax.Array,
@@ -232,7 +227,7 @@ def mix(
     Raises UserError for groups that are odd or do not divide the batch. Source: VideoMAE's and
     scenic's training, whose groups are the clips of one device.
     """
-    if not mixes(settings):
+    if not settings.mixes:
         return pixels, targets
     b, _, height, width, _ = pixels.shape
     group = b if settings.mix_group is None else settings.mix_group

@@ -209,16 +209,15 @@ def _config_notes(
 
 def _pixel_notes(recipe: Recipe, place: Path, image: bool) -> list[str]:
     """What to tell where the processor beside a checkpoint makes other pixels of the same bytes."""
-    from vivit_jax.data.processor import VIDEOMAE, VideoProcessor
-    from vivit_jax.hub import PROCESSOR_FILES
+    from vivit_jax.data.processor import VIDEOMAE, VideoProcessor, processor_file
 
     folder = place if place.is_dir() else place.parent
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        return []
     decides = f"the recipe's processor={recipe.processor} decides"
     # ViTImageProcessor normalises as VideoMAE's does, with the same defaults.
     known_as = {"image_processor_type": VIDEOMAE} if image else {}
     try:
+        if processor_file(folder) is None:
+            return []
         theirs = VideoProcessor.from_pretrained(folder, **known_as)
     except UserError as error:
         return [f"pixels are not compared with the checkpoint's: {error}; {decides}"]

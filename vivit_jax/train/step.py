@@ -16,7 +16,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import platform
 from vivit_jax.masking import MASKS, Mask
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
-from vivit_jax.train.augment import mix, mixes, soft_targets
+from vivit_jax.train.augment import mix, soft_targets
 from vivit_jax.train.losses import multi_head_loss
 from vivit_jax.train.metrics import leading_accuracy
 from vivit_jax.train.optim import trained, update_average
@@ -83,8 +83,8 @@ def make_step(
     that neither the mesh nor `train.accumulate` changes the result beyond rounding: of a batch in
     parts the loss is the mean over all its clips, or, with masks of which not every token counts,
     over all its tokens. A step whose loss or gradients are not finite changes nothing but the
-    counts of steps. Raises UserError where the batch does not divide,
-    and for augmentations of colours where clips are not RGB.
+    counts of steps. Raises UserError where the batch does not divide, and for augmentations of
+    colours where clips are not RGB.
     """
     parts = recipe.train.accumulate
     rows = recipe.train.batch_size * recipe.data.repeats
@@ -200,7 +200,6 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
     config, settings = model.config, recipe.augment
     pixels = training_pixels(processor, settings)
     splits = config.class_splits or (config.num_labels,)
-    mixed = mixes(settings)
 
     def objective(params, key, part):
         augment, mixing, dropout = jax.random.split(key, 3)
@@ -208,13 +207,12 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
         targets = soft_targets(
             part["labels"], config.num_labels, settings.smoothing, config.class_splits
         )
-        if mixed:
-            clips, targets = mix(mixing, clips, targets, settings, rows)
+        clips, targets = mix(mixing, clips, targets, settings, rows)
         out = model.apply(
             {"params": params}, clips, deterministic=False, rows=rows, rngs={"dropout": dropout}
         )
         aside = {}
-        if not mixed:
+        if not settings.mixes:
             aside["accuracy"] = leading_accuracy(config, out.logits, part["labels"])
         return multi_head_loss(out.logits, targets, splits), aside
 
@@ -232,8 +230,7 @@ def _check_division(recipe: Recipe, rows: int, mesh: Mesh) -> None:
     augment, part = recipe.augment, rows // (shards * parts)
     group = augment.mix_group or rows
     # Groups may reach over devices, not over parts, which see each other's clips no more.
-    mixed = recipe.task == "finetune" and mixes(augment)
-    if mixed and parts > 1 and part % group:
+    if recipe.task == "finetune" and augment.mixes and parts > 1 and part % group:
         raise UserError(
             f"augment.mix_group {group} does not divide the {part} clips of a part on a device; "
             "set augment.mix_group, or train.batch_size and train.accumulate"
