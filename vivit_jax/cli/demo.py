@@ -64,9 +64,9 @@ def demo(
     seed: int = 0,
     data_seed: int = 0,
     quick: bool = False,
-    clips_per_class: int = 160,
+    clips_per_class: int | None = None,
     labelled_clips_per_class: int = 4,
-    test_clips_per_class: int = 40,
+    test_clips_per_class: int | None = None,
     epochs: int | None = None,
     overwrite: bool = False,
 ) -> int:
@@ -85,13 +85,18 @@ def demo(
         model: The family to train.
         seed: Seed of the initial weights and of the order of training.
         data_seed: Seed of the data.
-        quick: Take half of the time: a sixth of the pre-training, of which less comes.
-        clips_per_class: Training clips of each of the eight classes.
+        quick: Take half of the time: half of the clips and a sixth of the steps of pre-training,
+            of which less comes.
+        clips_per_class: Training clips of each of the eight classes. Default: 160, or 80 if quick.
         labelled_clips_per_class: Clips of each class that VideoMAE is fine-tuned on.
-        test_clips_per_class: Held-out clips of each class.
+        test_clips_per_class: Held-out clips of each class. Default: 40, or 20 if quick.
         epochs: Passes over the clips, in every training. Default: the recipes'.
         overwrite: Replace what an earlier demo wrote in `out`; other files there stay.
     """
+    if clips_per_class is None:
+        clips_per_class = 80 if quick else 160
+    if test_clips_per_class is None:
+        test_clips_per_class = 20 if quick else 40
     counts = {
         "--clips-per-class": clips_per_class,
         "--labelled-clips-per-class": labelled_clips_per_class,

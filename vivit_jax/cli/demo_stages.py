@@ -58,9 +58,7 @@ def videomae(demo: Demo) -> Outcome:
     finetuning = _run(demo, demo_finetune(), "finetuning", few, start=pretraining)
     scratch = _run(demo, demo_finetune(), "scratch", few)
     used = _use(demo, finetuning, recipe=demo_finetune())
-    with demo.stage("evaluate"):
-        alone = _evaluate(demo, scratch.model, demo_finetune())
-    accuracy, other = used.evaluation.metrics["accuracy"], alone.metrics["accuracy"]
+    accuracy, other = used.evaluation.metrics["accuracy"], scratch.metrics["accuracy"]
     count = demo.labelled * len(CLASSES)
     say(
         f"\nheld-out accuracy with {count} labelled clips: {accuracy:.1%} after pre-training, "
@@ -128,7 +126,7 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
     settings = recipe.train
     epochs = settings.epochs if demo.epochs is None else demo.epochs
     if demo.epochs is None and demo.quick and task == "pretrain":
-        epochs = settings.epochs // 6
+        epochs = settings.epochs // 3  # on half of the clips
     recipe = dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, start=None if start is None else str(start)),
