@@ -8,10 +8,8 @@ the length of the video by the index of its packets only.
 
 import dataclasses
 import functools
-import math
 import os
-import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -23,47 +21,15 @@ from flax.core import meta
 from checkpoints_convert import trees
 from checkpoints_convert.layouts import ARCHITECTURES
 from vivit_jax.config_base import positive_int
-from vivit_jax.data.clip import RECIPE_STRIDE
 from vivit_jax.data.processor import VideoProcessor
-from vivit_jax.data.stream import FrameStream, StreamedFrame, read_ahead
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.data.stream import FrameStream, read_ahead
+from vivit_jax.data.windows import Window, Windows, plan_windows, slide
+from vivit_jax.errors import UserError
 from vivit_jax.pretrained import headless
 from vivit_jax.train.pixels import hashable_arithmetic, scaled_and_shifted
 
 POOLS = ("mean", "cls", "tokens", "head")
-PADS = ("drop", "repeat_last")
 _AHEAD = 2  # batches
-_SECONDS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)s")
-
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Where windows lie: window i has frames i * stride + j * frame_stride for j < num_frames.
-
-    A window is there where all its frames are. With `pad` "repeat_last" one more follows where the
-    others leave frames over that it reaches; past the end it repeats the video's last frame.
-    """
-
-    num_frames: int
-    frame_stride: int
-    stride: int
-    pad: str = "drop"
-
-    @property
-    def span(self) -> int:
-        """Frames of the video from a window's first to its last."""
-        return (self.num_frames - 1) * self.frame_stride + 1
-
-    def frames(self, window: int) -> np.ndarray:
-        """int64 [num_frames], of a window with nothing repeated."""
-        offsets = np.arange(self.num_frames, dtype=np.int64) * self.frame_stride
-        return window * self.stride + offsets
-
-    def use(self, frame: int) -> bool:
-        """Whether a window has this frame."""
-        first = max(0, -(-(frame - self.span + 1) // self.stride))
-        starts = range(first * self.stride, frame + 1, self.stride)
-        return any((frame - start) % self.frame_stride == 0 for start in starts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +39,6 @@ class FeatureRow:
     features: np.ndarray  # [d], or the tokens' [l, d]; in the dtype of the computation
     frame_indices: np.ndarray  # int64 [t]
     frame_seconds: np.ndarray  # float64 [t], from the video's first frame
-
-
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    clip: np.ndarray  # uint8 [t, h, w, c]
-    indices: np.ndarray
-    seconds: np.ndarray
 
 
 def extract_features(
@@ -101,8 +60,8 @@ def extract_features(
 
     `model` and `params` are those of `from_pretrained`, with any head. A window is as many frames
     as the model takes, `frame_stride` apart (default: the recipe's, ViViT 2, VideoMAE 4), and
-    windows begin every `window_stride` frames, or seconds as "0.5s" (default: one begins where the
-    one before ends). `pad` is that of `Windows`.
+    windows begin every `window_stride` frames, or seconds as "0.5s": at the first frame that is
+    shown then or later (default: one begins where the one before ends). `pad` is that of `Windows`.
 
     `layer` is "last" (last_hidden_state, after the final norm where there is one), a number from 0
     (the embedding) to the number of blocks, or "temporal:N" for the second stage of a factorised
@@ -141,54 +100,15 @@ def extract_features(
     check_features(config, processor, layer, pool, ARCHITECTURES[type(model).__name__][1])
     model, params = _model_for(model, meta.unbox(params), layer, pool)
     program = _program(model, layer, pool, values)
-    stream = FrameStream(video)
     return _rows(
-        stream,
-        windows(stream),
+        FrameStream(video),
+        windows,
         processor,
         functools.partial(program, params),
-        config,
         batch_size,
         exact,
         progress,
     )
-
-
-def plan_windows(
-    config, frame_stride: int | None, window_stride: str | int | None, pad: str
-) -> Callable[[FrameStream], Windows]:
-    """The windows of a video, known once its frame rate is. Raises UserError for wrong arguments.
-
-    A stride in seconds is rounded to the nearest number of frames, at least 1.
-    """
-    if pad not in PADS:
-        raise UserError(f"pad must be one of {', '.join(PADS)} (--pad), got {pad!r}")
-    frame_stride = RECIPE_STRIDE[config.model_type] if frame_stride is None else frame_stride
-    if not positive_int(frame_stride):
-        raise UserError(
-            f"frame_stride must be an int of at least 1 (--frame-stride), got {frame_stride!r}"
-        )
-    text = str(config.num_frames * frame_stride if window_stride is None else window_stride)
-    seconds = _SECONDS.fullmatch(text)
-    if not seconds and not (text.isascii() and text.isdecimal()):
-        text = "0"
-    if float(text.rstrip("s")) <= 0:
-        raise UserError(
-            "window_stride must be frames, at least 1, or seconds such as 0.5s (--window-stride), "
-            f"got {window_stride!r}"
-        )
-
-    def of(stream: FrameStream) -> Windows:
-        stride = text
-        if seconds:
-            if not math.isfinite(stream.fps):
-                raise VideoError(
-                    f"{stream.name}: states no frame rate; give --window-stride in frames"
-                )
-            stride = max(1, round(float(seconds[1]) * stream.fps))
-        return Windows(config.num_frames, frame_stride, int(stride), pad)
-
-    return of
 
 
 def check_features(
@@ -314,7 +234,13 @@ def _read_by_head(model: nn.Module, params, pixels) -> jax.Array:
 
 
 def _rows(
-    stream, windows: Windows, processor, program, config, batch_size: int, exact: bool, progress
+    stream: FrameStream,
+    windows: Windows,
+    processor: VideoProcessor,
+    program: Callable,
+    batch_size: int,
+    exact: bool,
+    progress: Callable[[int, int], None] | None,
 ) -> Generator[FeatureRow, None, None]:
     def prepare(image: np.ndarray) -> np.ndarray:
         # Whole numbers from 0 to 255, which the processor returns as floats.
@@ -324,14 +250,12 @@ def _rows(
 
     done = 0
 
-    def counted() -> Iterator[StreamedFrame]:
+    def passed(frames: int) -> None:
         nonlocal done
-        for frame in stream:
-            done = frame.index + 1
-            yield frame
+        done = frames
 
     batches = read_ahead(
-        _batches(slide(counted(), windows, prepare, stream), batch_size), ahead=_AHEAD
+        _batches(slide(stream, windows, prepare, passed), batch_size), ahead=_AHEAD
     )
     waiting: list = []  # a batch that the device computes while the next one is handed to it
     try:
@@ -349,58 +273,8 @@ def _rows(
         batches.close()
 
 
-def slide(
-    frames: Iterable[StreamedFrame],
-    windows: Windows,
-    prepare: Callable[[np.ndarray], np.ndarray],
-    stream: FrameStream,
-) -> Generator[_Window, None, None]:
-    """The windows over frames in order; each frame is prepared once, and held while it is needed.
-
-    Raises VideoError where there is no window.
-    """
-    held: dict[int, tuple[np.ndarray | VideoError, float]] = {}
-    window, frame = 0, None
-
-    def hold(frame: StreamedFrame) -> None:
-        try:
-            image = prepare(frame.image())
-        except VideoError as error:
-            image = error  # which matters where a window has the frame
-        held[frame.index] = image, frame.seconds
-
-    def cut(indices: np.ndarray) -> _Window:
-        images, seconds = zip(*(held[int(k)] for k in indices), strict=True)
-        for image in images:
-            if isinstance(image, VideoError):
-                raise image
-        return _Window(np.stack(images), indices, np.array(seconds, np.float64))
-
-    for frame in frames:
-        if windows.use(frame.index):
-            hold(frame)
-        if frame.index == window * windows.stride + windows.span - 1:
-            yield cut(windows.frames(window))
-            window += 1
-            for k in [k for k in held if k < window * windows.stride]:
-                del held[k]
-    total = frame.index + 1
-    start = window * windows.stride
-    covered = start - windows.stride + windows.span if window else 0
-    if windows.pad == "repeat_last" and start < total and covered < total:
-        if total - 1 not in held:
-            hold(frame)
-        yield cut(np.minimum(windows.frames(window), total - 1))
-    elif not window:
-        raise VideoError(
-            f"{stream.name}: {total} frames, fewer than the {windows.span} of a window "
-            f"({windows.num_frames} frames, {windows.frame_stride} apart): use a smaller "
-            f"--frame-stride, or --pad repeat_last{stream.shortage(total)}"
-        )
-
-
-def _batches(windows: Generator[_Window, None, None], size: int) -> Generator[list[_Window]]:
-    batch: list[_Window] = []
+def _batches(windows: Generator[Window, None, None], size: int) -> Generator[list[Window]]:
+    batch: list[Window] = []
     try:
         for window in windows:
             batch.append(window)
@@ -413,7 +287,7 @@ def _batches(windows: Generator[_Window, None, None], size: int) -> Generator[li
         windows.close()
 
 
-def _compute(program: Callable, batch: list[_Window], size: int, exact: bool) -> list[jax.Array]:
+def _compute(program: Callable, batch: list[Window], size: int, exact: bool) -> list[jax.Array]:
     """What the model makes of a batch, on its way: one array [rows, ...], or one per row."""
     if exact:
         return [program(window.clip[None]) for window in batch]
@@ -423,7 +297,7 @@ def _compute(program: Callable, batch: list[_Window], size: int, exact: bool) ->
     return [program(np.stack(clips))]
 
 
-def _fetch(batch: list[_Window], outputs: list[jax.Array]) -> Iterator[FeatureRow]:
+def _fetch(batch: list[Window], outputs: list[jax.Array]) -> Iterator[FeatureRow]:
     rows = (row for output in outputs for row in np.asarray(output))
     for window, row in zip(batch, rows, strict=False):
         yield FeatureRow(row, window.indices, window.seconds)

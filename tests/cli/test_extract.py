@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import re
+import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -15,9 +18,13 @@ import vivit_jax
 from vivit_jax.cli.__main__ import main
 from vivit_jax.cli.extract import _outputs
 from vivit_jax.data.stream import FrameStream
+from vivit_jax.data.windows import Windows, slide
 from vivit_jax.feature_file import RowWriter, read_metadata
-from vivit_jax.features import Windows, _model_for, _program, extract_features
+from vivit_jax.features import _model_for, _program, extract_features
+from vivit_jax.progress import LiveLine
 
+# The package has the command's function under the module's name.
+extract_module = sys.modules["vivit_jax.cli.extract"]
 FRAMES = 90
 STAGED = VIVIT | dict(attention_type="factorised_encoder", num_temporal_layers=2)
 CLASSES = {
@@ -235,8 +242,6 @@ def test_a_batch_at_once_is_equal_to_rounding_and_drops_what_fills_it(models, vi
     ],
 )
 def test_which_windows_there_are(models, tmp_path, total, windows, expected):
-    from vivit_jax.features import slide
-
     path = write_clip(tmp_path / "a.mp4", frames=total)
     prepared = []
 
@@ -245,22 +250,33 @@ def test_which_windows_there_are(models, tmp_path, total, windows, expected):
         return image
 
     stream = FrameStream(path)
-    found = list(slide(stream, Windows(*windows), prepare, stream))
+    found = list(slide(stream, Windows(*windows), prepare))
     assert [w.indices.tolist() for w in found] == expected
     for window in found:
         np.testing.assert_array_equal(
             window.clip, vivit_jax.read_video(path, indices=window.indices)
         )
         np.testing.assert_allclose(window.seconds, window.indices / 25, atol=1e-9)
-    # Shared frames are prepared once; those of a window that was dropped may be prepared in vain.
-    assert len({k for row in expected for k in row}) <= len(prepared) <= total
+    # Shared frames are prepared once, and with those of a window that was dropped in the end none
+    # that no window has.
+    num_frames, frame_stride, stride, _ = windows
+    offsets = range(0, num_frames * frame_stride, frame_stride)
+    wanted = {start + k for start in range(0, total, stride) for k in offsets}
+    wanted |= {k for row in expected for k in row}
+    assert len(prepared) == len(wanted & set(range(total)))
 
 
-def test_use_is_the_union_of_all_windows():
-    for num_frames, stride, start in [(3, 2, 5), (4, 3, 1), (2, 5, 3), (3, 1, 7), (1, 1, 4)]:
-        windows = Windows(num_frames, stride, start)
-        expected = {i * start + j * stride for i in range(60) for j in range(num_frames)}
-        assert {k for k in range(50) if windows.use(k)} == {k for k in expected if k < 50}
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_windows_by_the_second_follow_the_times_of_the_file(tmp_path, suffix):
+    """25 frames a second, a second of nothing after frame 9, then a frame every 0.3 s."""
+    times = [*(k / 25 for k in range(10)), *(1.36 + 0.3 * k for k in range(5))]
+    path = write_clip(tmp_path / f"a{suffix}", frames=len(times), times=times)
+    windows = Windows(2, 1, 0.2, "repeat_last", in_seconds=True)
+    found = list(slide(FrameStream(path), windows, lambda image: image))
+    # Of 0.4 to 1.2 s the first frame is the same. The one from frame 14 on would show nothing new.
+    assert [w.indices.tolist() for w in found] == [[k, k + 1] for k in (0, 5, 10, 11, 12, 13)]
+    for window in found:
+        np.testing.assert_allclose(window.seconds, np.array(times)[window.indices], atol=6e-4)
 
 
 def test_damage_counts_where_a_window_has_the_frame(models, tmp_path):
@@ -295,8 +311,8 @@ def test_seconds_progress_and_padding(model, video, capsys, tmp_path):
     args = ("--model", model, "--out", out, "--window-stride", "0.5s", "--pad", "repeat_last")
     status, _, _ = run(capsys, video, *args, "--frame-stride", 5)
     assert status == 0
-    # Half a second is 12.5 frames, rounded to 12; 26 frames from a window's first to its last.
-    starts = [*range(0, 65, 12), 72]
+    # Half a second is 12.5 frames; 26 frames from a window's first to its last.
+    starts = [0, 13, 25, 38, 50, 63, 75]
     indices = [[min(s + 5 * j, FRAMES - 1) for j in range(6)] for s in starts]
     np.testing.assert_array_equal(load(out)["frame_indices"], indices)
     assert read_metadata(out)["settings"]["window_stride"] == "0.5s"
@@ -561,3 +577,24 @@ def test_models_that_do_not_fit(models, video):
         extract_features(*staged, video, layer="temporal:3")
     with pytest.raises(vivit_jax.UserError, match="the model has none: use --pool mean"):
         extract_features(*staged, video, pool="head")
+
+
+def test_a_list_says_how_much_of_it_is_left(model, video, monkeypatch, capsys, tmp_path):
+    """At intervals, of the video and of all; no time for a video that is not there."""
+    monkeypatch.setattr(extract_module, "LiveLine", partial(LiveLine, every_seconds=0.0))
+    videos = [tmp_path / f"{k}.mp4" for k in range(3)]
+    for path in (videos[0], videos[2]):
+        path.write_bytes(video.read_bytes())
+    args = ("--model", model, "--out", tmp_path / "out", "--window-stride", 4, "--batch-size", 2)
+    status, out, err = run(capsys, *videos, *args)
+    assert status == 1 and "1.mp4" in err
+    said = out.splitlines()
+    assert len(said) == 2 and re.search(r"; 2 more, 0:00:0\d left$", said[0])
+    assert said[1].endswith("2.safetensors")
+    live = [line for line in err.splitlines() if line.startswith("[")]
+    form = r"\[{n}/3\] {k}.mp4, frame \d+/90  \d+ frames/s  \S+ left  all videos: \S+ left"
+    for k in (0, 2):
+        mine = [line for line in live if line.startswith(f"[{k + 1}/3]")]
+        assert re.fullmatch(form.format(n=k + 1, k=k), mine[-1]), mine
+        assert f"frame {FRAMES}/{FRAMES}" in mine[-1]
+    assert "frames/s  0:00:00 left  all videos: 0:00:00 left" in live[-1]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax extract`: features of untrimmed videos, by a window that slides over each."""
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ import tyro
 
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_directory, check_output, whole_file
+from vivit_jax.progress import LiveLine, Pace
 
 # Whoever names such a file wants a file. Other endings may well be a directory's: run.v1.
 _OTHER_FILES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".pkl", ".csv", ".json", ".parquet", ".mp4")
@@ -55,8 +57,9 @@ def extract(
             [rows, l, d]; head, what a classifier reads. A numbered layer of a factorised encoder
             has tokens [t, s, d] and a class token for each frame.
         frame_stride: Frames between a window's frames. Default: the recipe's (ViViT 2, VideoMAE 4).
-        window_stride: Frames between the beginnings of windows, or seconds such as 0.5s. Default:
-            one begins where the one before ends.
+        window_stride: Frames between the beginnings of windows, or seconds such as 0.5s, when each
+            begins at the first frame shown then or later. Default: one begins where the one before
+            ends.
         pad: What to do with frames left over at the end, and with a video shorter than a window:
             drop leaves them out, and the short video is an error; repeat_last adds a window that
             repeats the last frame.
@@ -74,8 +77,9 @@ def extract(
     import jax
 
     from checkpoints_convert.source import open_source
+    from vivit_jax.data.windows import plan_windows
     from vivit_jax.errors import VideoError
-    from vivit_jax.features import check_features, extract_features, plan_windows
+    from vivit_jax.features import check_features, extract_features
     from vivit_jax.preprocessing import processor_of
 
     source = open_source(model, dtype=dtype)
@@ -102,8 +106,8 @@ def extract(
         jobs = [job for job in jobs if not _is_done(*job, settings)]
     if out.suffix.lower() not in _suffixes():
         out.mkdir(parents=True, exist_ok=True)
-    failed = False
-    for i, (video, path) in enumerate(jobs):
+    failed, listing = False, _Listing([video for video, _ in jobs])
+    for video, path in jobs:
         rows = lambda progress, video=video: extract_features(  # noqa: E731
             *(net, params, processor, video),
             **how,
@@ -111,13 +115,61 @@ def extract(
             exact=exact,
             progress=progress,
         )
-        title = video.name if len(jobs) == 1 else f"[{i + 1}/{len(jobs)}] {video.name}"
         try:
-            _write(video, path, rows, {"model": model, "settings": settings}, title)
+            with listing.of(video) as progress:
+                done = _write(video, path, rows, {"model": model, "settings": settings}, progress)
         except VideoError as error:
             failed = True
             print(error, file=sys.stderr)
+        else:
+            print(f"{done}{listing.rest()}", flush=True)
     return int(failed)
+
+
+class _Listing:
+    """How a list of videos gets on: of each by its frames, of all by their bytes."""
+
+    def __init__(self, videos: Sequence[Path]):
+        self._sizes = {video: video.stat().st_size if video.exists() else 0 for video in videos}
+        self._count, self._number = len(videos), 0
+        self._pace, self._behind, self._total = Pace(), 0, sum(self._sizes.values())
+
+    @contextlib.contextmanager
+    def of(self, video: Path) -> Iterator[Callable[[int, int], None]]:
+        """Gives the function to call with the video's frames so far and those announced."""
+        self._number += 1
+        size, pace, line = self._sizes[video], Pace(), None
+        place = f"[{self._number}/{self._count}] " if self._count > 1 else ""
+
+        def progress(frames: int, announced: int) -> None:
+            nonlocal line
+            if line is None:
+                line = LiveLine(f"{place}{video.name}, frame", announced, ends=False)
+            now = self._behind + size * min(1.0, frames / max(announced, 1))
+            pace.update(frames)
+            self._pace.update(now)
+            parts = [pace.rate and f"{pace.rate:.0f} frames/s", pace.left(announced - frames)]
+            everything = self._pace.left(self._total - now)
+            if self._count > 1 and everything:
+                parts.append(f"all videos: {everything}")
+            line.update(frames, "  ".join(filter(None, parts)))
+
+        try:
+            yield progress
+        except BaseException:
+            self._total -= size  # which took no time that says something of the others
+            raise
+        else:
+            self._behind += size
+        finally:
+            if line is not None:
+                line.close()
+
+    def rest(self) -> str:
+        """Ends the line on a video that is done: what of the list is left."""
+        more = self._count - self._number
+        time_left = self._pace.left(self._total - self._behind)
+        return f"; {more} more, {time_left}" if more and time_left else ""
 
 
 def _suffixes() -> tuple[str, ...]:
@@ -221,40 +273,39 @@ def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def _write(video: Path, path: Path, rows_of, made: dict[str, Any], title: str) -> None:
+def _write(
+    video: Path, path: Path, rows_of, made: dict[str, Any], progress: Callable[[int, int], None]
+) -> str:
+    """Write a video's file, whole or not at all, and say what it is."""
     import numpy as np
-    from tqdm import tqdm
 
     import vivit_jax
     from vivit_jax.feature_file import RowWriter
 
     started, done = time.monotonic(), 0
-    # On a terminal only; elsewhere the line at the end says all.
-    bar = tqdm(unit=" frames", desc=title, disable=None, leave=False)
 
-    def progress(frames: int, announced: int) -> None:
+    def count(frames: int, announced: int) -> None:
         nonlocal done
-        done, bar.total = frames, announced
-        bar.update(frames - bar.n)
+        done = frames
+        progress(frames, announced)
 
-    with bar:
-        rows = rows_of(progress)
-        state = _state(video)
-        with whole_file(path) as partial, RowWriter(partial) as file:
-            for row in rows:
-                features = row.features
-                if features.dtype.name == "bfloat16" and path.suffix.lower() == ".npz":
-                    features = features.astype(np.float32)
-                file.add(
-                    features=features,
-                    frame_indices=row.frame_indices,
-                    frame_seconds=row.frame_seconds,
-                )
-            about = {"path": str(video), "frames": done, "file": state}
-            file.finish(made | {"video": about, "vivit_jax": vivit_jax.__version__})
+    rows = rows_of(count)
+    state = _state(video)
+    with whole_file(path) as partial, RowWriter(partial) as file:
+        for row in rows:
+            features = row.features
+            if features.dtype.name == "bfloat16" and path.suffix.lower() == ".npz":
+                features = features.astype(np.float32)
+            file.add(
+                features=features,
+                frame_indices=row.frame_indices,
+                frame_seconds=row.frame_seconds,
+            )
+        about = {"path": str(video), "frames": done, "file": state}
+        file.finish(made | {"video": about, "vivit_jax": vivit_jax.__version__})
     seconds = time.monotonic() - started
     shape = "x".join(map(str, (file.rows, *features.shape)))
-    print(
+    return (
         f"{video}: {shape} features of {done} frames in {seconds:.1f} s "
         f"({done / seconds:.0f} frames/s), written to {path}"
     )

@@ -2,11 +2,9 @@
 """What a run tells while it trains: metrics.jsonl, TensorBoard files and a live line."""
 
 import collections
-import datetime
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any, Literal, TextIO
 
 from vivit_jax.errors import MissingExtra, UserError
 from vivit_jax.files import whole_file
+from vivit_jax.progress import LiveLine, left
 
 METRICS = "metrics.jsonl"
 Kind = Literal["train", "evaluate", "event"]
@@ -157,16 +156,6 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return lines
 
 
-def _is_terminal(stream: TextIO) -> bool:
-    if not stream.isatty():
-        return False
-    try:
-        # Some pseudo-terminals say they have no columns, in which a live line would be empty.
-        return os.get_terminal_size(stream.fileno()).columns > 0
-    except OSError:
-        return True
-
-
 class Progress:
     """How training gets on: one live line on a terminal, a line every so often elsewhere.
 
@@ -186,28 +175,19 @@ class Progress:
         enabled: bool = True,
     ):
         self._total, self._step, self._clips = total_steps, first_step, clips_per_step
-        self._stream = sys.stderr if stream is None else stream
-        self._every, self._printed = every_seconds, -math.inf
         self._recent: collections.deque = collections.deque(maxlen=50)
         self._updates = 0
-        self._bar = None
-        self._enabled = enabled
-        if enabled and _is_terminal(self._stream):
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total_steps,
-                initial=first_step,
-                file=self._stream,
-                dynamic_ncols=True,
-                bar_format="step {n_fmt}/{total_fmt} |{bar:12}| {desc}",
+        self._line = None
+        if enabled:
+            self._line = LiveLine(
+                "step", total_steps, first_step, stream=stream, every_seconds=every_seconds
             )
 
     def update(
         self, step: int, *, loss: float, lr: float, wait_seconds: float, seconds: float
     ) -> None:
         """Show `step` as done; `seconds` passed since the last update, `wait_seconds` idle."""
-        if not self._enabled:
+        if self._line is None:
             return
         self._updates += 1
         if self._updates == 2:
@@ -219,31 +199,19 @@ class Progress:
         if self._updates == 1:
             parts.append(f"{total:.1f} s, with compilation")
         elif total > 0 and steps > 0:
-            left = datetime.timedelta(seconds=round((self._total - step) * total / steps))
             parts += [
                 f"{steps * self._clips / total:.1f} clips/s",
                 f"{wait / total:.0%} waiting",
-                f"{left} left",
+                left((self._total - step) * total / steps),
             ]
-        text = "  ".join(parts)
-        if self._bar is not None:
-            self._bar.set_description_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        if now - self._printed >= self._every or step >= self._total:
-            self._printed = now
-            print(f"step {step}/{self._total}  {text}", file=self._stream, flush=True)
+        self._line.update(step, "  ".join(parts))
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the live line."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif self._enabled:
-            print(text, file=self._stream, flush=True)
+        if self._line is not None:
+            self._line.say(text)
 
     def close(self) -> None:
         """Leave the last state of the live line and end it."""
-        if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()
+        if self._line is not None:
+            self._line.close()

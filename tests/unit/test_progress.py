@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+import io
+
+import pytest
+
+from vivit_jax import progress
+from vivit_jax.progress import LiveLine, Pace
+
+
+class Clock:
+    """Stands in for `time` in `vivit_jax.progress`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_what_is_no_terminal_gets_a_line_at_intervals(clock):
+    stream = io.StringIO()
+    line = LiveLine("a.mp4, frame", 100, stream=stream, every_seconds=30, ends=False)
+    for second in range(1, 100):
+        clock.now += 1
+        line.update(second, f"at {second} s")
+    line.update(100, "done")
+    line.close()
+    assert stream.getvalue().splitlines() == [
+        f"a.mp4, frame {second}/100  at {second} s" for second in (30, 60, 90)
+    ]
+
+
+def test_a_terminal_gets_one_line_whatever_the_name_holds(clock):
+    stream = Terminal()
+    line = LiveLine("{0}{name}.mp4, frame", 4, stream=stream, ends=False)
+    for k in range(1, 5):
+        line.update(k, f"text {k}")
+    line.say("told")
+    line.close()
+    text = stream.getvalue()
+    assert "{0}{name}.mp4, frame 4/4 |" in text and "text 4" in text
+    assert text.count("\n") == 1 and "told\n" in text  # the live line itself is gone
+
+
+def test_pace_leaves_the_first_update_out(clock):
+    pace = Pace()
+    clock.now += 60  # of compilation
+    pace.update(10)
+    assert pace.rate == 0 and pace.left(90) is None
+    clock.now += 5
+    pace.update(20)
+    assert pace.rate == 2 and pace.left(80) == "0:00:40 left"
+    clock.now += 5
+    pace.update(20)  # a pause counts
+    assert pace.left(80) == "0:01:20 left" and pace.left(-3) == "0:00:00 left"
