@@ -13,6 +13,7 @@ from variants import variant_config
 import vivit_jax
 from vivit_jax.cli import attention_picture, panels
 from vivit_jax.cli.__main__ import main
+from vivit_jax.data.decode import frame_times
 from vivit_jax.data.stream import FrameStream
 from vivit_jax.pretrained import build_model
 
@@ -243,6 +244,37 @@ def test_seconds_follow_a_variable_rate(models, capsys, drawn, tmp_path, name, c
     assert drawn[0].times[-1] == f"frame 24\n{expected[-1]:.2f} s"
 
 
+def test_movies_play_as_fast_as_a_file_of_variable_rate(models, capsys, tmp_path):
+    times = np.array([3 + 0.04 * k + 0.5 * max(0, k - 10) for k in range(40)])
+    video = write_clip(tmp_path / "a.mp4", frames=40, size=(64, 96), times=times)
+    args = ("--model", models("mae"), "--stride", "4", "--start", "4")
+    for name in ("b.mp4", "b.gif"):
+        assert run(capsys, video, *args, "--out", tmp_path / name)[0] == 0
+    shown = times[4:28:4] - times[4]
+    np.testing.assert_allclose(frame_times(tmp_path / "b.mp4", range(6)), shown, atol=1e-3)
+    holds = [*np.diff(shown), np.median(np.diff(shown))]
+    duration = vivit_jax.probe_video(tmp_path / "b.mp4").duration
+    np.testing.assert_allclose(duration, sum(holds), atol=2e-3)
+    with Image.open(tmp_path / "b.gif") as gif:
+        for i, hold in enumerate(holds):
+            gif.seek(i)
+            assert gif.info["duration"] == 10 * round(100 * hold)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "holds"),
+    [
+        (None, [0.1, 0.1, 0.1, 0.1]),
+        ([0, 0.2, 0.3, 0.7], [0.2, 0.1, 0.4, 0.2]),
+        ([0, 0.2, 0.4, 0.4], [0.2, 0.2, 0.2, 0.2]),  # the last one stands in for a missing one
+        ([0, np.nan, 0.4, 0.5], [0.1, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_how_long_frames_stay(seconds, holds):
+    seconds = None if seconds is None else np.array(seconds)
+    np.testing.assert_allclose(panels.real_time(seconds, 4), holds)
+
+
 def test_files_are_not_overwritten_unless_asked(models, clip, capsys, tmp_path):
     args = (clip, "--model", models("mae"), "--out", tmp_path / "a.png")
     for name, flag in (("a.png", "--out"), ("a.npz", "--save")):
@@ -304,7 +336,7 @@ def small_panels(**changes):
 
 
 def drawn_as(path, **changes):
-    small_panels(**changes).save(path, 1)
+    small_panels(**changes).save(path, [1.0])
     with Image.open(path) as image:
         return np.asarray(image)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vivit_jax.cli.reconstruct import DEFAULT_FPS, SUFFIXES
+from vivit_jax.cli.reconstruct import SUFFIXES
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
 
@@ -129,7 +129,7 @@ def attention(
         about=model,
     )
     with whole_file(out) as partial:
-        panels.save(partial, real_time(indices, read.fps or DEFAULT_FPS))
+        panels.save(partial, real_time(seconds, len(indices)))
     if save is not None:
         # Given a name, numpy adds .npz to one that ends in .NPZ.
         with whole_file(save) as partial, partial.open("wb") as file:

@@ -7,7 +7,6 @@ Drawn with Pillow alone.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,15 @@ class Panels:
     # Draws what lies under the frames: (width in pixels, indices of the frames above) -> picture.
     footer: Callable[[int, Sequence[int]], Any] | None = None
 
-    def save(self, path: Path, fps: float) -> None:
-        """What the suffix of `path` says; a png does not move."""
+    def save(self, path: Path, holds: Sequence[float]) -> None:
+        """What the suffix of `path` says; a png does not move, else frame i stays holds[i] s."""
         kind = path.suffix.lower()
         if kind == ".png":
             self.save_png(path)
         elif kind == ".mp4":
-            self.save_mp4(path, fps)
+            self.save_mp4(path, holds)
         else:
-            self.save_gif(path, fps)
+            self.save_gif(path, holds)
 
     def save_png(self, path: Path) -> None:
         """A row per clip, a column per frame; of many, MOST_COLUMNS from the first to the last."""
@@ -59,21 +58,21 @@ class Panels:
         page = told._page(rows, self.labels, [self.times[i] for i in shown], TILE, self.answers)
         self._with_footer(page, shown).save(path, "PNG")
 
-    def save_mp4(self, path: Path, fps: float) -> None:
-        """The clips side by side at `fps` frames per second."""
+    def save_mp4(self, path: Path, holds: Sequence[float]) -> None:
+        """The clips side by side."""
         from vivit_jax.data.synthetic import write_mp4
 
         pages = np.stack([np.asarray(page) for page in self._moving()])
         # H.264 stores colour for 2x2 pixels, so both sides have to be even.
         odd = [(0, size % 2) for size in pages.shape[1:3]]
         pages = np.pad(pages, [(0, 0), *odd, (0, 0)], constant_values=255)
-        write_mp4(path, pages, Fraction(fps).limit_denominator(1000))
+        write_mp4(path, pages, holds=holds)
 
-    def save_gif(self, path: Path, fps: float) -> None:
+    def save_gif(self, path: Path, holds: Sequence[float]) -> None:
         """The clips side by side, over and over; a gif counts time in hundredths of a second."""
         first, *rest = self._moving()
-        duration = max(2, round(100 / fps)) * 10
-        first.save(path, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+        durations = [max(2, round(100 * hold)) * 10 for hold in holds]
+        first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
     def _moving(self) -> list:
         pages = (
@@ -166,13 +165,17 @@ def as_frames(clip: np.ndarray, hatched: bool = False) -> np.ndarray:
     return np.rint(255 * np.clip(np.where(np.isnan(clip), blank, clip), 0, 1)).astype(np.uint8)
 
 
-def real_time(indices: Sequence[int], fps: float) -> float:
-    """The rate at which frames `indices` of a file of `fps` frames per second play as fast as it.
+def real_time(seconds: np.ndarray | None, count: int) -> list[float]:
+    """How long each of `count` frames, shown at `seconds` of a file, stays in a movie of them.
 
-    Frames at the end that stand in for missing ones do not count.
+    Until the next one; of the last, of one that stands in for a missing one, and of one without a
+    time it is as long as usual (the median). Without times it is a tenth of a second, as in the
+    demo's clips.
     """
-    step = max(int(indices[1] - indices[0]), 1) if len(indices) > 1 else 1
-    return fps / step
+    steps = np.diff(np.full(count, np.nan) if seconds is None else seconds, append=np.nan)
+    known = steps[steps > 0]
+    usual = float(np.median(known)) if len(known) else 0.1
+    return [float(step) if step > 0 else usual for step in steps]
 
 
 def channels_note(channels: int) -> str | None:

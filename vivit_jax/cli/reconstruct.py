@@ -11,8 +11,6 @@ from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
 
 SUFFIXES = (".png", ".mp4", ".gif")
-# For arrays, which have no frame rate; that of the demo's clips.
-DEFAULT_FPS = 10.0
 
 
 def reconstruct(
@@ -65,6 +63,7 @@ def reconstruct(
     import vivit_jax
     from vivit_jax.cli.panels import channels_note, real_time
     from vivit_jax.data.clip import parse_start, read_clip
+    from vivit_jax.data.decode import frame_times
     from vivit_jax.preprocessing import processor_of
     from vivit_jax.reconstruction import error_table, rmse
     from vivit_jax.reconstruction import reconstruct as predict_hidden
@@ -83,6 +82,7 @@ def reconstruct(
     errors = rmse([result])
 
     indices = [int(i) for i in read.indices]
+    seconds = None if read.fps is None else frame_times(clip, indices)
     panels = panels_of(
         result,
         title=f"{clip.name}, reconstructed from {1 - result.hidden.mean():.0%} of it",
@@ -90,7 +90,7 @@ def reconstruct(
         times=[f"frame {i}" for i in indices],
     )
     with whole_file(out) as partial:
-        panels.save(partial, real_time(indices, read.fps or DEFAULT_FPS))
+        panels.save(partial, real_time(seconds, len(indices)))
     if json:
         print(json_module.dumps(_summary(result, errors, clip, out, indices), indent=2))
         return 0

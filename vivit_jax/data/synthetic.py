@@ -21,7 +21,7 @@ neighbours. Played backwards, a clip is one of the class in `REVERSED`, of the s
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from vivit_jax.errors import UserError
+
+_MILLISECOND = Fraction(1, 1000)
 
 # Alphabetical, because readers of one folder per class number the classes in that order.
 CLASSES = (
@@ -153,8 +155,16 @@ def make_clip(
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
 
-def write_mp4(path: Path, frames: np.ndarray, fps: int | Fraction = 10) -> None:
-    """Encode frames, uint8 [t, h, w, 3] with even h and w, as H.264 in mp4."""
+def write_mp4(
+    path: Path,
+    frames: np.ndarray,
+    fps: int | Fraction = 10,
+    holds: Sequence[float] | None = None,
+) -> None:
+    """Encode frames, uint8 [t, h, w, 3] with even h and w, as H.264 in mp4.
+
+    With `holds` frame i is shown for holds[i] seconds, to a millisecond, whatever `fps` is.
+    """
     import av
     from av.codec.codec import UnknownCodecError
 
@@ -172,9 +182,21 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int | Fraction = 10) -> None:
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+        starts = None
+        if holds is not None:
+            starts = np.rint(1000 * np.cumsum([0, *holds])).astype(int).tolist()
+            stream.codec_context.time_base = _MILLISECOND
+        packets = []
+        for i, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if starts is not None:
+                frame.pts, frame.time_base = starts[i], _MILLISECOND
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        if starts is not None:  # the encoder does not know how long the last frame stays
+            last = max(packets, key=lambda packet: packet.pts)
+            last.duration = starts[-1] - starts[-2]
+        container.mux(packets)
 
 
 def write_dataset(
