@@ -13,7 +13,6 @@ from checkpoints_convert.layouts import IMAGE, LAYOUTS
 from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import UserError
 
-PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 Container = Literal["optimizer", "params", "model", "module", "bare"]
 Inflation = Literal["central_frame", "average", "rank_pooling"]
 Positions = Literal["tile", "resize", "resize_tile"]
@@ -31,17 +30,19 @@ class Conversion:
     written: int
     parameters: int
     files: tuple[Path, ...]
+    dtype: str | None = None  # that floats were cast to
 
     def __str__(self) -> str:
         from checkpoints_convert.problems import collapse
 
         names = ", ".join(path.name for path in self.files)
+        cast = f" as {self.dtype}" if self.dtype else ""
         return "\n".join(
             [
                 self.source,
                 *(f"  {line}" for line in collapse(self.lines)),
                 f"{self.read} tensors read, {self.left_out} of them left out, {self.written} "
-                f"written, {self.parameters:,} parameters",
+                f"written{cast}, {self.parameters:,} parameters",
                 f"wrote {names} to {self.files[0].parent}",
             ]
         )
@@ -129,6 +130,7 @@ def convert_checkpoint(
         written=len(written),
         parameters=sum(array.size for array in loaded.params.values()),
         files=tuple(Path(destination) / path.name for path in (*files, staged / "config.json")),
+        dtype=dtype,
     )
 
 
@@ -147,6 +149,8 @@ def _container(layout: str, container: str | None) -> str | None:
 
 def _write_processor(staged: Path, path: Path, loaded) -> list[Path]:
     """The processor's files: those beside the checkpoint, or what its kind was trained with."""
+    from checkpoints_convert.io import PROCESSOR_FILES
+
     beside = path if path.is_dir() else path.parent
     found = [beside / name for name in PROCESSOR_FILES if (beside / name).is_file()]
     if found and not loaded.own_processor:

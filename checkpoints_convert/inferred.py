@@ -39,8 +39,8 @@ def complete(
         )
         flags = " ".join(f"{name}={options[0]}" for name, options in missing.items())
         raise ConfigError(
-            f"{path}: the weights do not say {listed}; {hint}Give them to vivit-convert, for "
-            f"example --config {flags}"
+            f"{path}: the weights do not say {listed}; {hint}Give them, for "
+            f"example --config {flags} (`config` in Python)"
         )
     wrong = [
         f"{name}={given[name]!r}, the weights say {value!r}"

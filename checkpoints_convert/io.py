@@ -20,6 +20,12 @@ from vivit_jax.errors import CheckpointError
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)  # in order of preference
+# Where transformers has put a processor, the commonest first.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
 # What a directory may hold instead, behind checkpoint and checkpoint_<step>.
 _FLAX_FILES = ("flax_model.msgpack", "model.msgpack")
 _SINGLE_FILES = ("*.npz", "*.msgpack", "*.safetensors", "*.pth", "*.pt")

@@ -101,6 +101,7 @@ class VideoClassifier:
         cls,
         source: str | Path,
         *,
+        config: Mapping[str, Any] | Iterable[str] = (),
         revision: str | None = None,
         processor: VideoProcessor | None = None,
         dtype: str = "float32",
@@ -109,23 +110,26 @@ class VideoClassifier:
     ) -> "VideoClassifier":
         """Load a directory, a weight file, a file of VideoMAE's authors or of scenic, or a hub id.
 
+        `config` is that of `vivit_jax.from_pretrained`: what a file without config.json lacks.
         Raises UserError for a checkpoint without a classifier and where nothing says how frames are
         prepared, and what `vivit_jax.from_pretrained` raises.
         """
+        from checkpoints_convert.config_json import reusable
         from checkpoints_convert.layouts import architecture
         from checkpoints_convert.source import open_source
         from vivit_jax.preprocessing import processor_of
         from vivit_jax.pretrained import from_pretrained
 
         # What is cheap to check comes before the weights.
-        held = open_source(source, revision=revision)
+        config = reusable(config)
+        held = open_source(source, revision=revision, settings=config)
         if held.layout.head != "classification":
             raise UserError(
                 f"{source} holds {architecture(held.layout.family, held.layout.head)}, which has "
                 "no classifier; use a model fine-tuned for classification"
             )
         processor = processor_of(held) if processor is None else processor
-        options = dict(dtype=dtype, param_dtype=param_dtype, attention=attention)
+        options = dict(config=config, dtype=dtype, param_dtype=param_dtype, attention=attention)
         # The files that were opened: a push to the hub in between must not mix commits.
         model, params = from_pretrained(held.checkpoint.path, **options)
         return cls(model, params, processor)

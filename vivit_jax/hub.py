@@ -10,6 +10,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+from checkpoints_convert.io import PROCESSOR_FILES, WEIGHT_FILES, read_index
 from vivit_jax.errors import CheckpointError, MissingExtra, first_line
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
@@ -19,12 +20,6 @@ _HUB_ID = re.compile(
     r"(?:@(?P<revision>[\w./-]+))?"
 )
 _CONFIG = "config.json"
-# Where transformers has put a processor, the commonest first; a repository needs one of them.
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +54,6 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     repository, file or revision, and when the hub cannot be reached and its cache lacks a file;
     MissingExtra without huggingface_hub.
     """
-    from checkpoints_convert.io import WEIGHT_FILES, read_index
-
     if not isinstance(source, str | Path) or not str(source):
         raise CheckpointError(
             f"a checkpoint is a directory, a weight file or a hub id, got {source!r}"

@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ def from_pretrained(
     source: str | Path,
     head: str | None = None,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | Iterable[str] = (),
     dtype: str = "float32",
     param_dtype: str | None = "float32",
     attention: str = "auto",
@@ -111,9 +111,9 @@ def from_pretrained(
     `class_splits` gives one head. Parameters are cast to `param_dtype` (None: as stored) while they
     are read.
 
-    `config` sets fields by the names of config.json: what the authors' and scenic's files do not
-    say (num_attention_heads, num_frames, image_size), or what training is to change
-    (drop_path_rate).
+    `config` sets fields by the names of config.json, as a mapping or as "key=value" texts: what the
+    authors' and scenic's files do not say (num_attention_heads, num_frames, image_size), or what
+    training is to change (drop_path_rate).
 
     Raises CheckpointError, listing everything at once, if a tensor is missing, unexpected or
     mis-shaped, ConfigError for a config.json or an option that is not supported.
@@ -142,7 +142,7 @@ def load_report(
     source: str | Path,
     head: str | None = None,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | Iterable[str] = (),
     num_labels: int | None = None,
     id2label: Mapping[int, str] | Sequence[str] | None = None,
     class_splits: Sequence[int] | None = None,

@@ -120,6 +120,66 @@ def test_a_scenic_file_is_read_as_its_conversion(clip, capsys, caplog, tmp_path)
     np.testing.assert_array_equal(*results.values())
 
 
+def test_what_a_file_does_not_say_is_given_to_any_command(clip, capsys, tmp_path):
+    """A scenic file alone: the error names the option, and with it all is as with config.json."""
+    hf = save(tmp_path / "hf", "classification", VIVIT, vivit_jax.VivitConfig)
+    convert(hf, tmp_path / "scenic", "--to", "scenic")
+    sizes = ("num_frames=6", "image_size=24,16")
+    convert(tmp_path / "scenic/checkpoint_0", tmp_path / "converted", "--config", *sizes)
+    alone = tmp_path / "alone" / "checkpoint_0"
+    alone.parent.mkdir()
+    shutil.copy(tmp_path / "scenic/checkpoint_0", alone)
+    data = tmp_path / "list.txt"
+    data.write_text(f"{clip} 1\n")
+
+    def outputs(model, out, *config):
+        """What each command prints or writes, by its name."""
+        out.mkdir()
+        given = ("--model", model, *(("--config", *config) if config else ()))
+        files = {name: out / name for name in ("a.png", "a.npz", "a.json", "a.stablehlo")}
+        for args in (
+            ("predict", clip, *given, "--json"),
+            ("extract", clip, *given, "--frame-stride", 2, "--out", files["a.npz"]),
+            ("attention", clip, *given, "--out", files["a.png"]),
+            ("evaluate", *given, "--data", data, "--out", files["a.json"]),
+            ("export", model, *given[2:], "--out", files["a.stablehlo"]),
+        ):
+            capsys.readouterr()
+            yield args[0], main([*map(str, args)]), capsys.readouterr(), files
+
+    for name, status, (_, err), files in outputs(alone, tmp_path / "refused"):
+        assert status == 2 and "the weights do not say image_size" in err, name
+        assert "--config image_size=224 num_frames=32 (`config` in Python)" in err
+        assert not any(path.exists() for path in files.values())
+    found = {}
+    for model, config in ((tmp_path / "converted", ()), (alone, sizes)):
+        for name, status, (out, err), files in outputs(
+            model, tmp_path / f"of-{model.name}", *config
+        ):
+            assert status == 0, (name, err)
+            if name == "predict":
+                value = json.loads(out)[0]["predictions"]
+            elif name == "extract":
+                value = np.load(files["a.npz"])["features"].tolist()
+            elif name == "attention":
+                value = files["a.png"].stat().st_size > 0
+            elif name == "evaluate":
+                value = json.loads(files["a.json"].read_text())["videos"]
+            else:
+                value = json.loads(files["a.stablehlo"].with_suffix(".stablehlo.json").read_text())
+                value = value["params"]["sha256"]
+            found.setdefault(name, []).append(value)
+    assert list(found) == ["predict", "extract", "attention", "evaluate", "export"]
+    for name, (one, other) in found.items():
+        assert one == other, name
+    assert (
+        vivit_jax.VideoClassifier.from_pretrained(
+            alone, config=dict(num_frames=6, image_size=(24, 16))
+        )(clip)
+        == found["predict"][0]
+    )
+
+
 @pytest.mark.parametrize("head", ["classification", "pretraining"])
 def test_without_any_processor_the_error_says_what_to_do(clip, capsys, tmp_path, head):
     hf = save(tmp_path / "hf", head, AUTHORS | dict(use_mean_pooling=False))

@@ -2,6 +2,7 @@
 """`vivit-convert` from the outside."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from tiny_checkpoints import DIALECTS, read_safetensors, same_tensors
 
 import vivit_jax
 from checkpoints_convert.config_json import override, parse_settings
+from checkpoints_convert.io import PROCESSOR_FILES
 from checkpoints_convert.summary import content_hash
+from vivit_jax.data.processor import _CONFIG_FILES
 
 CONVERSIONS = [
     (case, dialect, storage)
@@ -71,12 +74,31 @@ def test_dtype_and_processor(run, checkpoints, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(checkpoints.path("vivit cls"), source)
     vivit_jax.VideoProcessor.vivit().save_pretrained(source)
-    status, _, _ = run("convert", source, tmp_path / "out", "--dtype", "bfloat16")
-    assert status == 0
+    status, out, _ = run("convert", source, tmp_path / "out", "--dtype", "bfloat16")
+    assert status == 0 and re.search(r"\d+ written as bfloat16, [\d,]+ parameters\n", out)
     assert {str(t.dtype) for t in read_safetensors(tmp_path / "out").values()} == {"bfloat16"}
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     name = "preprocessor_config.json"
     assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", PROCESSOR_FILES)
+def test_a_processor_goes_along_whatever_its_file_is_called(run, checkpoints, tmp_path, name):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints.path("vivit cls"), source)
+    processor = vivit_jax.VideoProcessor.vivit(size=40, crop_size=32)
+    usual = processor.save_pretrained(source)
+    values = json.loads(usual.read_text())
+    usual.unlink()
+    nested = {"video_processor": values} if name == "processor_config.json" else values
+    (source / name).write_text(json.dumps(nested))
+    status, out, _ = run("convert", source, tmp_path / "out")
+    assert status == 0 and f"{name}, config.json to" in out
+    assert vivit_jax.VideoProcessor.from_pretrained(tmp_path / "out") == processor
+
+
+def test_processors_are_looked_for_in_the_files_that_are_copied():
+    assert {name for name, _ in _CONFIG_FILES} == set(PROCESSOR_FILES)
 
 
 def test_destination_rules(run, checkpoints, tmp_path):

@@ -17,8 +17,9 @@ import pytest
 from huggingface_hub import errors
 
 import vivit_jax
+from checkpoints_convert.io import PROCESSOR_FILES
 from vivit_jax.cli.__main__ import main
-from vivit_jax.hub import PROCESSOR_FILES, HubId, hub_id, resolve_checkpoint, resolve_processor
+from vivit_jax.hub import HubId, hub_id, resolve_checkpoint, resolve_processor
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "someone/tiny-vivit"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.cli.reconstruct import SUFFIXES
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
@@ -38,6 +39,7 @@ def attention(
     *,
     model: str,
     out: Path,
+    config: Settings = (),
     kind: Literal["map", "rollout"] = "map",
     query: str | None = None,
     layer: int | None = None,
@@ -64,6 +66,8 @@ def attention(
             VideoMAE the encoder is shown, looking at the whole clip.
         out: File to write: .png has the frames in columns, of more than eight those of eight evenly
             spaced ones; .mp4 and .gif have all of them, moving.
+        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
+            without one does not say, such as num_frames=32 image_size=224.
         kind: map is the attention of one layer. rollout follows it through all layers down to the
             pixels, with half of each layer for its residual connection (Abnar and Zuidema 2020).
         query: Whose attention: cls, the class token (of each stage, in a factorised encoder); mean,
@@ -107,12 +111,13 @@ def attention(
 
     place = parse_start(start)
     # What is cheap to check comes before the weights.
-    source = open_source(model)
+    changes = joined(config)
+    source = open_source(model, settings=changes)
     choose(source.config, **wanted)
     processor = processor_of(source)
     read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
     pixel_values = read.pixel_values(processor)
-    module, params = vivit_jax.from_pretrained(source.checkpoint.path)
+    module, params = vivit_jax.from_pretrained(source.checkpoint.path, config=changes)
     found = vivit_jax.map_attention(module, params, pixel_values, **wanted)
 
     indices = read.indices[found.frames]

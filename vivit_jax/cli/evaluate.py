@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.cli.train import join
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, write_json
@@ -14,6 +15,7 @@ def evaluate(
     *,
     model: str,
     data: str,
+    config: Settings = (),
     root: str | None = None,
     frame_name: str = "img_{:05}.jpg",
     first_frame: int = 1,
@@ -45,6 +47,8 @@ def evaluate(
         model: Directory, weight file or hub id, with its preprocessor_config.json.
         data: A list file with a path and a label in each line, or a directory with a folder for
             each class.
+        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
+            without one does not say, such as num_frames=32 image_size=224.
         root: Directory of the relative paths of a list. Default: the list's own.
         frame_name: Of the images in folders whose list says how many there are, as Python's
             str.format takes their number.
@@ -89,7 +93,8 @@ def evaluate(
     if first_frame < 0:
         raise UserError(f"--first-frame must be at least 0, got {first_frame}")
     devices = make_mesh(parse_mesh(mesh, jax.device_count()))
-    source = open_source(model, dtype=dtype)
+    changes = joined(config)
+    source = open_source(model, settings=changes, dtype=dtype)
     if source.layout.head != "classification":
         raise UserError(
             f"--model {model} holds no classifier; fine-tune it first (vivit-jax finetune --start)"
@@ -103,7 +108,9 @@ def evaluate(
     )
     dataset = evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)
-    net, params = vivit_jax.from_pretrained(source.checkpoint.path, "classification", dtype=dtype)
+    net, params = vivit_jax.from_pretrained(
+        source.checkpoint.path, "classification", config=changes, dtype=dtype
+    )
     given = dict(
         clips=clips, crops=crops, sampler=sampler, stride=stride, resize=resize, average=average
     )

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
 
@@ -21,6 +22,7 @@ def export(
     /,
     *,
     out: Path,
+    config: Settings = (),
     head: Literal["classification", "none"] | None = None,
     preprocess: bool = False,
     input_size: str | None = None,
@@ -48,6 +50,8 @@ def export(
         model: Directory with config.json and weights, a weight file, a hub id, or a file of
             VideoMAE's authors or scenic.
         out: File to write, .stablehlo.
+        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
+            without one does not say, such as num_frames=32 image_size=224.
         head: none exports the model without its classifier. Of a masked autoencoder the encoder is
             exported, all patches visible.
         preprocess: Take uint8 frames and normalise them inside; needs preprocessor_config.json.
@@ -79,7 +83,8 @@ def export(
     from checkpoints_convert.source import open_source
     from vivit_jax.preprocessing import processor_of
 
-    source = open_source(model)
+    changes = joined(config)
+    source = open_source(model, settings=changes)
     held = source.layout
     if head == "classification" and held.head != "classification":
         raise UserError(
@@ -95,7 +100,7 @@ def export(
         if preprocess or isinstance(error, vivit_jax.ConfigError):
             raise
     module, weights = vivit_jax.from_pretrained(
-        source.checkpoint.path, head, dtype=dtype, param_dtype=param_dtype
+        source.checkpoint.path, head, config=changes, dtype=dtype, param_dtype=param_dtype
     )
     artefact = export_model(
         module,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_directory, check_output, whole_file
 from vivit_jax.progress import LiveLine, Pace
@@ -25,6 +26,7 @@ def extract(
     *,
     model: str,
     out: Path,
+    config: Settings = (),
     layer: str = "last",
     pool: Literal["mean", "cls", "tokens", "head"] = "mean",
     frame_stride: int | None = None,
@@ -51,6 +53,8 @@ def extract(
             both beside it, a hub id, or a file of VideoMAE's authors or scenic; with any head.
         out: For one video a .safetensors or .npz file; or a directory, in which each video gets a
             file of its name.
+        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
+            without one does not say, such as num_frames=32 image_size=224.
         layer: last (after the final norm, where there is one), 0 (the embedding) to the number of
             blocks, or temporal:N for the second stage of a factorised encoder.
         pool: mean of all tokens but class tokens; cls, the class token; tokens, all of them,
@@ -82,7 +86,8 @@ def extract(
     from vivit_jax.features import check_features, extract_features
     from vivit_jax.preprocessing import processor_of
 
-    source = open_source(model, dtype=dtype)
+    changes = joined(config)
+    source = open_source(model, settings=changes, dtype=dtype)
     exact = exact or jax.default_backend() == "cpu"
     how = dict(
         layer=layer,
@@ -99,7 +104,7 @@ def extract(
 
     # Blocks in a scan are computed all together, also those after the layer.
     net, params = vivit_jax.from_pretrained(
-        source.checkpoint.path, dtype=dtype, scan_layers=layer == "last"
+        source.checkpoint.path, config=changes, dtype=dtype, scan_layers=layer == "last"
     )
     settings = _settings(net.config, params, processor, how | {"exact": exact})
     if not overwrite:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import UserError
 
 
@@ -16,6 +17,7 @@ def predict(
     /,
     *,
     model: str,
+    config: Settings = (),
     top_k: int = 5,
     stride: int | None = None,
     start: str = "center",
@@ -36,6 +38,8 @@ def predict(
         clips: Video files, or .npy with frames [t, h, w, c], uint8 or float in [0, 1].
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic.
+        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
+            without one does not say, such as num_frames=32 image_size=224.
         top_k: How many classes to print.
         stride: Frames between sampled frames. Default: the recipe's (ViViT 2, VideoMAE 4), less
             where the video is too short for it.
@@ -66,7 +70,7 @@ def predict(
     from vivit_jax.data.clip import parse_start
 
     place = parse_start(start)
-    classifier = VideoClassifier.from_pretrained(model, dtype=dtype)
+    classifier = VideoClassifier.from_pretrained(model, config=joined(config), dtype=dtype)
     found = classifier.classify(
         clips,
         top_k=top_k,

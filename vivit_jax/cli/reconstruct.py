@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
 
@@ -19,6 +20,7 @@ def reconstruct(
     *,
     model: str,
     out: Path,
+    config: Settings = (),
     mask_ratio: float = 0.9,
     mask: Literal["tube", "random", "dual"] = "tube",
     seed: int = 0,
@@ -43,6 +45,8 @@ def reconstruct(
             both beside it, a hub id, or a file of VideoMAE's authors; with a pre-training head.
         out: File to write: .png has a row for each of the three and a column per frame, of more
             than eight those of eight evenly spaced frames; .mp4 and .gif show all side by side.
+        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
+            without one does not say, such as num_frames=32 image_size=224.
         mask_ratio: Share of the patches to hide.
         mask: tube hides the same places in every frame, random any; dual is a tube, of whose
             patches the decoder predicts half in a running cell (VideoMAE V2).
@@ -69,13 +73,13 @@ def reconstruct(
     from vivit_jax.reconstruction import reconstruct as predict_hidden
 
     place = parse_start(start)
-    source = _source(model, true_statistics)
-    config = source.config
-    chosen = draw_mask(mask, seed, 1, config.grid, mask_ratio)
+    changes = joined(config)
+    source = _source(model, changes, true_statistics)
+    chosen = draw_mask(mask, seed, 1, source.config.grid, mask_ratio)
     processor = processor_of(source)
-    read = read_clip(clip, config, stride=stride, start=place, pad=pad)
+    read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
     pixel_values = read.pixel_values(processor)
-    module, params = vivit_jax.from_pretrained(source.checkpoint.path)
+    module, params = vivit_jax.from_pretrained(source.checkpoint.path, config=changes)
     result = predict_hidden(
         module, params, pixel_values, chosen, processor, true_statistics=true_statistics
     )
@@ -148,13 +152,13 @@ def panels_of(result, *, title: str, about: str, times: list[str]):
     )
 
 
-def _source(model: str, true_statistics: bool):
+def _source(model: str, changes: tuple[str, ...], true_statistics: bool):
     """The opened checkpoint, once checked for what is cheap to check: the weights are not read."""
     from checkpoints_convert.layouts import architecture
     from checkpoints_convert.source import open_source
     from vivit_jax.reconstruction import check_statistics
 
-    source = open_source(model)
+    source = open_source(model, settings=changes)
     held = source.layout
     if held.head != "pretraining":
         raise UserError(

@@ -31,6 +31,8 @@ def run(
         sys.stdout.reconfigure(errors="backslashreplace")
     # Else whichever library logs first decides how warnings look.
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    # This one prints by itself, and would be heard twice.
+    logging.getLogger("huggingface_hub").propagate = False
     try:
         args = _compilation_cache(list(sys.argv[1:] if args is None else args))
         status = tyro.extras.subcommand_cli_from_dict(
