@@ -22,7 +22,7 @@ METADATA = {
 }
 
 
-def executed(path: Path, directory: Path, seconds: int = 600) -> nbformat.NotebookNode:
+def executed(path: Path, directory: Path, seconds: int = 1800) -> nbformat.NotebookNode:
     """The notebook with the outputs of a new kernel whose working directory is `directory`.
 
     No cell may take longer than `seconds`. Raises nbclient's CellExecutionError for one that fails.
