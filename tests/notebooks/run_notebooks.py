@@ -37,8 +37,14 @@ def executed(path: Path, directory: Path, seconds: int = 1800) -> nbformat.Noteb
         coalesce_streams=True,
     )
     own = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    flags = "" if path.stem in BUSY else LAZY
-    client.execute(env=own | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+    own |= {"XLA_FLAGS": "" if path.stem in BUSY else LAZY, "JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryDirectory() as ipython:
+        startup = Path(ipython) / "profile_default" / "startup"
+        startup.mkdir(parents=True)
+        here = str(Path(__file__).parent)
+        watching = f"import sys; sys.path.append({here!r}); import figures; figures.watch()"
+        (startup / "watch.py").write_text(f"{watching}; sys.path.pop(); del figures, sys\n")
+        client.execute(env=own | {"IPYTHONDIR": ipython})
     return notebook
 
 
