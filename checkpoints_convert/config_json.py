@@ -136,8 +136,19 @@ def override(config: Config, settings: Settings) -> Config:
 
 
 def reusable(settings: Settings) -> Settings:
-    """Settings that can be read more than once."""
-    return dict(settings) if isinstance(settings, Mapping) else tuple(settings)
+    """Settings that can be read more than once; none for None. ConfigError for other types."""
+    if settings is None or isinstance(settings, Mapping):
+        settings = dict(settings or {})
+        texts = settings
+    elif isinstance(settings, str) or not isinstance(settings, Iterable):
+        texts = (None,)
+    else:
+        texts = settings = tuple(settings)
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(
+            f"config must be fields by name or a list of 'key=value' texts, got {settings!r}"
+        )
+    return settings
 
 
 def names_set(settings: Settings) -> set[str]:

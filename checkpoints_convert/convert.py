@@ -208,7 +208,6 @@ def convert(
         destination: The directory to write.
         from_layout: The layout of SRC; detected by default.
         to_layout: The layout of DST.
-        config: Changes to the config, key=value with the field names of config.json.
         overwrite: Replace the model files of an existing DST.
         dtype: Cast the weights; they are kept as stored by default.
         max_shard_size: Split the weights into files of at most this size, for example 5GB.

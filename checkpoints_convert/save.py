@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.io import SAFETENSORS, SAFETENSORS_INDEX
+from checkpoints_convert.io import PROCESSOR_FILES, SAFETENSORS, SAFETENSORS_INDEX
 from checkpoints_convert.tensors import DTYPES
 from vivit_jax.errors import CheckpointError, UserError
 
@@ -166,10 +166,12 @@ def replaced_directory(directory: str | Path, overwrite: bool = False) -> Iterat
 def _swap(staged: Path, directory: Path, replaced: Path) -> None:
     """Move the staged files in and the files they replace out, or neither."""
     incoming = {path.name for path in staged.iterdir()}
+    # Whichever of its files was read first would be the processor, an old one's too.
+    processors = set(PROCESSOR_FILES) if incoming & set(PROCESSOR_FILES) else set()
     outgoing = [
         path.name
         for path in directory.iterdir()
-        if path.name in incoming or _WEIGHTS.fullmatch(path.name)
+        if path.name in incoming | processors or _WEIGHTS.fullmatch(path.name)
     ]
     # config.json leaves first and arrives last: if the process is killed in between, what is left
     # has no config.json and cannot be taken for a model.

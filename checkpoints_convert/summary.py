@@ -37,7 +37,6 @@ def inspect(
 
     Args:
         source: A checkpoint directory, a weight file with config.json beside it, or a hub id.
-        config: Changes to the config, key=value with the field names of config.json.
         revision: Branch, tag or commit of a hub id.
     """
     from checkpoints_convert.image_model import open_image_model

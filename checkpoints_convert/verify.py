@@ -427,7 +427,6 @@ def verify(
         batch: Clips per run.
         seed: Seed of the noise, the labels and the mask.
         attention: The attention implementation of the JAX side.
-        config: What a checkpoint of scenic or VideoMAE's authors does not say, as for convert.
         json: Print a JSON object instead of the table.
         revision: Branch, tag or commit of a hub id.
     """

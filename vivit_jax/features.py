@@ -76,7 +76,8 @@ def extract_features(
     batch goes through at once, and rows are equal to rounding. Pixels are normalised on the device,
     equal to the processor's up to rounding in float32.
 
-    `progress` is called with the frames decoded so far and the frames announced.
+    `progress` is called with the frames up to the last row so far, in the end with all of the
+    video, and with the frames announced.
 
     Raises VideoError for a video that cannot be read, is damaged within a window, or is shorter
     than a window without padding; UserError for an argument that is wrong.
@@ -262,11 +263,12 @@ def _rows(
         for batch in batches:
             waiting.append((batch, _compute(program, batch, batch_size, exact)))
             if len(waiting) > 1:
-                yield from _fetch(*waiting.pop(0))
-            if progress is not None:
-                progress(done, stream.announced)
-        for found in waiting:
-            yield from _fetch(*found)
+                computed = waiting.pop(0)
+                yield from _fetch(*computed)
+                if progress is not None:
+                    progress(int(computed[0][-1].indices[-1]) + 1, stream.announced)
+        for computed in waiting:
+            yield from _fetch(*computed)
         if progress is not None:
             progress(done, stream.announced)
     finally:

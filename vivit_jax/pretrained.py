@@ -268,19 +268,21 @@ def initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.A
     # Drawn in float32 and cast, so that a seed gives the same head in every dtype.
     config, dtype = model.config, model.config.param_dtype
     model = model.clone(config=dataclasses.replace(config, dtype="float32", param_dtype="float32"))
-    draw = _compiled_draw(platform() == "cpu")
-    return draw(model, tuple(sorted(leaves)), dtype, jax.random.key(seed))
+    key = jax.random.key(seed)
+    # Options are for a program of its own, not for a part of one that is being traced.
+    draw = _compiled_draw(platform() == "cpu" and not isinstance(key, jax.core.Tracer))
+    return draw(model, tuple(sorted(leaves)), dtype, key)
 
 
 @functools.cache
-def _compiled_draw(on_cpu: bool) -> Callable[..., dict[str, jax.Array]]:
+def _compiled_draw(once_on_cpu: bool) -> Callable[..., dict[str, jax.Array]]:
     """`_drawn` compiled, so that what is not returned is not computed; equal models once.
 
     It runs once, and LLVM's later passes make it no faster: on a CPU the default level took 7.3 s
     to compile the demo's model and 6.4 s to compile VideoMAE-B's, this one 3.1 and 4.2 s, for the
     same bits.
     """
-    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+    options = {"xla_backend_optimization_level": 1} if once_on_cpu else None
     return jax.jit(_drawn, static_argnums=(0, 1, 2), compiler_options=options)
 
 

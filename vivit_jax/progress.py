@@ -29,7 +29,8 @@ class LiveLine:
     """One live line on a terminal, "name 3/10 |###     | text"; elsewhere a line every so often.
 
     `every_seconds` is for streams that are no terminal. These get the first and the last update
-    too, unless `ends` is False: then nothing is told of what takes less time than that.
+    too, unless `ends` is False: then nothing is told of what takes less time than that, counted
+    from `since` (of time.monotonic; default: now).
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class LiveLine:
         stream: TextIO | None = None,  # None: standard error
         every_seconds: float = 30.0,
         ends: bool = True,
+        since: float | None = None,
     ):
         self._name, self._total, self._ends = name, total, ends
         self._stream = sys.stderr if stream is None else stream
         self._every = every_seconds
-        self._printed = -math.inf if ends else time.monotonic()
+        self._printed = -math.inf if ends else time.monotonic() if since is None else since
         self._bar = None
         if is_terminal(self._stream):
             from tqdm import tqdm

@@ -256,9 +256,32 @@ def test_movies_play_as_fast_as_a_file_of_variable_rate(models, capsys, tmp_path
     duration = vivit_jax.probe_video(tmp_path / "b.mp4").duration
     np.testing.assert_allclose(duration, sum(holds), atol=2e-3)
     with Image.open(tmp_path / "b.gif") as gif:
-        for i, hold in enumerate(holds):
+        shown_at = 0.0
+        for i in range(6):
             gif.seek(i)
-            assert gif.info["duration"] == 10 * round(100 * hold)
+            np.testing.assert_allclose(shown_at, sum(holds[:i]), atol=5.1e-3)
+            shown_at += gif.info["duration"] / 1000
+
+
+@pytest.mark.parametrize("hold", [1 / 30, 1 / 60, 1 / 4000, 900.0])
+def test_movies_of_frames_of_any_rate(tmp_path, hold):
+    """An mp4 counts milliseconds; a gif hundredths from 2 on, which it adds up right, to 655 s."""
+    frames = [np.full((8, 8, 3), 10 * k, np.uint8) for k in range(7)]
+    shown = small_panels(clips=[np.stack(frames)], times=[str(k) for k in range(7)])
+    seconds = np.arange(7) * hold
+    for name in ("a.mp4", "a.gif"):
+        shown.save(tmp_path / name, panels.real_time(seconds, 7))
+    played = frame_times(tmp_path / "a.mp4", range(7))
+    np.testing.assert_allclose(played, np.arange(7) * max(hold, 1e-3), atol=5.1e-4)
+    with Image.open(tmp_path / "a.gif") as gif:
+        holds = []
+        for i in range(7):
+            gif.seek(i)
+            holds.append(gif.info["duration"] / 1000)
+    if hold == 1 / 30:
+        np.testing.assert_allclose(sum(holds), 7 * hold, atol=5.1e-3)
+    else:
+        np.testing.assert_allclose(holds, 655.35 if hold == 900 else 0.02)
 
 
 @pytest.mark.parametrize(

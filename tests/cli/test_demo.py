@@ -18,6 +18,7 @@ from vivit_jax.cli.__main__ import main
 from vivit_jax.cli.reconstruct import draw_mask
 from vivit_jax.data import synthetic
 from vivit_jax.data.synthetic import CLASSES, MIRRORED, REVERSED
+from vivit_jax.recipes.demo import demo_pretrain
 from vivit_jax.reconstruction import COLUMNS, ROWS, to_patches
 from vivit_jax.train.log import read_metrics
 from vivit_jax.train.pixels import normaliser
@@ -289,6 +290,36 @@ def refuse(args, capsys) -> str:
 def test_bad_numbers_are_refused_before_anything_is_written(args, told, capsys, tmp_path):
     assert told in refuse((*args, "--out", tmp_path / "new"), capsys)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags", [("--quick",), ()])
+def test_quick_takes_half_of_the_clips_and_a_sixth_of_the_steps(monkeypatch, tmp_path, flags):
+    class Begun(Exception):
+        """Stands in for the first training, with its recipe."""
+
+    def begin(recipe, out, say):
+        raise Begun(recipe)
+
+    written = synthetic.write_dataset
+
+    def write(directory, counts, **how):
+        asked.update(counts)
+        return written(directory, {"train": 8, "test": 1, "labelled": 1}, **how)
+
+    asked = {}
+    monkeypatch.setattr(synthetic, "write_dataset", write)
+    monkeypatch.setattr(demo_stages, "train", begin)
+    with pytest.raises(Begun) as begun:
+        main(["demo", "--out", str(tmp_path / "demo"), *flags])
+    half = 2 if flags else 1
+    assert asked == {"train": 160 // half, "test": 40 // half, "labelled": 4}
+    (recipe,), usual = begun.value.args, demo_pretrain().train
+    if not flags:
+        assert recipe.train.epochs == usual.epochs
+    else:
+        steps = recipe.train.epochs * (8 * 8 // recipe.train.batch_size)
+        whole = usual.epochs * (160 * 8 // usual.batch_size)
+        assert 0.98 * whole <= 6 * steps <= whole
 
 
 def test_directories_of_others_are_left_alone(capsys, tmp_path):

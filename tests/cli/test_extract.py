@@ -15,6 +15,7 @@ from helpers import VIDEOMAE, VIVIT, forward, mostly_slow, random_params
 from safetensors import safe_open
 
 import vivit_jax
+from vivit_jax import features
 from vivit_jax.cli.__main__ import main
 from vivit_jax.cli.extract import _outputs
 from vivit_jax.data.stream import FrameStream
@@ -277,6 +278,40 @@ def test_windows_by_the_second_follow_the_times_of_the_file(tmp_path, suffix):
     assert [w.indices.tolist() for w in found] == [[k, k + 1] for k in (0, 5, 10, 11, 12, 13)]
     for window in found:
         np.testing.assert_allclose(window.seconds, np.array(times)[window.indices], atol=6e-4)
+
+
+@pytest.mark.parametrize("stride", [0.1, 0.2, 0.3])
+def test_times_rounded_to_milliseconds_give_no_window_twice(tmp_path, stride):
+    """As NTSC's in Matroska: 31.999 s is the frame of 32 s, and the next one is not."""
+    times = [k * 1001 / 30000 for k in range(1000)]
+    path = write_clip(tmp_path / "a.mkv", frames=1000, size=(16, 16), times=times)
+    windows = Windows(1, 1, stride, in_seconds=True)
+    begun = [window.seconds[0] for window in slide(FrameStream(path), windows, lambda image: image)]
+    count = int((times[-1] + 1e-3) / stride) + 1
+    wanted = np.arange(count) * stride
+    assert len(begun) == count
+    assert (begun >= wanted - 1.5e-3).all() and (begun <= wanted + 1001 / 30000 + 1e-3).all()
+
+
+def test_progress_is_of_rows_and_not_of_what_is_read_ahead(models, video, monkeypatch):
+    calls, computed = [], []
+    fetch = features._fetch
+
+    def counted(batch, outputs):
+        computed.append(int(batch[-1].indices[-1]) + 1)
+        return fetch(batch, outputs)
+
+    monkeypatch.setattr(features, "_fetch", counted)
+    rows = extract_features(
+        *models("mae"),
+        video,
+        window_stride=4,
+        batch_size=2,
+        progress=lambda done, announced: calls.append((done, computed[-1])),
+    )
+    assert len(list(rows)) > 12
+    assert all(done == last for done, last in calls[:-1]) and len(calls) == len(computed)
+    assert calls[-1][0] == FRAMES
 
 
 def test_damage_counts_where_a_window_has_the_frame(models, tmp_path):

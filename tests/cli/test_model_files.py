@@ -28,6 +28,7 @@ AUTHORS = VIDEOMAE | dict(
     fc_norm_eps=1e-6,
     decoder_norm_eps=1e-6,
 )
+PROCESSOR = vivit_jax.VideoProcessor.videomae(size=28, crop_size=(24, 16))
 TOLD = "cropped to 16x16 and normalised by ImageNet's mean and std, as VideoMAE's authors do"
 
 
@@ -140,7 +141,7 @@ def test_what_a_file_does_not_say_is_given_to_any_command(clip, capsys, tmp_path
         for args in (
             ("predict", clip, *given, "--json"),
             ("extract", clip, *given, "--frame-stride", 2, "--out", files["a.npz"]),
-            ("attention", clip, *given, "--out", files["a.png"]),
+            ("attention", clip, *given, "--out", files["a.png"], "--save", out / "maps.npz"),
             ("evaluate", *given, "--data", data, "--out", files["a.json"]),
             ("export", model, *given[2:], "--out", files["a.stablehlo"]),
         ):
@@ -162,12 +163,12 @@ def test_what_a_file_does_not_say_is_given_to_any_command(clip, capsys, tmp_path
             elif name == "extract":
                 value = np.load(files["a.npz"])["features"].tolist()
             elif name == "attention":
-                value = files["a.png"].stat().st_size > 0
+                value = np.load(files["a.png"].with_name("maps.npz"))["maps"].tolist()
             elif name == "evaluate":
                 value = json.loads(files["a.json"].read_text())["videos"]
             else:
                 value = json.loads(files["a.stablehlo"].with_suffix(".stablehlo.json").read_text())
-                value = value["params"]["sha256"]
+                value = value["params"]["sha256"], value["config"]
             found.setdefault(name, []).append(value)
     assert list(found) == ["predict", "extract", "attention", "evaluate", "export"]
     for name, (one, other) in found.items():
@@ -178,6 +179,38 @@ def test_what_a_file_does_not_say_is_given_to_any_command(clip, capsys, tmp_path
         )(clip)
         == found["predict"][0]
     )
+
+
+def test_settings_against_a_config_are_told_and_recorded(clip, capsys, caplog, tmp_path):
+    hf = save(tmp_path / "hf", "pretraining", VIDEOMAE, processor=PROCESSOR)
+    args = (clip, "--model", hf, "--out", tmp_path / "a.png", "--overwrite", "--config")
+    for heads, told in ((4, None), (2, "num_attention_heads=2 (it says 4)")):
+        caplog.clear()
+        assert main(["reconstruct", *map(str, args), f"num_attention_heads={heads}"]) == 0
+        found = [text for text in caplog.messages if "--config makes another function" in text]
+        assert len(found) == (told is not None) and all(told in text for text in found)
+    hf = save(tmp_path / "cls", "classification", VIDEOMAE, processor=PROCESSOR)
+    (tmp_path / "list.txt").write_text(f"{clip} 1\n")
+    args = ("--model", hf, "--data", tmp_path / "list.txt", "--out", tmp_path / "e.json")
+    assert main(["evaluate", *map(str, args), "--config", "num_attention_heads=2"]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["config"] == ["num_attention_heads=2"]
+    capsys.readouterr()
+    for command in (["predict"], ["extract", "--out", tmp_path / "f.npz"]):
+        given = [*command, "--model", hf, "--config", "num_attention_heads=4", clip]
+        assert main([*map(str, given)]) == 2
+        told = f"--config takes KEY=VALUE, got {str(clip)!r}; what is no setting goes before it"
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config", ["num_frames=6", 5, {3: 4}, [3], [("num_frames", 6)]], ids=lambda value: repr(value)
+)
+def test_what_is_no_config_is_told(tmp_path, config):
+    hf = save(tmp_path / "hf", "classification", VIDEOMAE, processor=PROCESSOR)
+    for load in (vivit_jax.from_pretrained, vivit_jax.VideoClassifier.from_pretrained):
+        with pytest.raises(vivit_jax.ConfigError, match="config must be fields by name or a list"):
+            load(hf, config=config)
+    assert vivit_jax.VideoClassifier.from_pretrained(hf, config=None).config.num_frames == 6
 
 
 @pytest.mark.parametrize("head", ["classification", "pretraining"])

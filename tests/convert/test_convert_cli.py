@@ -97,6 +97,25 @@ def test_a_processor_goes_along_whatever_its_file_is_called(run, checkpoints, tm
     assert vivit_jax.VideoProcessor.from_pretrained(tmp_path / "out") == processor
 
 
+@pytest.mark.parametrize("way", ["convert", "save_pretrained"])
+def test_another_model_s_processor_does_not_stay(run, checkpoints, tmp_path, way):
+    """processor_config.json would be read before the new preprocessor_config.json."""
+    out = tmp_path / "out"
+    shutil.copytree(checkpoints.path("vivit cls"), out)
+    old = vivit_jax.VideoProcessor.vivit(size=40, crop_size=32).to_dict()
+    (out / "processor_config.json").write_text(json.dumps({"image_processor": old}))
+    new = vivit_jax.VideoProcessor.vivit(size=50, crop_size=32)
+    if way == "convert":
+        source = tmp_path / "source"
+        shutil.copytree(checkpoints.path("vivit cls"), source)
+        new.save_pretrained(source)
+        assert run("convert", source, out, "--overwrite")[0] == 0
+    else:
+        vivit_jax.save_pretrained(out, *vivit_jax.from_pretrained(out), new, overwrite=True)
+    assert vivit_jax.VideoProcessor.from_pretrained(out) == new
+    assert not (out / "processor_config.json").exists()
+
+
 def test_processors_are_looked_for_in_the_files_that_are_copied():
     assert {name for name, _ in _CONFIG_FILES} == set(PROCESSOR_FILES)
 
@@ -146,7 +165,7 @@ def test_config_settings(run, checkpoints, tmp_path):
     [
         ("num_hidden_layer=3", "has no field 'num_hidden_layer'; did you mean num_hidden_layers?"),
         ("scan_layers=true", "has no field 'scan_layers'"),
-        ("qkv_bias", "takes key=value, got 'qkv_bias'"),
+        ("qkv_bias", "--config takes KEY=VALUE, got 'qkv_bias'; what is no setting goes"),
         ("layer_norm_eps=small", "layer_norm_eps must be float, got 'small'"),
         ("hidden_size=48.5", "hidden_size must be int, got '48.5'"),
         ("hidden_size=true", "hidden_size must be int, got 'true'"),

@@ -13,7 +13,8 @@ from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 import vivit_jax
 from checkpoints_convert import trees
-from vivit_jax.pretrained import abstract_params, fresh_params
+from vivit_jax import pretrained
+from vivit_jax.pretrained import _compiled_draw, abstract_params, fresh_params
 from vivit_jax.train.initial import papers_params
 from vivit_jax.train.starting import starting_model
 
@@ -305,3 +306,19 @@ def test_a_run_from_a_file_draws_what_the_file_has_not(tmp_path):
         expected = fresh[name] if name.startswith("head/") else trees.flatten(kept)[name]
         np.testing.assert_array_equal(value, expected, err_msg=name)
     assert start.params["head"]["kernel"].shape == (16, 9)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_the_compiler_s_lower_level_draws_the_same_bits(scan_layers):
+    """As its usual one, 3; as a part of another program it takes no options of its own."""
+    config = dataclasses.replace(VIDEOMAE, scan_layers=scan_layers)
+    model = vivit_jax.VideoMAEForPreTraining(config)
+    leaves, key = tuple(sorted(trees.flatten(abstract_params(model)))), jax.random.key(3)
+    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    usual = jax.jit(pretrained._drawn, static_argnums=(0, 1, 2), compiler_options=options)
+    usual, lower = (draw(model, leaves, "float32", key) for draw in (usual, _compiled_draw(True)))
+    inside = trees.flatten(jax.jit(lambda: fresh_params(model, 3))())
+    for path in leaves:
+        np.testing.assert_array_equal(lower[path], usual[path])
+        np.testing.assert_allclose(inside[path], usual[path], rtol=1e-5, atol=1e-7)
+    jax.eval_shape(lambda: fresh_params(model, 3))

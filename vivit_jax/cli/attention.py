@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from checkpoints_convert.settings import Settings, joined
+from checkpoints_convert.settings import Settings
 from vivit_jax.cli.reconstruct import SUFFIXES
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
@@ -66,8 +66,6 @@ def attention(
             VideoMAE the encoder is shown, looking at the whole clip.
         out: File to write: .png has the frames in columns, of more than eight those of eight evenly
             spaced ones; .mp4 and .gif have all of them, moving.
-        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
-            without one does not say, such as num_frames=32 image_size=224.
         kind: map is the attention of one layer. rollout follows it through all layers down to the
             pixels, with half of each layer for its residual connection (Abnar and Zuidema 2020).
         query: Whose attention: cls, the class token (of each stage, in a factorised encoder); mean,
@@ -101,8 +99,8 @@ def attention(
     import numpy as np
 
     import vivit_jax
-    from checkpoints_convert.source import open_source
     from vivit_jax.attention_maps import choose
+    from vivit_jax.cli.model import open_model
     from vivit_jax.cli.panels import real_time
     from vivit_jax.data.clip import parse_start, read_clip
     from vivit_jax.data.decode import frame_times
@@ -111,8 +109,7 @@ def attention(
 
     place = parse_start(start)
     # What is cheap to check comes before the weights.
-    changes = joined(config)
-    source = open_source(model, settings=changes)
+    source, changes = open_model(model, config)
     choose(source.config, **wanted)
     processor = processor_of(source)
     read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
@@ -131,7 +128,7 @@ def attention(
         [int(i) for i in indices],
         seconds,
         title=f"{clip.name}: {_subject(found.choice, module.config)}",
-        about=model,
+        about=" ".join((model, *changes)),
     )
     with whole_file(out) as partial:
         panels.save(partial, real_time(seconds, len(indices)))

@@ -11,6 +11,7 @@ import numpy as np
 
 import vivit_jax
 from vivit_jax.cli.demo import (
+    CLIPS,
     MOVING,
     PREDICTIONS,
     RECONSTRUCTIONS,
@@ -126,7 +127,8 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
     settings = recipe.train
     epochs = settings.epochs if demo.epochs is None else demo.epochs
     if demo.epochs is None and demo.quick and task == "pretrain":
-        epochs = settings.epochs // 3  # on half of the clips
+        usual = settings.epochs * CLIPS["train"] * len(CLASSES)
+        epochs = max(1, usual // (6 * clips))
     recipe = dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, start=None if start is None else str(start)),

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from checkpoints_convert.settings import Settings, joined
+from checkpoints_convert.settings import Settings
 from vivit_jax.cli.train import join
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, write_json
@@ -47,8 +47,6 @@ def evaluate(
         model: Directory, weight file or hub id, with its preprocessor_config.json.
         data: A list file with a path and a label in each line, or a directory with a folder for
             each class.
-        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
-            without one does not say, such as num_frames=32 image_size=224.
         root: Directory of the relative paths of a list. Default: the list's own.
         frame_name: Of the images in folders whose list says how many there are, as Python's
             str.format takes their number.
@@ -77,7 +75,7 @@ def evaluate(
     import jax
 
     import vivit_jax
-    from checkpoints_convert.source import open_source
+    from vivit_jax.cli.model import open_model
     from vivit_jax.data.dataset import read_dataset
     from vivit_jax.preprocessing import processor_of
     from vivit_jax.recipes import recipe_named
@@ -93,8 +91,7 @@ def evaluate(
     if first_frame < 0:
         raise UserError(f"--first-frame must be at least 0, got {first_frame}")
     devices = make_mesh(parse_mesh(mesh, jax.device_count()))
-    changes = joined(config)
-    source = open_source(model, settings=changes, dtype=dtype)
+    source, changes = open_model(model, config, dtype=dtype)
     if source.layout.head != "classification":
         raise UserError(
             f"--model {model} holds no classifier; fine-tune it first (vivit-jax finetune --start)"
@@ -137,7 +134,8 @@ def evaluate(
     if jax.process_index() == 0:
         # First of all, so that nothing that goes wrong with the printing can lose it.
         if out is not None:
-            write_json(out, _record(net, params, dataset, views, processor, result, model))
+            record = _record(net, params, dataset, views, processor, result, model)
+            write_json(out, record | {"config": list(changes)})
         for name, value in result.metrics.items():
             print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
         for path, error in unreadable:

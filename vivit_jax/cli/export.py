@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from checkpoints_convert.settings import Settings, joined
+from checkpoints_convert.settings import Settings
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
 
@@ -50,8 +50,6 @@ def export(
         model: Directory with config.json and weights, a weight file, a hub id, or a file of
             VideoMAE's authors or scenic.
         out: File to write, .stablehlo.
-        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
-            without one does not say, such as num_frames=32 image_size=224.
         head: none exports the model without its classifier. Of a masked autoencoder the encoder is
             exported, all patches visible.
         preprocess: Take uint8 frames and normalise them inside; needs preprocessor_config.json.
@@ -80,11 +78,10 @@ def export(
     check_extra()
     import vivit_jax
     from checkpoints_convert.layouts import architecture
-    from checkpoints_convert.source import open_source
+    from vivit_jax.cli.model import open_model
     from vivit_jax.preprocessing import processor_of
 
-    changes = joined(config)
-    source = open_source(model, settings=changes)
+    source, changes = open_model(model, config)
     held = source.layout
     if head == "classification" and held.head != "classification":
         raise UserError(

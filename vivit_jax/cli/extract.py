@@ -53,8 +53,6 @@ def extract(
             both beside it, a hub id, or a file of VideoMAE's authors or scenic; with any head.
         out: For one video a .safetensors or .npz file; or a directory, in which each video gets a
             file of its name.
-        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
-            without one does not say, such as num_frames=32 image_size=224.
         layer: last (after the final norm, where there is one), 0 (the embedding) to the number of
             blocks, or temporal:N for the second stage of a factorised encoder.
         pool: mean of all tokens but class tokens; cls, the class token; tokens, all of them,
@@ -75,19 +73,19 @@ def extract(
         exact: One window at a time elsewhere too, so that batch_size moves no bit there either.
         overwrite: Replace files, however they were made.
     """
+    joined(config)  # first, for a video behind --config is taken for a setting
     jobs = _outputs(videos, out, format)
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {batch_size}")
     import jax
 
-    from checkpoints_convert.source import open_source
+    from vivit_jax.cli.model import open_model
     from vivit_jax.data.windows import plan_windows
     from vivit_jax.errors import VideoError
     from vivit_jax.features import check_features, extract_features
     from vivit_jax.preprocessing import processor_of
 
-    changes = joined(config)
-    source = open_source(model, settings=changes, dtype=dtype)
+    source, changes = open_model(model, config, dtype=dtype)
     exact = exact or jax.default_backend() == "cpu"
     how = dict(
         layer=layer,
@@ -135,7 +133,8 @@ class _Listing:
     """How a list of videos gets on: of each by its frames, of all by their bytes."""
 
     def __init__(self, videos: Sequence[Path]):
-        self._sizes = {video: video.stat().st_size if video.exists() else 0 for video in videos}
+        # Of 0 bytes is what is not there, or has an impossible name; reading it says so.
+        self._sizes = {v: os.path.getsize(v) if os.path.exists(v) else 0 for v in videos}
         self._count, self._number = len(videos), 0
         self._pace, self._behind, self._total = Pace(), 0, sum(self._sizes.values())
 
@@ -143,13 +142,14 @@ class _Listing:
     def of(self, video: Path) -> Iterator[Callable[[int, int], None]]:
         """Gives the function to call with the video's frames so far and those announced."""
         self._number += 1
-        size, pace, line = self._sizes[video], Pace(), None
+        size, pace, line, begun = self._sizes[video], Pace(), None, time.monotonic()
         place = f"[{self._number}/{self._count}] " if self._count > 1 else ""
 
         def progress(frames: int, announced: int) -> None:
             nonlocal line
             if line is None:
-                line = LiveLine(f"{place}{video.name}, frame", announced, ends=False)
+                name = f"{place}{video.name}, frame"
+                line = LiveLine(name, announced, ends=False, since=begun)
             now = self._behind + size * min(1.0, frames / max(announced, 1))
             pace.update(frames)
             self._pace.update(now)
@@ -174,7 +174,7 @@ class _Listing:
         """Ends the line on a video that is done: what of the list is left."""
         more = self._count - self._number
         time_left = self._pace.left(self._total - self._behind)
-        return f"; {more} more, {time_left}" if more and time_left else ""
+        return f"; {more} more" + (f", {time_left}" if time_left else "") if more else ""
 
 
 def _suffixes() -> tuple[str, ...]:
@@ -254,7 +254,7 @@ def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
     """Whether the file is there and holds what would be written; UserError for something else."""
     from vivit_jax.feature_file import read_metadata
 
-    if not path.exists() or not video.exists():
+    if not path.exists() or not os.path.exists(video):
         return False
     try:
         made = read_metadata(path)

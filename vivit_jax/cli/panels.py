@@ -17,6 +17,7 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 MARGIN, COLUMN_GAP, GUTTER, ROW_GAP = 28, 18, 6, 10
 TILE, MOVING_TILE = 96, 256  # pixels that a frame is wide, about, where it is scaled up
 SMALL_STEP = 16  # between lines of small text
+_LEAST_HOLD = 0.001  # seconds, what the time of an mp4 counts
 MOST_COLUMNS = 8  # 2,000 pixels where frames are 224 wide
 HIDDEN, HATCH = 0.88, 0.62  # grey levels of what is not shown
 
@@ -71,7 +72,10 @@ class Panels:
     def save_gif(self, path: Path, holds: Sequence[float]) -> None:
         """The clips side by side, over and over; a gif counts time in hundredths of a second."""
         first, *rest = self._moving()
-        durations = [max(2, round(100 * hold)) * 10 for hold in holds]
+        # The running sum is rounded, so that errors do not add up. Viewers show no frame shorter
+        # than 0.02 s, and the file has room for 655 s.
+        starts = np.rint(100 * np.cumsum([0, *holds]))
+        durations = [10 * int(hundredths) for hundredths in np.clip(np.diff(starts), 2, 65535)]
         first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
     def _moving(self) -> list:
@@ -166,7 +170,7 @@ def as_frames(clip: np.ndarray, hatched: bool = False) -> np.ndarray:
 
 
 def real_time(seconds: np.ndarray | None, count: int) -> list[float]:
-    """How long each of `count` frames, shown at `seconds` of a file, stays in a movie of them.
+    """How many seconds each of `count` frames, shown at `seconds` of a file, stays in a movie.
 
     Until the next one; of the last, of one that stands in for a missing one, and of one without a
     time it is as long as usual (the median). Without times it is a tenth of a second, as in the
@@ -175,7 +179,7 @@ def real_time(seconds: np.ndarray | None, count: int) -> list[float]:
     steps = np.diff(np.full(count, np.nan) if seconds is None else seconds, append=np.nan)
     known = steps[steps > 0]
     usual = float(np.median(known)) if len(known) else 0.1
-    return [float(step) if step > 0 else usual for step in steps]
+    return [max(float(step) if step > 0 else usual, _LEAST_HOLD) for step in steps]
 
 
 def channels_note(channels: int) -> str | None:

@@ -38,8 +38,6 @@ def predict(
         clips: Video files, or .npy with frames [t, h, w, c], uint8 or float in [0, 1].
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic.
-        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
-            without one does not say, such as num_frames=32 image_size=224.
         top_k: How many classes to print.
         stride: Frames between sampled frames. Default: the recipe's (ViViT 2, VideoMAE 4), less
             where the video is too short for it.
@@ -52,6 +50,7 @@ def predict(
         batch_size: Views that go through the model together.
         json: Print a JSON list instead of text.
     """
+    joined(config)  # first, for a clip behind --config is taken for a setting
     if not clips:
         raise UserError("predict needs at least one video file")
     counts = {
@@ -67,10 +66,14 @@ def predict(
     from tqdm import tqdm
 
     from vivit_jax.classifier import VideoClassifier
+    from vivit_jax.cli.model import open_model
     from vivit_jax.data.clip import parse_start
 
     place = parse_start(start)
-    classifier = VideoClassifier.from_pretrained(model, config=joined(config), dtype=dtype)
+    source, changes = open_model(model, config)
+    classifier = VideoClassifier.from_pretrained(
+        source.checkpoint.path, config=changes, dtype=dtype
+    )
     found = classifier.classify(
         clips,
         top_k=top_k,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from checkpoints_convert.settings import Settings, joined
+from checkpoints_convert.settings import Settings
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
 
@@ -45,8 +45,6 @@ def reconstruct(
             both beside it, a hub id, or a file of VideoMAE's authors; with a pre-training head.
         out: File to write: .png has a row for each of the three and a column per frame, of more
             than eight those of eight evenly spaced frames; .mp4 and .gif show all side by side.
-        config: Changes to the config, KEY=VALUE with the field names of config.json: what a file
-            without one does not say, such as num_frames=32 image_size=224.
         mask_ratio: Share of the patches to hide.
         mask: tube hides the same places in every frame, random any; dual is a tube, of whose
             patches the decoder predicts half in a running cell (VideoMAE V2).
@@ -73,8 +71,7 @@ def reconstruct(
     from vivit_jax.reconstruction import reconstruct as predict_hidden
 
     place = parse_start(start)
-    changes = joined(config)
-    source = _source(model, changes, true_statistics)
+    source, changes = _source(model, config, true_statistics)
     chosen = draw_mask(mask, seed, 1, source.config.grid, mask_ratio)
     processor = processor_of(source)
     read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
@@ -86,11 +83,12 @@ def reconstruct(
     errors = rmse([result])
 
     indices = [int(i) for i in read.indices]
-    seconds = None if read.fps is None else frame_times(clip, indices)
+    still = out.suffix.lower() == ".png" or read.fps is None
+    seconds = None if still else frame_times(clip, indices)
     panels = panels_of(
         result,
         title=f"{clip.name}, reconstructed from {1 - result.hidden.mean():.0%} of it",
-        about=f"{model}; {mask} mask of ratio {mask_ratio:g}, seed {seed}",
+        about=f"{' '.join((model, *changes))}; {mask} mask of ratio {mask_ratio:g}, seed {seed}",
         times=[f"frame {i}" for i in indices],
     )
     with whole_file(out) as partial:
@@ -152,13 +150,13 @@ def panels_of(result, *, title: str, about: str, times: list[str]):
     )
 
 
-def _source(model: str, changes: tuple[str, ...], true_statistics: bool):
+def _source(model: str, config: Settings, true_statistics: bool):
     """The opened checkpoint, once checked for what is cheap to check: the weights are not read."""
     from checkpoints_convert.layouts import architecture
-    from checkpoints_convert.source import open_source
+    from vivit_jax.cli.model import open_model
     from vivit_jax.reconstruction import check_statistics
 
-    source = open_source(model, settings=changes)
+    source, changes = open_model(model, config)
     held = source.layout
     if held.head != "pretraining":
         raise UserError(
@@ -166,7 +164,7 @@ def _source(model: str, changes: tuple[str, ...], true_statistics: bool):
             "reconstruct needs a pre-trained VideoMAE with its decoder (VideoMAEForPreTraining)"
         )
     check_statistics(source.config, true_statistics)
-    return source
+    return source, changes
 
 
 def _counts(result) -> str:

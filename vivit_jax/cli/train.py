@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from checkpoints_convert.settings import Settings, joined
+from checkpoints_convert.settings import KeyValues, joined
 from vivit_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ class RunOptions:
     recipe: str | None = None
     data: str | None = None
     start: str | None = None
-    set: Settings = ()
+    set: KeyValues = ()
     mesh: str | None = None
     resume: bool = False
     tensorboard: bool = False
@@ -81,7 +81,7 @@ def _run(task: str, options: RunOptions) -> int:
     recipe = saved_recipe(out) if own else recipe_named(options.recipe)
     if recipe.task != task:
         raise UserError(f"{recipe.name} is to {recipe.task}; use vivit-jax {recipe.task}")
-    given = [*joined(options.set)]
+    given = [*joined(options.set, "--set")]
     for name, value in (("data.train", options.data), ("model.start", options.start)):
         given += [f"{name}={value}"] if value is not None else []
     recipe = apply_settings(recipe, given)

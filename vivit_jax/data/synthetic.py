@@ -163,7 +163,8 @@ def write_mp4(
 ) -> None:
     """Encode frames, uint8 [t, h, w, 3] with even h and w, as H.264 in mp4.
 
-    With `holds` frame i is shown for holds[i] seconds, to a millisecond, whatever `fps` is.
+    With `holds` frame i is shown for holds[i] seconds, at least one millisecond and to a
+    millisecond, whatever `fps` is.
     """
     import av
     from av.codec.codec import UnknownCodecError
@@ -184,7 +185,8 @@ def write_mp4(
         stream.thread_count = 1
         starts = None
         if holds is not None:
-            starts = np.rint(1000 * np.cumsum([0, *holds])).astype(int).tolist()
+            # Not rounded to even: two starts half a millisecond off a number must not be one.
+            starts = np.floor(1000 * np.cumsum([0, *holds]) + 0.5).astype(int).tolist()
             stream.codec_context.time_base = _MILLISECOND
         packets = []
         for i, image in enumerate(frames):

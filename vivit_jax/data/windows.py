@@ -26,8 +26,8 @@ class Windows:
     """Where windows lie: one begins at frame s and has the frames s + j * frame_stride.
 
     One begins at frame 0, and then every `stride` frames; or, `in_seconds`, at the first frame that
-    is shown at each multiple of `stride` seconds or later, whatever the frame rate does in between,
-    and at no frame twice.
+    is shown at each multiple of `stride` seconds or later (or a millisecond before, which is what
+    containers round to), whatever the frame rate does in between, and at no frame twice.
 
     A window is there where all its frames are. With `pad` "repeat_last" one more follows where the
     others leave frames over that it reaches; past the end it repeats the video's last frame.
@@ -103,7 +103,7 @@ def slide(
         raise VideoError(f"{stream.name}: states no frame rate; give --window-stride in frames")
     held: dict[int, tuple[np.ndarray | VideoError, float]] = {}
     begun: collections.deque[int] = collections.deque()  # first frames of windows not yet whole
-    upcoming, covered, frame = 0.0, 0, None
+    upcoming, covered, frame = 0, 0, None  # number of the place where a window begins next
 
     def hold(frame: StreamedFrame) -> None:
         try:
@@ -121,9 +121,10 @@ def slide(
 
     for frame in stream:
         passed(frame.index + 1)
-        if windows.place(frame) >= upcoming:
+        place = windows.place(frame)
+        if place >= upcoming * windows.stride:
             begun.append(frame.index)
-            upcoming = (windows.place(frame) // windows.stride + 1) * windows.stride
+            upcoming = max(upcoming, int(place / windows.stride)) + 1
         if any((frame.index - start) % windows.frame_stride == 0 for start in begun):
             hold(frame)
         if begun and frame.index == begun[0] + windows.span - 1:
