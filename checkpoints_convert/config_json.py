@@ -135,20 +135,18 @@ def override(config: Config, settings: Settings) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def reusable(settings: Settings) -> Settings:
+def reusable(settings: Settings | None) -> Settings:
     """Settings that can be read more than once; none for None. ConfigError for other types."""
-    if settings is None or isinstance(settings, Mapping):
-        settings = dict(settings or {})
-        texts = settings
-    elif isinstance(settings, str) or not isinstance(settings, Iterable):
-        texts = (None,)
-    else:
-        texts = settings = tuple(settings)
-    if not all(isinstance(text, str) for text in texts):
-        raise ConfigError(
-            f"config must be fields by name or a list of 'key=value' texts, got {settings!r}"
-        )
-    return settings
+    if settings is None:
+        return ()
+    kept: Any = settings
+    if isinstance(settings, Mapping):
+        kept = dict(settings)
+    elif isinstance(settings, Iterable) and not isinstance(settings, str):
+        kept = tuple(settings)
+    if isinstance(kept, dict | tuple) and all(isinstance(name, str) for name in kept):
+        return kept
+    raise ConfigError(f"config must be fields by name or a list of 'key=value' texts, got {kept!r}")
 
 
 def names_set(settings: Settings) -> set[str]:
@@ -176,7 +174,7 @@ def parse_settings(cls: type[Config], settings: Settings) -> dict[str, Any]:
                 hint = ": it says how a model runs, not what it computes, and is an argument"
             raise ConfigError(f"{where}: {what} has no field {name!r}{hint}")
         if name in changes:
-            raise ConfigError(f"--config: {name} is set twice")
+            raise ConfigError(f"{where}: {name} is set twice")
         changes[name] = _typed(where, name, value, fields[name])
     if "num_labels" not in changes:
         # Names and splits say how many classes there are.
@@ -200,7 +198,7 @@ class _Text:
 def _split(setting: str) -> tuple[str, _Text]:
     name, equals, text = setting.partition("=")
     if not equals:
-        raise ConfigError(f"--config takes key=value, got {setting!r}")
+        raise ConfigError(f"config takes texts of the form key=value, got {setting!r}")
     return name, _Text(text)
 
 

@@ -144,7 +144,8 @@ def replaced_directory(directory: str | Path, overwrite: bool = False) -> Iterat
 
     If the block fails or is interrupted nothing changes. A non-empty destination is a
     CheckpointError unless `overwrite`; then files of the same name are replaced, weight files that
-    were not written again are removed, and all other files stay.
+    were not written again are removed, a processor's too where another one was written, and all
+    other files stay.
     """
     directory = check_destination(directory, overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ class VideoClassifier:
         cls,
         source: str | Path,
         *,
-        config: Mapping[str, Any] | Iterable[str] = (),
+        config: Mapping[str, Any] | Iterable[str] | None = None,
         revision: str | None = None,
         processor: VideoProcessor | None = None,
         dtype: str = "float32",

@@ -48,7 +48,7 @@ def hub_id(source: str | Path, revision: str | None = None) -> HubId | None:
 def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """A local checkpoint directory or file; a hub id is downloaded into the hub's cache.
 
-    Of a hub repository come config.json, its PROCESSOR_FILES and one format of the weights,
+    Of a hub repository come config.json, one of PROCESSOR_FILES and one format of the weights,
     safetensors where there are any; of a weight file in one, the file and those two where they lie
     beside it. Raises CheckpointError for what is neither a path nor a hub id, for an unknown
     repository, file or revision, and when the hub cannot be reached and its cache lacks a file;
@@ -68,7 +68,7 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(_without_config(remote))
     # The commit that config.json came from: a push between two downloads must not mix weights.
     remote = dataclasses.replace(remote, revision=config.parent.name)
-    _processor_files(remote)
+    _processor_file(remote)
     for name in WEIGHT_FILES:
         weights = _download(remote, name)
         if weights is None:
@@ -82,26 +82,20 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
 
 
 def resolve_processor(source: str, revision: str | None = None) -> Path:
-    """The first of a hub repository's PROCESSOR_FILES, beside which all of them lie.
+    """The first of PROCESSOR_FILES that a hub repository holds, beside the file that is named.
 
     Raises as `resolve_checkpoint`, and where it holds none of them.
     """
     local, remote = _local_or_remote(source, revision)
     if local is not None:
         raise CheckpointError(f"{source} is no hub id but a local path")
-    found = _processor_files(remote)
-    return found[0] if found else _required(remote, _beside(remote, PROCESSOR_FILES[0]))
+    found = _processor_file(remote)
+    return found or _required(remote, _beside(remote, PROCESSOR_FILES[0]))
 
 
-def _processor_files(remote: HubId) -> list[Path]:
-    """All that a repository holds, of one commit: which counts depends on what is in them."""
-    found = []
-    for name in PROCESSOR_FILES:
-        path = _beside(remote, name)
-        if (file := _download(remote, path)) is not None:
-            found.append(file)
-            remote = dataclasses.replace(remote, revision=file.parents[path.count("/")].name)
-    return found
+def _processor_file(remote: HubId) -> Path | None:
+    files = (_download(remote, _beside(remote, name)) for name in PROCESSOR_FILES)
+    return next((file for file in files if file is not None), None)
 
 
 def _resolve_file_of(remote: HubId) -> Path:
@@ -109,7 +103,7 @@ def _resolve_file_of(remote: HubId) -> Path:
     depth = remote.file.count("/") + 1
     remote = dataclasses.replace(remote, revision=weights.parents[depth - 1].name)
     _download(remote, _beside(remote, _CONFIG))
-    _processor_files(remote)
+    _processor_file(remote)
     return weights
 
 

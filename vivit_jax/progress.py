@@ -71,7 +71,9 @@ class LiveLine:
         now = time.monotonic()
         if now - self._printed >= self._every or (self._ends and done >= self._total):
             self._printed = now
-            print(f"{self._name} {done}/{self._total}  {text}", file=self._stream, flush=True)
+            print(
+                f"{self._name} {done}/{self._total}  {text}".rstrip(), file=self._stream, flush=True
+            )
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the live line."""

@@ -292,34 +292,38 @@ def test_bad_numbers_are_refused_before_anything_is_written(args, told, capsys, 
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("flags", [("--quick",), ()])
-def test_quick_takes_half_of_the_clips_and_a_sixth_of_the_steps(monkeypatch, tmp_path, flags):
+@pytest.mark.parametrize(
+    ("flags", "times", "epochs"),
+    [((), 1, 44), (("--quick",), 1, 14), (("--quick",), 20, 7), (("--quick",), 80, 1)],
+)
+def test_quick_takes_half_of_the_clips_and_a_sixth_of_the_steps(
+    monkeypatch, tmp_path, flags, times, epochs
+):
+    """Where there are as many clips as usual, by how many `times` as many it is told there are."""
+
     class Begun(Exception):
         """Stands in for the first training, with its recipe."""
 
     def begin(recipe, out, say):
         raise Begun(recipe)
 
-    written = synthetic.write_dataset
-
     def write(directory, counts, **how):
         asked.update(counts)
         return written(directory, {"train": 8, "test": 1, "labelled": 1}, **how)
 
-    asked = {}
+    asked, written = {}, synthetic.write_dataset
+    read = demo_stages.read_dataset
     monkeypatch.setattr(synthetic, "write_dataset", write)
     monkeypatch.setattr(demo_stages, "train", begin)
+    monkeypatch.setattr(
+        demo_stages, "read_dataset", lambda *a, **k: range(times * len(read(*a, **k)))
+    )
     with pytest.raises(Begun) as begun:
         main(["demo", "--out", str(tmp_path / "demo"), *flags])
     half = 2 if flags else 1
     assert asked == {"train": 160 // half, "test": 40 // half, "labelled": 4}
-    (recipe,), usual = begun.value.args, demo_pretrain().train
-    if not flags:
-        assert recipe.train.epochs == usual.epochs
-    else:
-        steps = recipe.train.epochs * (8 * 8 // recipe.train.batch_size)
-        whole = usual.epochs * (160 * 8 // usual.batch_size)
-        assert 0.98 * whole <= 6 * steps <= whole
+    (recipe,) = begun.value.args
+    assert demo_pretrain().train.epochs == 44 and recipe.train.epochs == epochs
 
 
 def test_directories_of_others_are_left_alone(capsys, tmp_path):

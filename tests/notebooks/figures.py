@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a picture says what it shows: a title, names on its axes, a bar for its colours.
 
-Kernels of the tests import this when they start, and look at every figure before it is drawn.
+Kernels of the tests import this when they start, and look at every figure when it is drawn.
 """
 
-import sys
+import functools
 
 # Whose colours are brightness, as of a photograph.
 _GREYS = ("gray", "grey", "Greys", "binary")
@@ -18,8 +18,8 @@ def problems(figure) -> list[str]:
     found = []
     if not figure.get_suptitle() and not any(_title(axes) for axes in panels):
         found.append("there is no title")
-    coloured = [i for axes in panels for i in axes.images if _by_colour(i)]
-    if coloured and not bars:
+    shown = [each for axes in panels for each in (*axes.images, *axes.collections)]
+    if any(map(_by_colour, shown)) and not bars:
         found.append("numbers are shown as colours without a colour bar")
     for bar in bars:
         if not (bar.get_xlabel() or bar.get_ylabel() or bar.get_title()):
@@ -38,30 +38,38 @@ def _title(axes) -> str:
     return "".join(axes.get_title(loc) for loc in ("left", "center", "right"))
 
 
-def _by_colour(image) -> bool:
-    return image.get_array().ndim == 2 and image.get_cmap().name not in _GREYS
+def _by_colour(shown) -> bool:
+    values = shown.get_array()
+    return values is not None and values.ndim <= 2 and shown.get_cmap().name not in _GREYS
 
 
 def _named(axes, way: str) -> bool:
     axis = getattr(axes, f"{way}axis")
+    # Powers of ten are formulas, between dollars.
     texts = [label.get_text() for label in axis.get_ticklabels()]
-    return bool(axis.get_label_text()) or any(any(map(str.isalpha, text)) for text in texts)
+    names = [text for text in texts if "$" not in text and any(map(str.isalpha, text))]
+    return bool(axis.get_label_text() or names)
 
 
 def watch() -> None:
-    """Fail a cell's callbacks, which is seen in its output, where it draws a figure with problems.
-
-    For a kernel that starts: the callback comes before the one that shows figures and closes them.
-    """
+    """Fail a cell that draws a figure with problems; for a kernel that starts."""
     from IPython import get_ipython
+    from matplotlib.backend_bases import FigureCanvasBase
 
-    get_ipython().events.register("post_execute", _look)
+    drawn, found = FigureCanvasBase.print_figure, []
 
+    @functools.wraps(drawn)
+    def print_figure(self, *args, **how):
+        found.extend(problems(self.figure))
+        return drawn(self, *args, **how)
 
-def _look() -> None:
-    if "matplotlib.pyplot" not in sys.modules:
-        return
-    import matplotlib.pyplot as plt
+    def tell():
+        told = "; ".join(found)
+        found.clear()
+        assert not told, f"a picture does not say what it shows: {told}"
 
-    for number in plt.get_fignums():
-        assert not (found := problems(plt.figure(number))), f"figure {number}: {'; '.join(found)}"
+    FigureCanvasBase.print_figure = print_figure
+    # A figure without plt.show() is drawn by a later callback of the same event, and told of when
+    # the next cell begins.
+    for event in ("post_execute", "pre_execute"):
+        get_ipython().events.register(event, tell)

@@ -25,7 +25,8 @@ METADATA = {
 def executed(path: Path, directory: Path, seconds: int = 1800) -> nbformat.NotebookNode:
     """The notebook with the outputs of a new kernel whose working directory is `directory`.
 
-    No cell may take longer than `seconds`. Raises nbclient's CellExecutionError for one that fails.
+    No cell may take longer than `seconds`. Raises nbclient's CellExecutionError for one that fails,
+    AssertionError for a picture that does not say what it shows.
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -45,6 +46,9 @@ def executed(path: Path, directory: Path, seconds: int = 1800) -> nbformat.Noteb
         watching = f"import sys; sys.path.append({here!r}); import figures; figures.watch()"
         (startup / "watch.py").write_text(f"{watching}; sys.path.pop(); del figures, sys\n")
         client.execute(env=own | {"IPYTHONDIR": ipython})
+    for cell in notebook.cells:  # what callbacks raise does not stop the client
+        for output in cell.get("outputs", ()):
+            assert output.output_type != "error", f"{output.evalue}\n{cell.source}"
     return notebook
 
 

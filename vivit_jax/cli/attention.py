@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from checkpoints_convert.settings import Settings
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.cli.reconstruct import SUFFIXES
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
@@ -109,7 +109,8 @@ def attention(
 
     place = parse_start(start)
     # What is cheap to check comes before the weights.
-    source, changes = open_model(model, config)
+    changes = joined(config)
+    source = open_model(model, changes)
     choose(source.config, **wanted)
     processor = processor_of(source)
     read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)

@@ -79,16 +79,15 @@ def demo(
     few with labels; the same model is trained on these alone, for as long. Both are evaluated on
     held-out clips. A ViViT is trained on all clips with their labels. The model is saved as a
     HuggingFace directory, loaded back, used on one file and, where PyTorch is installed, compared
-    with PyTorch.
-    The exit status is 1 if one of these checks fails.
+    with PyTorch. The exit status is 1 if one of these checks fails.
 
     Args:
         out: Directory to write; it must be new or empty.
         model: The family to train.
         seed: Seed of the initial weights and of the order of training.
         data_seed: Seed of the data.
-        quick: Take half of the time: half of the clips and a sixth of the steps of pre-training,
-            which then helps little.
+        quick: Take half of the time: half of the clips, and a sixth of the pre-training, which then
+            helps little.
         clips_per_class: Training clips of each of the eight classes. Default: 160, or 80 if quick.
         labelled_clips_per_class: Clips of each class that VideoMAE is fine-tuned on.
         test_clips_per_class: Held-out clips of each class. Default: 40, or 20 if quick.

@@ -127,8 +127,9 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
     settings = recipe.train
     epochs = settings.epochs if demo.epochs is None else demo.epochs
     if demo.epochs is None and demo.quick and task == "pretrain":
-        usual = settings.epochs * CLIPS["train"] * len(CLASSES)
-        epochs = max(1, usual // (6 * clips))
+        # A third on half of the clips, and so on; on fewer not more.
+        share = CLIPS["train"] * len(CLASSES) / clips
+        epochs = max(1, min(settings.epochs // 3, int(settings.epochs * share / 6)))
     recipe = dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, start=None if start is None else str(start)),

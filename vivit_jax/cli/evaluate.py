@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from checkpoints_convert.settings import Settings
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.cli.train import join
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, write_json
@@ -91,7 +91,8 @@ def evaluate(
     if first_frame < 0:
         raise UserError(f"--first-frame must be at least 0, got {first_frame}")
     devices = make_mesh(parse_mesh(mesh, jax.device_count()))
-    source, changes = open_model(model, config, dtype=dtype)
+    changes = joined(config)
+    source = open_model(model, changes, dtype=dtype)
     if source.layout.head != "classification":
         raise UserError(
             f"--model {model} holds no classifier; fine-tune it first (vivit-jax finetune --start)"

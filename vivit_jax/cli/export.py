@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from checkpoints_convert.settings import Settings
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
 
@@ -81,7 +81,8 @@ def export(
     from vivit_jax.cli.model import open_model
     from vivit_jax.preprocessing import processor_of
 
-    source, changes = open_model(model, config)
+    changes = joined(config)
+    source = open_model(model, changes)
     held = source.layout
     if head == "classification" and held.head != "classification":
         raise UserError(

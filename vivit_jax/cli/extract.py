@@ -73,7 +73,7 @@ def extract(
         exact: One window at a time elsewhere too, so that batch_size moves no bit there either.
         overwrite: Replace files, however they were made.
     """
-    joined(config)  # first, for a video behind --config is taken for a setting
+    changes = joined(config)  # first, for a video behind --config is taken for a setting
     jobs = _outputs(videos, out, format)
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {batch_size}")
@@ -85,7 +85,7 @@ def extract(
     from vivit_jax.features import check_features, extract_features
     from vivit_jax.preprocessing import processor_of
 
-    source, changes = open_model(model, config, dtype=dtype)
+    source = open_model(model, changes, dtype=dtype)
     exact = exact or jax.default_backend() == "cpu"
     how = dict(
         layer=layer,
@@ -142,15 +142,17 @@ class _Listing:
     def of(self, video: Path) -> Iterator[Callable[[int, int], None]]:
         """Gives the function to call with the video's frames so far and those announced."""
         self._number += 1
-        size, pace, line, begun = self._sizes[video], Pace(), None, time.monotonic()
+        size, share, pace, line = self._sizes[video], 0.0, Pace(), None
+        begun = time.monotonic()
         place = f"[{self._number}/{self._count}] " if self._count > 1 else ""
 
         def progress(frames: int, announced: int) -> None:
-            nonlocal line
+            nonlocal line, share
             if line is None:
                 name = f"{place}{video.name}, frame"
                 line = LiveLine(name, announced, ends=False, since=begun)
-            now = self._behind + size * min(1.0, frames / max(announced, 1))
+            share = min(1.0, frames / max(announced, 1))
+            now = self._behind + size * share
             pace.update(frames)
             self._pace.update(now)
             parts = [pace.rate and f"{pace.rate:.0f} frames/s", pace.left(announced - frames)]
@@ -162,11 +164,12 @@ class _Listing:
         try:
             yield progress
         except BaseException:
-            self._total -= size  # which took no time that says something of the others
+            self._total -= size * (1 - share)
             raise
         else:
-            self._behind += size
+            share = 1.0
         finally:
+            self._behind += size * share
             if line is not None:
                 line.close()
 

@@ -71,12 +71,19 @@ class Panels:
 
     def save_gif(self, path: Path, holds: Sequence[float]) -> None:
         """The clips side by side, over and over; a gif counts time in hundredths of a second."""
-        first, *rest = self._moving()
         # The running sum is rounded, so that errors do not add up. Viewers show no frame shorter
-        # than 0.02 s, and the file has room for 655 s.
-        starts = np.rint(100 * np.cumsum([0, *holds]))
-        durations = [10 * int(hundredths) for hundredths in np.clip(np.diff(starts), 2, 65535)]
-        first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+        # than 0.02 s, and the file has room for 655 s, also of equal pages, which it makes one.
+        hundredths = np.maximum(np.diff(np.rint(100 * np.cumsum([0, *holds]))), 2)
+        pages, durations = [], []
+        for page, duration in zip(self._moving(), hundredths, strict=True):
+            if pages and page.tobytes() == pages[-1].tobytes():
+                durations[-1] += duration
+            else:
+                pages.append(page)
+                durations.append(duration)
+        times = [10 * min(int(duration), 65535) for duration in durations]
+        options = dict(save_all=True, append_images=pages[1:], duration=times, loop=0)
+        pages[0].save(path, "GIF", **options)
 
     def _moving(self) -> list:
         pages = (

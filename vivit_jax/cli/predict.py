@@ -50,7 +50,7 @@ def predict(
         batch_size: Views that go through the model together.
         json: Print a JSON list instead of text.
     """
-    joined(config)  # first, for a clip behind --config is taken for a setting
+    changes = joined(config)  # first, for a clip behind --config is taken for a setting
     if not clips:
         raise UserError("predict needs at least one video file")
     counts = {
@@ -70,7 +70,7 @@ def predict(
     from vivit_jax.data.clip import parse_start
 
     place = parse_start(start)
-    source, changes = open_model(model, config)
+    source = open_model(model, changes)
     classifier = VideoClassifier.from_pretrained(
         source.checkpoint.path, config=changes, dtype=dtype
     )

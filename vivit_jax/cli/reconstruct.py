@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from checkpoints_convert.settings import Settings
+from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, whole_file
 
@@ -71,7 +71,8 @@ def reconstruct(
     from vivit_jax.reconstruction import reconstruct as predict_hidden
 
     place = parse_start(start)
-    source, changes = _source(model, config, true_statistics)
+    changes = joined(config)
+    source = _source(model, changes, true_statistics)
     chosen = draw_mask(mask, seed, 1, source.config.grid, mask_ratio)
     processor = processor_of(source)
     read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
@@ -150,13 +151,13 @@ def panels_of(result, *, title: str, about: str, times: list[str]):
     )
 
 
-def _source(model: str, config: Settings, true_statistics: bool):
+def _source(model: str, changes: tuple[str, ...], true_statistics: bool):
     """The opened checkpoint, once checked for what is cheap to check: the weights are not read."""
     from checkpoints_convert.layouts import architecture
     from vivit_jax.cli.model import open_model
     from vivit_jax.reconstruction import check_statistics
 
-    source, changes = open_model(model, config)
+    source = open_model(model, changes)
     held = source.layout
     if held.head != "pretraining":
         raise UserError(
@@ -164,7 +165,7 @@ def _source(model: str, config: Settings, true_statistics: bool):
             "reconstruct needs a pre-trained VideoMAE with its decoder (VideoMAEForPreTraining)"
         )
     check_statistics(source.config, true_statistics)
-    return source, changes
+    return source
 
 
 def _counts(result) -> str:

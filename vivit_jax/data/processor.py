@@ -234,8 +234,8 @@ class VideoProcessor:
         """Reads the processor of a checkpoint: a directory, a JSON file or a hub id.
 
         A directory may hold preprocessor_config.json, video_preprocessor_config.json or a
-        processor_config.json with a nested section, and so may a hub id (`org/name`,
-        `org/name@revision`), at `revision`. `overrides` replace fields of it.
+        processor_config.json with a nested section; of a hub id (`org/name`, `org/name@revision`)
+        the first of these that it holds is read, at `revision`. `overrides` replace fields of it.
         Raises `UserError` if nothing is found, `ConfigError` if the file is wrong.
         """
         path = Path(source)
@@ -247,7 +247,7 @@ class VideoProcessor:
             from vivit_jax.hub import resolve_processor
 
             path = resolve_processor(str(source), revision)
-            candidates = _candidates(path.parent)
+            candidates = [each for each in _candidates(path.parent) if each[0] == path]
         found = _first_config(candidates)
         if found is None:
             raise UserError(

@@ -185,8 +185,9 @@ def write_mp4(
         stream.thread_count = 1
         starts = None
         if holds is not None:
-            # Not rounded to even: two starts half a millisecond off a number must not be one.
-            starts = np.floor(1000 * np.cumsum([0, *holds]) + 0.5).astype(int).tolist()
+            starts = [0]
+            for end in np.rint(1000 * np.cumsum(holds)).astype(int).tolist():
+                starts.append(max(end, starts[-1] + 1))
             stream.codec_context.time_base = _MILLISECOND
         packets = []
         for i, image in enumerate(frames):

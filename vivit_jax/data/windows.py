@@ -17,8 +17,8 @@ from vivit_jax.errors import UserError, VideoError
 
 Pad = Literal["drop", "repeat_last"]
 _SECONDS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)s")
-# Matroska's times are whole milliseconds.
-_SAME_TIME = 1e-3
+# Matroska's times are whole milliseconds; a little more, for sums of floats.
+_SAME_TIME = 1.01e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,6 @@ def slide(
     `passed` is called with the number of frames that are behind. Raises VideoError where there is
     no window, a frame of one cannot be shown, or windows by the second have no times to go by.
     """
-    if windows.in_seconds and not (stream.timed or math.isfinite(stream.fps)):
-        raise VideoError(f"{stream.name}: states no frame rate; give --window-stride in frames")
     held: dict[int, tuple[np.ndarray | VideoError, float]] = {}
     begun: collections.deque[int] = collections.deque()  # first frames of windows not yet whole
     upcoming, covered, frame = 0, 0, None  # number of the place where a window begins next
@@ -122,6 +120,11 @@ def slide(
     for frame in stream:
         passed(frame.index + 1)
         place = windows.place(frame)
+        if math.isnan(place) and frame.index == 0:  # and then all of them are
+            raise VideoError(
+                f"{stream.name}: states neither times nor a frame rate; give --window-stride in "
+                "frames"
+            )
         if place >= upcoming * windows.stride:
             begun.append(frame.index)
             upcoming = max(upcoming, int(place / windows.stride)) + 1

@@ -135,7 +135,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: Mapping[str, Any]) -> St
     notes = _pixel_notes(recipe, place, image)
     if config_path(place).is_file():  # else the recipe says what the file does not
         skipped = ("use_mean_pooling",) if handed_over else ()
-        names = [name for name in _of_the_function(config, head) if name in changes]
+        names = [name for name in of_the_function(config, head) if name in changes]
         differing = _differing(config, opened.config, [n for n in names if n not in skipped])
         notes = _config_notes(source, differing, _fixed(config, opened.config)) + notes
     if handed_over:
@@ -153,7 +153,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: Mapping[str, Any]) -> St
     return _completed(recipe, model, params, report, notes)
 
 
-def _of_the_function(config, head: str) -> list[str]:
+def of_the_function(config, head: str) -> list[str]:
     """The fields of a config that change what a trained network computes, without its decoder."""
     left_out = {*_NO_FUNCTION, *config.probabilities}
     left_out |= {"fc_norm_eps"} if head == "pretraining" else set(_OF_PRETRAINING)
