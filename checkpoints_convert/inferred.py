@@ -40,7 +40,7 @@ def complete(
         flags = " ".join(f"{name}={options[0]}" for name, options in missing.items())
         raise ConfigError(
             f"{path}: the weights do not say {listed}; {hint}Give them, for "
-            f"example --config {flags} (`config` in Python)"
+            f"example --config {flags}"
         )
     wrong = [
         f"{name}={given[name]!r}, the weights say {value!r}"

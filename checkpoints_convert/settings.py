@@ -26,12 +26,17 @@ Settings = Annotated[
 ]
 
 
-def joined(settings: Iterable[Iterable[str]], flag: str = "--config") -> tuple[str, ...]:
-    """All settings in the order in which they were given; ConfigError for what is none."""
-    settings = tuple(itertools.chain.from_iterable(settings))
+def in_order(settings: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """All settings in the order in which they were given."""
+    return tuple(itertools.chain.from_iterable(settings))
+
+
+def joined(config: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """All settings of `--config`; ConfigError for what is none, as a file that stands behind it."""
+    settings = in_order(config)
     for setting in settings:
         if "=" not in setting:
             raise ConfigError(
-                f"{flag} takes KEY=VALUE, got {setting!r}; what is no setting goes before it"
+                f"--config takes KEY=VALUE, got {setting!r}; what is no setting goes before it"
             )
     return settings

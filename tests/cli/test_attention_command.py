@@ -284,6 +284,18 @@ def test_movies_of_frames_of_any_rate(tmp_path, hold):
         np.testing.assert_allclose(holds, 655.35 if hold == 900 else 0.02)
 
 
+def test_close_frames_and_equal_pages_of_a_movie(tmp_path):
+    """Starts that rounding would put on one millisecond, and pages that a gif makes one."""
+    clip = np.stack([np.full((8, 8, 3), 10 * k, np.uint8) for k in range(5)])
+    shown = small_panels(clips=[clip], times=["0"] * 5)
+    shown.save(tmp_path / "a.mp4", [0.0095, 0.001, 0.001, 0.001, 0.5])
+    assert (np.diff(frame_times(tmp_path / "a.mp4", range(5))) > 0.9e-3).all()
+    still = small_panels(clips=[np.zeros_like(clip)], times=["0"] * 5)
+    still.save(tmp_path / "a.gif", [400.0] * 5)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 1 and gif.info["duration"] == 655350
+
+
 @pytest.mark.parametrize(
     ("seconds", "holds"),
     [

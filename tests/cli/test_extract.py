@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import json
 import os
 import re
 import sys
 import threading
+import types
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors import safe_open
 
 import vivit_jax
 from vivit_jax import features
+from vivit_jax import progress as progress_module
 from vivit_jax.cli.__main__ import main
 from vivit_jax.cli.extract import _outputs
 from vivit_jax.data.stream import FrameStream
@@ -634,3 +637,21 @@ def test_a_list_says_how_much_of_it_is_left(model, video, monkeypatch, capsys, t
         assert re.fullmatch(form.format(n=k + 1, k=k), mine[-1]), mine
         assert f"frame {FRAMES}/{FRAMES}" in mine[-1]
     assert "frames/s  0:00:00 left  all videos: 0:00:00 left" in live[-1]
+
+
+def test_a_video_that_fails_in_its_middle_counts_as_far_as_it_came(monkeypatch, tmp_path):
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    for module in (progress_module, extract_module):
+        monkeypatch.setattr(module, "time", clock)
+    videos = [tmp_path / f"{k}.mp4" for k in range(3)]
+    for path in videos:
+        path.write_bytes(bytes(1000))
+    listing = extract_module._Listing(videos)
+    for k in range(2):
+        with contextlib.suppress(vivit_jax.VideoError), listing.of(videos[k]) as progress:
+            for done in range(10, 101, 10):  # a frame a second
+                clock.now += 10
+                progress(done, 100)
+                if k == 0 and done == 60:
+                    raise vivit_jax.VideoError("damaged")
+    assert listing.rest() == "; 1 more, 0:01:40 left"

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints are whole, bit-equal on any mesh, and no more than asked for."""
 
+import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vivit_jax.errors import CheckpointError, UserError
+from vivit_jax.train import checkpoint as checkpoint_module
 from vivit_jax.train.checkpoint import Checkpoints
 
 
@@ -273,6 +277,31 @@ def test_a_disk_that_is_full_is_told_in_a_line_and_leaves_the_earlier_checkpoint
     assert again.steps() == [1, 3]
     restored, data, _ = again.restore(abstract(state))
     assert bits(restored) == bits(state) and data == {"place": 3}
+
+
+def test_a_directory_that_is_still_written_to_is_removed_a_little_later(tmp_path, monkeypatch):
+    """As by Orbax's threads after a save that failed; what stays in the way is told."""
+    calls, remove = [], shutil.rmtree
+
+    def busy(path):
+        calls.append(path)
+        if len(calls) < 3:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path)
+
+    waits = types.SimpleNamespace(sleep=lambda seconds: None)
+    monkeypatch.setattr(checkpoint_module, "time", waits)
+    monkeypatch.setattr(checkpoint_module.shutil, "rmtree", busy)
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint_module._remove(tmp_path / "checkpoints")
+    assert len(calls) == 3 and not (tmp_path / "checkpoints").exists()
+
+    def always(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(checkpoint_module.shutil, "rmtree", always)
+    with pytest.raises(OSError, match="not empty"):
+        checkpoint_module._remove(tmp_path)
 
 
 def test_arguments(tmp_path):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from checkpoints_convert.settings import KeyValues, joined
+from checkpoints_convert.settings import KeyValues, in_order
 from vivit_jax.errors import UserError
 
 
@@ -81,7 +81,7 @@ def _run(task: str, options: RunOptions) -> int:
     recipe = saved_recipe(out) if own else recipe_named(options.recipe)
     if recipe.task != task:
         raise UserError(f"{recipe.name} is to {recipe.task}; use vivit-jax {recipe.task}")
-    given = [*joined(options.set, "--set")]
+    given = [*in_order(options.set)]
     for name, value in (("data.train", options.data), ("model.start", options.start)):
         given += [f"{name}={value}"] if value is not None else []
     recipe = apply_settings(recipe, given)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,17 @@ class Checkpoints:
             ]
         for path in leftovers:
             if path.exists():
-                shutil.rmtree(path)
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory into which threads of a save that failed may still write for a moment."""
+    for seconds in (0.1, 0.4, 1.5):
+        try:
+            return shutil.rmtree(path)
+        except OSError:
+            time.sleep(seconds)
+    shutil.rmtree(path)
 
 
 class _LastAndBest:
