@@ -22,16 +22,22 @@ def problems(figure) -> list[str]:
     if any(map(_by_colour, shown)) and not bars:
         found.append("numbers are shown as colours without a colour bar")
     for bar in bars:
-        if not (bar.get_xlabel() or bar.get_ylabel() or bar.get_title()):
+        if not (_named(bar, "x") or _named(bar, "y") or bar.get_title()):
             found.append("a colour bar does not say what it measures")
     for axes in panels:
         if axes.images or not axes.axison:
             continue
-        for way in ("x", "y"):
-            together = getattr(axes, f"get_shared_{way}_axes")().get_siblings(axes)
-            if not any(_named(other, way) for other in together):
+        for way, line in (("x", "colspan"), ("y", "rowspan")):
+            # Of a row of panels one names the y axis, and of a column the x axis.
+            row = [other for other in panels if _place(other, line) == _place(axes, line)]
+            ticks = getattr(axes, f"get_{way}ticklabels")()  # without any there is nothing to name
+            if ticks and not any(_named(other, way) for other in (axes, *row)):
                 found.append(f"the {way} axis of {_title(axes) or 'a plot'!r} has no name")
     return found
+
+
+def _place(axes, line: str) -> list[int]:
+    return list(getattr(axes.get_subplotspec(), line, ()))
 
 
 def _title(axes) -> str:
