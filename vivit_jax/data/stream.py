@@ -68,7 +68,6 @@ class FrameStream:
         name: path of the file.
         announced: frames that its packets should give, for a progress bar; fewer may be decodable.
         fps: average frames per second, nan where the container does not say.
-        timed: whether seconds are the container's times, and not counted by `fps`.
 
     Raises VideoError where the path is not a readable video file, UserError where it is no path.
     """
@@ -78,12 +77,12 @@ class FrameStream:
         self._table = packet_table(self.name)
         with open_video(self.name) as (container, stream):
             self._time_base = stream.time_base
-            self.timed = container.format.name in TIMED_CONTAINERS
+            self._timed = container.format.name in TIMED_CONTAINERS
             rate = stream.average_rate or stream.guessed_rate
         self.announced = self._table.packets - self._table.discarded
         self.fps = float(rate) if rate else float("nan")
         times = self._table.pts
-        if self.timed and self._table.distrust is None and len(times) > 1:
+        if self._timed and self._table.distrust is None and len(times) > 1:
             self.fps = len(times) / duration_of(times, self._table, self._time_base)
         self.shapes: dict[tuple[int, ...], int] = {}  # of the frames seen: (h, w) -> the first
         self._cut = False
@@ -108,7 +107,7 @@ class FrameStream:
         return shortage(self._table, total, self._cut)
 
     def _seconds(self, frame, index: int, first: int | None) -> float:
-        if not self.timed:
+        if not self._timed:
             return index / self.fps
         if frame.pts is None or first is None:
             return float("nan")
