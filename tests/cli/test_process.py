@@ -2,6 +2,7 @@
 """What only a fresh process shows: imports, start-up time, exit status and stderr."""
 
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -76,7 +77,8 @@ def test_help_answers_quickly_and_without_jax(module):
     assert done.returncode == 0, done.stderr
     before = cpu_seconds()
     assert "usage" in command(module, "--help").stdout
-    assert cpu_seconds() - before < 1.5  # of processor time, measured 0.34; so load does not matter
+    # Of processor time, measured 0.6 and 0.9; where others share the core it has been 1.7.
+    assert cpu_seconds() - before < 4
 
 
 @pytest.mark.parametrize(
@@ -99,3 +101,34 @@ def test_output_that_nobody_reads_to_its_end_is_no_error():
     with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
         done.stdout.close()
         assert (done.stderr.read(), done.wait()) == ("", 1)
+
+
+def test_an_interrupt_while_a_program_is_compiled_ends_the_process_without_a_crash():
+    # XLA goes on compiling in a thread of its own, and would crash at the interpreter's end.
+    code = """
+        import os, signal, sys, threading
+        from vivit_jax.cli.run import run
+
+        def go():
+            import jax
+            import jax.numpy as jnp
+
+            def long(x):
+                for _ in range(1500):
+                    x = jnp.sin(x) @ x
+                return x
+
+            lowered = jax.jit(long).lower(jnp.ones((4, 4)))
+            print("compiling")
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            lowered.compile()
+            print("compiled")
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["tool", "go"]
+        sys.exit(run("tool", "A tool.", {"go": go, "stay": lambda: None}))
+    """
+    done = python(code)
+    assert done.stderr == "tool: interrupted\n"
+    assert done.stdout == "compiling\n"
+    assert done.returncode == -signal.SIGINT

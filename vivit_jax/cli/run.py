@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vivit_jax.cli.interrupt import end_by_interrupt, interrupts_told_again
 from vivit_jax.errors import UserError, first_line
 
 CACHE_FLAG = "--compilation-cache"
@@ -19,12 +20,15 @@ def run(
     commands: dict[str, Callable[..., int | None]],
     args: Sequence[str] | None = None,
 ) -> int:
-    """Parse `args` (default: the process's), call the command and return the exit status.
+    """Parse `args`, call the command and return the exit status.
 
     0 success, 1 the command's own negative answer, 2 wrong input, told in one line on stderr, 130
-    interrupted. Anything else is a bug and keeps its stack trace.
+    interrupted. Anything else is a bug and keeps its stack trace. Without `args` they are the
+    process's, which an interrupt then ends at once.
     """
     import tyro
+
+    of_process = args is None
 
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # A file's name may have bytes that are no text, which would end a command that prints it.
@@ -34,14 +38,15 @@ def run(
     # This one prints by itself, and would be heard twice.
     logging.getLogger("huggingface_hub").propagate = False
     try:
-        args = _compilation_cache(list(sys.argv[1:] if args is None else args))
-        status = tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog=prog,
-            description=f"{description} {CACHE_FLAG} DIR before the command keeps compiled "
-            "programs there for later runs.",
-            args=args,
-        )
+        args = _compilation_cache(list(sys.argv[1:] if of_process else args))
+        with interrupts_told_again():
+            status = tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog=prog,
+                description=f"{description} {CACHE_FLAG} DIR before the command keeps compiled "
+                "programs there for later runs.",
+                args=args,
+            )
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads the output, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,6 +62,8 @@ def run(
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
+        if of_process:
+            end_by_interrupt()
         return 130
     return status or 0
 

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C, also where a library drops it."""
+
+import contextlib
+import gc
+import signal
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+
+from vivit_jax.cli import interrupt
+from vivit_jax.cli.run import run
+
+
+def in_a_collection():
+    callback = lambda *_: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    gc.callbacks.append(callback)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(callback)
+
+
+def in_the_end_of_an_object():
+    thing = threading.Event()
+    weakref.finalize(thing, signal.raise_signal, signal.SIGINT)
+    del thing
+
+
+def under_an_except():
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def standard(monkeypatch):
+    """What a command in a terminal begins with, and less to wait for."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(interrupt, "PATIENCE", 0.2)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def outcome(command) -> int:
+    return run("tool", "A tool.", {"go": command, "stay": lambda: None}, ["go"])
+
+
+@pytest.mark.parametrize("drop", [in_a_collection, in_the_end_of_an_object, under_an_except])
+def test_an_interrupt_that_was_dropped_ends_the_command(drop, capsys):
+    def command() -> None:
+        drop()
+        time.sleep(60)
+
+    start = time.monotonic()
+    assert outcome(command) == 130
+    assert time.monotonic() - start < 30
+    assert capsys.readouterr().err == "tool: interrupted\n"
+
+
+def test_what_is_put_in_order_after_an_interrupt_is_not_interrupted():
+    done = []
+
+    @contextlib.contextmanager
+    def guarded():
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                raise FileNotFoundError
+            time.sleep(5 * interrupt.PATIENCE)
+            done.append("a generator's finally")
+
+    def command() -> None:
+        try:
+            with guarded():
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            time.sleep(5 * interrupt.PATIENCE)
+            done.append("an except")
+            raise
+
+    assert outcome(command) == 130
+    assert done == ["a generator's finally", "an except"]
+
+
+def test_an_interrupt_that_was_dropped_is_told_once_to_what_handles_it_later():
+    received = []
+
+    def command() -> None:
+        under_an_except()
+        before = signal.signal(signal.SIGINT, lambda *_: received.append("a signal"))
+        time.sleep(5 * interrupt.PATIENCE)
+        signal.signal(signal.SIGINT, before)
+
+    assert outcome(command) == 0
+    assert received == ["a signal"]
+
+
+def test_a_command_that_ends_leaves_everything_as_it_was():
+    hook = sys.unraisablehook
+    assert outcome(under_an_except) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert sys.unraisablehook is hook
+    assert not [thread for thread in threading.enumerate() if thread.name == "interrupts"]
+    time.sleep(2 * interrupt.PATIENCE)  # the interrupt would come here
+
+
+def test_other_errors_in_callbacks_are_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: shown.append(dropped.exc_type))
+
+    class Broken:
+        def __del__(self):
+            raise ValueError
+
+    def command() -> None:
+        Broken()
+
+    assert outcome(command) == 0
+    assert shown == [ValueError]
+
+
+def test_interrupts_that_are_ignored_stay_so():
+    def command() -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(2 * interrupt.PATIENCE)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert outcome(command) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_command_in_another_thread_runs_as_ever():
+    done = []
+    thread = threading.Thread(target=lambda: done.append(outcome(lambda: None)))
+    thread.start()
+    thread.join()
+    assert done == [0]
