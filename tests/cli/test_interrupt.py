@@ -36,10 +36,9 @@ def under_an_except():
 
 
 @pytest.fixture(autouse=True)
-def standard(monkeypatch):
-    """What a command in a terminal begins with, and less to wait for."""
+def standard():
+    """What a command in a terminal begins with."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(interrupt, "PATIENCE", 0.2)
     yield
     signal.signal(signal.SIGINT, before)
 
@@ -70,7 +69,7 @@ def test_what_is_put_in_order_after_an_interrupt_is_not_interrupted():
         finally:
             with contextlib.suppress(OSError):
                 raise FileNotFoundError
-            time.sleep(5 * interrupt.PATIENCE)
+            time.sleep(2 * interrupt.PATIENCE)
             done.append("a generator's finally")
 
     def command() -> None:
@@ -78,7 +77,7 @@ def test_what_is_put_in_order_after_an_interrupt_is_not_interrupted():
             with guarded():
                 signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
-            time.sleep(5 * interrupt.PATIENCE)
+            time.sleep(2 * interrupt.PATIENCE)
             done.append("an except")
             raise
 
@@ -92,7 +91,7 @@ def test_an_interrupt_that_was_dropped_is_told_once_to_what_handles_it_later():
     def command() -> None:
         under_an_except()
         before = signal.signal(signal.SIGINT, lambda *_: received.append("a signal"))
-        time.sleep(5 * interrupt.PATIENCE)
+        time.sleep(4 * interrupt.PATIENCE)
         signal.signal(signal.SIGINT, before)
 
     assert outcome(command) == 0
