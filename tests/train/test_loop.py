@@ -244,16 +244,20 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(
     "mesh", ["data=8", pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)]
 )
 def test_a_run_of_eight_devices_is_interrupted_and_goes_on_with_one(
-    mesh, whole, recipe, tmp_path, capsys
+    mesh, whole, recipe, tmp_path, capfd
 ):
     """By the command line and Ctrl-C, then from Python, with the step in two parts."""
     out, expected = tmp_path / "a run", whole.model.parents[1]
     args = ["finetune", "--out", str(out), "--mesh", mesh, "--recipe", NAME]
     with interrupted(signal.SIGINT, after=2):
         assert main([*args, "--set", *settings(recipe)]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    printed = capfd.readouterr()
+    assert printed.out.splitlines()[1:] == [
         "stopped by SIGINT after step 3; go on with",
         f"  vivit-jax finetune --out '{out}' --resume",
+    ]
+    assert [line for line in printed.err.splitlines() if not line.startswith("step ")] == [
+        "SIGINT: ending after this step or validation, with a checkpoint; again: at once"
     ]
     outcome, _ = run(changed(recipe, train__accumulate=2), out, resume=True)
     assert outcome.step == STEPS

@@ -53,9 +53,9 @@ Options = Annotated[RunOptions, tyro.conf.arg(name="")]
 def pretrain(options: Options) -> int:
     """Train a masked autoencoder without labels, by one of the published recipes.
 
-    Ctrl-C and SIGTERM save and end the run after the step or validation that is under way; --resume
-    goes on with it. Several processes are started alike, each with --coordinator, --processes and
-    its --process.
+    Ctrl-C and SIGTERM save and end the run after the step or validation that is under way, a second
+    one at once; --resume goes on with it. Several processes are started alike, each with
+    --coordinator, --processes and its --process.
     """
     return _run("pretrain", options)
 
@@ -63,9 +63,9 @@ def pretrain(options: Options) -> int:
 def finetune(options: Options) -> int:
     """Train a classifier by one of the published recipes.
 
-    Ctrl-C and SIGTERM save and end the run after the step or validation that is under way; --resume
-    goes on with it. Several processes are started alike, each with --coordinator, --processes and
-    its --process.
+    Ctrl-C and SIGTERM save and end the run after the step or validation that is under way, a second
+    one at once; --resume goes on with it. Several processes are started alike, each with
+    --coordinator, --processes and its --process.
     """
     return _run("finetune", options)
 

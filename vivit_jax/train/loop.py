@@ -4,7 +4,9 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -412,8 +414,15 @@ def _signals() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
     def note(number, _):
-        received.append(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        received.append(name)
         restore()
+        text = f"{name}: ending after this step or validation, with a checkpoint; again: at once\n"
+        # Past print and the live line, which the signal may have interrupted; a stream that is no
+        # file goes without.
+        with contextlib.suppress(OSError):
+            start = "\n" if sys.stderr.isatty() else ""
+            os.write(sys.stderr.fileno(), (start + text).encode())
 
     for number in numbers:
         signal.signal(number, note)
