@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long work gets on: a live line on a terminal, lines at intervals elsewhere."""
 
+import contextlib
 import datetime
 import math
 import os
@@ -30,7 +31,8 @@ class LiveLine:
 
     `every_seconds` is for streams that are no terminal. These get the first and the last update
     too, unless `ends` is False: then nothing is told of what takes less time than that, counted
-    from `since` (of time.monotonic; default: now).
+    from `since` (of time.monotonic; default: now). Where nobody reads the stream any more, as after
+    Ctrl-C in `2>&1 | tee log`, nothing is shown, and the work goes on.
     """
 
     def __init__(
@@ -64,29 +66,31 @@ class LiveLine:
 
     def update(self, done: int, text: str) -> None:
         """Show that `done` of the total are done, and a text beside it."""
-        if self._bar is not None:
-            self._bar.set_description_str(text, refresh=False)
-            self._bar.update(done - self._bar.n)
-            return
-        now = time.monotonic()
-        if now - self._printed >= self._every or (self._ends and done >= self._total):
-            self._printed = now
-            print(
-                f"{self._name} {done}/{self._total}  {text}".rstrip(), file=self._stream, flush=True
-            )
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.set_description_str(text, refresh=False)
+                self._bar.update(done - self._bar.n)
+                return
+            now = time.monotonic()
+            if now - self._printed >= self._every or (self._ends and done >= self._total):
+                self._printed = now
+                line = f"{self._name} {done}/{self._total}  {text}"
+                print(line.rstrip(), file=self._stream, flush=True)
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the live line."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """End the live line, which stays as it is or, with `ends` False, goes."""
         if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()
+            for end in (self._bar.refresh, self._bar.close):
+                with contextlib.suppress(OSError):
+                    end()
 
 
 class Pace:

@@ -100,11 +100,42 @@ def test_an_interrupt_that_was_dropped_is_told_once_to_what_handles_it_later():
 
 def test_a_command_that_ends_leaves_everything_as_it_was():
     hook = sys.unraisablehook
-    assert outcome(under_an_except) == 0
+    assert outcome(lambda: None) == 0
+    assert outcome(under_an_except) == 130  # so that what was to follow does not
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert sys.unraisablehook is hook
     assert not [thread for thread in threading.enumerate() if thread.name == "interrupts"]
     time.sleep(2 * interrupt.PATIENCE)  # the interrupt would come here
+
+
+def test_an_interrupt_waits_for_an_import_to_end(tmp_path, monkeypatch, capsys):
+    """C code that is interrupted in its initialisation crashes."""
+    code = "import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n"
+    (tmp_path / "interrupted_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+
+    def command() -> None:
+        import interrupted_module
+
+        found.append(interrupted_module.whole)
+        time.sleep(60)
+
+    start = time.monotonic()
+    assert outcome(command) == 130 and found == [True]
+    assert time.monotonic() - start < 30
+    assert capsys.readouterr().err == "tool: interrupted\n"
+
+
+def test_what_a_library_makes_of_an_interrupt_is_one(capsys):
+    def command() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    assert outcome(command) == 130
+    assert capsys.readouterr().err == "tool: interrupted\n"
 
 
 def test_other_errors_in_callbacks_are_shown(monkeypatch):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 
 import pytest
 
@@ -20,9 +21,13 @@ def command(module: str, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True)
 
 
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def cpu_seconds(start: Callable[[], subprocess.CompletedProcess]) -> float:
+    """The processor time of a process that ends well."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = start()
+    assert done.returncode == 0, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_everything_imports_without_torch_transformers_and_av():
@@ -75,10 +80,14 @@ def test_help_answers_quickly_and_without_jax(module):
         """
     )
     assert done.returncode == 0, done.stderr
-    before = cpu_seconds()
-    assert "usage" in command(module, "--help").stdout
-    # Of processor time, measured 0.6 and 0.9; where others share the core it has been 1.7.
-    assert cpu_seconds() - before < 4
+    # Beside what it cannot do without, since others who share a core make both slower. Measured
+    # 1.5; with JAX it would be 3.
+    least = min(cpu_seconds(lambda: python("import numpy, tyro")) for _ in range(3))
+    for _ in range(3):
+        seconds = cpu_seconds(lambda: command(module, "--help"))
+        if seconds < 2.5 * least:
+            return
+    raise AssertionError(f"--help takes {seconds:.2f} s, imports alone {least:.2f} s")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +110,33 @@ def test_output_that_nobody_reads_to_its_end_is_no_error():
     with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
         done.stdout.close()
         assert (done.stderr.read(), done.wait()) == ("", 1)
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_stream_that_is_closed_is_no_error(closed):
+    run = [sys.executable, "-m", "vivit_jax.cli", "predict", "x.mp4", "--model", "/nowhere"]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *run], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == (closed == 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_whose_command_was_stopped_dies_of_the_signal(number):
+    code = """
+        import sys
+        from vivit_jax.cli.run import run, stopped_by
+
+        def go() -> int:
+            print("saved")
+            return stopped_by(NAME)
+
+        sys.exit(run("tool", "A tool.", {"go": go, "stay": lambda: None}, None))
+    """
+    code = code.replace("NAME", repr(number.name))
+    done = python(code, "go")
+    assert (done.returncode, done.stdout, done.stderr) == (-number, "saved\n", "")
 
 
 def test_an_interrupt_while_a_program_is_compiled_ends_the_process_without_a_crash():

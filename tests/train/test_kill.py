@@ -86,7 +86,7 @@ def live(parent, out, args, deaths, rng, steps):
         assert alive, life.text
         if death == "interrupt":
             life.send(signal.SIGINT)
-            assert life.end() == 0, life.text
+            assert life.end() == 130, life.text
             assert "stopped by SIGINT after step" in life.text
             assert f"vivit-jax finetune --out {out} --resume" in life.text
             continue
@@ -157,7 +157,7 @@ def test_two_processes_stop_and_go_on_together(tmp_path, parent, cache, data):
     lives = together(parent, tmp_path, [*run, "--out", both])
     assert lives[0].until(lambda: told(both) >= 4), lives[0].text
     lives[1].send(signal.SIGTERM)
-    assert [life.end() for life in lives] == [0, 0], "\n".join(life.text for life in lives)
+    assert [life.end() for life in lives] == [143, 143], "\n".join(life.text for life in lives)
     assert "stopped by SIGTERM after step" in lives[0].text and 4 <= told(both) < 30
     life = parent.start(tmp_path / "alone.log", [*run, "--out", both, "--resume"])
     assert life.end() == 2 and "the clips were read by 2 processes" in life.text

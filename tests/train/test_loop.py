@@ -3,11 +3,15 @@
 
 import contextlib
 import dataclasses
+import io
 import json
+import os
 import re
 import shutil
 import signal
+import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -97,18 +101,21 @@ def whole(recipe, tmp_path_factory):
 
 
 @contextlib.contextmanager
-def interrupted(number, after):
-    """Runs get a signal once that step was told."""
+def interrupted(number, step):
+    """New runs get a signal while the batch of that step is read."""
 
-    class Interrupting(MetricLog):
-        def write(self, kind, step, values):
-            super().write(kind, step, values)
-            if (kind, step) == ("train", after):
+    class Interrupting(loop._Clock):
+        fetched = 0
+
+        def fetch(self, batches, running):
+            self.fetched += 1
+            if self.fetched == step:
                 signal.raise_signal(number)
+            return super().fetch(batches, running)
 
     before = signal.getsignal(number)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "MetricLog", Interrupting)
+        patch.setattr(loop, "_Clock", Interrupting)
         yield
     assert signal.getsignal(number) == before
 
@@ -117,7 +124,7 @@ def interrupted(number, after):
 def stopped(recipe, tmp_path_factory):
     """The same, stopped by SIGTERM."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    with interrupted(signal.SIGTERM, after=STOPPED - 1):
+    with interrupted(signal.SIGTERM, step=STOPPED):
         outcome, _ = run(recipe, out)
     assert (outcome.step, outcome.steps, outcome.stopped) == (STOPPED, STEPS, "SIGTERM")
     return out
@@ -249,8 +256,8 @@ def test_a_run_of_eight_devices_is_interrupted_and_goes_on_with_one(
     """By the command line and Ctrl-C, then from Python, with the step in two parts."""
     out, expected = tmp_path / "a run", whole.model.parents[1]
     args = ["finetune", "--out", str(out), "--mesh", mesh, "--recipe", NAME]
-    with interrupted(signal.SIGINT, after=2):
-        assert main([*args, "--set", *settings(recipe)]) == 0
+    with interrupted(signal.SIGINT, step=3):
+        assert main([*args, "--set", *settings(recipe)]) == 130
     printed = capfd.readouterr()
     assert printed.out.splitlines()[1:] == [
         "stopped by SIGINT after step 3; go on with",
@@ -273,6 +280,72 @@ def test_threads_and_steps_may_be_others_when_a_run_goes_on(whole, stopped, reci
     assert (outcome.step, outcome.stopped) == (7, None) and "steps 6 to 7 of 12" in said[0]
     assert json.loads((out / "recipe.json").read_text())["train"]["steps"] == 7
     assert lines(out) == lines(whole.model.parents[1])[:7]
+
+
+def test_a_signal_within_a_validation_ends_the_run_without_another_step(recipe, tmp_path):
+    class Interrupting(MetricLog):
+        def write(self, kind, step, values):
+            super().write(kind, step, values)
+            if kind == "evaluate":
+                signal.raise_signal(signal.SIGTERM)
+
+    recipe = changed(recipe, train__evaluate_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "MetricLog", Interrupting)
+        outcome, _ = run(recipe, tmp_path / "run")
+    (validated,) = lines(tmp_path / "run", "evaluate")
+    assert (outcome.step, outcome.stopped) == (validated["step"], "SIGTERM")
+    assert outcome.step < outcome.steps
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_is_not_held(number):
+    received = []
+    before = signal.signal(number, lambda *_: received.append("second"))
+    try:
+        with loop._signals() as first:
+            signal.raise_signal(number)
+            assert (first, received) == ([number.name], [])
+            signal.raise_signal(number)
+            assert (first, received) == ([number.name], ["second"])
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with loop._signals() as received:
+            signal.raise_signal(signal.SIGINT)
+            assert not received
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            assert received == ["SIGTERM"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def closed():
+    stream = io.TextIOWrapper(io.FileIO(os.devnull, "w"))
+    stream.close()
+    return stream
+
+
+def unread():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [lambda: None, lambda: types.SimpleNamespace(isatty=bool), io.StringIO, closed, unread],
+)
+def test_a_signal_is_noted_where_nobody_can_be_told(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream())
+    with loop._signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+    assert received == ["SIGTERM"]
 
 
 def test_data_that_moved_are_known_again_and_others_refused(whole, stopped, recipe, data, tmp_path):

@@ -54,6 +54,29 @@ def test_a_terminal_gets_one_line_whatever_the_name_holds(clock):
     assert text.count("\n") == 1 and "told\n" in text  # the live line itself is gone
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_work_goes_on_where_nobody_reads_any_more(clock, terminal):
+    class Stream(io.StringIO):
+        unread = False
+
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            if self.unread:
+                raise BrokenPipeError
+            return super().write(text)
+
+    stream = Stream()
+    line = LiveLine("a.mp4, frame", 2, stream=stream)
+    stream.unread = True
+    line.update(1, "text")
+    line.say("told")
+    clock.now += 60
+    line.update(2, "text")
+    line.close()
+
+
 def test_pace_leaves_the_first_update_out(clock):
     pace = Pace()
     clock.now += 60  # of compilation

@@ -3,6 +3,7 @@
 
 import dataclasses
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,8 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
     with demo.stage(name):
         outcome = train(recipe, demo.out / name, say=lambda text: say(f"  {text}"))
     if outcome.stopped:
-        raise KeyboardInterrupt
+        # Training has saved what the demo, which is not resumed, has no use for.
+        signal.raise_signal(signal.Signals[outcome.stopped])
     return outcome
 
 

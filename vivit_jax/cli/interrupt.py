@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C that ends a command wherever it falls."""
+"""Ctrl-C that ends a command wherever it falls, and a process that dies of its signal."""
 
 import contextlib
 import queue
@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import NoReturn
 
 # What a KeyboardInterrupt may take from where it is raised to the first `finally` above it.
@@ -19,8 +20,11 @@ def interrupts_told_again() -> Iterator[None]:
 
     Python drops one that falls into a callback of the garbage collector, which JAX has, and so do
     libraries where they catch all exceptions; the command would go on for as long as it takes. What
-    handles SIGINT by then gets it: training, which saves first, if it has begun meanwhile. Where
-    interrupts are ignored or handled otherwise, and outside of the main thread, nothing changes.
+    handles SIGINT by then gets it: training, which saves first, if it has begun meanwhile. At its
+    end the block raises KeyboardInterrupt for one that was not told to anything, also in place of
+    an error that a library made of it. Nothing is raised within an import, for in the middle of its
+    initialisation numpy's C code crashes on it: the import ends first. Where interrupts are ignored
+    or handled otherwise, and outside of the main thread, nothing changes.
     """
     main, standard = threading.main_thread(), signal.default_int_handler
     if threading.current_thread() is not main or signal.getsignal(signal.SIGINT) is not standard:
@@ -28,16 +32,23 @@ def interrupts_told_again() -> Iterator[None]:
         return
     raised: queue.SimpleQueue = queue.SimpleQueue()  # of which `put` may be interrupted by itself
     ended = threading.Event()
+    owed, imports = False, _imports(sys._getframe())
 
-    def interrupt(*_):
-        if not ended.is_set():
-            raised.put(True)
+    def interrupt(_, frame):
+        nonlocal owed
+        if ended.is_set():
+            return
+        owed = True
+        raised.put(True)
+        if _imports(frame) <= imports:
             raise KeyboardInterrupt
 
     def remind():
+        nonlocal owed
         while raised.get():
             while not ended.wait(PATIENCE):
                 if not _has_caught_interrupt(main):
+                    owed = signal.getsignal(signal.SIGINT) is interrupt
                     signal.pthread_kill(main.ident, signal.SIGINT)  # ends what it waits for, too
                     break
 
@@ -51,6 +62,12 @@ def interrupts_told_again() -> Iterator[None]:
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
+        if owed:
+            raise KeyboardInterrupt
+    except Exception as error:
+        if owed:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         ended.set()
         raised.put(False)
@@ -59,8 +76,8 @@ def interrupts_told_again() -> Iterator[None]:
         sys.unraisablehook = reported
 
 
-def end_by_interrupt() -> NoReturn:
-    """End the process by SIGINT, from which a shell knows that its loop was meant too.
+def end_by(number: int) -> NoReturn:
+    """End the process by a signal: of SIGINT a shell then knows that its loop was meant too.
 
     Not by the interpreter's own end, where JAX takes down what a thread of it may still compile
     with, and crashes.
@@ -68,9 +85,18 @@ def end_by_interrupt() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.raise_signal(signal.SIGINT)
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
     raise AssertionError("the signal ends the process")
+
+
+def _imports(frame: FrameType | None) -> int:
+    """How many frames of the import machinery there are, from a frame outwards."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+        frame = frame.f_back
+    return count
 
 
 def _has_caught_interrupt(thread: threading.Thread) -> bool:

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch of both command lines, and how they fail."""
 
+import contextlib
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vivit_jax.cli.interrupt import end_by_interrupt, interrupts_told_again
+from vivit_jax.cli.interrupt import end_by, interrupts_told_again
 from vivit_jax.errors import UserError, first_line
 
 CACHE_FLAG = "--compilation-cache"
+_SIGNALLED = 128
 
 
 def run(
@@ -22,14 +25,33 @@ def run(
 ) -> int:
     """Parse `args`, call the command and return the exit status.
 
-    0 success, 1 the command's own negative answer, 2 wrong input, told in one line on stderr, 130
-    interrupted. Anything else is a bug and keeps its stack trace. Without `args` they are the
-    process's, which an interrupt then ends at once.
+    0 success, 1 the command's own negative answer, 2 wrong input, told in one line on stderr, and
+    128 + n stopped by signal n: 130 by Ctrl-C, 143 by SIGTERM, as a shell calls it. Anything else
+    is a bug and keeps its stack trace. Without `args` they are the process's, which then dies of
+    the signal that stopped the command.
     """
+    status = _run(prog, description, commands, args)
+    if args is None and status > _SIGNALLED:
+        end_by(status - _SIGNALLED)
+    return status
+
+
+def stopped_by(name: str) -> int:
+    """The status of a command that a signal stopped, by its name, such as "SIGTERM"."""
+    return _SIGNALLED + signal.Signals[name]
+
+
+def _run(
+    prog: str,
+    description: str,
+    commands: dict[str, Callable[..., int | None]],
+    args: Sequence[str] | None,
+) -> int:
     import tyro
 
-    of_process = args is None
-
+    for stream in ("stdout", "stderr"):  # None in a process that began with it closed
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # A file's name may have bytes that are no text, which would end a command that prints it.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -38,8 +60,8 @@ def run(
     # This one prints by itself, and would be heard twice.
     logging.getLogger("huggingface_hub").propagate = False
     try:
-        args = _compilation_cache(list(sys.argv[1:] if of_process else args))
         with interrupts_told_again():
+            args = _compilation_cache(list(sys.argv[1:] if args is None else args))
             status = tyro.extras.subcommand_cli_from_dict(
                 commands,
                 prog=prog,
@@ -61,10 +83,9 @@ def run(
         print(f"{prog}: error: not enough memory: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        if of_process:
-            end_by_interrupt()
-        return 130
+        with contextlib.suppress(OSError):  # whoever reads it may have been interrupted too
+            print(f"{prog}: interrupted", file=sys.stderr)
+        return stopped_by("SIGINT")
     return status or 0
 
 

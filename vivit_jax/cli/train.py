@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from checkpoints_convert.settings import KeyValues, in_order
+from vivit_jax.cli.run import stopped_by
 from vivit_jax.errors import UserError
 
 
@@ -54,8 +55,8 @@ def pretrain(options: Options) -> int:
     """Train a masked autoencoder without labels, by one of the published recipes.
 
     Ctrl-C and SIGTERM save and end the run after the step or validation that is under way, a second
-    one at once; --resume goes on with it. Several processes are started alike, each with
-    --coordinator, --processes and its --process.
+    one at once; --resume goes on with it. The status is then 130 or 143. Several processes are
+    started alike, each with --coordinator, --processes and its --process.
     """
     return _run("pretrain", options)
 
@@ -64,8 +65,8 @@ def finetune(options: Options) -> int:
     """Train a classifier by one of the published recipes.
 
     Ctrl-C and SIGTERM save and end the run after the step or validation that is under way, a second
-    one at once; --resume goes on with it. Several processes are started alike, each with
-    --coordinator, --processes and its --process.
+    one at once; --resume goes on with it. The status is then 130 or 143. Several processes are
+    started alike, each with --coordinator, --processes and its --process.
     """
     return _run("finetune", options)
 
@@ -102,8 +103,11 @@ def _run(task: str, options: RunOptions) -> int:
         mesh_sizes=parse_mesh(options.mesh, jax.device_count()),
         tensorboard=options.tensorboard,
     )
-    if jax.process_index():
-        return 0
+    if options.coordinator is not None:
+        jax.distributed.shutdown()  # together: what dies of a signal does not at its end
+    status = stopped_by(outcome.stopped) if outcome.stopped else 0
+    if options.process:
+        return status
     if outcome.stopped:
         print(
             f"stopped by {outcome.stopped} after step {outcome.step}; go on with\n"
@@ -113,7 +117,7 @@ def _run(task: str, options: RunOptions) -> int:
         last = outcome.model.name == str(outcome.step)
         which = "model" if last else "the best model on the held-out clips"
         print(f"step {outcome.step} done; {which} in {outcome.model}, curves in {out}/report.html")
-    return 0
+    return status
 
 
 def join(coordinator: str | None, processes: int, process: int) -> None:

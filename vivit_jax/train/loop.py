@@ -247,6 +247,10 @@ def _steps(
                 "optim.clip, or compute in float32"
             )
 
+    def asked() -> str | None:
+        """The signal that ends this process, if it need not ask others, without another step."""
+        return received[0] if received and jax.process_count() == 1 else None
+
     untold = stopped = None
     with _signals() as received:
         try:
@@ -263,9 +267,7 @@ def _steps(
                 told, untold = untold, (taken, values)
                 if told is not None:
                     tell(*told)
-                # One process need not ask others, and so may end without another step.
-                if received and jax.process_count() == 1:
-                    stopped = received[0]
+                stopped = stopped or asked()
                 epoch, within = divmod(taken, per_epoch)
                 ended = taken == last or stopped is not None
                 due = taken % (recipe.train.checkpoint_every or per_epoch) == 0
@@ -286,6 +288,7 @@ def _steps(
                         progress.say(f"step {taken}, after {taken / per_epoch:g} epochs: {text}")
                     # What was validated too: else the best of them might be lost.
                     save(scores)
+                stopped = stopped or asked()
         except UserError:
             # The state is good: steps without finite gradients change nothing.
             if untold is not None:
@@ -401,13 +404,17 @@ def _agreed(received: list[str], failed: UserError | None) -> str | None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Names of the SIGINT and SIGTERM that come while the block runs; a second one is not held."""
+    """Names of the SIGINT and SIGTERM that come while the block runs; a second one is not held.
+
+    One that is ignored, as SIGINT by what a script starts with `&`, stays so.
+    """
     received: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
 
     def restore():
         for number, handler in before.items():
@@ -418,13 +425,13 @@ def _signals() -> Iterator[list[str]]:
         received.append(name)
         restore()
         text = f"{name}: ending after this step or validation, with a checkpoint; again: at once\n"
-        # Past print and the live line, which the signal may have interrupted; a stream that is no
-        # file goes without.
-        with contextlib.suppress(OSError):
+        # Past print and the live line, which the signal may have interrupted. Where stderr is no
+        # file, closed, or read by nobody the line is left out, and the run is saved all the same.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             start = "\n" if sys.stderr.isatty() else ""
             os.write(sys.stderr.fileno(), (start + text).encode())
 
-    for number in numbers:
+    for number in before:
         signal.signal(number, note)
     try:
         yield received
