@@ -257,6 +257,30 @@ def test_a_state_that_differs_is_named_path_by_path(tmp_path, target, message):
     checkpoints.close()
 
 
+def test_a_save_that_is_interrupted_leaves_no_checkpoint_without_its_model(tmp_path, monkeypatch):
+    """Orbax's threads may go on with it."""
+    import orbax.checkpoint as ocp
+
+    def export(path):
+        path.mkdir()
+
+    save = ocp.AsyncCheckpointer.save
+
+    def interrupted(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, make_state(), {}, export=export)
+    checkpoints.wait()
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(2, make_state(), {}, export=export)
+    checkpoints.close()
+    assert step_directories(tmp_path / "checkpoints") == ["1", "2"]
+    assert step_directories(tmp_path / "models") == ["1", "2"]
+
+
 def test_a_disk_that_is_full_is_told_in_a_line_and_leaves_the_earlier_checkpoints(tmp_path):
     state = make_state() | {"large": jax.device_put(np.random.default_rng(0).random((300, 300)))}
     checkpoints = Checkpoints(tmp_path, keep=2)

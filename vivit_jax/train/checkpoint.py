@@ -110,8 +110,13 @@ class Checkpoints:
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         self._scores[step] = _score(finite)
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
-        with self._writing():
-            self._manager.save(step, args=args, force=True)  # else Orbax decides whether it is time
+        try:
+            with self._writing():
+                # By force, else Orbax decides whether it is time.
+                self._manager.save(step, args=args, force=True)
+        except KeyboardInterrupt:
+            self._saved = False  # Orbax's threads go on with what they began: nothing is tidied
+            raise
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, in order, after waiting for the last save."""
