@@ -81,8 +81,9 @@ def assert_same(found, expected, steps, rtol=0.0):
 
 # Forks a process for each command line, so that what takes seconds to import is imported once.
 # It is asked for one with its log and its arguments, and then for its exit status with its number.
+# Interrupts may be ignored where the suite runs, as in the background of a script.
 _PARENT = """
-import json, os, sys
+import json, os, signal, sys
 import grain.python, orbax.checkpoint, safetensors.numpy
 import checkpoints_convert.source, vivit_jax.train.loop
 from vivit_jax.cli.__main__ import main
@@ -91,6 +92,7 @@ for line in sys.stdin:
     if isinstance(order, list):
         child = os.fork()
         if not child:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             for stream in (1, 2):
                 os.dup2(os.open(order[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             sys.exit(main(order[1]))
