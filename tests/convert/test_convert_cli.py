@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from tiny_checkpoints import DIALECTS, read_safetensors, same_tensors
@@ -278,19 +277,16 @@ def test_layouts_offered_are_the_ones_implemented(run, checkpoints, tmp_path, ca
 
 def test_as_a_program(checkpoints, tmp_path):
     def program(*args):
-        started = time.perf_counter()
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, "-m", "checkpoints_convert", *map(str, args)],
             capture_output=True,
             text=True,
             check=False,
         )
-        return done, time.perf_counter() - started
 
-    done, seconds = program("--help")
+    done = program("--help")
     assert done.returncode == 0 and "inspect" in done.stdout and "convert" in done.stdout
-    assert seconds < 10, f"--help took {seconds:.1f} s"  # 0.6 s on an idle machine
-    done, _ = program("inspect", tmp_path / "missing")
+    done = program("inspect", tmp_path / "missing")
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
 
 

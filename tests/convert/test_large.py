@@ -26,14 +26,18 @@ CONFIG = vivit_jax.VivitConfig(
 # VmHWM and not ru_maxrss, which a new process inherits from the large one that started it.
 LOAD = """
 import json, re, sys, time
-import jax, vivit_jax, vivit_jax.pretrained
+import jax, safetensors.numpy, vivit_jax, vivit_jax.pretrained
 jax.block_until_ready(jax.numpy.zeros(3) + 1)
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before, started = peak(), time.perf_counter()
 model, params = vivit_jax.from_pretrained(sys.argv[1], scan_layers=sys.argv[2] == "scan")
 jax.block_until_ready(params)
-print(json.dumps({"seconds": time.perf_counter() - started, "bytes": peak() - before}))
+loaded, high = time.perf_counter(), peak()
+plain = jax.device_put(safetensors.numpy.load_file(sys.argv[1] + "/model.safetensors"))
+jax.block_until_ready(plain)
+plain_seconds = time.perf_counter() - loaded
+print(json.dumps({"seconds": loaded - started, "plain": plain_seconds, "bytes": high - before}))
 """
 
 
@@ -63,7 +67,11 @@ def test_loading_holds_the_weights_once(large, layers):
         )
         runs.append(json.loads(done.stdout))
     ratio = max(run["bytes"] for run in runs) / size
-    seconds = runs[-1]["seconds"]
-    print(f"\n{layers}: peak {ratio:.2f} x file size, {seconds:.1f} s warm, {size / 1e9:.2f} GB")
+    seconds, plain = runs[-1]["seconds"], runs[-1]["plain"]
+    print(
+        f"\n{layers}: peak {ratio:.2f} x file size, {size / 1e9:.2f} GB; "
+        f"{seconds:.1f} s warm, {plain:.1f} for all its tensors as they are"
+    )
     assert 0.9 < ratio <= 1.3
-    assert seconds < 10  # the target is 5 s on an idle machine, measured 3.0 and 4.6
+    # Not in seconds (2.6 to 4.6, 5 wanted), which a busy machine stretches. Measured 1.3 to 2.5.
+    assert seconds < 6 * plain

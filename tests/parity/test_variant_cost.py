@@ -17,7 +17,7 @@ VARIANTS = {  # preset, and the paper's GFLOPs and milliseconds on a TPU v3 (its
     "factorised self-attention": ("vivit-b-16x2-fsa-kinetics400", 372, 31.7),
     "factorised dot-product": ("vivit-b-16x2-fdp-kinetics400", 277, 22.9),
 }
-ROUNDS = 2
+ROUNDS = 3
 
 
 @pytest.mark.alone

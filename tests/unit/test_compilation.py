@@ -5,7 +5,6 @@ import dataclasses
 import time
 
 import jax
-import numpy as np
 import pytest
 from helpers import VIDEOMAE
 
@@ -74,7 +73,7 @@ def test_compile_time_is_flat_in_depth():
     """VideoMAE-B's pre-training step as it is and with 6 and 24 blocks in its encoder."""
     base = PRESETS["videomae-base"].config
     seconds = {6: [], 24: []}
-    for _ in range(2):  # in turns, so that a slow moment of the machine is shared
+    for _ in range(3):  # in turns, so that a slow moment of the machine is shared
         for layers, found in seconds.items():
             config = dataclasses.replace(base, num_hidden_layers=layers)
             jax.clear_caches()
@@ -82,8 +81,8 @@ def test_compile_time_is_flat_in_depth():
             with jax.default_matmul_precision(None):  # as users compile it
                 compiled(config)
             found.append(time.perf_counter() - start)
-    median = {layers: float(np.median(found)) for layers, found in seconds.items()}
     print()
     for layers, found in seconds.items():
-        print(f"{layers:2} blocks: {median[layers]:.1f} s ({min(found):.1f} to {max(found):.1f})")
-    assert median[24] < 1.3 * median[6]  # measured 1.12, with 21 to 91 s on a busy machine
+        print(f"{layers:2} blocks: {min(found):.1f} s (to {max(found):.1f})")
+    # The best of each: what others take from the machine only adds. Measured 0.98 to 1.12.
+    assert min(seconds[24]) < 1.3 * min(seconds[6])
