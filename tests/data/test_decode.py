@@ -507,13 +507,16 @@ def test_frames_marked_as_damaged_are_refused(tmp_path, caplog, name):
 
 @pytest.mark.parametrize(
     "name, codec",
-    [
+    mostly_slow(
+        [
+            ("h264.mp4", "libx264"),
+            ("hevc.mkv", "libx265"),
+            ("vp9.webm", "libvpx-vp9"),
+            ("av1.mp4", "libsvtav1"),
+            ("mpeg4.avi", "mpeg4"),
+        ],
         ("h264.mp4", "libx264"),
-        ("hevc.mkv", "libx265"),
-        ("vp9.webm", "libvpx-vp9"),
-        ("av1.mp4", "libsvtav1"),
-        ("mpeg4.avi", "mpeg4"),
-    ],
+    ),
 )
 def test_random_damage_raises_nothing_else(tmp_path, name, codec):
     options = {"movflags": "faststart"} if name.endswith("mp4") else None

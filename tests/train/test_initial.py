@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import linen as nn
+from helpers import mostly_slow
 from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 import vivit_jax
@@ -308,7 +309,7 @@ def test_a_run_from_a_file_draws_what_the_file_has_not(tmp_path):
     assert start.params["head"]["kernel"].shape == (16, 9)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", mostly_slow([True, False], True))
 def test_the_compiler_s_lower_level_draws_the_same_bits(scan_layers):
     """As its usual one, 3; as a part of another program it takes no options of its own."""
     config = dataclasses.replace(VIDEOMAE, scan_layers=scan_layers)

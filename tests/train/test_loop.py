@@ -252,9 +252,8 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(
     assert outcome.model.name == whole.model.name
 
 
-@pytest.mark.parametrize(
-    "mesh", ["data=8", pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=2,tensor=2"])
 def test_a_run_of_eight_devices_is_interrupted_and_goes_on_with_one(
     mesh, whole, recipe, tmp_path, capfd
 ):

@@ -171,7 +171,7 @@ def test_vivit_step(variant, scan_layers):
     assert step_flops(config) == counted_step(VivitForVideoClassification(config))
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", mostly_slow([False, True], True))
 def test_videomae_step(scan_layers):
     config = VideoMAEConfig(**VIDEOMAE | EXECUTION | dict(scan_layers=scan_layers))
     classifier = VideoMAEForVideoClassification(config)
@@ -223,7 +223,9 @@ def midsize(family):
     return VideoMAEForPreTraining(dataclasses.replace(config, **decoder))
 
 
-@pytest.mark.parametrize("family", ["vivit", "videomae", "pretraining"])
+@pytest.mark.parametrize(
+    "family", mostly_slow(["vivit", "videomae", "pretraining"], "vivit", "pretraining")
+)
 def test_xla_counts_a_little_more_of_a_step(family):
     """Measured: 2.1 % (ViViT), 2.0 % (VideoMAE) and 3.3 % (pre-training) more."""
     model, visible = midsize(family), 64 if family == "pretraining" else None
