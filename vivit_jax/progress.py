@@ -31,8 +31,8 @@ class LiveLine:
 
     `every_seconds` is for streams that are no terminal. These get the first and the last update
     too, unless `ends` is False: then nothing is told of what takes less time than that, counted
-    from `since` (of time.monotonic; default: now). Where nobody reads the stream any more, as after
-    Ctrl-C in `2>&1 | tee log`, nothing is shown, and the work goes on.
+    from `since` (of time.monotonic; default: now). What cannot be written is left out, and the work
+    goes on: nobody reads the stream after Ctrl-C in `2>&1 | tee log`, and a log's disk may be full.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ import time
 import weakref
 
 import pytest
+from signals import handled
 
 from vivit_jax.cli import interrupt
 from vivit_jax.cli.run import run
@@ -38,9 +39,8 @@ def under_an_except():
 @pytest.fixture(autouse=True)
 def standard():
     """What a command in a terminal begins with."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    with handled(signal.SIGINT, signal.default_int_handler):
+        yield
 
 
 def outcome(command) -> int:
@@ -90,9 +90,8 @@ def test_an_interrupt_that_was_dropped_is_told_once_to_what_handles_it_later():
 
     def command() -> None:
         under_an_except()
-        before = signal.signal(signal.SIGINT, lambda *_: received.append("a signal"))
-        time.sleep(4 * interrupt.PATIENCE)
-        signal.signal(signal.SIGINT, before)
+        with handled(signal.SIGINT, lambda *_: received.append("a signal")):
+            time.sleep(4 * interrupt.PATIENCE)
 
     assert outcome(command) == 0
     assert received == ["a signal"]

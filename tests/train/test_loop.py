@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from helpers import assert_close, forward, random_params, to_torch
 from helpers import clip as random_clip
+from signals import handled
 from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
 from tiny_runs import NAME, PLAIN, assert_same, lines, settings, state, write_clip
 
@@ -113,16 +114,11 @@ def interrupted(number, step):
                 signal.raise_signal(number)
             return super().fetch(batches, running)
 
-    # Whatever the suite was started with: in the background of a script interrupts are ignored.
     handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-    before = signal.signal(number, handler)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "_Clock", Interrupting)
-            yield
+    with handled(number, handler), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_Clock", Interrupting)
+        yield
         assert signal.getsignal(number) is handler
-    finally:
-        signal.signal(number, before)
 
 
 @pytest.fixture(scope="module")
@@ -305,28 +301,21 @@ def test_a_signal_within_a_validation_ends_the_run_without_another_step(recipe, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_is_not_held(number):
     received = []
-    before = signal.signal(number, lambda *_: received.append("second"))
-    try:
-        with loop._signals() as first:
-            signal.raise_signal(number)
-            assert (first, received) == ([number.name], [])
-            signal.raise_signal(number)
-            assert (first, received) == ([number.name], ["second"])
-    finally:
-        signal.signal(number, before)
+    second = lambda *_: received.append("second")  # noqa: E731
+    with handled(number, second), loop._signals() as first:
+        signal.raise_signal(number)
+        assert (first, received) == ([number.name], [])
+        signal.raise_signal(number)
+        assert (first, received) == ([number.name], ["second"])
 
 
 def test_a_signal_that_is_ignored_stays_so():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with loop._signals() as received:
-            signal.raise_signal(signal.SIGINT)
-            assert not received
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGINT)
-            assert received == ["SIGTERM"]
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with handled(signal.SIGINT, signal.SIG_IGN), loop._signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert not received
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert received == ["SIGTERM"]
 
 
 def closed():

@@ -413,8 +413,7 @@ def _signals() -> Iterator[list[str]]:
         yield received
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
+    before = {n: old for n in numbers if (old := signal.getsignal(n)) is not signal.SIG_IGN}
 
     def restore():
         for number, handler in before.items():
