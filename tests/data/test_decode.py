@@ -615,6 +615,22 @@ def test_paths(clip, tmp_path, monkeypatch):
     np.testing.assert_array_equal(read_video(awkward.name, indices=[3]), expected)
 
 
+def test_metadata_that_is_no_utf8(clip, tmp_path):
+    titled, path = tmp_path / "titled.mkv", tmp_path / "latin.mkv"
+    with av.open(str(clip("h264.mkv"))) as source, av.open(str(titled), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        out.metadata["title"] = stream.metadata["comment"] = "Bjoern"
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    data = titled.read_bytes()
+    assert data.count(b"Bjoern") == 2
+    path.write_bytes(data.replace(b"Bjoern", b"Bj\xf6\xffrn"))
+    assert probe_video(path).num_frames == 30
+    assert [number_in(frame) for frame in read_video(path)] == list(range(30))
+
+
 @pytest.mark.parametrize("read", [read_video, probe_video], ids=["read", "probe"])
 def test_what_is_no_path(clip, read):
     with open(clip("h264.mp4"), "rb") as file:

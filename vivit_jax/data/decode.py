@@ -391,12 +391,24 @@ def _opened(name: str):
     # The prefix keeps a colon in a file name from being read as a network protocol.
     file, options = "file:" + name, {"fflags": "noparse"}
     with contextlib.suppress(av.FFmpegError):
-        container = av.open(file, metadata_errors="replace", options=options)
+        container = av.open(file, options=options, **_lenient())
         codecs = [s.codec_context and codec_name(s) for s in container.streams.video]
         if container.format.name in TIMED_CONTAINERS and set(codecs) <= set(SPARSE_CODECS):
             return container
         container.close()
-    return av.open(file, metadata_errors="replace")
+    return av.open(file, **_lenient())
+
+
+@functools.cache
+def _lenient() -> dict[str, str]:
+    """Arguments of `av.open` with which titles and comments that are no UTF-8 are no error.
+
+    PyAV 19 has no such argument: it escapes those bytes by itself.
+    """
+    import av
+
+    takes = hasattr(av.container.InputContainer, "metadata_errors")
+    return {"metadata_errors": "replace"} if takes else {}
 
 
 def _video_stream(name: str, container):
