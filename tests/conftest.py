@@ -2,6 +2,7 @@
 import gc
 import os
 
+import compiler_flags
 import jax
 import pytest
 
@@ -14,18 +15,9 @@ jax.config.update("jax_default_prng_impl", "rbg")
 
 
 def pytest_configure(config):
-    # Tiny models spend seconds in the compiler for milliseconds of work, so it may be lazy here;
-    # the full-size checks (-m alone) compile as users do. XLA's older emitters of fused loops take
-    # a third less processor time than its new ones to make the same programs, and one part of a
-    # program is made faster than several in turns.
+    # The full-size checks (-m alone) compile as users do.
     if "alone" not in config.option.markexpr.replace("not alone", ""):
-        flags = (
-            "--xla_backend_optimization_level=0",
-            "--xla_cpu_use_fusion_emitters=false",
-            "--xla_cpu_parallel_codegen_split_count=1",
-            "--xla_llvm_disable_expensive_passes=true",
-        )
-        os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+        os.environ.setdefault("XLA_FLAGS", " ".join(compiler_flags.TESTS))
 
 
 def pytest_collection_finish():

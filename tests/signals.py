@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handlers of signals in tests; a suite in the background of a script starts with SIGINT ignored."""
+"""Signal handlers in tests; a suite started with `&` in a script begins with SIGINT ignored."""
 
 import contextlib
 import signal

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 
 # The kernel inherits nothing that changes numbers but this: tiny models spend seconds in the
 # compiler for milliseconds of work, so it is lazy here as in the rest of the tests.
-LAZY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+LAZY = "--xla_backend_optimization_level=0"
 BUSY = ("04_pretrain_and_reconstruct",)  # whose steps take longer than their compilation
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

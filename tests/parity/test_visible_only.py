@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiler_flags import AS_USERS
 from helpers import VIDEOMAE, clip, mostly_slow, random_params
 
 import vivit_jax
@@ -18,9 +19,6 @@ from vivit_jax.layers.embed import TubeletEmbed, take_tokens
 from vivit_jax.models import videomae
 
 EXACT = dict(dtype="float64", param_dtype="float64")
-# What users' programs are compiled with; the emitters of the fast suite, see conftest.py, may round
-# a fused sum otherwise where its neighbours are others.
-AS_USERS = {"xla_cpu_use_fusion_emitters": True}
 ROUNDS = 2
 SIZES = VIDEOMAE | dict(image_size=(32, 16), use_mean_pooling=False)
 

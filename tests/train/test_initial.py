@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from compiler_flags import AS_USERS
 from flax import linen as nn
 from helpers import mostly_slow
 from tiny_recipes import FINETUNE, PRETRAIN, changed
@@ -315,7 +316,7 @@ def test_the_compiler_s_lower_level_draws_the_same_bits(scan_layers):
     config = dataclasses.replace(VIDEOMAE, scan_layers=scan_layers)
     model = vivit_jax.VideoMAEForPreTraining(config)
     leaves, key = tuple(sorted(trees.flatten(abstract_params(model)))), jax.random.key(3)
-    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    options = {"xla_backend_optimization_level": 3, **AS_USERS}
     usual = jax.jit(pretrained._drawn, static_argnums=(0, 1, 2), compiler_options=options)
     usual, lower = (draw(model, leaves, "float32", key) for draw in (usual, _compiled_draw(True)))
     inside = trees.flatten(jax.jit(lambda: fresh_params(model, 3))())
