@@ -17,6 +17,8 @@ from vivit_jax.benchmark.work import Work, work_of
 from vivit_jax.errors import UserError, first_line
 from vivit_jax.layers.linear import platform
 
+_CLEAR = Path("/proc/self/clear_refs")  # writing 5 to it makes VmHWM start anew
+
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
@@ -67,6 +69,8 @@ def _alone(task: dict) -> Peak:
     work = work_of(name, kind, batch, **task["options"])
     directory = Path(task["directory"])
     in_torch, on_gpu = task["side"].startswith("torch "), platform() == "gpu"
+    if not on_gpu and not _CLEAR.exists():
+        raise UserError("a process's peak memory is read from Linux's /proc, which is not here")
     if in_torch:
         import torch
         import transformers
@@ -106,7 +110,7 @@ def _alone(task: dict) -> Peak:
         jax.clear_caches()
         gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    _CLEAR.write_text("5")
     side.run()
     step = _resident("VmHWM")
     return Peak(step - baseline, max(step, whole) - baseline)

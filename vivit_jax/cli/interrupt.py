@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ctrl-C that ends a command wherever it falls, and a process that dies of its signal."""
 
+import _thread
 import contextlib
 import queue
 import signal
@@ -49,7 +50,7 @@ def interrupts_told_again() -> Iterator[None]:
             while not ended.wait(PATIENCE):
                 if not _has_caught_interrupt(main):
                     owed = signal.getsignal(signal.SIGINT) is interrupt
-                    signal.pthread_kill(main.ident, signal.SIGINT)  # ends what it waits for, too
+                    _interrupt(main)
                     break
 
     def report(dropped):
@@ -88,6 +89,14 @@ def end_by(number: int) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
     raise AssertionError("the signal ends the process")
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    """Send the main thread a SIGINT, which ends what it waits for where the system can do that."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(thread.ident, signal.SIGINT)
+    else:  # Windows: the handler runs when what the thread waits for is over
+        _thread.interrupt_main()
 
 
 def _imports(frame: FrameType | None) -> int:

@@ -201,6 +201,9 @@ def _interrupts_held() -> Iterator[None]:
 
     Those take seconds until `_start_worker` runs, and Ctrl-C of a terminal reaches them at once.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: they may end with a trace of their own
+        yield
+        return
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # which would let interrupts through again

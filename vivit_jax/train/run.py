@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The directory of a training run: what is in it, who may write to it, and how one goes on."""
 
-import fcntl
+import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from vivit_jax.errors import UserError
 from vivit_jax.files import check_directory, read_json, write_json
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import from_dict, to_dict
+
+logger = logging.getLogger(__name__)
 
 RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
 # What a run that goes on may have otherwise: nothing of it changes what a step computes, but for
@@ -45,7 +48,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, recipe: Recipe, *, resume: bool):
         self.path, self.model_file, self._recipe = path, path / MODEL, recipe
-        self._first, self._lock = jax.process_index() == 0, None
+        self._first, self._resumed = jax.process_index() == 0, resume
+        self._lock: int | None = None
         held = path / RECIPE
         # Else one of several processes might see what another tries in a directory that is empty.
         if resume or jax.process_count() == 1 or not os.path.isdir(path):
@@ -77,15 +81,25 @@ class RunDirectory:
         """Lock the directory, of all processes of a run by the first; the lock ends with it."""
         if not self._first:
             return
-        self._lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+        except ImportError:  # Windows
+            logger.warning(
+                "--out %s: %s cannot lock a directory; let no other process train into it",
+                self.path,
+                sys.platform,
+            )
+            return
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
+            os.close(lock)
             raise UserError(
                 f"--out {self.path}: another process is training into it; wait for its end, or "
                 "choose another directory"
             ) from None
+        self._lock = lock
 
     def close(self) -> None:
         """Leave the directory to others."""
@@ -102,7 +116,7 @@ class RunDirectory:
         if not self._first:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if self._lock is None:
+        if not self._resumed:
             self._hold()
             self._check_new()  # another run may have begun while this one was set up
         write_json(self.path / RECIPE, to_dict(self._recipe))
