@@ -22,7 +22,9 @@ def hold(total, n, stride):
         clip, frame = [], first
         for _ in range(n):
             clip.append(frame)
-            frame += stride if frame + stride < total else 0
+            # The authors count frames from 1 and go on while the number is below the count.
+            number = frame + 1
+            frame += stride if number + stride < total else 0
         clips.add(tuple(clip))
     return clips
 
@@ -111,9 +113,12 @@ def test_sixteen_frames_of_linspace_are_four_or_five_apart():
     "sampler, total, num_frames, stride, expected",
     [
         ("hold", 64, 16, 4, list(range(0, 64, 4))),
-        ("hold", 33, 8, 8, [0, 8, 16, 24, 32, 32, 32, 32]),
+        ("hold", 33, 8, 8, [0, 8, 16, 24, 24, 24, 24, 24]),
+        ("hold", 34, 8, 8, [0, 8, 16, 24, 32, 32, 32, 32]),
+        ("hold", 2, 3, 1, [0, 0, 0]),
+        ("hold", 1, 3, 4, [0, 0, 0]),
         ("hold", 32, 8, 8, [0, 8, 16, 24, 24, 24, 24, 24]),
-        ("hold", 16, 16, 1, list(range(16))),
+        ("hold", 16, 16, 1, [*range(15), 14]),
         ("linspace", 64, 16, 4, [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]),
         ("linspace", 20, 8, 4, [0, 5, 10, 15, 19, 19, 19, 19]),
         ("linspace", 3, 4, 4, [2, 2, 2, 2]),

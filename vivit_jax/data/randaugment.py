@@ -187,7 +187,8 @@ def timm_argument(name: str, level: float, sign: int, increasing: bool) -> float
 def scenic_argument(name: str, magnitude: float) -> float | int | None:
     """The argument of one of `SCENIC_OPERATIONS`; beyond a magnitude of 10 it goes on growing.
 
-    At 20 Posterize keeps all 8 bits and Solarize's threshold is above all levels.
+    Solarize's threshold and what Posterize shifts by are then no byte any more, see
+    `apply_scenic`.
     """
     share = magnitude / 10
     if name in _ENHANCE:
@@ -202,16 +203,94 @@ def _apply_scenic(
     argument = scenic_argument(name, magnitude)
     if name == "Cutout":
         return _cutout(rng, clip, argument)
-    if name == "Contrast":
-        # Scenic's grey level is a sum of counts over 256, not the mean level that Pillow takes:
-        # white for every clip of more than 65,280 pixels. Its models were trained with that.
-        grey = min(clip[..., 0].size // 256, 255)
-        levels = np.arange(256, dtype=np.float32)
-        return _look_up(clip, grey + (levels - grey) * argument)
-    if name in ("AutoContrast", "Equalize"):
-        # As one tall image: one curve for all frames.
-        return apply(clip.reshape(1, -1, *clip.shape[2:]), name, argument).reshape(clip.shape)
-    return apply(clip, name, argument)
+    return apply_scenic(clip, name, argument)
+
+
+def apply_scenic(clip: np.ndarray, name: str, argument: float | int | None) -> np.ndarray:
+    """Applies one of `SCENIC_OPERATIONS` but Cutout, with an argument of `scenic_argument`.
+
+    All frames are one tall image, as in scenic: AutoContrast, Equalize and Contrast have one curve
+    for the clip, and Sharpness mixes the last row of a frame with the first of the next. Values are
+    those of scenic's TensorFlow code, which cuts off fractions where Pillow rounds, and whose bytes
+    wrap: Solarize's threshold counts modulo 256, 384 as 128 and 256 and 512 as 0, which inverts
+    all; Posterize shifts by at most 7 and by 7 where it would shift by less than nothing.
+
+    Source: scenic, dataset_lib/video_ops.py, and the RandAugment of the TensorFlow model garden
+    that it calls, run in TensorFlow 2.21.
+    """
+    levels = np.arange(256)
+    match name:
+        case "Posterize":
+            shift = min((8 - argument) % 256, 7)
+            return _look_up(clip, levels >> shift << shift)
+        case "Solarize":
+            return apply(clip, name, argument % 256)
+        case "AutoContrast":
+            return _stretched(clip)
+        case "Equalize":
+            return apply(_tall(clip)[None], name, argument).reshape(clip.shape)
+        case "Color":
+            return _blended(_grey(clip)[..., None], clip, argument)
+        case "Contrast":
+            # Scenic's grey level is a sum of counts over 256, not the mean level that Pillow takes:
+            # white for every clip of more than 65,280 pixels. Its models were trained with that.
+            grey = min(clip[..., 0].size // 256, 255)
+            return _blended(np.uint8(grey), levels.astype(np.uint8), argument).take(clip)
+        case "Sharpness":
+            tall = _tall(clip)
+            return _blended(_smoothed(tall), tall, argument).reshape(clip.shape)
+    return apply(clip, name, argument)  # Invert, SolarizeAdd and Brightness
+
+
+def _tall(clip: np.ndarray) -> np.ndarray:
+    """The frames of a clip [t, h, w, c] below each other, [t * h, w, c]."""
+    return clip.reshape(-1, *clip.shape[2:])
+
+
+def _blended(start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
+    """From the bytes of `start` towards those of `end` and beyond, fractions cut off."""
+    start, factor = start.astype(np.float32), np.float32(factor)
+    return (start + factor * (end - start)).clip(0, 255).astype(np.uint8)
+
+
+def _grey(clip: np.ndarray) -> np.ndarray:
+    """TensorFlow's grey of RGB bytes [..., 3]: weights that sum up to 0.9999, float32, cut off."""
+    unit = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+    red, green, blue = (
+        (unit * np.float32(weight)).take(clip[..., channel])
+        for channel, weight in enumerate((0.2989, 0.5870, 0.1140))
+    )
+    return ((red + green + blue) * np.float32(255.5)).astype(np.uint8)
+
+
+def _stretched(clip: np.ndarray) -> np.ndarray:
+    """Each channel by itself from its lowest and highest byte to 0 and 255."""
+    stretched = np.empty_like(clip)
+    for channel in range(clip.shape[-1]):
+        plane = clip[..., channel]
+        table = levels = np.arange(256, dtype=np.float32)
+        low, high = levels[plane.min()], levels[plane.max()]
+        if high > low:
+            scale = np.float32(255) / (high - low)
+            table = levels * scale - low * scale
+        stretched[..., channel] = _look_up(plane, table)
+    return stretched
+
+
+def _smoothed(image: np.ndarray) -> np.ndarray:
+    """Each byte of [h, w, c] as the mean over 3x3, itself five times; those of the border stay.
+
+    The fraction is cut off. Scenic adds thirteenths in float32, by which a sum that is a whole
+    level may come out as the level below, on some processors and not on others.
+    """
+    if min(image.shape[:2]) < 3:
+        return image
+    wide = image.astype(np.int16)
+    rows = wide[:-2] + wide[1:-1] + wide[2:]
+    sums = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * wide[1:-1, 1:-1]
+    smoothed = image.copy()
+    smoothed[1:-1, 1:-1] = sums // 13
+    return smoothed
 
 
 def _cutout(rng: np.random.Generator, clip: np.ndarray, half: int) -> np.ndarray:

@@ -163,7 +163,8 @@ def training_indices(
 
     - "hold" (VideoMAE pre-training): frames exactly `stride` apart, the first uniform over
       0..total - num_frames * stride. A video shorter than `num_frames * stride` starts at 0, and
-      the last frame that steps of `stride` reach is held.
+      the last frame that steps of `stride` reach is held; as in the authors' code, which counts
+      from 1, the video's very last frame is none of them.
     - "linspace" (VideoMAE fine-tuning): `sample_frame_indices`, whose spacing is a little over
       `stride`; for 16 frames at stride 4 it is 4 or 5. Of a video of at most `num_frames * stride`
       frames, `total // stride` ones evenly spread over all of it, then its last frame.
@@ -192,7 +193,8 @@ def training_indices(
     span, steps = num_frames * stride, np.arange(num_frames, dtype=np.int64)
     if sampler == "hold":
         first = int(rng.integers(max(total - span, 0) + 1))
-        return first + np.minimum(steps, (total - 1 - first) // stride) * stride
+        # The authors go on only where a frame would be left after the one they would go to.
+        return first + np.minimum(steps, max((total - 2 - first) // stride, 0)) * stride
     if sampler == "loop":
         first = int(rng.integers(max(total - span + stride, 1)))
         return (first + steps * stride) % total
