@@ -126,7 +126,7 @@ def read_image_model(
     model = build_model(config, head, add_pooling_layer=False)
     prefix = "" if head == "none" else "backbone/"
     video = {prefix + path: value for path, value in video.items()}
-    params, fresh = _complete(model, video, seed, f"{image.title} inflated,")
+    params, fresh = complete_params(model, video, seed, f"{image.title} inflated,")
     # What is in no parameter: what the table leaves out, and a class token that has no place.
     no_cls = config.pooling != "cls"
     unread = {row.src for row in rows if not row.dst or (no_cls and row.dst == ("cls",))}
@@ -140,21 +140,27 @@ def read_image_model(
     return InitialisedModel(model, params, report), image
 
 
-def _complete(
+def complete_params(
     model: nn.Module, entries: Mapping[str, np.ndarray], seed: int, title: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The model's parameters, drawn from `seed` where there is no entry; the paths drawn."""
+    """The model's parameters, drawn from `seed` where there is no entry; the paths drawn.
+
+    `entries` go by per-layer path. Raises CheckpointError, which begins with `title`, for one that
+    has no place in the model or another shape.
+    """
     leaves = trees.shapes_of(trees.flatten(abstract_params(model)))
     slots = trees.slots(leaves)
     fresh = tuple(path for path in slots if path not in entries)
-    fresh_leaves = {slots[path].leaf for path in fresh}
-    taken = {leaf: shape for leaf, shape in leaves.items() if leaf not in fresh_leaves}
-    # Through the engine again: every entry must have its place and shape in the video model.
+    drawn = initialise(model, {slots[path].leaf for path in fresh}, seed) if fresh else {}
+    drawn = {leaf: np.asarray(array) for leaf, array in drawn.items()}
+    entries = dict(entries)
+    for path in fresh:
+        slot = slots[path]
+        entries[path] = drawn[slot.leaf] if slot.layer is None else drawn[slot.leaf][slot.layer]
+    # Through the engine again: every entry must have its place and shape in the model.
     rules = [Rule(path, path) for path in entries]
-    flat = import_params(entries, rules, taken, model.config.param_dtype, title)
+    flat = import_params(entries, rules, leaves, model.config.param_dtype, title)
     flat = {path: jax.device_put(array) for path, array in flat.items()}
-    if fresh_leaves:
-        flat |= initialise(model, fresh_leaves, seed)
     return trees.unflatten(dict(sorted(flat.items()))), fresh
 
 
@@ -200,12 +206,20 @@ def inflate_positions(
             f"positions='resize' fills the table of one frame, the video model's has {frames}; use "
             "positions='resize_tile'"
         )
-    grid = table.reshape(*old, -1)
-    for axis in range(2):
-        if old[axis] != size[axis]:
-            weights = resize_weights(old[axis], size[axis], "aligned")
+    return np.tile(resize_table(table, old, tuple(size)), (frames, 1))
+
+
+def resize_table(table: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
+    """A position table [tokens, d] of a grid as that of another grid of as many axes.
+
+    Linear along each axis with aligned corners, as scenic resizes (scipy.ndimage.zoom of order 1).
+    """
+    grid = table.astype(np.float64).reshape(*old, -1)
+    for axis, (before, after) in enumerate(zip(old, new, strict=True)):
+        if before != after:
+            weights = resize_weights(before, after, "aligned")
             grid = np.moveaxis(np.tensordot(weights, grid, axes=(1, axis)), 0, axis)
-    return np.tile(grid.reshape(-1, table.shape[-1]), (frames, 1)).astype(table.dtype)
+    return grid.reshape(-1, table.shape[-1]).astype(table.dtype)
 
 
 def _video_entries(

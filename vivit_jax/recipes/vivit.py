@@ -8,13 +8,19 @@ half of the clips are mirrored; Something-Something's too, since scenic's public
 that off. Tests average the logits of 4 clips x 3 crops.
 
 The checkpoint that a run starts from is `model.start`: an ImageNet-21k ViT (its kernel goes to the
-second frame of a tubelet) or a ViViT of Kinetics. Scenic names no number of devices. It clips each
+second frame of a tubelet) or a ViViT of Kinetics, of which `init_from_video_model` makes one of the
+recipe's size: scenic's configurations of the large Kinetics models have 24 temporal layers, of
+which its code would not start the 4 of the others. Scenic names no number of devices. It clips each
 device's gradient by itself before the mean, and draws one mixup factor for each device; here both
 are of the whole batch, unless `augment.mix_group` says which clips share a factor.
 
 The variants with factorised self-attention and factorised dot-product attention have presets, and
 no published recipe.
 """
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from vivit_jax.recipes.recipe import (
     AugmentSettings,
@@ -39,12 +45,13 @@ def _recipe(
     rand_augment: str | None = None,
     mixup: float = 0.0,
     smoothing: float = 0.0,
+    config: Mapping[str, Any] = MappingProxyType({}),  # of the preset's, what a start has otherwise
 ) -> Recipe:
     return Recipe(
         name=preset,
         task="finetune",
         processor="vivit-scenic",
-        model=ModelSettings(preset=preset),
+        model=ModelSettings(preset=preset, config=dict(config)),
         data=DataSettings(sampler="loop", stride=stride),
         augment=AugmentSettings(
             resize=resize,
@@ -119,9 +126,10 @@ def vivit_l_16x2_fe_kinetics600() -> Recipe:
 def vivit_l_16x2_fe_ssv2() -> Recipe:
     """ViViT-L/16x2, factorised encoder of 24 + 4 layers, 256 pixels, Something-Something v2.
 
-    35 epochs. The preset drops layers with probability 0.3.
+    35 epochs. Layers are dropped with probability 0.3.
 
-    Starts from: ViViT-L/16x2 of Kinetics, or ViT-L/16, ImageNet-21k; positions are resized.
+    Starts from: ViViT-L/16x2 of Kinetics, whose positions are resized and whose first 4 temporal
+    layers are taken, or ViT-L/16, ImageNet-21k, in the spatial stage, its positions resized.
     Source: scenic, projects/vivit/configs/something_something_v2/vivit_large_factorised_encoder.py.
     Hardware: devices not named, 64 clips together, more than one on each.
     Result: none published; the views of the configuration are 4 x 3.
@@ -135,15 +143,17 @@ def vivit_l_16x2_fe_ssv2() -> Recipe:
         rand_augment="scenic-m20-n2",
         mixup=0.3,
         smoothing=0.3,
+        config=dict(image_size=256, num_temporal_layers=4, drop_path_rate=0.3),
     )
 
 
 def vivit_l_16x2_fe_epic_kitchens() -> Recipe:
     """ViViT-L/16x2, factorised encoder of 24 + 4 layers, Epic-Kitchens nouns and verbs, 50 epochs.
 
-    The preset has both heads and drops layers with probability 0.2.
+    The preset has both heads; layers are dropped with probability 0.2.
 
-    Starts from: ViViT-L/16x2 of Kinetics, or ViT-L/16, ImageNet-21k.
+    Starts from: ViViT-L/16x2 of Kinetics, whose first 4 temporal layers are taken, or ViT-L/16,
+    ImageNet-21k, in the spatial stage.
     Source: scenic, projects/vivit/configs/epic_kitchens/vivit_large_factorised_encoder.py.
     Hardware: devices not named, 64 clips together, more than one on each.
     Result: 43.6 (presumably of noun and verb together, top-1), 4 x 1 views, which are this
@@ -158,6 +168,7 @@ def vivit_l_16x2_fe_epic_kitchens() -> Recipe:
         rand_augment="scenic-m15-n2",
         mixup=0.1,
         smoothing=0.2,
+        config=dict(num_temporal_layers=4, drop_path_rate=0.2),
     )
 
 
