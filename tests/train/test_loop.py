@@ -602,16 +602,6 @@ def test_a_start_of_other_heads_or_sizes_is_refused(wanted, settings, told, auto
     assert f"model.start {autoencoder[0]} " in str(caught.value)
 
 
-def test_a_vivit_of_other_positions_is_refused(tmp_path):
-    config = vivit_jax.VivitConfig(**VIVIT.config, attention_type="factorised_encoder")
-    model = vivit_jax.VivitForVideoClassification(config)
-    vivit_jax.save_pretrained(tmp_path / "model", model, random_params(model))
-    longer = dict(VIVIT.config, num_frames=8)
-    settings = dataclasses.replace(VIVIT, start=str(tmp_path / "model"), config=longer)
-    with pytest.raises(UserError, match=r"num_frames 8 \(there 4\).*model.config.num_frames=4$"):
-        starting_model(dataclasses.replace(FINETUNE, model=settings), FOLDERS)
-
-
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -640,7 +630,7 @@ def test_a_config_that_differs_from_the_start_s_is_told(settings, told, autoenco
     ("beside", "told"),
     [
         ("videomae-imagenet", None),
-        ("vivit-scenic", "offset False (there True), do_normalize True (there False)"),
+        ("vivit-scenic", "offset True (there False), do_normalize False (there True)"),
         ("damaged", "pixels are not compared with the checkpoint's"),
     ],
 )
@@ -657,7 +647,8 @@ def test_a_start_of_other_pixels_is_told(beside, told, autoencoder, tmp_path, ca
         assert not logged and "processor" not in report
     else:
         assert len(logged) == 1 and told in logged[0] and told in report
-        assert logged[0].endswith("the recipe's processor=videomae-imagenet decides")
+        recipe_s = "the recipe's processor=videomae-imagenet decides"
+        assert (recipe_s if beside == "damaged" else "checkpoint's processor decides") in logged[0]
 
 
 def test_an_image_model_s_pixels_are_compared_too(image_model, tmp_path):
@@ -667,7 +658,14 @@ def test_an_image_model_s_pixels_are_compared_too(image_model, tmp_path):
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(values))
     settings = dataclasses.replace(VIVIT, start=str(tmp_path / "model"))
     recipe = dataclasses.replace(FINETUNE, model=settings)
-    assert "image_std (0.229, 0.224, 0.225) (there (0" in starting_model(recipe, FOLDERS).report
+    found = starting_model(recipe, FOLDERS)
+    assert "image_std (0.5, 0.5, 0.5) (there (0.229, 0.224, 0.225))" in found.report
+    # Pixels as the image model takes them, resized and cropped as the recipe says.
+    assert found.preprocessing.processor == dataclasses.replace(
+        vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16),
+        image_mean=(0.5,) * 3,
+        image_std=(0.5,) * 3,
+    )
     same = dataclasses.replace(recipe, processor="vivit-scenic")
     assert "processor" not in starting_model(same, FOLDERS).report
 

@@ -96,7 +96,9 @@ def check(recipe: Recipe) -> Recipe:
     _check_types(recipe)
     _check_ranges(recipe)
     _check_names(recipe)
-    _check_frames(recipe, model_config(recipe))
+    config = model_config(recipe)
+    if recipe.model.start is None or "image_size" in recipe.model.config:
+        check_frames(recipe, config)  # else those of the model in `start` count, once it is read
     _check_batch(recipe)
     if recipe.task == "finetune":
         _check_labelled(recipe)
@@ -105,6 +107,24 @@ def check(recipe: Recipe) -> Recipe:
     _check_schedule(recipe)
     _check_patterns(recipe)
     return recipe
+
+
+def check_frames(recipe: Recipe, config: VivitConfig | VideoMAEConfig) -> None:
+    """UserError where views or training crops of the config's frames would be cut from less."""
+    side = min(config.frame_size)
+    if recipe.evaluation.resize < side:
+        raise UserError(
+            f"evaluation.resize is {recipe.evaluation.resize}, but the model's frames have {side} "
+            f"pixels a side: set evaluation.resize={side} or more too, or model.config.image_size"
+        )
+    augment = recipe.augment
+    if augment.resize is not None and augment.crop in ("random", "center"):
+        smallest = int(augment.resize * min(1.0, (augment.jitter_scale or (1.0,))[0]))
+        if smallest < side:
+            raise UserError(
+                f"augment.resize {augment.resize} with jitter_scale {augment.jitter_scale} leaves "
+                f"{smallest} pixels to crop the model's {side} from: set augment.resize higher too"
+            )
 
 
 def closest(name: str, known: Iterable[str], short: bool = False) -> str:
@@ -191,23 +211,6 @@ def _check_names(recipe: Recipe) -> None:
             f"task is {recipe.task!r} but model.preset {recipe.model.preset} is for "
             f"{preset.head}{closest(recipe.model.preset, fitting, short=True)}"
         )
-
-
-def _check_frames(recipe: Recipe, config: VivitConfig | VideoMAEConfig) -> None:
-    side = min(config.frame_size)
-    if recipe.evaluation.resize < side:
-        raise UserError(
-            f"evaluation.resize is {recipe.evaluation.resize}, but the model's frames have {side} "
-            f"pixels a side: set evaluation.resize={side} or more too, or model.config.image_size"
-        )
-    augment = recipe.augment
-    if augment.resize is not None and augment.crop in ("random", "center"):
-        smallest = int(augment.resize * min(1.0, (augment.jitter_scale or (1.0,))[0]))
-        if smallest < side:
-            raise UserError(
-                f"augment.resize {augment.resize} with jitter_scale {augment.jitter_scale} leaves "
-                f"{smallest} pixels to crop the model's {side} from: set augment.resize higher too"
-            )
 
 
 def _check_labelled(recipe: Recipe) -> None:

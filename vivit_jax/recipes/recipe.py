@@ -13,6 +13,11 @@ from typing import Any, Literal
 HEADS = {"pretrain": "pretraining", "finetune": "classification"}
 Rules = tuple[tuple[str, float], ...]
 Sampler = Literal["hold", "linspace", "loop", "segments"]
+# What the checkpoint that a run starts from, or the run's data, say better than a recipe does.
+Given = Literal[
+    "processor", "evaluation.resize", "augment.resize",
+    "model.config.num_labels", "model.config.id2label",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,10 @@ class ModelSettings:
     # What is not in `start` is drawn as the paper's code does, or as transformers does: normal of
     # the configuration's initializer_range.
     initial: Literal["paper", "huggingface"] = "paper"
+    # The classes of a classifier: as many as the data's folders, with their names, or as the
+    # numbers in their list go up to; or those of the classifier in `start`, which stays, with its
+    # names, and of which the data's have to be some.
+    classes: Literal["data", "checkpoint"] = "data"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,9 @@ class DataSettings:
 class AugmentSettings:
     """What happens to a training clip, alike in all of its frames."""
 
-    resize: int | None = None  # shortest side before anything else, None: as it is read
+    # Shortest side before anything else, None: as it is read. It is for the frames of the recipe's
+    # model; where `model.start` has others it changes with their side, unless it is `given`.
+    resize: int | None = None
     crop: Literal["multi_scale", "random_resized", "random", "center"] = "random_resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # area, for random_resized
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, for random_resized
@@ -134,7 +145,9 @@ class EvalSettings:
     crops: int = 1  # along the longer side
     sampler: Sampler = "linspace"  # its test form, see `vivit_jax.data.sampling.view_indices`
     stride: int = 4
-    resize: int = 224  # shortest side
+    # Shortest side. Where the processor beside `model.start` says another, that counts, unless
+    # this one is `given`.
+    resize: int = 224
     average: Literal["softmax", "logits"] = "softmax"
 
 
@@ -144,7 +157,9 @@ class Recipe:
 
     name: str
     task: Literal["pretrain", "finetune"]
-    processor: str  # of `vivit_jax.VideoProcessor.named`: how bytes become pixels
+    # Of `vivit_jax.VideoProcessor.named`: how bytes become pixels, where `model.start` has no
+    # processor beside it; its own counts else, unless this one is `given`.
+    processor: str
     model: ModelSettings
     data: DataSettings
     augment: AugmentSettings
@@ -152,3 +167,5 @@ class Recipe:
     optim: OptimSettings
     train: TrainSettings
     evaluation: EvalSettings = EvalSettings()
+    # Fields that count whatever checkpoint and data say; `apply_settings` adds those that it sets.
+    given: tuple[Given, ...] = dataclasses.field(default=(), compare=False)

@@ -2,20 +2,24 @@
 """Recipes as text: `--set section.field=value`, and JSON both ways."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.checks import check, closest, config_fields, wrong
-from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.recipe import Given, Recipe
 from vivit_jax.recipes.typed import Misfit, expected, from_json, from_text
 
 _FIELDS = {field.name: field.type for field in dataclasses.fields(Recipe)}
+_DECIDED = typing.get_args(Given)
 _SECTIONS = {
     name: {field.name: field.type for field in dataclasses.fields(kind)}
     for name, kind in _FIELDS.items()
     if dataclasses.is_dataclass(kind)
 }
+# Of fields that came later, and that the files of older runs lack, the defaults.
+_LATER = {"given": (), "model.classes": "data"}
 
 
 def apply_settings(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
@@ -23,7 +27,8 @@ def apply_settings(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
 
     Values are read by the type of their field, see `typed.from_text`; fields of the model's
     configuration are those of the preset, also of one that is set here. All settings are applied
-    before the result is checked, so that fields which must agree can be set together.
+    before the result is checked, so that fields which must agree can be set together. What is set
+    and could be decided otherwise by a checkpoint or by the data is added to `given`.
 
     Raises UserError for what is no assignment, for an unknown field, for one that is set twice, for
     a value of another type, and as `check` does.
@@ -50,21 +55,25 @@ def apply_settings(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
         for parent in parents:
             place = place.setdefault(parent, {})
         place[name] = value
+    given = (*changes.get("given", recipe.given), *(p for p in texts if p in _DECIDED))
+    changes["given"] = tuple(dict.fromkeys(given))
     return check(_replaced(recipe, changes))
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """All fields of a recipe as plain JSON values; `from_dict` reads them back."""
-    return _plain(recipe)
+    """All fields of a recipe but `given`, as plain JSON values; `from_dict` reads them back."""
+    values = _plain(recipe)
+    del values["given"]
+    return values
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `to_dict` wrote, equal to it, checked.
+    """The recipe that `to_dict` wrote, equal to it, checked; with `given` where it is there.
 
     Raises UserError with the full name of the field for one that is unknown, that is missing or
     whose value is of another type, and as `check` does.
     """
-    _check_keys("", values, _FIELDS)
+    values = _check_keys("", values, _FIELDS)
     read = {
         name: _section(name, values[name]) if name in _SECTIONS else _read(name, kind, values[name])
         for name, kind in _FIELDS.items()
@@ -74,7 +83,7 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
 
 def _section(name: str, values: Any) -> Any:
     known = dict(_SECTIONS[name])
-    _check_keys(f"{name}.", values, known)
+    values = _check_keys(f"{name}.", values, known)
     read = {}
     if name == "model":
         del known["config"]
@@ -145,15 +154,20 @@ def _plain(value: Any) -> Any:
 
 def _check_keys(
     prefix: str, values: Any, known: Mapping[str, Any], all_of_them: bool = True
-) -> None:
+) -> Mapping[str, Any]:
+    """The values, with those of `_LATER` that a file of an older version lacks."""
     if not isinstance(values, Mapping):
         raise wrong(prefix.rstrip(".") or "a recipe", values, "an object of fields")
     for key in values:
         if key not in known:
             raise UserError(f"{prefix}{key}: there is no such field{closest(str(key), known)}")
-    missing = [f"{prefix}{key}" for key in known if key not in values]
-    if missing and all_of_them:
+    if not all_of_them:
+        return values
+    later = {key: _LATER[prefix + key] for key in known if prefix + key in _LATER}
+    missing = [f"{prefix}{key}" for key in known if key not in values and key not in later]
+    if missing:
         raise UserError(f"{', '.join(missing)}: missing; a recipe's file has all fields")
+    return later | dict(values)
 
 
 def _read(path: str, wanted: Any, value: Any) -> Any:

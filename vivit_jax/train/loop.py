@@ -31,6 +31,7 @@ from vivit_jax.train.evaluate import evaluate, evaluate_reconstruction, model_la
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import leading_name
 from vivit_jax.train.optim import learning_rate, make_optimizer
+from vivit_jax.train.preprocessing import described_preprocessing
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run import RunDirectory
 from vivit_jax.train.sharding import batch_sharding, bytes_on_a_device, make_mesh, parse_mesh
@@ -164,17 +165,19 @@ def _prepare(
     validation = None if recipe.data.validation is None else listed(recipe.data.validation)
     start = None
     if model_file is None:
-        start = starting_model(recipe, dataset.classes if finetune else None)
+        classes = dataset.classes if finetune else None
+        start = starting_model(recipe, classes, _numbers(dataset, validation))
     model = described_model(model_file) if start is None else start.model
     config = model.config
+    frames = (
+        described_preprocessing(model_file, recipe, config)
+        if start is None
+        else start.preprocessing
+    )
+    recipe, processor = frames.recipe, frames.processor
     if finetune:
         dataset = model_labels(dataset, config)
         validation = None if validation is None else model_labels(validation, config)
-    processor = VideoProcessor.named(
-        recipe.processor,
-        size={"shortest_edge": recipe.evaluation.resize},
-        crop_size=dict(zip(("height", "width"), config.frame_size, strict=True)),
-    )
     batches = Batches(
         dataset,
         recipe.data,
@@ -201,6 +204,14 @@ def _prepare(
         recipe, mesh, model, processor, validation, optimizer, shapes, step, per_epoch
     )
     return setting, batches, start
+
+
+def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
+    """How many classes there are where each clip's one label is a number, up to the largest."""
+    both = [dataset] if validation is None else [dataset, validation]
+    if any(each.classes is not None or each.labels_per_example != 1 for each in both):
+        return None
+    return 1 + max(example.label for each in both for example in each.examples)
 
 
 def _steps(

@@ -119,7 +119,9 @@ class RunDirectory:
         if not self._resumed:
             self._hold()
             self._check_new()  # another run may have begun while this one was set up
-        write_json(self.path / RECIPE, to_dict(self._recipe))
+        # What is given decides again where the run is killed before its first checkpoint.
+        given = {"given": list(self._recipe.given)} if self._recipe.given else {}
+        write_json(self.path / RECIPE, to_dict(self._recipe) | given)
         if model is not None:
             write_json(self.model_file, model)
 

@@ -8,26 +8,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from flax import linen as nn
 
+from checkpoints_convert import trees
 from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
 from vivit_jax.errors import UserError
 from vivit_jax.files import read_json
-from vivit_jax.pretrained import LoadReport, abstract_params, build_model, fresh_params
+from vivit_jax.pretrained import (
+    InitialisedModel,
+    abstract_params,
+    build_model,
+    fresh_params,
+    initialise,
+)
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.train.initial import papers_params
-from vivit_jax.train.pixels import arithmetic
+from vivit_jax.train.preprocessing import (
+    Preprocessing,
+    described,
+    differing,
+    preprocessing,
+    told,
+)
 
 logger = logging.getLogger(__name__)
 # Of a preset, what belongs to the data and not to the weights that training starts from.
 _OF_THE_DATA = ("num_labels", "class_splits", "split_names")
-# What fixes the names and shapes of weights, in each family.
-_SIZES = (
+_MOST_CLASSES = 1_000_000  # of numbers in a list, of which a wrong one may be any
+# What fixes the names and shapes of weights, or the function of weights of the same shapes. Learned
+# positions and the depth of ViViT's temporal stage change by `init_from_video_model`.
+_FIXED = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_channels", "patch_size",
-    "tubelet_size", "num_temporal_layers", "decoder_hidden_size", "decoder_num_hidden_layers",
-    "decoder_intermediate_size", "qkv_bias",
+    "tubelet_size", "decoder_hidden_size", "decoder_num_hidden_layers",
+    "decoder_intermediate_size", "qkv_bias", "num_attention_heads", "decoder_num_attention_heads",
 )  # fmt: skip
 # What no trained network computes with: labels, first values, rates of training, and the pooler,
 # which has no part in training. Dropout and execution are told by the config itself.
@@ -37,29 +51,34 @@ _NO_FUNCTION = (
 )  # fmt: skip
 # What only masked pre-training computes with, besides the decoder.
 _OF_PRETRAINING = ("norm_pix_loss", "image_mean", "image_std")
-_NORMALISATION = (
-    "do_rescale", "rescale_factor", "offset", "do_normalize", "image_mean", "image_std",
-)  # fmt: skip
 
 
 class Start(NamedTuple):
-    """A model, its first parameters, and what was taken from where."""
+    """A model, its first parameters, what was taken from where, and what becomes of frames."""
 
     model: nn.Module
     params: dict[str, Any]
     report: str
+    preprocessing: Preprocessing
 
 
-def starting_model(recipe: Recipe, classes: tuple[str, ...] | None = None) -> Start:
+def starting_model(
+    recipe: Recipe, classes: tuple[str, ...] | None = None, labels: int | None = None
+) -> Start:
     """The recipe's model with fresh parameters, or those of `model.start`.
 
     `start` may hold the same kind of model (whose configuration then counts, with the recipe's
     changes), for fine-tuning also a masked autoencoder, as its authors hand it over, or, for a
-    ViViT, an image ViT. What it does not hold is drawn as `model.initial` says (`papers_params`).
-    Sizes or heads of the recipe that are not those of `start` are refused; what else of its
-    function or of its pixels the recipe changes is logged and stands in the report.
-    `classes` names what the data are labelled with and so how many there are. Raises ConfigError
-    and CheckpointError as the loaders do.
+    ViViT, an image ViT. A ViViT of other clips or of another depth in time is made to fit, see
+    `init_from_video_model`. What `start` does not hold is drawn as `model.initial` says
+    (`papers_params`). Other sizes or heads of the recipe that are not those of `start` are refused;
+    what else of its function or of its pixels differs is logged and stands in the report.
+    Frames are prepared as the processor beside `start` says, see `preprocessing`.
+
+    `classes` names what the data are labelled with, and so how many there are; `labels` is how many
+    there are where they are numbers. With `model.classes` "checkpoint" both are left aside. Raises
+    UserError where the recipe's `given` classes are others, ConfigError and CheckpointError as the
+    loaders do.
     """
     config, head = model_config(recipe), HEADS[recipe.task]
     if recipe.task == "pretrain" and not isinstance(config, VideoMAEConfig):
@@ -67,43 +86,101 @@ def starting_model(recipe: Recipe, classes: tuple[str, ...] | None = None) -> St
             f"model.preset {recipe.model.preset!r} is a ViViT, which has no masked pre-training; "
             "use a videomae preset"
         )
-    if classes is not None and config.class_splits is None:
-        config = dataclasses.replace(config, num_labels=len(classes), id2label=classes)
+    kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
+    if kept and recipe.model.start is None:
+        raise _no_classes(recipe, "model.start is none")
+    if not kept and config.class_splits is None:
+        config = _labelled(recipe, config, classes, labels)
     if recipe.model.start is None:
         return _fresh(recipe, config, head)
     changes = dict(recipe.model.config)
-    if recipe.task == "finetune":
-        for name in (*_OF_THE_DATA, *(("id2label",) if classes is not None else ())):
+    of_labels = (*_OF_THE_DATA, *(("id2label",) if classes is not None else ()))
+    if kept:
+        _of_the_checkpoint(recipe, changes)
+    elif recipe.task == "finetune":
+        for name in of_labels:
             if getattr(config, name) is not None:
                 changes[name] = getattr(config, name)
-    return _loaded(recipe, config, head, changes)
+    return _loaded(recipe, config, head, changes, by_number=labels is not None)
+
+
+def _no_classes(recipe: Recipe, why: str) -> UserError:
+    return UserError(
+        f"model.classes is 'checkpoint', which keeps the classifier of model.start, but {why}; set "
+        "model.classes=data, which makes one for the data's classes"
+    )
+
+
+def _labelled(recipe: Recipe, config, classes: tuple[str, ...] | None, labels: int | None):
+    """The config with the data's classes, by folders or by numbers, where they say how many."""
+    data, given = recipe.data.train, recipe.given
+    if "model.config.id2label" in given:
+        return config  # names that folders and numbers are then compared with
+    number, set_by_hand = config.num_labels, "model.config.num_labels" in given
+    if classes is not None:
+        if set_by_hand and number != len(classes):
+            shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+            raise UserError(
+                f"model.config.num_labels is {number}, but {data} has folders of {len(classes)} "
+                f"classes ({shown}), and there is a class for each: leave model.config.num_labels "
+                "out, or make or remove folders, which may be empty"
+            )
+        return dataclasses.replace(config, num_labels=len(classes), id2label=classes)
+    if labels is None or set_by_hand or (config.id2label is not None and labels <= number):
+        return config
+    if labels > _MOST_CLASSES:
+        raise UserError(
+            f"{data}: its labels go up to {labels - 1}, which would make as many classes; expected "
+            f"numbers from 0, below {_MOST_CLASSES}, or set model.config.num_labels={labels}"
+        )
+    return dataclasses.replace(config, num_labels=labels, id2label=None)
+
+
+def _of_the_checkpoint(recipe: Recipe, changes: dict[str, Any]) -> None:
+    """Leave what the recipe says of classes out of `changes`. UserError where that is `given`."""
+    for name in (*_OF_THE_DATA, "id2label"):
+        value = changes.pop(name, None)
+        if f"model.config.{name}" in recipe.given:
+            raise UserError(
+                f"model.config.{name} is {value!r}, but model.classes 'checkpoint' keeps the "
+                f"classes of {recipe.model.start}: leave one of them out"
+            )
 
 
 def _fresh(recipe: Recipe, config, head: str) -> Start:
     model, seed = build_model(config, head), recipe.train.seed
+    frames = preprocessing(recipe, config)
+    for note in frames.notes:
+        logger.warning("%s", note)
     if recipe.model.initial == "huggingface":
         params, values = fresh_params(model, seed), f"normal({config.initializer_range:g})"
     else:
         params, values = papers_params(model, abstract_params(model), seed), "the paper's values"
-    return Start(model, params, f"{type(model).__name__}, fresh, {values}, seed {seed}")
+    report = f"{type(model).__name__}, fresh, {values}, seed {seed}"
+    return Start(model, params, "\n  ".join((report, *frames.notes)), frames)
 
 
 def _completed(
-    recipe: Recipe, model: nn.Module, params: Any, report: LoadReport, notes: Sequence[str]
+    recipe: Recipe, found: InitialisedModel, place: Path, held, notes: Sequence[str] = ()
 ) -> Start:
     """The start from a file, whose loader drew what is not in it as HuggingFace does.
 
-    `notes` are what the loader did not log.
+    `held` is the config of its model, None for an image model. `notes` are what the loader did not
+    log.
     """
+    model, params, report = found
+    own_size = None if held is None else held.frame_size
+    frames = preprocessing(recipe, model.config, place, own_size, image=held is None)
+    notes = (*notes, *frames.notes)
     for note in notes:
         logger.warning("model.start %s: %s", recipe.model.start, note)
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     if recipe.model.initial == "paper":
         params = papers_params(model, params, recipe.train.seed, report.fresh)
-    return Start(model, params, str(report))
+    return Start(model, params, str(report), frames)
 
 
-def _loaded(recipe: Recipe, config, head: str, changes: Mapping[str, Any]) -> Start:
+def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_number: bool) -> Start:
     from checkpoints_convert.config_json import config_path
     from checkpoints_convert.io import open_checkpoint
     from checkpoints_convert.layouts import IMAGE
@@ -112,18 +189,21 @@ def _loaded(recipe: Recipe, config, head: str, changes: Mapping[str, Any]) -> St
     from vivit_jax.hub import resolve_checkpoint
     from vivit_jax.image_init import init_from_image_model
     from vivit_jax.pretrained import from_pretrained, load_report
+    from vivit_jax.video_init import SIZES, init_from_video_model
 
     source, seed = recipe.model.start, recipe.train.seed
+    kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
     place = resolve_checkpoint(source, None)  # once: a push to the hub must not mix commits
-    image = layout_of(open_checkpoint(place)) == IMAGE
-    if image:
+    if layout_of(open_checkpoint(place)) == IMAGE:
         if not isinstance(config, VivitConfig) or head != "classification":
             raise UserError(
                 f"model.start {source} holds an image model, from which only a ViViT classifier "
                 f"starts; model.preset is {recipe.model.preset!r}"
             )
-        model, params, report = init_from_image_model(place, config, seed=seed)
-        return _completed(recipe, model, params, report, _pixel_notes(recipe, place, image))
+        if kept:
+            raise _no_classes(recipe, f"{source} holds an image model")
+        found = init_from_image_model(place, config, seed=seed)
+        return _completed(recipe, found, place, None)
     opened = open_source(place)
     held = opened.layout
     if held.family != config.model_type:
@@ -131,26 +211,84 @@ def _loaded(recipe: Recipe, config, head: str, changes: Mapping[str, Any]) -> St
             f"model.start {source} holds a {held.family}, model.preset {recipe.model.preset!r} is "
             f"a {config.model_type}; use weights of that family"
         )
+    if kept and held.head != "classification":
+        raise _no_classes(recipe, f"{source} holds no classifier")
     handed_over = head == "classification" and held.head == "pretraining"
-    notes = _pixel_notes(recipe, place, image)
+    vivit = isinstance(config, VivitConfig)
+    notes = []
     if config_path(place).is_file():  # else the recipe says what the file does not
         skipped = ("use_mean_pooling",) if handed_over else ()
+        # What these change is told when the model is made to fit.
+        skipped += SIZES if vivit else ()
         names = [name for name in of_the_function(config, head) if name in changes]
-        differing = _differing(config, opened.config, [n for n in names if n not in skipped])
-        notes = _config_notes(source, differing, _fixed(config, opened.config)) + notes
+        notes = _config_notes(
+            source, differing(config, opened.config, [n for n in names if n not in skipped])
+        )
     if handed_over:
-        model, params, report = init_from_pretraining(place, changes, seed=seed)
-        return _completed(recipe, model, params, report, notes)
-    labels = {name: changes.pop(name) for name in (*_OF_THE_DATA, "id2label") if name in changes}
-    execution = {
-        field.name: changes.pop(field.name)
-        for field in dataclasses.fields(config)
-        if field.metadata.get("execution") and field.name in changes
-    }
-    asked = dict(head=head, config=changes, **labels)
-    report = load_report(place, **asked)
-    model, params = from_pretrained(place, **asked, **execution, seed=seed)
-    return _completed(recipe, model, params, report, notes)
+        found = init_from_pretraining(place, changes, seed=seed)
+        return _completed(recipe, found, place, opened.config, notes)
+    fresh_head = False
+    if held.head == head == "classification" and not kept:
+        fresh_head, told_of_classes = _other_classes(opened.config, changes, by_number)
+        notes += told_of_classes
+    if vivit and _resized(opened.config, changes, SIZES):
+        found = init_from_video_model(place, changes, head=head, seed=seed)
+    else:
+        names = (*_OF_THE_DATA, "id2label")
+        labelled = {name: changes.pop(name) for name in names if name in changes}
+        execution = {
+            field.name: changes.pop(field.name)
+            for field in dataclasses.fields(config)
+            if field.metadata.get("execution") and field.name in changes
+        }
+        asked = dict(head=head, config=changes, **labelled)
+        report = load_report(place, **asked)
+        found = InitialisedModel(*from_pretrained(place, **asked, **execution, seed=seed), report)
+    if fresh_head:
+        found = _fresh_head(found, seed)
+    return _completed(recipe, found, place, opened.config, notes)
+
+
+def _resized(held: VivitConfig, changes: Mapping[str, Any], sizes: Sequence[str]) -> bool:
+    """Whether a ViViT of the config `held` has other positions or depth with the changes."""
+    wanted = dataclasses.replace(held, **{n: changes[n] for n in sizes if n in changes})
+    return (wanted.grid, wanted.temporal_layers) != (held.grid, held.temporal_layers)
+
+
+def _other_classes(held, changes: dict[str, Any], by_number: bool) -> tuple[bool, list[str]]:
+    """Whether as many classes as the checkpoint's are others, for a fresh head, and what to tell.
+
+    Takes the checkpoint's names away from numbers, which say nothing of what they stand for.
+    """
+    unnamed = tuple(f"LABEL_{i}" for i in range(held.num_labels))
+    number, way_out = changes.get("num_labels"), "--set model.classes=checkpoint keeps them"
+    if by_number and number is not None and number < held.num_labels:
+        return False, [
+            f"the data's labels are numbers up to {number - 1}, so that the {held.num_labels} "
+            f"classes of the checkpoint's classifier are left out; {way_out}"
+        ]
+    if number != held.num_labels or held.labels == unnamed:
+        return False, []
+    names = changes.get("id2label")
+    if names is not None and tuple(names) != held.labels:
+        return True, [f"the data's classes are not the checkpoint's, in their order; {way_out}"]
+    if names is None and by_number:
+        changes["id2label"] = unnamed
+        return False, [
+            "the data's labels are numbers: the checkpoint's names of as many classes are left "
+            f"out, its classifier is kept; {way_out}"
+        ]
+    return False, []
+
+
+def _fresh_head(found: InitialisedModel, seed: int) -> InitialisedModel:
+    """The model with a classifier that is drawn anew."""
+    flat = trees.flatten(found.params)
+    leaves = [path for path in flat if path.startswith("head/")]
+    flat |= initialise(found.model, set(leaves), seed)
+    fresh = tuple(dict.fromkeys((*found.report.fresh, *leaves)))
+    report = dataclasses.replace(found.report, fresh=fresh)
+    return InitialisedModel(found.model, trees.unflatten(flat), report)
 
 
 def of_the_function(config, head: str) -> list[str]:
@@ -166,34 +304,9 @@ def of_the_function(config, head: str) -> list[str]:
     ]
 
 
-def _differing(ours: Any, theirs: Any, names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two dataclasses differ, with both values."""
-    values = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
-    return {name: both for name, both in values.items() if _plain(both[0]) != _plain(both[1])}
-
-
-def _plain(value: Any) -> Any:
-    """A size of equal sides or statistics of equal channels as the one number they may be too."""
-    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
-
-
-def _fixed(ours: Any, theirs: Any) -> tuple[str, ...]:
-    """The fields in which a model cannot differ from the weights that it starts from."""
-    # A ViViT learns its positions, of which the clip's size is the number.
-    learned = isinstance(ours, VivitConfig) and ours.grid != theirs.grid
-    heads = ("num_attention_heads", "decoder_num_attention_heads")
-    return (*_SIZES, *heads, *(("num_frames", "image_size") if learned else ()))
-
-
-def _told(differing: Mapping[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{name} {a!r} (there {b!r})" for name, (a, b) in differing.items())
-
-
-def _config_notes(
-    source: str, differing: Mapping[str, tuple[Any, Any]], fixed: Sequence[str]
-) -> list[str]:
-    """What to tell of fields that differ. UserError for those of `fixed`, before anything loads."""
-    refused = {name: both for name, both in differing.items() if name in fixed}
+def _config_notes(source: str, fields: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """What to tell of fields that differ. UserError for those of _FIXED, before anything loads."""
+    refused = {name: both for name, both in fields.items() if name in _FIXED}
     if refused:
         of_heads = all(name.endswith("heads") for name in refused)
         why = "other heads make another function of the same weights; " if of_heads else ""
@@ -201,38 +314,10 @@ def _config_notes(
         # As --set reads lists: without brackets.
         way_out = " ".join(f"model.config.{name}={v.strip('[]')}" for name, v in values.items())
         raise UserError(
-            f"model.start {source} does not fit the recipe's model.config: {_told(refused)}; "
+            f"model.start {source} does not fit the recipe's model.config: {told(refused)}; "
             f"{why}take the checkpoint's: --set {way_out}"
         )
-    return [f"config differs from the checkpoint's: {_told(differing)}"] if differing else []
-
-
-def _pixel_notes(recipe: Recipe, place: Path, image: bool) -> list[str]:
-    """What to tell where the processor beside a checkpoint makes other pixels of the same bytes."""
-    from vivit_jax.data.processor import VIDEOMAE, VideoProcessor, processor_file
-
-    folder = place if place.is_dir() else place.parent
-    decides = f"the recipe's processor={recipe.processor} decides"
-    # ViTImageProcessor normalises as VideoMAE's does, with the same defaults.
-    known_as = {"image_processor_type": VIDEOMAE} if image else {}
-    try:
-        if processor_file(folder) is None:
-            return []
-        theirs = VideoProcessor.from_pretrained(folder, **known_as)
-    except UserError as error:
-        return [f"pixels are not compared with the checkpoint's: {error}; {decides}"]
-    ours = VideoProcessor.named(recipe.processor)
-    pairs = zip(arithmetic(ours), arithmetic(theirs), strict=True)
-    # Written with fewer digits, or in other steps, it is the same function.
-    if all(_close(a, b) for a, b in pairs):
-        return []
-    told = _told(_differing(ours, theirs, _NORMALISATION))
-    return [f"pixels differ from those of the checkpoint's processor: {told}; {decides}"]
-
-
-def _close(a: np.ndarray, b: np.ndarray) -> bool:
-    broadcast = a.ndim == 0 or b.ndim == 0 or a.shape == b.shape
-    return broadcast and np.allclose(a, b, rtol=1e-5, atol=1e-6)
+    return [f"config differs from the checkpoint's: {told(fields)}"] if fields else []
 
 
 def description(start: Start, task: str) -> dict[str, Any]:
@@ -241,7 +326,7 @@ def description(start: Start, task: str) -> dict[str, Any]:
     fields = dataclasses.fields(config)
     execution = {f.name: getattr(config, f.name) for f in fields if f.metadata.get("execution")}
     values = {"head": HEADS[task], "config": config.to_dict(), "execution": execution}
-    return values | {"start": start.report}
+    return values | {"start": start.report, "preprocessing": described(start.preprocessing)}
 
 
 def described_model(path: Path) -> nn.Module:

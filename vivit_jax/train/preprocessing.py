@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How frames become pixels in a run: as the checkpoint that it starts from says, else the recipe.
+
+Preprocessing belongs to weights. So the processor beside `model.start` decides over the recipe's
+`processor` and `evaluation.resize`, but for what is `given`; what differs is told.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vivit_jax.data.processor import VIDEOMAE, VideoProcessor, processor_file
+from vivit_jax.errors import UserError
+from vivit_jax.files import read_json
+from vivit_jax.recipes.checks import check_frames, model_config, preset_named
+from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.train.pixels import arithmetic
+
+NORMALISATION = (
+    "do_rescale", "rescale_factor", "offset", "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
+# Below this share of the shorter side a view leaves out what recipes and processors show.
+_USUAL_SHARE = 0.7
+
+
+class Preprocessing(NamedTuple):
+    """What a run does to frames, and what is to be told of it.
+
+    `processor` is saved with the run's models. `recipe` is the run's, with `evaluation.resize` and
+    `augment.resize` as they count.
+    """
+
+    processor: VideoProcessor
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+
+
+def preprocessing(
+    recipe: Recipe,
+    config: Any,
+    place: Path | None = None,
+    own_size: tuple[int, int] | None = None,
+    image: bool = False,
+) -> Preprocessing:
+    """The preprocessing of a run of a model of `config` that starts from a checkpoint at `place`.
+
+    `own_size` is that of the frames of the checkpoint's own model, None where that is not known.
+
+    An image model's processor, `image`, says how pixels are normalised; how frames are resized and
+    cropped says the recipe, since what suits images shows no video as ViViT's recipes do. Raises
+    UserError where the resulting sizes leave nothing to crop from.
+    """
+    theirs, notes = _beside(place, image, recipe)
+    published = VideoProcessor.named(recipe.processor)
+    processor, told = _normalisation(recipe, published, theirs, image)
+    notes += told
+    written, side = min(model_config(recipe).frame_size), min(config.frame_size)
+    resize = recipe.evaluation.resize
+    if "evaluation.resize" not in recipe.given:
+        if theirs is not None and not image:
+            preset = min(preset_named(recipe.model.preset).config.frame_size)
+            resize = _resize_of(theirs, side) if _crop(theirs) == side or side != preset else resize
+        elif side != written:
+            resize = round(resize * side / written)
+        resize = max(resize, side)
+    augment = recipe.augment
+    if augment.resize is not None and side != written and "augment.resize" not in recipe.given:
+        follows = math.ceil(augment.resize * side / written)
+        notes.append(
+            f"augment.resize is {follows} for frames of {side} pixels, as the recipe's "
+            f"{augment.resize} for {written}"
+        )
+        augment = dataclasses.replace(augment, resize=follows)
+    counting = dataclasses.replace(
+        recipe,
+        augment=augment,
+        evaluation=dataclasses.replace(recipe.evaluation, resize=resize),
+    )
+    check_frames(counting, config)
+    height, width = config.frame_size
+    processor = dataclasses.replace(
+        processor,
+        do_resize=True,
+        size={"shortest_edge": resize},
+        do_center_crop=True,
+        crop_size={"height": height, "width": width},
+    )
+    resized = own_size not in (None, config.frame_size)
+    notes += _geometry_notes(recipe, processor, None if image else theirs, resized)
+    notes += _share_notes(counting, side, None if image else theirs)
+    return Preprocessing(processor, counting, tuple(notes))
+
+
+def described(found: Preprocessing) -> dict[str, Any]:
+    """What `described_preprocessing` needs, as JSON values."""
+    return {
+        "processor": found.processor.to_dict(),
+        "evaluation.resize": found.recipe.evaluation.resize,
+        "augment.resize": found.recipe.augment.resize,
+    }
+
+
+def described_preprocessing(path: Path, recipe: Recipe, config: Any) -> Preprocessing:
+    """The preprocessing of a run that goes on, from the file that describes its model.
+
+    Runs of versions that wrote none down did as their recipe says.
+    """
+    values = read_json(path).get("preprocessing")
+    if values is None:
+        own = dataclasses.replace(
+            recipe, given=("processor", "evaluation.resize", "augment.resize")
+        )
+        return preprocessing(own, config)
+    evaluation = dataclasses.replace(recipe.evaluation, resize=values["evaluation.resize"])
+    augment = dataclasses.replace(recipe.augment, resize=values["augment.resize"])
+    counting = dataclasses.replace(recipe, evaluation=evaluation, augment=augment)
+    return Preprocessing(VideoProcessor.from_dict(values["processor"]), counting)
+
+
+def shortest_side(processor: VideoProcessor) -> int | None:
+    """What a processor makes of a frame's shorter side before it crops; None: leaves it."""
+    if not processor.do_resize:
+        return None
+    return processor.size.get("shortest_edge") or min(processor.size.values())
+
+
+def differing(ours: Any, theirs: Any, names: Any) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two dataclasses differ, with both values."""
+    values = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
+    return {name: both for name, both in values.items() if _plain(both[0]) != _plain(both[1])}
+
+
+def told(fields: Mapping[str, tuple[Any, Any]]) -> str:
+    """Fields that differ, in words."""
+    return ", ".join(f"{name} {a!r} (there {b!r})" for name, (a, b) in fields.items())
+
+
+def _plain(value: Any) -> Any:
+    """A size of equal sides or statistics of equal channels as the one number they may be too."""
+    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+
+
+def _beside(
+    place: Path | None, image: bool, recipe: Recipe
+) -> tuple[VideoProcessor | None, list[str]]:
+    """The processor beside a checkpoint, None where there is none to be read, and why."""
+    if place is None:
+        return None, []
+    folder = place if place.is_dir() else place.parent
+    # ViTImageProcessor normalises as VideoMAE's does, with the same defaults.
+    known_as = {"image_processor_type": VIDEOMAE} if image else {}
+    try:
+        if processor_file(folder) is None:
+            return None, []
+        return VideoProcessor.from_pretrained(folder, **known_as), []
+    except UserError as error:
+        return None, [
+            f"pixels are not compared with the checkpoint's: {error}; the recipe's "
+            f"processor={recipe.processor} decides"
+        ]
+
+
+def _normalisation(
+    recipe: Recipe, published: VideoProcessor, theirs: VideoProcessor | None, image: bool
+) -> tuple[VideoProcessor, list[str]]:
+    """The processor whose pixel values count, and what is to be told of them."""
+    if theirs is None:
+        return published, []
+    pairs = zip(arithmetic(published), arithmetic(theirs), strict=True)
+    # Written with fewer digits, or in other steps, it is the same function.
+    agree = all(_close(a, b) for a, b in pairs)
+    fields = differing(published, theirs, NORMALISATION)
+    name = f"the recipe's processor={recipe.processor}"
+    if "processor" in recipe.given:
+        note = f"pixels differ from those of the checkpoint's processor: {told(fields)}"
+        return published, [] if agree else [f"{note}; {name} decides"]
+    if image:
+        values = {name: getattr(theirs, name) for name in NORMALISATION}
+        theirs = published if agree else dataclasses.replace(published, **values)
+    fields = {field: (b, a) for field, (a, b) in fields.items()}
+    note = (
+        f"pixels differ from those of {name}: {told(fields)}; the checkpoint's processor decides, "
+        f"--set processor={recipe.processor} takes the recipe's"
+    )
+    return theirs, [] if agree else [note]
+
+
+def _close(a: np.ndarray, b: np.ndarray) -> bool:
+    broadcast = a.ndim == 0 or b.ndim == 0 or a.shape == b.shape
+    return broadcast and np.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def _crop(processor: VideoProcessor) -> int | None:
+    """The shorter side of what a processor hands over, where it is the same for all frames."""
+    if processor.do_center_crop:
+        return min(processor.crop_size.values())
+    return shortest_side(processor)
+
+
+def _resize_of(processor: VideoProcessor, side: int) -> int:
+    """A processor's shortest side before the crop, in proportion where the crop is to be `side`."""
+    crop, shortest = _crop(processor), shortest_side(processor)
+    return side if shortest is None or crop is None else round(shortest * side / crop)
+
+
+def _size_text(size: Mapping[str, int] | None) -> str:
+    if size is None:
+        return "none"
+    return str(size.get("shortest_edge") or "{height}x{width}".format(**size))
+
+
+def _geometry_notes(
+    recipe: Recipe, ours: VideoProcessor, theirs: VideoProcessor | None, resized: bool
+) -> list[str]:
+    """What is to be told of resize and crop, where processor or recipe have them otherwise.
+
+    Of the crop, where the model's frames are not those of the checkpoint's model, `resized`: what
+    a processor cuts for a model that takes other frames is no change.
+    """
+    notes = []
+    resize, wanted = shortest_side(ours), recipe.evaluation.resize
+    if theirs is not None:
+        fields = {
+            "resize": [each.size if each.do_resize else None for each in (ours, theirs)],
+            "crop": [each.crop_size if each.do_center_crop else None for each in (ours, theirs)],
+        }
+        changed = [
+            f"{name} {_size_text(a)} (there {_size_text(b)})"
+            for name, (a, b) in fields.items()
+            if a != b and (resized or name == "resize")
+        ]
+        if changed:
+            notes.append(
+                "frames are resized (the shorter side) and cropped otherwise than by the "
+                f"checkpoint's processor: {', '.join(changed)}"
+            )
+    if resize != wanted:
+        decides = "in proportion to the model's frames"
+        if theirs is not None and resize == shortest_side(theirs):
+            decides = "as by the checkpoint's processor"
+        notes.append(
+            f"validation and the saved processor resize the shorter side to {resize}, {decides}, "
+            f"not to the recipe's {wanted}; --set evaluation.resize={wanted} takes the recipe's"
+        )
+    return notes
+
+
+def _share_notes(recipe: Recipe, side: int, theirs: VideoProcessor | None) -> list[str]:
+    """What is to be told where views show little of a frame, as the checkpoint's do not."""
+    notes = []
+    usual = _USUAL_SHARE
+    if theirs is not None and (shortest := shortest_side(theirs)) and (crop := _crop(theirs)):
+        usual = min(usual, crop / shortest)
+    resize, augment = recipe.evaluation.resize, recipe.augment
+    if side / resize < usual:
+        notes.append(
+            f"validation and the saved processor show the middle {side / resize:.0%} of a frame's "
+            f"shorter side: frames of {side} pixels of evaluation.resize {resize}; --set "
+            f"evaluation.resize={side} shows all of it"
+        )
+    if augment.crop in ("random", "center") and augment.resize and side / augment.resize < usual:
+        notes.append(
+            f"training crops {side / augment.resize:.0%} of a frame's shorter side: {side} pixels "
+            f"of augment.resize {augment.resize}; set augment.resize too"
+        )
+    return notes
