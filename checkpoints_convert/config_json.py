@@ -20,6 +20,7 @@ from vivit_jax.config import (
     config_from_dict,
 )
 from vivit_jax.errors import ConfigError
+from vivit_jax.staging import interrupted
 
 logger = logging.getLogger(__name__)
 Config = VivitConfig | VideoMAEConfig
@@ -45,7 +46,9 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a checkpoint needs its config.json") from None
+        raise ConfigError(
+            f"{path} does not exist; a checkpoint needs its config.json{interrupted(path.parent)}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):

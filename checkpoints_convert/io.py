@@ -16,6 +16,7 @@ from checkpoints_convert.flax_files import (
 from checkpoints_convert.tensors import DTYPES, LazyTensor, incomplete, known_dtype, stored
 from checkpoints_convert.torch_files import open_pickle
 from vivit_jax.errors import CheckpointError
+from vivit_jax.staging import interrupted
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -105,7 +106,7 @@ def _only_file(directory: Path) -> Path:
         accepted = ", ".join((*WEIGHT_FILES, "checkpoint", "checkpoint_<step>", *_FLAX_FILES))
         raise CheckpointError(
             f"{directory} holds no weights; expected one of {accepted}, or a single file of "
-            f"{', '.join(_SINGLE_FILES)}"
+            f"{', '.join(_SINGLE_FILES)}{interrupted(directory)}"
         )
     return found[0]
 

@@ -3,10 +3,7 @@
 
 import contextlib
 import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,10 @@ import numpy as np
 from checkpoints_convert.io import PROCESSOR_FILES, SAFETENSORS, SAFETENSORS_INDEX
 from checkpoints_convert.tensors import DTYPES
 from vivit_jax.errors import CheckpointError, UserError
+from vivit_jax.files import writing
+from vivit_jax.staging import Staging, clear_leftovers, made_parents, names_in
 
+CONFIG = "config.json"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?i?)B?", re.IGNORECASE)
@@ -33,10 +33,10 @@ def write_weights(
     directory = Path(directory)
     shards = _shards(tensors, parse_size(max_shard_size))
     if len(shards) == 1:
-        return [_write_safetensors(directory / SAFETENSORS, shards[0])]
+        return [write_safetensors(directory / SAFETENSORS, shards[0])]
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     paths = [
-        _write_safetensors(directory / name, shard)
+        write_safetensors(directory / name, shard)
         for name, shard in zip(names, shards, strict=True)
     ]
     index = {
@@ -78,10 +78,13 @@ def _shards(tensors: Mapping[str, Any], limit: int | None) -> list[dict[str, Any
     return shards
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Any]) -> Path:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write tensors (`shape`, `dtype`, `read()`) as one file, with transformers' metadata."""
     # Widest dtype first, then by name, as the safetensors library orders: keeps data aligned.
     names = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
     for name in names:
         start, end = end, end + _size(tensors[name])
@@ -114,7 +117,7 @@ def check_sole(directory: Path, name: str, rivals: re.Pattern) -> None:
 
     `rivals` matches the names that they would; weight files that are replaced do not count.
     """
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    names = names_in(directory) if directory.is_dir() else []
     others = sorted(
         n for n in names if n != name and rivals.fullmatch(n) and not _WEIGHTS.fullmatch(n)
     )
@@ -126,16 +129,25 @@ def check_sole(directory: Path, name: str, rivals: re.Pattern) -> None:
 
 
 def check_destination(directory: str | Path, overwrite: bool) -> Path:
-    """The directory to write, links resolved; CheckpointError if it may not be written."""
+    """The directory to write, links resolved; CheckpointError if it may not be written.
+
+    What writers that were killed left in it is put right first, with a warning.
+    """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file, expected a directory to write")
-    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+    if directory.is_dir():
+        clear_leftovers(directory)
+        _check_empty(directory, overwrite)
+    return directory
+
+
+def _check_empty(directory: Path, overwrite: bool) -> None:
+    if not overwrite and names_in(directory):
         raise CheckpointError(
             f"{directory} is not empty; pass overwrite=True (--overwrite) to replace the model "
             "files in it"
         )
-    return directory
 
 
 @contextlib.contextmanager
@@ -145,51 +157,30 @@ def replaced_directory(directory: str | Path, overwrite: bool = False) -> Iterat
     If the block fails or is interrupted nothing changes. A non-empty destination is a
     CheckpointError unless `overwrite`; then files of the same name are replaced, weight files that
     were not written again are removed, a processor's too where another one was written, and all
-    other files stay.
+    other files stay, as do the directory itself, its mode and its owner. WriteError where the disk
+    is full.
     """
     directory = check_destination(directory, overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Siblings, because only a rename within one file system is atomic.
-    token = secrets.token_hex(4)
-    staged = directory.parent / f".{directory.name}.{token}.new"
-    replaced = directory.parent / f".{directory.name}.{token}.old"
-    staged.mkdir()
-    try:
-        yield staged
-        if directory.is_dir() and any(directory.iterdir()):
-            _swap(staged, directory, replaced)
-        else:
-            os.replace(staged, directory)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    if directory.is_dir():
+        with writing(directory), Staging(directory) as staging:
+            yield staging.new
+            _check_empty(directory, overwrite)  # another may have been faster
+            staging.move_in(CONFIG, _replaced(staging.new, directory))
+        return
+    with made_parents(directory), writing(directory), Staging(directory.parent) as staging:
+        yield staging.new
+        if directory.exists():
+            raise CheckpointError(f"{directory} was written by another meanwhile; nothing changed")
+        staging.become(directory)
 
 
-def _swap(staged: Path, directory: Path, replaced: Path) -> None:
-    """Move the staged files in and the files they replace out, or neither."""
+def _replaced(staged: Path, directory: Path) -> list[str]:
+    """The files of a directory that the staged ones leave no place for."""
     incoming = {path.name for path in staged.iterdir()}
     # Whichever of its files was read first would be the processor, an old one's too.
     processors = set(PROCESSOR_FILES) if incoming & set(PROCESSOR_FILES) else set()
-    outgoing = [
-        path.name
-        for path in directory.iterdir()
-        if path.name in incoming | processors or _WEIGHTS.fullmatch(path.name)
+    return [
+        name
+        for name in names_in(directory)
+        if name in incoming | processors or _WEIGHTS.fullmatch(name)
     ]
-    # config.json leaves first and arrives last: if the process is killed in between, what is left
-    # has no config.json and cannot be taken for a model.
-    outgoing.sort(key=lambda name: name != "config.json")
-    arriving = sorted(incoming, key=lambda name: name == "config.json")
-    moves = [(directory / name, replaced / name) for name in outgoing]
-    moves += [(staged / name, directory / name) for name in arriving]
-    done = []
-    replaced.mkdir()
-    try:
-        for source, target in moves:
-            done.append((source, target))
-            os.replace(source, target)
-    except BaseException:
-        for source, target in reversed(done):
-            if target.exists() and not source.exists():
-                os.replace(target, source)
-        replaced.rmdir()  # fails, and so keeps the old files, if not all of them went back
-        raise
-    shutil.rmtree(replaced)

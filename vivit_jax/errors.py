@@ -22,6 +22,10 @@ class VideoError(UserError):
     """A video that cannot be opened, holds no video stream, or has too few frames."""
 
 
+class WriteError(UserError):
+    """A file that cannot be written, as on a full disk; what was there before is as it was."""
+
+
 class MissingExtra(UserError, ImportError):
     """An optional dependency that is not installed; names the pip extra that supplies it."""
 

@@ -2,7 +2,7 @@
 """Files that are written: checked before the work, and never left half done."""
 
 import contextlib
-import hashlib
+import errno
 import json
 import os
 import tempfile
@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, WriteError
+from vivit_jax.staging import Staging
 
 
 def check_output(path: Path, suffixes: Sequence[str], overwrite: bool, flag: str = "--out") -> None:
@@ -68,22 +69,53 @@ def _check_takes_files(directory: Path, told: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside `path`, of the same suffix, that takes its place once the block is done."""
-    stem = path.stem
-    if len(os.fsencode(stem)) > 64:  # with more around it, it could be longer than a name may be
-        stem = hashlib.sha256(os.fsencode(stem)).hexdigest()[:16]
-    partial = path.with_name(f".{stem}.{os.getpid()}.partial{path.suffix}")
-    try:
+    """A name like `path` in a hidden directory; its file takes its place once the block is done."""
+    with whole_files(path) as (partial,):
         yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_files(key: Path, *others: Path, drop: Sequence[Path] = ()) -> Iterator[list[Path]]:
+    """`whole_file` of several in one directory, which take their places all together or not at all.
+
+    The `key` is the file by which the others are known: while they change it is not there. Files to
+    `drop` leave with those that are replaced. WriteError where the disk is full.
+    """
+    paths = [key, *others]
+    with writing(key), Staging(key.parent) as staging:
+        yield [staging.new / path.name for path in paths]
+        staging.move_in(key.name, outgoing=[path.name for path in (*paths, *drop)])
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full, in the block, as a WriteError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        told = write_error(path, error)
+        if told is error:
+            raise
+        raise told from error
+
+
+def write_error(path: Path, error: OSError) -> OSError | WriteError:
+    """The WriteError of a disk that is full or takes nothing more; any other error as it is."""
+    if error.errno not in _NO_ROOM:
+        return error
+    return WriteError(
+        f"{path} cannot be written: {os.strerror(error.errno)}; make room, or choose another place"
+    )
+
+
+# Of a file or an account that may not grow the error is another; what helps is the same.
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write plain values as a JSON file, whole or not at all."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

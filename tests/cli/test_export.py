@@ -7,6 +7,7 @@ where that exceeds 1; allowed 1e-6.
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -267,21 +268,20 @@ def test_old_parameters_do_not_stay_beside_a_new_program(tiny, tmp_path, capsys)
 
 
 def test_a_part_that_cannot_be_written_leaves_the_old_files(tiny, tmp_path, capsys, monkeypatch):
-    import safetensors.numpy
-
     directory, *_ = tiny
     names = [f"model.stablehlo{end}" for end in ("", ".json", ".safetensors")]
     for name in names:
         (tmp_path / name).write_text("mine")
 
-    def fail(arrays, path):
+    def fail(path, *_):
         path.write_bytes(b"half")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    monkeypatch.setattr("checkpoints_convert.save.write_safetensors", fail)
     args = ("--out", tmp_path / names[0], "--params", "beside", "--overwrite")
     status, _, err = run(capsys, directory, *args)
-    assert status == 2 and "disk full" in err
+    assert status == 2 and len(err.splitlines()) == 1
+    assert f"{tmp_path / names[0]} cannot be written: No space left on device; make room" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert all((tmp_path / name).read_text() == "mine" for name in names)
 

@@ -15,6 +15,7 @@ from checkpoints_convert.io import open_checkpoint
 from checkpoints_convert.save import parse_size, replaced_directory, write_weights
 from checkpoints_convert.tensors import LazyTensor, check_readable
 from vivit_jax.errors import CheckpointError, MissingExtra, UserError
+from vivit_jax.staging import names_in
 
 
 def lazy(tensors):
@@ -249,6 +250,10 @@ def names(path):
     return sorted(p.name for p in path.iterdir())
 
 
+def contents(path):
+    return {p.name: p.read_text() for p in path.iterdir() if p.is_file()}
+
+
 def test_new_directory_appears_whole(tmp_path):
     for existing in (False, True):
         target = tmp_path / f"parent/out{existing}"
@@ -256,7 +261,7 @@ def test_new_directory_appears_whole(tmp_path):
             target.mkdir(parents=True)
         with replaced_directory(target) as staged:
             (staged / "config.json").write_text("{}")
-            assert not existing or names(target) == []
+            assert not existing or names_in(target) == []
         assert names(target) == ["config.json"]
         assert target.stat().st_mode & 0o777 == tmp_path.joinpath("parent").stat().st_mode & 0o777
     assert names(tmp_path / "parent") == ["outFalse", "outTrue"]
@@ -264,10 +269,11 @@ def test_new_directory_appears_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_failure_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), replaced_directory(tmp_path / "out") as staged:
-        (staged / "model.safetensors").write_text("half")
-        raise error
-    assert names(tmp_path) == []
+    for target in (tmp_path / "out", tmp_path / "new" / "parents" / "out"):
+        with pytest.raises(error), replaced_directory(target) as staged:
+            (staged / "model.safetensors").write_text("half")
+            raise error
+        assert names(tmp_path) == []
 
 
 def test_not_empty_destination(tmp_path):
@@ -305,7 +311,7 @@ def test_overwrite_replaces_model_files_only(old_directory):
     with replaced_directory(old_directory, overwrite=True) as staged:
         (staged / "config.json").write_text("new")
         (staged / "model.safetensors").write_text("new")
-    assert {p.name: p.read_text() for p in old_directory.iterdir() if p.is_file()} == {
+    assert contents(old_directory) == {
         "config.json": "new",
         "model.safetensors": "new",
         "preprocessor_config.json": "kept",
@@ -331,7 +337,8 @@ def test_interrupted_overwrite_restores_everything(old_directory, monkeypatch, f
     with pytest.raises(KeyboardInterrupt), replaced_directory(old_directory, overwrite=True) as new:
         (new / "config.json").write_text("new")
         (new / "model.safetensors").write_text("new")
-    assert {p.name: p.read_text() for p in old_directory.iterdir() if p.is_file()} == OLD
+    assert contents(old_directory) == OLD
+    assert names(old_directory) == sorted([*OLD, "logs"])
     assert names(old_directory.parent) == ["out"]
 
 

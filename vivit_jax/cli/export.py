@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax export`: a model as one file that runs without this library."""
 
-import contextlib
 import json as json_module
 import re
 import sys
@@ -12,7 +11,7 @@ import tyro
 
 from checkpoints_convert.settings import Settings, joined
 from vivit_jax.errors import UserError
-from vivit_jax.files import check_output, whole_file
+from vivit_jax.files import check_output, whole_files
 
 SUFFIX = ".stablehlo"
 
@@ -147,21 +146,23 @@ def _files(out: Path, overwrite: bool) -> dict[str, Path]:
 
 
 def _write(artefact, about: dict, out: Path, files: dict[str, Path]) -> None:
-    """All parts are written before the first takes its place."""
-    with contextlib.ExitStack() as parts:
-        # The stack puts them in place from the last to the first.
-        description = parts.enter_context(whole_file(files["about"]))
-        program = parts.enter_context(whole_file(out))
-        description.write_text(json_module.dumps(about, indent=2) + "\n")
-        program.write_bytes(artefact.program)
-        if artefact.params is not None:
-            from safetensors.numpy import save_file
+    """All parts take their places together, and an old one that is not written again leaves."""
+    from checkpoints_convert.save import write_safetensors
+    from checkpoints_convert.tensors import LazyTensor
 
-            params = parts.enter_context(whole_file(files["params"]))
-            save_file(artefact.params, params)
-            params.chmod(program.stat().st_mode)  # safetensors makes it the owner's alone
-    if artefact.params is None and files["params"].exists():
-        files["params"].unlink()
+    beside = artefact.params is not None
+    others = (files["about"], files["params"]) if beside else (files["about"],)
+    removed = not beside and files["params"].exists()
+    with whole_files(out, *others, drop=(files["params"],)) as (program, description, *params):
+        description.write_text(json_module.dumps(about, indent=2) + "\n", encoding="utf-8")
+        program.write_bytes(artefact.program)
+        for path in params:
+            tensors = {
+                name: LazyTensor(value.shape, value.dtype, lambda value=value: value)
+                for name, value in artefact.params.items()
+            }
+            write_safetensors(path, tensors, {"format": "jax"})
+    if removed:
         print(f"removed {files['params']}, of the program that was replaced", file=sys.stderr)
 
 

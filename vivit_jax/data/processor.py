@@ -24,6 +24,7 @@ import numpy as np
 from vivit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from vivit_jax.data.frames import as_clips, center_crop, channels_last, resize
 from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.files import whole_file
 
 VIVIT = "VivitImageProcessor"
 VIDEOMAE = "VideoMAEImageProcessor"
@@ -282,12 +283,9 @@ class VideoProcessor:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "preprocessor_config.json"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(path) as partial:
+            text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+            partial.write_text(text, encoding="utf-8")
         return path
 
     def __call__(

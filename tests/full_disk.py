@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk that takes no more, for any user and any library, in Python or not."""
+
+import contextlib
+import resource
+
+
+@contextlib.contextmanager
+def file_size(largest):
+    """No file may grow past `largest` bytes in the block: EFBIG, which Python is not killed for."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
