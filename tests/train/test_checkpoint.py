@@ -2,9 +2,10 @@
 """Checkpoints are whole, bit-equal on any mesh, and no more than asked for."""
 
 import errno
+import json
 import os
 import random
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import file_size
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from vivit_jax.errors import CheckpointError, UserError
+from vivit_jax.errors import UserError
 from vivit_jax.train import checkpoint as checkpoint_module
-from vivit_jax.train.checkpoint import Checkpoints
+from vivit_jax.train.checkpoint import Checkpoints, DamagedCheckpoint, UnwrittenCheckpoint
 
 
 class Moments(NamedTuple):
@@ -195,7 +197,7 @@ def test_leftovers_are_removed_by_the_first_save_and_not_before(tmp_path):
         tmp_path / "checkpoints" / "dropped" / "1",
         tmp_path / "models" / "3",
         tmp_path / "models" / "4",
-        tmp_path / "models" / ".4.0a1b2c3d.new",
+        tmp_path / "models" / ".vivit-jax.0123456789abcdef.partial",
     ]
     mine = [tmp_path / "models" / "mine", tmp_path / "checkpoints" / "notes"]
     for path in leftovers + mine:
@@ -284,18 +286,20 @@ def test_a_save_that_is_interrupted_leaves_no_checkpoint_without_its_model(tmp_p
 def test_a_disk_that_is_full_is_told_in_a_line_and_leaves_the_earlier_checkpoints(tmp_path):
     state = make_state() | {"large": jax.device_put(np.random.default_rng(0).random((300, 300)))}
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(1, state, {})
+
+    def save(step):
+        checkpoints.save(step, state, {"place": step}, export=lambda path: path.mkdir())
+
+    save(1)
     checkpoints.wait()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match="could not be written to .*go on with --resume"):
-            checkpoints.save(2, state, {})
-            checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = rf"^a checkpoint of step 2 could not be written to {tmp_path}/checkpoints: .*--resume$"
+    with file_size(100_000), pytest.raises(UnwrittenCheckpoint, match=told):
+        save(2)
+        checkpoints.wait()
     assert checkpoints.steps() == [1]
-    checkpoints.save(3, state, {"place": 3})
+    for kind in ("checkpoints", "models"):  # neither half a checkpoint nor a model without one
+        assert step_directories(tmp_path / kind) == ["1"]
+    save(3)
     checkpoints.close()
     again = Checkpoints(tmp_path, keep=2)
     assert again.steps() == [1, 3]
@@ -353,26 +357,184 @@ def test_arguments(tmp_path):
     checkpoints.close()
 
 
-# TensorStore's threads may answer after Orbax has given up on the first error.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    saving = Checkpoints(tmp_path, keep=2)
-    save_all(saving, [None, None])
-    saving.close()
-    target = abstract(make_state())
-    state = tmp_path / "checkpoints" / "2" / "state"
-    for data in sorted(state.glob("**/d/*")):
+def truncate(step):
+    for data in sorted(step.glob("state/**/d/*")):
         data.write_bytes(data.read_bytes()[:-40])
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    with pytest.raises(CheckpointError, match=r"checkpoints/2 cannot be read: .*; move it away"):
-        checkpoints.restore(target)
-    assert checkpoints.restore(target, 1)[2] == 1
-    (state / "_METADATA").unlink()
-    with pytest.raises(CheckpointError, match="checkpoints/2 cannot be read"):
-        Checkpoints(tmp_path, keep=2).restore(target)
-    (state.parent / "run" / "metadata").write_text("{")
-    with pytest.raises(CheckpointError, match="checkpoints/2 cannot be read"):
-        Checkpoints(tmp_path, keep=2)
+
+
+def flip(step):
+    largest = max(step.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 8
+    largest.write_bytes(data)
+
+
+def without_sums(step):
+    for path in step.glob("*/checksums.json"):
+        path.unlink()
+
+
+DAMAGE = {
+    "arrays cut off": (truncate, "state/.*d/.* is not as it was written"),
+    "a bit of the arrays": (flip, "state/.*d/.* is not as it was written"),
+    "an array's file gone": (
+        lambda step: min(step.glob("state/**/d/*")).unlink(),
+        "state/.*: No such file or directory",
+    ),
+    "the tree": (
+        lambda step: (step / "state" / "_METADATA").write_text("[]"),
+        "state/_METADATA is not as it was written",
+    ),
+    "the values": (
+        lambda step: (step / "run" / "metadata").write_text("{"),
+        "run/metadata is not as it was written",
+    ),
+    "values of another kind": (
+        lambda step: (step / "run" / "metadata").write_text('{"data": 3, "metrics": []}'),
+        "run/metadata is not as it was written",
+    ),
+    "the checksums": (
+        lambda step: (step / "state" / "checksums.json").write_text("{}"),
+        "state/checksums.json is not as it was written",
+    ),
+    "no checksums": (without_sums, "its checksums.json is missing"),
+}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Checkpoints and models of the steps 1, 2 and 3."""
+    directory = tmp_path_factory.mktemp("three")
+    saving = Checkpoints(directory, keep=3)
+    save_all(saving, [0.1, 0.2, 0.3])
+    saving.close()
+    return directory
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, three, caplog, what):
+    do, message = DAMAGE[what]
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    do(tmp_path / "checkpoints" / "3")
+    target = abstract(make_state())
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    assert not caplog.text
+    named = rf"the checkpoint of step 3, {tmp_path}/checkpoints/3, is damaged: {message}"
+    with pytest.raises(DamagedCheckpoint, match=f"{named}; other steps there: 1, 2") as told:
+        checkpoints.restore(target, 3)
+    assert len(str(told.value).splitlines()) == 1
+    state, data, step = checkpoints.restore(target)
+    assert (data, step) == ({"position": 2}, 2) and bits(state) == bits(make_state(2))
+    (warning,) = caplog.messages
+    assert re.fullmatch(named, warning)
+    checkpoints.close()
+
+
+def test_what_orbax_alone_needs_is_not_needed(tmp_path, three, caplog):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    for text in ("", "{", "[]", "null", '{"item_handlers": 3}', '{"commit_timestamp_nsecs": "x"}'):
+        caplog.clear()
+        (tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA").write_text(text)
+        checkpoints = Checkpoints(tmp_path, keep=3)
+        state, _, step = checkpoints.restore(abstract(make_state()))
+        assert step == 3 and bits(state) == bits(make_state(3))
+        warned = "3/_CHECKPOINT_METADATA is damaged; nothing of it is needed" in caplog.text
+        assert warned == (not text.startswith('{"'))
+        checkpoints.close()
+
+
+def test_orbax_alone_opens_a_checkpoint(three):
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(three / "checkpoints") as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(), run=ocp.args.JsonRestore())
+        found = manager.restore(3, args=args)
+    assert found["run"]["data"] == {"position": 3} and found["state"]["moments/count"] == 3
+
+
+def test_damage_in_older_checkpoints_and_in_all_of_them(tmp_path, three, caplog):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints" / "2" / "run" / "metadata").write_text("[]")
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    (warning,) = caplog.messages
+    assert "step 2" in warning and warning.endswith("the score of step 2 is not known")
+    assert checkpoints.restore(abstract(make_state()))[2] == 3 and checkpoints.best() == 3
+    checkpoints.close()
+    for step in "13":
+        flip(tmp_path / "checkpoints" / step)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    with pytest.raises(DamagedCheckpoint, match=r"all checkpoints are damaged \(1, 2, 3\); start"):
+        checkpoints.restore(abstract(make_state()))
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(tmp_path, three, caplog):
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    step = tmp_path / "checkpoints" / "3"
+    without_sums(step)
+    run = json.loads((step / "run" / "metadata").read_text())
+    del run["checksums"]
+    (step / "run" / "metadata").write_text(json.dumps(run))
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    assert checkpoints.restore(abstract(make_state()))[2] == 3
+    assert caplog.messages == [f"{step} has no checksums; damage in it goes unnoticed"]
+    truncate(step)  # which TensorStore sees by itself
+    assert checkpoints.restore(abstract(make_state()))[2] == 2
+    assert f"the checkpoint of step 3, {step}, is damaged: " in caplog.messages[-1]
+    checkpoints.close()
+
+
+def test_a_run_goes_on_from_an_earlier_checkpoint(tmp_path, three, caplog):
+    """Later ones no longer count, and leave with the next save, not before."""
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    with pytest.raises(UserError, match="holds no checkpoint of step 7; it has 1, 2, 3"):
+        checkpoints.check_step(7)
+    checkpoints.rewind(1)
+    (warning,) = caplog.messages
+    assert "going on from step 1: the next checkpoint takes the place of the later 2, 3" in warning
+    assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([1], 1, 1)
+    assert step_directories(tmp_path / "checkpoints") == ["1", "2", "3"]
+    save_all(checkpoints, [0.05], first=2)
+    checkpoints.close()
+    for kind in ("checkpoints", "models"):
+        assert step_directories(tmp_path / kind) == ["1", "2"]
+    again = Checkpoints(tmp_path, keep=3)
+    state, _, _ = again.restore(abstract(make_state()))
+    assert bits(state) == bits(make_state(2)) and again.best() == 1
+    again.close()
+
+
+def test_a_step_that_is_saved_keeps_its_model_where_an_older_one_cannot_be_removed(
+    tmp_path, monkeypatch
+):
+    """As on a full disk, where nothing can be moved into a new directory."""
+
+    def full(steps):
+        if steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save_all(checkpoints, [None])
+    checkpoints.wait()
+    monkeypatch.setattr(checkpoints._manager._checkpoint_deleter, "delete_steps", full)
+    told = (
+        f"step 2 is in {tmp_path}/checkpoints, but what it replaces could not be removed: .*No"
+    )
+    with pytest.raises(UnwrittenCheckpoint, match=told):
+        save_all(checkpoints, [None], first=2)
+        checkpoints.wait()
+    assert checkpoints.steps() == [1, 2]
+    for kind in ("checkpoints", "models"):
+        assert step_directories(tmp_path / kind) == ["1", "2"]
+    checkpoints.close()
+
+    again = Checkpoints(tmp_path, keep=1)
+    assert again.restore(abstract(make_state()))[2] == 2
+    save_all(again, [None], first=3)
+    again.close()
+    for kind in ("checkpoints", "models"):
+        assert step_directories(tmp_path / kind) == ["3"]
 
 
 CHILD = textwrap.dedent("""
@@ -380,13 +542,12 @@ CHILD = textwrap.dedent("""
     from pathlib import Path
     import jax
     import jax.numpy as jnp
+    from checkpoints_convert.save import replaced_directory
     from vivit_jax.train.checkpoint import Checkpoints
 
     def export(path):
-        staged = path.with_name(f".{path.name}.00ff.new")
-        staged.mkdir()
-        (staged / "model.safetensors").write_text(path.name)
-        staged.rename(path)
+        with replaced_directory(path) as staged:
+            (staged / "model.safetensors").write_text(path.name)
 
     checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
     first = (checkpoints.latest() or 0) + 1

@@ -62,7 +62,7 @@ def parent():
 def saving(out):
     """What a save that is under way has put there."""
     found = {path.name for path in out.glob("checkpoints/*.orbax-checkpoint-tmp*")}
-    return found | {path.name for path in out.glob("models/.*.new")}
+    return found | {path.name for path in out.glob("models/.*.partial")}
 
 
 def told(out):

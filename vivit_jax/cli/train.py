@@ -8,10 +8,29 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from checkpoints_convert.settings import KeyValues, in_order
 from vivit_jax.cli.run import stopped_by
 from vivit_jax.errors import UserError
+
+
+def _step(given: list[str]) -> bool | int:
+    """What follows --resume: a step, or nothing."""
+    if not given:
+        return True
+    if len(given) > 1 or not given[0].isdecimal():
+        raise ValueError(f"expected a step, such as 1200, or nothing; got {' '.join(given)}")
+    return int(given[0])
+
+
+_RESUME = PrimitiveConstructorSpec(
+    nargs=(0, 1),
+    metavar="[STEP]",
+    instance_from_str=_step,
+    is_instance=lambda value: isinstance(value, bool | int),
+    str_from_instance=lambda value: [] if isinstance(value, bool) else [str(value)],
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +47,8 @@ class RunOptions:
         set: Fields of the recipe to change, such as optim.lr=1e-4; may be repeated. `vivit-jax
             recipes NAME` shows all fields.
         mesh: Sizes of the mesh of devices, such as data=4,fsdp=2,tensor=1. Default: all along data.
-        resume: Go on with the run in --out.
+        resume: Go on with the run in --out, from its latest checkpoint that is not damaged, or from
+            that of STEP, which later ones then make room for.
         tensorboard: Write TensorBoard files too (needs the extra tensorboard).
         coordinator: Address of process 0 of several, host:port.
         processes: How many processes there are.
@@ -41,7 +61,7 @@ class RunOptions:
     start: str | None = None
     set: KeyValues = ()
     mesh: str | None = None
-    resume: bool = False
+    resume: Annotated[bool | int, _RESUME] = False
     tensorboard: bool = False
     coordinator: str | None = None
     processes: int = 1
@@ -75,8 +95,8 @@ def _run(task: str, options: RunOptions) -> int:
     from vivit_jax.recipes import apply_settings, recipe_named
     from vivit_jax.train.run import saved_recipe
 
-    out = options.out
-    if options.recipe is None and not options.resume:
+    out, resume = options.out, options.resume is not False
+    if options.recipe is None and not resume:
         raise UserError("--recipe is missing; `vivit-jax recipes` lists the names")
     own = options.recipe is None
     recipe = saved_recipe(out) if own else recipe_named(options.recipe)
@@ -99,7 +119,8 @@ def _run(task: str, options: RunOptions) -> int:
     outcome = train(
         recipe,
         out,
-        resume=options.resume,
+        resume=resume,
+        resume_step=None if isinstance(options.resume, bool) else options.resume,
         mesh_sizes=parse_mesh(options.mesh, jax.device_count()),
         tensorboard=options.tensorboard,
     )

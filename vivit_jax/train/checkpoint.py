@@ -2,7 +2,9 @@
 """Checkpoints of a run: its whole state through Orbax, and its model as a HuggingFace directory."""
 
 import contextlib
+import datetime
 import json
+import logging
 import math
 import re
 import shutil
@@ -12,14 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from vivit_jax.errors import CheckpointError, UserError, first_line
+from vivit_jax.errors import CheckpointError, UserError, WriteError, first_line
+from vivit_jax.staging import clear_leftovers
+from vivit_jax.train.checksums import damage, handlers
 
+logger = logging.getLogger(__name__)
 _DROPPED = "dropped"
 _UNFINISHED = re.compile(r".*\.orbax-checkpoint-tmp.*")
-# A model's directory, or what its writer leaves beside it when it is killed.
-_MODEL = re.compile(r"(\d+)|\.(\d+)\.[0-9a-f]+\.(?:new|old)")
+_MODEL = re.compile(r"\d+")
 _SHOWN = 8  # paths in a message
+_LONGEST = 2000  # bytes of a message from one process to the others
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that does not hold what was written."""
+
+
+class UnwrittenCheckpoint(CheckpointError, WriteError):
+    """A checkpoint that could not be written; those before it are whole."""
 
 
 class Checkpoints:
@@ -29,7 +43,7 @@ class Checkpoints:
     there whole or not at all, whenever the process is killed. Nothing on disk changes before the
     first `save`: until then another process may be writing to the directory. That first save
     removes what a killed run left behind: unfinished checkpoints, and models of steps that have
-    none.
+    none. Checksums are written with each and compared when it is restored.
 
     All processes of a run call every method alike. `asynchronous` saves write while training goes
     on; an error of theirs is raised by the next call. `directory` is a path of a file system that
@@ -45,16 +59,14 @@ class Checkpoints:
         self._checkpoints, self._models = directory / "checkpoints", directory / "models"
         self._saved = False
         self._scores: dict[int, float | None] = {}
+        self._pending: int | None = None  # the step that is being written
+        self._rewound: int | None = None
+        self._steps_named = _names()
         # Else Orbax cannot tell what a checkpoint that another process saved holds.
         known = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        arrays, plain = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
-        for name, args, handler in (
-            ("state", ocp.args.StandardSave, arrays),
-            ("state", ocp.args.StandardRestore, arrays),
-            ("run", ocp.args.JsonSave, plain),
-            ("run", ocp.args.JsonRestore, plain),
-        ):
-            known.add(name, args, handler)
+        self._arrays, plain = handlers()
+        known.add("state", ocp.args.StandardSave, self._arrays)
+        known.add("run", ocp.args.JsonSave, plain)
         self._manager = ocp.CheckpointManager(
             self._checkpoints,
             handler_registry=known,
@@ -62,12 +74,19 @@ class Checkpoints:
                 create=False,
                 enable_async_checkpointing=asynchronous,
                 preservation_policy=_LastAndBest(keep, self._scores),
+                step_name_format=self._steps_named,
                 # Moved there in one go: a directory being deleted would pass for a checkpoint.
                 todelete_subdir=_DROPPED,
             ),
         )
-        for step in self._manager.all_steps():
-            self._scores[step] = _score(self._run(step)["metrics"])
+        steps = self._manager.all_steps()
+        for step in steps:
+            try:
+                self._scores[step] = _score(self._run(step)["metrics"])
+            except DamagedCheckpoint as error:
+                self._scores[step] = None
+                if step != max(steps):  # of the latest `restore` says it
+                    _warn(f"{error}; the score of step {step} is not known")
 
     def save(
         self,
@@ -96,13 +115,14 @@ class Checkpoints:
         arrays, keys = _to_arrays(state)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        run = {"data": data, "metrics": finite, "keys": keys}
+        run = {"data": data, "metrics": finite, "keys": keys, "checksums": True}
         try:
             # A copy too: the caller may go on with its counts while this is written.
             run = json.loads(json.dumps(run, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise UserError(f"data of step {step} is not plain JSON: {error}") from error
         self._saved = True
+        self._drop_later()
         self._tidy()
         if export is not None:
             self._models.mkdir(parents=True, exist_ok=True)
@@ -110,6 +130,7 @@ class Checkpoints:
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         self._scores[step] = _score(finite)
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
+        self._pending = step
         try:
             with self._writing():
                 # By force, else Orbax decides whether it is time.
@@ -122,7 +143,7 @@ class Checkpoints:
         """The steps there are checkpoints of, in order, after waiting for the last save."""
         with self._writing():
             self._manager.wait_until_finished()
-        return sorted(self._manager.all_steps())
+        return sorted(step for step in self._manager.all_steps() if not self._is_later(step))
 
     def latest(self) -> int | None:
         """The last step there is a checkpoint of, or None."""
@@ -132,39 +153,73 @@ class Checkpoints:
         """The step of the highest score, the latest of equal ones; None if none has a score."""
         return _best(self.steps(), self._scores)
 
-    def restore(
-        self, abstract_state: Any, step: int | None = None
-    ) -> tuple[Any, dict[str, Any], int]:
-        """(state, data, step) of a checkpoint, by default the latest.
-
-        `abstract_state` is a tree of `jax.ShapeDtypeStruct` with shardings, of any mesh and number
-        of devices, or of arrays. Raises UserError if there is no such checkpoint, or naming the
-        paths that the checkpoint has otherwise than the state, CheckpointError if it is damaged.
-        """
-        import orbax.checkpoint as ocp
-
+    def check_step(self, step: int) -> None:
+        """UserError if there is no checkpoint of a step."""
         steps = self.steps()
-        if step is None and not steps:
-            raise UserError(f"{self._checkpoints} holds no checkpoint; start the run anew")
-        step = steps[-1] if step is None else step
         if step not in steps:
             raise UserError(
                 f"{self._checkpoints} holds no checkpoint of step {step}; it has "
                 + (", ".join(map(str, steps)) or "none")
             )
+
+    def rewind(self, step: int) -> None:
+        """Go on from `step`: later ones no longer count, and the next save removes them.
+
+        A warning names them.
+        """
+        later = [each for each in self.steps() if each > step]
+        self._rewound = step
+        if later:
+            _warn(
+                f"going on from step {step}: the next checkpoint takes the place of the later "
+                f"{', '.join(map(str, later))} in {self._checkpoints}"
+            )
+
+    def restore(
+        self, abstract_state: Any, step: int | None = None
+    ) -> tuple[Any, dict[str, Any], int]:
+        """(state, data, step) of a checkpoint, by default the latest that is not damaged.
+
+        `abstract_state` is a tree of `jax.ShapeDtypeStruct` with shardings, of any mesh and number
+        of devices, or of arrays. A warning names each damaged one that is passed over. Raises
+        UserError if there is no such checkpoint, or naming the paths that the checkpoint has
+        otherwise than the state, DamagedCheckpoint if `step` or all of them are damaged.
+        """
+        steps = self.steps()
+        if step is None and not steps:
+            raise UserError(f"{self._checkpoints} holds no checkpoint; start the run anew")
+        if step is not None:
+            self.check_step(step)
+        for each in (step,) if step is not None else reversed(steps):
+            try:
+                return *self._restored(abstract_state, each), each
+            except DamagedCheckpoint as error:
+                if step is not None:
+                    others = ", ".join(str(s) for s in steps if s != step) or "none"
+                    raise DamagedCheckpoint(f"{error}; other steps there: {others}") from error
+                _warn(str(error))
+        raise DamagedCheckpoint(
+            f"{self._checkpoints}: all checkpoints are damaged ({', '.join(map(str, steps))}); "
+            "start the run anew in another directory"
+        )
+
+    def _restored(self, abstract_state: Any, step: int) -> tuple[Any, dict[str, Any]]:
+        import orbax.checkpoint as ocp
+
+        where = self._checkpoints / str(step)
+        self._check_sums(step)
         run = self._run(step)
         wanted = _flat(abstract_state)
         try:
-            stored = self._manager.item_metadata(step)["state"]
+            stored = self._arrays.metadata(where / "state").tree
+            stored = {path: stored[path] for path in stored}
         except _DAMAGE as error:
             raise self._damaged(step, error) from error
-        if stored is None:
-            raise self._damaged(step, "it does not say what it holds")
-        _check(stored.tree, run["keys"], wanted, self._checkpoints / str(step))
+        _check(stored, run["keys"], wanted, where)
         target = {path: _storage(leaf) for path, leaf in wanted.items()}
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        args = ocp.args.StandardRestore(target)
         try:
-            arrays = self._manager.restore(step, args=args)["state"]
+            arrays = self._arrays.restore(where / "state", args=args)
         except _DAMAGE as error:
             raise self._damaged(step, error) from error
         leaves = [
@@ -173,7 +228,26 @@ class Checkpoints:
             else arrays[path]
             for path in wanted
         ]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), run["data"], step
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), run["data"]
+
+    def _check_sums(self, step: int) -> None:
+        """DamagedCheckpoint, in all processes, where the first finds other files than written."""
+        found, unknown = None, False
+        if not _is_object(marker := self._checkpoints / str(step) / "_CHECKPOINT_METADATA"):
+            _warn(f"{marker} is damaged; nothing of it is needed to go on from step {step}")
+        if jax.process_index() == 0:
+            for part in ("run", "state"):
+                try:
+                    found = found or damage(self._checkpoints / str(step) / part)
+                except FileNotFoundError:
+                    unknown = True
+        found = _from_first(found or "")
+        if found:
+            raise self._damaged(step, found)
+        if unknown:
+            if self._run(step).get("checksums"):
+                raise self._damaged(step, "its checksums.json is missing")
+            _warn(f"{self._checkpoints / str(step)} has no checksums; damage in it goes unnoticed")
 
     def wait(self) -> None:
         """Return once everything that was saved is on disk, and what was dropped is not."""
@@ -189,29 +263,60 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """What goes wrong in Orbax's threads, as one CheckpointError."""
+        """What goes wrong in Orbax's threads, as one UnwrittenCheckpoint that names its step."""
         try:
             yield
         except Exception as error:  # of any kind: it comes from the file system's library
-            raise CheckpointError(
-                f"a checkpoint could not be written to {self._checkpoints}: {first_line(error)}; "
-                "those that are there are whole: mend what it says, such as a full disk, and go on "
-                "with --resume"
+            # Orbax no longer counts the step, which may be there all the same where it was an older
+            # one that could not be removed.
+            self._manager.reload()
+            there = self._pending in self._manager.all_steps()
+            if not there:
+                self._scores.pop(self._pending, None)
+            if self._saved:
+                with contextlib.suppress(OSError):
+                    self._tidy()
+            told = (
+                f"step {self._pending} is in {self._checkpoints}, but what it replaces could not "
+                "be removed"
+                if there
+                else f"a checkpoint of step {self._pending} could not be written to "
+                f"{self._checkpoints}"
+            )
+            raise UnwrittenCheckpoint(
+                f"{told}: {first_line(error)}; those that are there are whole: mend what it says, "
+                "such as a full disk, and go on with --resume"
             ) from error
 
-    def _run(self, step: int) -> dict[str, Any]:
-        import orbax.checkpoint as ocp
+    def _is_later(self, step: int) -> bool:
+        """Whether a step is one that a run has been taken back from."""
+        return self._rewound is not None and step > self._rewound
 
+    def _drop_later(self) -> None:
+        """Remove the checkpoints that a run has been taken back from."""
+        later = [step for step in self._manager.all_steps() if self._is_later(step)]
+        with self._writing():
+            for step in later:
+                self._manager.delete(step)
+                self._scores.pop(step, None)
+        self._rewound = None
+
+    def _run(self, step: int) -> dict[str, Any]:
+        """The plain values of a checkpoint."""
+        path = self._checkpoints / str(step) / "run" / "metadata"
         try:
-            args = ocp.args.Composite(run=ocp.args.JsonRestore())
-            return self._manager.restore(step, args=args)["run"]
-        except _DAMAGE as error:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            for name in ("data", "metrics", "keys"):
+                if not isinstance(run[name], dict):
+                    raise TypeError(f"run/metadata holds no {name}")
+            return run
+        except (*_DAMAGE, RecursionError) as error:
             raise self._damaged(step, error) from error
 
-    def _damaged(self, step: int, error: Exception | str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._checkpoints / str(step)} cannot be read: {first_line(error)}; move it away to "
-            "go on from an earlier checkpoint"
+    def _damaged(self, step: int, error: Exception | str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(
+            f"the checkpoint of step {step}, {self._checkpoints / str(step)}, is damaged: "
+            f"{first_line(error)}"
         )
 
     def _tidy(self) -> None:
@@ -222,7 +327,9 @@ class Checkpoints:
         if self._checkpoints.is_dir():
             leftovers += [p for p in self._checkpoints.iterdir() if _UNFINISHED.fullmatch(p.name)]
         if self._models.is_dir():
-            kept = {str(step) for step in self._manager.all_steps()}
+            clear_leftovers(self._models)
+            # As the disk has it: Orbax forgets a step where removing an older one fails.
+            kept = {str(found.step) for found in self._steps_named.find_all(self._checkpoints)}
             leftovers += [
                 path
                 for path in self._models.iterdir()
@@ -255,8 +362,58 @@ class _LastAndBest:
         return [step in kept for step in steps]
 
 
-# What Orbax raises for files that are missing, cut off or changed.
-_DAMAGE = (OSError, ValueError, KeyError)
+# What Orbax and TensorStore raise for files that are missing, cut off or changed.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+
+
+def _warn(text: str) -> None:
+    if jax.process_index() == 0:
+        logger.warning("%s", text)
+
+
+def _from_first(text: str) -> str:
+    """The text of the first process, in all of them."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    row = np.zeros(_LONGEST, np.uint8)
+    data = text.encode()[:_LONGEST]
+    row[: len(data)] = list(data)
+    return bytes(np.asarray(broadcast_one_to_all(row))).rstrip(b"\0").decode(errors="ignore")
+
+
+def _is_object(path: Path) -> bool:
+    """Whether a file holds a JSON object."""
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _names() -> Any:
+    """Steps as Orbax names them, without a look into _CHECKPOINT_METADATA, which may be damaged."""
+    import orbax.checkpoint as ocp
+
+    plain = ocp.path.step.standard_name_format()
+
+    class Step(ocp.path.step.Metadata):
+        @property
+        def commit_timestamp(self):
+            return datetime.datetime.fromtimestamp(self.path.stat().mtime, tz=datetime.UTC)
+
+    class Names(ocp.path.step.NameFormat):
+        def build_name(self, step):
+            return plain.build_name(step)
+
+        def find_all(self, base_path):
+            return (Step(found.step, found.path) for found in plain.find_all(base_path))
+
+        def find_step(self, base_path, step):
+            found = plain.find_step(base_path, step)
+            return Step(found.step, found.path)
+
+    return Names()
 
 
 def _score(metrics: Mapping[str, float | None]) -> float | None:

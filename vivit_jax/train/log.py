@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from vivit_jax.errors import MissingExtra, UserError
-from vivit_jax.files import whole_file
+from vivit_jax.files import whole_file, writing
 from vivit_jax.progress import LiveLine, left
 
 METRICS = "metrics.jsonl"
 Kind = Literal["train", "evaluate", "event"]
 KINDS = ("train", "evaluate", "event")
+_FLUSH_SECONDS = 10.0  # of TensorBoard's files
 _OWN = ("kind", "step", "time", "not_finite")
 
 
@@ -49,7 +50,7 @@ class MetricLog:
         if not enabled:
             return
         directory = Path(directory)
-        board = _summary_writer() if tensorboard else None
+        board = _tensorboard() if tensorboard else None
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS
         had_file = path.exists()
@@ -62,14 +63,9 @@ class MetricLog:
             lines = [text for text, line in _read(path) if line["step"] <= resume_at]
             with whole_file(path) as partial:
                 partial.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _Appended(path)
         if board is not None:
-            # Without the suffix a run resumed within a second would overwrite its own last file.
-            self._board = board(
-                str(directory / "tensorboard"),
-                purge_step=None if resume_at is None else resume_at + 1,
-                filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}",
-            )
+            self._board = _Board(board, directory / "tensorboard", resume_at)
         if resume_at is not None and not had_file:
             self.write("event", resume_at, {"text": f"there was no {METRICS} of earlier steps"})
 
@@ -89,28 +85,90 @@ class MetricLog:
                 line[name], not_finite[name] = None, json.dumps(value)
         if not_finite:
             line["not_finite"] = not_finite
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps(line, allow_nan=False) + "\n")
         if self._board is not None:
-            for name in values:
-                if isinstance(line[name], str):
-                    self._board.add_text(f"{kind}/{name}", line[name], step)
-                elif line[name] is not None:
-                    self._board.add_scalar(f"{kind}/{name}", line[name], step)
+            told = {f"{kind}/{name}": line[name] for name in values if line[name] is not None}
+            self._board.write(told, line["step"], line["time"])
 
     def close(self) -> None:
-        """Close the files; TensorBoard's are complete only then, or after two minutes."""
+        """Close the files; TensorBoard's are complete only then, or after ten seconds."""
         for file in (self._file, self._board):
             if file is not None:
                 file.close()
 
 
-def _summary_writer():
+class _Appended:
+    """A file of lines, each of which is there whole or not at all."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        with writing(path):
+            self._file = path.open("ab", buffering=0)
+
+    def append(self, text: str) -> None:
+        """WriteError where the disk is full; the file is then as it was before."""
+        data, end = text.encode(), os.fstat(self._file.fileno()).st_size
+        try:
+            with writing(self._path):
+                while data:  # a disk that is almost full takes a part
+                    data = data[self._file.write(data) :]
+        except BaseException:
+            self._file.truncate(end)
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Board:
+    """TensorBoard's file of events.
+
+    tensorboardX's own SummaryWriter leaves that to a thread, which ends where a disk is full, and
+    whoever then writes waits for it for ever.
+    """
+
+    def __init__(self, tensorboard: Any, directory: Path, resume_at: int | None):
+        self._tensorboard = tensorboard
+        self._path, self._flushed = directory, time.monotonic()
+        # Without the suffix a run resumed within a second would overwrite its own last file.
+        suffix = f".{os.getpid()}.{time.monotonic_ns()}"
+        with writing(directory):
+            directory.mkdir(exist_ok=True)
+            files = tensorboard.event_file_writer
+            self._events = files.EventsWriter(str(directory / "events"), suffix)
+            if resume_at is not None:  # what came after is hidden
+                log = tensorboard.proto.event_pb2.SessionLog
+                self._write(resume_at + 1, time.time(), session_log=log(status=log.START))
+            self._events.flush()
+
+    def write(self, values: Mapping[str, float | str], step: int, seconds: float) -> None:
+        """Add values by their tags, numbers or texts. WriteError where the disk is full."""
+        summary = self._tensorboard.summary
+        with writing(self._path):
+            for tag, value in values.items():
+                make = summary.text if isinstance(value, str) else summary.scalar
+                self._write(step, seconds, summary=make(tag, value))
+            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+                self._events.flush()  # to the disk itself, which takes longer than many a step
+                self._flushed = time.monotonic()
+
+    def _write(self, step: int, seconds: float, **content: Any) -> None:
+        event = self._tensorboard.proto.event_pb2.Event
+        self._events.write_event(event(step=step, wall_time=seconds, **content))
+
+    def close(self) -> None:
+        with writing(self._path):
+            self._events.close()
+
+
+def _tensorboard() -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        import tensorboardX.event_file_writer
+        import tensorboardX.proto.event_pb2
+        import tensorboardX.summary
     except ModuleNotFoundError as error:
         raise MissingExtra("tensorboardX", "tensorboard", "writing TensorBoard files") from error
-    return SummaryWriter
+    return tensorboardX
 
 
 def _plain(name: str, value: Any) -> int | float | str:

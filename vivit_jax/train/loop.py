@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from vivit_jax.data.dataset import Dataset, read_dataset
 from vivit_jax.data.pipeline import Batches, Share
 from vivit_jax.data.processor import VideoProcessor
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, WriteError
 from vivit_jax.pretrained import abstract_params, save_pretrained
 from vivit_jax.recipes.checks import check, model_config
 from vivit_jax.recipes.recipe import Recipe
@@ -86,6 +86,7 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
+    resume_step: int | None = None,
     mesh_sizes: dict[str, int] | None = None,
     tensorboard: bool = False,
     say: Callable[[str], None] = print,
@@ -97,8 +98,9 @@ def train(
     where there is one), bad_clips.json where clips could not be read, and report.html. With
     `resume` the run goes on as if it had never stopped, on as many devices or others; on the same
     ones, in as many parts of a step, bit for bit. SIGINT and SIGTERM end a run after the step or
-    validation that is under way, with a checkpoint. `mesh_sizes` are those of
-    `vivit_jax.train.sharding.parse_mesh`, by default all devices along "data".
+    validation that is under way, with a checkpoint. A run goes on from its latest checkpoint that
+    is not damaged, or from that of `resume_step`; later ones are then replaced. `mesh_sizes` are
+    those of `vivit_jax.train.sharding.parse_mesh`, by default all devices along "data".
 
     Raises UserError for what cannot be run, a directory that holds a run without `resume` among it,
     with nothing written, and where steps keep having no finite loss or too many clips cannot be
@@ -111,14 +113,17 @@ def train(
         enter = lambda thing: stack.enter_context(contextlib.closing(thing))  # noqa: E731
         run = enter(RunDirectory(Path(out), recipe, resume=resume))
         checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
-        taken = checkpoints.latest() if resume else None
-        model_file = None if taken is None else run.model_file
+        if resume_step is not None:
+            checkpoints.check_step(resume_step)
+        going_on = resume and checkpoints.latest() is not None
+        model_file = run.model_file if going_on else None
         setting, batches, start = _prepare(recipe, make_mesh(sizes), model_file)
         enter(batches)
         if start is not None:
             state, taken = _first_state(setting, start.params), 0
         else:
-            state, data, taken = checkpoints.restore(setting.shapes)
+            state, data, taken = checkpoints.restore(setting.shapes, resume_step)
+            checkpoints.rewind(taken)
             # A process more than there were is told so by the batches.
             batches.restore(data.get(str(jax.process_index()), data["0"]))
         run.begin(None if start is None else description(start, recipe.task))
@@ -300,6 +305,8 @@ def _steps(
                     # What was validated too: else the best of them might be lost.
                     save(scores)
                 stopped = stopped or asked()
+        except WriteError:  # what could not be written now cannot be saved either
+            raise
         except UserError:
             # The state is good: steps without finite gradients change nothing.
             if untold is not None:

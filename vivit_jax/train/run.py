@@ -14,6 +14,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.files import check_directory, read_json, write_json
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import from_dict, to_dict
+from vivit_jax.staging import names_in
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class RunDirectory:
                 f"--out {self.path} holds a run; go on with it by --resume, or choose another "
                 "directory"
             )
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and names_in(self.path):
             raise UserError(f"--out {self.path} is not empty; choose a new directory")
 
     def _hold(self) -> None:

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the files of a checkpoint held when they were written, to tell damage from what it hides.
+
+Each part of a checkpoint (its arrays, its plain values) has a checksums.json: the SHA-256 of each
+of its files. It is written once all processes have written theirs, and before Orbax renames the
+checkpoint to its step, so that a step never lacks it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vivit_jax.staging import sync
+
+CHECKSUMS = "checksums.json"
+# Orbax writes this one afterwards; that it is there is all that is asked of it.
+_AFTERWARDS = "commit_success.txt"
+
+
+def handlers() -> tuple[Any, Any]:
+    """Orbax's handlers of arrays and of JSON values, which write the checksums too."""
+    import orbax.checkpoint as ocp
+
+    class Arrays(ocp.StandardCheckpointHandler):
+        def finalize(self, directory):
+            super().finalize(directory)
+            _write(Path(directory))
+
+        @classmethod
+        def typestr(cls):  # so that Orbax alone opens the checkpoint
+            return ocp.StandardCheckpointHandler.typestr()
+
+    class Plain(ocp.JsonCheckpointHandler):
+        def finalize(self, directory):
+            super().finalize(directory)
+            _write(Path(directory))
+
+        @classmethod
+        def typestr(cls):
+            return ocp.JsonCheckpointHandler.typestr()
+
+    return Arrays(), Plain()
+
+
+def damage(directory: Path) -> str | None:
+    """What differs in a part of a checkpoint from what was written, None where nothing does.
+
+    FileNotFoundError where it has no checksums.
+    """
+    try:
+        listed = json.loads((directory / CHECKSUMS).read_text(encoding="utf-8"))["sha256"]
+        listed = {str(name): str(value) for name, value in listed.items()}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{directory.name}/{CHECKSUMS} is not as it was written"
+    for name, value in listed.items():
+        try:
+            found = _sha256(directory / name)
+        except OSError as error:
+            return f"{directory.name}/{name}: {error.strerror}"
+        if found != value:
+            return f"{directory.name}/{name} is not as it was written"
+    return None
+
+
+def _write(directory: Path) -> None:
+    if jax.process_index():
+        return
+    names = sorted(
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in (CHECKSUMS, _AFTERWARDS)
+    )
+    values = {"sha256": {name: _sha256(directory / name) for name in names}}
+    path = directory / CHECKSUMS
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
