@@ -26,13 +26,12 @@ from vivit_jax.data.augment import train_transform
 from vivit_jax.data.dataset import (
     Dataset,
     Example,
-    count_frames,
     read_dataset,
     read_training_clip,
     read_whole,
 )
 from vivit_jax.data.pipeline import Batches, Share
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, VideoError
 from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
 
 COUNT, FRAMES, HEIGHT, WIDTH = 7, 9, 20, 24
@@ -239,8 +238,8 @@ def test_a_data_set_without_a_readable_clip_ends_the_run(clips, share):
         next(source)
 
 
-def test_a_cache_does_not_shorten_a_damaged_video(clips, tmp_path):
-    """Of which more frames are announced than can be decoded; clips are drawn from them all."""
+def test_a_cache_changes_nothing_of_a_damaged_video(clips, tmp_path):
+    """Of which clips that have mostly frames that cannot be decoded are refused."""
     path = write_clip(tmp_path / "damaged.mp4", frames=60, b_frames=0, size=(WIDTH * 2, HEIGHT * 2))
     with av.open(str(path)) as container:
         spans = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
@@ -249,7 +248,8 @@ def test_a_cache_does_not_shorten_a_damaged_video(clips, tmp_path):
     data[position : position + size] = b"\xff" * size
     path.write_bytes(data)
     example = Example(str(path), 0)
-    assert len(read_whole(example)) < count_frames(example)
+    with pytest.raises(VideoError, match="of 60 frames asked 9 cannot be decoded"):
+        read_whole(example)
     dataset = Dataset((example,) * 3, None, "list.txt")
     options = dict(data=dataclasses.replace(DATA, max_bad_share=1.0), batch_size=1)
     plain = first(6, dataset, **options)

@@ -179,11 +179,15 @@ def read_frames(example: Example, indices: Sequence[int]) -> np.ndarray:
 
 
 def read_whole(example: Example) -> np.ndarray:
-    """Reads all frames of a clip: uint8 [t, h, w, c]. Raises VideoError as `read_frames` does."""
+    """Reads all frames of a clip: uint8 [t, h, w, c].
+
+    Raises VideoError as `read_frames` does, and for a video with frames that cannot be decoded.
+    """
     stored = _stored(example)
     if stored is None and example.start == 0 and example.total is None:
-        return read_video(example.path)  # which counts the frames as it decodes them
-    return _read(example, stored, range(_count(example, stored)))
+        # It counts the frames as it decodes them.
+        return read_video(example.path, lost="error")
+    return _read(example, stored, range(_count(example, stored)), lost="error")
 
 
 def read_training_clip(
@@ -294,7 +298,7 @@ def _count(example: Example, stored) -> int:
     return total
 
 
-def _read(example: Example, stored, indices: Sequence[int]) -> np.ndarray:
+def _read(example: Example, stored, indices: Sequence[int], lost: str = "repeat") -> np.ndarray:
     path = example.path
     total = example.total if stored is None else len(stored)
     try:
@@ -303,7 +307,7 @@ def _read(example: Example, stored, indices: Sequence[int]) -> np.ndarray:
     except VideoError as error:
         raise VideoError(f"{path}: {error}") from None
     if stored is None:
-        return read_video(path, indices=indices + example.start)
+        return read_video(path, indices=indices + example.start, lost=lost)
     if isinstance(stored, np.ndarray):
         return np.array(stored[indices])
     # A held frame is decoded once.

@@ -1,33 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads exact frames from video files with PyAV.
 
-Frame k is the k-th frame that decoding the whole file from its start yields. That order is the only
-definition of a frame index here; `read_video` returns the pixels of that decode bit for bit
-(`frame.to_ndarray(format="rgb24")`, then turned as the file's display matrix says).
+Frame k is the k-th frame that decoding the whole file from its start yields. `read_video` returns
+the pixels of that decode bit for bit (`frame.to_ndarray(format="rgb24")`, then turned as the file's
+display matrix says), the same ones in every call.
 
 A few frames of a long video are read without decoding the rest: the packets' presentation times
 number the frames (`vivit_jax.data.packets`), and decoding starts at the keyframe before each wanted
-frame. Where that numbering is not known to be exact, everything is decoded from the start instead,
-which is slower and gives the same frames:
+frame. Where that numbering is not known to be exact, everything is decoded from the start and the
+frames that come out are counted, which is slower and gives the same frames:
 
-- containers other than mp4/mov and Matroska/WebM (avi has no presentation times), and codecs other
-  than h264, hevc, vp9 and av1 (mpeg4 and vp8 packets may hold no picture that is shown);
+- containers other than mp4/mov and Matroska/WebM, and codecs other than h264, hevc, vp9 and av1
+  (mpeg4 and vp8 packets may hold no picture that is shown);
 - a packet without a presentation time, two with the same, or one marked as damaged, or as to be
   discarded (edit lists that cut into the stream);
 - a stream that does not begin with a keyframe shown first, or whose keyframes are out of order;
-- vp9 packets that show no picture;
-- a decoded run whose times differ from its packets' times, that does not begin with a keyframe, in
-  which a wanted frame is marked as damaged, or that raises a decoding error.
+- vp9 packets that show no picture.
 
-The reason is logged at DEBUG level.
+Where the packets do number the frames, they are decoded from the start all the same, and keep the
+numbers that their packets' times give them, if a decoded run has times other than its packets',
+does not begin with a keyframe, has a wanted frame marked as damaged, or raises a decoding error.
+Then a frame that cannot be decoded shows the one before it, as a player does, but where most of the
+frames asked are such, they are refused. The reason is logged at DEBUG level.
 
-A damaged file is readable up to the first packet that is cut off or cannot be decoded; a warning
-says how many frames that leaves. A wanted frame in which the decoder reports errors that it
-concealed (`frame.is_corrupt`) is refused; where such a frame is only decoded on the way to a wanted
-one, a warning says so. Two limits: damage in a stretch that holds no wanted frame, or in a frame
-that no other is predicted from, goes unnoticed, as it is not decoded, and the frames after it keep
-the numbers that their packets give them; and damage that the decoder does not report, or that a
+A damaged file is readable up to where it is cut off, or where the container cannot be read on;
+decoding goes on after a packet that cannot be decoded. One warning a file says what was lost.
+A wanted frame in which the decoder reports errors that it concealed (`frame.is_corrupt`) is
+refused, except in transport and program streams, which lose packets on their way as a matter of
+course; where such a frame is only decoded on the way to a wanted one, a warning says so. Two
+limits: damage in a stretch that holds no wanted frame, or in a frame that no other is predicted
+from, goes unnoticed, as it is not decoded; and damage that the decoder does not report, or that a
 frame inherits from one it is predicted from, shows in the pixels only.
+
+Several threads decode only the codecs whose decoders report all damage in which threads show
+(`packets.THREADED_CODECS`), and what they decoded is decoded again by one where damage is reported:
+the pixels of a damaged frame otherwise depend on the threads' timing.
 """
 
 import contextlib
@@ -36,24 +43,30 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 
+from vivit_jax.data.clock import Clock
 from vivit_jax.data.packets import (
     SPARSE_CODECS,
     TIMED_CONTAINERS,
     Distrusted,
+    Reported,
     Table,
-    Undecodable,
     codec_name,
-    first_packets,
+    file_state,
+    frames_of_packets,
     named,
     reason_of,
     scan,
+    set_threads,
     sparse_frames,
     warn_of_damage,
+    warn_once,
 )
+from vivit_jax.data.pictures import displayed, orientation, rgb, rotation, stacked
 from vivit_jax.data.sampling import clip_indices, pad_indices
 from vivit_jax.errors import UserError, VideoError
 
@@ -73,8 +86,9 @@ class VideoInfo:
     """What a video file holds, as `read_video` will return it.
 
     Attributes:
-        announced_frames: frames the container claims, None if it claims nothing (mkv, webm).
-        num_frames: frames that can be decoded.
+        announced_frames: frames the container claims, None if it claims nothing (mkv, webm, ts).
+            It is a claim: avi counts ticks, also those without a frame.
+        num_frames: frames that `read_video` returns.
         fps: average frames per second, `num_frames / duration`.
         duration: seconds from the first frame's start to the last frame's end, by the frames' times
             where the container has them, else by the frame rate it states; nan if it has neither.
@@ -85,6 +99,10 @@ class VideoInfo:
         codec: e.g. "h264".
         pixel_format: of the stored picture, e.g. "yuv420p10le".
         container: FFmpeg's name for the format, e.g. "matroska,webm".
+        pixel_aspect: a displayed pixel's width over its height (FFmpeg's sample aspect ratio, after
+            rotation), 1 where the file does not say.
+        stream: index, among all streams of the file, of the video stream that is read: the one
+            marked as default, or else the largest picture.
     """
 
     announced_frames: int | None
@@ -98,6 +116,8 @@ class VideoInfo:
     codec: str
     pixel_format: str
     container: str
+    pixel_aspect: Fraction = Fraction(1)
+    stream: int = 0
 
 
 def probe_video(path) -> VideoInfo:
@@ -115,78 +135,62 @@ def probe_video(path) -> VideoInfo:
     name = checked_path(path)
     table = packet_table(name)
     with open_video(name) as (container, stream):
-        announced, time_base = stream.frames or None, stream.time_base
-        rate = stream.average_rate or stream.guessed_rate
+        announced, index = stream.frames or None, stream.index
         codec, container_format = codec_name(stream), container.format.name
-        first = None
-        if table.distrust is None:
-            with _fallback(name):
-                first = dict(sparse_frames(container, stream, table, np.array([0])))[0]
-                times = np.sort(table.pts).tolist()
+        clock, aspect = Clock(table, stream), pixel_aspect(stream)
+    first, total = None, table.packets
+    if clock.known:
+        first = _sparse(name, table, np.array([0]), lambda frame: frame).get(0)
+        clock.seconds(total - 1, first)
+        duration = clock.end()
     if first is None:
         run = _decode_from_start(name, table, lambda frame: frame, {0})
-        first, times = run.frames[0], run.times
-    if container_format in TIMED_CONTAINERS and len(times) > 1 and None not in times:
-        duration = duration_of(times, table, time_base)
-    else:
-        duration = len(times) / float(rate) if rate else float("nan")
-    rotation, mirrored, turned = _rotation(_orientation(name, first))
+        first, total, duration = run.frames[0], run.total, run.duration
+    degrees, mirrored, turned = rotation(orientation(name, first))
     height, width = (first.width, first.height) if turned else (first.height, first.width)
     return VideoInfo(
         announced_frames=announced,
-        num_frames=len(times),
-        fps=len(times) / duration if duration else float("nan"),
+        num_frames=total,
+        fps=total / duration if duration else float("nan"),
         duration=duration,
         height=height,
         width=width,
-        rotation=rotation,
+        rotation=degrees,
         mirrored=mirrored,
         codec=codec,
         pixel_format=first.format.name,
         container=container_format,
+        pixel_aspect=1 / aspect if turned else aspect,
+        stream=index,
     )
-
-
-def duration_of(times, table: Table, time_base) -> float:
-    """Seconds from the first of at least two frames to the end of the last, by their times."""
-    shown = int(max(times)) - int(min(times))
-    return float((shown + (table.last_duration or shown / (len(times) - 1))) * time_base)
 
 
 def frame_times(path, indices: Sequence[int]) -> np.ndarray:
     """Seconds, float64 [n], at which frames of a file are shown, counted from frame 0.
 
-    They are the container's presentation times, so they follow a variable frame rate. A container
-    that has none that are known to be right (all but mp4/mov and Matroska/WebM) is taken to have
-    the constant rate it states. A frame without a time is at nan.
+    They are those of `vivit_jax.data.clock`, so they follow a variable frame rate. Frames without
+    a time, in a file that states no rate, are at nan.
 
     Raises VideoError for what is no readable video file, or has no such frame.
     """
     name = checked_path(path)
     table, places = packet_table(name), pad_indices(indices, _ENDLESS)
+    with open_video(name) as (_, stream):
+        clock = Clock(table, stream)
+    run = None
+    if not clock.known:
+        run = _decode_from_start(name, table, lambda frame: None, set(), int(places.max()))
+    try:
+        pad_indices(places, run.total if run else table.packets)
+    except VideoError as error:
+        raise VideoError(f"{name}: {error}") from None
+    return np.array([run.seconds[k] if run else clock.seconds(int(k)) for k in places])
 
-    def check(total: int) -> None:
-        try:
-            pad_indices(places, total)
-        except VideoError as error:
-            raise VideoError(f"{name}: {error}") from None
 
-    with open_video(name) as (container, stream):
-        time_base, rate = stream.time_base, stream.average_rate or stream.guessed_rate
-        if container.format.name not in TIMED_CONTAINERS:
-            return places / float(rate) if rate else np.full(len(places), np.nan)
-        shown = None
-        if table.distrust is None:
-            check(table.packets)
-            with _fallback(name):
-                for _ in sparse_frames(container, stream, table, np.unique(places)):
-                    pass  # that the frames are at their packets' times is only known by decoding
-                shown = np.sort(table.pts).tolist()
-    if shown is None:
-        shown = _decode_from_start(name, table, lambda frame: None, set(), int(places.max())).times
-        check(len(shown))
-    ticks = [None if shown[0] is None or shown[k] is None else shown[k] - shown[0] for k in places]
-    return np.array([np.nan if tick is None else float(tick * time_base) for tick in ticks])
+def pixel_aspect(stream) -> Fraction:
+    """A stored pixel's width over its height, 1 where it is unknown."""
+    stated = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
+    return Fraction(stated.numerator, stated.denominator) if stated else Fraction(1)
 
 
 def read_video(
@@ -198,6 +202,8 @@ def read_video(
     indices: Sequence[int] | None = None,
     pad: str = "error",
     seed: int | Sequence[int] | None = None,
+    square_pixels: bool = False,
+    lost: str = "repeat",
 ) -> np.ndarray:
     """Reads a clip, the frames asked for, or (with neither `num_frames` nor `indices`) every frame.
 
@@ -213,6 +219,11 @@ def read_video(
             or "loop" (from frame 0 again, `index % total`). A clip that does not fit starts at
             frame 0, or at `start` if that is an index.
         seed: for `start="random"`: the clip is a function of it and of the number of frames.
+        square_pixels: whether the stored picture is scaled in its width (bicubic, as FFmpeg's
+            `scale=iw*sar:ih`) where the file says that its pixels are not square. False returns
+            them as stored, as `VideoInfo.height` and `width` say.
+        lost: for a frame whose packet cannot be decoded, in a file whose packets number its frames:
+            "repeat" (the frame before it, unless most of the frames asked are such) or "error".
 
     Returns:
         uint8 [t, h, w, 3], RGB, rotated and mirrored as the file's metadata says. Only these frames
@@ -220,8 +231,8 @@ def read_video(
 
     Raises:
         VideoError: the path is not a readable video file, has fewer frames than asked and `pad` is
-            "error", has damaged frames or frames of different sizes among those asked, or is to be
-            displayed at an angle that is no multiple of 90 degrees.
+            "error", has damaged frames, mostly undecodable ones or frames of different sizes among
+            those asked, or is to be displayed at an angle that is no multiple of 90 degrees.
         UserError: arguments that contradict each other or are out of range, or `path` is no path.
     """
     name = checked_path(path)
@@ -229,6 +240,8 @@ def read_video(
         raise UserError("got both num_frames and indices: pass one of them")
     if num_frames is None and (stride != 1 or start != "center"):
         raise UserError(f"stride={stride!r} and start={start!r} place a clip: pass num_frames too")
+    if lost not in ("repeat", "error"):
+        raise UserError(f"lost is {lost!r}; expected 'repeat' or 'error'")
     if isinstance(start, str) and start == "random" and seed is None:
         raise UserError("start='random' draws the clip's place and got no seed: pass seed=<int>")
     everything = num_frames is None and indices is None
@@ -244,13 +257,21 @@ def read_video(
         except VideoError as error:
             raise VideoError(f"{name}: {error}{shortage(table, total, cut)}") from None
 
-    convert = functools.partial(displayed, name)
-    table = packet_table(name)
+    table, aspect = packet_table(name), Fraction(1)
+    if square_pixels:
+        with open_video(name) as (_, stream):
+            aspect = pixel_aspect(stream)
+    convert = functools.partial(displayed, name, aspect=aspect)
     if table.distrust is None:
         wanted = choose(table.packets)
-        with open_video(name) as (container, stream), _fallback(name):
-            found = sparse_frames(container, stream, table, np.unique(wanted))
-            return _stacked(name, {k: convert(frame) for k, frame in found}, wanted)
+        frames = _sparse(name, table, np.unique(wanted), convert)
+        if not frames:
+            last = int(wanted.max()) if wanted.max() < table.packets - 1 else None
+            run = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
+            refuse_damaged(name, run.damaged, wanted, table.lossy)
+            refuse_lost(name, run.filled, wanted, 0.5 if lost == "repeat" else 0)
+            frames = run.frames
+        return stacked(name, frames, wanted)
 
     # Frames at fixed places are chosen, and decoding stops at the last, without counting the rest.
     fixed = indices is not None or not (everything or start in ("center", "end", "random"))
@@ -262,12 +283,12 @@ def read_video(
     last = int(wanted.max()) if fixed else None
     run = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
     if last not in run.frames:
-        wanted = choose(len(run.times), run.cut)
+        wanted = choose(run.total, run.cut)
         if not run.frames.keys() >= set(wanted.tolist()):
             last = int(wanted.max())
             run = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
-    refuse_damaged(name, run.damaged, wanted)
-    return _stacked(name, run.frames, wanted)
+    refuse_damaged(name, run.damaged, wanted, table.lossy)
+    return stacked(name, run.frames, wanted)
 
 
 def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
@@ -301,7 +322,7 @@ def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
             if frame.is_corrupt:
                 damaged.append(k)
             if k in wanted:
-                frames[k] = _rgb(frame)
+                frames[k] = rgb(frame)
             if k == last:
                 break
     except av.FFmpegError as error:
@@ -312,7 +333,7 @@ def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
         except VideoError as error:
             raise VideoError(f"{name}: {error}") from None
     refuse_damaged(name, damaged, sorted(wanted))
-    return _stacked(name, frames, sorted(wanted))
+    return stacked(name, frames, sorted(wanted))
 
 
 def checked_path(path) -> str:
@@ -344,14 +365,14 @@ def refuse_link(name: str) -> None:
 
 
 @contextlib.contextmanager
-def open_video(name: str, threads: str = "AUTO") -> Iterator[tuple]:
+def open_video(name: str, several_threads: bool = True) -> Iterator[tuple]:
     """(container, its video stream); what FFmpeg refuses is a VideoError."""
     import av
 
     try:
         with _opened(name) as container:
             stream = _video_stream(name, container)
-            stream.thread_type = threads
+            set_threads(stream, several_threads)
             yield container, stream
     except av.FFmpegError as error:
         raise VideoError(
@@ -366,11 +387,9 @@ def packet_table(name: str) -> Table:
     A long video has many, and the same file is often asked again: what it holds, then a clip, then
     the next clip. So tables are kept while their file is the same one, unchanged.
     """
-    file = os.stat(name)
-    state = file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns
-    table = scanned(name, state)
+    table = scanned(name, file_state(name))
     if table.incomplete:
-        logger.warning("%s: %s", name, table.incomplete)
+        warn_once(name, "incomplete", "%s: %s", name, table.incomplete)
     return table
 
 
@@ -421,7 +440,22 @@ def _video_stream(name: str, container):
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
         cover = " (the video stream is a cover picture)" if pictures else ""
         raise VideoError(f"{name}: holds {kinds} streams but no video{cover}; {_EXPECTED}")
-    stream = videos[0]
+
+    def rank(stream) -> tuple[bool, bool, int]:
+        default, context = bool(stream.disposition & Disposition.default), stream.codec_context
+        return context is not None, default, context.width * context.height if context else 0
+
+    stream = max(videos, key=rank)  # of equals the first
+    if len(videos) > 1:
+        kinds = [
+            f"stream {s.index} ({s.codec_context.width}x{s.codec_context.height}"
+            f"{', default' if s.disposition & Disposition.default else ''})"
+            if s.codec_context
+            else f"stream {s.index} (no decoder)"
+            for s in (stream, *(s for s in videos if s is not stream))
+        ]
+        message = "%s: %d video streams: reading %s, not %s"
+        warn_once(name, "streams", message, name, len(videos), kinds[0], ", ".join(kinds[1:]))
     if stream.codec_context is None:
         raise VideoError(f"{name}: no decoder for its video stream; {_EXPECTED}")
     if codec_name(stream) in _TEXT_CODECS:
@@ -429,64 +463,109 @@ def _video_stream(name: str, container):
     return stream
 
 
-@contextlib.contextmanager
-def _fallback(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Distrusted as reason:
-        logger.debug("%s: decoding from the start: %s", name, reason)
+def _sparse(name: str, table: Table, wanted: np.ndarray, convert: Callable) -> dict[int, object]:
+    """The ascending frames `wanted`, converted, by number; none where the table cannot be kept."""
+    several_threads = True
+    while True:
+        try:
+            with open_video(name, several_threads) as (container, stream):
+                found = sparse_frames(container, stream, table, wanted)
+                return {k: convert(frame) for k, frame in found}
+        except Reported as reason:
+            logger.debug("%s: decoding by one thread: %s", name, reason)
+            several_threads = False
+        except Distrusted as reason:
+            logger.debug("%s: decoding from the start: %s", name, reason)
+            return {}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """Frames decoded from the start: the wanted ones, converted, by number; all frames' times."""
+    """Frames decoded from the start."""
 
-    frames: dict[int, object]
-    times: list[int | None]
-    damaged: list[int]  # numbers of the frames, wanted or not, in which the decoder reports errors
-    cut: bool  # whether a decoding error ended it
+    frames: dict[int, object] = field(default_factory=dict)  # wanted ones, converted, by number
+    seconds: list[float] = field(default_factory=list)  # of all frames
+    damaged: list[int] = field(default_factory=list)  # frames in which the decoder reports errors
+    filled: list[int] = field(default_factory=list)  # frames that repeat another
+    cut: bool = False  # whether packets that cannot be decoded make it shorter
+    duration: float = float("nan")
+
+    @property
+    def total(self) -> int:
+        return len(self.seconds)
 
 
 class FromStart:
-    """The frames of a file, numbered, decoded from its start up to the first undecodable packet.
+    """The frames of a file, numbered, decoded from its start.
 
-    Where a packet raises an error, the numbers begin again at 0: the frames are decoded anew, by
-    one thread, and what came before is void; damage (`is_corrupt`) is marked by chance where there
-    are several. Nothing but the decoder's frames is held. `cut` says at the end whether an error
-    ended it; what is missing then is logged. Raises VideoError for a file that has no frame.
+    Yields (number, frame, seconds from frame 0). The numbers are those of the packets' times where
+    the table is trusted, and a frame that cannot be decoded is the one before it (the first ones,
+    the one after them), and listed in `filled`; else frames are counted as they come. Where several
+    threads report damage, the numbers begin again at 0: the frames are decoded anew, by one thread,
+    and those given before come again, the same. Nothing but the decoder's frames is held.
+
+    `cut` says at the end whether packets that cannot be decoded made it shorter; what is lost is
+    logged. Raises VideoError for a file that has no frame.
     """
 
     def __init__(self, name: str, table: Table):
-        self.name, self.table, self.cut = name, table, False
+        self.name, self.table, self.filled = name, table, []
+        self.cut, self.end = False, float("nan")
 
     def __iter__(self) -> Iterator[tuple]:
-        name, table = self.name, self.table
-        threads, limit, done = "AUTO", table.packets, 0
-        while limit > 0:
-            done = 0
-            try:
-                with open_video(name, threads) as (container, stream):
-                    for frame in first_packets(container, stream, limit):
-                        done += 1
-                        yield done - 1, frame
-                break
-            except Undecodable as error:
-                # With several threads the error surfaces packets later: one finds the packet.
-                if threads == "NONE":
-                    limit = min(error.packet, limit - 1)
-                threads, damage = "NONE", str(error)
-        if not limit or not done:
-            raise VideoError(f"{name}: none of its frames can be decoded: get the file again")
-        self.cut = limit < table.packets
-        if done < table.packets - table.discarded:
-            why = f"packet {limit}: {damage}" if self.cut else "packets without a picture"
-            logger.warning(
-                "%s: %d frames can be decoded from %d packets (%s)",
-                name,
-                done,
-                table.packets - table.discarded,
-                why,
-            )
+        try:
+            yield from self._decoded(several_threads=True)
+        except Reported as reason:
+            logger.debug("%s: decoding by one thread: %s", self.name, reason)
+            yield from self._decoded(several_threads=False)
+
+    def _decoded(self, several_threads: bool) -> Iterator[tuple]:
+        table, lost, filled, done, decoded = self.table, [], [], 0, 0
+        self.filled = filled
+        number_of = None
+        if table.distrust is None:
+            number_of = {int(time): k for k, time in enumerate(np.sort(table.pts))}
+        frame = None
+        try:
+            with open_video(self.name, several_threads) as (container, stream):
+                clock = Clock(table, stream)
+                for new in frames_of_packets(container, stream, table.packets, lost):
+                    number = done if number_of is None else number_of.get(new.pts, -1)
+                    if number < done:
+                        continue  # a second picture for one time
+                    decoded += 1
+                    frame = frame or new
+                    for k in range(done, number):
+                        filled.append(k)
+                        yield k, frame, clock.seconds(k, frame)
+                    frame, done = new, number + 1
+                    yield number, frame, clock.seconds(number, frame, len(lost))
+                if frame is None:
+                    raise VideoError(
+                        f"{self.name}: none of its frames can be decoded: get the file again"
+                    )
+                for k in range(done, table.packets if number_of else 0):
+                    filled.append(k)
+                    yield k, frame, clock.seconds(k, frame)
+            self.end, self.cut = clock.end(), bool(lost) and number_of is None
+            self._report(decoded, lost, filled, table.packets - table.discarded)
+        except GeneratorExit:
+            if lost or filled:
+                self._report(None, lost, filled, table.packets - table.discarded)
+            raise
+
+    def _report(self, decoded: int | None, lost: list, filled: list[int], expected: int) -> None:
+        """Logs what is lost; `decoded` None: of the part that was decoded."""
+        if not lost and not filled and decoded >= expected:
+            return
+        causes = ", ".join(f"packet {packet}: {reason}" for packet, reason in lost[:3])
+        causes += f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        found = "damaged" if decoded is None else f"{decoded} frames can be decoded"
+        found += f" from {expected} packets" if decoded is not None else ""
+        repeats = "repeats the one" if len(filled) == 1 else "repeat the ones"
+        fills = f"; {named(filled)} {repeats} before" if filled else ""
+        why = causes or "packets without a picture"
+        warn_once(self.name, "lost", "%s: %s (%s)%s", self.name, found, why, fills)
 
 
 def _decode_from_start(
@@ -499,32 +578,46 @@ def _decode_from_start(
     """Decodes up to frame `last`, or all."""
     if table.distrust:
         logger.debug("%s: decoding from the start: %s", name, table.distrust)
-    frames, times, damaged = {}, [], []
-    decoding = FromStart(name, table)
+    run, decoding = _Run(), FromStart(name, table)
     with contextlib.closing(iter(decoding)) as numbered:
-        for k, frame in numbered:
+        for k, frame, seconds in numbered:
             if k == 0:
-                frames, times, damaged = {}, [], []
+                run = _Run()
             if frame.is_corrupt:
-                damaged.append(k)
+                run.damaged.append(k)
             if k in wanted:
-                frames[k] = convert(frame)
-            times.append(frame.pts)
+                run.frames[k] = convert(frame)
+            run.seconds.append(seconds)
             if k == last:
                 break
-    return _Run(frames, times, damaged, decoding.cut)
+    run.cut, run.duration, run.filled = decoding.cut, decoding.end, decoding.filled
+    return run
 
 
-def refuse_damaged(name: str, damaged: list[int], wanted) -> None:
-    """VideoError where a wanted frame is damaged, a warning where another is."""
+def refuse_damaged(name: str, damaged: list[int], wanted, lossy: bool = False) -> None:
+    """VideoError where a wanted frame is damaged, a warning where another is.
+
+    In a `lossy` container a warning for all: what is made for lossy channels shows such frames.
+    """
     refused = sorted(set(damaged) & {int(k) for k in wanted})
-    if refused:
+    if refused and not lossy:
         raise VideoError(
             f"{name}: the decoder reports damage in {named(refused)} of those asked: ask for other "
             "frames, get the file again, or accept the damage by re-encoding it: "
             "ffmpeg -i IN -c:v libx264 OUT.mp4"
         )
-    warn_of_damage(name, damaged)
+    warn_of_damage(name, damaged, shown=bool(refused))
+
+
+def refuse_lost(name: str, filled: list[int], wanted, share: float) -> None:
+    """VideoError where more than a share of the wanted frames cannot be decoded."""
+    asked = {int(k) for k in wanted}
+    repeats = sorted(asked & set(filled))
+    if len(repeats) > len(asked) * share:
+        raise VideoError(
+            f"{name}: of {len(asked)} frames asked {len(repeats)} cannot be decoded "
+            f"({named(repeats)}): ask for other frames, or get the file again"
+        )
 
 
 def shortage(table: Table, total: int, cut: bool) -> str:
@@ -537,65 +630,3 @@ def shortage(table: Table, total: int, cut: bool) -> str:
         f" (the file {announces or 'ends early: '}decoding stops after {total}: it is damaged or "
         "truncated, get it again)"
     )
-
-
-def _orientation(name: str, frame) -> np.ndarray:
-    """int [2, 2] matrix m with displayed (x, y) = stored (x, y) @ m up to a shift."""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return np.eye(2, dtype=int)
-    matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2].astype(float)
-    scaled = matrix / max(abs(matrix).max(), 1)
-    turned = np.rint(scaled).astype(int)
-    orthogonal = np.array_equal(turned @ turned.T, np.eye(2))
-    if not orthogonal or abs(scaled - turned).max() > 1e-3:
-        raise VideoError(
-            f"{name}: display matrix {(matrix / 65536).tolist()} is none of the eight turns by a "
-            "multiple of 90 degrees and mirrorings: rewrite the file with "
-            "ffmpeg -display_rotation 0 -i IN -c copy OUT"
-        )
-    return turned
-
-
-def displayed(name: str, frame) -> np.ndarray:
-    """uint8 [h, w, 3] of a decoded frame, turned and mirrored as a player shows it."""
-    return _oriented(_rgb(frame), _orientation(name, frame))
-
-
-def _rgb(frame) -> np.ndarray:
-    # One thread: by default each frame starts its own, for the same bits at several times the cost.
-    return frame.to_ndarray(format="rgb24", threads=1)
-
-
-def _oriented(image: np.ndarray, orientation: np.ndarray) -> np.ndarray:
-    """[h, w, c] as displayed."""
-    (a, b), (c, d) = orientation
-    if a == 0:
-        image, right, down = image.swapaxes(0, 1), c, b
-    else:
-        right, down = a, d
-    return image[::down, ::right]
-
-
-def _rotation(orientation: np.ndarray) -> tuple[int, bool, bool]:
-    """Degrees clockwise, whether mirrored left to right after, whether height and width swap."""
-    (a, b), (c, d) = orientation
-    mirrored = a * d - b * c < 0
-    cosine = -a if mirrored else a
-    degrees = {(1, 0): 0, (0, 1): 90, (-1, 0): 180, (0, -1): 270}[int(cosine), int(b)]
-    return degrees, bool(mirrored), degrees in (90, 270)
-
-
-def _stacked(name: str, frames: dict[int, np.ndarray], indices) -> np.ndarray:
-    refuse_sizes(name, {frames[k].shape[:2]: k for k in reversed(indices)})
-    return np.stack([frames[k] for k in indices])
-
-
-def refuse_sizes(name: str, shapes: dict[tuple[int, ...], int]) -> None:
-    """VideoError for frames of more than one (height, width); each with a frame that has it."""
-    if len(shapes) > 1:
-        sizes = ", ".join(f"{w}x{h} (frame {k})" for (h, w), k in shapes.items())
-        raise VideoError(
-            f"{name}: frames of different sizes: {sizes}; expected one size: "
-            "read the parts separately with indices=..., or re-encode the file to one size"
-        )

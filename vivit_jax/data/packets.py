@@ -8,7 +8,10 @@ or the run is refused. `vivit_jax.data.decode` says what makes a table unfit and
 start instead.
 """
 
+import contextlib
+import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,6 +23,15 @@ TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # In these containers each of their packets holds one shown picture. mpeg4's may hold none, or two,
 # and vp8's hidden reference pictures are packets of their own.
 SPARSE_CODECS = ("h264", "hevc", "vp9", "av1")
+# Where bytes get lost in transit and streams are joined: a packet marked as damaged lacks some, and
+# decoding goes on after it, as FFmpeg's own does. Elsewhere the last such packet is cut off.
+LOSSY_CONTAINERS = ("mpegts", "mpeg")
+# With these, frame threads give the frames of one thread, or the decoder reports damage (see
+# `vivit_jax.data.decode`). Frames of damaged hevc, vp8, ffv1, utvideo and others differ from call
+# to call with no report. av1's decoder has threads of its own.
+THREADED_CODECS = ("h264", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "prores")
+# Containers whose stated duration is no estimate.
+_STATED_DURATION = (*TIMED_CONTAINERS, "flv")
 # NAL units of h264 that leave nothing behind for other pictures if their nal_ref_idc is 0: slice,
 # delimiter, filler. Messages (SEI) and parameter sets may hold for the pictures that follow.
 _PASSING_UNITS = (1, 9, 12)
@@ -27,15 +39,17 @@ _PASSING_UNITS = (1, 9, 12)
 
 @dataclass(frozen=True)
 class Table:
-    """The packets of a stream in decoding order, up to the first unreadable one."""
+    """The packets of a stream in decoding order, up to where reading fails or the file ends."""
 
     pts: np.ndarray  # int64 [packets], stream time units; meaningful only if `distrust` is None
+    stored: np.ndarray  # int64 [packets], ascending decoding times; only of avi, which has no other
     keys: np.ndarray  # int64 [keyframes], positions in `pts`
     last_duration: int  # of the frame shown last, stream time units, 0 if unknown
     packets: int
     discarded: int
     distrust: str | None  # why the presentation times do not number the frames
-    announced: int  # frames the container claims, 0 if it claims nothing
+    announced: int  # packets the container claims, 0 if it claims nothing
+    lossy: bool  # whether the container is one of LOSSY_CONTAINERS
     damage: str | None  # why packets after these cannot be read
     incomplete: str | None  # that the file ends before what it announces, for a warning
 
@@ -44,12 +58,8 @@ class Distrusted(Exception):
     """Decoding contradicts the table."""
 
 
-class Undecodable(Exception):
-    """Packet number `packet`, in decoding order, or one before it, raises a decoding error."""
-
-    def __init__(self, packet: int, reason: str):
-        super().__init__(reason)
-        self.packet = packet
+class Reported(Distrusted):
+    """The decoder reports damage: with several threads, other frames than with one are possible."""
 
 
 def reason_of(error) -> str:
@@ -66,58 +76,88 @@ def scan(container, stream) -> Table:
     """Demuxes all packets."""
     import av
 
-    codec, pts, keys = codec_name(stream), [], []
+    codec, form = codec_name(stream), container.format.name
+    pts, dts, keys, flagged = [], [], [], []
     discarded = last_duration = 0
-    latest = distrust = damage = incomplete = None
-    if container.format.name not in TIMED_CONTAINERS:
-        distrust = f"container {container.format.name}"
+    latest = distrust = damage = None
+    if form not in TIMED_CONTAINERS:
+        distrust = f"container {form}"
     elif codec not in SPARSE_CODECS:
         distrust = f"codec {codec}"
     try:
         for packet in _packets(container, stream):
             if packet.is_corrupt:
-                damage = f"packet {len(pts)} is cut off or damaged"
-                break
+                flagged.append(len(pts))
             if packet.is_discard:
                 discarded += 1
                 distrust = distrust or "packets marked to be discarded (edit list)"
             if packet.pts is None:
                 distrust = distrust or "packets without presentation time"
-            elif latest is None or packet.pts > latest:
+            elif not packet.is_corrupt and (latest is None or packet.pts > latest):
                 latest, last_duration = packet.pts, packet.duration or 0
             if codec == "vp9" and not _vp9_shows(memoryview(packet)):
                 distrust = distrust or "vp9 packets that show no picture"
             if packet.is_keyframe:
                 keys.append(len(pts))
             pts.append(packet.pts)
+            dts.append(packet.dts)
     except av.FFmpegError as error:
         damage = f"reading fails after packet {len(pts)}: {reason_of(error)}"
-    found = f"{len(pts)} frames can be read" + (f" ({damage})" if damage else "")
-    if damage or len(pts) < stream.frames:
-        announced = stream.frames or "no number of"
-        incomplete = f"incomplete: {announced} frames announced, {found}"
-    elif not stream.frames and container.duration and latest is not None:
-        end, announced = (
-            float((latest + last_duration) * stream.time_base),
-            container.duration / 1e6,
-        )
-        if end < 0.9 * announced:  # an audio stream may well be a little longer
-            incomplete = "incomplete or longer in sound: "
-            incomplete += f"{announced:.2f} s announced, {found}, up to {end:.2f} s"
+    while form not in LOSSY_CONTAINERS and flagged and flagged[-1] == len(pts) - 1:
+        damage = f"packet {flagged.pop()} is cut off or damaged"
+        del pts[-1], dts[-1]
+    if flagged:
+        distrust = distrust or f"packets marked as damaged: {flagged[0]} and others"
+    stored = np.array(sorted(dts) if form == "avi" and None not in dts else [], dtype=np.int64)
+    # What avi counts are ticks: one may repeat the picture before it, and have no packet.
+    ticks = int(stored[-1]) + least_step(stored) if len(stored) else len(pts)
+    announced = len(pts) if ticks >= stream.frames > len(pts) else stream.frames
     times = np.array(pts if distrust is None else [], dtype=np.int64)
-    keys = np.array(keys, dtype=np.int64)
-    distrust = distrust or damage or _disorder(times, keys)
+    keys = np.array([key for key in keys if key < len(pts)], dtype=np.int64)
     return Table(
         pts=times,
+        stored=stored,
         keys=keys,
         last_duration=last_duration,
         packets=len(pts),
         discarded=discarded,
-        distrust=distrust,
-        announced=stream.frames,
+        distrust=distrust or damage or _disorder(times, keys),
+        announced=announced,
+        lossy=form in LOSSY_CONTAINERS,
         damage=damage,
-        incomplete=incomplete,
+        incomplete=_incomplete(
+            container, stream, len(pts), announced, damage, latest, last_duration
+        ),
     )
+
+
+def least_step(times: np.ndarray) -> int:
+    """The smallest distance between neighbours in ascending times, 1 where there is none."""
+    steps = np.diff(times)
+    return int(steps[steps > 0].min()) if (steps > 0).any() else 1
+
+
+def _incomplete(
+    container,
+    stream,
+    packets: int,
+    announced: int,
+    damage: str | None,
+    latest: int | None,
+    last_duration: int,
+) -> str | None:
+    """That a file ends before what it announces."""
+    found = f"{packets} frames can be read" + (f" ({damage})" if damage else "")
+    if damage or packets < announced:
+        return f"incomplete: {stream.frames or 'no number of'} frames announced, {found}"
+    if stream.frames or not container.duration or latest is None:
+        return None
+    if container.format.name not in _STATED_DURATION:
+        return None
+    end, length = float((latest + last_duration) * stream.time_base), container.duration / 1e6
+    if end >= 0.9 * length:  # an audio stream may well be a little longer
+        return None
+    return f"incomplete or longer in sound: {length:.2f} s announced, {found}, up to {end:.2f} s"
 
 
 def _packets(container, stream) -> Iterator:
@@ -166,10 +206,13 @@ def _runs(table: Table, wanted: np.ndarray) -> list[list[int]]:
 
 
 def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterator[tuple]:
-    """Yields (k, frame) for the ascending frames `wanted`; all are void if it raises Distrusted."""
+    """Yields (k, frame) for the ascending frames `wanted`; all are void if it raises Distrusted.
+
+    Reported is raised where the decoder reports damage and has several threads.
+    """
     import av
 
-    shown, damaged = np.sort(table.pts), []
+    shown, damaged, threaded = np.sort(table.pts), [], uses_threads(stream)
     frame_at = dict(zip(shown[wanted].tolist(), wanted.tolist(), strict=True))
     position_at = {time: position for position, time in enumerate(table.pts.tolist())}
     length_bytes = _h264_length_bytes(stream)
@@ -193,6 +236,8 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
                     if not decoded and not frame.key_frame:
                         raise Distrusted(f"packet {first} is marked as a keyframe and is none")
                     decoded.append(frame.pts)
+                    if frame.is_corrupt and threaded:
+                        raise Reported("a frame is marked as damaged")
                     if frame.pts in frame_at:
                         if frame.is_corrupt:
                             raise Distrusted(f"frame {frame_at[frame.pts]} is marked as damaged")
@@ -200,17 +245,49 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
                     elif frame.is_corrupt:
                         damaged.append(int(np.searchsorted(shown, frame.pts)))
         except av.FFmpegError as error:
-            raise Distrusted(f"decoding from packet {first} fails: {reason_of(error)}") from error
+            reason = f"decoding from packet {first} fails: {reason_of(error)}"
+            raise (Reported if threaded else Distrusted)(reason) from error
         if decoded != np.setdiff1d(times[times >= start], skipped).tolist():
             raise Distrusted(f"packets {first} to {last} give frames at other times than theirs")
     warn_of_damage(container.name.removeprefix("file:"), damaged)
 
 
-def warn_of_damage(name: str, damaged: list[int]) -> None:
-    """Logs that frames decoded on the way, which are not returned, are damaged."""
+def uses_threads(stream) -> bool:
+    """Whether several frames are decoded at a time."""
+    return stream.codec_context.thread_count != 1
+
+
+def set_threads(stream, several: bool) -> None:
+    """Lets a stream that is not decoded yet use several threads, where its frames stay the same."""
+    several = several and codec_name(stream) in THREADED_CODECS
+    stream.thread_type = "AUTO" if several else "NONE"
+    stream.codec_context.thread_count = 0 if several else 1
+
+
+def warn_of_damage(name: str, damaged: list[int], shown: bool = False) -> None:
+    """Logs that frames are damaged: those decoded on the way, or, `shown`, those returned too."""
     if damaged:
-        message = "%s: damaged: the decoder reports errors in %s; frames after them may show it"
-        logger.warning(message, name, named(damaged))
+        message = "%s: damaged: the decoder reports errors in %s; %sframes after them may show it"
+        warn_once(name, "damaged", message, name, named(damaged), "they and " if shown else "")
+
+
+def warn_once(name: str, kind: str, message: str, *arguments) -> None:
+    """Logs a warning, one of a kind for a file in its state: epochs read the same file again."""
+    key = kind, name, ()
+    with contextlib.suppress(OSError):
+        key = kind, name, file_state(name)
+    if key not in _warned:
+        _warned.add(key)
+        logger.warning(message, *arguments)
+
+
+def file_state(name: str) -> tuple[int, ...]:
+    """What tells a changed file from the one it was; OSError for one that is gone."""
+    file = os.stat(name)
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns
+
+
+_warned: set[tuple] = set()
 
 
 def named(frames: list[int], most: int = 8) -> str:
@@ -275,16 +352,34 @@ def decode_packet(context, packet) -> list:
     return context.decode(packet)
 
 
-def first_packets(container, stream, limit: int) -> Iterator:
-    """Yields the frames of the first `limit` packets; raises Undecodable at a decoding error."""
+def frames_of_packets(container, stream, limit: int, lost: list[tuple[int, str]]) -> Iterator:
+    """Yields the frames of the first `limit` packets, in the order in which they are shown.
+
+    Decoding goes on after a packet that raises an error, whose number and reason `lost` gets. With
+    several threads Reported is raised instead, as soon as the decoder reports any damage, and
+    before a frame that it may have touched is yielded: b pictures are predicted from the frame
+    shown after them.
+    """
     import av
 
-    number = 0
-    try:
-        for number, packet in enumerate(_packets(container, stream)):
-            if number == limit:
-                break
-            yield from decode_packet(stream.codec_context, packet)
-        yield from decode_packet(stream.codec_context, None)
-    except av.FFmpegError as error:
-        raise Undecodable(number, reason_of(error)) from error
+    threaded, given, fed, held = uses_threads(stream), 0, 0, []
+    for packet in itertools.chain(itertools.islice(_packets(container, stream), limit), [None]):
+        try:
+            frames = decode_packet(stream.codec_context, packet)
+        except av.FFmpegError as error:
+            if threaded:
+                raise Reported(f"packet {fed} or one before it: {reason_of(error)}") from error
+            lost.append((fed, reason_of(error)))
+            frames = []
+        fed += packet is not None and not packet.is_discard
+        for frame in frames:
+            given += 1
+            if threaded and frame.is_corrupt:
+                raise Reported("a frame is marked as damaged")
+            held.append(frame)
+            if not threaded or frame.pict_type != av.video.frame.PictureType.B:
+                yield from held
+                held.clear()
+    if threaded and given < fed:  # at the end errors of threads get lost, and frames with them
+        raise Reported(f"{given} frames of {fed} packets")
+    yield from held

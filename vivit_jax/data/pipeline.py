@@ -23,7 +23,6 @@ from vivit_jax.data.augment import train_transform
 from vivit_jax.data.dataset import (
     Dataset,
     Example,
-    count_frames,
     read_training_clip,
     read_whole,
 )
@@ -83,8 +82,8 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 class Cache:
     """Whole decoded videos, kept while there is room for `room` bytes; each process has its own.
 
-    A video that says to have more frames than can be decoded is not kept: clips would be drawn from
-    fewer frames than without a cache.
+    A video with frames that cannot be decoded is not kept: whether a clip is refused for them
+    depends on which frames it has.
     """
 
     def __init__(self, room: float):
@@ -108,7 +107,6 @@ class Cache:
         video = None
         try:
             video = read_whole(example)
-            video = video if len(video) == count_frames(example) else None
         except VideoError:
             pass  # the clip that is wanted may lie before what is damaged
         finally:

@@ -2,7 +2,7 @@
 """A video's frames in order, one at a time, of which few are held.
 
 Frame k is that of `vivit_jax.data.decode`, bit for bit: what decoding the file from its start
-yields, turned as its display matrix says, up to the first packet that cannot be decoded.
+yields, turned as its display matrix says.
 """
 
 import queue
@@ -15,15 +15,13 @@ import numpy as np
 from vivit_jax.data.decode import (
     FromStart,
     checked_path,
-    displayed,
-    duration_of,
-    open_video,
     packet_table,
+    probe_video,
     refuse_damaged,
-    refuse_sizes,
     shortage,
 )
-from vivit_jax.data.packets import TIMED_CONTAINERS, warn_of_damage
+from vivit_jax.data.packets import warn_of_damage
+from vivit_jax.data.pictures import displayed, refuse_sizes
 
 
 class StreamedFrame:
@@ -45,7 +43,7 @@ class StreamedFrame:
         """
         name = self._stream.name
         if self._frame.is_corrupt:
-            refuse_damaged(name, [self.index], [self.index])
+            refuse_damaged(name, [self.index], [self.index], self._stream.table.lossy)
         image = displayed(name, self._frame)
         shapes = self._stream.shapes
         shapes.setdefault(image.shape[:2], self.index)
@@ -56,62 +54,48 @@ class StreamedFrame:
 class FrameStream:
     """The frames of a video file in order: iterate to decode them, from the start each time.
 
-    Seconds are the container's presentation times, counted from frame 0, so they follow a variable
-    frame rate. A container that has none that are known to be right (all but mp4/mov and
-    Matroska/WebM) is taken to have the constant rate it states. A frame without a time is at nan.
+    Seconds are those of `vivit_jax.data.clock`, so they follow a variable frame rate. Frames
+    without a time, in a file that states no rate, are at nan.
 
-    A damaged file is read up to the first packet that is cut off or cannot be decoded, and a
-    warning says how many frames that leaves; another warns of damaged frames that were passed over.
-    Which of a damaged h264 file's frames FFmpeg marks as damaged depends on its threads' timing.
+    Of a damaged file, what `vivit_jax.data.decode` says holds: a warning says what is lost, another
+    warns of damaged frames that were passed over.
 
     Attributes:
         name: path of the file.
         announced: frames that its packets should give, for a progress bar; fewer may be decodable.
-        fps: average frames per second, nan where the container does not say.
 
     Raises VideoError where the path is not a readable video file, UserError where it is no path.
     """
 
     def __init__(self, path):
         self.name = checked_path(path)
-        self._table = packet_table(self.name)
-        with open_video(self.name) as (container, stream):
-            self._time_base = stream.time_base
-            self._timed = container.format.name in TIMED_CONTAINERS
-            rate = stream.average_rate or stream.guessed_rate
-        self.announced = self._table.packets - self._table.discarded
-        self.fps = float(rate) if rate else float("nan")
-        times = self._table.pts
-        if self._timed and self._table.distrust is None and len(times) > 1:
-            self.fps = len(times) / duration_of(times, self._table, self._time_base)
+        self.table = packet_table(self.name)
+        self.announced = self.table.packets - self.table.discarded
         self.shapes: dict[tuple[int, ...], int] = {}  # of the frames seen: (h, w) -> the first
         self._cut = False
 
+    @property
+    def fps(self) -> float:
+        """Average frames per second, nan where unknown; decodes what `probe_video` decodes."""
+        return probe_video(self.name).fps
+
     def __iter__(self) -> Iterator[StreamedFrame]:
         self.shapes.clear()
-        first, done, damaged = None, 0, []
-        decoding = FromStart(self.name, self._table)
-        for index, frame in decoding:
-            if index < done:  # given before an error made the decoder begin again
+        done, damaged = 0, []
+        decoding = FromStart(self.name, self.table)
+        for index, frame, seconds in decoding:
+            if index < done:  # given before damage made the decoder begin again
                 continue
             done = index + 1
-            first = frame.pts if index == 0 else first
             if frame.is_corrupt:
                 damaged.append(index)
-            yield StreamedFrame(self, frame, index, self._seconds(frame, index, first))
+            yield StreamedFrame(self, frame, index, seconds)
         self._cut = decoding.cut
-        warn_of_damage(self.name, damaged)
+        warn_of_damage(self.name, damaged, shown=self.table.lossy)
 
     def shortage(self, total: int) -> str:
         """Ends the message that its `total` frames are too few, if that is because of damage."""
-        return shortage(self._table, total, self._cut)
-
-    def _seconds(self, frame, index: int, first: int | None) -> float:
-        if not self._timed:
-            return index / self.fps
-        if frame.pts is None or first is None:
-            return float("nan")
-        return float((frame.pts - first) * self._time_base)
+        return shortage(self.table, total, self._cut)
 
 
 def read_ahead(items: Generator, ahead: int) -> Iterator[Any]:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixels of decoded frames as a player shows them: turned, mirrored, and with square pixels."""
+
+import functools
+from fractions import Fraction
+
+import numpy as np
+
+from vivit_jax.errors import VideoError
+
+
+def orientation(name: str, frame) -> np.ndarray:
+    """int [2, 2] matrix m with displayed (x, y) = stored (x, y) @ m up to a shift.
+
+    It is that of the container, or of the EXIF data in a motion JPEG picture.
+    """
+    from av.sidedata.sidedata import SideDataContainer
+
+    _name_side_data()
+    # PyAV 18 keeps `frame.side_data` in the frame, a cycle: buffers come back to the decoder when
+    # garbage is collected, and what it makes of damage may depend on the buffers it gets.
+    data = SideDataContainer(frame).get("DISPLAYMATRIX")
+    if data is None:
+        return np.eye(2, dtype=int)
+    matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2].astype(float)
+    scaled = matrix / max(abs(matrix).max(), 1)
+    turned = np.rint(scaled).astype(int)
+    orthogonal = np.array_equal(turned @ turned.T, np.eye(2))
+    if not orthogonal or abs(scaled - turned).max() > 1e-3:
+        raise VideoError(
+            f"{name}: display matrix {(matrix / 65536).tolist()} is none of the eight turns by a "
+            "multiple of 90 degrees and mirrorings: rewrite the file with "
+            "ffmpeg -display_rotation 0 -i IN -c copy OUT"
+        )
+    return turned
+
+
+@functools.cache
+def _name_side_data() -> None:
+    """Lets PyAV 18 list side data that it has no name for, as PyAV 19 does.
+
+    One item such as EXIF data otherwise hides the others: `frame.side_data` raises ValueError.
+    """
+    from av.sidedata.sidedata import Type
+
+    if "_missing_" in vars(Type):
+        return
+
+    def unknown(cls, value):
+        member = object.__new__(cls)
+        member._name_, member._value_ = f"UNKNOWN_{value}", value
+        return cls._value2member_map_.setdefault(value, member)
+
+    Type._missing_ = classmethod(unknown)
+
+
+def displayed(name: str, frame, aspect: Fraction = Fraction(1)) -> np.ndarray:
+    """uint8 [h, w, 3] of a decoded frame, turned and mirrored as a player shows it.
+
+    `aspect` is the width over the height of a stored pixel, of which square ones are made.
+    """
+    return _oriented(rgb(frame, aspect), orientation(name, frame))
+
+
+def rgb(frame, aspect: Fraction = Fraction(1)) -> np.ndarray:
+    """uint8 [h, w, 3] as stored, or with square pixels made of ones of this width over height."""
+    # One thread: by default each frame starts its own, for the same bits at several times the cost.
+    if aspect == 1:
+        return frame.to_ndarray(format="rgb24", threads=1)
+    width = max(1, round(frame.width * aspect))
+    return frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
+
+
+def _oriented(image: np.ndarray, orientation: np.ndarray) -> np.ndarray:
+    """[h, w, c] as displayed."""
+    (a, b), (c, d) = orientation
+    if a == 0:
+        image, right, down = image.swapaxes(0, 1), c, b
+    else:
+        right, down = a, d
+    return image[::down, ::right]
+
+
+def rotation(orientation: np.ndarray) -> tuple[int, bool, bool]:
+    """Degrees clockwise, whether mirrored left to right after, whether height and width swap."""
+    (a, b), (c, d) = orientation
+    mirrored = a * d - b * c < 0
+    cosine = -a if mirrored else a
+    degrees = {(1, 0): 0, (0, 1): 90, (-1, 0): 180, (0, -1): 270}[int(cosine), int(b)]
+    return degrees, bool(mirrored), degrees in (90, 270)
+
+
+def stacked(name: str, frames: dict[int, np.ndarray], indices) -> np.ndarray:
+    """uint8 [t, h, w, 3]: frames of one size by their numbers, repeats allowed."""
+    refuse_sizes(name, {frames[k].shape[:2]: k for k in reversed(indices)})
+    return np.stack([frames[k] for k in indices])
+
+
+def refuse_sizes(name: str, shapes: dict[tuple[int, ...], int]) -> None:
+    """VideoError for frames of more than one (height, width); each with a frame that has it."""
+    if len(shapes) > 1:
+        sizes = ", ".join(f"{w}x{h} (frame {k})" for (h, w), k in shapes.items())
+        raise VideoError(
+            f"{name}: frames of different sizes: {sizes}; expected one size: "
+            "read the parts separately with indices=..., or re-encode the file to one size"
+        )
