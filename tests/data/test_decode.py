@@ -151,8 +151,9 @@ def test_decoding_from_the_start_equals_plain_decode(clip, log, name):
     assert log.messages
     for record in log.records:
         assert record.levelname == "DEBUG"
-        assert record.getMessage().split(": ", 1)[1].startswith("decoding from the start: ")
-        assert any(reason in record.getMessage() for reason in reasons)
+        said = record.getMessage().split(": ", 1)[1]
+        assert said.startswith(("decoding from the start: ", "decoding by one thread: "))
+        assert "one thread" in said or any(reason in said for reason in reasons)
     assert all(reason in log.text for reason in reasons)
 
 
@@ -209,7 +210,7 @@ def test_packets_that_leave_nothing_behind(units, passing):
 def test_decoding_from_the_start_stops_at_the_last_frame(clip, decoded):
     path = clip("mpeg4.avi", codec="mpeg4")
     read_video(path, indices=[5, 2])
-    assert len(decoded) < 15
+    assert len(decoded) <= 6 + 17  # FFmpeg's threads, at most 16, have frames on their way
     decoded.clear()
     read_video(path, num_frames=4)
     assert len(decoded) == 30  # once: the packets tell how many frames to expect

@@ -40,6 +40,7 @@ the pixels of a damaged frame otherwise depend on the threads' timing.
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -496,7 +497,7 @@ class _Run:
 
 
 class FromStart:
-    """The frames of a file, numbered, decoded from its start.
+    """The frames of a file, numbered, decoded from its start, up to number `last` and few after it.
 
     Yields (number, frame, seconds from frame 0). The numbers are those of the packets' times where
     the table is trusted, and a frame that cannot be decoded is the one before it (the first ones,
@@ -508,7 +509,8 @@ class FromStart:
     logged. Raises VideoError for a file that has no frame.
     """
 
-    def __init__(self, name: str, table: Table):
+    def __init__(self, name: str, table: Table, last: int | None = None):
+        self.last = math.inf if last is None else last
         self.name, self.table, self.filled = name, table, []
         self.cut, self.end = False, float("nan")
 
@@ -529,7 +531,10 @@ class FromStart:
         try:
             with open_video(self.name, several_threads) as (container, stream):
                 clock = Clock(table, stream)
-                for new in frames_of_packets(container, stream, table.packets, lost):
+                new_frames = frames_of_packets(
+                    container, stream, table.packets, lost, lambda: done > self.last
+                )
+                for new in new_frames:
                     number = done if number_of is None else number_of.get(new.pts, -1)
                     if number < done:
                         continue  # a second picture for one time
@@ -544,19 +549,20 @@ class FromStart:
                     raise VideoError(
                         f"{self.name}: none of its frames can be decoded: get the file again"
                     )
-                for k in range(done, table.packets if number_of else 0):
+                stopped = done > self.last
+                for k in range(done, table.packets if number_of and not stopped else 0):
                     filled.append(k)
                     yield k, frame, clock.seconds(k, frame)
             self.end, self.cut = clock.end(), bool(lost) and number_of is None
-            self._report(decoded, lost, filled, table.packets - table.discarded)
+            expected = table.packets - table.discarded
+            self._report(None if stopped else decoded, lost, filled, expected)
         except GeneratorExit:
-            if lost or filled:
-                self._report(None, lost, filled, table.packets - table.discarded)
+            self._report(None, lost, filled, table.packets - table.discarded)
             raise
 
     def _report(self, decoded: int | None, lost: list, filled: list[int], expected: int) -> None:
         """Logs what is lost; `decoded` None: of the part that was decoded."""
-        if not lost and not filled and decoded >= expected:
+        if not lost and not filled and (decoded is None or decoded >= expected):
             return
         causes = ", ".join(f"packet {packet}: {reason}" for packet, reason in lost[:3])
         causes += f" and {len(lost) - 3} more" if len(lost) > 3 else ""
@@ -578,18 +584,15 @@ def _decode_from_start(
     """Decodes up to frame `last`, or all."""
     if table.distrust:
         logger.debug("%s: decoding from the start: %s", name, table.distrust)
-    run, decoding = _Run(), FromStart(name, table)
-    with contextlib.closing(iter(decoding)) as numbered:
-        for k, frame, seconds in numbered:
-            if k == 0:
-                run = _Run()
-            if frame.is_corrupt:
-                run.damaged.append(k)
-            if k in wanted:
-                run.frames[k] = convert(frame)
-            run.seconds.append(seconds)
-            if k == last:
-                break
+    run, decoding = _Run(), FromStart(name, table, last)
+    for k, frame, seconds in decoding:
+        if k == 0:
+            run = _Run()
+        if frame.is_corrupt:
+            run.damaged.append(k)
+        if k in wanted:
+            run.frames[k] = convert(frame)
+        run.seconds.append(seconds)
     run.cut, run.duration, run.filled = decoding.cut, decoding.end, decoding.filled
     return run
 

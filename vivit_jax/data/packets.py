@@ -26,10 +26,9 @@ SPARSE_CODECS = ("h264", "hevc", "vp9", "av1")
 # Where bytes get lost in transit and streams are joined: a packet marked as damaged lacks some, and
 # decoding goes on after it, as FFmpeg's own does. Elsewhere the last such packet is cut off.
 LOSSY_CONTAINERS = ("mpegts", "mpeg")
-# With these, frame threads give the frames of one thread, or the decoder reports damage (see
-# `vivit_jax.data.decode`). Frames of damaged hevc, vp8, ffv1, utvideo and others differ from call
-# to call with no report. av1's decoder has threads of its own.
-THREADED_CODECS = ("h264", "vp9", "av1", "mpeg4", "mpeg1video", "mpeg2video", "prores")
+# With these, frame threads give the frames of one thread, or the decoder reports damage. Frames of
+# damaged hevc, vp8, ffv1, mpeg1video and others differ from call to call with no report.
+THREADED_CODECS = ("h264", "vp9", "av1", "mpeg4", "prores")
 # Containers whose stated duration is no estimate.
 _STATED_DURATION = (*TIMED_CONTAINERS, "flv")
 # NAL units of h264 that leave nothing behind for other pictures if their nal_ref_idc is 0: slice,
@@ -162,7 +161,9 @@ def _incomplete(
 
 def _packets(container, stream) -> Iterator:
     # PyAV ends the stream with an empty packet, and avi has empty ones for "same picture again".
-    return (packet for packet in container.demux(stream) if packet.size)
+    # PyAV 18 may look there for streams that it does not know, as they first appeared after opening.
+    with contextlib.suppress(IndexError):
+        yield from (packet for packet in container.demux(stream) if packet.size)
 
 
 def _vp9_shows(data: memoryview) -> bool:
@@ -222,7 +223,11 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
             return False
         return _h264_passing(memoryview(packet), length_bytes)
 
-    for first, last in _runs(table, wanted):
+    runs = _runs(table, wanted)
+    # Pictures that precede the keyframe where decoding begins (open GOP) lack others by right.
+    if threaded and all((table.pts[a : b + 1] >= table.pts[a]).all() for a, b in runs):
+        _raise_for_damage(stream)
+    for first, last in runs:
         times = table.pts[first : last + 1]
         start = int(times[0])
         decoded, skipped = [], []
@@ -262,6 +267,14 @@ def set_threads(stream, several: bool) -> None:
     several = several and codec_name(stream) in THREADED_CODECS
     stream.thread_type = "AUTO" if several else "NONE"
     stream.codec_context.thread_count = 0 if several else 1
+
+
+def _raise_for_damage(stream) -> None:
+    """Makes the decoder of several threads raise an error for what it would conceal.
+
+    h264's may mark a damaged frame only after another thread has given it out.
+    """
+    stream.codec_context.options = {"err_detect": "explode"}
 
 
 def warn_of_damage(name: str, damaged: list[int], shown: bool = False) -> None:
@@ -352,18 +365,23 @@ def decode_packet(context, packet) -> list:
     return context.decode(packet)
 
 
-def frames_of_packets(container, stream, limit: int, lost: list[tuple[int, str]]) -> Iterator:
+def frames_of_packets(
+    container, stream, limit: int, lost: list[tuple[int, str]], enough: Callable = lambda: False
+) -> Iterator:
     """Yields the frames of the first `limit` packets, in the order in which they are shown.
 
-    Decoding goes on after a packet that raises an error, whose number and reason `lost` gets. With
-    several threads Reported is raised instead, as soon as the decoder reports any damage, and
-    before a frame that it may have touched is yielded: b pictures are predicted from the frame
-    shown after them.
+    Or of fewer packets, once `enough()`, and all that the decoder has taken by then. Decoding goes
+    on after a packet that raises an error, whose number and reason `lost` gets. With several
+    threads Reported is raised instead, where the decoder reports any damage, or gives fewer frames
+    than it took packets, at the latest at the end.
     """
     import av
 
     threaded, given, fed, held = uses_threads(stream), 0, 0, []
-    for packet in itertools.chain(itertools.islice(_packets(container, stream), limit), [None]):
+    if threaded:
+        _raise_for_damage(stream)
+    packets = itertools.takewhile(lambda _: not enough(), _packets(container, stream))
+    for packet in itertools.chain(itertools.islice(packets, limit), [None]):
         try:
             frames = decode_packet(stream.codec_context, packet)
         except av.FFmpegError as error:
@@ -377,9 +395,10 @@ def frames_of_packets(container, stream, limit: int, lost: list[tuple[int, str]]
             if threaded and frame.is_corrupt:
                 raise Reported("a frame is marked as damaged")
             held.append(frame)
+            # A b picture is predicted from the frame shown after it, which may be damaged.
             if not threaded or frame.pict_type != av.video.frame.PictureType.B:
                 yield from held
                 held.clear()
-    if threaded and given < fed:  # at the end errors of threads get lost, and frames with them
+    if threaded and given < fed:  # an error gets lost where a frame comes out before it
         raise Reported(f"{given} frames of {fed} packets")
     yield from held
