@@ -130,6 +130,8 @@ HALVES = "halves"  # the first half of the heads along time, the second along sp
 class SelfAttention(nn.Module):
     """Multi-head self-attention; x [b, l, d] or [b, t, s, d] -> the same, and attention weights.
 
+    The result is in float32 or wider, for what is added to it before it is rounded.
+
     `along` is SPACE, TIME or HALVES. The weights are a pair (over space, over time), each None if
     that way is not taken or `output_attentions` is off: over space [b, n, l, l] or [b, t, n, s, s],
     over time [b, s, n, t, t].
@@ -199,17 +201,18 @@ class SelfAttention(nn.Module):
             y = jnp.concatenate([y0, y1], axis=-2)
         axes = ("heads", "kv", "embed")
         out = Projection(config, (n, e, d), axes, num_in=2, zero_init=self.zero_init, name="out")
-        y = out(y)
+        y = out(y, rounded=False)
         return y, ((over_space, over_time) if output_attentions else (None, None))
 
     def _explicit(self, q, k, v, head_mask, rows):
         """Attention with its weights [..., n, q, k] in sight; q, k, v [..., l, n, e]."""
         wide = jnp.promote_types(q.dtype, jnp.float32)
         scores = jnp.einsum("...qne,...kne->...nqk", q, k, preferred_element_type=wide)
-        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
         shared = (1,) if self.shared_dropout else ()
         weights = dropout(self, weights, self.config.attention_probs_dropout_prob, rows, shared)
         if head_mask is not None:
-            scale = jnp.expand_dims(head_mask.astype(v.dtype), (*range(weights.ndim - 3), -2, -1))
+            scale = jnp.expand_dims(head_mask.astype(wide), (*range(weights.ndim - 3), -2, -1))
             weights = weights * scale
+        weights = weights.astype(v.dtype)
         return jnp.einsum("...nqk,...kne->...qne", weights, v), weights

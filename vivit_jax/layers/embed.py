@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import Config, project
+from vivit_jax.layers.linear import Config, affine
 
 Grid = tuple[int, int, int]
 
@@ -85,7 +85,8 @@ def take_tokens(x: jax.Array, indices: jax.Array | None) -> jax.Array:
 class TubeletEmbed(nn.Module):
     """Linear projection of tubelets, the same numbers as a convolution with stride = kernel.
 
-    pixel_values [b, t, h, w, c] -> [b, l, d]; with `visible` [b, v] only those tokens are
+    pixel_values [b, t, h, w, c] -> [b, l, d] in float32 or wider, for positions to be added before
+    it is rounded; with `visible` [b, v] only those tokens are
     computed. With `num_sampled_frames` only those frames of the clip are used.
     """
 
@@ -107,7 +108,7 @@ class TubeletEmbed(nn.Module):
         if sampled:
             pixel_values = pixel_values[:, uniform_frames(pixel_values.shape[1], sampled)]
         patches = take_tokens(patchify(pixel_values, config.tubelet), visible)
-        return project(patches.astype(dtype), kernel.reshape(-1, shape[-1])) + bias[None, None]
+        return affine(patches.astype(dtype), kernel.reshape(-1, shape[-1]), bias)
 
 
 @functools.cache

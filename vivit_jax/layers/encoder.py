@@ -2,19 +2,26 @@
 """Pre-norm transformer blocks and the stack of them, scanned or looped."""
 
 import dataclasses
-import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import SPACE, SelfAttention
 from vivit_jax.layers.chunked import SAVED
 from vivit_jax.layers.dropout import draw_kept, dropout
-from vivit_jax.layers.linear import ACTIVATIONS, Config, Projection, layer_norm
+from vivit_jax.layers.linear import (
+    PROJECTED,
+    Config,
+    Projection,
+    activate,
+    at_least_float32,
+    layer_norm,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,31 +80,36 @@ class Block(nn.Module):
                 init = nn.initializers.constant(config.layer_scale_init)
                 init = nn.with_logical_partitioning(init, ("embed",))
                 scale = self.param(f"scale_{name}", init, (d,), jnp.dtype(config.param_dtype))
-                y = y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (d,))
+                y = checkpoint_name(y.astype(x.dtype), PROJECTED)  # for the gradient to the scale
+                scale = scale.astype(wide).reshape((1,) * (y.ndim - 1) + (d,))
+                y = at_least_float32(y) * scale
             if drop_rate is None:
                 return y
             key, ones = self.make_rng("dropout"), (1,) * (y.ndim - 1)
-            keep = draw_kept(key, rows, 1 - drop_rate, ones)
-            keep = keep / (1 - drop_rate) if config.drop_path_rescale else keep
-            return y * keep.astype(y.dtype)
+            keep = draw_kept(key, rows, 1 - drop_rate, ones).astype(wide)
+            return y * (keep / (1 - drop_rate).astype(wide) if config.drop_path_rescale else keep)
 
         x = nn.with_logical_constraint(x, ("batch", *("frames",) * (x.ndim - 3), "length", "embed"))
+        wide = at_least_float32(x).dtype
         weights = {}
         for name, along in arrangement.attention:
-            y = layer_norm(config, config.layer_norm_eps, f"ln_{name}")(x)
+            before = at_least_float32(x)
+            y = layer_norm(config, config.layer_norm_eps, f"ln_{name}")(before)
             zero = name in arrangement.zero_init
             attend = SelfAttention(config, along, arrangement.shared_dropout, zero, name=name)
             y, found = attend(y, head_mask, attention, rows, read)
             weights |= {
                 k: v for k, v in zip(("space", "time"), found, strict=True) if v is not None
             }
-            x = (x if read is None else x[..., :read, :]) + branch(name, y)
+            before = before if read is None else before[..., :read, :]
+            x = checkpoint_name((before + branch(name, y)).astype(x.dtype), PROJECTED)
 
-        y = layer_norm(config, config.layer_norm_eps, "ln_mlp")(x)
-        y = ACTIVATIONS[config.hidden_act](
-            Projection(config, (d, f), ("embed", "mlp"), name="mlp_in")(y)
-        )
-        x = x + branch("mlp", Projection(config, (f, d), ("mlp", "embed"), name="mlp_out")(y))
+        before = at_least_float32(x)
+        y = layer_norm(config, config.layer_norm_eps, "ln_mlp")(before)
+        y = Projection(config, (d, f), ("embed", "mlp"), name="mlp_in")(y)
+        y = activate(config.hidden_act, y)
+        y = Projection(config, (f, d), ("mlp", "embed"), name="mlp_out")(y, rounded=False)
+        x = (before + branch("mlp", y)).astype(x.dtype)
         return x, LayerOutput(x if hidden else None, weights.get("space"), weights.get("time"))
 
 
@@ -111,13 +123,8 @@ def _save_attention(primitive, *_, **__) -> bool:
 # residual sums, computed again, cost less than their memory's traffic.
 REMAT = {
     "block": None,
-    "dots": functools.reduce(
-        jax.checkpoint_policies.save_from_both_policies,
-        (
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names(SAVED),
-            _save_attention,
-        ),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(SAVED, PROJECTED), _save_attention
     ),
 }
 

@@ -14,7 +14,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions, take_tokens
 from vivit_jax.layers.encoder import Arrangement, per_layer, run_blocks
-from vivit_jax.layers.linear import Projection, layer_norm
+from vivit_jax.layers.linear import Projection, at_least_float32, layer_norm
 from vivit_jax.masking import Mask
 from vivit_jax.models.classifier import classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, PreTrainingOutput
@@ -58,7 +58,7 @@ class VideoMAEModel(nn.Module):
             _check_mask(mask, pixel_values.shape[0], grid)
             visible = mask.visible
         x = TubeletEmbed(config, name="patch_embed")(pixel_values, visible)
-        x = x + _positions(x, grid, visible)
+        x = (x + _positions(x, grid, visible)).astype(config.dtype)
         x, layers = run_blocks(
             config,
             Arrangement(config.num_hidden_layers),
@@ -151,13 +151,13 @@ class VideoMAEForPreTraining(nn.Module):
         grid = check_clip(config, pixel_values.shape, any_size=True)
         shape = (config.hidden_size, width)
         x = Projection(config, shape, ("embed", None), name="to_decoder", use_bias=False)(
-            out.last_hidden_state
+            out.last_hidden_state, rounded=False
         )
         x = x + _positions(x, grid, mask.visible)
         blanks = jnp.broadcast_to(mask_token.astype(x.dtype), (*mask.predicted.shape, width))
         blanks = blanks + _positions(x, grid, mask.predicted)
         # Visible tokens first, then blanks: attention does not see the order, the slice does.
-        x = jnp.concatenate([x, blanks], axis=1)
+        x = jnp.concatenate([x, blanks], axis=1).astype(config.dtype)
         logits, decoder_hidden_states = VideoMAEDecoder(config, name="decoder")(
             x,
             mask.predicted.shape[1],
@@ -209,7 +209,8 @@ class VideoMAEForVideoClassification(nn.Module):
             rows=rows,
         )
         if config.use_mean_pooling:
-            x = layer_norm(config, config.fc_norm_eps, "fc_norm")(out.last_hidden_state.mean(1))
+            x = at_least_float32(out.last_hidden_state).mean(1)
+            x = layer_norm(config, config.fc_norm_eps, "fc_norm")(x)
         else:
             x = out.last_hidden_state[:, 0]
         x = dropout(self, x, config.head_dropout, numbered(rows, x.shape[0], deterministic))

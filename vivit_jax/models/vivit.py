@@ -27,7 +27,7 @@ from vivit_jax.layers.attention import HALVES, SPACE, TIME
 from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
 from vivit_jax.layers.encoder import Arrangement, per_layer, run_blocks
-from vivit_jax.layers.linear import ACTIVATIONS, Projection, layer_norm
+from vivit_jax.layers.linear import Projection, activate, at_least_float32, layer_norm
 from vivit_jax.models.classifier import classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput
 
@@ -76,6 +76,7 @@ class Encoder(nn.Module):
             (1, with_cls + int(np.prod(self.table)), d),
             param_dtype,
         )
+        x, positions = at_least_float32(x), at_least_float32(positions)
         patch_positions = resize_positions(positions[0, with_cls:], self.table, grid)
         positions = jnp.concatenate([positions[0, :with_cls], patch_positions]).astype(x.dtype)
         if with_cls:
@@ -91,15 +92,16 @@ class Encoder(nn.Module):
         x = x + positions.reshape(1, *frames, -1, d)
         shared = (1,) if self.arrangement.shared_dropout else ()
         x = dropout(self, x, config.hidden_dropout_prob, flags["rows"], shared)
+        x = x.astype(config.dtype)
         read = 1 if self.pooled_only and self.arrangement.last_apart else None
         x, layers = run_blocks(config, self.arrangement, x, head_mask, read=read, **flags)
         return layer_norm(config, config.layer_norm_eps, "ln_final")(x), layers
 
 
 def pool(config: VivitConfig, x, stage: str = "temporal"):
-    """One vector [..., d] of the tokens [..., l, d] that a stage returns."""
+    """One vector [..., d] of the tokens [..., l, d] that a stage returns; means are not rounded."""
     if stage == "temporal" and config.spatial_only:
-        return x.mean(-2)  # frames have no class token
+        return at_least_float32(x).mean(-2)  # frames have no class token
     if config.pooling == "cls":
         return x[..., 0, :]
     if config.pooling == "max":
@@ -107,6 +109,7 @@ def pool(config: VivitConfig, x, stage: str = "temporal"):
         # again with other rounding; where it finds none it is NaN.
         place = jnp.argmax(x, axis=-2, keepdims=True)
         return jnp.take_along_axis(x, place, axis=-2)[..., 0, :]
+    x = at_least_float32(x)
     return x.mean(-2) if config.pooling == "mean" else x.sum(-2)
 
 
@@ -166,7 +169,9 @@ class VivitModel(nn.Module):
             x, layers = encoder(x.reshape(b, t, h * w, d), (1, h, w), masks[0], flags)
             hidden, over_space, over_time = layers.hidden, layers.space, None
             x = pool(config, x, "spatial")
-            if not config.spatial_only:
+            if config.spatial_only:
+                x = x.astype(config.dtype)
+            else:
                 table = (table_t, 1, 1)
                 encoder = Encoder(config, stages[1], table, self.pooled_only, name="temporal")
                 x, layers = encoder(x, (t, 1, 1), masks[1], flags)
@@ -184,7 +189,7 @@ class VivitModel(nn.Module):
         if self.add_pooling_layer:
             shape = (config.hidden_size, config.pooler_output_size or config.hidden_size)
             dense = Projection(config, shape, ("embed", "pooled"), name="pooler")
-            pooled = ACTIVATIONS[config.pooler_act](dense(pool(config, x)))
+            pooled = activate(config.pooler_act, dense(pool(config, x)))
         out = ModelOutput(x, pooled, hidden, over_space, temporal_hidden, over_time)
         return out if return_dict else out.to_tuple()
 
