@@ -148,7 +148,8 @@ def map_attention(
             "the model's attention to the tubelets is not finite, or nothing at all; its weights "
             "or the clip are damaged"
         )
-    frames = np.arange(np.shape(pixel_values)[1])
+    shape = np.shape(pixel_values)
+    frames = np.arange(shape[1] // config.tubelet[0] * config.tubelet[0])
     sampled = getattr(config, "num_sampled_frames", None)
     return AttentionMaps(
         maps=shares / total,
@@ -193,6 +194,8 @@ def choose(
                 f"(0, 0, 0) to {last}"
             )
     layers, temporal = config.num_hidden_layers, getattr(config, "temporal_layers", 0)
+    if not layers:
+        raise UserError("the model has num_hidden_layers=0: it has no attention to show")
     if temporal_layer is not None and not temporal:
         raise UserError(
             f"temporal_layer {temporal_layer} needs a factorised encoder with a temporal stage, "

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vivit_jax.config_base import (
-    HIDDEN_ACTS,
     TransformerConfig,
     number,
     optional_field,
@@ -55,6 +54,10 @@ class VivitConfig(TransformerConfig):
     rate and ignores it. `hidden_dropout_prob` acts on what blocks add, as in transformers; scenic
     drops between the layers of the MLP as well. `hidden_act="gelu_fast"` is the tanh approximation
     that scenic trains with. The pooler belongs to the headless model only.
+
+    `head_dim` is the width of a head; together heads need not be as wide as `hidden_size`. A
+    config.json whose heads do not divide `hidden_size` is read with the width rounded down, which
+    is what transformers computes.
     """
 
     model_type: ClassVar[str] = "vivit"
@@ -66,6 +69,7 @@ class VivitConfig(TransformerConfig):
     layer_norm_eps: float = 1e-6
     pooler_output_size: int | None = None  # None: hidden_size
     pooler_act: str = "tanh"
+    head_dim: int | None = optional_field(None)  # None: hidden_size // num_attention_heads
     drop_path_rescale: bool = optional_field(False)  # scenic does not
     attention_type: str = optional_field("joint")
     attention_order: str = optional_field("time_space")
@@ -80,8 +84,14 @@ class VivitConfig(TransformerConfig):
         width = self.pooler_output_size
         good = width is None or positive_int(width)
         self.require("pooler_output_size", good, "a positive integer or null")
-        self.one_of("pooler_act", HIDDEN_ACTS)
+        self.check_activation("pooler_act")
         self._check_attention()
+
+    def check_head_width(self):
+        if self.head_dim is None:
+            super().check_head_width()
+        else:
+            self.require("head_dim", positive_int(self.head_dim), "a positive integer or null")
 
     def check_sizes(self):
         self.check_shape("tubelet_size", 3, allow_int=False)
@@ -122,6 +132,11 @@ class VivitConfig(TransformerConfig):
                 f"num_attention_heads {self.num_attention_heads} must be even for "
                 "factorised_dot_product: half of the heads attend over time, half over space"
             )
+        if self.attention_type != "joint" and not self.num_hidden_layers:
+            raise ConfigError(
+                f"num_hidden_layers must be a positive integer for attention_type "
+                f"{self.attention_type!r}, got 0"
+            )
         for name, wanted in (
             ("spatial_only", "factorised_encoder"),
             ("zero_init_temporal_attention", "factorised_self_attention"),
@@ -135,6 +150,11 @@ class VivitConfig(TransformerConfig):
     def tubelet(self):
         """Frames, height and width of a tubelet: `tubelet_size`."""
         return self.tubelet_size
+
+    @property
+    def head_width(self):
+        """Width of one attention head."""
+        return self.head_dim or super().head_width
 
     @property
     def key_bias(self):
@@ -152,6 +172,15 @@ class VivitConfig(TransformerConfig):
         """Blocks of the temporal stage, 0 where there is none."""
         staged = self.attention_type == "factorised_encoder" and not self.spatial_only
         return self.num_temporal_layers if staged else 0
+
+    @classmethod
+    def _modernise(cls, values):
+        # transformers reads a width of 0 as none, and rounds the width of heads down.
+        values["pooler_output_size"] = values.get("pooler_output_size") or None
+        sizes = [values.get(k, getattr(cls, k)) for k in ("hidden_size", "num_attention_heads")]
+        if all(map(positive_int, sizes)) and sizes[0] % sizes[1]:
+            values.setdefault("head_dim", sizes[0] // sizes[1])
+        return values
 
     def grid_of(self, frames, height, width):
         """Tokens along time, height and width of a clip of this size."""
@@ -213,11 +242,13 @@ class VideoMAEConfig(TransformerConfig):
     image_std: float | tuple[float, ...] | None = optional_field(None)
 
     probabilities: ClassVar[tuple[str, ...]] = (*TransformerConfig.probabilities, "head_dropout")
+    may_be_zero: ClassVar[tuple[str, ...]] = (
+        *TransformerConfig.may_be_zero, "decoder_num_hidden_layers",
+    )  # fmt: skip
 
     def check_sizes(self):
         self.check_shape("patch_size", 2)
         super().check_sizes()
-        self.check_heads("decoder_hidden_size", "decoder_num_attention_heads")
         if (self.image_mean is None) != (self.image_std is None):
             raise ConfigError(
                 f"image_mean is {self.image_mean} and image_std {self.image_std}; give both, the "
@@ -257,7 +288,12 @@ class VideoMAEConfig(TransformerConfig):
         return t * h * w * self.num_channels
 
     def decoder(self) -> "VideoMAEConfig":
-        """The same configuration with the decoder's sizes in the place of the encoder's."""
+        """The same configuration with the decoder's sizes in the place of the encoder's.
+
+        Raises ConfigError where the decoder's heads do not divide its width, which as in
+        transformers matters to no model without a decoder.
+        """
+        self.check_heads("decoder_hidden_size", "decoder_num_attention_heads")
         return dataclasses.replace(
             self,
             hidden_size=self.decoder_hidden_size,

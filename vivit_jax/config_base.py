@@ -7,10 +7,14 @@ from typing import Any, ClassVar
 
 from vivit_jax.errors import ConfigError
 
+# Those of transformers' ACT2FN, and selu; `layers.linear.ACTIVATIONS` computes them.
 HIDDEN_ACTS = (
-    "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "gelu_python", "quick_gelu", "relu",
-    "selu", "silu", "swish", "tanh", "sigmoid", "linear",
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu",
+    "relu", "relu2", "relu6", "selu", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
 )  # fmt: skip
+# transformers has them too; their parameters are trained, and a checkpoint would hold them.
+PARAMETRIC_ACTS = ("prelu", "xielu")
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn")
 REMAT_POLICIES = ("none", "dots", "block")  # from the most memory to the least
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -73,6 +77,10 @@ class TransformerConfig:
 
     `class_splits` makes the classifier several classifiers in one projection, for example
     (300, 97) nouns and verbs with `split_names` ("noun", "verb"); they must sum to `num_labels`.
+
+    `id2label` is the names of classes 0, 1, ...; as in transformers it may skip indices, and its
+    length is the number of classes all the same: {1: "a", 2: "b"} names class 1 of two classes and
+    leaves class 0 its placeholder. It is then kept as pairs of index and name.
     """
 
     model_type: ClassVar[str]
@@ -82,8 +90,10 @@ class TransformerConfig:
     cosine_attention: ClassVar[bool] = False
     layer_scale_init: ClassVar[float] = 0.0
     probabilities: ClassVar[tuple[str, ...]] = (
-        "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate",
+        "hidden_dropout_prob", "attention_probs_dropout_prob",
     )  # fmt: skip
+    # Without blocks a model is its embedding and its head, without labels a head its features.
+    may_be_zero: ClassVar[tuple[str, ...]] = ("num_hidden_layers", "num_labels")
 
     image_size: int | tuple[int, int] = 224
     num_channels: int = 3
@@ -96,7 +106,7 @@ class TransformerConfig:
     initializer_range: float = 0.02
     qkv_bias: bool = True
     num_labels: int = 2
-    id2label: tuple[str, ...] | None = None
+    id2label: tuple[str, ...] | tuple[tuple[int, str], ...] | None = None
     problem_type: str | None = None
     drop_path_rate: float = optional_field(0.0)
     drop_path_rescale: bool = optional_field(True)
@@ -127,8 +137,11 @@ class TransformerConfig:
             object.__setattr__(self, name, getattr(found, "name", found))
         self.check_sizes()
         for name in self.probabilities:
-            self.require(name, 0.0 <= getattr(self, name) < 1.0, "a probability in [0, 1)")
-        self.one_of("hidden_act", HIDDEN_ACTS)
+            self.require(name, 0.0 <= getattr(self, name) <= 1.0, "a probability in [0, 1]")
+        # What is kept is divided by its probability.
+        good = 0.0 <= self.drop_path_rate < 1.0
+        self.require("drop_path_rate", good, "a probability in [0, 1)")
+        self.check_activation("hidden_act")
         self.one_of("problem_type", (None, *PROBLEM_TYPES))
         self.one_of("dtype", DTYPES)
         self.one_of("param_dtype", DTYPES)
@@ -147,6 +160,14 @@ class TransformerConfig:
 
     def one_of(self, name: str, allowed: tuple) -> None:
         self.require(name, getattr(self, name) in allowed, f"one of {list(allowed)}")
+
+    def check_activation(self, name: str) -> None:
+        if getattr(self, name) in PARAMETRIC_ACTS:
+            raise ConfigError(
+                f"{name} is {getattr(self, name)!r}, an activation with trained parameters of its "
+                f"own, which these models have no place for; expected one of {list(HIDDEN_ACTS)}"
+            )
+        self.one_of(name, HIDDEN_ACTS)
 
     def _check_splits(self) -> None:
         splits, names = self.class_splits, self.split_names
@@ -175,7 +196,10 @@ class TransformerConfig:
     def check_sizes(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int:
+            if field.type is int and field.name in self.may_be_zero:
+                good = positive_int(value) or (value == 0 and not isinstance(value, bool))
+                self.require(field.name, good, "an integer, 0 or more")
+            elif field.type is int:
                 self.require(field.name, positive_int(value), "a positive integer")
             if field.type is float:
                 self.require(field.name, number(value) and value >= 0, "a number, 0 or more")
@@ -187,17 +211,17 @@ class TransformerConfig:
         for size, patch, axis in zip(
             self.frame_size, self.tubelet[1:], ("height", "width"), strict=True
         ):
-            if size % patch:
+            if size < patch:
                 raise ConfigError(
-                    f"image_size {self.image_size} is not divisible by the patch {axis} {patch} "
-                    f"({self.tubelet[1:]}); choose a multiple of it"
+                    f"image_size {self.image_size} is less than one patch {axis} of {patch} "
+                    f"({self.tubelet[1:]}); choose at least that"
                 )
-        if self.num_frames % self.tubelet[0]:
+        if self.num_frames < self.tubelet[0]:
             raise ConfigError(
-                f"num_frames {self.num_frames} is not divisible by the tubelet length "
-                f"{self.tubelet[0]}; choose a multiple of it"
+                f"num_frames {self.num_frames} is less than one tubelet length of "
+                f"{self.tubelet[0]}; choose at least that"
             )
-        self.check_heads("hidden_size", "num_attention_heads")
+        self.check_head_width()
 
     def check_shape(self, name: str, length: int, allow_int: bool = True) -> None:
         value = getattr(self, name)
@@ -207,12 +231,20 @@ class TransformerConfig:
         wanted = f"{length} positive integers"
         self.require(name, good, f"a positive integer or {wanted}" if allow_int else wanted)
 
+    def check_head_width(self) -> None:
+        self.check_heads("hidden_size", "num_attention_heads")
+
     def check_heads(self, width: str, heads: str) -> None:
         if getattr(self, width) % getattr(self, heads):
             raise ConfigError(
                 f"{width} {getattr(self, width)} is not divisible by {heads} "
                 f"{getattr(self, heads)}; every head needs the same width"
             )
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -240,7 +272,7 @@ class TransformerConfig:
         return self.grid_of(self.num_frames, *self.frame_size)
 
     def grid_of(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Tokens along time, height and width of a clip of this size."""
+        """Tokens along time, height and width of a clip of this size; whole tubelets only."""
         clip = (frames, height, width)
         return tuple(n // p for n, p in zip(clip, self.tubelet, strict=True))
 
@@ -253,7 +285,12 @@ class TransformerConfig:
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names by class index, HuggingFace's placeholders where none are given."""
-        return self.id2label or tuple(f"LABEL_{i}" for i in range(self.num_labels))
+        named = self._names_by_id()
+        return tuple(named.get(i, f"LABEL_{i}") for i in range(self.num_labels))
+
+    def _names_by_id(self) -> dict[int, str]:
+        names = self.id2label or ()
+        return dict(names if names and isinstance(names[0], tuple) else enumerate(names))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json: the function fields in HuggingFace's spelling."""
@@ -269,8 +306,9 @@ class TransformerConfig:
         if self.problem_type is None:
             del out["problem_type"]
         if self.id2label is not None or self.num_labels != 2:
-            out["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
-            out["label2id"] = {label: i for i, label in enumerate(self.labels)}
+            names = self._names_by_id() or dict(enumerate(self.labels))
+            out["id2label"] = {str(i): label for i, label in names.items()}
+            out["label2id"] = {label: i for i, label in names.items()}
         return out
 
     @classmethod
@@ -289,7 +327,9 @@ class TransformerConfig:
             )
         values = cls._modernise(values)
         known = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
-        fields = {k: v for k, v in values.items() if k in known}
+        # null is transformers' way to leave these to itself.
+        unset = [name for name in ("num_labels",) if values.get(name, 0) is None]
+        fields = {k: v for k, v in values.items() if k in known and k not in unset}
         unknown = {
             k: v
             for k, v in values.items()
@@ -320,17 +360,19 @@ def placeholders(id2label: tuple[str, ...] | None) -> bool:
     return id2label is not None and all(s == f"LABEL_{i}" for i, s in enumerate(id2label))
 
 
-def _label_tuple(id2label) -> tuple[str, ...]:
-    if isinstance(id2label, list | tuple) and all(isinstance(label, str) for label in id2label):
-        return tuple(id2label)
+def _label_tuple(id2label) -> tuple[str, ...] | tuple[tuple[int, str], ...]:
+    """Names in order of their class where every class has one, else pairs of class and name."""
+    if isinstance(id2label, list | tuple):
+        if all(isinstance(label, str) for label in id2label):
+            return tuple(id2label)
+        if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in id2label):
+            id2label = dict(id2label)
     if not isinstance(id2label, Mapping):
         raise ConfigError(f"id2label must map class indices to names, got {id2label!r}")
     try:
         by_id = {int(k): str(v) for k, v in id2label.items()}
     except ValueError as error:
         raise ConfigError(f"id2label keys must be class indices: {error}") from None
-    if sorted(by_id) != list(range(len(by_id))):
-        raise ConfigError(
-            f"id2label must name every class 0..{len(by_id) - 1} once, got keys {sorted(by_id)}"
-        )
-    return tuple(by_id[i] for i in range(len(by_id)))
+    if sorted(by_id) == list(range(len(by_id))):
+        return tuple(by_id[i] for i in range(len(by_id)))
+    return tuple(sorted(by_id.items()))

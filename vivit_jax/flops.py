@@ -89,20 +89,25 @@ def _vivit_blocks(config: VivitConfig, head: str, all_tokens: bool) -> int:
     # Every token attends to those of its place in every frame and to those of its frame.
     keys = t + h * w
     if config.attention_type == "factorised_self_attention":
-        return layers * _block(config, tokens, keys * config.hidden_size, attention_layers=2)
+        return layers * _block(config, tokens, keys * _attended_width(config), attention_layers=2)
     if config.attention_type == "factorised_dot_product":
-        return layers * _block(config, tokens, keys * (config.hidden_size // 2))
+        return layers * _block(config, tokens, keys * (_attended_width(config) // 2))
     return _joint_blocks(config, layers, has_cls + tokens, of_clip)
 
 
 def _joint_blocks(config, layers: int, tokens: int, read: int | None = None) -> int:
-    d, f = config.hidden_size, config.intermediate_size
-    block = _block(config, tokens, tokens * d)
-    if read is None:
+    d, a, f = config.hidden_size, _attended_width(config), config.intermediate_size
+    block = _block(config, tokens, tokens * a)
+    if read is None or not layers:
         return layers * block
     # Keys and values of all tokens; queries, output projection and MLP of those that are read.
-    last = 2 * _product(tokens, d, d) + 2 * _product(read, d, d) + 2 * _product(read, d, f)
-    return (layers - 1) * block + last + 2 * (2 * read * tokens * d)
+    last = 2 * _product(tokens, d, a) + 2 * _product(read, d, a) + 2 * _product(read, d, f)
+    return (layers - 1) * block + last + 2 * (2 * read * tokens * a)
+
+
+def _attended_width(config) -> int:
+    """Width of all heads together: hidden_size, unless heads have a width of their own."""
+    return config.num_attention_heads * config.head_width
 
 
 def _block(config, tokens: int, attended: int, attention_layers: int = 1) -> int:
@@ -111,7 +116,7 @@ def _block(config, tokens: int, attended: int, attention_layers: int = 1) -> int
     Query, key, value and output projections for each attention layer, then one MLP.
     """
     d, f = config.hidden_size, config.intermediate_size
-    projections = attention_layers * 4 * _product(tokens, d, d)
+    projections = attention_layers * 4 * _product(tokens, d, _attended_width(config))
     return projections + 2 * (2 * tokens * attended) + 2 * _product(tokens, d, f)
 
 

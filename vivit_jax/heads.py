@@ -61,7 +61,7 @@ def gather_classes(
         )
     rows = np.asarray(label_map)
     gathered = {path: flat[path][..., rows] for path in ("head/kernel", "head/bias")}
-    names = config.id2label and tuple(config.id2label[i] for i in label_map)
+    names = config.id2label and tuple(config.labels[i] for i in label_map)
     config = dataclasses.replace(config, num_labels=len(label_map), id2label=names)
     nested = any(isinstance(value, Mapping) for value in params.values())
     flat |= gathered

@@ -23,6 +23,7 @@ from flax import linen as nn
 
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
+from vivit_jax.layers.embed import whole_tubelets
 from vivit_jax.masking import Mask
 from vivit_jax.models.videomae import VideoMAEForPreTraining
 from vivit_jax.train.losses import TARGET_EPSILON, pixel_statistics
@@ -50,6 +51,7 @@ DISTANCE_POWER = 3
 class Reconstruction:
     """Clips, what the model made of their hidden patches, and mean squared errors there.
 
+    Of a clip that is no multiple of the tubelet it holds the whole tubelets, which the model sees.
     `clips` shows visible patches as they are and hidden ones as predicted; hidden patches that the
     model did not predict (a dual mask) are NaN. Predictions may leave [0, 1].
     """
@@ -99,7 +101,8 @@ def reconstruct(
         )
     check_statistics(model.config, true_statistics)
     config, tubelet = model.config, model.config.tubelet
-    shape = pixel_values.shape
+    seen = whole_tubelets(pixel_values, tubelet)
+    shape = seen.shape
     grid = tuple(size // patch for size, patch in zip(shape[1:4], tubelet, strict=True))
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(_predictions(model, params, pixel_values, mask), np.float64)
@@ -107,7 +110,7 @@ def reconstruct(
         raise UserError("the model predicts values that are not finite; its weights are damaged")
 
     scale, shift = arithmetic(processor)
-    original = (np.asarray(pixel_values, np.float64) - shift) / scale / 255
+    original = (np.asarray(seen, np.float64) - shift) / scale / 255
     patches = to_patches(original, tubelet)
     hidden = np.asarray(mask.to_bool())
     rows = np.arange(len(patches))[:, None]

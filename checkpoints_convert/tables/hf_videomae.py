@@ -39,7 +39,7 @@ def rules(
     if head == "classification":
         if config.use_mean_pooling:
             table += norm("fc_norm", "fc_norm")
-        table += dense("classifier", "head")
+        table += dense("classifier", "head") if config.num_labels else []
     if head == "pretraining":
         table += [
             *dense("encoder_to_decoder", "to_decoder", bias=False),

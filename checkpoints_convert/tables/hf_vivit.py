@@ -43,7 +43,7 @@ def rules(
     if pooler:
         table += dense(f"{prefix}pooler.dense", f"{dst}pooler")
     if head == "classification":
-        table += dense("classifier", "head")
+        table += dense("classifier", "head") if config.num_labels else []
     return table
 
 

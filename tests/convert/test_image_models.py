@@ -276,11 +276,11 @@ def test_damaged_flax_trees(images, tmp_path):
     ("change", "expected"),
     [
         ({"model_type": "deit"}, "model_type is 'deit', expected 'vit'"),
-        ({"hidden_act": "mish"}, "hidden_act must be one of"),
+        ({"hidden_act": "geglu"}, "hidden_act must be one of"),
         ({"patch_size": [8, 8, 8]}, "patch_size must be one or two positive integers, got [8, 8"),
         ({"patch_size": "8"}, "tubelet_size must be 3 positive integers"),
         ({"image_size": [24]}, "image_size must be a positive integer or 2 positive integers"),
-        ({"image_size": 30}, "image_size 30 is not divisible by the patch height 8"),
+        ({"image_size": 7}, "image_size 7 is less than one patch height of 8"),
     ],
 )
 def test_configs_that_are_no_image_vits(images, tmp_path, change, expected):

@@ -114,7 +114,7 @@ def test_statistics_of_pixels():
         ),
         (dict(image_mean=0.5, image_std=(1, 0, 1)), "image_std must be a number above 0 for each"),
         (dict(image_mean="imagenet", image_std=1.0), "image_mean must be a number for each of 3"),
-        (dict(head_dropout=1.0), r"head_dropout must be a probability in \[0, 1\)"),
+        (dict(head_dropout=1.1), r"head_dropout must be a probability in \[0, 1\]"),
         (dict(layer_scale_init=-1.0), "layer_scale_init must be a number, 0 or more"),
         (dict(cosine_attention=1), "cosine_attention must be true or false"),
     ):
@@ -206,10 +206,17 @@ def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VivitConfig(image_size=225), "image_size 225 is not divisible .* 16"),
-        (lambda: VivitConfig(num_frames=31), "num_frames 31 .* tubelet length 2"),
+        (lambda: VivitConfig(image_size=(16, 15)), r"image_size \(16, 15\) .* patch width of 16"),
+        (lambda: VivitConfig(num_frames=1), "num_frames 1 is less than one tubelet length of 2"),
         (lambda: VivitConfig(tubelet_size=(2, 16)), "tubelet_size must be 3 positive integers"),
-        (lambda: VivitConfig(hidden_act="mish"), "hidden_act must be one of .* got 'mish'"),
+        (lambda: VivitConfig(hidden_act="geglu"), "hidden_act must be one of .* got 'geglu'"),
+        (lambda: VivitConfig(hidden_act="prelu"), "hidden_act is 'prelu', .* trained parameters"),
+        (lambda: VivitConfig(pooler_act="xielu"), "pooler_act is 'xielu', .* trained parameters"),
+        (lambda: VivitConfig(head_dim=0), "head_dim must be a positive integer or null, got 0"),
+        (
+            lambda: VivitConfig(num_hidden_layers=0, attention_type=FSA),
+            "num_hidden_layers must be a positive integer for attention_type 'fact.* got 0",
+        ),
         (lambda: VivitConfig(hidden_size=100), "hidden_size 100 .* num_attention_heads 12"),
         (lambda: VivitConfig(num_labels=3, id2label=("a",)), "num_labels is 3 .* names 1"),
         (lambda: VivitConfig(hidden_dropout_prob=1.5), "probability"),
@@ -253,8 +260,11 @@ def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
             ),
             "class_splits needs problem_type",
         ),
-        (lambda: VideoMAEConfig(decoder_num_attention_heads=5), "decoder_hidden_size 384"),
-        (lambda: VideoMAEConfig(num_hidden_layers=0), "num_hidden_layers must be a positive"),
+        (
+            lambda: VideoMAEConfig(decoder_num_attention_heads=5).decoder(),
+            "decoder_hidden_size 384",
+        ),
+        (lambda: VideoMAEConfig(num_hidden_layers=-1), "num_hidden_layers must be an integer, 0"),
         (
             lambda: VivitConfig(num_labels=1, problem_type="single_label_classification"),
             "regression",
@@ -262,7 +272,6 @@ def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
         (lambda: VivitConfig.from_dict({"model_type": "videomae"}), "expected 'vivit'"),
         (lambda: VivitConfig.from_dict({"layer_scale": 1, "alibi": True}), "alibi=True, layer_s"),
         (lambda: VivitConfig.from_dict({"is_decoder": True}), "is_decoder=True"),
-        (lambda: VivitConfig.from_dict({"id2label": {"0": "a", "2": "b"}}), "0..1 once"),
         (lambda: VivitConfig.from_dict({"id2label": {"zero": "a"}}), "class indices"),
         (lambda: config_from_dict({"model_type": "bert"}), "'bert', expected one of"),
         (lambda: config_from_dict({}), "model_type is None"),

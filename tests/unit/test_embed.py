@@ -76,8 +76,10 @@ def test_resize_is_separable_and_the_identity_on_its_own_grid():
         ((2, 6, 24, 16), r"\[batch, frames, height, width, channels\], got shape"),
         ((2, 6, 24, 16, 4), "has 4 channels .* takes 3"),
         ((2, 6, 3, 24, 16), "has 16 channels .* channels last"),
-        ((2, 6, 20, 16, 3), "20 height, not a positive multiple of the tubelet's 8"),
-        ((2, 5, 24, 16, 3), "5 frames, not a positive multiple"),
+        ((2, 6, 7, 16, 3), "7 height, less than the 8 of one tubelet"),
+        ((2, 0, 24, 16, 3), "0 frames, less than the 2 of one tubelet"),
+        ((2, 5, 24, 16, 3), r"clip of \(5, 24, 16\).*configured for \(6, 24, 16\)"),
+        ((2, 6, 25, 16, 3), r"clip of \(6, 25, 16\).*configured for \(6, 24, 16\)"),
         ((2, 8, 24, 16, 3), r"clip of \(8, 24, 16\).*configured for \(6, 24, 16\)"),
     ],
 )

@@ -188,6 +188,9 @@ def picture_of(found, config, seen, indices: list[int], seconds, *, title: str, 
     from vivit_jax.cli.panels import Panels, as_frames
 
     relative, (length, *patch) = found.relative[0], found.tubelet
+    # Of frames that the patch does not divide the model sees the whole patches.
+    height, width = (n * p for n, p in zip(relative.shape[1:], patch, strict=True))
+    seen = seen[:, :height, :width]
     top = scale_top(relative)
     strength = np.repeat(relative / top, length, axis=0)
     frames = as_frames(seen)

@@ -83,7 +83,8 @@ def reconstruct(
     )
     errors = rmse([result])
 
-    indices = [int(i) for i in read.indices]
+    # Frames after the last whole tubelet are not in it.
+    indices = [int(i) for i in read.indices[: result.original.shape[1]]]
     still = out.suffix.lower() == ".png" or read.fps is None
     seconds = None if still else frame_times(clip, indices)
     panels = panels_of(

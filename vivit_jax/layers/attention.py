@@ -154,7 +154,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x, head_mask, output_attentions: bool, rows=None, read: int | None = None):
         config = self.config
         n, d = config.num_attention_heads, config.hidden_size
-        e = d // n
+        e = config.head_width
 
         def projection(name, use_bias):
             axes = ("embed", "heads", "kv")

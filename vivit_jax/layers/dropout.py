@@ -29,11 +29,13 @@ def draw_kept(key, rows, keep, shape: Sequence[int]) -> jax.Array:
 def dropout(module, x, rate: float, rows: jax.Array | None, shared: Sequence[int] = ()):
     """Set values of x [b, ...] to 0 with probability `rate` and divide the others by 1 - rate.
 
-    Nothing happens without `rows`, the clips' numbers [b]. Along the axes `shared` all places have
+    A rate of 1 leaves zeros. Nothing happens without `rows`, the clips' numbers [b]. Along the axes `shared` all places have
     the same fate. The key is the next of the stream "dropout" of `module`, a linen module.
     """
     if rows is None or not rate:
         return x
+    if rate == 1:
+        return jnp.zeros_like(x)
     shape = [1 if axis in shared else size for axis, size in enumerate(x.shape)]
     kept = draw_kept(module.make_rng("dropout"), rows, 1 - rate, shape[1:])
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))

@@ -2,6 +2,7 @@
 """From pixels to tokens: tubelet patches, their projection, and the two kinds of positions."""
 
 import functools
+import logging
 
 import einops
 import jax
@@ -12,11 +13,17 @@ from flax import linen as nn
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import Config, affine
 
+logger = logging.getLogger(__name__)
 Grid = tuple[int, int, int]
 
 
 def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
-    """The token grid (t, h, w) of a clip [b, t, h, w, c]; UserError where it does not fit."""
+    """The token grid (t, h, w) of a clip [b, t, h, w, c]; UserError where it does not fit.
+
+    What is left of an axis after its last whole tubelet is in no token, as after a convolution
+    without padding; that is logged once for each size. Frames may be more than the model is
+    configured for as long as no tubelet comes of them, as in transformers.
+    """
     if len(shape) != 5:
         raise UserError(
             f"pixel_values must be [batch, frames, height, width, channels], got shape {shape}"
@@ -29,13 +36,14 @@ def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
             f"{config.num_channels}{hint}"
         )
     for size, patch, axis in zip(clip, config.tubelet, ("frames", "height", "width"), strict=True):
-        if size % patch or not size:
+        if size < patch:
             raise UserError(
-                f"pixel_values has {size} {axis}, not a positive multiple of the tubelet's {patch} "
-                f"(shape {shape}, tubelet {config.tubelet}); crop or resize the clip"
+                f"pixel_values has {size} {axis}, less than the {patch} of one tubelet "
+                f"(shape {shape}, tubelet {config.tubelet}); give a larger clip"
             )
-    expected = (config.num_frames, *config.frame_size)
-    if tuple(clip) != expected and not any_size:
+    grid = config.grid_of(*clip)
+    if (grid, tuple(clip[1:])) != (config.grid, config.frame_size) and not any_size:
+        expected = (config.num_frames, *config.frame_size)
         raise UserError(
             f"clip of {tuple(clip)} (frames, height, width), the model is configured for "
             f"{expected}; resize it, or pass interpolate_pos_encoding=True"
@@ -46,7 +54,21 @@ def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
             f"pixel_values has {clip[0]} frames, the model picks num_sampled_frames={sampled} of "
             "them; give a longer clip"
         )
-    return config.grid_of(*clip)
+    _say_what_is_left_out(tuple(clip), config.tubelet)
+    return grid
+
+
+@functools.cache
+def _say_what_is_left_out(clip: Grid, tubelet: Grid) -> None:
+    rest = [size % patch for size, patch in zip(clip, tubelet, strict=True)]
+    names = ("frames", "rows", "columns")
+    told = [f"the last {n} {name}" for n, name in zip(rest, names, strict=True) if n]
+    if told:
+        logger.warning(
+            "clips of %s (frames, height, width) are no multiple of the tubelet %s: %s of pixels "
+            "are left out, as in transformers",
+            *(clip, tubelet, " and ".join(told)),
+        )
 
 
 def uniform_frames(total: int, count: int) -> np.ndarray:
@@ -61,12 +83,20 @@ def uniform_frames(total: int, count: int) -> np.ndarray:
     return np.round(np.arange(1, count + 1) * total / (count + 1)).astype(int)
 
 
-def patchify(pixel_values: jax.Array, tubelet: tuple[int, int, int]) -> jax.Array:
+def whole_tubelets(clips, tubelet: Grid):
+    """Clips [b, t, h, w, c] without what is left of each axis after its last whole tubelet."""
+    t, h, w = (
+        size // patch * patch for size, patch in zip(clips.shape[1:4], tubelet, strict=True)
+    )
+    return clips[:, :t, :h, :w]
+
+
+def patchify(pixel_values: jax.Array, tubelet: Grid) -> jax.Array:
     """Cut clips into tubelets: [b, t, h, w, c] -> [b, l, values], values ordered (t, h, w, c)."""
     t, h, w = tubelet
-    return einops.rearrange(
-        jnp.asarray(pixel_values), "b (t x) (h y) (w z) c -> b (t h w) (x y z c)", x=t, y=h, z=w
-    )
+    clips = whole_tubelets(jnp.asarray(pixel_values), tubelet)
+    pattern = "b (t x) (h y) (w z) c -> b (t h w) (x y z c)"
+    return einops.rearrange(clips, pattern, x=t, y=h, z=w)
 
 
 def take_tokens(x: jax.Array, indices: jax.Array | None) -> jax.Array:

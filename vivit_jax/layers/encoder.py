@@ -153,6 +153,8 @@ def run_blocks(
     """
     layers = arrangement.num_layers
     flags = (output_hidden_states, output_attentions)
+    if not layers:
+        return x, _no_blocks(config, x, *flags)
     read = None if output_hidden_states or output_attentions else read
     rates = None
     if rows is not None:
@@ -192,6 +194,14 @@ def run_blocks(
     if output_hidden_states:
         out = out.replace(hidden=jnp.concatenate([embedding[None], out.hidden]))
     return x, out
+
+
+def _no_blocks(config: Config, x, hidden: bool, attention: bool) -> LayerOutput:
+    """What no block reports of x [b, ..., l, d]: x itself as its only hidden state."""
+    weights = (0, *x.shape[:-2], config.num_attention_heads, x.shape[-2], x.shape[-2])
+    return LayerOutput(
+        x[None] if hidden else None, jnp.zeros(weights, x.dtype) if attention else None, None
+    )
 
 
 def per_layer(head_mask, layers: int, heads: int) -> jax.Array | None:

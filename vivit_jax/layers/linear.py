@@ -27,22 +27,54 @@ def exact_gelu(x: jax.Array) -> jax.Array:
     return x * (0.5 + 0.5 * jax.lax.erf(x * np.asarray(0.5**0.5, x.dtype)))
 
 
+def _relu6(x: jax.Array) -> jax.Array:
+    """x cut to [0, 6], with PyTorch's gradient of 0 on both ends; `jax.nn.relu6` halves it there."""
+    return jnp.where(x > 0, jnp.where(x < 6, x, 6), 0).astype(x.dtype)
+
+
+def _laplace(x: jax.Array) -> jax.Array:
+    """The normal distribution's cumulative function at MEGA's mean and deviation."""
+    mean, deviation = 0.707107, 0.282095
+    return 0.5 * (1 + jax.lax.erf((x - mean) / (deviation * math.sqrt(2.0))))
+
+
+def _sqrt_softplus(x: jax.Array) -> jax.Array:
+    """sqrt(log(1 + e^x)), which is e^(x/2) to the last bit far below 0.
+
+    There the root's own gradient would be infinity times 0, which PyTorch returns as NaN.
+    """
+    root = jnp.sqrt(jax.nn.softplus(jnp.maximum(x, -40)))
+    return jnp.where(x < -40, jnp.exp(jnp.minimum(x, -40) / 2), root)
+
+
 # "gelu" is the exact erf form, "gelu_fast" and its siblings the tanh approximation; they differ by
-# up to 4.7e-4 per unit and must never be mixed up.
+# up to 4.7e-4 per unit and must never be mixed up. The names are those of transformers' ACT2FN but
+# for its two with parameters of their own, and "selu", which transformers documents and lacks.
+_gelu_tanh = partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
     "gelu": exact_gelu,
+    "gelu_10": lambda x: jnp.clip(exact_gelu(x), -10, 10),
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
     "gelu_python": exact_gelu,
-    "gelu_fast": partial(jax.nn.gelu, approximate=True),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": lambda x: x * _relu6(x + 3) / 6,
+    "laplace": _laplace,
+    "leaky_relu": lambda x: jnp.where(x > 0, x, 0.01 * x),
+    "linear": lambda x: x,
+    "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": _relu6,
     "selu": jax.nn.selu,
+    "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
+    "sqrtsoftplus": _sqrt_softplus,
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-    "linear": lambda x: x,
 }
 
 

@@ -11,10 +11,13 @@ def classify(config: Config, features, labels) -> tuple[jax.Array | None, jax.Ar
     """Features [b, d] -> (loss, None without labels; logits [b, classes]).
 
     Call inside a module's compact method; the parameters are its `head`. `class_splits` only
-    changes how the loss reads the logits.
+    changes how the loss reads the logits. Without classes the logits are the features, as in
+    transformers.
     """
     shape = (config.hidden_size, config.num_labels)
-    logits = Projection(config, shape, ("embed", "classes"), name="head")(features)
+    logits = features
+    if config.num_labels:
+        logits = Projection(config, shape, ("embed", "classes"), name="head")(features)
     if labels is None:
         return None, logits
     loss = classification_loss(

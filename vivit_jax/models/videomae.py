@@ -44,7 +44,7 @@ class VideoMAEModel(nn.Module):
 
         `mask` is what HuggingFace calls bool_masked_pos: `Mask.from_bool(bool_masked_pos)`.
         `head_mask` [n] or [layers, n] scales attention weights per head (0 silences a head).
-        `interpolate_pos_encoding` accepts any frame count and resolution divisible by the tubelet
+        `interpolate_pos_encoding` accepts any frame count and resolution of at least one tubelet
         and recomputes the position table for that many tokens, as the authors do.
         `deterministic=False` turns dropout on and needs rngs={"dropout": key}; what is dropped is
         drawn by `rows`, the numbers [b] of the clips (by default 0, 1, ...), so that a batch in

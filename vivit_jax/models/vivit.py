@@ -142,7 +142,7 @@ class VivitModel(nn.Module):
         Tokens are the class token, if there is one, and the tubelets; in a factorised encoder the
         class token and the frames. `head_mask` [n] or [layers, n] scales attention weights per head
         (0 silences a head); rows for temporal layers follow those for spatial ones.
-        `interpolate_pos_encoding` accepts any frame count and resolution divisible by the tubelet.
+        `interpolate_pos_encoding` accepts any frame count and resolution of at least one tubelet.
         `deterministic=False` turns dropout on and needs rngs={"dropout": key}; what is dropped is
         drawn by `rows`, the numbers [b] of the clips (by default 0, 1, ...), so that a batch in
         parts drops what the whole one does. Raises UserError for a clip that does not fit.

@@ -265,8 +265,7 @@ def _attention(config) -> str:
     t, h, w = config.grid
     joint = getattr(config, "attention_type", "joint") == "joint"
     length = (t if joint else 1) * h * w + (getattr(config, "pooling", None) == "cls")
-    head_dim = config.hidden_size // config.num_attention_heads
-    return choose_implementation(platform_name(), config.dtype, head_dim, length)
+    return choose_implementation(platform_name(), config.dtype, config.head_width, length)
 
 
 _metrics = jax.jit(classification_metrics, static_argnums=(2, 3))
