@@ -29,8 +29,9 @@ def draw_kept(key, rows, keep, shape: Sequence[int]) -> jax.Array:
 def dropout(module, x, rate: float, rows: jax.Array | None, shared: Sequence[int] = ()):
     """Set values of x [b, ...] to 0 with probability `rate` and divide the others by 1 - rate.
 
-    A rate of 1 leaves zeros. Nothing happens without `rows`, the clips' numbers [b]. Along the axes `shared` all places have
-    the same fate. The key is the next of the stream "dropout" of `module`, a linen module.
+    A rate of 1 leaves zeros. Nothing happens without `rows`, the clips' numbers [b]. Along the axes
+    `shared` all places have the same fate. The key is the next of the stream "dropout" of `module`,
+    a linen module.
     """
     if rows is None or not rate:
         return x

@@ -60,14 +60,13 @@ def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
 
 @functools.cache
 def _say_what_is_left_out(clip: Grid, tubelet: Grid) -> None:
-    rest = [size % patch for size, patch in zip(clip, tubelet, strict=True)]
-    names = ("frames", "rows", "columns")
-    told = [f"the last {n} {name}" for n, name in zip(rest, names, strict=True) if n]
-    if told:
+    axes = zip(("frames", "rows", "columns"), clip, tubelet, strict=True)
+    left_out = [f"{size % patch} of {size} {name}" for name, size, patch in axes if size % patch]
+    if left_out:
         logger.warning(
-            "clips of %s (frames, height, width) are no multiple of the tubelet %s: %s of pixels "
+            "clips of %s (frames, height, width) are no multiple of the tubelet %s: the last %s "
             "are left out, as in transformers",
-            *(clip, tubelet, " and ".join(told)),
+            *(clip, tubelet, " and ".join(left_out)),
         )
 
 
@@ -85,9 +84,7 @@ def uniform_frames(total: int, count: int) -> np.ndarray:
 
 def whole_tubelets(clips, tubelet: Grid):
     """Clips [b, t, h, w, c] without what is left of each axis after its last whole tubelet."""
-    t, h, w = (
-        size // patch * patch for size, patch in zip(clips.shape[1:4], tubelet, strict=True)
-    )
+    t, h, w = (size // patch * patch for size, patch in zip(clips.shape[1:4], tubelet, strict=True))
     return clips[:, :t, :h, :w]
 
 

@@ -28,7 +28,7 @@ def exact_gelu(x: jax.Array) -> jax.Array:
 
 
 def _relu6(x: jax.Array) -> jax.Array:
-    """x cut to [0, 6], with PyTorch's gradient of 0 on both ends; `jax.nn.relu6` halves it there."""
+    """x cut to [0, 6]; its gradient is 0 on both ends as in PyTorch, where jax's takes a half."""
     return jnp.where(x > 0, jnp.where(x < 6, x, 6), 0).astype(x.dtype)
 
 
