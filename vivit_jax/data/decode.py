@@ -50,6 +50,8 @@ from fractions import Fraction
 import numpy as np
 
 from vivit_jax.data.clock import Clock
+from vivit_jax.data.formats import EXPECTED as _EXPECTED
+from vivit_jax.data.formats import open_container
 from vivit_jax.data.packets import (
     SPARSE_CODECS,
     TIMED_CONTAINERS,
@@ -73,7 +75,6 @@ from vivit_jax.errors import UserError, VideoError
 
 logger = logging.getLogger(__name__)
 
-_EXPECTED = "expected a video file such as mp4, mkv, webm, mov or avi"
 # FFmpeg draws text files as pictures with these.
 _TEXT_CODECS = ("ansi", "bintext", "xbin", "idf")
 # A total that no index reaches.
@@ -408,15 +409,13 @@ def _opened(name: str):
     """
     import av
 
-    # The prefix keeps a colon in a file name from being read as a network protocol.
-    file, options = "file:" + name, {"fflags": "noparse"}
     with contextlib.suppress(av.FFmpegError):
-        container = av.open(file, options=options, **_lenient())
+        container = open_container(name, {"fflags": "noparse"}, **_lenient())
         codecs = [s.codec_context and codec_name(s) for s in container.streams.video]
         if container.format.name in TIMED_CONTAINERS and set(codecs) <= set(SPARSE_CODECS):
             return container
         container.close()
-    return av.open(file, **_lenient())
+    return open_container(name, **_lenient())
 
 
 @functools.cache
