@@ -16,6 +16,7 @@ from checkpoints_convert.flax_files import (
 from checkpoints_convert.tensors import DTYPES, LazyTensor, incomplete, known_dtype, stored
 from checkpoints_convert.torch_files import open_pickle
 from vivit_jax.errors import CheckpointError
+from vivit_jax.inputs import check_file
 from vivit_jax.staging import interrupted
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,6 +66,7 @@ def _weight_file(path: Path) -> Path:
             or _first_file(path, *_FLAX_FILES)
             or _only_file(path)
         )
+    check_file(path, CheckpointError)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     return path
@@ -112,6 +114,7 @@ def _only_file(directory: Path) -> Path:
 
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
+    check_file(path, CheckpointError)
     if path.suffix in _OPENERS:
         return _OPENERS[path.suffix](path)
     # JAX programs give their checkpoints names without a suffix, or with a step for one.

@@ -19,6 +19,7 @@ import numpy as np
 
 from checkpoints_convert.tensors import DTYPES
 from vivit_jax.errors import UserError, first_line
+from vivit_jax.inputs import check_file
 
 SUFFIXES = (".safetensors", ".npz")
 METADATA = "vivit_jax"
@@ -108,6 +109,7 @@ class RowWriter:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What the features of a file were made with. Raises UserError where it is no such file."""
+    check_file(path)
     try:
         if path.suffix.lower() == ".npz":
             with np.load(path) as arrays:

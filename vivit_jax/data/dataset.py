@@ -29,6 +29,7 @@ from vivit_jax.data.folders import (
 from vivit_jax.data.lists import SOURCES, Label, count_labels, read_list
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.errors import UserError, VideoError, first_line
+from vivit_jax.inputs import check_file
 
 # numpy reads a header by `ast`, which in CPython counts its depth for all threads together: where a
 # garbage collection lets another thread in, whole files fail with SystemError.
@@ -231,6 +232,7 @@ def open_array(path: str | os.PathLike) -> np.ndarray:
             refused: unpickling runs code), or holds other arrays.
     """
     path = os.fspath(path)
+    check_file(path, VideoError)
     if not os.path.isfile(path):
         raise VideoError(f"{path}: no such file")
     try:
@@ -325,6 +327,7 @@ def _read(example: Example, stored, indices: Sequence[int], lost: str = "repeat"
 def _image(path: str) -> np.ndarray:
     from PIL import Image
 
+    check_file(path, VideoError)
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # more than 8 bits, which Pillow would cut off

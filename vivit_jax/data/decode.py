@@ -72,6 +72,7 @@ from vivit_jax.data.packets import (
 from vivit_jax.data.pictures import displayed, orientation, rgb, rotation, stacked
 from vivit_jax.data.sampling import clip_indices, pad_indices
 from vivit_jax.errors import UserError, VideoError
+from vivit_jax.inputs import stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -349,6 +350,8 @@ def checked_path(path) -> str:
     refuse_link(name)
     if os.path.isdir(name):
         found = "a directory"
+    elif stand_in(name):
+        found = stand_in(name)
     elif not os.path.exists(name):
         found = "no such file"
     elif not os.path.isfile(name):

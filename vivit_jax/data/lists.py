@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from vivit_jax.errors import UserError
+from vivit_jax.inputs import check_file
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def read_list(path: str, labels: int | None = None) -> list[Entry]:
     clips labelled and others not, and a clip with two labels.
     """
     entries, numbers = [], []
+    check_file(path)
     try:
         # Paths need not be UTF-8: other bytes are kept as they are.
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
