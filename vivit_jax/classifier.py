@@ -4,6 +4,7 @@
 import collections
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +23,14 @@ from vivit_jax.data.clip import (
     default_average,
     read_clips,
 )
+from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.layers.embed import check_clip
 from vivit_jax.train.losses import split_logits
 from vivit_jax.train.metrics import action_scores
+
+logger = logging.getLogger(__name__)
 
 FUNCTIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "none": lambda logits: logits}
 AVERAGES = ("softmax", "logits")
@@ -137,21 +141,26 @@ class VideoClassifier:
     def __call__(self, inputs: Video | Iterable[Video], **options: Any):
         """Labels and scores: [{"label", "index", "score"}, ...] of one video, best first.
 
-        Of a list, a list of these; of another iterable, an iterator that reads as it is asked.
+        Of a list, a list of these; of another iterable, an iterator that reads as it is asked. In
+        both a video that cannot be read has its VideoError in the place of its predictions, with a
+        warning, and the others are still classified.
         `options` are those of `classify`. Of a model of several heads the labels are of the best
         combinations; `classify` also tells those of each head.
 
-        Raises VideoError for a video that cannot be read or is too short, UserError for options
+        Raises VideoError for one video that cannot be read or is too short, UserError for options
         that are wrong.
         """
         if isinstance(inputs, Video):
-            return next(_predictions(self.classify([inputs], **options)))
+            (result,) = self.classify([inputs], **options)
+            if result.error is not None:
+                raise result.error
+            return result.predictions
         if not isinstance(inputs, Iterable) or isinstance(inputs, bytes | Mapping):
             raise UserError(
                 f"inputs is {type(inputs).__name__}, expected a path, an array of frames "
                 "[t, h, w, c], or a list or generator of these"
             )
-        found = _predictions(self.classify(inputs, **options))
+        found = _answers(self.classify(inputs, **options))
         return list(found) if isinstance(inputs, list | tuple) else found
 
     def classify(
@@ -218,15 +227,19 @@ class VideoClassifier:
             )
         reading = dict(stride=stride, start=start, pad=pad, clips=num_clips)
 
+        def pixels(name: str, clips: list[Clip]) -> np.ndarray:
+            try:
+                return self._pixels(clips, num_crops)
+            except VideoError as error:  # knows frames, not where they are from
+                raise VideoError(f"{name}: {error}") from None
+
         def read(name: str, video: Video) -> tuple[np.ndarray, np.ndarray] | VideoError:
             try:
-                clips = read_clips(video, config, **reading)
+                with one_clip(name):
+                    clips = read_clips(video, config, **reading)
+                    return pixels(name, clips), np.stack([clip.indices for clip in clips])
             except VideoError as error:
                 return error
-            try:
-                return self._pixels(clips, num_crops), np.stack([clip.indices for clip in clips])
-            except VideoError as error:  # knows frames, not where they are from
-                return VideoError(f"{name}: {error}")
 
         def finish(name: str, frames: np.ndarray, logits: list[np.ndarray]) -> Classified:
             scores, heads = self._scores(np.stack(logits), average, function_to_apply)
@@ -327,11 +340,11 @@ def _counts(value) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
 
 
-def _predictions(results: Iterator[Classified]) -> Iterator[list[dict[str, Any]]]:
+def _answers(results: Iterator[Classified]) -> Iterator[list[dict[str, Any]] | VideoError]:
     for result in results:
         if result.error is not None:
-            raise result.error
-        yield result.predictions
+            logger.warning("left out: %s", result.error)
+        yield result.predictions if result.error is None else result.error
 
 
 def _named(number: int, video: Video) -> tuple[str, Video]:

@@ -21,6 +21,7 @@ from flax.core import meta
 from checkpoints_convert import trees
 from checkpoints_convert.layouts import ARCHITECTURES
 from vivit_jax.config_base import positive_int
+from vivit_jax.data.one_clip import each_of_clip, one_clip
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.data.stream import FrameStream, read_ahead
 from vivit_jax.data.windows import Window, Windows, plan_windows, slide
@@ -101,8 +102,10 @@ def extract_features(
     check_features(config, processor, layer, pool, ARCHITECTURES[type(model).__name__][1])
     model, params = _model_for(model, meta.unbox(params), layer, pool)
     program = _program(model, layer, pool, values)
+    with one_clip(video):
+        stream = FrameStream(video)
     return _rows(
-        FrameStream(video),
+        stream,
         windows,
         processor,
         functools.partial(program, params),
@@ -255,9 +258,8 @@ def _rows(
         nonlocal done
         done = frames
 
-    batches = read_ahead(
-        _batches(slide(stream, windows, prepare, passed), batch_size), ahead=_AHEAD
-    )
+    slid = each_of_clip(stream.name, slide(stream, windows, prepare, passed))
+    batches = read_ahead(_batches(slid, batch_size), ahead=_AHEAD)
     waiting: list = []  # a batch that the device computes while the next one is handed to it
     try:
         for batch in batches:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -429,7 +430,7 @@ def videos(video, tmp_path):
     return [folder / name for name in ("a.mp4", "b.mp4", "c.mp4")]
 
 
-def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path):
+def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path, monkeypatch):
     out = tmp_path / "features"
     args = ("--model", model, "--out", out)
     whole = videos[1].read_bytes()
@@ -437,8 +438,30 @@ def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path):
     status, told, errors = run(capsys, *videos, *args)
     assert status == 1 and "b.mp4: no readable video" in errors and errors.count("\n") == 1
     assert sorted(p.name for p in out.iterdir()) == ["a.safetensors", "c.safetensors"]
-    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
+
+    # What no reader foresees is one video's too, of whichever thread.
+    def opened(path):
+        if Path(path).name == "b.mp4":
+            raise ValueError("31 is not a valid Type")
+        return FrameStream(path)
+
+    def slid(stream, *args):
+        yield from itertools.islice(slide(stream, *args), 2)
+        if stream.name.endswith("b.mp4"):
+            raise ValueError("31 is not a valid Type")
+
     videos[1].write_bytes(whole)
+    for place, fails in (("FrameStream", opened), ("slide", slid)):
+        (out / "a.safetensors").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(features, place, fails)
+            status, told, errors = run(capsys, *videos, *args)
+        assert status == 1 and told.count("written to") == 1
+        assert f"{videos[1]}: ValueError: 31 is not a valid Type (unforeseen, in test_" in errors
+        assert sorted(p.name for p in out.iterdir()) == ["a.safetensors", "c.safetensors"]
+    (out / "a.safetensors").unlink()
+    assert run(capsys, videos[0], *args)[0] == 0
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
     # Neither the batch nor where the model lies moves a number.
     status, told, errors = run(capsys, *videos, *args, "--batch-size", 2)
     assert status == 0 and not errors

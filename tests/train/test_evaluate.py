@@ -20,6 +20,7 @@ from vivit_jax.data.dataset import Dataset, Example, read_views
 from vivit_jax.errors import UserError
 from vivit_jax.pretrained import abstract_params
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
+from vivit_jax.train import views as views_module
 from vivit_jax.train.evaluate import (
     Answer,
     _gathered,
@@ -29,6 +30,7 @@ from vivit_jax.train.evaluate import (
     evaluate_reconstruction,
     model_labels,
     per_class,
+    unreadable_clips,
 )
 from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
 
@@ -324,6 +326,25 @@ def test_what_cannot_be_evaluated_is_told(classifier, dataset):
     assert any("smaller than the crop" in text and "evaluation.resize" in text for text in told)
 
 
+def test_an_error_that_is_not_foreseen_is_one_videos(classifier, dataset, monkeypatch):
+    whole, path = run(classifier, dataset), dataset.examples[0].path
+
+    def fails(example, **how):
+        if example.path == path:
+            raise ValueError("31 is not a valid Type")
+        return read_views(example, **how)
+
+    monkeypatch.setattr(views_module, "read_views", fails)
+    found = run(classifier, dataset)
+    assert found.metrics["unreadable"] == 2 and found.metrics["videos"] == 4
+    told = unreadable_clips(dataset, found)
+    assert list(told) == [path, dataset.examples[BAD].path]
+    assert told[path].startswith(f"{path}: ValueError: 31 is not a valid Type (unforeseen, in ")
+    for i in range(1, 6):
+        if i != BAD:
+            np.testing.assert_array_equal(found.answers[i].scores, whole.answers[i].scores)
+
+
 def test_pixels_are_those_of_the_processor():
     from vivit_jax.train.pixels import normaliser
 
@@ -363,7 +384,10 @@ def test_reconstruction_is_the_model_s_own_loss_of_one_video_at_a_time(dataset, 
     placed = jax.device_put(params, param_shardings(model, devices))
     masks = MaskSettings(kind=kind, ratio=0.5)
     found = evaluate_reconstruction(model, placed, dataset, settings, masks, VIDEOMAE, mesh=devices)
-    assert found == {"loss": pytest.approx(np.mean(losses), rel=1e-5), "videos": 5, "unreadable": 1}
+    loss = pytest.approx(np.mean(losses), rel=1e-5)
+    assert found.metrics == {"loss": loss, "videos": 5, "unreadable": 1}
+    (told,) = unreadable_clips(dataset, found).items()
+    assert told[0] == dataset.examples[BAD].path and told[0] in told[1]
     assert np.ptp(losses) > 1e-3
 
 

@@ -24,6 +24,7 @@ from tiny_runs import NAME, PLAIN, assert_same, lines, settings, state, write_cl
 import vivit_jax
 from checkpoints_convert import trees
 from vivit_jax.cli.__main__ import main
+from vivit_jax.data import dataset
 from vivit_jax.data.dataset import read_dataset
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError
@@ -174,6 +175,34 @@ def test_the_best_and_the_last_checkpoints_are_kept(whole):
     for kind in ("checkpoints", "models"):
         assert {int(path.name) for path in (out / kind).iterdir()} == {best, 8, 12}
     assert whole.model == out / "models" / str(best)
+
+
+def test_clips_of_training_and_of_validation_are_named(recipe, data, tmp_path, monkeypatch):
+    """What is raised is not foreseen; the run goes on, says so, and keeps what it said before."""
+    bad = [str(data / part / "red" / "0.npy") for part in ("train", "test")]
+    opened = dataset.open_array
+
+    def fails(path):
+        if path in bad:
+            raise ValueError("31 is not a valid Type")
+        return opened(path)
+
+    train = dataclasses.replace(recipe.train, steps=6, evaluate_every=1)
+    recipe = dataclasses.replace(recipe, train=train)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "open_array", fails)
+        outcome, said = run(recipe, tmp_path / "run")
+    assert outcome.step == 6
+    named = tmp_path / "run" / "bad_clips.json"
+    found = json.loads(named.read_text())
+    damaged = str(data / "train" / "green" / "damaged.npy")
+    assert sorted(found["clips"]) == [damaged, bad[0]] and list(found["validation"]) == [bad[1]]
+    for path, why in ((bad[0], found["clips"][bad[0]]), (bad[1], found["validation"][bad[1]])):
+        assert why.startswith(f"{path}: ValueError: 31 is not a valid Type (unforeseen, in ")
+    counted = "2 clips of training and 1 clip of validation"
+    assert said[-1] == f"left out, as they could not be read: {counted}; {named} says why"
+    report = (named.parent / "report.html").read_text()
+    assert "Clips that the last validation left out: 1." in report
 
 
 def test_a_damaged_clip_is_named(whole, data):

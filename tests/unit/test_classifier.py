@@ -13,6 +13,7 @@ from helpers import VIDEOMAE, VIVIT, random_params
 
 import vivit_jax
 from vivit_jax import UserError, VideoClassifier, VideoError
+from vivit_jax.data.clip import read_clips
 from vivit_jax.data.sampling import view_indices
 
 LABELS = ("walk", "run", "jump", "fly", "sleep")
@@ -149,12 +150,33 @@ def test_what_is_averaged_by_default_is_the_familys(videos):
     assert found["VideoMAE"][None] == found["VideoMAE"]["softmax"] != found["VideoMAE"]["logits"]
 
 
-def test_a_video_that_cannot_be_read(classifier, videos, tmp_path):
+def test_a_video_whose_error_is_not_foreseen(classifier, videos, monkeypatch):
+    from vivit_jax import classifier as module
+
+    def fails(video, config, **options):
+        if video == videos[1]:
+            raise ValueError("31 is not a valid Type")
+        return read_clips(video, config, **options)
+
+    monkeypatch.setattr(module, "read_clips", fails)
+    first, bad, last = classifier.classify([videos[0], videos[1], videos[0]], threads=1)
+    assert first.error is last.error is None and first.predictions == last.predictions
+    told = f"{videos[1]}: ValueError: 31 is not a valid Type (unforeseen, in test_classifier.py:"
+    assert str(bad.error).startswith(told)
+
+
+def test_a_video_that_cannot_be_read(classifier, videos, tmp_path, caplog):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     mixed = [videos[0], broken, videos[1]]
     with pytest.raises(VideoError, match="broken.mp4"):
-        classifier(mixed)
+        classifier(broken)
+    for many in (mixed, iter(mixed)):
+        caplog.clear()
+        first, error, last = classifier(many, batch_size=4)
+        assert isinstance(error, VideoError) and f"left out: {error}" in caplog.text
+        assert_alike(first, classifier(videos[0]))
+        assert_alike(last, classifier(videos[1]))
     results = list(classifier.classify(mixed, batch_size=4))
     assert [result.error is None for result in results] == [True, False, True]
     assert "broken.mp4" in str(results[1].error) and results[1].predictions is None

@@ -26,6 +26,7 @@ from vivit_jax.data.dataset import (
     read_training_clip,
     read_whole,
 )
+from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.sampling import training_indices
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
@@ -106,9 +107,9 @@ class Cache:
             self._underway.add(example)
         video = None
         try:
-            video = read_whole(example)
-        except VideoError:
-            pass  # the clip that is wanted may lie before what is damaged
+            # The clip that is wanted may lie before what is damaged.
+            with contextlib.suppress(VideoError), one_clip(example.path):
+                video = read_whole(example)
         finally:
             with self._changed:
                 # What a video takes is known once it is decoded: the last one may not fit quite.
@@ -168,21 +169,25 @@ class Read:
         example, element = item
         rng = np.random.default_rng((self.seed, element, 1))
         try:
-            frames = self._frames(example, rng)
-            if frames.shape[-1] != self.num_channels:
-                raise VideoError(
-                    f"{example.path} has {frames.shape[-1]} channels, the model takes "
-                    f"{self.num_channels}"
-                )
+            with one_clip(example.path):
+                frames = self._frames(example, rng)
+                return {"clips": self._augmented(example, rng, frames), "label": example.label}
         except VideoError as error:
             return {"bad": str(error), "path": example.path}
+
+    def _augmented(
+        self, example: Example, rng: np.random.Generator, frames: np.ndarray
+    ) -> np.ndarray:
+        if frames.shape[-1] != self.num_channels:
+            raise VideoError(
+                f"{example.path} has {frames.shape[-1]} channels, the model takes "
+                f"{self.num_channels}"
+            )
         try:
-            clips = [self.transform(rng, frames) for _ in range(self.settings.repeats)]
-        except VideoError as error:  # of frames that are too small, without their path
-            return {"bad": f"{example.path}: {error}", "path": example.path}
-        except UserError as error:
-            raise UserError(f"{example.path}: {error}") from None
-        return {"clips": np.stack(clips), "label": example.label}
+            return np.stack([self.transform(rng, frames) for _ in range(self.settings.repeats)])
+        except UserError as error:  # knows frames, not where they are from
+            kind = VideoError if isinstance(error, VideoError) else UserError
+            raise kind(f"{example.path}: {error}") from None
 
     def _frames(self, example: Example, rng: np.random.Generator) -> np.ndarray:
         settings = self.settings

@@ -25,7 +25,7 @@ from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
 from vivit_jax.train.losses import reconstruction_targets
 from vivit_jax.train.metrics import classification_metrics
 from vivit_jax.train.pixels import Arithmetic, hashable_arithmetic, scaled_and_shifted
-from vivit_jax.train.sharding import batch_sharding, batch_shards, replicated
+from vivit_jax.train.sharding import batch_sharding, batch_shards, gathered, replicated
 from vivit_jax.train.step import draw_mask, on_mesh
 from vivit_jax.train.views import Views
 
@@ -112,12 +112,12 @@ def evaluate_reconstruction(
     *,
     mesh: Mesh,
     threads: int = 2,
-) -> dict[str, float]:
+) -> Evaluation:
     """The loss of masked pre-training on the central view of each video.
 
-    Returns {"loss": mean over the videos that can be read, "videos": their number, "unreadable":
-    that of the others}. Video i is hidden by the same mask in every evaluation, on any mesh. Raises
-    UserError where no video can be read.
+    Metrics are {"loss": mean over the videos that can be read, "videos": their number,
+    "unreadable": that of the others}; answers have no scores. Video i is hidden by the same mask in
+    every evaluation, on any mesh. Raises UserError where no video can be read.
     """
     config = model.config
     settings = dataclasses.replace(settings, clips=1, crops=1)
@@ -134,18 +134,28 @@ def evaluate_reconstruction(
     losses = _local_rows(views, losses_of, mesh)
     readable = np.array([error is None for _, error in views.found], bool)
     totals = np.array([losses[: len(readable)][readable].sum(), readable.sum()], np.float64)
+    errors = [error for _, error in views.found]
     if views.count > 1:
         from jax.experimental.multihost_utils import process_allgather
 
         totals = process_allgather(totals.astype(np.float32)).sum(0)
+        errors = _gathered_errors(errors, views)
     if not totals[1]:
-        raise UserError(f"none of the {len(dataset)} videos of {dataset.source} could be read")
-    unreadable = len(dataset) - int(totals[1])
-    return {
+        raise UserError(
+            f"none of the {len(dataset)} videos of {dataset.source} could be read: {errors[0]}"
+        )
+    values = {
         "loss": float(totals[0] / totals[1]),
         "videos": int(totals[1]),
-        "unreadable": unreadable,
+        "unreadable": len(dataset) - int(totals[1]),
     }
+    return Evaluation(values, tuple(Answer(None, None, error) for error in errors))
+
+
+def unreadable_clips(dataset: Dataset, evaluation: Evaluation) -> dict[str, str]:
+    """path -> why, of the videos of an evaluation that could not be read."""
+    pairs = zip(dataset.examples, evaluation.answers, strict=True)
+    return {example.path: answer.error for example, answer in pairs if answer.error is not None}
 
 
 def model_labels(dataset: Dataset, config) -> Dataset:
@@ -327,21 +337,23 @@ def _gathered(answers: list[Answer], views: Views, config) -> list[Answer]:
     """The answers of all processes, in the data set's order."""
     from jax.experimental.multihost_utils import process_allgather
 
-    most, total = views.videos, len(views.dataset)
+    most = views.videos
     scores = np.zeros((most, config.num_labels), np.float32)
     indices = np.zeros((most, views.settings.clips, config.num_frames), np.int32)
-    errors = np.zeros((most, 1000), np.uint8)
     for i, answer in enumerate(answers):
         if answer.error is None:
             scores[i], indices[i] = answer.scores, answer.indices
-        else:
-            text = answer.error.encode(errors="surrogateescape")  # of paths that are no UTF-8
-            text = np.frombuffer(text[:1000], np.uint8)
-            errors[i, : len(text)] = text
-    scores, indices, errors = (process_allgather(x) for x in (scores, indices, errors))
+    scores, indices = process_allgather(scores), process_allgather(indices)
     whole = []
-    for i in range(total):
+    for i, error in enumerate(_gathered_errors([answer.error for answer in answers], views)):
         at = i % views.count, i // views.count
-        error = errors[at].tobytes().rstrip(b"\0").decode(errors="surrogateescape")
-        whole.append(Answer(None, None, error) if error else Answer(scores[at], indices[at]))
+        whole.append(
+            Answer(scores[at], indices[at]) if error is None else Answer(None, None, error)
+        )
     return whole
+
+
+def _gathered_errors(errors: list[str | None], views: Views) -> list[str | None]:
+    """Why videos could not be read, of all processes, in the data set's order."""
+    every = gathered(errors)
+    return [every[i % views.count][i // views.count] for i in range(len(views.dataset))]

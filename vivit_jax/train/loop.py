@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -27,14 +26,25 @@ from vivit_jax.pretrained import abstract_params, save_pretrained
 from vivit_jax.recipes.checks import check, model_config
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.checkpoint import Checkpoints
-from vivit_jax.train.evaluate import evaluate, evaluate_reconstruction, model_labels
+from vivit_jax.train.evaluate import (
+    evaluate,
+    evaluate_reconstruction,
+    model_labels,
+    unreadable_clips,
+)
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import leading_name
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.preprocessing import described_preprocessing
 from vivit_jax.train.report import write_report
-from vivit_jax.train.run import RunDirectory
-from vivit_jax.train.sharding import batch_sharding, bytes_on_a_device, make_mesh, parse_mesh
+from vivit_jax.train.run import BAD_CLIPS, RunDirectory
+from vivit_jax.train.sharding import (
+    batch_sharding,
+    bytes_on_a_device,
+    gathered,
+    make_mesh,
+    parse_mesh,
+)
 from vivit_jax.train.starting import Start, described_model, description, starting_model
 from vivit_jax.train.state import TrainState, new_state, state_shapes
 from vivit_jax.train.step import make_step
@@ -143,6 +153,9 @@ def train(
         best = checkpoints.best()
         step = checkpoints.latest()
     if first_process:
+        bad = run.bad_clips()
+        if bad and step > taken:
+            say(f"left out, as they could not be read: {bad}; {run.path / BAD_CLIPS} says why")
         write_report(run.path)
     model = run.path / "models" / str(step if best is None else best)
     return Outcome(step, setting.steps, stopped, model, metrics)
@@ -231,7 +244,7 @@ def _steps(
 ) -> tuple[str | None, dict[str, float]]:
     """Take the steps after `taken`; what stopped them early, and the last validation's metrics."""
     recipe, per_epoch, last = setting.recipe, setting.per_epoch, setting.last
-    clock, metrics = _Clock(), {}
+    clock, metrics, unreadable = _Clock(), {}, None
     position = batches.state()
 
     def save(scores: dict[str, float] | None = None) -> None:
@@ -242,7 +255,7 @@ def _steps(
         data = _of_all_processes(position)
         first = jax.process_index() == 0
         checkpoints.save(taken, state, data, scores, export if first else None)
-        run.write_bad_clips(data)
+        run.write_bad_clips(data, unreadable)
 
     def tell(step: int, values: dict[str, jax.Array]) -> None:
         numbers = {name: float(value) for name, value in values.items()}
@@ -268,6 +281,7 @@ def _steps(
         return received[0] if received and jax.process_count() == 1 else None
 
     untold = stopped = None
+    told_of_bad = bool(batches.bad)
     with _signals() as received:
         try:
             while taken < last and stopped is None:
@@ -276,6 +290,10 @@ def _steps(
                     batch = clock.fetch(batches, untold and untold[1]["loss"])
                 except UserError as error:
                     failed = error
+                if batches.bad and not told_of_bad:
+                    told_of_bad = True
+                    why = next(iter(batches.bad.values()))
+                    progress.say(f"left out, as every clip that cannot be read will be: {why}")
                 stopped = _agreed(received, failed)
                 state, values = setting.step(state, _placed(batch, setting.mesh))
                 taken, position = taken + 1, batches.state()
@@ -297,7 +315,7 @@ def _steps(
                 with clock.paused():
                     scores = None
                     if validate:
-                        metrics = _validate(setting, state)
+                        metrics, unreadable = _validate(setting, state)
                         scores = _scored(setting, metrics)
                         log.write("evaluate", taken, metrics)
                         text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
@@ -351,7 +369,8 @@ def _summary(setting: Setting, batches: Batches, run: RunDirectory, taken: int) 
     )
 
 
-def _validate(setting: Setting, state: TrainState) -> dict[str, float]:
+def _validate(setting: Setting, state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
+    """The metrics, and which clips could not be read: path -> why."""
     recipe = setting.recipe
     params = state.params if state.average is None else state.average
     one = dataclasses.replace(recipe.evaluation, clips=1, crops=1)
@@ -360,8 +379,10 @@ def _validate(setting: Setting, state: TrainState) -> dict[str, float]:
     common = dict(mesh=setting.mesh, threads=recipe.data.threads)
     what = (setting.model, params, setting.validation, one)
     if recipe.task == "pretrain":
-        return evaluate_reconstruction(*what, recipe.mask, setting.processor, **common)
-    return evaluate(*what, setting.processor, **common).metrics
+        found = evaluate_reconstruction(*what, recipe.mask, setting.processor, **common)
+    else:
+        found = evaluate(*what, setting.processor, **common)
+    return found.metrics, unreadable_clips(setting.validation, found)
 
 
 def _scored(setting: Setting, metrics: dict[str, float]) -> dict[str, float]:
@@ -390,14 +411,7 @@ def _whole(params: Any) -> Any:
 
 def _of_all_processes(state: dict[str, Any]) -> dict[str, Any]:
     """What each process says, by the number of the process."""
-    if jax.process_count() == 1:
-        return {"0": state}
-    from jax.experimental.multihost_utils import process_allgather
-
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    longest = int(process_allgather(np.array([len(text)], np.int32)).max())
-    rows = process_allgather(np.pad(text, (0, longest - len(text)), constant_values=ord(" ")))
-    return {str(i): json.loads(row.tobytes()) for i, row in enumerate(rows)}
+    return {str(i): each for i, each in enumerate(gathered(state))}
 
 
 def _agreed(received: list[str], failed: UserError | None) -> str | None:

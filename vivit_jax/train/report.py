@@ -100,12 +100,18 @@ def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def _bad_clips(found: Mapping[str, Any]) -> str:
     if not found:
         return ""
-    rows = sorted(found["clips"].items())
-    cut = f"; the first {_ROWS:,} are listed" if len(rows) > _ROWS else ""
     count = f"{found['left_out']:,} of {found['read']:,} times that a clip was read it was left out"
-    return f"<p>{count}, {len(rows):,} clips in all{cut}.</p>" + _table(
-        rows[:_ROWS], ["clip", "reason"]
-    )
+    text = ""
+    for clips, what in (
+        (found["clips"], f"{count}; clips in all: "),
+        (found.get("validation", {}), "Clips that the last validation left out: "),
+    ):
+        rows = sorted(clips.items())
+        cut = f"; the first {_ROWS:,} are listed" if len(rows) > _ROWS else ""
+        if rows:
+            text += f"<p>{what}{len(rows):,}{cut}.</p>"
+            text += _table(rows[:_ROWS], ["clip", "reason"])
+    return text
 
 
 def _summary(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -126,17 +126,38 @@ class RunDirectory:
         if model is not None:
             write_json(self.model_file, model)
 
-    def write_bad_clips(self, states: Mapping[str, Any]) -> None:
-        """Name the clips that could not be read, of all processes' `Batches.state()`."""
+    def write_bad_clips(
+        self, states: Mapping[str, Any], validation: Mapping[str, str] | None = None
+    ) -> None:
+        """Name the clips that could not be read, of all processes' `Batches.state()`.
+
+        `validation` is path -> why of the last validation, None where there was none yet: then what
+        the file says of one before stays.
+        """
+        if not self._first:
+            return
+        held = read_json(self.path / BAD_CLIPS) if (self.path / BAD_CLIPS).exists() else {}
+        if validation is None:
+            validation = held.get("validation", {})
         found = {path: why for state in states.values() for path, why in state["bad"].items()}
-        if not self._first or not (found or (self.path / BAD_CLIPS).exists()):
+        if not (found or validation or held):
             return
         values = {
             "read": sum(state["read"] for state in states.values()),
             "left_out": sum(state["left_out"] for state in states.values()),
             "clips": found,
+            "validation": dict(validation),
         }
         write_json(self.path / BAD_CLIPS, values)
+
+    def bad_clips(self) -> str:
+        """How many clips could not be read, in words; "" where all could."""
+        if not (self.path / BAD_CLIPS).exists():
+            return ""
+        found = read_json(self.path / BAD_CLIPS)
+        counts = {"of training": found["clips"], "of validation": found.get("validation", {})}
+        named = lambda count: f"{count} clip{'s' if count > 1 else ''}"  # noqa: E731
+        return " and ".join(f"{named(len(each))} {of}" for of, each in counts.items() if each)
 
 
 def saved_recipe(path: Path) -> Recipe:

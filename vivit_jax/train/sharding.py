@@ -6,11 +6,13 @@ keeps of them, over "fsdp" along the model's width and over "tensor" along heads
 The same step runs on one device and on any mesh.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -140,6 +142,18 @@ def bytes_on_a_device(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def gathered(value: Any) -> list[Any]:
+    """The JSON value that each process gives, in order of the processes, in all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental.multihost_utils import process_allgather
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(process_allgather(np.array([len(text)], np.int32)).max())
+    rows = process_allgather(np.pad(text, (0, longest - len(text)), constant_values=ord(" ")))
+    return [json.loads(row.tobytes()) for row in rows]
 
 
 def _names(path) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 from vivit_jax.data.augment import resize_shortest, three_crops
 from vivit_jax.data.clip import crop_rounding
 from vivit_jax.data.dataset import Dataset, Example, read_views
+from vivit_jax.data.one_clip import one_clip
 from vivit_jax.errors import VideoError
 from vivit_jax.recipes.recipe import EvalSettings
 
@@ -61,32 +62,36 @@ class Views:
         config, settings = self.config, self.settings
         rounding = crop_rounding(settings.sampler)
 
+        def views_of(example: Example) -> tuple[np.ndarray, np.ndarray]:
+            frames, indices = read_views(
+                example,
+                num_frames=config.num_frames,
+                stride=settings.stride,
+                sampler=settings.sampler,
+                clips=settings.clips,
+            )
+            if frames.shape[-1] != config.num_channels:
+                raise VideoError(
+                    f"{example.path} has {frames.shape[-1]} channels, the model takes "
+                    f"{config.num_channels}"
+                )
+            crops = [
+                three_crops(
+                    resize_shortest(clip, settings.resize),
+                    config.frame_size,
+                    settings.crops,
+                    rounding=rounding,
+                )
+                for clip in frames
+            ]
+            return np.concatenate(crops), indices
+
         def read(example: Example):
             try:
-                frames, indices = read_views(
-                    example,
-                    num_frames=config.num_frames,
-                    stride=settings.stride,
-                    sampler=settings.sampler,
-                    clips=settings.clips,
-                )
-                if frames.shape[-1] != config.num_channels:
-                    raise VideoError(
-                        f"{example.path} has {frames.shape[-1]} channels, the model takes "
-                        f"{config.num_channels}"
-                    )
-                crops = [
-                    three_crops(
-                        resize_shortest(clip, settings.resize),
-                        config.frame_size,
-                        settings.crops,
-                        rounding=rounding,
-                    )
-                    for clip in frames
-                ]
+                with one_clip(example.path):
+                    return *views_of(example), None
             except VideoError as error:
                 return None, None, str(error)
-            return np.concatenate(crops), indices, None
 
         share = self.dataset.examples[self.index :: self.count]
         if not share:
