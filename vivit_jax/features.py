@@ -23,7 +23,7 @@ from checkpoints_convert.layouts import ARCHITECTURES
 from vivit_jax.config_base import positive_int
 from vivit_jax.data.one_clip import each_of_clip, one_clip
 from vivit_jax.data.processor import VideoProcessor
-from vivit_jax.data.stream import FrameStream, read_ahead
+from vivit_jax.data.stream import FrameStream, open_stream, read_ahead
 from vivit_jax.data.windows import Window, Windows, plan_windows, slide
 from vivit_jax.errors import UserError
 from vivit_jax.pretrained import headless
@@ -103,7 +103,7 @@ def extract_features(
     model, params = _model_for(model, meta.unbox(params), layer, pool)
     program = _program(model, layer, pool, values)
     with one_clip(video):
-        stream = FrameStream(video)
+        stream = open_stream(video)
     return _rows(
         stream,
         windows,

@@ -11,20 +11,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from clips import painted, write_clip
 from PIL import Image
 
 from vivit_jax.data.dataset import (
     Example,
     count_frames,
+    open_array,
     read_dataset,
     read_frames,
     read_training_clip,
     read_views,
+    read_whole,
 )
 from vivit_jax.data.decode import read_video
+from vivit_jax.data.folders import by_number
 from vivit_jax.data.sampling import training_indices, view_indices
 from vivit_jax.data.synthetic import write_mp4
 from vivit_jax.errors import UserError, VideoError
+from vivit_jax.limits import VARIABLE
 
 
 def listed(tmp_path, text, root="/data", name="train.csv", **options):
@@ -169,6 +174,16 @@ def test_a_part_of_a_video_with_two_labels(tmp_path):
         ("a.mp4 1\n", {"frame_name": "{x}"}, "frame_name is '{x}'"),
         ("a.mp4 1\n", {"labels": -1}, "labels is -1; expected how many"),
         (b"\x00\x01\x02", {}, "not a text file; expected a list file"),
+        (f"a.mp4 {2**31}\n", {}, "line 1: .*label 2147483648; expected at most 2147483647"),
+        (f"a.mp4 {10**23}\n", {}, "line 1: .*label 10{23}; expected at most"),
+        (f"a.mp4 -{10**23}\n", {}, "line 1: .*label -10{22}...; expected at most"),
+        (f"a.mp4 3,{2**31}\n", {}, "line 1: .*label 2147483648; expected at most"),
+        ("a.mp4 " + "9" * 5000 + "\n", {}, "line 1: .*label 9{24}[.]{3}; expected at most"),
+        (f"a 0 {2 * 10**10} 1\n", {"labels": 1}, "line 1: .*number of frames 20000000000; exp"),
+        (f"a.mp4 0 {2 * 10**10} 1\n", {"labels": 1}, "line 1: .*number of frames 20000000000"),
+        (f"a.mp4 {10**23} 5 1\n", {"labels": 1}, "line 1: .*number of frames 10{23}; expected"),
+        (f"a {2**31 - 5} 9 1\n", {"labels": 1}, "line 1: .*9 frames from 2147483643; exp"),
+        (f"a 1 {10**23}\n", {"labels": 0}, "line 1: .*number of frames 10{23}; expected"),
     ],
 )
 def test_refused_lists(tmp_path, text, options, message):
@@ -486,3 +501,94 @@ def test_wrong_arguments_are_not_taken_for_damage(video):
         with pytest.raises(UserError) as caught:
             call()
         assert not isinstance(caught.value, VideoError)
+
+
+def test_the_largest_numbers_of_a_list(tmp_path):
+    text = f"a.mp4 {2**31 - 2} 1 {2**31 - 1}\nb 1 {2**31 - 2} 007\n"
+    assert listed(tmp_path, text, labels=1) == [
+        ("/data/a.mp4", 2**31 - 1, 2**31 - 2, 1),
+        ("/data/b", 7, 1, 2**31 - 2),
+    ]
+
+
+def test_a_list_that_says_far_more_frames_than_there_are(tmp_path):
+    """Nothing is made for frames that are only said; each reader says what is missing."""
+    (tmp_path / "frames").mkdir()
+    for k in (1, 2, 3):
+        Image.fromarray(painted(k)).save(tmp_path / "frames" / f"{k}.png")
+    write_clip(tmp_path / "clip.mp4", frames=5)
+    many = 2 * 10**9
+    folder = Example(str(tmp_path / "frames"), 0, 1, many, "{}.png")
+    video = Example(str(tmp_path / "clip.mp4"), 0, 0, many)
+    np.testing.assert_array_equal(read_frames(folder, [2, 0]), [painted(3), painted(1)])
+    views = dict(num_frames=4, stride=2, sampler="loop", clips=2)
+    for example, missing in (
+        (folder, "png: no readable image"),
+        (video, "no such frames: .*are 5"),
+    ):
+        assert count_frames(example) == many
+        with pytest.raises(VideoError, match=missing):
+            read_whole(example)
+        with pytest.raises(VideoError, match=missing):
+            read_views(example, **views)
+    with pytest.raises(VideoError, match=f"no such frames: {many}; there are {many} frames"):
+        read_frames(folder, [many])
+
+
+def test_digits_of_other_scripts_sort_as_letters(tmp_path):
+    names = ["a1", "a10", "a2", "\u0663", "\u06631", "\u0663a", "\u00b2", "3", "10"]
+    assert sorted(names, key=by_number) == [
+        *("3", "10", "a1", "a2", "a10", "\u00b2", "\u0663", "\u06631", "\u0663a")
+    ]
+    for k, name in enumerate(("a1", "\u06631", "\u0663")):
+        Image.fromarray(painted(k)).save(tmp_path / f"{name}.png")
+    shown = read_frames(Example(str(tmp_path), 0), [0, 1, 2])
+    np.testing.assert_array_equal(shown, [painted(0), painted(1), painted(2)])
+
+
+@pytest.mark.parametrize(
+    "member, content, message",
+    [
+        ("frames.npy", b"no array", "frames in it is no array of numpy's"),
+        ("frames", b"no array", "frames in it is no array of numpy's"),
+        ("frames.npy", b"\x93NUMPY\x01\x00", "not an array in numpy's .npz format"),
+        ("frames.npy", b"", "frames in it is no array"),
+    ],
+)
+def test_an_npz_of_something_else(tmp_path, member, content, message):
+    with zipfile.ZipFile(tmp_path / "clip.npz", "w") as archive:
+        archive.writestr(member, content)
+    with pytest.raises(VideoError, match=f"clip.npz: {message}"):
+        open_array(tmp_path / "clip.npz")
+
+
+def npy_header(*shape):
+    file = io.BytesIO()
+    about = dict(descr="|u1", fortran_order=False, shape=shape)
+    np.lib.format.write_array_header_1_0(file, about)
+    return file.getvalue()
+
+
+def test_an_npz_that_unpacks_to_more_than_allowed(tmp_path, monkeypatch):
+    path = tmp_path / "clip.npz"
+    np.savez_compressed(path, frames=np.zeros((16, 64, 64, 3), np.uint8))
+    assert path.stat().st_size < 2000 and open_array(path).shape == (16, 64, 64, 3)
+    monkeypatch.setenv(VARIABLE, "100000")
+    told = f"clip.npz: frames in it would take 196,736 bytes .* at most 100,000; .*{VARIABLE}="
+    with pytest.raises(VideoError, match=told):
+        open_array(path)
+
+
+@pytest.mark.parametrize(
+    "shape", [(40, 8, 8, 3), (2**40, 8, 8, 3), (2**62, 2**62, 8, 3), (-1, 8, 8, 3)]
+)
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+def test_an_array_that_claims_more_than_its_file_holds(tmp_path, shape, ending):
+    path, content = tmp_path / f"clip.{ending}", npy_header(*shape) + bytes(4 * 8 * 8 * 3)
+    if ending == "npy":
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("frames.npy", content)
+    with pytest.raises(VideoError, match=f"clip.{ending}: not an array in numpy's"):
+        open_array(path)

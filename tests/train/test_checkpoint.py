@@ -518,9 +518,7 @@ def test_a_step_that_is_saved_keeps_its_model_where_an_older_one_cannot_be_remov
     save_all(checkpoints, [None])
     checkpoints.wait()
     monkeypatch.setattr(checkpoints._manager._checkpoint_deleter, "delete_steps", full)
-    told = (
-        f"step 2 is in {tmp_path}/checkpoints, but what it replaces could not be removed: .*No"
-    )
+    told = f"step 2 is in {tmp_path}/checkpoints, but what it replaces could not be removed: .*No"
     with pytest.raises(UnwrittenCheckpoint, match=told):
         save_all(checkpoints, [None], first=2)
         checkpoints.wait()

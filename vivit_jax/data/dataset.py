@@ -26,10 +26,12 @@ from vivit_jax.data.folders import (
     is_image,
     read_directory,
 )
+from vivit_jax.data.images import read_picture
 from vivit_jax.data.lists import SOURCES, Label, count_labels, read_list
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.errors import UserError, VideoError, first_line
 from vivit_jax.inputs import check_file
+from vivit_jax.limits import check_unpacked
 
 # numpy reads a header by `ast`, which in CPython counts its depth for all threads together: where a
 # garbage collection lets another thread in, whole files fail with SystemError.
@@ -111,8 +113,8 @@ def read_dataset(
       of their names, those of empty folders too.
     - A directory of clips, which are unlabelled.
 
-    In directories a clip is a file with one of the endings `VIDEOS` or `ARRAYS`, or a folder of
-    images; hidden files are skipped, others too, with a warning.
+    In directories a clip is a file with one of the endings `VIDEOS` or `ARRAYS`, an animated .webp,
+    or a folder of images; hidden files are skipped, others too, with a warning.
 
     Args:
         source: path of the file or directory.
@@ -149,7 +151,7 @@ def read_dataset(
     root = os.path.dirname(path) if root is None else os.fspath(root)
     examples = []
     for clip, label, start, total in read_list(path, labels):
-        numbered = total is not None and ending(clip) not in VIDEOS + ARRAYS
+        numbered = total is not None and ending(clip) not in (*VIDEOS, *ARRAYS, ".webp")
         if start is None:
             start = first_frame if numbered else 0
         name = frame_name if numbered else None
@@ -188,7 +190,10 @@ def read_whole(example: Example) -> np.ndarray:
     if stored is None and example.start == 0 and example.total is None:
         # It counts the frames as it decodes them.
         return read_video(example.path, lost="error")
-    return _read(example, stored, range(_count(example, stored)), lost="error")
+    total = _count(example, stored)
+    if example.total is not None:
+        _read(example, stored, [total - 1])  # before room is made for all that the list says
+    return _read(example, stored, range(total), lost="error")
 
 
 def read_training_clip(
@@ -229,21 +234,22 @@ def open_array(path: str | os.PathLike) -> np.ndarray:
 
     Raises:
         VideoError: there is no such file, it is damaged or of another format (Python objects are
-            refused: unpickling runs code), or holds other arrays.
+            refused: unpickling runs code), holds other arrays, or an .npz would unpack to more than
+            `vivit_jax.limits` allows.
     """
     path = os.fspath(path)
     check_file(path, VideoError)
     if not os.path.isfile(path):
         raise VideoError(f"{path}: no such file")
     try:
-        with _one_header:
+        with _one_header, np.errstate(over="ignore"):  # of a shape that no array has
             frames = np.load(path, mmap_mode="r", allow_pickle=False)
             if isinstance(frames, np.lib.npyio.NpzFile):
                 with frames as archive:
                     names = archive.files
                     name = names[0] if len(names) == 1 else "frames"
-                    frames = archive[name] if name in names else None
-    except SystemError:  # says nothing of the file
+                    frames = _unpacked(path, archive, name) if name in names else None
+    except (SystemError, UserError):  # which says nothing of the file, and says enough
         raise
     except Exception as error:  # of many kinds: zip files and headers may be damaged anywhere
         why = first_line(error)
@@ -251,6 +257,7 @@ def open_array(path: str | os.PathLike) -> np.ndarray:
             why = "damaged, of another format, or with Python objects, which are not read"
         raise VideoError(f"{path}: not an array in numpy's {ending(path)} format: {why}") from None
     if frames is None:
+        names = names if len(names) <= 8 else [*names[:8], "..."]
         raise VideoError(f"{path}: holds the arrays {names}; expected one, or one called 'frames'")
     if frames.ndim != 4 or not frames.size:
         raise VideoError(
@@ -260,7 +267,39 @@ def open_array(path: str | os.PathLike) -> np.ndarray:
     return frames
 
 
-def _stored(example: Example) -> np.ndarray | list[str] | None:
+def _unpacked(path: str, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    """An array of an .npz file, if it is one and not too large."""
+    members = archive.zip.namelist()
+    member = archive.zip.getinfo(f"{name}.npy" if f"{name}.npy" in members else name)
+    # zipfile gives no more than this says.
+    held = os.path.getsize(path)
+    check_unpacked(f"{path}: {name} in it", member.file_size, held, VideoError)
+    frames = archive[name]
+    if not isinstance(frames, np.ndarray):  # but bytes
+        raise VideoError(f"{path}: {name} in it is no array of numpy's")
+    return frames
+
+
+@dataclasses.dataclass(frozen=True)
+class _NumberedImages:
+    """The paths of a folder's images by what a list says, made as they are asked for.
+
+    A list may say that there are two thousand million.
+    """
+
+    folder: str
+    frame_name: str
+    start: int
+    total: int
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, index: int) -> str:
+        return os.path.join(self.folder, self.frame_name.format(self.start + int(index)))
+
+
+def _stored(example: Example) -> np.ndarray | list[str] | _NumberedImages | None:
     """The clip's frames as an array, the paths of its images, or None, for a video file."""
     path, start, total = example.path, example.start, example.total
     if ending(path) in ARRAYS:
@@ -272,8 +311,7 @@ def _stored(example: Example) -> np.ndarray | list[str] | None:
             raise VideoError(f"{path}: no such folder of images, of which the list says {total}")
         return None
     elif example.frame_name is not None and total is not None:
-        names = (example.frame_name.format(start + k) for k in range(total))
-        return [os.path.join(path, name) for name in names]
+        return _NumberedImages(path, example.frame_name, start, total)
     else:
         try:
             names = [name for name in os.listdir(path) if is_image(name)]
@@ -314,7 +352,7 @@ def _read(example: Example, stored, indices: Sequence[int], lost: str = "repeat"
         return np.array(stored[indices])
     # A held frame is decoded once.
     distinct, places = np.unique(indices, return_inverse=True)
-    images = [_image(stored[k]) for k in distinct]
+    images = [read_picture(stored[k]) for k in distinct]
     sizes = {}
     for k, image in zip(distinct, images, strict=True):
         sizes.setdefault(image.shape, k)
@@ -322,16 +360,3 @@ def _read(example: Example, stored, indices: Sequence[int], lost: str = "repeat"
         named = ", ".join(f"{w}x{h} (frame {k})" for (h, w, _), k in sizes.items())
         raise VideoError(f"{path}: frames of different sizes: {named}; expected one size")
     return np.stack(images)[places]
-
-
-def _image(path: str) -> np.ndarray:
-    from PIL import Image
-
-    check_file(path, VideoError)
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # more than 8 bits, which Pillow would cut off
-                raise ValueError(f"pixels of mode {image.mode}, expected 8 bits a channel")
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # of many kinds, one or more for each format
-        raise VideoError(f"{path}: no readable image: {first_line(error)}") from None

@@ -21,7 +21,8 @@ Where the packets do number the frames, they are decoded from the start all the 
 numbers that their packets' times give them, if a decoded run has times other than its packets',
 does not begin with a keyframe, has a wanted frame marked as damaged, or raises a decoding error.
 Then a frame that cannot be decoded shows the one before it, as a player does, but where most of the
-frames asked are such, they are refused. The reason is logged at DEBUG level.
+frames asked are such, they are refused. The reason is logged at DEBUG level. WebP files are read
+by `vivit_jax.data.images` instead.
 
 A damaged file is readable up to where it is cut off, or where the container cannot be read on;
 decoding goes on after a packet that cannot be decoded. One warning a file says what was lost.
@@ -52,6 +53,7 @@ import numpy as np
 from vivit_jax.data.clock import Clock
 from vivit_jax.data.formats import EXPECTED as _EXPECTED
 from vivit_jax.data.formats import open_container
+from vivit_jax.data.images import Animation, animation, is_webp
 from vivit_jax.data.packets import (
     SPARSE_CODECS,
     TIMED_CONTAINERS,
@@ -136,6 +138,8 @@ def probe_video(path) -> VideoInfo:
         UserError: `path` is no path.
     """
     name = checked_path(path)
+    if is_webp(name):
+        return _webp_info(animation(name))
     table = packet_table(name)
     with open_video(name) as (container, stream):
         announced, index = stream.frames or None, stream.index
@@ -168,6 +172,22 @@ def probe_video(path) -> VideoInfo:
     )
 
 
+def _webp_info(held: Animation) -> VideoInfo:
+    return VideoInfo(
+        announced_frames=held.announced,
+        num_frames=len(held),
+        fps=held.fps,
+        duration=held.duration,
+        height=held.height,
+        width=held.width,
+        rotation=0,
+        mirrored=False,
+        codec="webp",
+        pixel_format=held.mode.lower(),
+        container="webp",
+    )
+
+
 def frame_times(path, indices: Sequence[int]) -> np.ndarray:
     """Seconds, float64 [n], at which frames of a file are shown, counted from frame 0.
 
@@ -177,16 +197,25 @@ def frame_times(path, indices: Sequence[int]) -> np.ndarray:
     Raises VideoError for what is no readable video file, or has no such frame.
     """
     name = checked_path(path)
-    table, places = packet_table(name), pad_indices(indices, _ENDLESS)
+    places = pad_indices(indices, _ENDLESS)
+
+    def check(total: int) -> None:
+        try:
+            pad_indices(places, total)
+        except VideoError as error:
+            raise VideoError(f"{name}: {error}") from None
+
+    if is_webp(name):
+        held = animation(name)
+        check(len(held))
+        return held.seconds[places]
+    table = packet_table(name)
     with open_video(name) as (_, stream):
         clock = Clock(table, stream)
     run = None
     if not clock.known:
         run = _decode_from_start(name, table, lambda frame: None, set(), int(places.max()))
-    try:
-        pad_indices(places, run.total if run else table.packets)
-    except VideoError as error:
-        raise VideoError(f"{name}: {error}") from None
+    check(run.total if run else table.packets)
     return np.array([run.seconds[k] if run else clock.seconds(int(k)) for k in places])
 
 
@@ -258,8 +287,12 @@ def read_video(
             rng = None if seed is None else np.random.default_rng(seed)
             return clip_indices(total, num_frames, stride, start, pad, rng)
         except VideoError as error:
-            raise VideoError(f"{name}: {error}{shortage(table, total, cut)}") from None
+            missing = held.shortage() if held else shortage(table, total, cut)
+            raise VideoError(f"{name}: {error}{missing}") from None
 
+    held = animation(name) if is_webp(name) else None
+    if held is not None:
+        return held.read(choose(len(held)))
     table, aspect = packet_table(name), Fraction(1)
     if square_pixels:
         with open_video(name) as (_, stream):

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 
+from vivit_jax.data.images import is_webp
 from vivit_jax.data.lists import SOURCES, Entry
 from vivit_jax.errors import UserError
 
@@ -12,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 ARRAYS = (".npy", ".npz")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-VIDEOS = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv")
+VIDEOS = (".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv")
 VIDEOS += (".ts", ".webm", ".wmv")
 
 
@@ -63,6 +64,12 @@ def ending(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
+def is_clip(path: str) -> bool:
+    """Whether a file is one clip: by its name, and of .webp files those that are animated."""
+    kind = ending(path)
+    return kind in VIDEOS + ARRAYS or kind == ".webp" and is_webp(path, animated=True)
+
+
 def is_image(name: str) -> bool:
     """Whether a file is called like a visible image."""
     return not name.startswith(".") and ending(name) in IMAGES
@@ -70,7 +77,9 @@ def is_image(name: str) -> bool:
 
 def by_number(name: str) -> list:
     """A key that sorts names as people do, img_2 before img_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split("([0-9]+)", name)]
+    # Every second part is of these digits, whatever else counts as one in other scripts.
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def _entries(path: str) -> tuple[list[str], list[str]]:
@@ -83,7 +92,7 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif ending(entry.name) in VIDEOS + ARRAYS:
+                elif is_clip(entry.path):
                     clips.append(entry.name)
                 else:
                     others.append(entry.name)
@@ -98,7 +107,7 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
 
 def _holds_images(path: str) -> bool | None:
     """Whether a directory holds images and neither clips nor folders; None: none of the three."""
-    found = None
+    images = []
     try:
         with os.scandir(path) as entries:
             for entry in entries:
@@ -106,7 +115,9 @@ def _holds_images(path: str) -> bool | None:
                     continue
                 if ending(entry.name) in VIDEOS + ARRAYS or entry.is_dir():
                     return False
-                found = found or is_image(entry.name) or None
+                if is_image(entry.name):
+                    images.append(entry.name)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
-    return found
+    # The first stands for all: to look into each takes minutes for a large data set.
+    return not is_clip(os.path.join(path, min(images))) if images else None

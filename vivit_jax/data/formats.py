@@ -10,9 +10,11 @@ listed.
 """
 
 import io
+import os
 import re
 
 from vivit_jax.errors import VideoError
+from vivit_jax.limits import VARIABLE, unpack_limit
 
 EXPECTED = "expected a video file such as mp4, mkv, webm, mov or avi"
 
@@ -70,6 +72,7 @@ _PLAYLISTS = {
 }
 _HEAD = 1 << 16  # bytes of a file that are looked at
 _TEXT = "a text file"
+_BYTES_PER_PIXEL = 8
 
 
 def open_container(name: str, options: dict[str, str] | None = None, **others):
@@ -80,10 +83,13 @@ def open_container(name: str, options: dict[str, str] | None = None, **others):
     """
     import av
 
+    most = most_pixels(name)
+    # FFmpeg counts the rows and columns with which decoders fill up their buffers.
+    bound = {"max_pixels": str(most + most // 4 + 2**16)}
     # The prefix keeps a colon in a file name from being read as a network protocol.
-    file, others = "file:" + name, others | {"options": SAFE_OPTIONS | (options or {})}
+    file, others = "file:" + name, others | {"options": SAFE_OPTIONS | bound | (options or {})}
     try:
-        return av.open(file, **others)
+        return _bounded(name, av.open(file, **others), most, bound)
     except av.FFmpegError as error:
         refused = isinstance(error, av.ArgumentError)  # not one of SAFE_OPTIONS, or damaged
         kind = _kind_of_text(name)
@@ -92,7 +98,40 @@ def open_container(name: str, options: dict[str, str] | None = None, **others):
         found = _format_by_content(name) if refused and set(name) & set("%*?{") else None
         if found is None:
             raise
-    return av.open(file, format=found, **others)
+    return _bounded(name, av.open(file, format=found, **others), most, bound)
+
+
+def most_pixels(name: str | os.PathLike) -> int:
+    """How many pixels a picture or a video's frame in a file may have, 2**27 for small files.
+
+    At 8 bytes a pixel, of what decoders and RGB take together, that is `unpack_limit`.
+    """
+    return unpack_limit(os.path.getsize(name)) // _BYTES_PER_PIXEL
+
+
+def too_large(name: str, width: int = 0, height: int = 0) -> VideoError:
+    """The error for frames of more than `most_pixels`, or of no size that can be told."""
+    size = f"frames of {width} x {height} (w x h)" if width else "frames of more, or of no size"
+    return VideoError(
+        f"{name}: {size}; expected at most {most_pixels(name):,} pixels: resize the file, or if "
+        f"you trust it raise the environment's {VARIABLE} (bytes, {_BYTES_PER_PIXEL} for each "
+        "pixel)"
+    )
+
+
+def _bounded(name: str, container, most: int, bound: dict[str, str]):
+    """The container, whose decoders refuse frames that are too large, should their size change."""
+    for stream in container.streams.video:
+        context = stream.codec_context
+        if context is None:
+            continue
+        context.options = {**context.options, **bound}
+        pixels = context.width * context.height
+        # Of a picture FFmpeg tells no size where it is more than `most`.
+        if pixels > most or (not pixels and container.format.name.endswith("_pipe")):
+            container.close()
+            raise too_large(name, context.width, context.height)
+    return container
 
 
 def _kind_of_text(name: str) -> str | None:

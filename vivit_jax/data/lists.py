@@ -15,6 +15,9 @@ SOURCES = (
     "one of clips"
 )
 
+# Of a label, and of a clip's frames with those before them: batches hold labels as int32.
+LARGEST = 2**31 - 1
+
 Label = int | tuple[int, ...] | None
 
 # A field may hold several labels, "3,7"; where commas separate the fields, it cannot.
@@ -81,7 +84,8 @@ def parse_line(line: str, labels: int | None = None) -> Entry:
             for pre-training, `path start total`. None: those of the last field, and no other
             fields, because `folder total label` and `folder start total` look alike.
 
-    A label of -1 is none. `path 0 -1` is a path and nothing else, whatever `labels` is.
+    A label of -1 is none. `path 0 -1` is a path and nothing else, whatever `labels` is. No number
+    is more than LARGEST.
 
     Raises ValueError with the reason.
     """
@@ -160,12 +164,20 @@ def _split(line: str, most: int) -> tuple[str, list[str]]:
 
 
 def _label(found: list[str]) -> Label:
-    numbers = tuple(map(int, found))
+    numbers = tuple(_number(text, "label") for text in found)
     if set(numbers) == {-1}:
         return None
     if min(numbers) < 0:
         raise ValueError(f"label {min(numbers)}; expected at least 0, or -1 for unlabelled clips")
     return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _number(text: str, what: str) -> int:
+    # Python refuses to read more than 4300 digits, in words of its own.
+    if len(text.lstrip("-").lstrip("0")) > len(str(LARGEST)) or int(text) > LARGEST:
+        short = text if len(text) <= 24 else f"{text[:24]}..."
+        raise ValueError(f"{what} {short}; expected at most {LARGEST}")
+    return int(text)
 
 
 def _extent(fields: list[str]) -> tuple[int | None, int | None]:
@@ -174,9 +186,11 @@ def _extent(fields: list[str]) -> tuple[int | None, int | None]:
         return None, None
     if len(fields) > 2 or not all(_NUMBER(field) for field in fields):
         raise ValueError(f"before the label are {' '.join(fields)}; expected '[start] total'")
-    start, total = (None, *map(int, fields))[-2:]
+    start, total = (None, *(_number(field, "a number of frames") for field in fields))[-2:]
     if total < 1 or start is not None and start < 0:
         raise ValueError(
             f"it says {total} frames from {start or 0}; expected at least 1, from at least 0"
         )
+    if (start or 0) + total > LARGEST:
+        raise ValueError(f"it says {total} frames from {start}; expected at most {LARGEST} in all")
     return start, total

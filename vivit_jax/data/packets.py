@@ -274,7 +274,8 @@ def _raise_for_damage(stream) -> None:
 
     h264's may mark a damaged frame only after another thread has given it out.
     """
-    stream.codec_context.options = {"err_detect": "explode"}
+    context = stream.codec_context
+    context.options = {**context.options, "err_detect": "explode"}
 
 
 def warn_of_damage(name: str, damaged: list[int], shown: bool = False) -> None:

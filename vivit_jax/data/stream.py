@@ -20,6 +20,7 @@ from vivit_jax.data.decode import (
     refuse_damaged,
     shortage,
 )
+from vivit_jax.data.images import AnimationStream, is_webp
 from vivit_jax.data.packets import warn_of_damage
 from vivit_jax.data.pictures import displayed, refuse_sizes
 
@@ -96,6 +97,12 @@ class FrameStream:
     def shortage(self, total: int) -> str:
         """Ends the message that its `total` frames are too few, if that is because of damage."""
         return shortage(self.table, total, self._cut)
+
+
+def open_stream(path) -> FrameStream | AnimationStream:
+    """The frames of a video file, or of an animated WebP. Raises as `FrameStream`."""
+    name = checked_path(path)
+    return AnimationStream(name) if is_webp(name) else FrameStream(name)
 
 
 def read_ahead(items: Generator, ahead: int) -> Iterator[Any]:
