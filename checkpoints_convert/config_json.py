@@ -39,8 +39,9 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
     """Read the config of a checkpoint (a directory or a weight file) and the head it names.
 
     `execution` sets execution fields. The head is None where `architectures` is absent or names a
-    class this library does not have. Raises ConfigError, naming the file, if it is missing, not
-    JSON, of another model_type, or sets an attribute that is not implemented.
+    class this library does not have. Keys that are not known are in `extra` of the config, whose
+    `kept_note` the caller tells. Raises ConfigError, naming the file, if it is missing, not JSON,
+    of another model_type, or sets what transformers computes with and this library does not.
     """
     path = config_path(checkpoint)
     try:
@@ -54,7 +55,7 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     try:
-        config = config_from_dict(values)
+        config = config_from_dict(values, warn=False)
         head = head_of_architectures(values.get("architectures"), config.model_type)
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix('config.json: ')}") from None

@@ -109,6 +109,7 @@ def open_source(
     check_readable(path, tensors)
     if layout not in FILE_LAYOUTS or config_path(path).is_file():
         config, head = read_config(path, **execution)
+        notes = [config.kept_note] if config.kept_note else []
         config = override(config, settings)
     elif layout == "scenic":
         config, head, notes = scenic.infer_config(path, tensors, settings, **execution)

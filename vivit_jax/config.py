@@ -79,6 +79,11 @@ class VivitConfig(TransformerConfig):
     pooling: str | None = optional_field(None)
     num_sampled_frames: int | None = optional_field(None)
 
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **TransformerConfig.unsupported,
+        "is_causal": (None, False),
+    }
+
     def __post_init__(self):
         super().__post_init__()
         width = self.pooler_output_size
@@ -319,12 +324,15 @@ class VideoMAEConfig(TransformerConfig):
 FAMILIES = (VivitConfig, VideoMAEConfig)
 
 
-def config_from_dict(values: Mapping[str, Any], **execution) -> VivitConfig | VideoMAEConfig:
-    """Read the content of a config.json of either family, chosen by its `model_type`."""
+def config_from_dict(values: Mapping[str, Any], **options) -> VivitConfig | VideoMAEConfig:
+    """Read the content of a config.json of either family, chosen by its `model_type`.
+
+    `options` are those of `from_dict`.
+    """
     model_type = values.get("model_type")
     known = {name: cls for cls in FAMILIES for name in (cls.model_type, cls.own_model_type)}
     if model_type not in known:
         raise ConfigError(
             f"config.json: model_type is {model_type!r}, expected one of {sorted(known)}"
         )
-    return known[model_type].from_dict(values, **execution)
+    return known[model_type].from_dict(values, **options)

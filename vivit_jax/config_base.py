@@ -2,11 +2,13 @@
 """What the configurations of both families share: fields, checks, config.json both ways."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vivit_jax.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 # Those of transformers' ACT2FN, and selu; `layers.linear.ACTIVATIONS` computes them.
 HIDDEN_ACTS = (
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
@@ -20,26 +22,20 @@ REMAT_POLICIES = ("none", "dots", "block")  # from the most memory to the least
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Attributes that config.json may hold and that say nothing about the function.
-_IGNORED = (
+# Keys of config.json that every file says anew.
+_REWRITTEN = (
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path",
     "_commit_hash", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation",
-    "_attn_implementation_internal", "_attn_implementation_autoset", "return_dict",
-    "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16", "tf_legacy_loss",
-    "use_cache", "gradient_checkpointing", "finetuning_task", "task_specific_params", "video_size",
-    "label2id",
+    "_attn_implementation_internal", "_attn_implementation_autoset", "label2id",
 )  # fmt: skip
-# Attributes of every HuggingFace config that would change the function if set otherwise.
-_ONLY_AT_DEFAULT: dict[str, tuple[Any, ...]] = {
-    "is_encoder_decoder": (False,),
-    "is_decoder": (False,),
-    "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False,),
-    "tie_word_embeddings": (True, False),  # there are no word embeddings to tie
-    "pruned_heads": ({}, None),
-    "chunk_size_feed_forward": (0,),
-}
+# Keys of most files of transformers that no model here computes with. They are kept without a word.
+_COMMON = (
+    "return_dict", "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16",
+    "tf_legacy_loss", "use_cache", "gradient_checkpointing", "finetuning_task",
+    "task_specific_params", "video_size", "chunk_size_feed_forward", "is_encoder_decoder",
+    "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
+    "tie_word_embeddings", "pruned_heads",
+)  # fmt: skip
 
 
 def execution_field(default):
@@ -81,6 +77,8 @@ class TransformerConfig:
     `id2label` is the names of classes 0, 1, ...; as in transformers it may skip indices, and its
     length is the number of classes all the same: {1: "a", 2: "b"} names class 1 of two classes and
     leaves class 0 its placeholder. It is then kept as pairs of index and name.
+
+    `extra` holds what else a config.json said, by key: it has no effect and is written back.
     """
 
     model_type: ClassVar[str]
@@ -89,6 +87,13 @@ class TransformerConfig:
     # What only VideoMAE has; its fields of these names take their place.
     cosine_attention: ClassVar[bool] = False
     layer_scale_init: ClassVar[float] = 0.0
+    # Values of keys that transformers computes with and this library does not, where they change
+    # nothing; every other value is refused.
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "quantization_config": (None,),
+        "per_layer_config": (None, {}),
+        "tie_last_hidden_states": (None, False),
+    }
     probabilities: ClassVar[tuple[str, ...]] = (
         "hidden_dropout_prob", "attention_probs_dropout_prob",
     )  # fmt: skip
@@ -118,6 +123,9 @@ class TransformerConfig:
     attention: str = execution_field("auto")
     scan_layers: bool = execution_field(True)
     remat: str = execution_field("dots")
+    extra: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False, metadata={"execution": True}
+    )
 
     def __post_init__(self):
         if self.id2label is not None:
@@ -292,10 +300,21 @@ class TransformerConfig:
         names = self.id2label or ()
         return dict(names if names and isinstance(names[0], tuple) else enumerate(names))
 
+    @property
+    def kept_note(self) -> str | None:
+        """A line that names the keys of `extra`; None where all are common and mean nothing."""
+        keys = sorted(self.extra.keys() - set(_COMMON))
+        if not keys:
+            return None
+        return (
+            f"config.json says what {type(self).__name__} does not have, which has no effect here "
+            f"and is written back on save: {', '.join(keys)}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json: the function fields in HuggingFace's spelling."""
+        """The content of config.json: function fields in HuggingFace's spelling, and `extra`."""
         model_type = self.model_type if self.in_transformers else self.own_model_type
-        out: dict[str, Any] = {"model_type": model_type}
+        out: dict[str, Any] = {**self.extra, "model_type": model_type}
         for field in dataclasses.fields(self):
             if field.metadata.get("execution") or field.name in ("num_labels", "id2label"):
                 continue
@@ -312,11 +331,12 @@ class TransformerConfig:
         return out
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **execution):
+    def from_dict(cls, values: Mapping[str, Any], *, warn: bool = True, **execution):
         """Read the content of config.json; `execution` sets execution fields.
 
-        Raises ConfigError for another model_type and for any attribute this library does not
-        implement, rather than computing something else.
+        Keys that are not known here are kept in `extra`, with a warning that names them unless
+        `warn` is False, for whoever tells `kept_note` in another way. Raises ConfigError for
+        another model_type and for a key with which transformers would compute something else.
         """
         values = dict(values)
         found = values.get("model_type", cls.model_type)
@@ -330,25 +350,25 @@ class TransformerConfig:
         # null is transformers' way to leave these to itself.
         unset = [name for name in ("num_labels",) if values.get(name, 0) is None]
         fields = {k: v for k, v in values.items() if k in known and k not in unset}
-        unknown = {
-            k: v
-            for k, v in values.items()
-            if k not in known
-            and k not in _IGNORED
-            and not (k in _ONLY_AT_DEFAULT and v in _ONLY_AT_DEFAULT[k])
+        extra = {k: v for k, v in values.items() if k not in known and k not in _REWRITTEN}
+        refused = {
+            k: v for k, v in extra.items() if k in cls.unsupported and v not in cls.unsupported[k]
         }
-        if unknown:
-            listed = ", ".join(f"{k}={v!r}" for k, v in sorted(unknown.items()))
+        if refused:
+            listed = ", ".join(f"{k}={v!r}" for k, v in sorted(refused.items()))
             raise ConfigError(
-                f"config.json sets what {cls.__name__} does not implement: {listed}. Remove an "
-                "attribute from config.json only if you know that it does not change the function"
+                f"config.json sets what {cls.__name__} does not implement: {listed}. Without it "
+                "the weights compute something else"
             )
         if fields.get("id2label") is not None:
             fields["id2label"] = _label_tuple(fields["id2label"])
             fields["num_labels"] = len(fields["id2label"])
         if placeholders(fields.get("id2label")):
             fields["id2label"] = None
-        return cls(**fields, **execution)
+        config = cls(**fields, **({"extra": extra} | execution))
+        if warn and config.kept_note:
+            logger.warning("%s", config.kept_note)
+        return config
 
     @classmethod
     def _modernise(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -180,6 +180,94 @@ def test_legacy_keys_are_tolerated():
     assert config_from_dict(legacy | {"is_decoder": False, "pruned_heads": {}}) == VivitConfig()
 
 
+# What transformers 4 wrote of every model, with the defaults of text generation.
+FULL_DUMP = {
+    "return_dict": True, "output_hidden_states": False, "torchscript": False, "torch_dtype": None,
+    "use_bfloat16": False, "pruned_heads": {}, "tie_word_embeddings": True, "max_length": 20,
+    "chunk_size_feed_forward": 0, "is_encoder_decoder": False, "is_decoder": False, "top_k": 50,
+    "cross_attention_hidden_size": None, "add_cross_attention": False, "num_beams": 1,
+    "tie_encoder_decoder": False, "do_sample": False, "early_stopping": False, "temperature": 1.0,
+    "bad_words_ids": None, "architectures": ["VivitModel"], "finetuning_task": None,
+    "tokenizer_class": None, "pad_token_id": None, "_name_or_path": "", "label2id": {"LABEL_0": 0},
+    "transformers_version": "4.30.2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [VivitConfig, VideoMAEConfig])
+def test_keys_that_are_not_known_are_named_once_and_written_back(family, caplog):
+    own = {
+        "auto_map": {"AutoModel": "my.Model"},
+        "loss_type": "ForVideoClassification",
+        "my_notes": ["a", 1],
+        "quantization_config": None,
+    }
+    config = family.from_dict({"model_type": family.model_type} | FULL_DUMP | own)
+    assert config == family() and hash(config) == hash(family())
+    (record,) = caplog.records
+    for name in [*own, "max_length", "top_k", "pad_token_id"]:
+        assert name in record.message
+    assert "torchscript" not in record.message and "_name_or_path" not in record.message
+    again = dataclasses.replace(config, num_labels=7).to_dict()
+    for name, value in (FULL_DUMP | own).items():
+        if name not in ("architectures", "torch_dtype", "transformers_version", "_name_or_path"):
+            assert name == "label2id" or again[name] == value
+    assert not again.keys() & {"architectures", "torch_dtype", "transformers_version"}
+    assert len(again["label2id"]) == 7
+
+
+def test_common_keys_are_kept_without_a_word(caplog):
+    config = VivitConfig.from_dict({"video_size": [32, 224, 224], "use_cache": True})
+    assert not caplog.records
+    assert config.to_dict()["video_size"] == [32, 224, 224]
+    assert config_from_dict(config.to_dict() | {"mine": 1}, warn=False).extra["mine"] == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("family", ["Vivit", "VideoMAE"])
+def test_what_is_refused_is_what_transformers_computes_with(family):
+    """Of the keys that no field has: those refused change its outputs, those kept do not."""
+    import torch
+    import transformers
+
+    small = dict(image_size=16, num_frames=2, hidden_size=8, num_hidden_layers=1)
+    small |= dict(num_attention_heads=2, intermediate_size=16)
+    if family == "Vivit":
+        small["tubelet_size"] = [1, 8, 8]
+    else:
+        small |= dict(tubelet_size=1, patch_size=8, use_mean_pooling=False)
+    make = getattr(transformers, f"{family}Model")
+    ours = {"Vivit": VivitConfig, "VideoMAE": VideoMAEConfig}[family]
+    torch.manual_seed(0)
+    weights = make(getattr(transformers, f"{family}Config")(**small)).state_dict()
+    clip = torch.randn(1, 2, 3, 16, 16)
+
+    def computed(**extra):
+        model = make(getattr(transformers, f"{family}Config")(**small, **extra)).eval()
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            return model(clip, output_hidden_states=True).hidden_states[-1]
+
+    plain = computed()
+    for extra in [
+        {"is_decoder": True}, {"add_cross_attention": True}, {"is_encoder_decoder": True},
+        {"chunk_size_feed_forward": 1}, {"pruned_heads": {"0": [0]}}, {"sliding_window": 1},
+        {"position_embedding_type": "relative_key"}, {"attention_dropout": 0.5}, {"vocab_size": 9},
+        {"loss_type": "ForSegmentation"}, {"per_layer_config": {}}, {"quantization_config": None},
+        {"tie_last_hidden_states": False}, {"is_causal": False}, {"my_own": "x"},
+    ]:  # fmt: skip
+        assert torch.equal(computed(**extra), plain), extra
+        assert ours.from_dict(small | extra).extra == extra
+    for extra in [{"tie_last_hidden_states": True}, {"is_causal": True}]:
+        changes = not torch.equal(computed(**extra), plain)
+        assert changes == (family == "Vivit" or "is_causal" not in extra)
+        if changes:
+            with pytest.raises(ConfigError, match=f"does not implement: {[*extra][0]}=True"):
+                ours.from_dict(small | extra)
+    for extra in [{"quantization_config": {"bits": 4}}, {"per_layer_config": {"0": {"a": 1}}}]:
+        with pytest.raises(ConfigError, match=f"does not implement: {[*extra][0]}="):
+            ours.from_dict(small | extra)
+
+
 def test_labels():
     config = VivitConfig.from_dict({"id2label": {"1": "b", "0": "a", "2": "c"}})
     assert config.num_labels == 3 and config.labels == ("a", "b", "c")
@@ -270,8 +358,10 @@ def test_extra_epsilons_are_written_only_where_they_differ_from_huggingface():
             "regression",
         ),
         (lambda: VivitConfig.from_dict({"model_type": "videomae"}), "expected 'vivit'"),
-        (lambda: VivitConfig.from_dict({"layer_scale": 1, "alibi": True}), "alibi=True, layer_s"),
-        (lambda: VivitConfig.from_dict({"is_decoder": True}), "is_decoder=True"),
+        (
+            lambda: VivitConfig.from_dict({"is_causal": True, "quantization_config": {"bits": 4}}),
+            "does not implement: is_causal=True, quantization_config={'bits': 4}",
+        ),
         (lambda: VivitConfig.from_dict({"id2label": {"zero": "a"}}), "class indices"),
         (lambda: config_from_dict({"model_type": "bert"}), "'bert', expected one of"),
         (lambda: config_from_dict({}), "model_type is None"),

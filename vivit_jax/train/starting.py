@@ -332,4 +332,5 @@ def description(start: Start, task: str) -> dict[str, Any]:
 def described_model(path: Path) -> nn.Module:
     """The model whose `description` a file holds."""
     values = read_json(path)
-    return build_model(config_from_dict(values["config"], **values["execution"]), values["head"])
+    config = config_from_dict(values["config"], warn=False, **values["execution"])
+    return build_model(config, values["head"])
