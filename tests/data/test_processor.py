@@ -565,10 +565,12 @@ def test_offset_needs_rescaling():
     [
         ({}, "image_processor_type is None, expected VivitImageProcessor"),
         ({"image_processor_type": "CLIPImageProcessor"}, "is 'CLIPImageProcessor'"),
-        (K400_FILE | {"do_pad": True, "pad_size": 9}, "do_pad, pad_size: unknown processor fields"),
-        (K400_FILE | {"do_flip_channel_order": True}, "do_flip_channel_order: unknown"),
-        (VIDEOMAE_FILE | {"do_resize": None}, "do_resize is None"),
-        (VIDEOMAE_FILE | {"do_sample_frames": True, "num_frames": 16}, "do_sample_frames, num_fra"),
+        (K400_FILE | {"size": {"max_height": 9, "max_width": 9}}, "size is .*expected .*short"),
+        (VIDEOMAE_FILE | {"size": {"longest_edge": 9}}, "size is .*expected .*'max_height': n"),
+        (K400_FILE | {"do_rescale": None}, "offset is True but do_rescale is False"),
+        (K400_FILE | {"resample": "sinc"}, "resample is 'sinc'"),
+        (VIDEOMAE_FILE | {"do_resize": "no"}, "do_resize is 'no', expected True or False"),
+        (VIDEOMAE_FILE | {"input_data_format": "hwc"}, "input_data_format is 'hwc'"),
         (["a list"], "a processor is a list, expected a JSON object"),
     ],
 )

@@ -110,12 +110,71 @@ def channels_last(frame: np.ndarray, input_format: str | None, channels: int | N
     return frame.transpose(1, 2, 0) if input_format == "channels_first" else frame
 
 
+def to_rgb(frame: Any) -> np.ndarray:
+    """Returns a Pillow image or an array [h, w, c] as [h, w, 3]: grey repeated, alpha on white.
+
+    Arrays of other than 1 and 4 channels come back as they are. Raises `UserError` for floats
+    outside [0, 1] with alpha, which then have no white.
+    """
+    from PIL import Image
+
+    if isinstance(frame, Image.Image):
+        if "A" in frame.getbands():
+            frame = frame.convert("RGBA")
+            frame = Image.alpha_composite(Image.new("RGBA", frame.size, "white"), frame)
+        return np.asarray(frame.convert("RGB"))
+    if frame.shape[2] == 1:
+        return np.repeat(frame, 3, axis=2)
+    if frame.shape[2] != 4:
+        return frame
+    floats = frame.dtype.kind == "f"
+    if floats and not (frame.min() >= 0 and frame.max() <= 1):
+        raise UserError(
+            f"frames of {frame.dtype} with alpha are in [{frame.min():.6g}, {frame.max():.6g}], "
+            "expected [0, 1]: pass uint8 frames, or RGB ones"
+        )
+    white = 1.0 if floats else 255
+    alpha = frame[..., 3:] / white
+    mixed = alpha * frame[..., :3] + (1 - alpha) * white
+    return (mixed if floats else np.round(mixed)).astype(frame.dtype)
+
+
+def resized_to(size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
+    """Height and width that a frame of `height` and `width` is resized to.
+
+    size: {"height", "width"}, {"max_height", "max_width"}, or {"shortest_edge"} with or without
+    "longest_edge", in pixels. Fractions are cut off, as transformers does.
+    Raises `UserError` where no pixel would be left of a side.
+    """
+    short, long = min(height, width), max(height, width)
+    if "height" in size:
+        return size["height"], size["width"]
+    if "max_height" in size:
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+        target = int(height * scale), int(width * scale)
+    else:
+        edge = exact = size["shortest_edge"]
+        bounded = "longest_edge" in size
+        if bounded and long / short * edge > size["longest_edge"]:
+            exact = size["longest_edge"] * float(short) / long
+            edge = round(exact)
+        # With a bound, a frame whose short side is right stays as it is, whatever its long side.
+        other = long if bounded and short == edge else int(exact * long / short)
+        target = (other, edge) if width <= height else (edge, other)
+    if min(target) < 1:
+        raise UserError(
+            f"a frame of {height}x{width} would be resized to {target[0]}x{target[1]} by size "
+            f"{dict(size)}: no pixel would be left"
+        )
+    return target
+
+
 def resize(
     frame: Any, size: Mapping[str, int], resample: int, independent_channels: bool = False
 ) -> np.ndarray:
     """Resizes a Pillow image or an array [h, w, c] in uint8; one channel comes back as [h, w].
 
-    size: {"shortest_edge": n} or {"height": h, "width": w} in pixels; resample: a Pillow filter.
+    size: one that `resized_to` takes; resample: the number of a Pillow filter.
     Of 2 and 4 channels the last weights the others as alpha, unless `independent_channels`.
     Floats in [0, 1] pass through uint8 and come back as float32 in [0, 1].
     Raises `UserError` for values that do not fit in 8 bits.
@@ -124,12 +183,7 @@ def resize(
 
     is_array = isinstance(frame, np.ndarray)
     height, width = frame.shape[:2] if is_array else (frame.height, frame.width)
-    if "shortest_edge" in size:
-        long_side = int(size["shortest_edge"] * max(height, width) / min(height, width))
-        target = (size["shortest_edge"], long_side)
-        target = target if width <= height else target[::-1]
-    else:
-        target = (size["width"], size["height"])
+    target = resized_to(size, height, width)[::-1]
     unit_floats = False
     if is_array:
         frame, unit_floats = _as_bytes(frame)

@@ -10,11 +10,12 @@ the values.
 """
 
 import dataclasses
+import functools
 import json
+import logging
 import math
 import numbers
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,20 @@ from typing import Any
 import numpy as np
 
 from vivit_jax.config import IMAGENET_MEAN, IMAGENET_STD
-from vivit_jax.data.frames import as_clips, center_crop, channels_last, resize
+from vivit_jax.data.frames import as_clips, center_crop, channels_last, resize, to_rgb
+from vivit_jax.data.processor_keys import (
+    FILTERS,
+    FLAGS,
+    VIDEOMAE,
+    VIVIT,
+    read_keys,
+    type_named,
+    type_of_model,
+)
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.files import whole_file
 
-VIVIT = "VivitImageProcessor"
-VIDEOMAE = "VideoMAEImageProcessor"
+logger = logging.getLogger(__name__)
 
 _COMMON = {
     "do_resize": True,
@@ -39,6 +48,8 @@ _COMMON = {
     "image_mean": (0.5, 0.5, 0.5),
     "image_std": (0.5, 0.5, 0.5),
     "independent_channels": False,
+    "do_convert_rgb": False,
+    "input_data_format": None,
 }
 # The class defaults of transformers, which fill the keys that a preprocessor_config.json lacks.
 _DEFAULTS = {
@@ -51,26 +62,6 @@ _NAMED = {
     "vivit-scenic": (VIVIT, {"do_normalize": False}),
     "videomae-imagenet": (VIDEOMAE, _IMAGENET),
 }
-_FLAGS = (
-    "do_resize", "do_center_crop", "do_rescale", "offset", "do_normalize", "independent_channels",
-)  # fmt: skip
-_TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
-
-# "ViViTImageProcessor" is what the file of google/vivit-b-16x2-kinetics400 says; Fast, Pil, the
-# feature extractor and the video processor are the same function under other releases' names.
-_TYPE_NAME = re.compile(
-    r"(vivit|videomae)(ImageProcessor(Fast|Pil)?|VideoProcessor|FeatureExtractor)", re.IGNORECASE
-)
-# Keys of published files that transformers' PIL path does not compute with on RGB frames.
-# do_zero_centering said "pixels in [-1, 1]", which `offset` has said since; it is read by nobody.
-_IGNORED_KEYS = {
-    *_TYPE_KEYS,
-    "_valid_processor_keys",
-    "data_format",
-    "do_convert_rgb",
-    "do_zero_centering",
-    "processor_class",
-}
 # transformers 5 looks for a nested section first; its video processors save the video files.
 _CONFIG_FILES = (
     ("processor_config.json", "image_processor"),
@@ -78,6 +69,16 @@ _CONFIG_FILES = (
     ("processor_config.json", "video_processor"),
     ("video_preprocessor_config.json", None),
 )
+
+# Forms of a size, and the classes of transformers that resize to them.
+_RESIZES = {
+    ("shortest_edge",): (VIVIT, VIDEOMAE),
+    ("height", "width"): (VIVIT, VIDEOMAE),
+    ("longest_edge", "shortest_edge"): (VIDEOMAE,),
+    ("max_height", "max_width"): (VIDEOMAE,),
+    ("longest_edge",): (),
+    ("max_pixels", "min_pixels"): (),
+}
 
 # Above this, rescale_factor is not meant for bytes, so floats in [0, 1] are what it expects.
 _LARGEST_BYTE_FACTOR = 0.5
@@ -92,8 +93,12 @@ class VideoProcessor:
 
     Build one with `vivit()`, `videomae()`, `named()`, `from_pretrained()` or `from_dict()`; fields
     carry the names of preprocessor_config.json. `size` is {"shortest_edge": n} (the long side is
-    truncated), {"height": h, "width": w}, an int (shortest edge) or (h, w); `crop_size` is
-    {"height", "width"}, an int (square) or (h, w). `resample` is Pillow's filter number.
+    truncated), {"height": h, "width": w}, an int (shortest edge) or (h, w), and for VideoMAE
+    {"shortest_edge": n, "longest_edge": m} (no side above m) or {"max_height": h, "max_width": w}
+    (the largest that fits); `crop_size` is {"height", "width"}, an int (square) or (h, w).
+    `resample` is Pillow's filter number. For VideoMAE, `do_convert_rgb` repeats grey and lays
+    transparent frames on white, and `input_data_format` is that of arrays whose call names none.
+    `extra` holds the other keys of the file it was read from, which are written back.
 
     transformers resizes 2 and 4 channels with the last as alpha that weights the others. With
     `independent_channels`, which it does not have, channels that are data (depth, infrared, optical
@@ -122,6 +127,9 @@ class VideoProcessor:
     image_mean: float | tuple[float, ...]
     image_std: float | tuple[float, ...]
     independent_channels: bool = False
+    do_convert_rgb: bool = False
+    input_data_format: str | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self):
         if self.image_processor_type not in _DEFAULTS:
@@ -129,18 +137,18 @@ class VideoProcessor:
                 f"image_processor_type is {self.image_processor_type!r}, expected one of "
                 f"{', '.join(_DEFAULTS)}"
             )
-        for name in _FLAGS:
+        for name in FLAGS:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ConfigError(f"{name} is {value!r}, expected True or False")
         if not _is_integer(self.resample) or not 0 <= self.resample <= 5:
             raise ConfigError(
-                f"resample is {self.resample!r}, expected a Pillow filter: 0 nearest, 1 lanczos, "
-                "2 bilinear, 3 bicubic, 4 box or 5 hamming"
+                f"resample is {self.resample!r}, expected a Pillow filter: "
+                + ", ".join(f"{number} {name}" for number, name in enumerate(FILTERS))
             )
         checked = {
-            "size": _size("size", self.size, square=False),
-            "crop_size": _size("crop_size", self.crop_size, square=True),
+            "size": self._checked_size(),
+            "crop_size": _size("crop_size", self.crop_size, self.do_center_crop, square=True),
             "resample": int(self.resample),
             "rescale_factor": _number("rescale_factor", self.rescale_factor),
             "image_mean": _per_channel("image_mean", self.image_mean),
@@ -150,6 +158,17 @@ class VideoProcessor:
             object.__setattr__(self, name, value)
         if 0.0 in np.atleast_1d(self.image_std):
             raise ConfigError(f"image_std is {self.image_std}, expected no zero: it is a divisor")
+        formats = (None, "channels_last", "channels_first", "none")
+        if self.input_data_format not in formats:
+            raise ConfigError(
+                f"input_data_format is {self.input_data_format!r}, expected one of {formats}"
+            )
+        for name in ("do_convert_rgb", "input_data_format"):
+            if getattr(self, name) and self.image_processor_type == VIVIT:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, which transformers' {VIVIT} does not "
+                    "have: prepare the frames before the call, or use VideoProcessor.videomae(...)"
+                )
         if self.offset and self.image_processor_type == VIDEOMAE:
             raise ConfigError(
                 "offset is True, which transformers' VideoMAEImageProcessor does not have: use "
@@ -160,6 +179,13 @@ class VideoProcessor:
                 "offset is True but do_rescale is False: offset is part of rescaling, so set "
                 "offset=False as well or leave do_rescale on"
             )
+
+    def _checked_size(self) -> dict[str, int]:
+        size, kind = self.size, self.image_processor_type
+        if isinstance(size, Mapping) and size.keys() == {"shortest_edge", "longest_edge"}:
+            # VivitImageProcessor resizes to the short edge whatever the long one may be.
+            size = {"shortest_edge": size["shortest_edge"]} if kind == VIVIT else size
+        return _size("size", size, self.do_resize, kind)
 
     @classmethod
     def vivit(cls, **overrides: Any) -> "VideoProcessor":
@@ -194,39 +220,25 @@ class VideoProcessor:
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> "VideoProcessor":
         """Builds a processor from the content of a preprocessor_config.json.
 
-        Missing keys take transformers' class default, as do null values of other than the flags.
-        `overrides` replace fields of the file, `image_processor_type` included.
-        Raises `ConfigError` for keys that would make transformers compute something else.
+        Missing keys take transformers' class default, as do null values of other than the flags,
+        which are off. Keys with which transformers' class does not compute are kept in `extra`,
+        with a warning that names them. `overrides` replace fields of the file,
+        `image_processor_type` included. Raises `ConfigError` for a value that transformers does
+        not take either, or that would make it compute what this library cannot.
         """
+        return cls._read(config, "", overrides)
+
+    @classmethod
+    def _read(cls, config: Any, where: str, overrides: dict[str, Any]) -> "VideoProcessor":
         if not isinstance(config, Mapping):
             raise ConfigError(f"a processor is a {type(config).__name__}, expected a JSON object")
-        written = next((config[key] for key in _TYPE_KEYS if config.get(key)), None)
-        written = overrides.pop("image_processor_type", written)
-        match = _TYPE_NAME.fullmatch(written) if isinstance(written, str) else None
-        if match is None:
-            raise ConfigError(
-                f"image_processor_type is {written!r}, expected {VIVIT} or {VIDEOMAE} (or an older "
-                "name of these); if the file says nothing, pass image_processor_type=..."
-            )
-        kind = VIVIT if match[1].lower() == "vivit" else VIDEOMAE
-        values = dict(_DEFAULTS[kind])
-        unknown = []
-        for key, value in config.items():
-            if key in values:
-                # A flag of null is on in one of transformers' classes and off in the other.
-                values[key] = values[key] if value is None and key not in _FLAGS else value
-            elif key not in _IGNORED_KEYS and value is not None and value is not False:
-                unknown.append(key)
-        if unknown:
-            raise ConfigError(
-                f"{', '.join(sorted(unknown))}: unknown processor fields that may change the "
-                f"pixels, expected {', '.join(values)}; remove them if they mean nothing"
-            )
-        if kind == VIVIT and match[2].lower() == "videoprocessor":
-            # VivitVideoProcessor has no offset key: it subtracts 1 whenever it rescales.
-            values["offset"] = values["do_rescale"]
-        values.update(_known_options(overrides))
-        return cls(image_processor_type=kind, **values)
+        read = read_keys(config, overrides.pop("image_processor_type", None))
+        values = _DEFAULTS[read.kind] | read.values | _known_options(overrides)
+        processor = cls(image_processor_type=read.kind, extra=read.extra, **values)
+        if read.notes:
+            warn = _warn_once if where else functools.partial(logger.warning, "%s")
+            warn(f"{where}{'; '.join(read.notes)}")
+        return processor
 
     @classmethod
     def from_pretrained(
@@ -236,8 +248,10 @@ class VideoProcessor:
 
         A directory may hold preprocessor_config.json, video_preprocessor_config.json or a
         processor_config.json with a nested section; of a hub id (`org/name`, `org/name@revision`)
-        the first of these that it holds is read, at `revision`. `overrides` replace fields of it.
-        Raises `UserError` if nothing is found, `ConfigError` if the file is wrong.
+        the first of these that it holds is read, at `revision`. Where it names no type, the
+        config.json beside it does. `overrides` replace fields of it. Warns once of keys without
+        effect, as `from_dict` does. Raises `UserError` if nothing is found, `ConfigError` if the
+        file is wrong.
         """
         path = Path(source)
         if path.is_dir():
@@ -258,8 +272,11 @@ class VideoProcessor:
                 "(transformers' defaults) or, for published weights, of VideoProcessor.named(...)"
             )
         path, config = found
+        if isinstance(config, Mapping) and not type_named(config):
+            kind = _type_beside(path)
+            overrides = ({"image_processor_type": kind} if kind else {}) | overrides
         try:
-            return cls.from_dict(config, **overrides)
+            return cls._read(config, f"{path}: ", overrides)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -269,11 +286,13 @@ class VideoProcessor:
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
+        extra = config.pop("extra")
         if self.image_processor_type == VIDEOMAE:
             del config["offset"]
-        if not self.independent_channels:
-            del config["independent_channels"]
-        return config
+        for key in ("independent_channels", "do_convert_rgb", "input_data_format"):
+            if not config[key]:
+                del config[key]
+        return extra | config
 
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
         """Writes preprocessor_config.json into `directory` (created if missing), atomically.
@@ -303,8 +322,8 @@ class VideoProcessor:
             uint8 arrays [h, w, c], [c, h, w] or [h, w], Pillow images (L, LA, RGB, RGBA), torch or
             jax arrays on the CPU. Frames of one video may differ in size.
         input_data_format: "channels_last", "channels_first" or "none" (frames [h, w]); by default
-            found per frame: the axis of 1, 3 or 4 entries, the first if both are, else the axis
-            as long as `image_mean`.
+            the processor's own, else found per frame: the axis of 1, 3 or 4 entries, the first if
+            both are, else the axis as long as `image_mean`.
         data_format: "channels_first" returns [b, t, c, h, w], a view in PyTorch's layout.
         overrides: any field of the processor, for this call; None keeps the processor's own.
 
@@ -322,7 +341,7 @@ class VideoProcessor:
                 f"data_format is {data_format!r}, expected 'channels_last' or 'channels_first'"
             )
         processor = dataclasses.replace(self, **_known_options(overrides))
-        pixels = processor._process(videos, input_data_format)
+        pixels = processor._process(videos, input_data_format or self.input_data_format)
         return pixels if data_format == "channels_last" else pixels.transpose(0, 1, 4, 2, 3)
 
     preprocess = __call__
@@ -368,6 +387,8 @@ class VideoProcessor:
         if isinstance(frame, np.ndarray):
             channels = len(self.image_mean) if isinstance(self.image_mean, tuple) else None
             frame = channels_last(frame, input_format, channels)
+        if self.do_convert_rgb:
+            frame = to_rgb(frame)
         if self.do_resize:
             frame = resize(frame, self.size, self.resample, self.independent_channels)
         elif not isinstance(frame, np.ndarray):
@@ -443,6 +464,20 @@ def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+@functools.lru_cache(maxsize=256)
+def _warn_once(text: str) -> None:
+    """A warning of a file that is read several times."""
+    logger.warning("%s", text)
+
+
+def _type_beside(path: Path) -> str | None:
+    """The processor's type that belongs to the model of the config.json beside a file."""
+    try:
+        return type_of_model(json.loads((path.parent / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return None  # whoever needs the model says what is wrong with its config
+
+
 def processor_file(directory: Path) -> Path | None:
     """The file that `from_pretrained` reads in a directory, None if there is none.
 
@@ -475,10 +510,15 @@ def _first_config(candidates: list[tuple[Path, str | None]]) -> tuple[Path, Any]
     return None
 
 
-def _size(name: str, value: Any, *, square: bool) -> dict[str, int]:
-    expected = "{'height': h, 'width': w}, (h, w) or one int"
-    if not square:
-        expected = "{'shortest_edge': n}, " + expected
+def _size(
+    name: str, value: Any, used: bool, kind: str | None = None, *, square: bool = False
+) -> dict[str, int]:
+    """A size in pixels by side; where its step is on (`used`), one that the class can make."""
+    forms = [form for form, kinds in _RESIZES.items() if kind in kinds or not used]
+    if square and used:
+        forms = [("height", "width")]
+    listed = ("{" + ", ".join(f"{side!r}: n" for side in form) + "}" for form in forms)
+    expected = f"{', '.join(listed)}, (h, w) or one int"
     if isinstance(value, Mapping):
         sides = dict(value)
     elif isinstance(value, list | tuple) and len(value) == 2:
@@ -487,8 +527,7 @@ def _size(name: str, value: Any, *, square: bool) -> dict[str, int]:
         sides = {"height": value, "width": value}
     else:
         sides = {"shortest_edge": value}
-    allowed = [{"height", "width"}] if square else [{"height", "width"}, {"shortest_edge"}]
-    if sides.keys() not in allowed or not all(
+    if sides.keys() not in [set(form) for form in forms] or not all(
         _is_integer(side) and side > 0 for side in sides.values()
     ):
         raise ConfigError(f"{name} is {value!r}, expected {expected}, in pixels above 0")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a preprocessor_config.json says, read as the class of transformers that it names reads it.
+
+transformers opens files with any keys. Its image processors compute with some of them, not all
+with the same, and pass over the rest.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vivit_jax.errors import ConfigError
+
+VIVIT = "VivitImageProcessor"
+VIDEOMAE = "VideoMAEImageProcessor"
+FLAGS = (
+    "do_resize", "do_center_crop", "do_rescale", "offset", "do_normalize", "independent_channels",
+    "do_convert_rgb",
+)  # fmt: skip
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
+
+_TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
+# "ViViTImageProcessor" is what the file of google/vivit-b-16x2-kinetics400 says; Fast, Pil, the
+# feature extractor and the video processor are the same function under other releases' names.
+_TYPE_NAME = re.compile(
+    r"(vivit|videomae)(ImageProcessor(Fast|Pil)?|VideoProcessor|FeatureExtractor)", re.IGNORECASE
+)
+_STEPS = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+    "do_normalize", "image_mean", "image_std", "independent_channels",
+)  # fmt: skip
+_READ = {
+    VIVIT: {*_STEPS, "offset"},
+    VIDEOMAE: {*_STEPS, "do_convert_rgb", "input_data_format"},
+}
+_REWRITTEN = (*_TYPE_KEYS, "_valid_processor_keys")
+# What transformers' own files say that moves no pixel of an RGB frame. do_zero_centering said
+# "pixels in [-1, 1]", which `offset` has said since; it is read by nobody.
+_COMMON = ("processor_class", "data_format", "do_convert_rgb", "do_zero_centering")
+# Keys of transformers that say nothing where they are null or false.
+_OF_TRANSFORMERS = (
+    "default_to_square", "device", "disable_grouping", "do_pad", "do_sample_frames", "fps",
+    "image_seq_length", "input_data_format", "num_frames", "pad_size", "return_metadata",
+    "return_tensors", "size_divisor", "video_metadata",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Fields of a `VideoProcessor` that a file sets, its other keys, and what to tell of it."""
+
+    kind: str
+    values: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def read_keys(config: Mapping[str, Any], named: Any = None) -> Reading:
+    """Read the content of a processor's file; `named` is its type, whatever the file says.
+
+    A flag of null is off, as in transformers; another value of null is that of the class. Raises
+    ConfigError for a type that is neither ViViT's nor VideoMAE's.
+    """
+    kind, video = _kind(type_named(config) if named is None else named)
+    values: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    notes = []
+    for key, value in config.items():
+        if key in _REWRITTEN:
+            continue
+        if key not in _READ[kind] or (key == "offset" and video):
+            extra[key] = value
+        elif key in FLAGS:
+            values[key] = bool(value) if value in (None, 0, 1) else value
+        elif value is not None:
+            values[key] = value
+    for key in ("size", "crop_size"):
+        if isinstance(values.get(key), Mapping):
+            values[key] = {side: n for side, n in values[key].items() if n is not None}
+    size, resample = values.get("size"), values.get("resample")
+    if kind == VIVIT and not isinstance(resample, int | None):
+        values["resample"] = _filter_named(resample)
+    elif not isinstance(resample, int | None):
+        values["resample"] = 2
+        notes.append(
+            f"resample {resample!r} is no number, and transformers resizes bilinearly then"
+        )
+    if kind == VIDEOMAE and extra.get("default_to_square") and isinstance(size, int):
+        values["size"] = {"height": size, "width": size}
+    if kind == VIVIT and video:
+        # VivitVideoProcessor has no offset key: it subtracts 1 whenever it rescales.
+        values["offset"] = values.get("do_rescale", True)
+        if isinstance(size, Mapping) and "longest_edge" in size:
+            raise ConfigError(
+                f"size is {size!r}: VivitVideoProcessor keeps the long edge within longest_edge, "
+                "which ViViT's image processor does not have; expected {'shortest_edge': n} or "
+                "{'height': h, 'width': w}"
+            )
+    elif kind == VIVIT and isinstance(size, Mapping) and size.keys() == {*_EDGES}:
+        notes.append(f"size's longest_edge has no effect in {VIVIT}")
+    passed_over = sorted(key for key, value in extra.items() if not _means_nothing(key, value))
+    if kind == VIDEOMAE and isinstance(size, int) and "default_to_square" in passed_over:
+        passed_over.remove("default_to_square")
+    if passed_over:
+        notes.append(
+            f"{', '.join(passed_over)}: no effect on pixels in {kind}, kept and written back on "
+            "save"
+        )
+    return Reading(kind, values, extra, tuple(notes))
+
+
+_EDGES = ("shortest_edge", "longest_edge")
+
+
+def type_named(config: Mapping[str, Any]) -> Any:
+    """The type that a file names, None if it names none."""
+    return next((config[key] for key in _TYPE_KEYS if config.get(key)), None)
+
+
+def type_of_model(config: Any) -> str | None:
+    """The type that belongs to the model of a config.json; None if it is none of ours."""
+    model = config.get("model_type") if isinstance(config, Mapping) else None
+    match = re.match("(vivit|videomae)", model, re.IGNORECASE) if isinstance(model, str) else None
+    return match and {"vivit": VIVIT, "videomae": VIDEOMAE}[match[1].lower()]
+
+
+def _kind(written: Any) -> tuple[str, bool]:
+    """The image processor of a type's name, and whether the name is a video processor's."""
+    match = _TYPE_NAME.fullmatch(written) if isinstance(written, str) else None
+    if match is None:
+        raise ConfigError(
+            f"image_processor_type is {written!r}, expected {VIVIT} or {VIDEOMAE} (or an older "
+            "name of these); if the file says nothing, pass image_processor_type=..."
+        )
+    kind = VIVIT if match[1].lower() == "vivit" else VIDEOMAE
+    return kind, match[2].lower() == "videoprocessor"
+
+
+def _filter_named(resample: Any) -> Any:
+    """Pillow's number of a filter's name, as which transformers' ViViT fails; others as given."""
+    name = resample.lower() if isinstance(resample, str) else None
+    return FILTERS.index(name) if name in FILTERS else resample
+
+
+def _means_nothing(key: str, value: Any) -> bool:
+    silent = value is None or value is False
+    return key in _COMMON or (key in _OF_TRANSFORMERS and silent)
