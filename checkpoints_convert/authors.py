@@ -168,7 +168,7 @@ def _widths(known: Mapping[int, int]) -> str:
 def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(head, fields that names and shapes say)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    head, prefix = spelling(shapes)
+    head, prefix, _ = spelling(shapes)
     kernel = f"{prefix}patch_embed.proj.weight"
     mlp, decoder_mlp = f"{prefix}blocks.0.mlp.fc1.weight", "decoder.blocks.0.mlp.fc1.weight"
     ranks = {kernel: 5, mlp: 2}
@@ -211,10 +211,10 @@ def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, An
     return head, found
 
 
-def departures(config: VideoMAEConfig, head: str) -> dict[str, Any]:
+def departures(config: VideoMAEConfig, head: str, pooler: bool = False) -> dict[str, Any]:
     """What the authors' code computes, by field, where this config says something else."""
     fixed = dict(_FUNCTION)
-    if head != "classification" or not config.use_mean_pooling:
+    if not pooler and (head != "classification" or not config.use_mean_pooling):
         del fixed["fc_norm_eps"]
     if head != "pretraining":
         del fixed["decoder_norm_eps"]
@@ -240,7 +240,7 @@ def check_function(
     `beside` is the config.json from which it was read with a checkpoint of theirs; without it the
     checkpoint is still to be written.
     """
-    wrong = departures(config, head)
+    wrong = departures(config, head, pooler)
     if wrong:
         listed = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
         computed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())

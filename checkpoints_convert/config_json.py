@@ -9,8 +9,9 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from checkpoints_convert.hub_v2 import is_hub_form, read_hub_form
 from checkpoints_convert.layouts import architecture, head_of_architectures
 from vivit_jax.config import (
     IMAGENET_MEAN,
@@ -35,7 +36,15 @@ def config_path(checkpoint: str | Path) -> Path:
     return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / NAME
 
 
-def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str | None]:
+class StoredConfig(NamedTuple):
+    """What a config.json says: the config, the head, and whether it is VideoMAE V2's on the hub."""
+
+    config: Config
+    head: str | None
+    hub_form: bool = False
+
+
+def read_config(checkpoint: str | Path, **execution: Any) -> StoredConfig:
     """Read the config of a checkpoint (a directory or a weight file) and the head it names.
 
     `execution` sets execution fields. The head is None where `architectures` is absent or names a
@@ -55,13 +64,17 @@ def read_config(checkpoint: str | Path, **execution: Any) -> tuple[Config, str |
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     try:
-        config = config_from_dict(values, warn=False)
-        head = head_of_architectures(values.get("architectures"), config.model_type)
+        hub_form = is_hub_form(values)
+        if hub_form:
+            config, head = read_hub_form(values)
+        else:
+            config = config_from_dict(values, warn=False)
+            head = head_of_architectures(values.get("architectures"), config.model_type)
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
     except TypeError as error:
         raise ConfigError(f"{path}: a value has the wrong type: {error}") from None
-    return dataclasses.replace(config, **execution), head
+    return StoredConfig(dataclasses.replace(config, **execution), head, hub_form)
 
 
 def predicts_as_published(config: VideoMAEConfig) -> bool:
@@ -76,8 +89,8 @@ def runs_in_transformers(config: Config, head: str) -> bool:
     return config.in_transformers and (head != "pretraining" or config.norm_pix_loss or rgb)
 
 
-def transformers_notes(config: Config, head: str) -> tuple[str, ...]:
-    """Where transformers does not compute what `config` says."""
+def transformers_notes(config: Config, head: str, pooler: bool = False) -> tuple[str, ...]:
+    """Where transformers does not compute what `config` says; `pooler` is of a headless model."""
     if not config.in_transformers:
         return (
             "transformers does not have this model; its Auto classes refuse the model_type "
@@ -99,6 +112,11 @@ def transformers_notes(config: Config, head: str) -> tuple[str, ...]:
             "transformers takes pixels un-normalised with ImageNet's if they are RGB, else as they "
             "are"
         )
+    if pooler and isinstance(config, VideoMAEConfig):
+        notes.append(
+            "transformers' VideoMAEModel computes the tokens and has no pooler_output, the fc_norm "
+            "of their mean: it leaves fc_norm.weight and fc_norm.bias out"
+        )
     norms = {"pretraining": "decoder_norm_eps"}
     if getattr(config, "use_mean_pooling", False):
         norms["classification"] = "fc_norm_eps"
@@ -112,14 +130,21 @@ def transformers_notes(config: Config, head: str) -> tuple[str, ...]:
 
 
 def write_config(
-    directory: str | Path, config: Config, head: str, dtype: str, warn: bool = True
+    directory: str | Path,
+    config: Config,
+    head: str,
+    dtype: str,
+    *,
+    pooler: bool = False,
+    warn: bool = True,
 ) -> None:
     """Write config.json for a model with this head whose weights are stored as `dtype`.
 
-    Warns where transformers will not compute what it says; `warn=False` is for whoever tells it
-    in another way, and for files that are not for transformers.
+    `pooler` is whether a headless model has one. Warns where transformers will not compute what
+    it says; `warn=False` is for whoever tells it in another way, and for files that are not for
+    transformers.
     """
-    for note in transformers_notes(config, head) if warn else ():
+    for note in transformers_notes(config, head, pooler) if warn else ():
         logger.warning("%s", note)
     values = config.to_dict()
     values["architectures"] = [architecture(config.model_type, head)]

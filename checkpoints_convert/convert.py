@@ -119,9 +119,10 @@ def convert_checkpoint(
             files = [file_layout.write(staged, written, container)]
         else:
             files = write_weights(staged, written, max_shard_size)
-        write_config(staged, config, head, stored_dtype(written), warn=False)  # the report does
+        # The report warns.
+        write_config(staged, config, head, stored_dtype(written), warn=False)
         files += _write_processor(staged, path, loaded)
-    notes = () if file_layout else transformers_notes(config, head)
+    notes = () if file_layout else transformers_notes(config, head, loaded.pooler)
     return Conversion(
         source=loaded.title,
         lines=(*_account(loaded.rows, loaded.tensors, rules), *loaded.notes, *notes),

@@ -27,7 +27,7 @@ _PATCH_KERNELS = {
     "embedding/kernel": "flax",
 }
 _HEAD_NAMES = {
-    "classification": ("classifier.", "fc_norm."),
+    "classification": ("classifier.",),
     "pretraining": ("decoder.", "encoder_to_decoder.", "mask_token"),
 }
 ARCHITECTURES = {
@@ -43,7 +43,8 @@ ARCHITECTURES = {
 class Layout:
     """How a checkpoint spells one model: its layout, family, head, name prefix and dialect.
 
-    `pooler` says whether a headless ViViT has its pooling layer.
+    `pooler` says whether a headless model has what makes one vector of its tokens: ViViT's pooling
+    layer, VideoMAE's norm of their mean.
     """
 
     name: str
@@ -112,7 +113,7 @@ def detect(
             )
     prefix = table.PREFIX if any(n.startswith(table.PREFIX) for n in names) else ""
     head = head or _head_of(names)
-    pooler = head == "none" and any(n.startswith(f"{prefix}pooler.") for n in names)
+    pooler = head == "none" and any(n.startswith(table.pooler(prefix)) for n in names)
     return Layout(name, family, head, prefix, pooler, table.dialect_of(names))
 
 

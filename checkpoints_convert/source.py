@@ -58,6 +58,8 @@ class Source:
         name = architecture(layout.family, layout.head)
         prefix = f"prefix {layout.prefix!r}" if layout.prefix else "no prefix"
         spelling = "" if layout.name in FILE_LAYOUTS else f", dialect {layout.dialect!r}, {prefix}"
+        if layout.pooler:
+            name += " with a pooling layer"
         return f"{layout.name}: {name}{spelling} ({self.checkpoint.path})"
 
     def summary(self) -> list[str]:
@@ -99,7 +101,7 @@ def open_source(
             "vivit_jax.init_from_image_model, or vivit-convert convert SRC DST"
         )
     path, everything = checkpoint.path, checkpoint.tensors
-    tensors, left_out, notes = everything, {}, []
+    tensors, left_out, notes, hub_form = everything, {}, [], False
     if layout == "scenic":
         tensors, left_out = scenic.parameters(everything)
     elif layout == "videomae":
@@ -108,7 +110,7 @@ def open_source(
         check_flat(path, everything)
     check_readable(path, tensors)
     if layout not in FILE_LAYOUTS or config_path(path).is_file():
-        config, head = read_config(path, **execution)
+        config, head, hub_form = read_config(path, **execution)
         notes = [config.kept_note] if config.kept_note else []
         config = override(config, settings)
     elif layout == "scenic":
@@ -117,8 +119,8 @@ def open_source(
         args = authors.script_arguments(everything)
         config, head, notes = authors.infer_config(path, tensors, settings, args, **execution)
     spelling = detect(tensors, config, head, layout)
-    if layout == "videomae" and config_path(path).is_file():
-        authors.check_function(config, spelling.head, beside=config_path(path))
+    if layout == "videomae" and config_path(path).is_file() and not hub_form:
+        authors.check_function(config, spelling.head, spelling.pooler, beside=config_path(path))
     return Source(checkpoint, config, spelling, tensors, left_out, tuple(notes))
 
 

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json as json_module
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,7 +134,13 @@ def verify_checkpoint(
                 seed=seed,
                 attention=attention,
             )
-        return dataclasses.replace(found, source=str(source))
+        note = (
+            f"compared as converted to the hf layout, with transformers' {found.model}: no code of "
+            "its authors or of its repository is run"
+        )
+        return dataclasses.replace(
+            found, source=str(source), note="\n".join(filter(None, (note, found.note)))
+        )
     if settings:
         raise UserError(
             "--config is for checkpoints without a config.json; transformers would read "
@@ -160,10 +166,14 @@ def verify_checkpoint(
     extra = _extra_inputs(model, opened.layout.head, len(pixels), seed)
     with jax.default_matmul_precision("highest"):
         ours = _run_in_jax(model, params, pixels, extra)
-    theirs = _run_in_torch(reference, pixels, extra)
-    truth = _run_in_torch(copy.deepcopy(reference).double(), pixels.astype(np.float64), extra)
+    pool = _torch_pooler(opened) if opened.layout.pooler else None
+    theirs = _run_in_torch(reference, pixels, extra, pool)
+    double = copy.deepcopy(reference).double()
+    truth = _run_in_torch(double, pixels.astype(np.float64), extra, pool)
     rows = tuple(_compare(key, ours[key], theirs[key], truth[key], tolerance) for key in truth)
-    notes = transformers_notes(opened.config, opened.layout.head)
+    notes = list(transformers_notes(opened.config, opened.layout.head, opened.layout.pooler))
+    if pool is not None:
+        notes.append("pooler output: PyTorch's layer_norm of the mean of transformers' tokens")
     return Verification(str(source), name, inputs, tolerance, rows, "\n".join(notes) or None)
 
 
@@ -225,7 +235,7 @@ def load_transformers(
 ) -> Any:
     """The class `name` of transformers with the weights of `path`, in eval mode; all or an error.
 
-    `pooler` is whether a headless ViViT has one. Raises MissingExtra without PyTorch or
+    `pooler` is whether a headless model has one. Raises MissingExtra without PyTorch or
     transformers, told as what `purpose` needs, UserError for a transformers that is too old, and
     CheckpointError where it does not load every tensor.
     """
@@ -249,6 +259,8 @@ def load_transformers(
             raise CheckpointError(f"transformers does not open {path}: {reason}") from error
     # A key bias cannot change the softmax; transformers leaves it out as we do.
     unexpected = {key for key in info["unexpected_keys"] if not key.endswith(".key.bias")}
+    if name == "VideoMAEModel" and pooler:
+        unexpected -= {"fc_norm.weight", "fc_norm.bias"}  # its model has none
     problems = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected)}
     if any(problems.values()):
         told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
@@ -355,7 +367,29 @@ def _run_in_jax(model, params, pixels, extra) -> dict[str, np.ndarray]:
     )
 
 
-def _run_in_torch(model, pixels, extra) -> dict[str, np.ndarray]:
+def _torch_pooler(opened) -> Callable[[Any], Any] | None:
+    """The pooler of a headless VideoMAE, which transformers' model does not have, in PyTorch."""
+    import torch
+
+    if opened.layout.family != "videomae":
+        return None
+    eps = opened.config.fc_norm_eps
+    weight, bias = (
+        torch.from_numpy(opened.tensors[f"fc_norm.{leaf}"].read().astype(np.float32))
+        for leaf in ("weight", "bias")
+    )
+
+    def pool(tokens):
+        mean = tokens.mean(1)
+        return torch.nn.functional.layer_norm(
+            mean, mean.shape[-1:], weight.to(mean), bias.to(mean), eps
+        )
+
+    return pool
+
+
+def _run_in_torch(model, pixels, extra, pool=None) -> dict[str, np.ndarray]:
+    """What transformers' model returns; `pool` makes a pooler_output of the tokens."""
     import torch
 
     inputs = {
@@ -387,9 +421,10 @@ def _run_in_torch(model, pixels, extra) -> dict[str, np.ndarray]:
             return_dict=True,
             **inputs,
         )
+        pooled = {} if pool is None else {"pooler_output": pool(out.last_hidden_state)}
     for hook in hooks:
         hook.remove()
-    return _named(out.hidden_states, decoder_states or None, dict(out.items()))
+    return _named(out.hidden_states, decoder_states or None, dict(out.items()) | pooled)
 
 
 def _named(hidden_states, decoder_states, outputs: dict[str, Any]) -> dict[str, np.ndarray]:

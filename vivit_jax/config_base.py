@@ -34,7 +34,7 @@ _COMMON = (
     "tf_legacy_loss", "use_cache", "gradient_checkpointing", "finetuning_task",
     "task_specific_params", "video_size", "chunk_size_feed_forward", "is_encoder_decoder",
     "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
-    "tie_word_embeddings", "pruned_heads",
+    "tie_word_embeddings", "pruned_heads", "use_safetensors",
 )  # fmt: skip
 
 

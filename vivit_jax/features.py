@@ -69,7 +69,8 @@ def extract_features(
     encoder, whose numbered layers are those of the first. Blocks after it are not computed.
 
     `pool` makes a row of the tokens: "mean" of all but class tokens, in float32; "cls", the class
-    token; "tokens", all of them, [l, d]; "head", what the classifier reads. A spatial layer of a
+    token; "tokens", all of them, [l, d]; "head", what the classifier reads, or the pooler_output of
+    a VideoMAE encoder that has one, as those of VideoMAE V2 on the hub. A spatial layer of a
     factorised encoder has tokens [t, s, d] and a class token per frame, [t, d].
 
     Rows do not depend on each other. With `exact` (default: on CPU, where it costs nothing) windows
@@ -99,7 +100,7 @@ def extract_features(
         )
     exact = jax.default_backend() == "cpu" if exact is None else exact
     values = hashable_arithmetic(processor)
-    check_features(config, processor, layer, pool, ARCHITECTURES[type(model).__name__][1])
+    check_features(config, processor, layer, pool, has_head=_has_head(model))
     model, params = _model_for(model, meta.unbox(params), layer, pool)
     program = _program(model, layer, pool, values)
     with one_clip(video):
@@ -115,12 +116,23 @@ def extract_features(
     )
 
 
-def check_features(
-    config, processor: VideoProcessor, layer: str | int, pool: str, head: str
-) -> None:
-    """UserError where a model of this configuration and head has no such layer or pooling.
+def has_head(head: str, family: str, pooler: bool) -> bool:
+    """Whether a model of this head has a vector to give to one: "head" is among its poolings."""
+    return head == "classification" or (family == "videomae" and pooler)
 
-    Also where it does not take the frames that the processor makes of a video's.
+
+def _has_head(model: nn.Module) -> bool:
+    family, head = ARCHITECTURES[type(model).__name__]
+    return has_head(head, family, getattr(model, "add_pooling_layer", False))
+
+
+def check_features(
+    config, processor: VideoProcessor, layer: str | int, pool: str, *, has_head: bool
+) -> None:
+    """UserError where a model of this configuration has no such layer or pooling.
+
+    `has_head` is of the model, see there. Also raised where it does not take the frames that the
+    processor makes of a video's.
     """
     size = tuple(processor.crop_size[side] for side in ("height", "width"))
     if processor.do_center_crop and size != config.frame_size:
@@ -136,10 +148,10 @@ def check_features(
     field, index = _place(config, layer)
     if pool not in POOLS:
         raise UserError(f"pool must be one of {', '.join(POOLS)} (--pool), got {pool!r}")
-    if pool == "head" and (head != "classification" or field != "last_hidden_state"):
+    if pool == "head" and (not has_head or field != "last_hidden_state"):
         raise UserError(
             "--pool head is what a classifier reads of the last layer; "
-            + (f"got --layer {layer}" if head == "classification" else "the model has none")
+            + (f"got --layer {layer}" if has_head else "the model has none")
             + ": use --pool mean"
         )
     if pool == "cls" and not _class_tokens(config, field):
@@ -223,7 +235,9 @@ def _program(model: nn.Module, layer, pool: str, values) -> Callable:
 
 
 def _read_by_head(model: nn.Module, params, pixels) -> jax.Array:
-    """[b, d], what the classifier's layer `head` is called with."""
+    """[b, d], what the classifier's layer `head` is called with, or would be."""
+    if ARCHITECTURES[type(model).__name__][1] == "none":
+        return model.apply({"params": params}, pixels).pooler_output
     read = []
 
     def watch(call, args, kwargs, context):

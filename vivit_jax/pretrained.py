@@ -202,16 +202,20 @@ def save_pretrained(
     tensors = export_params(flat, layout.rules(config), _shapes(model), what)
     with replaced_directory(directory, overwrite) as staged:
         write_weights(staged, tensors, max_shard_size)
-        write_config(staged, config, head, stored_dtype(tensors))
+        write_config(staged, config, head, stored_dtype(tensors), pooler=layout.pooler)
         if processor is not None:
             processor.save_pretrained(staged)
 
 
-def build_model(config: Config, head: str, add_pooling_layer: bool = True) -> nn.Module:
-    """The module for a config and a head; the pooling layer is that of a headless ViViT."""
+def build_model(config: Config, head: str, add_pooling_layer: bool | None = None) -> nn.Module:
+    """The module for a config and a head.
+
+    The pooling layer is that of a headless model, None: as its class has it, ViViT with one and
+    VideoMAE without.
+    """
     check_head(config.model_type, head)
     cls = _MODELS[architecture(config.model_type, head)]
-    if cls is vivit.VivitModel:
+    if head == "none" and add_pooling_layer is not None:
         return cls(config, add_pooling_layer=add_pooling_layer)
     return cls(config)
 

@@ -28,7 +28,10 @@ KEY_BIAS_REASON = (
 def rules(
     config: VideoMAEConfig, *, head: str, prefix: str, dialect: str = "hub", pooler: bool = False
 ) -> list[Rule]:
-    """The table of a VideoMAE checkpoint; `head`: "classification", "pretraining" or "none"."""
+    """The table of a VideoMAE checkpoint; `head`: "classification", "pretraining" or "none".
+
+    transformers has no `pooler`; it is spelt as the norm before its classifier.
+    """
     dst = "" if head == "none" else "backbone/"
     table = [
         *patch_embed(prefix, dst),
@@ -36,9 +39,9 @@ def rules(
     ]
     if not config.use_mean_pooling:
         table += norm(f"{prefix}layernorm", f"{dst}ln_final")
+    if pooler or (head == "classification" and config.use_mean_pooling):
+        table += norm("fc_norm", "fc_norm")
     if head == "classification":
-        if config.use_mean_pooling:
-            table += norm("fc_norm", "fc_norm")
         table += dense("classifier", "head") if config.num_labels else []
     if head == "pretraining":
         table += [
@@ -49,6 +52,11 @@ def rules(
             *dense("decoder.head", "decoder/head"),
         ]
     return table
+
+
+def pooler(prefix: str) -> str:
+    """What the names of the norm begin with that pools the tokens, as before a classifier."""
+    return "fc_norm."
 
 
 def dialect_of(names) -> str:

@@ -88,6 +88,11 @@ def _encoder(config: VivitConfig, src: str, dst: str, dialect: str, *, layers: i
     ]
 
 
+def pooler(prefix: str) -> str:
+    """What the names of a headless model's pooling layer begin with."""
+    return f"{prefix}pooler."
+
+
 def dialect_of(names) -> str:
     """The dialect in which these tensor names are spelt."""
     return "memory" if any(".q_proj." in name for name in names) else "hub"

@@ -40,23 +40,21 @@ def rules(
             *dense("decoder.head", "decoder/head"),
             *dense("encoder_to_decoder", "to_decoder", bias=False),
         ]
+    if pooler or (head == "classification" and config.use_mean_pooling):
+        table += norm("fc_norm", "fc_norm")
     if head == "classification":
-        if config.use_mean_pooling:
-            table += norm("fc_norm", "fc_norm")
         table += dense("head", "head")
-    elif head == "none" and config.use_mean_pooling:
-        reason = "the norm before a classifier, and there is no classifier"
-        table += [Rule(f"fc_norm.{leaf}", (), reason=reason) for leaf in ("weight", "bias")]
     return table
 
 
-def spelling(names: Collection[str]) -> tuple[str, str]:
-    """(head, prefix of the encoder's names) of a checkpoint with these tensor names."""
+def spelling(names: Collection[str]) -> tuple[str, str, bool]:
+    """(head, prefix of the encoder's names, whether a headless one pools) by the tensor names."""
     if any(name.startswith(_PRETRAINING) for name in names):
-        return "pretraining", PREFIX
+        return "pretraining", PREFIX, False
     prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-    classifier = any(name.startswith("head.") for name in names)
-    return "classification" if classifier else "none", prefix
+    if any(name.startswith("head.") for name in names):
+        return "classification", prefix, False
+    return "none", prefix, any(name.startswith("fc_norm.") for name in names)
 
 
 def _blocks(config: VideoMAEConfig, src: str, dst: str) -> list[Rule]:

@@ -298,6 +298,24 @@ def test_times_rounded_to_milliseconds_give_no_window_twice(tmp_path, stride):
     assert (begun >= wanted - 1.5e-3).all() and (begun <= wanted + 1001 / 30000 + 1e-3).all()
 
 
+def test_the_encoder_with_a_pooling_layer_gives_what_a_head_would_read(video, capsys, tmp_path):
+    encoder = vivit_jax.VideoMAEModel(vivit_jax.VideoMAEConfig(**VIDEOMAE), add_pooling_layer=True)
+    params, processor = random_params(encoder), processor_of("mae")
+    vivit_jax.save_pretrained(tmp_path / "encoder", encoder, params, processor)
+    how = ("--pool", "head", "--window-stride", 30)
+    out = tmp_path / "a.npz"
+    status, *_ = run(capsys, video, "--model", tmp_path / "encoder", "--out", out, *how)
+    assert status == 0
+    expected = loop(
+        *(encoder, params, processor, video, [0, 30, 60], 4), lambda out: out.pooler_output
+    )
+    np.testing.assert_allclose(np.load(out)["features"], expected, atol=2e-5)
+    status, _, err = run(
+        capsys, video, "--model", tmp_path / "encoder", "--out", out, *how, "--layer", 1
+    )
+    assert status == 2 and "got --layer 1: use --pool mean" in err
+
+
 def test_progress_is_of_rows_and_not_of_what_is_read_ahead(models, video, monkeypatch):
     calls, computed = [], []
     fetch = features._fetch

@@ -200,7 +200,7 @@ def test_config_of_another_family(damaged, checkpoints):
         ("{", "is not valid JSON"),
         ("[1]", "holds a list, expected a JSON object"),
         ('{"model_type": "timesformer"}', "model_type is 'timesformer', expected one of"),
-        ('{"model_type": "vivit", "rope_theta": 3}', "does not implement: rope_theta=3"),
+        ('{"model_type": "vivit", "is_causal": true}', "does not implement: is_causal=True"),
         ('{"model_type": "vivit", "hidden_size": "big"}', "hidden_size must be"),
     ],
 )

@@ -56,8 +56,9 @@ def extract(
         layer: last (after the final norm, where there is one), 0 (the embedding) to the number of
             blocks, or temporal:N for the second stage of a factorised encoder.
         pool: mean of all tokens but class tokens; cls, the class token; tokens, all of them,
-            [rows, l, d]; head, what a classifier reads. A numbered layer of a factorised encoder
-            has tokens [t, s, d] and a class token for each frame.
+            [rows, l, d]; head, what a classifier reads, or would: the feature of an encoder of
+            VideoMAE V2. A numbered layer of a factorised encoder has tokens [t, s, d] and a class
+            token for each frame.
         frame_stride: Frames between a window's frames. Default: the recipe's (ViViT 2, VideoMAE 4).
         window_stride: Frames between the beginnings of windows, or seconds such as 0.5s, when each
             begins at the first frame shown then or later. Default: one begins where the one before
@@ -82,7 +83,7 @@ def extract(
     from vivit_jax.cli.model import open_model
     from vivit_jax.data.windows import plan_windows
     from vivit_jax.errors import VideoError
-    from vivit_jax.features import check_features, extract_features
+    from vivit_jax.features import check_features, extract_features, has_head
     from vivit_jax.preprocessing import processor_of
 
     source = open_model(model, changes, dtype=dtype)
@@ -96,7 +97,9 @@ def extract(
     )
     plan_windows(source.config, frame_stride, window_stride, pad)
     processor = processor_of(source)
-    check_features(source.config, processor, layer, pool, source.layout.head)
+    layout = source.layout
+    to_head = has_head(layout.head, layout.family, layout.pooler)
+    check_features(source.config, processor, layer, pool, has_head=to_head)
 
     import vivit_jax
 

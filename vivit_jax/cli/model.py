@@ -19,7 +19,7 @@ def open_model(model: str, changes: tuple[str, ...], **execution: Any):
     source = open_source(model, settings=changes, **execution)
     path, config = source.checkpoint.path, source.config
     if changes and config_path(path).is_file():
-        stored, _ = read_config(path, **execution)
+        stored = read_config(path, **execution).config
         differing = [
             f"{name}={now} (it says {was})"
             for name in of_the_function(config, source.layout.head)

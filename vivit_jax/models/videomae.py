@@ -22,9 +22,14 @@ from vivit_jax.train.losses import reconstruction_loss, reconstruction_targets
 
 
 class VideoMAEModel(nn.Module):
-    """The encoder; with a mask it embeds and computes the visible tokens only."""
+    """The encoder; with a mask it embeds and computes the visible tokens only.
+
+    `add_pooling_layer` adds `pooler_output`, the norm (`fc_norm`) of the mean of all tokens, which
+    VideoMAE V2 calls its feature and a classifier reads. It needs `use_mean_pooling`.
+    """
 
     config: VideoMAEConfig
+    add_pooling_layer: bool = False
 
     @nn.compact
     def __call__(
@@ -42,7 +47,8 @@ class VideoMAEModel(nn.Module):
     ) -> ModelOutput | tuple:
         """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, l or visible, d].
 
-        `mask` is what HuggingFace calls bool_masked_pos: `Mask.from_bool(bool_masked_pos)`.
+        With `add_pooling_layer` there is pooler_output [b, d] as well. `mask` is what HuggingFace
+        calls bool_masked_pos: `Mask.from_bool(bool_masked_pos)`.
         `head_mask` [n] or [layers, n] scales attention weights per head (0 silences a head).
         `interpolate_pos_encoding` accepts any frame count and resolution of at least one tubelet
         and recomputes the position table for that many tokens, as the authors do.
@@ -52,6 +58,11 @@ class VideoMAEModel(nn.Module):
         fit.
         """
         config = self.config
+        if self.add_pooling_layer and not config.use_mean_pooling:
+            raise UserError(
+                "add_pooling_layer needs use_mean_pooling=True, got False: the model then ends in "
+                "a norm of each token, and there is no norm of their mean"
+            )
         grid = check_clip(config, pixel_values.shape, any_size=interpolate_pos_encoding)
         visible = None
         if mask is not None:
@@ -70,7 +81,8 @@ class VideoMAEModel(nn.Module):
         )
         if not config.use_mean_pooling:
             x = layer_norm(config, config.layer_norm_eps, "ln_final")(x)
-        out = ModelOutput(x, None, layers.hidden, layers.space)
+        pooled = _mean_pooled(config, x) if self.add_pooling_layer else None
+        out = ModelOutput(x, pooled, layers.hidden, layers.space)
         return out if return_dict else out.to_tuple()
 
 
@@ -209,14 +221,18 @@ class VideoMAEForVideoClassification(nn.Module):
             rows=rows,
         )
         if config.use_mean_pooling:
-            x = at_least_float32(out.last_hidden_state).mean(1)
-            x = layer_norm(config, config.fc_norm_eps, "fc_norm")(x)
+            x = _mean_pooled(config, out.last_hidden_state)
         else:
             x = out.last_hidden_state[:, 0]
         x = dropout(self, x, config.head_dropout, numbered(rows, x.shape[0], deterministic))
         loss, logits = classify(config, x, labels)
         out = ClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return out if return_dict else out.to_tuple()
+
+
+def _mean_pooled(config: VideoMAEConfig, x):
+    """The norm of the mean over the tokens of x [b, l, d]; called in a module, which holds it."""
+    return layer_norm(config, config.fc_norm_eps, "fc_norm")(at_least_float32(x).mean(1))
 
 
 def _positions(x, grid: Grid, indices):
