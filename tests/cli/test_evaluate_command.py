@@ -135,6 +135,25 @@ def test_flags_change_the_views_of_a_recipe(models, videos, capsys, tmp_path):
         assert video["frames"] == view_indices("linspace", length, 6, 3, 2).tolist()
 
 
+@pytest.mark.parametrize(
+    ("flags", "resize", "told"),
+    [
+        (("--recipe", "vivit-b-16x2-kinetics400"), 28, "the model's processor says, not to 256 of"),
+        (("--resize", 40), 40, "--resize says, not to 28 of the model's processor"),
+        (("--resize", 28), 28, None),
+    ],
+)
+def test_frames_are_resized_as_the_processor_says(
+    flags, resize, told, models, videos, capsys, caplog, tmp_path
+):
+    args = (*flags, "--clips", 1, "--crops", 1, "--stride", 2, "--out", tmp_path / "result.json")
+    status, _, _ = run(capsys, models / "vivit", videos / "good.txt", *args)
+    views = json.loads((tmp_path / "result.json").read_text())["conditions"]["views"]
+    assert (status, views["resize"], views["average"]) == (0, resize, "logits")
+    lines = [text for text in caplog.messages if "shorter side" in text]
+    assert [told in line for line in lines] == [True] * (told is not None)
+
+
 def test_folders_are_scored_by_their_names(models, videos, capsys, tmp_path):
     """As a list of the same videos with the model's numbers."""
     results = []

@@ -435,6 +435,12 @@ def test_numbers_make_as_many_classes_as_they_go_up_to(clips, small):
         assert more.model.config.num_labels == 9
         with pytest.raises(UserError, match="has labels 0 to 2, the model has classes 0 to 1"):
             prepared(recipe, "model.config.num_labels=2")
+    # No word of how many there are.
+    (clips / "one.txt").write_text("folders/red/0.npy 2")
+    assert (
+        prepared(data_recipe(clips, "one.txt"), "train.batch_size=1")[0].model.config.num_labels
+        == 4
+    )
     held_out = changed(recipe, data__validation=str(clips / "more.txt"))
     (clips / "more.txt").write_text("folders/red/0.npy 5")
     assert prepared(held_out)[0].model.config.num_labels == 6

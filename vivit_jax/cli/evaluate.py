@@ -2,6 +2,7 @@
 """`vivit-jax evaluate`: accuracy of a classifier, and everything that moves the number."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,8 @@ from checkpoints_convert.settings import Settings, joined
 from vivit_jax.cli.train import join
 from vivit_jax.errors import UserError
 from vivit_jax.files import check_output, write_json
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -40,8 +43,8 @@ def evaluate(
 
     Views are clips along time by crops along the longer side. Their number and kind are a recipe's,
     changed by the flags; without --recipe one central view is taken, as the model's family reads
-    it. Videos that cannot be read are named, are no part of the accuracy, and make the exit status
-    1.
+    it. Frames are resized as the model's processor says, unless --resize does. Videos that cannot
+    be read are named, are no part of the accuracy, and make the exit status 1.
 
     Args:
         model: Directory, weight file or hub id, with its preprocessor_config.json.
@@ -56,7 +59,7 @@ def evaluate(
         crops: Crops along the longer side.
         sampler: Which frames: linspace or hold (VideoMAE), loop (ViViT), segments (TSN).
         stride: Frames from one to the next.
-        resize: Shortest side before the crop, in pixels.
+        resize: Shortest side before the crop, in pixels. Default: the model's processor's.
         average: What is averaged over views, softmax (VideoMAE) or logits (scenic).
         dtype: Of the computation.
         views_at_once: Views that go through the model together. Default: 8 for each device.
@@ -113,8 +116,19 @@ def evaluate(
         clips=clips, crops=crops, sampler=sampler, stride=stride, resize=resize, average=average
     )
     given = {name: value for name, value in given.items() if value is not None}
-    chosen = _views(net.config, processor) if recipe is None else recipe_named(recipe).evaluation
+    chosen, other = _views(net.config, processor), None
+    if recipe is not None:
+        published = recipe_named(recipe).evaluation
+        other = f"{published.resize} of the recipe" if published.resize != chosen.resize else None
+        chosen = dataclasses.replace(published, resize=chosen.resize)
+    if resize is not None:
+        other = f"{chosen.resize} of the model's processor" if resize != chosen.resize else None
     views = dataclasses.replace(chosen, **given)
+    if other is not None:
+        whose = "the model's processor says" if resize is None else "--resize says"
+        logger.warning(
+            "the shorter side is resized to %d, as %s, not to %s", views.resize, whose, other
+        )
 
     placed = jax.device_put(params, param_shardings(net, devices))
     result = evaluation.evaluate(
@@ -147,15 +161,15 @@ def evaluate(
 
 
 def _views(config, processor):
-    """One central view, as the model's family takes it."""
+    """One central view, as the model's family takes it, resized as its processor says."""
     from vivit_jax.data.clip import RECIPE_STRIDE, VIEW_SAMPLER, default_average
     from vivit_jax.recipes.recipe import EvalSettings
+    from vivit_jax.train.preprocessing import resize_for
 
-    side = processor.size.get("shortest_edge") or min(processor.size.values())
     return EvalSettings(
         sampler=VIEW_SAMPLER[config.model_type],
         stride=RECIPE_STRIDE[config.model_type],
-        resize=max(side, *config.frame_size),
+        resize=max(resize_for(processor, min(config.frame_size)), *config.frame_size),
         average=default_average(config),
     )
 

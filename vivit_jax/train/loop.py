@@ -225,11 +225,15 @@ def _prepare(
 
 
 def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
-    """How many classes there are where each clip's one label is a number, up to the largest."""
+    """How many classes there are where each clip's one label is a number, up to the largest.
+
+    None where one number is all that there is, which says nothing of how many there are.
+    """
     both = [dataset] if validation is None else [dataset, validation]
     if any(each.classes is not None or each.labels_per_example != 1 for each in both):
         return None
-    return 1 + max(example.label for each in both for example in each.examples)
+    found = {example.label for each in both for example in each.examples}
+    return 1 + max(found) if len(found) > 1 else None
 
 
 def _steps(

@@ -63,10 +63,10 @@ def preprocessing(
     if "evaluation.resize" not in recipe.given:
         if theirs is not None and not image:
             preset = min(preset_named(recipe.model.preset).config.frame_size)
-            resize = _resize_of(theirs, side) if _crop(theirs) == side or side != preset else resize
+            resize = resize_for(theirs, side) if _crop(theirs) == side or side != preset else resize
+            resize = max(resize, *config.frame_size)
         elif side != written:
             resize = round(resize * side / written)
-        resize = max(resize, side)
     augment = recipe.augment
     if augment.resize is not None and side != written and "augment.resize" not in recipe.given:
         follows = math.ceil(augment.resize * side / written)
@@ -126,6 +126,15 @@ def shortest_side(processor: VideoProcessor) -> int | None:
     if not processor.do_resize:
         return None
     return processor.size.get("shortest_edge") or min(processor.size.values())
+
+
+def resize_for(processor: VideoProcessor, side: int) -> int:
+    """A processor's shortest side before a crop of `side` pixels.
+
+    In proportion where it crops to other sides than the model's; `side` where it resizes nothing.
+    """
+    crop, shortest = _crop(processor), shortest_side(processor)
+    return side if shortest is None or crop is None else round(shortest * side / crop)
 
 
 def differing(ours: Any, theirs: Any, names: Any) -> dict[str, tuple[Any, Any]]:
@@ -199,12 +208,6 @@ def _crop(processor: VideoProcessor) -> int | None:
     if processor.do_center_crop:
         return min(processor.crop_size.values())
     return shortest_side(processor)
-
-
-def _resize_of(processor: VideoProcessor, side: int) -> int:
-    """A processor's shortest side before the crop, in proportion where the crop is to be `side`."""
-    crop, shortest = _crop(processor), shortest_side(processor)
-    return side if shortest is None or crop is None else round(shortest * side / crop)
 
 
 def _size_text(size: Mapping[str, int] | None) -> str:
