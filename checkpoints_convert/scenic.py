@@ -114,6 +114,26 @@ def infer_config(
     return config, "classification" if "output_projection/kernel" in tensors else "none", notes
 
 
+def square_sizes(tensors: Mapping[str, Any], num_frames: int) -> dict[str, int]:
+    """The sizes that scenic parameters do not say, of square frames as scenic assumes them.
+
+    `num_frames` is of a clip, which only a factorised encoder says itself. Empty where positions
+    are of no such clips.
+    """
+    kernel = tensors["embedding/kernel"].shape
+    table = tensors.get(f"{_stage(tensors)}Transformer/posembed_input/pos_embedding")
+    if table is None or len(kernel) != 5 or kernel[1] != kernel[2]:
+        return {}
+    cls = any(name in tensors for name in ("cls", "cls_SpatialTransformer"))
+    tokens, staged = table.shape[1] - cls, bool(_stage(tensors))
+    each, rest = divmod(tokens, 1 if staged else max(num_frames // kernel[0], 1))
+    side = math.isqrt(each)
+    if rest or side**2 != each:
+        return {}
+    sizes = {"image_size": side * kernel[1]}
+    return sizes if staged else sizes | {"num_frames": num_frames}
+
+
 def _check_positions(path: Path, tensors: Mapping[str, Any], config: VivitConfig) -> None:
     """ConfigError where a clip of the config's size has not as many tokens as there are positions.
 

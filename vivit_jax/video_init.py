@@ -28,6 +28,7 @@ def init_from_video_model(
     source: str | Path,
     config: Mapping[str, Any],
     *,
+    source_config: Mapping[str, Any] | None = None,
     head: str | None = None,
     revision: str | None = None,
     seed: int = 0,
@@ -36,7 +37,8 @@ def init_from_video_model(
 
     `source` is a HuggingFace directory or hub id, or a file of scenic. `config` changes fields of
     its configuration: the sizes (`image_size`, `num_frames`, `num_temporal_layers`), labels, rates,
-    execution. `head` is as in `from_pretrained`.
+    execution. `source_config` says sizes of the source that a file of scenic does not say itself.
+    `head` is as in `from_pretrained`.
 
     Positions are resized separably along time, height and width, linearly with aligned corners, as
     scenic resizes them (scipy.ndimage.zoom of order 1); the class tokens keep theirs. Of a joint
@@ -64,6 +66,7 @@ def init_from_video_model(
     execution = {name: value for name, value in config.items() if known[name]}
     own = (*SIZES, *labels, *execution)
     settings = {name: value for name, value in config.items() if name not in own}
+    settings = {**(source_config or {}), **settings}
     plan = plan_load(
         source, head, settings=settings, revision=revision, **labels, **execution
     )  # fmt: skip

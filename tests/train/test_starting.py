@@ -14,6 +14,7 @@ from tiny_recipes import FINETUNE, PRETRAIN, SIZES, VIEWS, changed
 
 import vivit_jax
 from checkpoints_convert import trees
+from checkpoints_convert.__main__ import main as convert
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import RECIPES, apply_settings, from_dict, recipe_named, to_dict
@@ -144,6 +145,29 @@ def test_a_joint_table_is_resized_in_time_and_space(attention, tmp_path):
     shape = (1, 12, 24, 24, 3)
     out = jax.eval_shape(lambda x: model.apply({"params": params}, x).logits, np.zeros(shape))
     assert out.shape == (1, 4)
+
+
+@pytest.mark.parametrize("attention", ["factorised_encoder", "joint"])
+def test_a_file_of_scenic_starts_a_run_of_another_size(attention, tmp_path):
+    """It says neither the size of frames nor, of joint attention, how many there are."""
+    sizes = dict(LARGE, attention_type=attention, num_labels=7)
+    directory, theirs = saved(tmp_path / "model", VivitConfig(**sizes))
+    assert convert(["convert", directory, str(tmp_path / "scenic"), "--to", "scenic"]) == 0
+    (file,) = (path for path in (tmp_path / "scenic").iterdir() if path.suffix != ".json")
+    alone = file.rename(tmp_path / "alone")
+    recipe = vivit_recipe(str(alone), image_size=64, num_frames=8)
+    if attention == "joint":
+        model = dataclasses.replace(recipe.model, preset="vivit-b-16x2-kinetics400")
+        recipe = dataclasses.replace(recipe, model=model)
+    found = starting_model(recipe, NAMES)
+    assert found.model.config.grid == (4, 8, 8)
+    ours, path = by_layer(found.params), "backbone/patch_embed/kernel"
+    np.testing.assert_array_equal(ours[path], theirs[path])
+    assert "image_size 48" in found.report and "taken of square frames" in found.report
+    assert "positions of 4x6x6 tokens (t x h x w) resized to 4x8x8" in found.report
+    # At its own size too.
+    same = starting_model(changed(recipe, model__config=dict(num_frames=8)), NAMES)
+    assert same.model.config.grid == (4, 6, 6) and "resized to" not in same.report
 
 
 def test_another_depth_in_space_is_refused(kinetics):

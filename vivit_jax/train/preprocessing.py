@@ -56,19 +56,19 @@ def preprocessing(
     """
     theirs, notes = _beside(place, image, recipe)
     published = VideoProcessor.named(recipe.processor)
-    processor, told = _normalisation(recipe, published, theirs, image)
-    notes += told
+    processor, differs = _normalisation(recipe, published, theirs, image)
+    notes += differs
     written, side = min(model_config(recipe).frame_size), min(config.frame_size)
-    resize = recipe.evaluation.resize
+    resize, follow = recipe.evaluation.resize, side != written
     if "evaluation.resize" not in recipe.given:
         if theirs is not None and not image:
             preset = min(preset_named(recipe.model.preset).config.frame_size)
             resize = resize_for(theirs, side) if _crop(theirs) == side or side != preset else resize
             resize = max(resize, *config.frame_size)
-        elif side != written:
-            resize = round(resize * side / written)
+        elif follow and resize >= written:  # less is for other frames than the recipe's
+            resize = max(round(resize * side / written), side)
     augment = recipe.augment
-    if augment.resize is not None and side != written and "augment.resize" not in recipe.given:
+    if follow and (augment.resize or 0) >= written and "augment.resize" not in recipe.given:
         follows = math.ceil(augment.resize * side / written)
         notes.append(
             f"augment.resize is {follows} for frames of {side} pixels, as the recipe's "

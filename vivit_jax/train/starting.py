@@ -41,11 +41,13 @@ _MOST_CLASSES = 1_000_000  # of numbers in a list, of which a wrong one may be a
 _FIXED = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_channels", "patch_size",
     "tubelet_size", "decoder_hidden_size", "decoder_num_hidden_layers",
-    "decoder_intermediate_size", "qkv_bias", "num_attention_heads", "decoder_num_attention_heads",
+    "decoder_intermediate_size", "qkv_bias", "num_attention_heads", "head_dim",
+    "decoder_num_attention_heads",
 )  # fmt: skip
 # What no trained network computes with: labels, first values, rates of training, and the pooler,
 # which has no part in training. Dropout and execution are told by the config itself.
 _NO_FUNCTION = (
+    "drop_path_rate",
     *_OF_THE_DATA, "id2label", "problem_type", "initializer_range", "zero_init_temporal_attention",
     "drop_path_rescale", "pooler_output_size", "pooler_act",
 )  # fmt: skip
@@ -204,7 +206,8 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
             raise _no_classes(recipe, f"{source} holds an image model")
         found = init_from_image_model(place, config, seed=seed)
         return _completed(recipe, found, place, None)
-    opened = open_source(place)
+    assumed = _assumed_sizes(place, config)
+    opened = open_source(place, settings=assumed)
     held = opened.layout
     if held.family != config.model_type:
         raise UserError(
@@ -216,12 +219,15 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
     handed_over = head == "classification" and held.head == "pretraining"
     vivit = isinstance(config, VivitConfig)
     notes = []
+    if assumed:
+        sizes = ", ".join(f"{name} {value}" for name, value in assumed.items())
+        notes.append(f"{sizes}: taken of square frames, since the file does not say")
     if config_path(place).is_file():  # else the recipe says what the file does not
         skipped = ("use_mean_pooling",) if handed_over else ()
         # What these change is told when the model is made to fit.
         skipped += SIZES if vivit else ()
         names = [name for name in of_the_function(config, head) if name in changes]
-        notes = _config_notes(
+        notes += _config_notes(
             source, differing(config, opened.config, [n for n in names if n not in skipped])
         )
     if handed_over:
@@ -229,10 +235,10 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
         return _completed(recipe, found, place, opened.config, notes)
     fresh_head = False
     if held.head == head == "classification" and not kept:
-        fresh_head, told_of_classes = _other_classes(opened.config, changes, by_number)
+        fresh_head, told_of_classes = _other_classes(opened.config, config, changes, by_number)
         notes += told_of_classes
     if vivit and _resized(opened.config, changes, SIZES):
-        found = init_from_video_model(place, changes, head=head, seed=seed)
+        found = init_from_video_model(place, changes, source_config=assumed, head=head, seed=seed)
     else:
         names = (*_OF_THE_DATA, "id2label")
         labelled = {name: changes.pop(name) for name in names if name in changes}
@@ -241,12 +247,29 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
             for field in dataclasses.fields(config)
             if field.metadata.get("execution") and field.name in changes
         }
-        asked = dict(head=head, config=changes, **labelled)
+        asked = dict(head=head, config=assumed | changes, **labelled)
         report = load_report(place, **asked)
         found = InitialisedModel(*from_pretrained(place, **asked, **execution, seed=seed), report)
     if fresh_head:
         found = _fresh_head(found, seed)
     return _completed(recipe, found, place, opened.config, notes)
+
+
+def _assumed_sizes(place: Path, config) -> dict[str, int]:
+    """Sizes of the model in a file of scenic that has no config beside it: those of square frames.
+
+    The frames of a clip are as many as those of `config` where the file does not say.
+    """
+    from checkpoints_convert import scenic
+    from checkpoints_convert.config_json import config_path
+    from checkpoints_convert.io import open_checkpoint
+    from checkpoints_convert.source import layout_of
+
+    checkpoint = open_checkpoint(place)
+    if config_path(place).is_file() or layout_of(checkpoint) != "scenic":
+        return {}
+    tensors, _ = scenic.parameters(checkpoint.tensors)
+    return scenic.square_sizes(tensors, config.num_frames)
 
 
 def _resized(held: VivitConfig, changes: Mapping[str, Any], sizes: Sequence[str]) -> bool:
@@ -255,7 +278,9 @@ def _resized(held: VivitConfig, changes: Mapping[str, Any], sizes: Sequence[str]
     return (wanted.grid, wanted.temporal_layers) != (held.grid, held.temporal_layers)
 
 
-def _other_classes(held, changes: dict[str, Any], by_number: bool) -> tuple[bool, list[str]]:
+def _other_classes(
+    held, config, changes: dict[str, Any], by_number: bool
+) -> tuple[bool, list[str]]:
     """Whether as many classes as the checkpoint's are others, for a fresh head, and what to tell.
 
     Takes the checkpoint's names away from numbers, which say nothing of what they stand for.
@@ -270,7 +295,7 @@ def _other_classes(held, changes: dict[str, Any], by_number: bool) -> tuple[bool
     if number != held.num_labels or held.labels == unnamed:
         return False, []
     names = changes.get("id2label")
-    if names is not None and tuple(names) != held.labels:
+    if names is not None and config.labels != held.labels:
         return True, [f"the data's classes are not the checkpoint's, in their order; {way_out}"]
     if names is None and by_number:
         changes["id2label"] = unnamed
