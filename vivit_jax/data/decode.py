@@ -532,7 +532,7 @@ class _Run:
 
 
 class FromStart:
-    """The frames of a file, numbered, decoded from its start, up to number `last` and few after it.
+    """The frames of a file, numbered, decoded from its start, up to number `last`.
 
     Yields (number, frame, seconds from frame 0). The numbers are those of the packets' times where
     the table is trusted, and a frame that cannot be decoded is the one before it (the first ones,
@@ -571,8 +571,8 @@ class FromStart:
                 )
                 for new in new_frames:
                     number = done if number_of is None else number_of.get(new.pts, -1)
-                    if number < done:
-                        continue  # a second picture for one time
+                    if done > self.last or number < done:
+                        continue  # not wanted, or a second picture for one time
                     decoded += 1
                     frame = frame or new
                     for k in range(done, number):

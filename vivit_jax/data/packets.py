@@ -161,7 +161,7 @@ def _incomplete(
 
 def _packets(container, stream) -> Iterator:
     # PyAV ends the stream with an empty packet, and avi has empty ones for "same picture again".
-    # PyAV 18 may look there for streams that it does not know, as they first appeared after opening.
+    # PyAV 18 may look there for streams that it does not know: they appeared after opening.
     with contextlib.suppress(IndexError):
         yield from (packet for packet in container.demux(stream) if packet.size)
 
