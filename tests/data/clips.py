@@ -20,6 +20,7 @@ QUIET = {
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "b": "2M"},
     "libvpx": {"deadline": "good", "cpu-used": "4", "auto-alt-ref": "1", "lag-in-frames": "16"},
     "mpeg4": {"sc_threshold": "1000000000"},
+    "ffv1": {"level": "3", "slicecrc": "1", "slices": "4"},
 }
 MATRICES = {  # (rotation clockwise, mirrored left to right after it): a, b, c, d of the matrix
     (0, False): (1, 0, 0, 1),
@@ -67,27 +68,35 @@ def write_clip(
     pix_fmt: str = "yuv420p",
     fps: int = 25,
     times: list[float] | None = None,
+    clock: int = 90000,
     size: tuple[int, int] = (64, 48),
     display: tuple[int, bool] | None = None,
+    aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> Path:
     """Encodes frames painted 0, 1, 2... and returns `path`, whose suffix names the container.
 
     times: seconds at which each frame is shown (variable frame rate), instead of `fps`.
+    clock: ticks a second that `times` are rounded to.
+    aspect: width of a pixel over its height.
     size: width, height as encoded, multiples of 16.
     display: (degrees clockwise, mirrored after) to write into an mp4 or mov; the pictures are
         stored turned the other way, so that a player shows the numbers upright.
     options: of the encoder; container_options: of the muxer.
     """
-    time_base = Fraction(1, fps) if times is None else Fraction(1, 90000)
-    ticks = range(frames) if times is None else [round(t * 90000) for t in times]
+    time_base = Fraction(1, fps) if times is None else Fraction(1, clock)
+    ticks = range(frames) if times is None else [round(t * clock) for t in times]
     with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(codec, rate=fps, options=QUIET[codec] | (options or {}))
+        stream = container.add_stream(
+            codec, rate=fps, options=QUIET.get(codec, {}) | (options or {})
+        )
         stream.width, stream.height = size
         stream.pix_fmt, stream.gop_size = pix_fmt, gop
         stream.codec_context.max_b_frames = b_frames
         stream.codec_context.time_base = time_base
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         for number, tick in zip(range(frames), ticks, strict=True):
             image = stored(number, size, display)
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")

@@ -4,8 +4,9 @@
 The times are the container's presentation times, so they follow a variable frame rate:
 
 - of mp4/mov and Matroska/WebM files whose packets number the frames, the packets' sorted times;
-- of avi with pictures that are stored in another order than shown, the k-th smallest of the
-  packets' places: avi counts ticks, of which one that repeats a picture has no packet;
+- of avi with pictures that are stored in another order than shown, the packets' places, which are
+  decoding times: frame k is shown when packet k + d is decoded, d being how many frames the decoder
+  holds back. avi counts ticks, of which one that repeats a picture has no packet;
 - else the times that the decoded frames carry. A frame without one follows the frame before it by
   the frame's duration, or the rate that the container states. Times that go back, where streams
   were joined, go on from there; so do those of transport and program streams that leap by more than
@@ -35,6 +36,10 @@ class Clock:
     """Times of the frames of a stream that is decoded from its start, asked for in their order.
 
     Where `known` is set they are asked for in any order, with no frames.
+
+    Attributes:
+        known: whether the packets say them.
+        joins: numbers of frames at which they go back or leap, and go on from there.
     """
 
     def __init__(self, table: Table, stream):
@@ -47,9 +52,12 @@ class Clock:
             self._places, self._last_step = np.sort(table.pts), table.last_duration
         elif len(table.stored):
             self._last_step = least_step(table.stored)
-            if stream.codec_context.has_b_frames:
-                self._places = table.stored
-        self.known = table.distrust is None
+            context = stream.codec_context
+            if context.has_b_frames:
+                delay = int(getattr(context, "reorder_depth", 1))
+                ending = table.stored[-1] + self._last_step * np.arange(1, delay + 1)
+                self._places = np.concatenate([table.stored, ending])[delay:]
+        self.known, self.joins = table.distrust is None, []
         self._index = self._shown = self._duration = None  # of the frame asked for last
         self._carries = None  # the last time that a frame carried, and where it lies from frame 0
 
@@ -59,7 +67,7 @@ class Clock:
             place = min(index if self.known else index + lost, len(self._places) - 1)
             shown = Fraction(int(self._places[place] - self._places[0]))
         else:
-            shown = self._carried(frame.pts)
+            shown = self._carried(index, frame.pts)
         self._index, self._shown = index, shown
         self._duration = frame.duration if frame else None
         return float("nan") if shown is None else float(shown * self._unit)
@@ -71,7 +79,7 @@ class Clock:
             return float("nan")
         return float((self._shown + step) * self._unit)
 
-    def _carried(self, pts: int | None) -> Fraction | None:
+    def _carried(self, index: int, pts: int | None) -> Fraction | None:
         """Ticks from frame 0 to the next frame, which carries this time."""
         step = 0 if self._index is None else self._step()
         next_ = None if step is None else (self._shown or 0) + Fraction(step)
@@ -82,6 +90,8 @@ class Clock:
             ahead = pts - self._carries[0]
             if ahead >= 0 and not (self._leap and ahead > self._leap):
                 shown = self._carries[1] + ahead
+            else:
+                self.joins.append(index)
         if shown is not None:
             self._carries = pts, shown
         return shown

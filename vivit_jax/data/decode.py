@@ -428,6 +428,8 @@ def packet_table(name: str) -> Table:
     table = scanned(name, file_state(name))
     if table.incomplete:
         warn_once(name, "incomplete", "%s: %s", name, table.incomplete)
+    if table.flaws:
+        warn_once(name, "flaws", "%s: %s", name, table.flaws)
     return table
 
 
@@ -589,14 +591,17 @@ class FromStart:
                     filled.append(k)
                     yield k, frame, clock.seconds(k, frame)
             self.end, self.cut = clock.end(), bool(lost) and number_of is None
-            expected = table.packets - table.discarded
-            self._report(None if stopped else decoded, lost, filled, expected)
+            self._report(None if stopped else decoded, lost, clock)
         except GeneratorExit:
-            self._report(None, lost, filled, table.packets - table.discarded)
+            self._report(None, lost, clock)
             raise
 
-    def _report(self, decoded: int | None, lost: list, filled: list[int], expected: int) -> None:
+    def _report(self, decoded: int | None, lost: list[tuple[int, str]], clock: Clock) -> None:
         """Logs what is lost; `decoded` None: of the part that was decoded."""
+        filled, expected = self.filled, self.table.packets - self.table.discarded
+        if clock.joins:
+            message = "%s: times go back or leap at %s: taken for streams that were joined there"
+            warn_once(self.name, "joins", message, self.name, named(clock.joins))
         if not lost and not filled and (decoded is None or decoded >= expected):
             return
         causes = ", ".join(f"packet {packet}: {reason}" for packet, reason in lost[:3])

@@ -50,6 +50,7 @@ class Table:
     announced: int  # packets the container claims, 0 if it claims nothing
     lossy: bool  # whether the container is one of LOSSY_CONTAINERS
     damage: str | None  # why packets after these cannot be read
+    flaws: str | None  # where packets lack bytes, for a warning
     incomplete: str | None  # that the file ends before what it announces, for a warning
 
 
@@ -106,7 +107,7 @@ def scan(container, stream) -> Table:
         damage = f"packet {flagged.pop()} is cut off or damaged"
         del pts[-1], dts[-1]
     if flagged:
-        distrust = distrust or f"packets marked as damaged: {flagged[0]} and others"
+        distrust = distrust or "packets marked as damaged"
     stored = np.array(sorted(dts) if form == "avi" and None not in dts else [], dtype=np.int64)
     # What avi counts are ticks: one may repeat the picture before it, and have no packet.
     ticks = int(stored[-1]) + least_step(stored) if len(stored) else len(pts)
@@ -124,6 +125,7 @@ def scan(container, stream) -> Table:
         announced=announced,
         lossy=form in LOSSY_CONTAINERS,
         damage=damage,
+        flaws=_flaws(flagged, len(pts)),
         incomplete=_incomplete(
             container, stream, len(pts), announced, damage, latest, last_duration
         ),
@@ -134,6 +136,13 @@ def least_step(times: np.ndarray) -> int:
     """The smallest distance between neighbours in ascending times, 1 where there is none."""
     steps = np.diff(times)
     return int(steps[steps > 0].min()) if (steps > 0).any() else 1
+
+
+def _flaws(flagged: list[int], packets: int) -> str | None:
+    if not flagged:
+        return None
+    places = named(flagged, "packet")
+    return f"bytes are missing, or another stream was joined on, at {places} of {packets}"
 
 
 def _incomplete(
@@ -304,11 +313,11 @@ def file_state(name: str) -> tuple[int, ...]:
 _warned: set[tuple] = set()
 
 
-def named(frames: list[int], most: int = 8) -> str:
+def named(frames: list[int], what: str = "frame", most: int = 8) -> str:
     """E.g. "frame 3" or "frames 3, 4 and 12 more"."""
     numbers = ", ".join(map(str, frames[:most]))
     more = f" and {len(frames) - most} more" if len(frames) > most else ""
-    return f"frame{'s' if len(frames) > 1 else ''} {numbers}{more}"
+    return f"{what}{'s' if len(frames) > 1 else ''} {numbers}{more}"
 
 
 def _decode_run(
