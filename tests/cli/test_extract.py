@@ -469,7 +469,7 @@ def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path, monkey
             raise ValueError("31 is not a valid Type")
 
     videos[1].write_bytes(whole)
-    for place, fails in (("FrameStream", opened), ("slide", slid)):
+    for place, fails in (("open_stream", opened), ("slide", slid)):
         (out / "a.safetensors").unlink()
         with monkeypatch.context() as patch:
             patch.setattr(features, place, fails)
