@@ -11,7 +11,7 @@ from clips import number_in, write_clip
 from PIL import Image
 
 from vivit_jax import read_video
-from vivit_jax.data.decode import probe_video
+from vivit_jax.data.decode import open_video, probe_video
 from vivit_jax.data.formats import SAFE_OPTIONS, VIDEO_FORMATS, open_container
 from vivit_jax.errors import VideoError
 
@@ -181,3 +181,11 @@ def test_text_and_subtitles_are_named(tmp_path):
 def test_options_reach_the_container(video):
     with open_container(str(video), {"fflags": "noparse"}) as container:
         assert container.streams.video[0].frames == 4
+
+
+def test_a_file_that_is_gone_once_it_is_opened(tmp_path):
+    with (
+        pytest.raises(VideoError, match="clip.mp4: no readable video .No such file"),
+        open_video(str(tmp_path / "clip.mp4")),
+    ):
+        pass

@@ -78,8 +78,6 @@ from vivit_jax.inputs import stand_in
 
 logger = logging.getLogger(__name__)
 
-# FFmpeg draws text files as pictures with these.
-_TEXT_CODECS = ("ansi", "bintext", "xbin", "idf")
 # A total that no index reaches.
 _ENDLESS = 2**62
 # Of two slashes a Path keeps one. One letter is a drive.
@@ -448,24 +446,12 @@ def _opened(name: str):
     import av
 
     with contextlib.suppress(av.FFmpegError):
-        container = open_container(name, {"fflags": "noparse"}, **_lenient())
+        container = open_container(name, {"fflags": "noparse"})
         codecs = [s.codec_context and codec_name(s) for s in container.streams.video]
         if container.format.name in TIMED_CONTAINERS and set(codecs) <= set(SPARSE_CODECS):
             return container
         container.close()
-    return open_container(name, **_lenient())
-
-
-@functools.cache
-def _lenient() -> dict[str, str]:
-    """Arguments of `av.open` with which titles and comments that are no UTF-8 are no error.
-
-    PyAV 19 has no such argument: it escapes those bytes by itself.
-    """
-    import av
-
-    takes = hasattr(av.container.InputContainer, "metadata_errors")
-    return {"metadata_errors": "replace"} if takes else {}
+    return open_container(name)
 
 
 def _video_stream(name: str, container):
@@ -496,8 +482,6 @@ def _video_stream(name: str, container):
         warn_once(name, "streams", message, name, len(videos), kinds[0], ", ".join(kinds[1:]))
     if stream.codec_context is None:
         raise VideoError(f"{name}: no decoder for its video stream; {_EXPECTED}")
-    if codec_name(stream) in _TEXT_CODECS:
-        raise VideoError(f"{name}: a text file; {_EXPECTED}")
     return stream
 
 

@@ -9,6 +9,7 @@ and the only protocol is `file`. Formats that a build of FFmpeg adds are refused
 listed.
 """
 
+import functools
 import io
 import os
 import re
@@ -75,11 +76,11 @@ _TEXT = "a text file"
 _BYTES_PER_PIXEL = 8
 
 
-def open_container(name: str, options: dict[str, str] | None = None, **others):
-    """The av container of a file of an allowed format, for reading.
+def open_container(name: str, options: dict[str, str] | None = None):
+    """The av container of a file of an allowed format, for reading, with further FFmpeg `options`.
 
-    `options` are FFmpeg's, `others` are arguments of `av.open`. Raises VideoError for a playlist or
-    text by that name, and what `av.open` raises for other files that are no video.
+    Raises VideoError for a playlist or text by that name, and for frames of more than
+    `most_pixels`; and what `av.open` raises for other files that are no video.
     """
     import av
 
@@ -87,18 +88,31 @@ def open_container(name: str, options: dict[str, str] | None = None, **others):
     # FFmpeg counts the rows and columns with which decoders fill up their buffers.
     bound = {"max_pixels": str(most + most // 4 + 2**16)}
     # The prefix keeps a colon in a file name from being read as a network protocol.
-    file, others = "file:" + name, others | {"options": SAFE_OPTIONS | bound | (options or {})}
+    file, options = "file:" + name, SAFE_OPTIONS | bound | (options or {})
     try:
-        return _bounded(name, av.open(file, **others), most, bound)
+        return _bounded(name, av.open(file, options=options, **_lenient()), most, bound)
     except av.FFmpegError as error:
         refused = isinstance(error, av.ArgumentError)  # not one of SAFE_OPTIONS, or damaged
         kind = _kind_of_text(name)
         if kind is not None and (refused or kind != _TEXT):
             raise VideoError(f"{name}: {kind}; {EXPECTED}") from error
-        found = _format_by_content(name) if refused and set(name) & set("%*?{") else None
+        found = _format_by_content(name, options) if refused and set(name) & set("%*?{") else None
         if found is None:
             raise
-    return _bounded(name, av.open(file, format=found, **others), most, bound)
+    named = av.open(file, format=found, options=options, **_lenient())
+    return _bounded(name, named, most, bound)
+
+
+@functools.cache
+def _lenient() -> dict[str, str]:
+    """Arguments of `av.open` with which titles and comments that are no UTF-8 are no error.
+
+    PyAV 19 has no such argument: it escapes those bytes by itself.
+    """
+    import av
+
+    takes = hasattr(av.container.InputContainer, "metadata_errors")
+    return {"metadata_errors": "replace"} if takes else {}
 
 
 def most_pixels(name: str | os.PathLike) -> int:
@@ -106,14 +120,18 @@ def most_pixels(name: str | os.PathLike) -> int:
 
     At 8 bytes a pixel, of what decoders and RGB take together, that is `unpack_limit`.
     """
-    return unpack_limit(os.path.getsize(name)) // _BYTES_PER_PIXEL
+    try:
+        held = os.path.getsize(name)
+    except OSError:
+        held = 0  # whoever opens it says so
+    return unpack_limit(held) // _BYTES_PER_PIXEL
 
 
-def too_large(name: str, width: int = 0, height: int = 0) -> VideoError:
-    """The error for frames of more than `most_pixels`, or of no size that can be told."""
+def too_large(name: str, most: int, width: int = 0, height: int = 0) -> VideoError:
+    """The error for frames of more than `most` pixels, or of no size that can be told."""
     size = f"frames of {width} x {height} (w x h)" if width else "frames of more, or of no size"
     return VideoError(
-        f"{name}: {size}; expected at most {most_pixels(name):,} pixels: resize the file, or if "
+        f"{name}: {size}; expected at most {most:,} pixels: resize the file, or if "
         f"you trust it raise the environment's {VARIABLE} (bytes, {_BYTES_PER_PIXEL} for each "
         "pixel)"
     )
@@ -130,14 +148,17 @@ def _bounded(name: str, container, most: int, bound: dict[str, str]):
         # Of a picture FFmpeg tells no size where it is more than `most`.
         if pixels > most or (not pixels and container.format.name.endswith("_pipe")):
             container.close()
-            raise too_large(name, context.width, context.height)
+            raise too_large(name, most, context.width, context.height)
     return container
 
 
 def _kind_of_text(name: str) -> str | None:
-    """What a text file is; None for anything else."""
-    with open(name, "rb") as file:
-        head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
+    """What a text file is; None for anything else, and what cannot be read."""
+    try:
+        with open(name, "rb") as file:
+            head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
+    except OSError:
+        return None
     text, binary, _ = head.partition(b"\0")
     for kind, pattern in _PLAYLISTS.items():
         if re.search(pattern, text):
@@ -152,17 +173,17 @@ def _kind_of_text(name: str) -> str | None:
     return _TEXT
 
 
-def _format_by_content(name: str) -> str | None:
+def _format_by_content(name: str, options: dict[str, str]) -> str | None:
     """FFmpeg's name for the format of a file, whatever it is called; None for one refused.
 
     Of pictures whose name is a pattern, as clip%03d.png, FFmpeg does not look at the content.
     """
     import av
 
-    with io.FileIO(name) as file:
-        file.name = "a file"  # which av tells FFmpeg
-        try:
-            with av.open(file, options=SAFE_OPTIONS) as container:
+    try:
+        with io.FileIO(name) as file:
+            file.name = "a file"  # which av tells FFmpeg
+            with av.open(file, options=options, **_lenient()) as container:
                 return container.format.name
-        except av.FFmpegError:
-            return None
+    except (av.FFmpegError, OSError):
+        return None

@@ -18,6 +18,7 @@ import numpy as np
 from vivit_jax.data.formats import most_pixels, too_large
 from vivit_jax.errors import VideoError, first_line
 from vivit_jax.inputs import check_file
+from vivit_jax.limits import VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,19 @@ def read_picture(path: str) -> np.ndarray:
 def _opened(path: str) -> Iterator:
     from PIL import Image
 
-    most = most_pixels(path)
-    if Image.MAX_IMAGE_PIXELS is not None and most > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = most  # the user raised the limit, and Pillow has its own
+    most, own = most_pixels(path), Image.MAX_IMAGE_PIXELS
+    if own is not None and most > 2 * own:  # beyond which Pillow refuses
+        if VARIABLE in os.environ:
+            Image.MAX_IMAGE_PIXELS = most
+        else:
+            most = 2 * own
     try:
         image = Image.open(path)
     except Image.DecompressionBombError:
-        raise too_large(path) from None
+        raise too_large(path, most) from None
     with image:
         if image.width * image.height > most:
-            raise too_large(path, image.width, image.height)
+            raise too_large(path, most, image.width, image.height)
         yield image
 
 
