@@ -14,17 +14,16 @@ from typing import Any
 
 from checkpoints_convert.config_json import Settings, parse_settings, predicts_as_published
 from checkpoints_convert.inferred import complete, count_blocks
+from checkpoints_convert.state_dicts import USUAL, left_out, unwrapped
 from checkpoints_convert.tables.videomae_authors import spelling
 from checkpoints_convert.torch_files import is_beside, write_state_dict
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import CheckpointError, ConfigError
 
 CONTAINERS = {"model": "model/", "module": "module/", "bare": ""}
-_READ = ("model/", "module/", "state_dict/")
 FILE = "checkpoint.pth"
 # What readers of a directory would open instead, or could not tell from it.
 RIVALS = re.compile(r"checkpoint(_\d+)?|.*\.(pth|pt|npz|msgpack|safetensors)")
-TRAINING_STATE = "training state, not in the container of the parameters"
 # Heads by width: the weights do not say them, the authors' code has these models only.
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
@@ -38,8 +37,6 @@ _FUNCTION = {
     "fc_norm_eps": _EPS,
     "decoder_norm_eps": _EPS,
 }
-# What DistributedDataParallel, a detector and a LightningModule around the model put before names.
-_WRAPPERS = re.compile(r"^((module|backbone|model)\.)+")
 _OF_THE_ENCODER = re.compile(r"(encoder\.)?(patch_embed|blocks)\.")
 
 
@@ -49,29 +46,20 @@ def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], 
     Raises CheckpointError where there are none, where two names differ in their prefixes only, and
     for learned positions.
     """
-    container = next((c for c in _READ if any(n.startswith(c) for n in tensors)), "")
-    found: dict[str, str] = {}
-    for name in tensors:
-        inside = name.removeprefix(container)
-        if not name.startswith(container) or (not container and is_beside(name, tensors[name])):
-            continue
-        plain = _WRAPPERS.sub("", re.sub(r"(^|(?<=\.))_orig_mod\.", "", inside))
-        if plain in found:
-            raise CheckpointError(
-                f"{path}: {found[plain]} and {name} are both {plain} without the prefixes of "
-                "torch.compile and DistributedDataParallel; save one model alone"
-            )
-        found[plain] = name
+    container = next((c for c in USUAL if any(n.startswith(c) for n in tensors)), "")
+    candidates = tensors
+    if not container:
+        candidates = {name: t for name, t in tensors.items() if not is_beside(name, t)}
+    found = unwrapped(path, candidates, container)
     if not any(map(_OF_THE_ENCODER.match, found)):
         raise CheckpointError(_nothing_found(path, tensors))
-    learned = [found[name] for name in ("pos_embed", "encoder.pos_embed") if name in found]
+    learned = [found[name][0] for name in ("pos_embed", "encoder.pos_embed") if name in found]
     if learned:
         raise CheckpointError(
             f"{path} holds {', '.join(learned)}: learned positions (use_learnable_pos_emb) are not "
             "supported, VideoMAE here has the fixed sin-cos table of every published model"
         )
-    left_out = dict.fromkeys((n for n in tensors if n not in set(found.values())), TRAINING_STATE)
-    return {plain: tensors[name] for plain, name in found.items()}, left_out
+    return {plain: tensor for plain, (_, tensor) in found.items()}, left_out(tensors, found)
 
 
 def _nothing_found(path: Path, tensors: Mapping[str, Any]) -> str:
@@ -82,7 +70,7 @@ def _nothing_found(path: Path, tensors: Mapping[str, Any]) -> str:
     nested = f" Its patch embedding is {elsewhere}." if elsewhere else ""
     return (
         f"{path} holds {', '.join(names)}, and a VideoMAE of its authors is read from "
-        f"{', '.join(c.removesuffix('/') for c in _READ)} or from a file that is nothing but the "
+        f"{', '.join(c.removesuffix('/') for c in USUAL)} or from a file that is nothing but the "
         f"state dict.{nested} Save the state dict of the model in one of these"
     )
 

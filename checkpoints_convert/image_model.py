@@ -16,8 +16,10 @@ from typing import Any
 from checkpoints_convert import scenic, trees
 from checkpoints_convert.config_json import config_path
 from checkpoints_convert.io import open_checkpoint
-from checkpoints_convert.layouts import naming
+from checkpoints_convert.layouts import PREFIXES, naming
 from checkpoints_convert.rules import Row, Rule, match_import
+from checkpoints_convert.state_dicts import hf_parameters, unwrapped
+from checkpoints_convert.state_dicts import left_out as others_of
 from checkpoints_convert.tables import hf_vivit, scenic_vivit, timm_vit
 from checkpoints_convert.tensors import check_readable
 from checkpoints_convert.torch_files import check_flat
@@ -71,11 +73,12 @@ def open_image_model(source: str | Path, *, heads: int | None = None, revision=N
     left_out: dict[str, str] = {}
     if kind == "flax":
         tensors, left_out = scenic.parameters(tensors)
-    elif kind == "timm" and prefix.endswith("/"):  # a training state of torch, as DeiT saves it
-        others = (name for name in tensors if not name.startswith(prefix))
-        left_out = dict.fromkeys(others, scenic.TRAINING_STATE)
-        inside = {name: t for name, t in tensors.items() if name not in left_out}
-        tensors, prefix = {name.removeprefix(prefix): t for name, t in inside.items()}, ""
+    elif kind == "timm" and prefix:  # a training state of torch, as DeiT saves it
+        found = unwrapped(path, tensors, prefix[: prefix.rfind("/") + 1])
+        tensors, left_out = {n: t for n, (_, t) in found.items()}, others_of(tensors, found)
+    elif kind == "hf":
+        tensors, left_out = hf_parameters(path, tensors, ("vit.", *PREFIXES))
+        _, prefix = naming(tensors) or (kind, "")
     elif kind is not None:
         check_flat(path, tensors)
     check_readable(path, tensors)

@@ -14,7 +14,7 @@ from checkpoints_convert.flax_files import (
     open_npz,
 )
 from checkpoints_convert.tensors import DTYPES, LazyTensor, incomplete, known_dtype, stored
-from checkpoints_convert.torch_files import open_pickle
+from checkpoints_convert.torch_files import looks_like_pickle, open_pickle
 from vivit_jax.errors import CheckpointError
 from vivit_jax.inputs import check_file
 from vivit_jax.staging import interrupted
@@ -30,7 +30,10 @@ PROCESSOR_FILES = (
 )
 # What a directory may hold instead, behind checkpoint and checkpoint_<step>.
 _FLAX_FILES = ("flax_model.msgpack", "model.msgpack")
-_SINGLE_FILES = ("*.npz", "*.msgpack", "*.safetensors", "*.pth", "*.pt")
+_SINGLE_FILES = ("*.npz", "*.msgpack", "*.safetensors", "*.pth", "*.pt", "*.ckpt")
+# Where programs keep checkpoints inside the directory of a run: the Trainer of transformers, and
+# Lightning.
+_OF_A_RUN = ("checkpoint-*", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt", "*/*/checkpoints/*.ckpt")
 _STEP = re.compile(r"checkpoint_(\d+)")
 
 
@@ -48,9 +51,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     A directory may hold any of `WEIGHT_FILES`, safetensors first, or else one that JAX programs
     write: `checkpoint`, the `checkpoint_<step>` of the largest step, or a single npz, msgpack,
-    safetensors, pth or pt file. Raises CheckpointError for a path that holds no checkpoint, for
-    damaged or truncated files, for a pickle that could run code, and for an index that disagrees
-    with its shards; MissingExtra for a .bin or .pth without torch.
+    safetensors, pth, pt or ckpt file. Raises CheckpointError for a path that holds no checkpoint,
+    for damaged or truncated files, for a pickle that could run code, and for an index that
+    disagrees with its shards; MissingExtra for a file of torch's without torch.
     """
     path = _weight_file(Path(path))
     if path.name.endswith(".index.json"):
@@ -105,6 +108,14 @@ def _only_file(directory: Path) -> Path:
                 f"{directory} is a training run; name one of its models, {directory}/models/"
                 f"{models[0]}" + (f" (or {', '.join(models[1:])})" if models[1:] else "")
             )
+        inside = _checkpoints_inside(directory)
+        if inside:
+            names = [str(path.relative_to(directory)) for path in inside]
+            more = f" (or {', '.join(names[1:5])}{', ...' * (len(names) > 5)})" * (len(names) > 1)
+            raise CheckpointError(
+                f"{directory} holds no weights of its own but checkpoints of a run; name one, "
+                f"{inside[0]}{more}"
+            )
         accepted = ", ".join((*WEIGHT_FILES, "checkpoint", "checkpoint_<step>", *_FLAX_FILES))
         raise CheckpointError(
             f"{directory} holds no weights; expected one of {accepted}, or a single file of "
@@ -113,18 +124,29 @@ def _only_file(directory: Path) -> Path:
     return found[0]
 
 
+def _checkpoints_inside(directory: Path) -> list[Path]:
+    """Directories and files of weights that a run has left inside its own, the newest first."""
+    found = [path for pattern in _OF_A_RUN for path in directory.glob(pattern)]
+    found = [path for path in found if path.is_file() or _first_file(path, *WEIGHT_FILES)]
+    numbers = {path: tuple(map(int, re.findall(r"\d+", path.name))) for path in found}
+    return sorted(found, key=lambda path: (numbers[path], path), reverse=True)
+
+
 def _open_file(path: Path) -> dict[str, LazyTensor]:
     check_file(path, CheckpointError)
     if path.suffix in _OPENERS:
         return _OPENERS[path.suffix](path)
-    # JAX programs give their checkpoints names without a suffix, or with a step for one.
+    # Lightning's .ckpt is torch's. JAX programs too give checkpoints this name, or one without a
+    # suffix, or with a step for one.
+    if path.suffix == ".ckpt" and looks_like_pickle(path) and not looks_like_npz(path):
+        return open_pickle(path)
     if looks_like_npz(path):
         return open_npz(path)
     if looks_like_msgpack(path):
         return open_msgpack(path)
     raise CheckpointError(
-        f"{path}: unknown kind of file; expected {', '.join(_OPENERS)} or .index.json, or, under "
-        "any name, flax's msgpack or numpy's npz"
+        f"{path}: unknown kind of file; expected {', '.join(_OPENERS)}, .ckpt or .index.json, or, "
+        "under any name, flax's msgpack or numpy's npz"
     )
 
 

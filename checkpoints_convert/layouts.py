@@ -17,6 +17,7 @@ _TABLES = {
     ("scenic", "vivit"): scenic_vivit,
     ("videomae", "videomae"): videomae_authors,
 }
+PREFIXES = (hf_vivit.PREFIX, hf_videomae.PREFIX)  # of the backbones in HuggingFace's names
 LAYOUTS = tuple(dict.fromkeys(layout for layout, _ in _TABLES))
 IMAGE = "vit"  # read, as the start of a video model, never written
 # The kernel of the patch embedding tells the layouts apart, and its rank images from video; the

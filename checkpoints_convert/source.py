@@ -21,8 +21,8 @@ from checkpoints_convert.config_json import (
 from checkpoints_convert.io import Checkpoint, open_checkpoint
 from checkpoints_convert.layouts import IMAGE, Layout, architecture, detect, naming
 from checkpoints_convert.problems import summarise
+from checkpoints_convert.state_dicts import hf_parameters
 from checkpoints_convert.tensors import check_readable
-from checkpoints_convert.torch_files import check_flat
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import UserError
 
@@ -65,7 +65,12 @@ class Source:
     def summary(self) -> list[str]:
         """A line per part of the files that is left out."""
         # scenic's states hold everything below one or two names, torch's below one each.
-        return summarise(self.left_out, depth=1 if self.layout.name == "videomae" else 2)
+        return summarise(self.left_out, depth=2 if self.layout.name == "scenic" else 1)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the files hold the parameters by these names and nothing else."""
+        return self.tensors.keys() == self.checkpoint.tensors.keys()
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters of the model that the checkpoint holds, one entry per layer."""
@@ -107,7 +112,7 @@ def open_source(
     elif layout == "videomae":
         tensors, left_out = authors.parameters(path, everything)
     else:
-        check_flat(path, everything)
+        tensors, left_out = hf_parameters(path, everything)
     check_readable(path, tensors)
     if layout not in FILE_LAYOUTS or config_path(path).is_file():
         config, head, hub_form = read_config(path, **execution)

@@ -2,6 +2,8 @@
 """torch's files: trees of dense tensors and plain values, nothing that could run code."""
 
 import argparse
+import collections
+import pathlib
 import pickle
 import re
 import zipfile
@@ -21,6 +23,15 @@ from checkpoints_convert.tensors import (
     known_dtype,
 )
 from vivit_jax.errors import CheckpointError, MissingExtra, first_line
+
+# Where releases of Lightning and of Python have the classes of hyperparameters and of paths.
+_LIGHTNING = (
+    "pytorch_lightning.utilities.parsing",
+    "lightning.pytorch.utilities.parsing",
+    "lightning_fabric.utilities.data",
+    "lightning.fabric.utilities.data",
+)
+_PATHLIB = ("pathlib", "pathlib._local")
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
@@ -61,17 +72,30 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
+def looks_like_pickle(path: Path) -> bool:
+    """Whether a file begins as torch's do: an archive, or a pickle of before torch 1.6."""
+    with path.open("rb") as file:
+        begin = file.read(2)
+    return begin in (b"PK", b"\x80\x02")
+
+
 def _harmless() -> list[Any]:
     """What a pickle may hold besides torch's safe types; all of it holds data and runs no code.
 
     The authors of VideoMAE keep the arguments of their script, a bag of attributes, and learning
     rates that they take from a schedule, an array of numpy. Of numpy only scalars of the plain
-    number types are made: `scalar` copies bytes, and refuses dtype object.
+    number types are made: `scalar` copies bytes, and refuses dtype object. Lightning keeps
+    hyperparameters, a dict of a class of its own, and paths are among them: those become plain
+    dicts and paths that name no file.
     """
     scalar = np._core.multiarray.scalar
     dtypes = (type(np.dtype(code)) for code in ("f8", "f4", "f2", "i8", "i4", "u1", "bool"))
     old = (scalar, "numpy.core.multiarray.scalar")  # as numpy 1 calls it
-    return [argparse.Namespace, scalar, old, np.dtype, *dtypes]
+    stand_ins = [(collections.OrderedDict, f"{name}.AttributeDict") for name in _LIGHTNING]
+    for pure in (pathlib.PurePosixPath, pathlib.PureWindowsPath):
+        names = pure.__name__, pure.__name__.removeprefix("Pure")
+        stand_ins += [(pure, f"{module}.{name}") for module in _PATHLIB for name in names]
+    return [argparse.Namespace, scalar, old, np.dtype, *dtypes, *stand_ins]
 
 
 def _culprit(error: pickle.UnpicklingError) -> str:
@@ -89,7 +113,7 @@ def is_beside(name: str, tensor: LazyTensor) -> bool:
 def check_flat(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """CheckpointError if a torch file holds more than the one state dict that is expected."""
     others = [name for name, tensor in tensors.items() if is_beside(name, tensor)]
-    if others and path.suffix in (".bin", ".pt", ".pth"):
+    if others and path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         held = ", ".join(dict.fromkeys(name.partition("/")[0] for name in others))
         raise CheckpointError(
             f"{path} is not a flat state dict, it also holds: {held}; save the state dict of the "

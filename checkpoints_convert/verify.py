@@ -123,7 +123,7 @@ def verify_checkpoint(
     opened = open_source(path, settings=settings)
     if not runs_in_transformers(opened.config, opened.layout.head):
         raise UserError(_no_reference(opened))
-    if opened.layout.name != "hf":
+    if opened.layout.name != "hf" or not opened.as_stored:
         with tempfile.TemporaryDirectory() as directory:
             convert_checkpoint(path, directory, settings=settings)
             found = verify_checkpoint(

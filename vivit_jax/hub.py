@@ -16,7 +16,7 @@ from vivit_jax.errors import CheckpointError, MissingExtra, first_line
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(
     rf"(?P<repository>{_NAME}/{_NAME})"
-    r"(?:/(?P<file>[\w./-]+\.(?:safetensors|bin|pth|pt|msgpack)))?"
+    r"(?:/(?P<file>[\w./-]+\.(?:safetensors|bin|pth|pt|ckpt|msgpack)))?"
     r"(?:@(?P<revision>[\w./-]+))?"
 )
 _CONFIG = "config.json"
