@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints_convert.hub_v2 import is_hub_form, read_hub_form
-from checkpoints_convert.layouts import architecture, head_of_architectures
+from checkpoints_convert.layouts import ARCHITECTURES, architecture, head_of_architectures
 from vivit_jax.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -68,13 +68,26 @@ def read_config(checkpoint: str | Path, **execution: Any) -> StoredConfig:
         if hub_form:
             config, head = read_hub_form(values)
         else:
-            config = config_from_dict(values, warn=False)
+            config = config_from_dict(_with_model_type(values), warn=False)
             head = head_of_architectures(values.get("architectures"), config.model_type)
     except ConfigError as error:
         raise ConfigError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
     except TypeError as error:
         raise ConfigError(f"{path}: a value has the wrong type: {error}") from None
     return StoredConfig(dataclasses.replace(config, **execution), head, hub_form)
+
+
+def _with_model_type(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values of a config.json; the class it names says the family where it does not.
+
+    transformers' own classes do not ask for a model_type.
+    """
+    named = values.get("architectures")
+    if "model_type" in values or not isinstance(named, list):
+        return values
+    families = (ARCHITECTURES[n][0] for n in named if isinstance(n, str) and n in ARCHITECTURES)
+    family = next(families, None)
+    return values if family is None else {**values, "model_type": family}
 
 
 def predicts_as_published(config: VideoMAEConfig) -> bool:

@@ -93,6 +93,12 @@ def resolve_processor(source: str, revision: str | None = None) -> Path:
     return found or _required(remote, _beside(remote, PROCESSOR_FILES[0]))
 
 
+def resolve_config(source: str, revision: str | None = None) -> Path | None:
+    """The config.json beside what a hub id names; None if there is none."""
+    _, remote = _local_or_remote(source, revision)
+    return None if remote is None else _download(remote, _beside(remote, _CONFIG))
+
+
 def _processor_file(remote: HubId) -> Path | None:
     files = (_download(remote, _beside(remote, name)) for name in PROCESSOR_FILES)
     return next((file for file in files if file is not None), None)

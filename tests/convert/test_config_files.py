@@ -52,6 +52,21 @@ def test_what_transformers_computes_with_is_refused_by_name(damaged):
     assert str(path / "config.json") in str(error.value) and "mine" not in str(error.value)
 
 
+def test_the_class_that_a_config_names_says_the_family(damaged, checkpoints):
+    import transformers
+
+    path = damaged("mae cls", config=lambda values: values.pop("model_type"))
+    assert transformers.VideoMAEForVideoClassification.from_pretrained(path)
+    assert (
+        vivit_jax.from_pretrained(path)[0]
+        == vivit_jax.from_pretrained(checkpoints.path("mae cls"))[0]
+    )
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(values | {"architectures": ["Other"]}))
+    with pytest.raises(vivit_jax.ConfigError, match="model_type is None, expected one of"):
+        vivit_jax.from_pretrained(path)
+
+
 def test_unknown_keys_change_no_number(checkpoints, damaged):
     path = damaged("vivit cls", config=lambda values: values.update(OWN))
     a, b = (vivit_jax.from_pretrained(p) for p in (path, checkpoints.path("vivit cls")))

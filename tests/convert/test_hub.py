@@ -86,6 +86,12 @@ def test_processor_file(cached):
     assert vivit_jax.VideoClassifier.from_pretrained(ID).processor == expected
 
 
+def test_a_processor_without_a_type_is_of_the_model_beside_it(cached):
+    path = cached("single")
+    (path / "preprocessor_config.json").write_text('{"size": 20}')
+    assert vivit_jax.VideoProcessor.from_pretrained(ID) == vivit_jax.VideoProcessor.vivit(size=20)
+
+
 def test_a_hub_id_is_looked_up_once(cached, monkeypatch, tmp_path):
     """Else a push between two looks would mix a processor with other weights."""
     vivit_jax.VideoProcessor.vivit().save_pretrained(cached("single"))

@@ -273,6 +273,10 @@ class VideoProcessor:
             )
         path, config = found
         if isinstance(config, Mapping) and not type_named(config):
+            if not Path(source).exists():
+                from vivit_jax.hub import resolve_config
+
+                resolve_config(str(source), revision)  # puts it beside
             kind = _type_beside(path)
             overrides = ({"image_processor_type": kind} if kind else {}) | overrides
         try:
