@@ -19,7 +19,7 @@ frames that come out are counted, which is slower and gives the same frames:
 
 Where the packets do number the frames, they are decoded from the start all the same, and keep the
 numbers that their packets' times give them, if a decoded run has times other than its packets',
-does not begin with a keyframe, has a wanted frame marked as damaged, or raises a decoding error.
+does not begin with a keyframe, has a frame marked as damaged, or raises a decoding error.
 Then a frame that cannot be decoded shows the one before it, as a player does, but where most of the
 frames asked are such, they are refused. The reason is logged at DEBUG level. WebP files are read
 by `vivit_jax.data.images` instead.
@@ -55,12 +55,14 @@ from vivit_jax.data.formats import EXPECTED as _EXPECTED
 from vivit_jax.data.formats import open_container
 from vivit_jax.data.images import Animation, animation, is_webp
 from vivit_jax.data.packets import (
+    FEW_PACKETS,
     SPARSE_CODECS,
     TIMED_CONTAINERS,
     Distrusted,
     Reported,
     Table,
     codec_name,
+    count_needed,
     file_state,
     frames_of_packets,
     named,
@@ -487,18 +489,14 @@ def _video_stream(name: str, container):
 
 def _sparse(name: str, table: Table, wanted: np.ndarray, convert: Callable) -> dict[int, object]:
     """The ascending frames `wanted`, converted, by number; none where the table cannot be kept."""
-    several_threads = True
-    while True:
-        try:
-            with open_video(name, several_threads) as (container, stream):
-                found = sparse_frames(container, stream, table, wanted)
-                return {k: convert(frame) for k, frame in found}
-        except Reported as reason:
-            logger.debug("%s: decoding by one thread: %s", name, reason)
-            several_threads = False
-        except Distrusted as reason:
-            logger.debug("%s: decoding from the start: %s", name, reason)
-            return {}
+    several_threads = count_needed(table, wanted) > FEW_PACKETS
+    try:
+        with open_video(name, several_threads) as (container, stream):
+            found = sparse_frames(container, stream, table, wanted)
+            return {k: convert(frame) for k, frame in found}
+    except Distrusted as reason:
+        logger.debug("%s: decoding from the start: %s", name, reason)
+        return {}
 
 
 @dataclass
@@ -537,7 +535,7 @@ class FromStart:
 
     def __iter__(self) -> Iterator[tuple]:
         try:
-            yield from self._decoded(several_threads=True)
+            yield from self._decoded(several_threads=self.table.packets > FEW_PACKETS)
         except Reported as reason:
             logger.debug("%s: decoding by one thread: %s", self.name, reason)
             yield from self._decoded(several_threads=False)

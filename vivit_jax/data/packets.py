@@ -29,6 +29,9 @@ LOSSY_CONTAINERS = ("mpegts", "mpeg")
 # With these, frame threads give the frames of one thread, or the decoder reports damage. Frames of
 # damaged hevc, vp8, ffv1, mpeg1video and others differ from call to call with no report.
 THREADED_CODECS = ("h264", "vp9", "av1", "mpeg4", "prores")
+# Up to so many packets frame threads gain nothing, and h264's decoder may still conceal damage in
+# the last ones, and mark them, when other threads have given them out.
+FEW_PACKETS = 8
 # Containers whose stated duration is no estimate.
 _STATED_DURATION = (*TIMED_CONTAINERS, "flv")
 # NAL units of h264 that leave nothing behind for other pictures if their nal_ref_idc is 0: slice,
@@ -58,8 +61,8 @@ class Distrusted(Exception):
     """Decoding contradicts the table."""
 
 
-class Reported(Distrusted):
-    """The decoder reports damage: with several threads, other frames than with one are possible."""
+class Reported(Exception):
+    """A decoder of several threads reports damage; one thread may give other frames."""
 
 
 def reason_of(error) -> str:
@@ -203,6 +206,11 @@ def _run_starts(pts: np.ndarray, keys: np.ndarray, positions: np.ndarray) -> np.
     return keys[np.searchsorted(pts[keys], pts[positions], side="right") - 1]
 
 
+def count_needed(table: Table, wanted: np.ndarray) -> int:
+    """How many packets `sparse_frames` decodes at most for the ascending frames `wanted`."""
+    return sum(last - first + 1 for first, last in _runs(table, wanted))
+
+
 def _runs(table: Table, wanted: np.ndarray) -> list[list[int]]:
     """Inclusive [first, last] ranges of packets to decode for the ascending frames `wanted`."""
     positions = np.argsort(table.pts)[wanted]
@@ -216,13 +224,10 @@ def _runs(table: Table, wanted: np.ndarray) -> list[list[int]]:
 
 
 def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterator[tuple]:
-    """Yields (k, frame) for the ascending frames `wanted`; all are void if it raises Distrusted.
-
-    Reported is raised where the decoder reports damage and has several threads.
-    """
+    """Yields (k, frame) for the ascending frames `wanted`; all are void if it raises Distrusted."""
     import av
 
-    shown, damaged, threaded = np.sort(table.pts), [], uses_threads(stream)
+    shown = np.sort(table.pts)
     frame_at = dict(zip(shown[wanted].tolist(), wanted.tolist(), strict=True))
     position_at = {time: position for position, time in enumerate(table.pts.tolist())}
     length_bytes = _h264_length_bytes(stream)
@@ -234,7 +239,7 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
 
     runs = _runs(table, wanted)
     # Pictures that precede the keyframe where decoding begins (open GOP) lack others by right.
-    if threaded and all((table.pts[a : b + 1] >= table.pts[a]).all() for a, b in runs):
+    if all((table.pts[a : b + 1] >= table.pts[a]).all() for a, b in runs):
         _raise_for_damage(stream)
     for first, last in runs:
         times = table.pts[first : last + 1]
@@ -250,20 +255,14 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
                     if not decoded and not frame.key_frame:
                         raise Distrusted(f"packet {first} is marked as a keyframe and is none")
                     decoded.append(frame.pts)
-                    if frame.is_corrupt and threaded:
-                        raise Reported("a frame is marked as damaged")
+                    if frame.is_corrupt:
+                        raise Distrusted(f"a frame of packets {first} to {last} is damaged")
                     if frame.pts in frame_at:
-                        if frame.is_corrupt:
-                            raise Distrusted(f"frame {frame_at[frame.pts]} is marked as damaged")
                         yield frame_at[frame.pts], frame
-                    elif frame.is_corrupt:
-                        damaged.append(int(np.searchsorted(shown, frame.pts)))
         except av.FFmpegError as error:
-            reason = f"decoding from packet {first} fails: {reason_of(error)}"
-            raise (Reported if threaded else Distrusted)(reason) from error
+            raise Distrusted(f"decoding from packet {first} fails: {reason_of(error)}") from error
         if decoded != np.setdiff1d(times[times >= start], skipped).tolist():
             raise Distrusted(f"packets {first} to {last} give frames at other times than theirs")
-    warn_of_damage(container.name.removeprefix("file:"), damaged)
 
 
 def uses_threads(stream) -> bool:
@@ -279,9 +278,10 @@ def set_threads(stream, several: bool) -> None:
 
 
 def _raise_for_damage(stream) -> None:
-    """Makes the decoder of several threads raise an error for what it would conceal.
+    """Makes the decoder raise an error for what it would conceal.
 
-    h264's may mark a damaged frame only after another thread has given it out.
+    Begun in the middle, it would conceal otherwise; and of several threads h264's may mark a
+    damaged frame only after another one has given it out.
     """
     context = stream.codec_context
     context.options = {**context.options, "err_detect": "explode"}

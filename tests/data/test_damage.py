@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged videos give the same frames in every call, and as many as they are said to have."""
+
+import itertools
+
+import numpy as np
+import pytest
+from clips import write_clip
+from helpers import mostly_slow
+
+from vivit_jax.data.decode import frame_times, probe_video, read_video
+from vivit_jax.data.stream import FrameStream
+from vivit_jax.errors import VideoError
+
+SIZE = (256, 192)
+MEDIUM = {"preset": "medium"}
+FIRST_INDEX = {"movflags": "faststart"}
+KINDS = {
+    "h264.mp4": dict(options=MEDIUM, container_options=FIRST_INDEX),
+    "h264.mkv": dict(options=MEDIUM),
+    "h264.ts": dict(options=MEDIUM),
+    "h264.flv": dict(options=MEDIUM),
+    "h264.avi": dict(options=MEDIUM),
+    "h264.h264": dict(options=MEDIUM),
+    "hevc.hevc": dict(codec="libx265"),
+    "hevc.mkv": dict(codec="libx265"),
+    "hevc.ts": dict(codec="libx265"),
+    "vp8.webm": dict(codec="libvpx"),
+    "vp9.webm": dict(codec="libvpx-vp9"),
+    "av1.mkv": dict(codec="libsvtav1"),
+    "ffv1.mkv": dict(codec="ffv1", b_frames=0),
+    "mjpeg.avi": dict(codec="mjpeg", pix_fmt="yuvj420p", b_frames=0),
+    "mpeg4.avi": dict(codec="mpeg4"),
+    "mpeg2.ts": dict(codec="mpeg2video"),
+    "mpeg1.mpg": dict(codec="mpeg1video"),
+    "prores.mov": dict(codec="prores_ks", pix_fmt="yuv422p10le", b_frames=0),
+}
+
+
+def damaged(whole: bytes, rng: np.random.Generator, trial: int) -> bytes:
+    """Bytes changed, a piece left out, or the end cut off."""
+    data = bytearray(whole)
+    for place in rng.integers(len(data) // 8, len(data), rng.integers(1, 6)):
+        data[place] = rng.integers(256)
+    if trial % 4 == 3:
+        place = rng.integers(len(data) // 4, len(data))
+        del data[place : place + rng.integers(1, 400)]
+    if trial % 7 == 6:
+        del data[rng.integers(len(data) // 2, len(data)) :]
+    return bytes(data)
+
+
+def outcome(read, *arguments, **options):
+    """What a call returns, or the text of the VideoError that it raises."""
+    try:
+        return read(*arguments, **options)
+    except VideoError as error:
+        assert "\n" not in str(error)
+        return str(error)
+
+
+def assert_equal(found, expected) -> None:
+    assert type(found) is type(expected)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "name", mostly_slow(KINDS, "h264.mkv", "h264.ts", "hevc.hevc", "vp8.webm", "vp9.webm")
+)
+def test_damaged_videos_are_read_alike(tmp_path, name):
+    """By `probe_video`, `read_video`, again and again, and `FrameStream`."""
+    path = tmp_path / name
+    whole = write_clip(path, size=SIZE, gop=12, frames=24, **KINDS[name]).read_bytes()
+    rng, compared = np.random.default_rng(0), 0
+    for trial in range(14):
+        path.write_bytes(damaged(whole, rng, trial))
+        info, video = outcome(probe_video, path), outcome(read_video, path)
+        for _ in range(3):
+            assert_equal(outcome(read_video, path), video)
+        if isinstance(info, str):
+            assert isinstance(video, str)
+            continue
+        # A frame that is held keeps its buffer from the decoder, which may show in damaged ones.
+        streamed = [(outcome(frame.image), frame.seconds) for frame in FrameStream(path)]
+        assert len(streamed) == info.num_frames
+        images, seconds = zip(*streamed, strict=True)
+        for k in {0, len(images) // 2, len(images) - 1}:
+            one = outcome(read_video, path, indices=[k])
+            # hevc's decoder does not report a reference to a picture that seeking leaves out.
+            if not isinstance(one, str) and not isinstance(images[k], str) and name != "hevc.mkv":
+                np.testing.assert_array_equal(one[0], images[k])
+                compared += 1
+        np.testing.assert_allclose(frame_times(path, range(info.num_frames)), seconds)
+        if isinstance(video, str):
+            assert "damage in frame" in video or "cannot be decoded" in video or "sizes" in video
+            continue
+        assert len(video) == info.num_frames
+        np.testing.assert_array_equal(images, video)
+    assert compared >= 5 or name == "hevc.mkv"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_threads_change_nothing_of_damaged_videos(tmp_path, monkeypatch, name):
+    """Whether a machine has 2 cores or 16."""
+    from vivit_jax.data import packets
+
+    path = tmp_path / name
+    whole = write_clip(path, size=SIZE, gop=12, frames=24, **KINDS[name]).read_bytes()
+    rng, set_threads = np.random.default_rng(1), packets.set_threads
+    for trial in range(10):
+        path.write_bytes(damaged(whole, rng, trial))
+        found = []
+        for threads, _ in itertools.product((1, 4, 16), range(2)):
+
+            def chosen(stream, several, threads=threads):
+                set_threads(stream, several and threads > 1)
+                if packets.uses_threads(stream):
+                    stream.codec_context.thread_count = threads
+
+            monkeypatch.setattr("vivit_jax.data.decode.set_threads", chosen)
+            found.append(outcome(read_video, path))
+        for other in found[1:]:
+            assert_equal(other, found[0])
+
+
+def test_a_file_whose_end_is_zeros(tmp_path, caplog):
+    """As of a download that has its room on disk already: clips there are refused, not still."""
+    path = tmp_path / "zeros.mp4"
+    write_clip(path, frames=60, b_frames=0, options=MEDIUM, container_options=FIRST_INDEX)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3] + bytes(len(data) - len(data) * 2 // 3))
+    assert probe_video(path).num_frames == 60
+    assert read_video(path, num_frames=8, start="begin").shape == (8, 48, 64, 3)
+    for _ in range(2):
+        with pytest.raises(VideoError, match="of 8 frames asked 8 cannot be decoded .frames 52,"):
+            read_video(path, num_frames=8, start="end")
+    assert len(caplog.messages) == 1
+    with pytest.raises(VideoError, match=r"of 60 frames asked \d+ cannot be decoded"):
+        read_video(path, lost="error")
+
+
+def test_a_changed_file_is_warned_of_anew(tmp_path, caplog):
+    path = tmp_path / "cut.avi"
+    whole = write_clip(path, codec="mpeg4", b_frames=0, size=(128, 96)).read_bytes()
+    for part in (0.8, 0.7):
+        path.write_bytes(whole[: int(len(whole) * part)])
+        for _ in range(3):
+            read_video(path)
+            probe_video(path)
+    assert len([m for m in caplog.messages if "incomplete: 30 frames announced" in m]) == 2
