@@ -120,12 +120,12 @@ def square_sizes(tensors: Mapping[str, Any], num_frames: int) -> dict[str, int]:
     `num_frames` is of a clip, which only a factorised encoder says itself. Empty where positions
     are of no such clips.
     """
-    kernel = tensors["embedding/kernel"].shape
-    table = tensors.get(f"{_stage(tensors)}Transformer/posembed_input/pos_embedding")
-    if table is None or len(kernel) != 5 or kernel[1] != kernel[2]:
+    names = ("embedding/kernel", f"{_stage(tensors)}Transformer/posembed_input/pos_embedding")
+    kernel, table = (tuple(getattr(tensors.get(name), "shape", ())) for name in names)
+    if len(table) != 3 or len(kernel) != 5 or kernel[1] != kernel[2]:
         return {}
     cls = any(name in tensors for name in ("cls", "cls_SpatialTransformer"))
-    tokens, staged = table.shape[1] - cls, bool(_stage(tensors))
+    tokens, staged = table[1] - cls, bool(_stage(tensors))
     each, rest = divmod(tokens, 1 if staged else max(num_frames // kernel[0], 1))
     side = math.isqrt(each)
     if rest or side**2 != each:

@@ -666,7 +666,8 @@ def test_a_config_that_differs_from_the_start_s_is_told(settings, told, autoenco
 def test_a_start_of_other_pixels_is_told(beside, told, autoencoder, tmp_path, caplog):
     shutil.copytree(autoencoder[0], tmp_path / "model")
     if beside == "damaged":
-        (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
+        other = json.dumps({"image_processor_type": "CLIPImageProcessor"})
+        (tmp_path / "model" / "preprocessor_config.json").write_text(other)
     else:
         vivit_jax.VideoProcessor.named(beside, size=16).save_pretrained(tmp_path / "model")
     recipe = changed(FINETUNE, model__start=str(tmp_path / "model"))

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 
+import flax.serialization
 import jax
 import numpy as np
 import pytest
@@ -170,6 +171,20 @@ def test_a_file_of_scenic_starts_a_run_of_another_size(attention, tmp_path):
     assert same.model.config.grid == (4, 6, 6) and "resized to" not in same.report
 
 
+def test_a_damaged_file_of_scenic_is_told_as_one(tmp_path):
+    directory, _ = saved(tmp_path / "model", VivitConfig(**LARGE, num_labels=7))
+    assert convert(["convert", directory, str(tmp_path / "scenic"), "--to", "scenic"]) == 0
+    (file,) = (path for path in (tmp_path / "scenic").iterdir() if path.suffix != ".json")
+    state = flax.serialization.msgpack_restore(file.read_bytes())
+    nested = state
+    while "embedding" not in nested:
+        (nested,) = (v for v in nested.values() if isinstance(v, dict) and v)
+    del nested["embedding"]
+    (tmp_path / "alone").write_bytes(flax.serialization.msgpack_serialize(state))
+    with pytest.raises(UserError, match="embedding/kernel"):
+        starting_model(vivit_recipe(str(tmp_path / "alone")), NAMES)
+
+
 def test_another_depth_in_space_is_refused(kinetics):
     recipe = vivit_recipe(kinetics[0], num_hidden_layers=1)
     with pytest.raises(UserError, match=r"num_hidden_layers 1 \(there 2\).*num_hidden_layers=2$"):
@@ -275,8 +290,32 @@ def processor_notes(found):
         (square(16, 18), ["model.config.image_size=224"], 224, ["resize 224 (there 18)"]),
         (square(16, {"height": 16, "width": 20}), [], 16, ["(there 16x20)", "to 16, as by"]),
         (square(16, do_resize=False), [], 16, ["(there none)", "in proportion"]),
+        (
+            square(16, {"shortest_edge": 18, "longest_edge": 40}),
+            [],
+            18,
+            ["(there longest_edge=40 shortest_edge=18)", "to 18, as by"],
+        ),
+        (
+            square(16, {"max_height": 20, "max_width": 30}),
+            [],
+            20,
+            ["(there max_height=20 max_width=30)", "to 20, as by"],
+        ),
     ],
-    ids=["own", "margin", "same", "set", "little", "scaled", "preset", "squashed", "unresized"],
+    ids=[
+        "own",
+        "margin",
+        "same",
+        "set",
+        "little",
+        "scaled",
+        "preset",
+        "squashed",
+        "unresized",
+        "bounded",
+        "box",
+    ],
 )
 def test_the_checkpoints_preprocessing_is_the_runs(beside, settings, resize, told, small):
     recipe = dataclasses.replace(PUBLISHED, model=dataclasses.replace(PUBLISHED.model, config={}))

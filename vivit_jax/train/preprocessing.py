@@ -122,7 +122,10 @@ def described_preprocessing(path: Path, recipe: Recipe, config: Any) -> Preproce
 
 
 def shortest_side(processor: VideoProcessor) -> int | None:
-    """What a processor makes of a frame's shorter side before it crops; None: leaves it."""
+    """What a processor makes of a frame's shorter side before it crops; None: leaves it.
+
+    Of a box that frames are fitted into it is the shorter side, which none is above.
+    """
     if not processor.do_resize:
         return None
     return processor.size.get("shortest_edge") or min(processor.size.values())
@@ -213,7 +216,11 @@ def _crop(processor: VideoProcessor) -> int | None:
 def _size_text(size: Mapping[str, int] | None) -> str:
     if size is None:
         return "none"
-    return str(size.get("shortest_edge") or "{height}x{width}".format(**size))
+    if size.keys() == {"shortest_edge"}:
+        return str(size["shortest_edge"])
+    if size.keys() == {"height", "width"}:
+        return "{height}x{width}".format(**size)
+    return " ".join(f"{name}={value}" for name, value in size.items())
 
 
 def _geometry_notes(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 
 from checkpoints_convert import trees
+from checkpoints_convert.io import Checkpoint
 from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
 from vivit_jax.errors import UserError
 from vivit_jax.files import read_json
@@ -196,7 +197,9 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
     source, seed = recipe.model.start, recipe.train.seed
     kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
     place = resolve_checkpoint(source, None)  # once: a push to the hub must not mix commits
-    if layout_of(open_checkpoint(place)) == IMAGE:
+    checkpoint = open_checkpoint(place)
+    layout = layout_of(checkpoint)
+    if layout == IMAGE:
         if not isinstance(config, VivitConfig) or head != "classification":
             raise UserError(
                 f"model.start {source} holds an image model, from which only a ViViT classifier "
@@ -206,7 +209,8 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
             raise _no_classes(recipe, f"{source} holds an image model")
         found = init_from_image_model(place, config, seed=seed)
         return _completed(recipe, found, place, None)
-    assumed = _assumed_sizes(place, config)
+    alone = not config_path(place).is_file()  # the recipe says what the file does not
+    assumed = _assumed_sizes(checkpoint, config) if alone and layout == "scenic" else {}
     opened = open_source(place, settings=assumed)
     held = opened.layout
     if held.family != config.model_type:
@@ -222,7 +226,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
     if assumed:
         sizes = ", ".join(f"{name} {value}" for name, value in assumed.items())
         notes.append(f"{sizes}: taken of square frames, since the file does not say")
-    if config_path(place).is_file():  # else the recipe says what the file does not
+    if not alone:
         skipped = ("use_mean_pooling",) if handed_over else ()
         # What these change is told when the model is made to fit.
         skipped += SIZES if vivit else ()
@@ -255,19 +259,13 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
     return _completed(recipe, found, place, opened.config, notes)
 
 
-def _assumed_sizes(place: Path, config) -> dict[str, int]:
+def _assumed_sizes(checkpoint: Checkpoint, config) -> dict[str, int]:
     """Sizes of the model in a file of scenic that has no config beside it: those of square frames.
 
     The frames of a clip are as many as those of `config` where the file does not say.
     """
     from checkpoints_convert import scenic
-    from checkpoints_convert.config_json import config_path
-    from checkpoints_convert.io import open_checkpoint
-    from checkpoints_convert.source import layout_of
 
-    checkpoint = open_checkpoint(place)
-    if config_path(place).is_file() or layout_of(checkpoint) != "scenic":
-        return {}
     tensors, _ = scenic.parameters(checkpoint.tensors)
     return scenic.square_sizes(tensors, config.num_frames)
 
