@@ -3,15 +3,18 @@
 
 A file holds `features` [rows, ...], `frame_indices` int64 [rows, t], `frame_seconds` float64
 [rows, t], and a JSON object: in .safetensors under the key "vivit_jax" of its metadata, in .npz as
-the array `metadata`.
+the array `metadata`. Another one has the SHA-256 of each array (its bytes, then its dtype and
+shape) and of the first object's text: under "vivit_jax_checksums", in .npz as the zip's comment.
 """
 
 import contextlib
+import hashlib
 import json
+import math
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from vivit_jax.errors import UserError, first_line
 from vivit_jax.inputs import check_file
 
 SUFFIXES = (".safetensors", ".npz")
-METADATA = "vivit_jax"
+METADATA, CHECKSUMS = "vivit_jax", "vivit_jax_checksums"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -38,6 +41,7 @@ class RowWriter:
         self.path, self.rows = path, 0
         self._open = contextlib.ExitStack()
         self._parts: dict[str, Any] = {}
+        self._sums: dict[str, Any] = {}
         self._kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
 
     def add(self, **row: np.ndarray) -> None:
@@ -47,23 +51,31 @@ class RowWriter:
         if not self.rows:
             self._kinds = kinds
             self._parts = {name: self._unnamed() for name in row}
+            self._sums = {name: hashlib.sha256() for name in row}
         elif kinds != self._kinds:
             raise ValueError(f"row {self.rows} is {kinds}, those before it {self._kinds}")
         for name, value in row.items():
-            self._parts[name].write(value.reshape(-1).view(np.uint8).data)
+            data = value.reshape(-1).view(np.uint8).data
+            self._parts[name].write(data)
+            self._sums[name].update(data)
         self.rows += 1
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """Write the file."""
         # Widest dtype first, then by name, as the safetensors library orders: keeps data aligned.
         names = sorted(self._kinds, key=lambda name: (-self._kinds[name][0].itemsize, name))
+        text = json.dumps(metadata)
+        sums = json.dumps(
+            {"metadata": hashlib.sha256(text.encode()).hexdigest()}
+            | {"arrays": {name: self._sum(name) for name in names}}
+        )
         if self.path.suffix.lower() == ".npz":
-            self._write_npz(names, metadata)
+            self._write_npz(names, text, sums)
         else:
-            self._write_safetensors(names, metadata)
+            self._write_safetensors(names, text, sums)
 
-    def _write_safetensors(self, names: list[str], metadata: Mapping[str, Any]) -> None:
-        header: dict[str, Any] = {"__metadata__": {METADATA: json.dumps(metadata)}}
+    def _write_safetensors(self, names: list[str], metadata: str, sums: str) -> None:
+        header: dict[str, Any] = {"__metadata__": {METADATA: metadata, CHECKSUMS: sums}}
         end = 0
         for name in names:
             dtype, shape = self._kinds[name]
@@ -80,7 +92,7 @@ class RowWriter:
             for name in names:
                 self._copy(name, file)
 
-    def _write_npz(self, names: list[str], metadata: Mapping[str, Any]) -> None:
+    def _write_npz(self, names: list[str], metadata: str, sums: str) -> None:
         with zipfile.ZipFile(self.path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
             for name in names:
                 dtype, shape = self._kinds[name]
@@ -90,7 +102,12 @@ class RowWriter:
                     np.lib.format.write_array_header_1_0(file, header)
                     self._copy(name, file)
             with archive.open("metadata.npy", "w") as file:
-                np.lib.format.write_array(file, np.array(json.dumps(metadata)))
+                np.lib.format.write_array(file, np.array(metadata))
+            archive.comment = sums.encode()
+
+    def _sum(self, name: str) -> str:
+        dtype, shape = self._kinds[name]
+        return _ended(self._sums[name].copy(), dtype, [self.rows, *shape])
 
     def _unnamed(self):
         return self._open.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
@@ -109,18 +126,82 @@ class RowWriter:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What the features of a file were made with. Raises UserError where it is no such file."""
+    with _reading(path):
+        return json.loads(_texts(path)[0])
+
+
+def changed(path: Path) -> list[str] | None:
+    """Names of arrays, and "metadata", that are not as they were written; None without checksums.
+
+    All of the file is read, a piece at a time. Raises UserError where it is no file of features.
+    """
+    with _reading(path):
+        metadata, text = _texts(path)
+        if text is None:
+            return None
+        sums = json.loads(text)
+        written, found = sums["arrays"], dict(_hashes(path))
+        differs = {name for name in written | found if written.get(name) != found.get(name)}
+        if hashlib.sha256(metadata.encode()).hexdigest() != sums["metadata"]:
+            differs.add("metadata")
+        return sorted(differs)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     check_file(path)
     try:
-        if path.suffix.lower() == ".npz":
-            with np.load(path) as arrays:
-                text = arrays["metadata"].item()
-        else:
-            from safetensors import safe_open
-
-            with safe_open(path, "np") as file:
-                text = (file.metadata() or {})[METADATA]
-        return json.loads(text)
+        yield
     except Exception as error:  # the readers raise errors of many kinds, their own among them
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         raise UserError(f"{path} is no file of features: {first_line(error)}") from error
+
+
+def _texts(path: Path) -> tuple[str, str | None]:
+    """The metadata and the checksums of a file; no checksums in one of an earlier version."""
+    if path.suffix.lower() == ".npz":
+        with np.load(path) as arrays:
+            return arrays["metadata"].item(), arrays.zip.comment.decode() or None
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        metadata = file.metadata() or {}
+    return metadata[METADATA], metadata.get(CHECKSUMS)
+
+
+def _hashes(path: Path) -> Iterator[tuple[str, str]]:
+    """Each array's name and the SHA-256 of its bytes."""
+    if path.suffix.lower() == ".npz":
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                name = member.removesuffix(".npy")
+                if name == "metadata":
+                    continue
+                with archive.open(member) as file:
+                    np.lib.format.read_magic(file)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                    yield name, _hash(file, dtype, shape)
+                    if file.read(1):
+                        raise ValueError(f"{name} is longer than it says")
+        return
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name, about in header.items():
+            if name != "__metadata__":
+                file.seek(8 + size + about["data_offsets"][0])
+                yield name, _hash(file, DTYPES[about["dtype"]], about["shape"])
+
+
+def _hash(file, dtype: np.dtype, shape: Sequence[int]) -> str:
+    digest, left = hashlib.sha256(), math.prod(shape) * dtype.itemsize
+    while left and (data := file.read(min(left, 2**20))):
+        digest.update(data)
+        left -= len(data)
+    return _ended(digest, dtype, shape)
+
+
+def _ended(digest, dtype: np.dtype, shape: Sequence[int]) -> str:
+    digest.update(json.dumps([dtype.name, list(shape)]).encode())
+    return digest.hexdigest()

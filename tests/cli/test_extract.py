@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import types
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from clips import write_clip
 from helpers import VIDEOMAE, VIVIT, forward, mostly_slow, random_params
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import vivit_jax
 from vivit_jax import features
@@ -24,7 +26,7 @@ from vivit_jax.cli.__main__ import main
 from vivit_jax.cli.extract import _outputs
 from vivit_jax.data.stream import FrameStream
 from vivit_jax.data.windows import Windows, slide
-from vivit_jax.feature_file import RowWriter, read_metadata
+from vivit_jax.feature_file import RowWriter, changed, read_metadata
 from vivit_jax.features import _model_for, _program, extract_features
 from vivit_jax.progress import LiveLine
 
@@ -437,6 +439,98 @@ def test_torch_reads_what_is_not_aligned(tmp_path):
         writer.add(features=rows[0])
         with pytest.raises(ValueError, match="row 1"):
             writer.add(features=rows[0, :2])
+
+
+@pytest.fixture(scope="module")
+def feature_files(model, video, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("features")
+    for suffix in ("npz", "safetensors"):
+        path = directory / f"a.{suffix}"
+        assert main(["extract", str(video), "--model", str(model), "--out", str(path)]) == 0
+    return directory
+
+
+def npz_with(path, change):
+    """The file with other arrays, as numpy writes them: a zip has checksums of its own."""
+    with np.load(path) as arrays:
+        values = {name: arrays[name] for name in arrays}
+        comment = arrays.zip.comment
+    change(values)
+    np.savez(path, **values)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = comment
+
+
+def safetensors_with(path, change):
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    values = load(path)
+    change(values)
+    save_file(values, path, metadata)
+
+
+def one_bit(arrays):
+    arrays["features"] = arrays["features"].copy()
+    arrays["features"].view(np.uint8).reshape(-1)[17] ^= 1
+
+
+def other_shape(arrays):
+    arrays["features"] = arrays["features"].reshape(arrays["features"].shape[::-1])
+
+
+def other_type(arrays):
+    arrays["frame_seconds"] = arrays["frame_seconds"].view(np.int64)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (one_bit, "features"),
+        (other_shape, "features"),
+        (other_type, "frame_seconds"),
+        (lambda arrays: arrays.pop("frame_indices"), "frame_indices"),
+        (lambda arrays: arrays.update(more=np.zeros(2)), "more"),
+    ],
+    ids=["a bit", "another shape", "another type", "an array less", "an array more"],
+)
+def test_arrays_that_were_changed_are_not_taken_for_done(
+    model, video, feature_files, capsys, tmp_path, suffix, change, named
+):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes((feature_files / path.name).read_bytes())
+    args = (video, "--model", model, "--out", path)
+    assert changed(path) == []
+    {"npz": npz_with, "safetensors": safetensors_with}[suffix](path, change)
+    assert changed(path) == [named]
+    if change is not one_bit:
+        return
+    status, told, errors = run(capsys, *args)
+    assert status == 2 and f"{path} is damaged: {named} not as it was written" in errors
+    assert errors.count("\n") == 1 and "--overwrite" in errors
+    assert run(capsys, *args, "--overwrite")[0] == 0
+    assert path.read_bytes() == (feature_files / path.name).read_bytes()
+
+
+def test_a_zip_that_is_damaged_itself_is_one_line(model, video, feature_files, capsys, tmp_path):
+    data = bytearray((feature_files / "a.npz").read_bytes())
+    data[200] ^= 1  # of the first array, whose CRC no longer fits
+    (tmp_path / "a.npz").write_bytes(data)
+    status, _, errors = run(capsys, video, "--model", model, "--out", tmp_path / "a.npz")
+    assert status == 2 and "is no file of features: Bad CRC-32" in errors
+    assert "; pass --overwrite" in errors and errors.count("\n") == 1
+
+
+def test_a_feature_file_of_an_earlier_version_has_no_checksums(
+    model, video, feature_files, capsys, tmp_path
+):
+    path = tmp_path / "a.npz"
+    path.write_bytes((feature_files / path.name).read_bytes())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b""
+    status, told, errors = run(capsys, video, "--model", model, "--out", path)
+    assert status == 0 and "already in" in told
+    assert errors == f"{path} has no checksums; damage in it goes unnoticed\n"
 
 
 @pytest.fixture

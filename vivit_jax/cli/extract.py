@@ -43,9 +43,9 @@ def extract(
     A file has the arrays features [rows, d], frame_indices [rows, frames of a window] and
     frame_seconds of the same shape, counted from the video's first frame, and says as JSON what
     they were made with. Memory grows with a video's length by an index of its packets only. Videos
-    whose file is there and was made the same way are skipped, so a list that was interrupted goes
-    on. A video that cannot be read is reported on stderr, the others are still done, and the exit
-    status is 1. In Python this is `vivit_jax.extract_features`.
+    whose file is there, undamaged and made the same way are skipped, so a list that was interrupted
+    goes on. A video that cannot be read is reported on stderr, the others are still done, and the
+    exit status is 1. In Python this is `vivit_jax.extract_features`.
 
     Args:
         videos: Video files.
@@ -258,28 +258,35 @@ def _state(video: Path) -> dict[str, int]:
 
 def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
     """Whether the file is there and holds what would be written; UserError for something else."""
-    from vivit_jax.feature_file import read_metadata
+    from vivit_jax.feature_file import changed, read_metadata
 
     if not path.exists() or not os.path.exists(video):
         return False
     try:
-        made = read_metadata(path)
+        made, damaged = read_metadata(path), changed(path)
     except UserError as error:
         raise UserError(f"{error}; pass --overwrite, or name another --out") from error
     now = {**settings, "video": _state(video)}
     before = {**made.get("settings", {}), "video": made.get("video", {}).get("file")}
-    changed = [name for name in sorted(now.keys() | before) if now.get(name) != before.get(name)]
-    if changed:
+    others = [name for name in sorted(now.keys() | before) if now.get(name) != before.get(name)]
+    if others:
         told = ", ".join(
             name
             if isinstance(now.get(name), dict) or name == "params_sha256"
             else f"{name} ({before.get(name)}, now {now.get(name)})"
-            for name in changed
+            for name in others
         )
         raise UserError(
             f"{path} exists and was made with another {told}; pass --overwrite, or name another "
             "--out"
         )
+    if damaged:
+        raise UserError(
+            f"{path} is damaged: {', '.join(damaged)} not as it was written; remove it or pass "
+            "--overwrite"
+        )
+    if damaged is None:
+        print(f"{path} has no checksums; damage in it goes unnoticed", file=sys.stderr)
     print(f"{video}: already in {path}")
     return True
 
