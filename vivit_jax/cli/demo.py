@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import shlex
 import shutil
@@ -16,6 +15,8 @@ from typing import Any, Literal
 
 from vivit_jax.cli.run import keep_compiled
 from vivit_jax.errors import UserError
+from vivit_jax.files import write_json
+from vivit_jax.staging import names_in
 
 # A demo directory is known by this file; it is written first and completed last.
 MARKER = "vivit-demo.json"
@@ -195,7 +196,7 @@ def _prepare(out: Path, overwrite: bool) -> None:
     """Make `out` a directory that holds nothing a demo writes, and mark it as ours."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; expected a directory, new or empty")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and names_in(out):
         if not overwrite:
             raise UserError(
                 f"--out {out} is not empty; choose another directory, or pass --overwrite to "
@@ -217,5 +218,4 @@ def _prepare(out: Path, overwrite: bool) -> None:
 
 
 def _mark(out: Path, values: dict[str, Any]) -> None:
-    text = json.dumps({"written_by": "vivit-jax demo"} | values, indent=2)
-    (out / MARKER).write_text(text + "\n")
+    write_json(out / MARKER, {"written_by": "vivit-jax demo"} | values)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import vivit_jax
+from checkpoints_convert.save import replaced_directory
 from vivit_jax.cli.demo import (
     CLIPS,
     MOVING,
@@ -27,6 +28,7 @@ from vivit_jax.cli.reconstruct import draw_mask, panels_of, reconstruct
 from vivit_jax.data.dataset import Dataset, read_dataset, read_frames
 from vivit_jax.data.synthetic import CLASSES
 from vivit_jax.errors import MissingExtra
+from vivit_jax.files import whole_file
 from vivit_jax.recipes.demo import demo_finetune, demo_pretrain, demo_vivit
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.reconstruction import error_dict, error_table, rmse
@@ -42,7 +44,7 @@ def videomae(demo: Demo) -> Outcome:
     """Masked pre-training, fine-tuning on few labels, and the same from scratch."""
     data = demo.out / "data"
     pretraining = demo.out / "pretrained"
-    shutil.copytree(_run(demo, demo_pretrain(), "pretraining", data / "train").model, pretraining)
+    _copy(_run(demo, demo_pretrain(), "pretraining", data / "train").model, pretraining)
     with demo.stage("reconstruct"):
         errors, recipe = _reconstructions(demo, pretraining)
         file = sorted(demo.test.glob("grow/*.mp4"))[0]
@@ -155,10 +157,17 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
     return outcome
 
 
+def _copy(model: Path, directory: Path) -> None:
+    """A model's files, whole or not at all."""
+    with replaced_directory(directory) as staged:
+        for path in model.iterdir():
+            shutil.copyfile(path, staged / path.name)
+
+
 def _use(demo: Demo, trained: Ended, recipe: Recipe) -> _Used:
     """Load, evaluate and use a classifier that was trained and saved."""
     directory = demo.out / "model"
-    shutil.copytree(trained.model, directory)
+    _copy(trained.model, directory)
     with demo.stage("evaluate"):
         evaluation = _evaluate(demo, directory, recipe)
     dataset = read_dataset(demo.test)
@@ -239,12 +248,14 @@ def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recip
         next(i for i, example in enumerate(examples) if CLASSES[example.label] == name)
         for name in SHOWN
     ]
-    panels_of(
+    panels = panels_of(
         results[0].take(chosen),
         title="Held-out clips, hidden in part, and what the model makes of them",
         about=f"{type(model).__name__}, vivit-jax demo, seed {demo.seed}; {kind} mask",
         times=[f"frame {i}" for i in range(frames.shape[1])],
-    ).save_png(demo.out / RECONSTRUCTIONS)
+    )
+    with whole_file(demo.out / RECONSTRUCTIONS) as partial:
+        panels.save_png(partial)
     return {f"{kind} {ratio:g}": error_dict(errors)}, recipe
 
 
@@ -289,7 +300,7 @@ def _draw_predictions(
         answer = CLASSES[scores[i].argmax()]
         answers.append((answer, colour, f"{verdict}, probability {probabilities.max():.2f}"))
     frames = np.stack([read_frames(dataset.examples[i], range(8)) for i in shown])
-    Panels(
+    panels = Panels(
         title="Held-out clips and what the model takes them for",
         notes=[
             f"Trained by vivit-jax demo, seed {demo.seed}: {accuracy:.1%} of {len(labels)} "
@@ -301,4 +312,6 @@ def _draw_predictions(
         times=[f"{i / FPS:.3g} s" for i in range(frames.shape[1])],
         group=len(frames),
         answers=answers,
-    ).save_png(demo.out / PREDICTIONS)
+    )
+    with whole_file(demo.out / PREDICTIONS) as partial:
+        panels.save_png(partial)

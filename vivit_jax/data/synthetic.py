@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from vivit_jax.errors import UserError
+from vivit_jax.files import writing
 
 _MILLISECOND = Fraction(1, 1000)
 
@@ -228,9 +229,13 @@ def write_dataset(
 
     def write(job):
         path, kind, entropy = job
-        write_mp4(
-            path, make_clip(kind, np.random.default_rng(entropy), num_frames, image_size), fps
-        )
+        clip = make_clip(kind, np.random.default_rng(entropy), num_frames, image_size)
+        try:
+            with writing(path):
+                write_mp4(path, clip, fps)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
     # Threads, because the encoder works outside the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
