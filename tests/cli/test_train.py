@@ -160,6 +160,30 @@ def test_other_directories_are_left_alone(data, tmp_path, capsys):
     assert found == ["damaged", "damaged/recipe.json", "empty", "file", "full", "full/notes"]
 
 
+@pytest.mark.parametrize(
+    ("given", "resume", "step"),
+    [([], False, None), (["--resume"], True, None), (["--resume", "1200"], True, 1200)],
+)
+def test_where_a_run_goes_on(given, resume, step, data, tmp_path, monkeypatch):
+    seen = {}
+
+    def train(*args, **options):
+        seen.update(options)
+        return Outcome(20, 20, None, tmp_path / "models" / "20", {})
+
+    monkeypatch.setattr("vivit_jax.train.loop.train", train)
+    args = ["--data", str(data / "clips"), "--out", str(tmp_path / "run")]
+    assert main([*PRETRAIN, *given, *args]) == 0
+    assert (seen["resume"], seen["resume_step"]) == (resume, step)
+
+
+@pytest.mark.parametrize("step", ["-1", "last", "1.5", "1 2"])
+def test_what_is_no_step_to_go_on_from(step, data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*PRETRAIN, "--out", str(tmp_path / "run"), "--resume", *step.split()])
+    assert ended.value.code == 2 and "resume" in capsys.readouterr().err
+
+
 def test_recipes_are_listed_with_what_they_are(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()

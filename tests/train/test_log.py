@@ -11,8 +11,9 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import file_size
 
-from vivit_jax.errors import MissingExtra, UserError
+from vivit_jax.errors import MissingExtra, UserError, WriteError
 from vivit_jax.train.log import METRICS, MetricLog, Progress, read_metrics
 
 
@@ -146,6 +147,8 @@ def test_tensorboard_has_the_same_numbers_and_forgets_the_steps_of_a_killed_run(
 ):
     # tensorboardX loads torch where it can, which takes seconds.
     monkeypatch.setitem(sys.modules, "torch", None)
+    from tensorboardX.record_writer import RecordWriter
+
     write_steps(tmp_path, [1, 2, 3], tensorboard=True)
     log = MetricLog(tmp_path, resume_at=1, tensorboard=True)
     log.write("evaluate", 2, {"accuracy": 0.25, "loss": math.nan})
@@ -153,6 +156,11 @@ def test_tensorboard_has_the_same_numbers_and_forgets_the_steps_of_a_killed_run(
     log.close()
     files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     first, second = (list(events(path)) for path in files)
+    theirs = RecordWriter(str(tmp_path / "theirs"))
+    for event in first:
+        theirs.write(event.SerializeToString())
+    theirs.close()
+    assert (tmp_path / "theirs").read_bytes() == files[0].read_bytes()
     scalars = [(e.step, v.tag, v.simple_value) for e in first for v in e.summary.value]
     assert scalars == [(s, "train/loss", pytest.approx(1 / s)) for s in (1, 2, 3)]
     # TensorBoard drops what earlier files have from the step of a START on.
@@ -161,6 +169,38 @@ def test_tensorboard_has_the_same_numbers_and_forgets_the_steps_of_a_killed_run(
     tags = {v.tag: (e.step, v.simple_value) for e in second for v in e.summary.value}
     assert tags.pop("evaluate/accuracy") == (2, 0.25)
     assert len(tags) == 1 and next(iter(tags)).startswith("event/text")
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_disk_that_is_full_leaves_whole_lines_and_one_error(tmp_path, monkeypatch, tensorboard):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    log = MetricLog(tmp_path, tensorboard=tensorboard)
+    # A line has fewer bytes than an event, so that either file is the first to be full.
+    numbers = {f"n{i}": 0.1 for i in range(1 + 9 * tensorboard)}
+    written = 0
+    with file_size(1000), pytest.raises(WriteError) as told:
+        for step in range(1, 100):
+            log.write("train", step, numbers)
+            written = step
+    log.close()
+    name = "tensorboard/events.out.tfevents" if tensorboard else METRICS
+    assert str(told.value).startswith(f"{tmp_path}/{name}")
+    assert str(told.value).endswith(
+        "cannot be written: File too large; make room, or choose another place"
+    )
+    lines = read_metrics(tmp_path / METRICS)
+    assert [line["step"] for line in lines] == list(range(1, written + 1 + tensorboard))
+    assert (tmp_path / METRICS).read_text().endswith("\n")
+    if tensorboard:
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        tags = [value.tag for event in events(file) for value in event.summary.value]
+        assert tags == [f"train/{name}" for name in numbers] * written
+        return
+    # Once there is room the run goes on in the same file.
+    log = MetricLog(tmp_path, resume_at=written)
+    log.write("train", written + 1, numbers)
+    log.close()
+    assert len(read_metrics(tmp_path / METRICS)) == written + 1
 
 
 def test_tensorboard_that_is_not_installed_is_named_before_anything_is_written(

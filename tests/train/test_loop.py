@@ -397,6 +397,38 @@ def test_a_run_at_its_end_says_so_and_changes_nothing(whole, recipe):
     assert {path for path in before if before[path] != after[path]} <= {"report.html"}
 
 
+@pytest.mark.parametrize("chosen", [False, True], ids=["damaged", "chosen"])
+def test_a_run_goes_on_from_an_earlier_checkpoint(whole, recipe, tmp_path, caplog, chosen):
+    """Its latest one is damaged, or another one is asked for; it ends bit for bit the same."""
+    first, out = whole.model.parents[1], tmp_path / "run"
+    shutil.copytree(first, out)
+    *_, before, latest = sorted(int(path.name) for path in (out / "checkpoints").iterdir())
+    assert latest == STEPS
+    if not chosen:
+        file = max(out.glob(f"checkpoints/{latest}/state/**/d/*"), key=lambda p: p.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 3] ^= 1
+        file.write_bytes(data)
+    outcome, said = run(recipe, out, resume=True, resume_step=before if chosen else None)
+    assert f"steps {before + 1} to {STEPS} of {STEPS}" in said[0] and outcome.step == STEPS
+    warnings = [message for message in caplog.messages if str(out) in message]
+    told = [f"going on from step {before}: the next checkpoint takes the place of the later "]
+    if not chosen:
+        told.insert(0, f"the checkpoint of step {latest}, {out}/checkpoints/{latest}, is damaged: ")
+    assert len(warnings) == len(told) and all(map(str.startswith, warnings, told)), warnings
+    assert_same(out, first, STEPS)
+    for kind in ("checkpoints", "models"):
+        assert (out / kind / str(STEPS)).is_dir()
+    model = "model.safetensors"
+    ours, theirs = (each / "models" / str(STEPS) / model for each in (out, first))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_step_that_there_is_no_checkpoint_of(whole, recipe, tmp_path):
+    with pytest.raises(UserError, match=rf"holds no checkpoint of step 5; it has .*{STEPS}$"):
+        run(recipe, whole.model.parents[1], resume=True, resume_step=5)
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(whole, recipe, tmp_path):
     out = tmp_path / "run"
     out.mkdir()

@@ -5,6 +5,8 @@ import collections
 import json
 import math
 import os
+import socket
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +19,6 @@ from vivit_jax.progress import LiveLine, left
 METRICS = "metrics.jsonl"
 Kind = Literal["train", "evaluate", "event"]
 KINDS = ("train", "evaluate", "event")
-_FLUSH_SECONDS = 10.0  # of TensorBoard's files
 _OWN = ("kind", "step", "time", "not_finite")
 
 
@@ -85,29 +86,29 @@ class MetricLog:
                 line[name], not_finite[name] = None, json.dumps(value)
         if not_finite:
             line["not_finite"] = not_finite
-        self._file.append(json.dumps(line, allow_nan=False) + "\n")
+        self._file.append((json.dumps(line, allow_nan=False) + "\n").encode())
         if self._board is not None:
             told = {f"{kind}/{name}": line[name] for name in values if line[name] is not None}
             self._board.write(told, line["step"], line["time"])
 
     def close(self) -> None:
-        """Close the files; TensorBoard's are complete only then, or after ten seconds."""
+        """Close the files."""
         for file in (self._file, self._board):
             if file is not None:
                 file.close()
 
 
 class _Appended:
-    """A file of lines, each of which is there whole or not at all."""
+    """A file of records, each of which is there whole or not at all."""
 
     def __init__(self, path: Path):
         self._path = path
         with writing(path):
             self._file = path.open("ab", buffering=0)
 
-    def append(self, text: str) -> None:
+    def append(self, data: bytes) -> None:
         """WriteError where the disk is full; the file is then as it was before."""
-        data, end = text.encode(), os.fstat(self._file.fileno()).st_size
+        end = os.fstat(self._file.fileno()).st_size
         try:
             with writing(self._path):
                 while data:  # a disk that is almost full takes a part
@@ -120,51 +121,51 @@ class _Appended:
         self._file.close()
 
 
-class _Board:
-    """TensorBoard's file of events.
+class _Board(_Appended):
+    """A file of TensorBoard's events, as TFRecords: length, checksum, event, checksum.
 
-    tensorboardX's own SummaryWriter leaves that to a thread, which ends where a disk is full, and
-    whoever then writes waits for it for ever.
+    tensorboardX's own writer leaves that to a thread, which ends where a disk is full, and whoever
+    then writes waits for it for ever.
     """
 
     def __init__(self, tensorboard: Any, directory: Path, resume_at: int | None):
         self._tensorboard = tensorboard
-        self._path, self._flushed = directory, time.monotonic()
-        # Without the suffix a run resumed within a second would overwrite its own last file.
-        suffix = f".{os.getpid()}.{time.monotonic_ns()}"
         with writing(directory):
             directory.mkdir(exist_ok=True)
-            files = tensorboard.event_file_writer
-            self._events = files.EventsWriter(str(directory / "events"), suffix)
-            if resume_at is not None:  # what came after is hidden
-                log = tensorboard.proto.event_pb2.SessionLog
-                self._write(resume_at + 1, time.time(), session_log=log(status=log.START))
-            self._events.flush()
+        # Without the last number a run resumed within a second would go on with its own last file.
+        name = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        super().__init__(directory / f"events.out.tfevents.{name}")
+        start = self._record(time.time(), file_version="brain.Event:2")
+        if resume_at is not None:  # what came after is hidden
+            log = tensorboard.proto.event_pb2.SessionLog
+            start += self._record(*(time.time(), resume_at + 1), session_log=log(status=log.START))
+        self.append(start)
 
     def write(self, values: Mapping[str, float | str], step: int, seconds: float) -> None:
         """Add values by their tags, numbers or texts. WriteError where the disk is full."""
-        summary = self._tensorboard.summary
-        with writing(self._path):
-            for tag, value in values.items():
-                make = summary.text if isinstance(value, str) else summary.scalar
-                self._write(step, seconds, summary=make(tag, value))
-            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-                self._events.flush()  # to the disk itself, which takes longer than many a step
-                self._flushed = time.monotonic()
+        made = self._tensorboard.summary
+        summaries = [
+            made.text(tag, value) if isinstance(value, str) else made.scalar(tag, value)
+            for tag, value in values.items()
+        ]
+        self.append(b"".join(self._record(seconds, step, summary=each) for each in summaries))
 
-    def _write(self, step: int, seconds: float, **content: Any) -> None:
-        event = self._tensorboard.proto.event_pb2.Event
-        self._events.write_event(event(step=step, wall_time=seconds, **content))
-
-    def close(self) -> None:
-        with writing(self._path):
-            self._events.close()
+    def _record(self, seconds: float, step: int = 0, **content: Any) -> bytes:
+        event = self._tensorboard.proto.event_pb2.Event(wall_time=seconds, step=step, **content)
+        data = event.SerializeToString()
+        length, checksum = (
+            struct.pack("<Q", len(data)),
+            self._tensorboard.record_writer.masked_crc32c,
+        )
+        return b"".join(
+            (length, struct.pack("<I", checksum(length)), data, struct.pack("<I", checksum(data)))
+        )
 
 
 def _tensorboard() -> Any:
     try:
-        import tensorboardX.event_file_writer
         import tensorboardX.proto.event_pb2
+        import tensorboardX.record_writer
         import tensorboardX.summary
     except ModuleNotFoundError as error:
         raise MissingExtra("tensorboardX", "tensorboard", "writing TensorBoard files") from error
