@@ -343,6 +343,7 @@ def _hidden_states(backbone: nn.Module, params, pixel_values, any_size: bool):
         {"params": params},
         pixel_values,
         output_hidden_states=True,
+        output_attentions=False,
         interpolate_pos_encoding=any_size,
     )
     # The rest is not computed.

@@ -27,6 +27,7 @@ from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.layers.embed import check_clip
+from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.train.losses import split_logits
 from vivit_jax.train.metrics import action_scores
 
@@ -96,9 +97,12 @@ class VideoClassifier:
             )
         self.model, self.params, self.processor = model, params, processor
         self.config = model.config
-        self._logits = jax.jit(
-            lambda params, x: model.apply({"params": params}, x).logits.astype(jnp.float32)
-        )
+
+        def logits(params, pixels):
+            out = model.apply({"params": params}, pixels, **RESULTS_ONLY)
+            return out.logits.astype(jnp.float32)
+
+        self._logits = jax.jit(logits)
 
     @classmethod
     def from_pretrained(

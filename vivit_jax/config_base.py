@@ -30,9 +30,8 @@ _REWRITTEN = (
 )  # fmt: skip
 # Keys of most files of transformers that no model here computes with. They are kept without a word.
 _COMMON = (
-    "return_dict", "output_hidden_states", "output_attentions", "torchscript", "use_bfloat16",
-    "tf_legacy_loss", "use_cache", "gradient_checkpointing", "finetuning_task",
-    "task_specific_params", "video_size", "chunk_size_feed_forward", "is_encoder_decoder",
+    "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "use_cache",
+    "gradient_checkpointing", "finetuning_task", "task_specific_params", "video_size", "chunk_size_feed_forward", "is_encoder_decoder",
     "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
     "tie_word_embeddings", "pruned_heads", "use_safetensors",
 )  # fmt: skip
@@ -78,6 +77,8 @@ class TransformerConfig:
     length is the number of classes all the same: {1: "a", 2: "b"} names class 1 of two classes and
     leaves class 0 its placeholder. It is then kept as pairs of index and name.
 
+    `output_hidden_states` and `output_attentions` are what a model reports unless its call says.
+
     `extra` holds what else a config.json said, by key: it has no effect and is written back.
     """
 
@@ -113,6 +114,8 @@ class TransformerConfig:
     num_labels: int = 2
     id2label: tuple[str, ...] | tuple[tuple[int, str], ...] | None = None
     problem_type: str | None = None
+    output_hidden_states: bool = optional_field(False)
+    output_attentions: bool = optional_field(False)
     drop_path_rate: float = optional_field(0.0)
     drop_path_rescale: bool = optional_field(True)
     class_splits: tuple[int, ...] | None = optional_field(None)
@@ -348,7 +351,8 @@ class TransformerConfig:
         values = cls._modernise(values)
         known = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
         # null is transformers' way to leave these to itself.
-        unset = [name for name in ("num_labels",) if values.get(name, 0) is None]
+        null = ("num_labels", "output_hidden_states", "output_attentions")
+        unset = [name for name in null if values.get(name, 0) is None]
         fields = {k: v for k, v in values.items() if k in known and k not in unset}
         extra = {k: v for k, v in values.items() if k not in known and k not in _REWRITTEN}
         refused = {

@@ -29,6 +29,7 @@ from vivit_jax.data.on_device import pixels_inside
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import MissingExtra, UserError
 from vivit_jax.models.videomae import VideoMAEForPreTraining
+from vivit_jax.outputs import RESULTS_ONLY
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PRECISIONS = ("default", "high", "highest")
@@ -110,7 +111,8 @@ def export_model(
         into_pixels = pixels_inside(processor, config.frame_size, config.num_channels, input_size)
 
     def outputs(params, clips):
-        out = model.apply({"params": trees.unflatten(params)}, into_pixels(clips))
+        pixels = into_pixels(clips)
+        out = model.apply({"params": trees.unflatten(params)}, pixels, **RESULTS_ONLY)
         named = {name: getattr(out, name, None) for name in OUTPUTS}
         return {name: value for name, value in named.items() if value is not None}
 

@@ -26,6 +26,7 @@ from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.data.stream import FrameStream, open_stream, read_ahead
 from vivit_jax.data.windows import Window, Windows, plan_windows, slide
 from vivit_jax.errors import UserError
+from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.pretrained import headless
 from vivit_jax.train.pixels import hashable_arithmetic, scaled_and_shifted
 
@@ -220,7 +221,8 @@ def _program(model: nn.Module, layer, pool: str, values) -> Callable:
         if pool == "head":
             return _read_by_head(model, params, pixels).astype(dtype)
         deep = field != "last_hidden_state"
-        out = model.apply({"params": params}, pixels, output_hidden_states=deep)
+        flags = RESULTS_ONLY | {"output_hidden_states": deep}
+        out = model.apply({"params": params}, pixels, **flags)
         x = getattr(out, field)
         x = x[index] if deep else x  # [b, l, d], or [b, t, s, d]
         if pool == "cls":
@@ -246,7 +248,7 @@ def _read_by_head(model: nn.Module, params, pixels) -> jax.Array:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
-        model.apply({"params": params}, pixels)
+        model.apply({"params": params}, pixels, **RESULTS_ONLY)
     (x,) = read
     return x
 

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the models return: pytrees whose absent parts are None.
+"""What the models return: pytrees whose absent parts are None, read as transformers' are.
 
-`hidden_states` and `attentions` are one array with a leading layer axis; `tuple(x)` gives
-HuggingFace's form. Index 0 of `hidden_states` is the embedding (positions added, masked tokens
-removed), index i the output of block i; the last one precedes the final norm.
+`out.logits`, `out["logits"]`, `out[0]`, `out[:2]`, `out.keys()`, `dict(out)` and `out.to_tuple()`
+work as on transformers' ModelOutput: parts that are None are left out of all but the attributes,
+and so is what transformers does not return at all (`decoder_hidden_states`).
+
+`hidden_states` and `attentions` are one array with a leading layer axis; `tuple(out.hidden_states)`
+gives HuggingFace's form. Index 0 of `hidden_states` is the embedding (positions added, masked
+tokens removed), index i the output of block i; the last one precedes the final norm. Where some
+were asked for by index it is a tuple with None for the others.
 
 What a factorised ViViT does over time is in fields of its own. A factorised encoder has hidden
 states per stage: [layers + 1, b, t, tokens of a frame, d] and, over the class token and the frames,
@@ -13,16 +18,76 @@ dot-product model each holds half of the heads.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
+import numpy as np
+
+from vivit_jax.errors import UserError
+
+# One array with a leading layer axis, or the layers that were asked for and None for the others.
+Layers = jax.Array | tuple[jax.Array | None, ...]
+# For callers that read nothing but the results, whatever the configuration asks for.
+RESULTS_ONLY = {"output_hidden_states": False, "output_attentions": False}
 
 
-class _Output:
+def asked_for(
+    config,
+    output_hidden_states: bool | int | Sequence[int] | None,
+    output_attentions: bool | None,
+) -> tuple[bool | tuple[int, ...], bool]:
+    """What a model is to report: all hidden states, some by index or none; attentions.
+
+    None is what the configuration says. As in transformers an index is from the end where it is
+    negative, one without a state selects nothing, and 0 alone asks for nothing. Raises UserError
+    for what is neither a flag nor an index.
+    """
+    states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    attentions = config.output_attentions if output_attentions is None else output_attentions
+    if isinstance(states, bool | np.bool_):
+        return bool(states), bool(attentions)
+    chosen = (states,) * bool(states) if isinstance(states, int | np.integer) else tuple(states)
+    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in chosen):
+        raise UserError(
+            f"output_hidden_states must be true, false or indices of hidden states, got {states!r}"
+        )
+    return tuple(map(int, chosen)) or False, bool(attentions)
+
+
+def choose_states(hidden: jax.Array | None, asked: bool | tuple[int, ...]) -> Layers | None:
+    """Of all hidden states [layers + 1, ...] those that were asked for, None for the others."""
+    if hidden is None or isinstance(asked, bool):
+        return hidden
+    count = len(hidden)
+    wanted = {i % count for i in asked if -count <= i < count}
+    return tuple(hidden[i] if i in wanted else None for i in range(count))
+
+
+def attribute_only():
+    """A field that transformers' output does not have; it is read by its name."""
+    return dataclasses.field(default=None, metadata={"attribute_only": True})
+
+
+class _Output(Mapping):
+    def _parts(self) -> dict[str, Any]:
+        fields = (f.name for f in dataclasses.fields(self) if "attribute_only" not in f.metadata)
+        found = ((name, getattr(self, name)) for name in fields)
+        return {name: value for name, value in found if value is not None}
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return self._parts()[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self):
+        return iter(self._parts())
+
+    def __len__(self) -> int:
+        return len(self._parts())
+
     def to_tuple(self) -> tuple:
-        """The fields that are not None, in order: HuggingFace's `return_dict=False`."""
-        values = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return tuple(value for value in values if value is not None)
+        """The parts that are not None, in order: HuggingFace's `return_dict=False`."""
+        return tuple(self._parts().values())
 
 
 @flax.struct.dataclass
@@ -31,7 +96,7 @@ class ModelOutput(_Output):
 
     last_hidden_state: jax.Array  # [b, l, d]
     pooler_output: jax.Array | None = None  # [b, pooler width]
-    hidden_states: jax.Array | None = None  # [layers + 1, b, l, d]
+    hidden_states: Layers | None = None  # [layers + 1, b, l, d]
     attentions: jax.Array | None = None  # [layers, b, n, l, l]
     temporal_hidden_states: jax.Array | None = None  # [temporal layers + 1, b, k, d]
     temporal_attentions: jax.Array | None = None
@@ -43,7 +108,7 @@ class ClassifierOutput(_Output):
 
     loss: jax.Array | None = None  # []
     logits: jax.Array | None = None  # [b, classes]
-    hidden_states: jax.Array | None = None  # [layers + 1, b, l, d]
+    hidden_states: Layers | None = None  # [layers + 1, b, l, d]
     attentions: jax.Array | None = None  # [layers, b, n, l, l]
     temporal_hidden_states: jax.Array | None = None  # [temporal layers + 1, b, k, d]
     temporal_attentions: jax.Array | None = None
@@ -58,6 +123,7 @@ class PreTrainingOutput(_Output):
 
     loss: jax.Array | None = None  # []
     logits: jax.Array | None = None  # [b, k, patch values], in the order of mask.predicted
-    hidden_states: jax.Array | None = None  # [layers + 1, b, visible, d]
+    hidden_states: Layers | None = None  # [layers + 1, b, visible, d]
     attentions: jax.Array | None = None  # [layers, b, n, visible, visible]
-    decoder_hidden_states: jax.Array | None = None  # [decoder layers + 1, b, v + k, decoder width]
+    # [decoder layers + 1, b, v + k, decoder width]
+    decoder_hidden_states: jax.Array | None = attribute_only()

@@ -26,6 +26,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.embed import whole_tubelets
 from vivit_jax.masking import Mask
 from vivit_jax.models.videomae import VideoMAEForPreTraining
+from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.train.losses import TARGET_EPSILON, pixel_statistics
 from vivit_jax.train.pixels import arithmetic
 
@@ -270,4 +271,4 @@ def _mean_square(differences: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 # Equal models share the compiled function: one that is loaded back is not compiled again.
 @functools.partial(jax.jit, static_argnums=0)
 def _predictions(model: nn.Module, params, pixel_values, mask):
-    return model.apply({"params": params}, pixel_values, mask).logits
+    return model.apply({"params": params}, pixel_values, mask, **RESULTS_ONLY).logits

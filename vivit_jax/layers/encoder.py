@@ -204,6 +204,15 @@ def _no_blocks(config: Config, x, hidden: bool, attention: bool) -> LayerOutput:
     )
 
 
+def check_attention_mask(attention_mask) -> None:
+    """UserError for an attention mask: clips are whole, so that there is nothing to mask."""
+    if attention_mask is not None:
+        raise UserError(
+            f"attention_mask must be None, got {type(attention_mask).__name__}: every token of a "
+            "clip is attended to; VideoMAE leaves tokens out by mask, head_mask silences heads"
+        )
+
+
 def per_layer(head_mask, layers: int, heads: int) -> jax.Array | None:
     """A head mask [heads] or [layers, heads] as [layers, heads]; UserError for another shape."""
     if head_mask is None:

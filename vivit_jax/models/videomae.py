@@ -6,6 +6,8 @@ sin-cos table that no checkpoint holds. Parameters: `patch_embed`, `layers`, and
 `use_mean_pooling` is off; the heads hold the encoder as `backbone`.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -13,11 +15,17 @@ from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions, take_tokens
-from vivit_jax.layers.encoder import Arrangement, per_layer, run_blocks
+from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.linear import Projection, at_least_float32, layer_norm
 from vivit_jax.masking import Mask
 from vivit_jax.models.classifier import classify
-from vivit_jax.outputs import ClassifierOutput, ModelOutput, PreTrainingOutput
+from vivit_jax.outputs import (
+    ClassifierOutput,
+    ModelOutput,
+    PreTrainingOutput,
+    asked_for,
+    choose_states,
+)
 from vivit_jax.train.losses import reconstruction_loss, reconstruction_targets
 
 
@@ -38,8 +46,9 @@ class VideoMAEModel(nn.Module):
         *,
         mask: Mask | None = None,
         head_mask=None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        attention_mask: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
         rows=None,
@@ -54,8 +63,10 @@ class VideoMAEModel(nn.Module):
         and recomputes the position table for that many tokens, as the authors do.
         `deterministic=False` turns dropout on and needs rngs={"dropout": key}; what is dropped is
         drawn by `rows`, the numbers [b] of the clips (by default 0, 1, ...), so that a batch in
-        parts drops what the whole one does. Raises UserError for a clip or a mask that does not
-        fit.
+        parts drops what the whole one does. `output_hidden_states` is a flag or, as in
+        transformers, indices of hidden states (a tuple under jit); it and `output_attentions` are
+        by default what the configuration says. `attention_mask` must be None: every token is
+        attended to. Raises UserError for a clip or a mask that does not fit.
         """
         config = self.config
         if self.add_pooling_layer and not config.use_mean_pooling:
@@ -63,6 +74,8 @@ class VideoMAEModel(nn.Module):
                 "add_pooling_layer needs use_mean_pooling=True, got False: the model then ends in "
                 "a norm of each token, and there is no norm of their mean"
             )
+        check_attention_mask(attention_mask)
+        states, attentions = asked_for(config, output_hidden_states, output_attentions)
         grid = check_clip(config, pixel_values.shape, any_size=interpolate_pos_encoding)
         visible = None
         if mask is not None:
@@ -75,14 +88,14 @@ class VideoMAEModel(nn.Module):
             Arrangement(config.num_hidden_layers),
             x,
             per_layer(head_mask, config.num_hidden_layers, config.num_attention_heads),
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
+            output_hidden_states=bool(states),
+            output_attentions=attentions,
             rows=numbered(rows, pixel_values.shape[0], deterministic),
         )
         if not config.use_mean_pooling:
             x = layer_norm(config, config.layer_norm_eps, "ln_final")(x)
         pooled = _mean_pooled(config, x) if self.add_pooling_layer else None
-        out = ModelOutput(x, pooled, layers.hidden, layers.space)
+        out = ModelOutput(x, pooled, choose_states(layers.hidden, states), layers.space)
         return out if return_dict else out.to_tuple()
 
 
@@ -123,8 +136,9 @@ class VideoMAEForPreTraining(nn.Module):
         mask: Mask | None = None,
         *,
         head_mask=None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        attention_mask: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
         rows=None,
@@ -142,6 +156,7 @@ class VideoMAEForPreTraining(nn.Module):
             pixel_values,
             mask=mask,
             head_mask=head_mask,
+            attention_mask=attention_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -173,7 +188,7 @@ class VideoMAEForPreTraining(nn.Module):
         logits, decoder_hidden_states = VideoMAEDecoder(config, name="decoder")(
             x,
             mask.predicted.shape[1],
-            output_hidden_states,
+            out.hidden_states is not None,
             numbered(rows, pixel_values.shape[0], deterministic),
         )
         targets = reconstruction_targets(pixel_values, mask, config)
@@ -201,8 +216,9 @@ class VideoMAEForVideoClassification(nn.Module):
         labels=None,
         mask: Mask | None = None,
         head_mask=None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        attention_mask: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
         rows=None,
@@ -214,6 +230,7 @@ class VideoMAEForVideoClassification(nn.Module):
             pixel_values,
             mask=mask,
             head_mask=head_mask,
+            attention_mask=attention_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,

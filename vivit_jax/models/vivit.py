@@ -16,6 +16,7 @@ the model as `backbone` and adds `head`. With a class token the last block, whic
 token alone, lies beside the scanned ones: `layers` has 11 of 12, and `layers_11` is the last.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,10 +27,10 @@ from vivit_jax.config import VivitConfig
 from vivit_jax.layers.attention import HALVES, SPACE, TIME
 from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
-from vivit_jax.layers.encoder import Arrangement, per_layer, run_blocks
+from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.linear import Projection, activate, at_least_float32, layer_norm
 from vivit_jax.models.classifier import classify
-from vivit_jax.outputs import ClassifierOutput, ModelOutput
+from vivit_jax.outputs import ClassifierOutput, ModelOutput, asked_for, choose_states
 
 _TIME, _SPACE = ("attention_time", TIME), ("attention_space", SPACE)
 
@@ -130,8 +131,9 @@ class VivitModel(nn.Module):
         pixel_values,
         *,
         head_mask=None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        attention_mask: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
         rows=None,
@@ -145,14 +147,19 @@ class VivitModel(nn.Module):
         `interpolate_pos_encoding` accepts any frame count and resolution of at least one tubelet.
         `deterministic=False` turns dropout on and needs rngs={"dropout": key}; what is dropped is
         drawn by `rows`, the numbers [b] of the clips (by default 0, 1, ...), so that a batch in
-        parts drops what the whole one does. Raises UserError for a clip that does not fit.
+        parts drops what the whole one does. `output_hidden_states` is a flag or, as in
+        transformers, indices of hidden states (a tuple under jit); it and `output_attentions` are
+        by default what the configuration says. `attention_mask` must be None: every token is
+        attended to. Raises UserError for a clip that does not fit.
         """
         config = self.config
+        check_attention_mask(attention_mask)
+        states, attentions = asked_for(config, output_hidden_states, output_attentions)
         grid = check_clip(config, pixel_values.shape, any_size=interpolate_pos_encoding)
         (t, h, w), (table_t, *table_hw) = grid, config.grid
         flags = dict(
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
+            output_hidden_states=bool(states),
+            output_attentions=attentions,
             rows=numbered(rows, pixel_values.shape[0], deterministic),
         )
         stages = arrangements(config)
@@ -190,6 +197,7 @@ class VivitModel(nn.Module):
             shape = (config.hidden_size, config.pooler_output_size or config.hidden_size)
             dense = Projection(config, shape, ("embed", "pooled"), name="pooler")
             pooled = activate(config.pooler_act, dense(pool(config, x)))
+        hidden = choose_states(hidden, states)
         out = ModelOutput(x, pooled, hidden, over_space, temporal_hidden, over_time)
         return out if return_dict else out.to_tuple()
 
@@ -206,8 +214,9 @@ class VivitForVideoClassification(nn.Module):
         *,
         labels=None,
         head_mask=None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        attention_mask: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
         rows=None,
@@ -219,6 +228,7 @@ class VivitForVideoClassification(nn.Module):
         out = backbone(
             pixel_values,
             head_mask=head_mask,
+            attention_mask=attention_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,

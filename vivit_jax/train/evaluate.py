@@ -21,6 +21,7 @@ from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import choose_implementation
 from vivit_jax.layers.linear import platform as platform_name
+from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
 from vivit_jax.train.losses import reconstruction_targets
 from vivit_jax.train.metrics import classification_metrics
@@ -288,7 +289,8 @@ def _forward(model: nn.Module, values: Arithmetic, average: str, mesh: Mesh):
     normalise = scaled_and_shifted(*values)
 
     def forward(params, clips):
-        logits = model.apply({"params": params}, normalise(clips)).logits.astype(jnp.float32)
+        out = model.apply({"params": params}, normalise(clips), **RESULTS_ONLY)
+        logits = out.logits.astype(jnp.float32)
         return jax.nn.softmax(logits) if average == "softmax" else logits
 
     return on_mesh(jax.jit(forward, out_shardings=replicated(mesh)), mesh)
@@ -307,7 +309,8 @@ def _errors(model: nn.Module, values: Arithmetic, masks: MaskSettings, mesh: Mes
     def errors(params, clips, numbers):
         mask = jax.vmap(mask_of)(numbers)
         pixels = normalise(clips)
-        logits = model.apply({"params": params}, pixels, mask).logits.astype(jnp.float32)
+        out = model.apply({"params": params}, pixels, mask, **RESULTS_ONLY)
+        logits = out.logits.astype(jnp.float32)
         targets = reconstruction_targets(pixels, mask, model.config)
         tokens = jnp.mean((logits - targets) ** 2, axis=-1)
         counted = jnp.ones_like(tokens) if mask.counted is None else mask.counted

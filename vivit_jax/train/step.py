@@ -15,6 +15,7 @@ from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import platform
 from vivit_jax.masking import MASKS, Mask
+from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
 from vivit_jax.train.augment import mix, soft_targets
 from vivit_jax.train.losses import multi_head_loss
@@ -189,6 +190,7 @@ def _reconstruct(model, recipe: Recipe, processor) -> Callable:
             deterministic=False,
             rows=part["rows"],
             rngs={"dropout": dropout},
+            **RESULTS_ONLY,
         )
         return out.loss, {}
 
@@ -209,7 +211,12 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
         )
         clips, targets = mix(mixing, clips, targets, settings, rows)
         out = model.apply(
-            {"params": params}, clips, deterministic=False, rows=rows, rngs={"dropout": dropout}
+            {"params": params},
+            clips,
+            deterministic=False,
+            rows=rows,
+            rngs={"dropout": dropout},
+            **RESULTS_ONLY,
         )
         aside = {}
         if not settings.mixes:
