@@ -31,9 +31,10 @@ _REWRITTEN = (
 # Keys of most files of transformers that no model here computes with. They are kept without a word.
 _COMMON = (
     "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "use_cache",
-    "gradient_checkpointing", "finetuning_task", "task_specific_params", "video_size", "chunk_size_feed_forward", "is_encoder_decoder",
-    "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder",
-    "tie_word_embeddings", "pruned_heads", "use_safetensors",
+    "gradient_checkpointing", "finetuning_task", "task_specific_params", "video_size",
+    "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "add_cross_attention",
+    "cross_attention_hidden_size", "tie_encoder_decoder", "tie_word_embeddings", "pruned_heads",
+    "use_safetensors",
 )  # fmt: skip
 
 

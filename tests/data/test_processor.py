@@ -642,3 +642,20 @@ def test_tensors_that_numpy_cannot_read():
     for tensor in (torch.zeros(9, 9, 3, requires_grad=True), torch.zeros(9, 9, 3).bfloat16()):
         with pytest.raises(UserError, match="a Tensor cannot be read as a numpy array"):
             VideoProcessor.videomae()(tensor)
+
+
+@pytest.mark.parametrize(
+    ("processor", "warns"),
+    [
+        (VideoProcessor.vivit(offset=False), True),
+        (VideoProcessor.vivit(offset=False, do_rescale=False), False),
+        (VideoProcessor.vivit(), False),
+        (VideoProcessor.videomae(), False),
+    ],
+)
+def test_what_transformers_video_processor_reads_otherwise_is_said(
+    processor, warns, tmp_path, caplog
+):
+    processor.save_pretrained(tmp_path)
+    assert ("offset is False" in caplog.text and "AutoVideoProcessor" in caplog.text) is warns
+    assert VideoProcessor.from_pretrained(tmp_path) == processor

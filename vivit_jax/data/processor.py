@@ -301,8 +301,15 @@ class VideoProcessor:
     def save_pretrained(self, directory: str | os.PathLike) -> Path:
         """Writes preprocessor_config.json into `directory` (created if missing), atomically.
 
-        Returns the file's path.
+        Returns the file's path. Warns of rescaling without an offset, which transformers' video
+        processor of ViViT does not have.
         """
+        if self.image_processor_type == VIVIT and self.do_rescale and not self.offset:
+            logger.warning(
+                "offset is False: transformers' VivitImageProcessor reads it, but AutoVideoProcessor "
+                "and the video-classification pipeline with torchvision subtract 1 from what is "
+                "rescaled whatever the file says, and so see other pixels"
+            )
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "preprocessor_config.json"
