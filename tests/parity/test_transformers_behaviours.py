@@ -63,7 +63,9 @@ CHECKS = {
     "test_flash_attn*": "tests/unit/test_attention.py::test_cudnn_agrees_with_float64",
     "test_flex_attention_with_grads": "jax has no such backend",
     "test_sdpa_can_dispatch*": "about the choice of PyTorch's kernels",
-    "test_sdpa_can_compile_dynamic": "tests/cli/test_export.py::test_equal_to_the_live_model_at_batch_1_and_5",
+    "test_sdpa_can_compile_dynamic": (
+        "tests/cli/test_export.py::test_equal_to_the_live_model_at_batch_1_and_5"
+    ),
     "test_feed_forward_chunking": "transformers' VideoMAE reads the chunk size and does not use it",
     "test_problem_types": f"{HERE}::test_losses_of_every_problem_type",
     # files
