@@ -306,9 +306,9 @@ class VideoProcessor:
         """
         if self.image_processor_type == VIVIT and self.do_rescale and not self.offset:
             logger.warning(
-                "offset is False: transformers' VivitImageProcessor reads it, but AutoVideoProcessor "
-                "and the video-classification pipeline with torchvision subtract 1 from what is "
-                "rescaled whatever the file says, and so see other pixels"
+                "offset is False: transformers' VivitImageProcessor reads it, but "
+                "AutoVideoProcessor, and with torchvision the pipeline, subtract 1 from what is "
+                "rescaled whatever the file says, and so give the model other pixels"
             )
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
