@@ -35,6 +35,7 @@ _PUBLIC = {
     "export_model": "export",
     "init_from_image_model": "image_init",
     "init_from_pretraining": "handover",
+    "init_from_video_model": "video_init",
     "gather_classes": "heads",
     "read_label_map": "heads",
     "VideoProcessor": "data.processor",

@@ -42,8 +42,9 @@ class RunOptions:
         recipe: A name of `vivit-jax recipes`. With --resume the run's own, which need not be named.
         data: Clips to train on, as --set data.train=...: a list file with a path in each line, and
             a label to fine-tune, or a directory, to fine-tune with a folder for each class.
-        start: Weights to start from, as --set model.start=...: the same kind of model, and to
-            fine-tune a masked autoencoder or, for a ViViT, an image ViT.
+        start: Weights to start from, as --set model.start=...: the same kind of model, a ViViT of
+            other sizes too, and to fine-tune a masked autoencoder or, for a ViViT, an image ViT.
+            Frames are prepared as the processor beside them says, unless --set says otherwise.
         set: Fields of the recipe to change, such as optim.lr=1e-4; may be repeated. `vivit-jax
             recipes NAME` shows all fields.
         mesh: Sizes of the mesh of devices, such as data=4,fsdp=2,tensor=1. Default: all along data.
