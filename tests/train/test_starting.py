@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.ndimage
-from helpers import random_params
+from helpers import mostly_slow, random_params
 from tiny_recipes import FINETUNE, PRETRAIN, SIZES, VIEWS, changed
 
 import vivit_jax
@@ -129,7 +129,7 @@ def test_longer_clips_and_a_deeper_stage(kinetics):
     assert "backbone/temporal/layers_{5-6}/mlp_in/kernel" in named
 
 
-@pytest.mark.parametrize("attention", ["joint", "factorised_self_attention"])
+@pytest.mark.parametrize("attention", mostly_slow(["joint", "factorised_self_attention"], "joint"))
 def test_a_joint_table_is_resized_in_time_and_space(attention, tmp_path):
     config = VivitConfig(**LARGE, attention_type=attention, num_labels=4, id2label=NAMES)
     directory, theirs = saved(tmp_path / "model", config)
@@ -148,7 +148,7 @@ def test_a_joint_table_is_resized_in_time_and_space(attention, tmp_path):
     assert out.shape == (1, 4)
 
 
-@pytest.mark.parametrize("attention", ["factorised_encoder", "joint"])
+@pytest.mark.parametrize("attention", mostly_slow(["joint", "factorised_encoder"], "joint"))
 def test_a_file_of_scenic_starts_a_run_of_another_size(attention, tmp_path):
     """It says neither the size of frames nor, of joint attention, how many there are."""
     sizes = dict(LARGE, attention_type=attention, num_labels=7)
