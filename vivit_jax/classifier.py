@@ -181,6 +181,7 @@ class VideoClassifier:
         function_to_apply: str | None = None,
         batch_size: int = 1,
         threads: int = 2,
+        square_pixels: bool = False,
     ) -> Iterator[Classified]:
         """Yields what becomes of each video, in order; one that cannot be read says why.
 
@@ -197,6 +198,7 @@ class VideoClassifier:
                 what the config's problem_type says.
             batch_size: views that go through the model together; it changes scores by rounding.
             threads: that read and prepare videos ahead of the model, at least 1.
+            square_pixels: whether files whose pixels are not square are read with square ones.
 
         Raises UserError at once, before anything is read, for options that are wrong.
         """
@@ -229,7 +231,9 @@ class VideoClassifier:
                 f"function_to_apply is {function_to_apply!r}; a model of several heads has scores "
                 "of combinations, which are products of softmax"
             )
-        reading = dict(stride=stride, start=start, pad=pad, clips=num_clips)
+        reading = dict(
+            stride=stride, start=start, pad=pad, clips=num_clips, square_pixels=square_pixels
+        )
 
         def pixels(name: str, clips: list[Clip]) -> np.ndarray:
             try:

@@ -10,8 +10,11 @@ import pytest
 from clips import every_frame, number_in, painted, write_clip
 from PIL import Image, ImageOps
 
+from vivit_jax.data.clip import read_clips
 from vivit_jax.data.decode import frame_times, probe_video, read_video
 from vivit_jax.data.stream import FrameStream
+from vivit_jax.data.windows import plan_windows, slide
+from vivit_jax.presets import PRESETS
 
 UNEVEN = [0.04 * round(k**1.3) for k in range(30)]
 ORIENTATION = 0x112  # the EXIF tag
@@ -238,6 +241,24 @@ def test_square_pixels_of_a_turned_picture(tmp_path):
     square = write_clip(tmp_path / "square.mp4", frames=3)
     assert probe_video(square).pixel_aspect == 1
     np.testing.assert_array_equal(read_video(square, square_pixels=True), read_video(square))
+
+
+def test_clips_with_square_pixels(tmp_path):
+    config = PRESETS["videomae-base"].config
+    path = write_clip(tmp_path / "wide.mp4", frames=20, aspect=Fraction(2, 1))
+    (stored,), (square,) = (read_clips(path, config, square_pixels=choice) for choice in (0, 1))
+    assert stored.frames.shape[1:3] == (48, 64) and square.frames.shape[1:3] == (48, 128)
+    np.testing.assert_array_equal(stored.indices, square.indices)
+
+
+def test_windows_by_the_second_of_a_transport_stream(tmp_path):
+    """They begin where the frames' own times are due, not where a constant rate puts them."""
+    path = write_clip(tmp_path / "uneven.ts", times=UNEVEN)
+    windows = plan_windows(PRESETS["videomae-base"].config, 1, "0.5s", "repeat_last")
+    begun = [w.indices[0] for w in slide(FrameStream(path), windows, lambda image: image)]
+    due = [int(np.searchsorted(np.array(UNEVEN) + 1e-3, at)) for at in np.arange(0, 4, 0.5)]
+    assert begun == [k for k in due if k + 15 < 30] + [k for k in due if k + 15 >= 30][:1]
+    assert begun != [round(25 * at) for at in np.arange(0, 4, 0.5)][: len(begun)]
 
 
 def write_jpegs(path, orientation: int) -> None:

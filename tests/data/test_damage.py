@@ -118,7 +118,7 @@ def test_threads_change_nothing_of_damaged_videos(tmp_path, monkeypatch, name):
                 if packets.uses_threads(stream):
                     stream.codec_context.thread_count = threads
 
-            monkeypatch.setattr("vivit_jax.data.decode.set_threads", chosen)
+            monkeypatch.setattr("vivit_jax.data.opened.set_threads", chosen)
             found.append(outcome(read_video, path))
         for other in found[1:]:
             assert_equal(other, found[0])

@@ -14,7 +14,7 @@ import pytest
 from clips import MATRICES, every_frame, number_in, painted, write_clip, write_matrix
 from helpers import mostly_slow
 
-from vivit_jax.data import decode, packets, pictures
+from vivit_jax.data import opened, packets, pictures
 from vivit_jax.data.decode import frame_times, probe_video, read_video, read_video_pyav
 from vivit_jax.data.sampling import sample_frame_indices
 from vivit_jax.errors import UserError, VideoError
@@ -371,8 +371,8 @@ def test_probe_of_a_variable_rate(clip):
 
 
 def test_packets_are_listed_again_only_when_the_file_changes(tmp_path, monkeypatch):
-    scans, scan = [], decode.scan
-    monkeypatch.setattr(decode, "scan", lambda *opened: scans.append(1) or scan(*opened))
+    scans, scan = [], opened.scan
+    monkeypatch.setattr(opened, "scan", lambda *video: scans.append(1) or scan(*video))
     path = write_clip(tmp_path / "clip.mp4")
     assert probe_video(path).num_frames == 30
     for k in (4, 17):

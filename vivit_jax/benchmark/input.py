@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from vivit_jax.benchmark.measure import Timing
-from vivit_jax.data import decode, packets
+from vivit_jax.data import opened, packets
 from vivit_jax.data.decode import VideoInfo, probe_video, read_video
 from vivit_jax.data.frames import center_crop, resize
 from vivit_jax.data.processor import VideoProcessor
@@ -167,7 +167,7 @@ def read_ours(path: Path, indices: Sequence[int]) -> np.ndarray:
 
     The other readers open the file anew each time; ours would know its packets by now.
     """
-    decode.scanned.cache_clear()
+    opened.scanned.cache_clear()
     return read_video(path, indices=indices)
 
 

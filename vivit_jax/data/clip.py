@@ -13,8 +13,9 @@ import numpy as np
 
 from vivit_jax.data.augment import three_crops
 from vivit_jax.data.dataset import open_array
-from vivit_jax.data.decode import probe_video, read_video, refuse_link
+from vivit_jax.data.decode import probe_video, read_video
 from vivit_jax.data.frames import resize
+from vivit_jax.data.opened import refuse_link
 from vivit_jax.data.sampling import clip_indices, view_indices
 from vivit_jax.errors import ConfigError, UserError, VideoError
 
@@ -106,6 +107,7 @@ def read_clips(
     start: str | int = "center",
     pad: str = "error",
     clips: int = 1,
+    square_pixels: bool = False,
 ) -> list[Clip]:
     """Read clips of `config.num_frames` frames from a video file or an array of frames.
 
@@ -113,7 +115,7 @@ def read_clips(
     One clip lies at `start`; `start` and `pad` are those of `vivit_jax.data.sampling.clip_indices`.
     Several are spread over the video as the model's papers test (`view_indices` with the sampler of
     the family). A file that ends in .npy holds the frames themselves, as an array is: [t, h, w, c],
-    of any channel count, uint8 or float in [0, 1].
+    of any channel count, uint8 or float in [0, 1]. `square_pixels` is `read_video`'s, for files.
 
     Raises VideoError for a video that cannot be read, has too few frames or other channels than the
     model takes, UserError for an argument that is wrong.
@@ -142,7 +144,10 @@ def read_clips(
         sampler = VIEW_SAMPLER[config.model_type]
         indices = view_indices(sampler, total, length, stride, clips)
     flat = indices.reshape(-1)
-    frames = read_video(source, indices=flat) if frames is None else np.array(frames[flat])
+    if frames is None:
+        frames = read_video(source, indices=flat, square_pixels=square_pixels)
+    else:
+        frames = np.array(frames[flat])
     if frames.shape[-1] != config.num_channels:
         raise VideoError(
             f"{name} has {frames.shape[-1]} channels, the model takes {config.num_channels}; "

@@ -38,52 +38,33 @@ Several threads decode only the codecs whose decoders report all damage in which
 the pixels of a damaged frame otherwise depend on the threads' timing.
 """
 
-import contextlib
 import functools
 import logging
-import math
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from vivit_jax.data.clock import Clock
-from vivit_jax.data.formats import EXPECTED as _EXPECTED
-from vivit_jax.data.formats import open_container
 from vivit_jax.data.images import Animation, animation, is_webp
-from vivit_jax.data.packets import (
-    FEW_PACKETS,
-    SPARSE_CODECS,
-    TIMED_CONTAINERS,
-    Distrusted,
-    Reported,
-    Table,
-    codec_name,
-    count_needed,
-    file_state,
-    frames_of_packets,
-    named,
-    reason_of,
-    scan,
-    set_threads,
-    sparse_frames,
-    warn_of_damage,
-    warn_once,
-)
+from vivit_jax.data.opened import checked_path, open_video, packet_table, pixel_aspect, video_stream
+from vivit_jax.data.packets import codec_name, reason_of
 from vivit_jax.data.pictures import displayed, orientation, rgb, rotation, stacked
 from vivit_jax.data.sampling import clip_indices, pad_indices
+from vivit_jax.data.sequence import (
+    decode_from_start,
+    decode_sparse,
+    refuse_damaged,
+    refuse_lost,
+    shortage,
+)
 from vivit_jax.errors import UserError, VideoError
-from vivit_jax.inputs import stand_in
 
 logger = logging.getLogger(__name__)
 
 # A total that no index reaches.
 _ENDLESS = 2**62
-# Of two slashes a Path keeps one. One letter is a drive.
-_LINK = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @dataclass(frozen=True)
@@ -147,11 +128,11 @@ def probe_video(path) -> VideoInfo:
         clock, aspect = Clock(table, stream), pixel_aspect(stream)
     first, total = None, table.packets
     if clock.known:
-        first = _sparse(name, table, np.array([0]), lambda frame: frame).get(0)
+        first = decode_sparse(name, table, np.array([0]), lambda frame: frame).get(0)
         clock.seconds(total - 1, first)
         duration = clock.end()
     if first is None:
-        run = _decode_from_start(name, table, lambda frame: frame, {0})
+        run = decode_from_start(name, table, lambda frame: frame, {0})
         first, total, duration = run.frames[0], run.total, run.duration
     degrees, mirrored, turned = rotation(orientation(name, first))
     height, width = (first.width, first.height) if turned else (first.height, first.width)
@@ -214,15 +195,9 @@ def frame_times(path, indices: Sequence[int]) -> np.ndarray:
         clock = Clock(table, stream)
     run = None
     if not clock.known:
-        run = _decode_from_start(name, table, lambda frame: None, set(), int(places.max()))
+        run = decode_from_start(name, table, lambda frame: None, set(), int(places.max()))
     check(run.total if run else table.packets)
     return np.array([run.seconds[k] if run else clock.seconds(int(k)) for k in places])
-
-
-def pixel_aspect(stream) -> Fraction:
-    """A stored pixel's width over its height, 1 where it is unknown."""
-    stated = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
-    return Fraction(stated.numerator, stated.denominator) if stated else Fraction(1)
 
 
 def read_video(
@@ -300,10 +275,10 @@ def read_video(
     convert = functools.partial(displayed, name, aspect=aspect)
     if table.distrust is None:
         wanted = choose(table.packets)
-        frames = _sparse(name, table, np.unique(wanted), convert)
+        frames = decode_sparse(name, table, np.unique(wanted), convert)
         if not frames:
             last = int(wanted.max()) if wanted.max() < table.packets - 1 else None
-            run = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
+            run = decode_from_start(name, table, convert, set(wanted.tolist()), last)
             refuse_damaged(name, run.damaged, wanted, table.lossy)
             refuse_lost(name, run.filled, wanted, 0.5 if lost == "repeat" else 0)
             frames = run.frames
@@ -317,12 +292,12 @@ def read_video(
         # Too few packets, but a packet may hold several frames: their number decides below.
         wanted = np.arange(0)
     last = int(wanted.max()) if fixed else None
-    run = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
+    run = decode_from_start(name, table, convert, set(wanted.tolist()), last)
     if last not in run.frames:
         wanted = choose(run.total, run.cut)
         if not run.frames.keys() >= set(wanted.tolist()):
             last = int(wanted.max())
-            run = _decode_from_start(name, table, convert, set(wanted.tolist()), last)
+            run = decode_from_start(name, table, convert, set(wanted.tolist()), last)
     refuse_damaged(name, run.damaged, wanted, table.lossy)
     return stacked(name, run.frames, wanted)
 
@@ -351,7 +326,7 @@ def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
     wanted = set(pad_indices(indices, _ENDLESS).tolist())
     last, total, frames, damaged = max(wanted), 0, {}, []
     try:
-        stream = _video_stream(name, container)
+        stream = video_stream(name, container)
         container.seek(0)
         for k, frame in enumerate(container.decode(stream)):
             total = k + 1
@@ -370,288 +345,3 @@ def read_video_pyav(container, indices: Sequence[int]) -> np.ndarray:
             raise VideoError(f"{name}: {error}") from None
     refuse_damaged(name, damaged, sorted(wanted))
     return stacked(name, frames, sorted(wanted))
-
-
-def checked_path(path) -> str:
-    """The name of a file that is there and not empty; VideoError or UserError otherwise."""
-    if not isinstance(path, str | bytes | os.PathLike):
-        raise UserError(
-            f"path is {path!r} ({type(path).__name__}); expected the path of a video file "
-            "(str, bytes or os.PathLike), not an open file or its content"
-        )
-    name = os.fsdecode(path)
-    refuse_link(name)
-    if os.path.isdir(name):
-        found = "a directory"
-    elif stand_in(name):
-        found = stand_in(name)
-    elif not os.path.exists(name):
-        found = "no such file"
-    elif not os.path.isfile(name):
-        found = "not a regular file"
-    elif os.path.getsize(name) == 0:
-        found = "an empty file (0 bytes)"
-    else:
-        return name
-    raise VideoError(f"{name}: {found}; {_EXPECTED}")
-
-
-def refuse_link(name: str) -> None:
-    """VideoError for a link such as https://x.org/a.mp4, also one that was made a Path."""
-    if _LINK.match(name) and not os.path.exists(name):
-        raise VideoError(f"{name}: links are not opened; download the file and give its path")
-
-
-@contextlib.contextmanager
-def open_video(name: str, several_threads: bool = True) -> Iterator[tuple]:
-    """(container, its video stream); what FFmpeg refuses is a VideoError."""
-    import av
-
-    try:
-        with _opened(name) as container:
-            stream = _video_stream(name, container)
-            set_threads(stream, several_threads)
-            yield container, stream
-    except av.FFmpegError as error:
-        raise VideoError(
-            f"{name}: no readable video ({reason_of(error)}): damaged, cut off, or another kind of "
-            f"file; {_EXPECTED}"
-        ) from error
-
-
-def packet_table(name: str) -> Table:
-    """The packets of a file; logs a warning if it ends before what it announces.
-
-    A long video has many, and the same file is often asked again: what it holds, then a clip, then
-    the next clip. So tables are kept while their file is the same one, unchanged.
-    """
-    table = scanned(name, file_state(name))
-    if table.incomplete:
-        warn_once(name, "incomplete", "%s: %s", name, table.incomplete)
-    if table.flaws:
-        warn_once(name, "flaws", "%s: %s", name, table.flaws)
-    return table
-
-
-@functools.lru_cache(maxsize=64)  # about a megabyte for an hour of video
-def scanned(name: str, state: tuple[int, ...]) -> Table:
-    """The packets of a file in a state, which only tells a changed file from the one it was."""
-    with open_video(name) as (container, stream):
-        return scan(container, stream)
-
-
-def _opened(name: str):
-    """The container, its packets as they are stored where the numbering by packets is at home.
-
-    FFmpeg's parsers look into every packet otherwise, for what these containers say themselves.
-    """
-    import av
-
-    with contextlib.suppress(av.FFmpegError):
-        container = open_container(name, {"fflags": "noparse"})
-        codecs = [s.codec_context and codec_name(s) for s in container.streams.video]
-        if container.format.name in TIMED_CONTAINERS and set(codecs) <= set(SPARSE_CODECS):
-            return container
-        container.close()
-    return open_container(name)
-
-
-def _video_stream(name: str, container):
-    from av.stream import Disposition
-
-    # A cover picture is stored as a video stream too.
-    pictures = [s for s in container.streams.video if s.disposition & Disposition.attached_pic]
-    videos = [s for s in container.streams.video if s not in pictures]
-    if not videos:
-        kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
-        cover = " (the video stream is a cover picture)" if pictures else ""
-        raise VideoError(f"{name}: holds {kinds} streams but no video{cover}; {_EXPECTED}")
-
-    def rank(stream) -> tuple[bool, bool, int]:
-        default, context = bool(stream.disposition & Disposition.default), stream.codec_context
-        return context is not None, default, context.width * context.height if context else 0
-
-    stream = max(videos, key=rank)  # of equals the first
-    if len(videos) > 1:
-        kinds = [
-            f"stream {s.index} ({s.codec_context.width}x{s.codec_context.height}"
-            f"{', default' if s.disposition & Disposition.default else ''})"
-            if s.codec_context
-            else f"stream {s.index} (no decoder)"
-            for s in (stream, *(s for s in videos if s is not stream))
-        ]
-        message = "%s: %d video streams: reading %s, not %s"
-        warn_once(name, "streams", message, name, len(videos), kinds[0], ", ".join(kinds[1:]))
-    if stream.codec_context is None:
-        raise VideoError(f"{name}: no decoder for its video stream; {_EXPECTED}")
-    return stream
-
-
-def _sparse(name: str, table: Table, wanted: np.ndarray, convert: Callable) -> dict[int, object]:
-    """The ascending frames `wanted`, converted, by number; none where the table cannot be kept."""
-    several_threads = count_needed(table, wanted) > FEW_PACKETS
-    try:
-        with open_video(name, several_threads) as (container, stream):
-            found = sparse_frames(container, stream, table, wanted)
-            return {k: convert(frame) for k, frame in found}
-    except Distrusted as reason:
-        logger.debug("%s: decoding from the start: %s", name, reason)
-        return {}
-
-
-@dataclass
-class _Run:
-    """Frames decoded from the start."""
-
-    frames: dict[int, object] = field(default_factory=dict)  # wanted ones, converted, by number
-    seconds: list[float] = field(default_factory=list)  # of all frames
-    damaged: list[int] = field(default_factory=list)  # frames in which the decoder reports errors
-    filled: list[int] = field(default_factory=list)  # frames that repeat another
-    cut: bool = False  # whether packets that cannot be decoded make it shorter
-    duration: float = float("nan")
-
-    @property
-    def total(self) -> int:
-        return len(self.seconds)
-
-
-class FromStart:
-    """The frames of a file, numbered, decoded from its start, up to number `last`.
-
-    Yields (number, frame, seconds from frame 0). The numbers are those of the packets' times where
-    the table is trusted, and a frame that cannot be decoded is the one before it (the first ones,
-    the one after them), and listed in `filled`; else frames are counted as they come. Where several
-    threads report damage, the numbers begin again at 0: the frames are decoded anew, by one thread,
-    and those given before come again, the same. Nothing but the decoder's frames is held.
-
-    `cut` says at the end whether packets that cannot be decoded made it shorter; what is lost is
-    logged. Raises VideoError for a file that has no frame.
-    """
-
-    def __init__(self, name: str, table: Table, last: int | None = None):
-        self.last = math.inf if last is None else last
-        self.name, self.table, self.filled = name, table, []
-        self.cut, self.end = False, float("nan")
-
-    def __iter__(self) -> Iterator[tuple]:
-        try:
-            yield from self._decoded(several_threads=self.table.packets > FEW_PACKETS)
-        except Reported as reason:
-            logger.debug("%s: decoding by one thread: %s", self.name, reason)
-            yield from self._decoded(several_threads=False)
-
-    def _decoded(self, several_threads: bool) -> Iterator[tuple]:
-        table, lost, filled, done, decoded = self.table, [], [], 0, 0
-        self.filled = filled
-        number_of = None
-        if table.distrust is None:
-            number_of = {int(time): k for k, time in enumerate(np.sort(table.pts))}
-        frame = None
-        try:
-            with open_video(self.name, several_threads) as (container, stream):
-                clock = Clock(table, stream)
-                new_frames = frames_of_packets(
-                    container, stream, table.packets, lost, lambda: done > self.last
-                )
-                for new in new_frames:
-                    number = done if number_of is None else number_of.get(new.pts, -1)
-                    if done > self.last or number < done:
-                        continue  # not wanted, or a second picture for one time
-                    decoded += 1
-                    frame = frame or new
-                    for k in range(done, number):
-                        filled.append(k)
-                        yield k, frame, clock.seconds(k, frame)
-                    frame, done = new, number + 1
-                    yield number, frame, clock.seconds(number, frame, len(lost))
-                if frame is None:
-                    raise VideoError(
-                        f"{self.name}: none of its frames can be decoded: get the file again"
-                    )
-                stopped = done > self.last
-                for k in range(done, table.packets if number_of and not stopped else 0):
-                    filled.append(k)
-                    yield k, frame, clock.seconds(k, frame)
-            self.end, self.cut = clock.end(), bool(lost) and number_of is None
-            self._report(None if stopped else decoded, lost, clock)
-        except GeneratorExit:
-            self._report(None, lost, clock)
-            raise
-
-    def _report(self, decoded: int | None, lost: list[tuple[int, str]], clock: Clock) -> None:
-        """Logs what is lost; `decoded` None: of the part that was decoded."""
-        filled, expected = self.filled, self.table.packets - self.table.discarded
-        if clock.joins:
-            message = "%s: times go back or leap at %s: taken for streams that were joined there"
-            warn_once(self.name, "joins", message, self.name, named(clock.joins))
-        if not lost and not filled and (decoded is None or decoded >= expected):
-            return
-        causes = ", ".join(f"packet {packet}: {reason}" for packet, reason in lost[:3])
-        causes += f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        found = "damaged" if decoded is None else f"{decoded} frames can be decoded"
-        found += f" from {expected} packets" if decoded is not None else ""
-        repeats = "repeats the one" if len(filled) == 1 else "repeat the ones"
-        fills = f"; {named(filled)} {repeats} before" if filled else ""
-        why = causes or "packets without a picture"
-        warn_once(self.name, "lost", "%s: %s (%s)%s", self.name, found, why, fills)
-
-
-def _decode_from_start(
-    name: str,
-    table: Table,
-    convert: Callable,
-    wanted: set[int],
-    last: int | None = None,
-) -> _Run:
-    """Decodes up to frame `last`, or all."""
-    if table.distrust:
-        logger.debug("%s: decoding from the start: %s", name, table.distrust)
-    run, decoding = _Run(), FromStart(name, table, last)
-    for k, frame, seconds in decoding:
-        if k == 0:
-            run = _Run()
-        if frame.is_corrupt:
-            run.damaged.append(k)
-        if k in wanted:
-            run.frames[k] = convert(frame)
-        run.seconds.append(seconds)
-    run.cut, run.duration, run.filled = decoding.cut, decoding.end, decoding.filled
-    return run
-
-
-def refuse_damaged(name: str, damaged: list[int], wanted, lossy: bool = False) -> None:
-    """VideoError where a wanted frame is damaged, a warning where another is.
-
-    In a `lossy` container a warning for all: what is made for lossy channels shows such frames.
-    """
-    refused = sorted(set(damaged) & {int(k) for k in wanted})
-    if refused and not lossy:
-        raise VideoError(
-            f"{name}: the decoder reports damage in {named(refused)} of those asked: ask for other "
-            "frames, get the file again, or accept the damage by re-encoding it: "
-            "ffmpeg -i IN -c:v libx264 OUT.mp4"
-        )
-    warn_of_damage(name, damaged, shown=bool(refused))
-
-
-def refuse_lost(name: str, filled: list[int], wanted, share: float) -> None:
-    """VideoError where more than a share of the wanted frames cannot be decoded."""
-    asked = {int(k) for k in wanted}
-    repeats = sorted(asked & set(filled))
-    if len(repeats) > len(asked) * share:
-        raise VideoError(
-            f"{name}: of {len(asked)} frames asked {len(repeats)} cannot be decoded "
-            f"({named(repeats)}): ask for other frames, or get the file again"
-        )
-
-
-def shortage(table: Table, total: int, cut: bool) -> str:
-    """Ends the message that a video has too few frames, if that is because it is damaged."""
-    expected = max(table.announced, table.packets) - table.discarded
-    if not (cut or table.damage or table.packets < table.announced) or expected < total:
-        return ""
-    announces = f"announces {expected} frames, " if expected > total else ""
-    return (
-        f" (the file {announces or 'ends early: '}decoding stops after {total}: it is damaged or "
-        "truncated, get it again)"
-    )

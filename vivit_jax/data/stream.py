@@ -12,17 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from vivit_jax.data.decode import (
-    FromStart,
-    checked_path,
-    packet_table,
-    probe_video,
-    refuse_damaged,
-    shortage,
-)
+from vivit_jax.data.decode import probe_video
 from vivit_jax.data.images import AnimationStream, is_webp
+from vivit_jax.data.opened import checked_path, packet_table
 from vivit_jax.data.packets import warn_of_damage
 from vivit_jax.data.pictures import displayed, refuse_sizes
+from vivit_jax.data.sequence import FromStart, refuse_damaged, shortage
 
 
 class StreamedFrame:
