@@ -80,6 +80,14 @@ _RESIZES = {
     ("max_pixels", "min_pixels"): (),
 }
 
+# What a step reads, and not where its flag is off.
+_OF_A_STEP = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+}
+
 # Above this, rescale_factor is not meant for bytes, so floats in [0, 1] are what it expects.
 _LARGEST_BYTE_FACTOR = 0.5
 
@@ -234,11 +242,25 @@ class VideoProcessor:
             raise ConfigError(f"a processor is a {type(config).__name__}, expected a JSON object")
         read = read_keys(config, overrides.pop("image_processor_type", None))
         values = _DEFAULTS[read.kind] | read.values | _known_options(overrides)
+        notes = [*read.notes, *cls._without_unused(read.kind, values)]
         processor = cls(image_processor_type=read.kind, extra=read.extra, **values)
-        if read.notes:
+        if notes:
             warn = _warn_once if where else functools.partial(logger.warning, "%s")
-            warn(f"{where}{'; '.join(read.notes)}")
+            warn(f"{where}{'; '.join(notes)}")
         return processor
+
+    @classmethod
+    def _without_unused(cls, kind: str, values: dict[str, Any]) -> list[str]:
+        """Put defaults for what transformers would refuse in a step that is off; what to tell."""
+        notes, plain = [], _DEFAULTS[kind] | {"offset": False}
+        for flag, names in _OF_A_STEP.items():
+            for name in names if values[flag] is False else ():
+                try:
+                    cls(image_processor_type=kind, **plain | {flag: False, name: values[name]})
+                except ConfigError:
+                    notes.append(f"{name} is {values[name]!r}, which {flag}=False does not read")
+                    values[name] = plain[name]
+        return notes
 
     @classmethod
     def from_pretrained(
