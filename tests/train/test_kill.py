@@ -4,6 +4,7 @@
 import functools
 import json
 import random
+import shutil
 import signal
 import time
 
@@ -161,8 +162,14 @@ def test_two_processes_stop_and_go_on_together(tmp_path, parent, cache, data):
     assert "stopped by SIGTERM after step" in lives[0].text and 4 <= told(both) < 30
     life = parent.start(tmp_path / "alone.log", [*run, "--out", both, "--resume"])
     assert life.end() == 2 and "the clips were read by 2 processes" in life.text
+    # The first of them sees that the latest checkpoint is damaged; both go on from the one before.
+    *_, before, latest = sorted(int(path.name) for path in (both / "checkpoints").iterdir())
+    arrays = max(both.glob(f"checkpoints/{latest}/state/**/d/*"), key=lambda p: p.stat().st_size)
+    arrays.write_bytes(arrays.read_bytes()[:-1] + bytes([arrays.read_bytes()[-1] ^ 1]))
     lives = together(parent, tmp_path, [*cache, "finetune", "--out", both, "--resume"])
     assert [life.end() for life in lives] == [0, 0], "\n".join(life.text for life in lives)
+    assert f"step {latest}, {both}/checkpoints/{latest}, is damaged" in lives[0].text
+    assert f"steps {before + 1} to 30" in lives[0].text and "damaged" not in lives[1].text
     assert_same(both, alone, 30, rtol=2e-5)
 
     # Nine test videos, of which one is damaged, are no equal shares.
@@ -191,3 +198,18 @@ def test_damaged_clips_of_one_process_end_both(tmp_path, parent, cache, data):
     assert (tmp_path / "run" / "checkpoints" / str(taken)).is_dir() and taken >= 6
     bad = json.loads((tmp_path / "run" / "bad_clips.json").read_text())
     assert list(bad["clips"]) == [str(data / "3.npy")]
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_written_ends_both(tmp_path, parent, cache, data):
+    """Only the first writes it; the other would wait for it at the checkpoint."""
+    run = [*cache, "finetune", *tiny(data, 9, data__train=str(data / "good.txt"))]
+    both = tmp_path / "both"
+    lives = together(parent, tmp_path, [*run, "--out", both, "--set", "train.steps=3"])
+    assert [life.end() for life in lives] == [0, 0], "\n".join(life.text for life in lives)
+    shutil.rmtree(both / "models")
+    (both / "models").write_text("in the way")
+    lives = together(parent, tmp_path, [*run, "--out", both, "--set", "train.steps=9", "--resume"])
+    assert [life.end() for life in lives] == [2, 2], "\n".join(life.text for life in lives)
+    assert "File exists" in lives[0].text
+    assert "process 0 cannot go on: " in lives[1].text and "File exists" in lives[1].text

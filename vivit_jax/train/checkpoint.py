@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from vivit_jax.errors import CheckpointError, UserError, WriteError, first_line
+from vivit_jax.files import writing
 from vivit_jax.staging import clear_leftovers
 from vivit_jax.train.checksums import damage, handlers
 
@@ -124,9 +125,7 @@ class Checkpoints:
         self._saved = True
         self._drop_later()
         self._tidy()
-        if export is not None:
-            self._models.mkdir(parents=True, exist_ok=True)
-            export(self._models / str(step))
+        self._export(step, export)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         self._scores[step] = _score(finite)
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
@@ -287,6 +286,22 @@ class Checkpoints:
                 f"{told}: {first_line(error)}; those that are there are whole: mend what it says, "
                 "such as a full disk, and go on with --resume"
             ) from error
+
+    def _export(self, step: int, export: Callable[[Path], None] | None) -> None:
+        """Write the model of a step; what goes wrong ends all processes, not one of them."""
+        failed = None
+        if export is not None:
+            try:
+                with writing(self._models):
+                    self._models.mkdir(parents=True, exist_ok=True)
+                export(self._models / str(step))
+            except (OSError, UserError) as error:
+                failed = error
+        told = _from_first("" if failed is None else str(failed))
+        if failed is not None:
+            raise failed
+        if told:
+            raise WriteError(f"process 0 cannot go on: {told}")
 
     def _is_later(self, step: int) -> bool:
         """Whether a step is one that a run has been taken back from."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from vivit_jax.inputs import stand_in
 from vivit_jax.staging import sync
 
 CHECKSUMS = "checksums.json"
@@ -58,6 +59,8 @@ def damage(directory: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{directory.name}/{CHECKSUMS} is not as it was written"
     for name, value in listed.items():
+        if (instead := stand_in(directory / name)) is not None:
+            return f"{directory.name}/{name} is {instead}"
         try:
             found = _sha256(directory / name)
         except OSError as error:
