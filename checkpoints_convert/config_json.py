@@ -21,6 +21,7 @@ from vivit_jax.config import (
     config_from_dict,
 )
 from vivit_jax.errors import ConfigError
+from vivit_jax.json_files import read_json
 from vivit_jax.staging import interrupted
 
 logger = logging.getLogger(__name__)
@@ -54,13 +55,11 @@ def read_config(checkpoint: str | Path, **execution: Any) -> StoredConfig:
     """
     path = config_path(checkpoint)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, ConfigError)
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; a checkpoint needs its config.json{interrupted(path.parent)}"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     try:

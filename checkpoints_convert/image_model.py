@@ -6,7 +6,6 @@ vision_transformer and scenic.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from checkpoints_convert.tensors import check_readable
 from checkpoints_convert.torch_files import check_flat
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import CheckpointError, ConfigError
+from vivit_jax.json_files import read_json
 
 # timm's files do not say how many heads there are; these are the widths of its plain ViTs.
 TIMM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
@@ -133,11 +133,9 @@ def _config(path: Path, **fields) -> VivitConfig:
 def _hf_config(path: Path, tensors, prefix: str) -> VivitConfig:
     where = config_path(path)
     try:
-        values = json.loads(where.read_text(encoding="utf-8"))
+        values = read_json(where, ConfigError)
     except FileNotFoundError:
         raise ConfigError(f"{where} does not exist; an image model needs its config.json") from None
-    except ValueError as error:
-        raise ConfigError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(values, dict) or values.get("model_type") != "vit":
         found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
         raise ConfigError(f"{where}: model_type is {found!r}, expected 'vit'")
@@ -238,13 +236,13 @@ def pixel_range(image: ImageModel) -> dict[str, Any]:
     ViTs are trained on.
     """
     beside = (image.path if image.path.is_dir() else image.path.parent) / "preprocessor_config.json"
-    if not beside.is_file():
+    if not beside.exists():
         return {}
-    try:
-        values = json.loads(beside.read_text(encoding="utf-8"))
-        given = {name: value for name, value in values.items() if value is not None}
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{beside} is not valid JSON of a processor: {error}") from None
+    values = read_json(beside, ConfigError, "expected a processor")
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise ConfigError(f"{beside} is not valid JSON of a processor: a {found}, not an object")
+    given = {name: value for name, value in values.items() if value is not None}
     # ViTImageProcessor's defaults where the file says nothing.
     defaults = dict(
         do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=0.5, image_std=0.5

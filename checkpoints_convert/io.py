@@ -2,7 +2,6 @@
 """Opening checkpoints without reading their data: which files, of which kind."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from checkpoints_convert.tensors import DTYPES, LazyTensor, incomplete, known_dt
 from checkpoints_convert.torch_files import looks_like_pickle, open_pickle
 from vivit_jax.errors import CheckpointError
 from vivit_jax.inputs import check_file
+from vivit_jax.json_files import parse_json, read_json
 from vivit_jax.staging import interrupted
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -152,12 +152,14 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
 
 def read_index(path: Path) -> dict[str, str]:
     """The file name of every tensor's shard; CheckpointError if it is no index of plain names."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(Path(name).name == name for name in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a weight index: {error!r}") from None
-    if not plain:
+    values = read_json(path, CheckpointError, "expected an index of weights")
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+        raise CheckpointError(
+            f"{path} is not a weight index: expected a JSON object whose weight_map says the file "
+            "name of every tensor's shard"
+        )
+    if not all(Path(name).name == name for name in weight_map.values()):
         raise CheckpointError(f"{path} names shards outside its own directory")
     return weight_map
 
@@ -198,7 +200,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         raise incomplete(path, "safetensors", error) from None
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = parse_json(file.read(size), f"the header of {path}", CheckpointError)
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():

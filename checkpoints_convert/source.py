@@ -2,7 +2,6 @@
 """A checkpoint together with its config and layout."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from checkpoints_convert.state_dicts import hf_parameters
 from checkpoints_convert.tensors import check_readable
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import UserError
+from vivit_jax.json_files import read_json
 
 # The layouts of authors who write one file without its config: what is not hf.
 FILE_LAYOUTS = {"scenic": scenic, "videomae": authors}
@@ -154,8 +154,8 @@ def layout_of(checkpoint: Checkpoint, settings: Settings = ()) -> str:
 def _beside_vivit(path: Path) -> bool:
     """Whether config.json says ViViT; names and shapes of an image model can be the same."""
     try:
-        values = json.loads(config_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(config_path(path))
+    except (OSError, UserError):
         return False  # whoever needs the file says what is wrong with it
     types = (VivitConfig.model_type, VivitConfig.own_model_type)
     return isinstance(values, dict) and values.get("model_type") in types

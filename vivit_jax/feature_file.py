@@ -23,6 +23,7 @@ import numpy as np
 from checkpoints_convert.tensors import DTYPES
 from vivit_jax.errors import UserError, first_line
 from vivit_jax.inputs import check_file
+from vivit_jax.json_files import parse_json
 
 SUFFIXES = (".safetensors", ".npz")
 METADATA, CHECKSUMS = "vivit_jax", "vivit_jax_checksums"
@@ -127,7 +128,7 @@ class RowWriter:
 def read_metadata(path: Path) -> dict[str, Any]:
     """What the features of a file were made with. Raises UserError where it is no such file."""
     with _reading(path):
-        return json.loads(_texts(path)[0])
+        return _object(_texts(path)[0], "its metadata")
 
 
 def changed(path: Path) -> list[str] | None:
@@ -139,12 +140,19 @@ def changed(path: Path) -> list[str] | None:
         metadata, text = _texts(path)
         if text is None:
             return None
-        sums = json.loads(text)
+        sums = _object(text, "its checksums")
         written, found = sums["arrays"], dict(_hashes(path))
         differs = {name for name in written | found if written.get(name) != found.get(name)}
         if hashlib.sha256(metadata.encode()).hexdigest() != sums["metadata"]:
             differs.add("metadata")
         return sorted(differs)
+
+
+def _object(text: str, what: str) -> dict[str, Any]:
+    value = parse_json(text, what)
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} are a {type(value).__name__}, expected an object")
+    return value
 
 
 @contextlib.contextmanager

@@ -116,11 +116,3 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write plain values as a JSON file, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; UserError for one that is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no JSON: {error}; put it back as it was written") from None

@@ -2,7 +2,6 @@
 """Classifiers of fewer classes cut out of larger ones, as VideoMAE V2 does with Kinetics-710."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from flax.core import meta
 from checkpoints_convert import trees
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import UserError
+from vivit_jax.json_files import read_json
 
 Config = VivitConfig | VideoMAEConfig
 
@@ -24,10 +24,7 @@ def read_label_map(path: str | Path) -> tuple[int, ...]:
     The authors of VideoMAE V2 publish such files for Kinetics-400, 600 and 700 out of 710
     (misc/label_710to400.json). Raises UserError for anything else, OSError without a file.
     """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a label map, it is not valid JSON: {error}") from None
+    values = read_json(path, hint="expected a label map, a JSON list of class indices")
     return _checked(values, str(path))
 
 

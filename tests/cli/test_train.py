@@ -153,7 +153,7 @@ def test_other_directories_are_left_alone(data, tmp_path, capsys):
     for name, message in (
         ("full", "holds no run"),
         ("empty", "holds no run"),
-        ("damaged", "is no JSON"),
+        ("damaged", "is not valid JSON"),
     ):
         assert message in refused(capsys, "finetune", "--resume", "--out", tmp_path / name)
     found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))

@@ -588,7 +588,7 @@ def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         VideoProcessor.from_pretrained(tmp_path / "missing")
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="is not valid JSON"):
         VideoProcessor.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no processor is named 'vivit'.*vivit-scenic"):
         VideoProcessor.named("vivit")
@@ -659,3 +659,33 @@ def test_what_transformers_video_processor_reads_otherwise_is_said(
     processor.save_pretrained(tmp_path)
     assert ("offset is False" in caplog.text and "AutoVideoProcessor" in caplog.text) is warns
     assert VideoProcessor.from_pretrained(tmp_path) == processor
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("image_std", [0.5, [], 0.5], "image_std is \\[\\], expected a finite number"),
+        ("image_mean", [[0.5], [0.5], [0.5]], "image_mean is \\[0.5\\], expected a finite number"),
+        ("image_mean", np.full((3, 1), 0.5), "image_mean is \\[0.5\\], expected a finite number"),
+        ("image_std", [], "image_std is \\[\\], expected a finite number"),
+        ("rescale_factor", 10**400, "rescale_factor is 1000.*, expected a finite number"),
+        ("size", {"shortest_edge": 10**9}, "a frame of size .* would take 12,000,000,000,000"),
+        ("size", [10**6, 10**4], "a frame of size .* VIVIT_JAX_UNPACK_LIMIT"),
+        ("crop_size", 10**6, "a frame of crop_size 1000000 would take"),
+    ],
+)
+def test_values_of_any_shape_or_size_are_one_error(name, value, told):
+    with pytest.raises(ConfigError, match=told):
+        VideoProcessor.vivit(**{name: value})
+    assert VideoProcessor.vivit(image_mean=np.full(3, 0.25)).image_mean == (0.25, 0.25, 0.25)
+
+
+def test_a_deep_file_or_a_directory_in_its_place_is_one_error(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="preprocessor_config.json is not valid JSON: nested"):
+        VideoProcessor.from_pretrained(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match="preprocessor_config.json is a directory, expected"):
+        VideoProcessor.from_pretrained(tmp_path)

@@ -236,6 +236,8 @@ def test_files_that_cannot_be_read(tmp_path):
         write_report(tmp_path)
     write_metrics(tmp_path, [training(1)])
     (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(UserError, match=r"recipe\.json is not JSON.*write it anew or remove it"):
+    with pytest.raises(
+        UserError, match=r"recipe\.json is not valid JSON.*write it anew or remove it"
+    ):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()

@@ -41,8 +41,8 @@ def test_a_run_may_go_on_in_other_parts(tmp_path):
 
 def test_files_that_are_no_json(tmp_path):
     (tmp_path / RECIPE).write_bytes(b"\xff\xfe{")
-    with pytest.raises(UserError, match="recipe.json is no JSON: .* put it back"):
+    with pytest.raises(UserError, match="recipe.json is not valid JSON: .* put it back"):
         saved_recipe(tmp_path)
     (tmp_path / MODEL).write_text("{")
-    with pytest.raises(UserError, match="model.json is no JSON"):
+    with pytest.raises(UserError, match="model.json is not valid JSON"):
         described_model(tmp_path / MODEL)

@@ -79,7 +79,7 @@ def test_label_map_files(tmp_path):
     path.write_text(json.dumps(MAP))
     assert read_label_map(path) == tuple(MAP)
     path.write_text("[3, 0,")
-    with pytest.raises(UserError, match="label_710to3.json is not a label map"):
+    with pytest.raises(UserError, match="label_710to3.json is not valid JSON: .*a label map"):
         read_label_map(path)
     path.write_text('{"0": 3}')
     with pytest.raises(UserError, match="label_710to3.json must be a list of class indices"):

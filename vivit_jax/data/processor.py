@@ -35,6 +35,8 @@ from vivit_jax.data.processor_keys import (
 )
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.files import whole_file
+from vivit_jax.json_files import read_json
+from vivit_jax.limits import check_unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -527,15 +529,10 @@ def _candidates(directory: Path) -> list[tuple[Path, str | None]]:
 def _first_config(candidates: list[tuple[Path, str | None]]) -> tuple[Path, Any] | None:
     """Returns the first file, or section of a file, that exists, with its content."""
     for path, section in candidates:
-        if not path.is_file():
+        if not path.exists():
             continue
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(
-                f"{path} is not JSON: {error}; expected a preprocessor_config.json, or the "
-                "directory that holds one"
-            ) from error
+        hint = "expected a preprocessor_config.json, or the directory that holds one"
+        config = read_json(path, ConfigError, hint)
         if section is None:
             return path, config
         if isinstance(config, dict) and section in config:
@@ -564,7 +561,11 @@ def _size(
         _is_integer(side) and side > 0 for side in sides.values()
     ):
         raise ConfigError(f"{name} is {value!r}, expected {expected}, in pixels above 0")
-    return {key: int(side) for key, side in sides.items()}
+    sides = {key: int(side) for key, side in sides.items()}
+    pixels = math.prod(sides.values()) if len(sides) == 2 else next(iter(sides.values())) ** 2
+    # Three channels of float32.
+    check_unpacked(f"a frame of {name} {value!r}", 12 * pixels, error=ConfigError)
+    return sides
 
 
 def _is_integer(value: Any) -> bool:
@@ -572,12 +573,18 @@ def _is_integer(value: Any) -> bool:
 
 
 def _number(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        found = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found) or isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}, expected a finite number")
-    return float(value)
+    return found
 
 
 def _per_channel(name: str, value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) == 1 and len(value):
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple) and len(value):
         return tuple(_number(name, entry) for entry in value)
     return _number(name, value)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO
 
 from vivit_jax.errors import MissingExtra, UserError
 from vivit_jax.files import whole_file, writing
+from vivit_jax.json_files import parse_json
 from vivit_jax.progress import LiveLine, left
 
 METRICS = "metrics.jsonl"
@@ -199,7 +200,7 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     lines = []
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
+            line = parse_json(text, f"{path}: line {number}")
             if line["kind"] not in KINDS or not isinstance(line["step"], int):
                 raise ValueError
             for name, value in line.pop("not_finite", {}).items():

@@ -15,7 +15,7 @@ import numpy as np
 
 from vivit_jax.data.processor import VIDEOMAE, VideoProcessor, processor_file
 from vivit_jax.errors import UserError
-from vivit_jax.files import read_json
+from vivit_jax.json_files import read_json
 from vivit_jax.recipes.checks import check_frames, model_config, preset_named
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.pixels import arithmetic

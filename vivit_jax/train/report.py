@@ -13,6 +13,7 @@ import numpy as np
 
 from vivit_jax.errors import UserError
 from vivit_jax.files import whole_file
+from vivit_jax.json_files import read_json
 from vivit_jax.train.chart import CHART_STYLE, Curve, escape, figure
 from vivit_jax.train.log import METRICS, read_metrics
 from vivit_jax.train.run import BAD_CLIPS, RECIPE
@@ -82,10 +83,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A file of a run; {} if there is none."""
     if not path.exists():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}; write it anew or remove it") from error
+    hint = "write it anew or remove it"
+    values = read_json(path, hint=hint)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected a JSON object; {hint}")
+    return values
 
 
 def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -100,13 +102,17 @@ def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def _bad_clips(found: Mapping[str, Any]) -> str:
     if not found:
         return ""
+    counts = found.get("left_out"), found.get("read")
+    lists = found.get("clips"), found.get("validation", {})
+    if not all(isinstance(clips, dict) for clips in lists) or {*map(type, counts)} != {int}:
+        raise UserError(f"{BAD_CLIPS}: expected clips and the numbers left_out and read")
     count = f"{found['left_out']:,} of {found['read']:,} times that a clip was read it was left out"
     text = ""
     for clips, what in (
         (found["clips"], f"{count}; clips in all: "),
         (found.get("validation", {}), "Clips that the last validation left out: "),
     ):
-        rows = sorted(clips.items())
+        rows = sorted((clip, str(reason)) for clip, reason in clips.items())
         cut = f"; the first {_ROWS:,} are listed" if len(rows) > _ROWS else ""
         if rows:
             text += f"<p>{what}{len(rows):,}{cut}.</p>"

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from vivit_jax.errors import UserError
-from vivit_jax.files import check_directory, read_json, write_json
+from vivit_jax.files import check_directory, write_json
+from vivit_jax.json_files import read_json
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import from_dict, to_dict
 from vivit_jax.staging import names_in
@@ -165,7 +166,7 @@ def saved_recipe(path: Path) -> Recipe:
     file = path / RECIPE
     if not file.is_file():
         raise UserError(f"{path} holds no run to go on with: there is no {RECIPE} in it")
-    return from_dict(read_json(file))
+    return from_dict(read_json(file, hint="put it back as it was written"))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

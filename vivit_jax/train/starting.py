@@ -14,7 +14,7 @@ from checkpoints_convert import trees
 from checkpoints_convert.io import Checkpoint
 from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
 from vivit_jax.errors import UserError
-from vivit_jax.files import read_json
+from vivit_jax.json_files import read_json
 from vivit_jax.pretrained import (
     InitialisedModel,
     abstract_params,
@@ -353,7 +353,19 @@ def description(start: Start, task: str) -> dict[str, Any]:
 
 
 def described_model(path: Path) -> nn.Module:
-    """The model whose `description` a file holds."""
-    values = read_json(path)
-    config = config_from_dict(values["config"], warn=False, **values["execution"])
-    return build_model(config, values["head"])
+    """The model whose `description` a file holds. UserError for a file that was changed."""
+    hint = "put it back as it was written"
+    values = read_json(path, hint=hint)
+    parts = [values.get(name) for name in ("config", "execution")] if type(values) is dict else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} does not describe a model: expected config and execution; {hint}")
+    config, execution = parts
+    known = {f.name for f in dataclasses.fields(VivitConfig) if f.metadata.get("execution")}
+    if not execution.keys() <= known:
+        raise UserError(
+            f"{path}: execution sets {', '.join(execution)}, expected {', '.join(known)}; {hint}"
+        )
+    try:
+        return build_model(config_from_dict(config, warn=False, **execution), values.get("head"))
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}; {hint}") from None
