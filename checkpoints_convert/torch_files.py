@@ -3,10 +3,10 @@
 
 import argparse
 import collections
+import io
 import pathlib
 import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,13 @@ from checkpoints_convert.tensors import (
     incomplete,
     known_dtype,
 )
-from vivit_jax.errors import CheckpointError, MissingExtra, first_line
+from checkpoints_convert.torch_archive import Archive, ArchivedTensor
+from checkpoints_convert.torch_pickle import check_pickle
+from vivit_jax.errors import CheckpointError, MissingExtra, UserError, first_line
+from vivit_jax.limits import check_unpacked
+
+_ARCHIVE = b"PK\3\4"
+_OLD_PICKLES = 5  # a number, a version, the machine, the state, and the keys of its tensors
 
 # Where releases of Lightning and of Python have the classes of hyperparameters and of paths.
 _LIGHTNING = (
@@ -41,15 +47,23 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     a tensor of shape (), of dtype object unless it is a number. Tensors of other kinds, and what
     lies under a key that is no name, are `Unreadable` leaves, for whoever wants them to refuse.
     Raises CheckpointError for damage and for a pickle that needs more than torch's safe types,
-    argparse.Namespace and numpy's scalars; MissingExtra without torch.
+    argparse.Namespace and numpy's scalars, for compressed entries, for headers that disagree, and
+    for a pickle that unfolds to more than `unpack_limit`; reading a tensor raises it for bytes that
+    are not those of its checksum. MissingExtra without torch.
     """
     torch = _torch(f"reading {path}")
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        archive = _checked(path)
         with torch.serialization.safe_globals(_harmless()):
-            state = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            # Files from before torch 1.6 are no archives, and are read whole.
+            state = (
+                torch.load(path, map_location="cpu", weights_only=True)
+                if archive is None
+                else _unpickled(torch, archive)
             )
+    except UserError as error:
+        told = str(error)
+        raise CheckpointError(told if told.startswith(str(path)) else f"{path}: {told}") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged or holds more than tensors, and unpickling that could run code. "
@@ -66,10 +80,61 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
         for name, value in _leaves(state):
             if name in tensors:
                 raise CheckpointError(f"{path} holds {name} twice, and names must be unique")
-            tensors[name] = _leaf(path, name, value)
-    except RecursionError:
-        raise CheckpointError(f"{path} holds a tree that contains itself") from None
+            tensors[name] = _leaf(path, archive, name, value)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise incomplete(path, "torch", error) from None
     return tensors
+
+
+def _checked(path: Path) -> Archive | None:
+    """The archive that a file is, None for one from before torch 1.6; its pickles are counted."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) == _ARCHIVE:  # how torch tells them apart
+            archive = Archive(path)
+            check_pickle(io.BytesIO(archive.pickle), size)
+            return archive
+        file.seek(0)
+        for _ in range(_OLD_PICKLES):
+            if file.tell() < size:
+                check_pickle(file, size)
+    return None
+
+
+def _unpickled(torch: Any, archive: Archive) -> Any:
+    """What an archive holds, its storages on "meta": each knows its record, and no data is read.
+
+    It is torch.load's own restricted unpickler on bytes that were checked. torch.load would find
+    storages by headers of its own reading.
+    """
+    from torch._weights_only_unpickler import Unpickler
+
+    storages: dict[str, Any] = {}
+
+    def load(saved: Any) -> Any:
+        _, kind, key, _, count = saved
+        key = key.decode() if isinstance(key, bytes) else key
+        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+        if key not in storages:
+            size = count * dtype.itemsize
+            record = archive.storage(key, size)
+            untyped = torch.UntypedStorage(size, device="meta")
+            untyped.record = record
+            storages[key] = torch.storage.TypedStorage(
+                wrap_storage=untyped, dtype=dtype, _internal=True
+            )
+        if storages[key].dtype != dtype:
+            raise ValueError(f"data/{key} is stored as {storages[key].dtype} and as {dtype}")
+        return storages[key]
+
+    unpickler = Unpickler(io.BytesIO(archive.pickle), encoding="utf-8")
+    unpickler.persistent_load = load
+    try:
+        return unpickler.load()
+    finally:
+        torch._utils._validate_loaded_sparse_tensors()  # empties torch's list of them
 
 
 def looks_like_pickle(path: Path) -> bool:
@@ -178,22 +243,38 @@ def _is_tree(value: Any) -> bool:
     return isinstance(value, Mapping | list | tuple | argparse.Namespace | torch.Tensor)
 
 
-def _leaf(path: Path, name: str, value: Any) -> LazyTensor:
+def _leaf(path: Path, archive: Archive | None, name: str, value: Any) -> LazyTensor:
     import torch
 
     if isinstance(value, Unreadable):
         return value
     if not isinstance(value, torch.Tensor):
         return constant(value)
-    if value.layout != torch.strided or value.is_meta:
+    dense = value.layout == torch.strided
+    record = getattr(value.untyped_storage(), "record", None) if dense else None
+    if not dense or (value.is_meta and record is None):
         return Unreadable.because(f"not a dense tensor under a name: {name}")
     try:
         dtype = known_dtype(path, name, str(value.dtype).removeprefix("torch."), _torch_dtypes())
     except CheckpointError as error:
         return Unreadable.because(str(error).removeprefix(f"{path}: "))
 
+    if value.is_meta:
+        place = ArchivedTensor(
+            archive,
+            record,
+            dtype,
+            tuple(value.shape),
+            value.storage_offset(),
+            value.stride(),
+            value.is_neg(),
+        )
+        return LazyTensor(place.shape, dtype, place)
+    count, held = value.numel() * dtype.itemsize, path.stat().st_size
+    check_unpacked(f"{path}: {name}", count, held, CheckpointError)
+
     def read():
-        flat = value.detach().contiguous().reshape(-1)
+        flat = value.detach().resolve_neg().contiguous().reshape(-1)
         return flat.view(torch.uint8).numpy().view(dtype).reshape(value.shape)
 
     return LazyTensor(tuple(value.shape), dtype, read)
