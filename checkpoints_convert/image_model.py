@@ -17,6 +17,7 @@ from checkpoints_convert.config_json import config_path
 from checkpoints_convert.io import open_checkpoint
 from checkpoints_convert.layouts import PREFIXES, naming
 from checkpoints_convert.rules import Row, Rule, match_import
+from checkpoints_convert.size_checks import check_sizes
 from checkpoints_convert.state_dicts import hf_parameters, unwrapped
 from checkpoints_convert.state_dicts import left_out as others_of
 from checkpoints_convert.tables import hf_vivit, scenic_vivit, timm_vit
@@ -92,7 +93,9 @@ def open_image_model(source: str | Path, *, heads: int | None = None, revision=N
     else:
         config = _flax_config(path, tensors, kernel)
         rules = scenic_vivit.image_rules(config)
-    return ImageModel(path, kind, tensors, config, tuple(rules), left_out)
+    image = ImageModel(path, kind, tensors, config, tuple(rules), left_out)
+    check_sizes(image.title, tensors, config, rules)
+    return image
 
 
 def _patch_kernel(path: Path, kind: str | None, prefix: str, tensors) -> tuple[int, ...]:

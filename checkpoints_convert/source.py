@@ -20,6 +20,7 @@ from checkpoints_convert.config_json import (
 from checkpoints_convert.io import Checkpoint, open_checkpoint
 from checkpoints_convert.layouts import IMAGE, Layout, architecture, detect, naming
 from checkpoints_convert.problems import summarise
+from checkpoints_convert.size_checks import check_sizes
 from checkpoints_convert.state_dicts import hf_parameters
 from checkpoints_convert.tensors import check_readable
 from vivit_jax.config import VivitConfig
@@ -124,9 +125,11 @@ def open_source(
         args = authors.script_arguments(everything)
         config, head, notes = authors.infer_config(path, tensors, settings, args, **execution)
     spelling = detect(tensors, config, head, layout)
-    if layout == "videomae" and config_path(path).is_file() and not hub_form:
+    if layout == "videomae" and config_path(path).exists() and not hub_form:
         authors.check_function(config, spelling.head, spelling.pooler, beside=config_path(path))
-    return Source(checkpoint, config, spelling, tensors, left_out, tuple(notes))
+    opened = Source(checkpoint, config, spelling, tensors, left_out, tuple(notes))
+    check_sizes(opened.title, tensors, config, spelling.rules(config), spelling.head)
+    return opened
 
 
 def layout_of(checkpoint: Checkpoint, settings: Settings = ()) -> str:

@@ -18,6 +18,7 @@ from vivit_jax.config_base import (
     positive_int,
 )
 from vivit_jax.errors import ConfigError
+from vivit_jax.limits import check_unpacked
 
 ATTENTION_TYPES = (
     "joint", "factorised_encoder", "factorised_self_attention", "factorised_dot_product",
@@ -264,6 +265,7 @@ class VideoMAEConfig(TransformerConfig):
             if value is None:
                 continue
             if number(value):
+                check_unpacked(f"{name} of all channels", 8 * self.num_channels, error=ConfigError)
                 value = (value,) * self.num_channels
             good = isinstance(value, tuple) and len(value) == self.num_channels
             good = good and all(number(v) and (v > 0 or name == "image_mean") for v in value)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A config compared with the tensors beside it before a model of its sizes is made.
+
+`rules.match_import` lists all that does not fit, from the shapes of the whole model. A config that
+asks for a million layers or a table of positions of terabytes is refused here, by what is cheap to
+compare.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from checkpoints_convert.rules import Rule, expand
+from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.errors import CheckpointError
+from vivit_jax.limits import check_unpacked
+
+_LISTED = 200  # tensors beyond twice those of the files that are still worth a list
+_CHEAP_AXIS = 2**14
+
+
+def check_sizes(
+    title: str,
+    tensors: Mapping[str, Any],
+    config: VivitConfig | VideoMAEConfig,
+    rules: Iterable[Rule],
+    head: str = "none",
+) -> None:
+    """CheckpointError where the config is far larger than the tensors; data is not read."""
+    rules = list(rules)
+    wanted = sum(rule.layers or 1 for rule in rules)
+    if wanted > 2 * len(tensors) + _LISTED:
+        missing = next(row.src for row in expand(rules) if row.dst and row.src not in tensors)
+        raise CheckpointError(
+            f"{title} does not fit the model: its config is of {wanted:,} tensors, the files hold "
+            f"{len(tensors):,}, and {missing} is the first that is missing; compare the numbers of "
+            "layers in the config with the files"
+        )
+    longest = max((n for tensor in tensors.values() for n in tensor.shape), default=0)
+    for name, size in _axes(config, head).items():
+        if size > max(longest, _CHEAP_AXIS):
+            raise CheckpointError(
+                f"{title} does not fit the model: wrong shape: its config says {name} {size:,}, "
+                f"and the longest axis of its tensors is {longest:,}"
+            )
+    for what, size in _tables(config, head).items():
+        check_unpacked(f"{title} asks in its config for {what}: it", size, 0, CheckpointError)
+
+
+def _axes(config: VivitConfig | VideoMAEConfig, head: str) -> dict[str, int]:
+    """Sizes that are the length of an axis of some tensor, by their names."""
+    names = ["hidden_size", "intermediate_size", "num_channels"]
+    if head == "classification":
+        names.append("num_labels")
+    if head == "pretraining":
+        names += ["decoder_hidden_size", "decoder_intermediate_size"]
+    axes = {name: getattr(config, name) for name in names}
+    if isinstance(config, VivitConfig):
+        time, height, width = config.grid
+        if config.attention_type == "factorised_encoder":
+            return axes | {"positions": max(time, height * width)}
+        return axes | {"positions": time * height * width}
+    return axes
+
+
+def _tables(config: VivitConfig | VideoMAEConfig, head: str) -> dict[str, int]:
+    """What a model computes from its config alone, with its bytes."""
+    if isinstance(config, VideoMAEConfig):
+        widths = {"": config.hidden_size}
+        if head == "pretraining":
+            widths["the decoder's "] = config.decoder_hidden_size
+        return {
+            f"{whose}positions of {config.num_tokens:,} tokens of width {width:,}": (
+                8 * config.num_tokens * width
+            )
+            for whose, width in widths.items()
+        }
+    sampled = config.num_sampled_frames
+    return {f"{sampled} of {config.num_frames:,} frames": 8 * config.num_frames} if sampled else {}
