@@ -618,6 +618,16 @@ def test_a_stream_without_a_decodable_frame(tmp_path):
             read(path)
 
 
+def test_headers_that_the_decoder_refuses(tmp_path):
+    path = write_clip(tmp_path / "headers.mp4", codec="libx265", frames=5, b_frames=0)
+    data = path.read_bytes()
+    sets = data.index(b"hvcC") + 4 + 23  # its arrays of parameter sets: type, count, length, data
+    path.write_bytes(data[: sets + 3] + b"\xff\xff" + data[sets + 5 :])
+    for read in (read_video, probe_video):
+        with pytest.raises(VideoError, match="headers.mp4: no readable video .Invalid data"):
+            read(path)
+
+
 def test_paths(clip, tmp_path, monkeypatch):
     source = clip("h264.mp4")
     awkward = tmp_path / "a:b %d 'ü'.mp4"

@@ -383,13 +383,14 @@ def frames_of_packets(
     Or of fewer packets, once `enough()`, and all that the decoder has taken by then. Decoding goes
     on after a packet that raises an error, whose number and reason `lost` gets. With several
     threads Reported is raised instead, where the decoder reports any damage, or gives fewer frames
-    than it took packets, at the latest at the end.
+    than it took packets, at the latest at the end. Raises av.FFmpegError for unusable headers.
     """
     import av
 
     threaded, given, fed, held = uses_threads(stream), 0, 0, []
     if threaded:
         _raise_for_damage(stream)
+    stream.codec_context.open(strict=False)  # headers that it refuses are no packet's error
     packets = itertools.takewhile(lambda _: not enough(), _packets(container, stream))
     for packet in itertools.chain(itertools.islice(packets, limit), [None]):
         try:
