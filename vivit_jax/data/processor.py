@@ -22,11 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from vivit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from vivit_jax.data.frames import as_clips, center_crop, channels_last, resize, to_rgb
+from vivit_jax.data.pixel_values import pixel_writer
 from vivit_jax.data.processor_keys import (
+    DEFAULTS,
     FILTERS,
     FLAGS,
+    NAMED,
+    OF_A_STEP,
     VIDEOMAE,
     VIVIT,
     read_keys,
@@ -40,30 +43,6 @@ from vivit_jax.limits import check_unpacked
 
 logger = logging.getLogger(__name__)
 
-_COMMON = {
-    "do_resize": True,
-    "resample": 2,
-    "do_center_crop": True,
-    "crop_size": 224,
-    "do_rescale": True,
-    "do_normalize": True,
-    "image_mean": (0.5, 0.5, 0.5),
-    "image_std": (0.5, 0.5, 0.5),
-    "independent_channels": False,
-    "do_convert_rgb": False,
-    "input_data_format": None,
-}
-# The class defaults of transformers, which fill the keys that a preprocessor_config.json lacks.
-_DEFAULTS = {
-    VIVIT: _COMMON | {"size": 256, "rescale_factor": 1 / 127.5, "offset": True},
-    VIDEOMAE: _COMMON | {"size": 224, "rescale_factor": 1 / 255, "offset": False},
-}
-_IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
-_NAMED = {
-    "vivit-kinetics400": (VIVIT, {"size": 224}),
-    "vivit-scenic": (VIVIT, {"do_normalize": False}),
-    "videomae-imagenet": (VIDEOMAE, _IMAGENET),
-}
 # transformers 5 looks for a nested section first; its video processors save the video files.
 _CONFIG_FILES = (
     ("processor_config.json", "image_processor"),
@@ -80,14 +59,6 @@ _RESIZES = {
     ("max_height", "max_width"): (VIDEOMAE,),
     ("longest_edge",): (),
     ("max_pixels", "min_pixels"): (),
-}
-
-# What a step reads, and not where its flag is off.
-_OF_A_STEP = {
-    "do_resize": ("size", "resample"),
-    "do_center_crop": ("crop_size",),
-    "do_rescale": ("rescale_factor",),
-    "do_normalize": ("image_mean", "image_std"),
 }
 
 # Above this, rescale_factor is not meant for bytes, so floats in [0, 1] are what it expects.
@@ -142,10 +113,10 @@ class VideoProcessor:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self):
-        if self.image_processor_type not in _DEFAULTS:
+        if self.image_processor_type not in DEFAULTS:
             raise ConfigError(
                 f"image_processor_type is {self.image_processor_type!r}, expected one of "
-                f"{', '.join(_DEFAULTS)}"
+                f"{', '.join(DEFAULTS)}"
             )
         for name in FLAGS:
             value = getattr(self, name)
@@ -219,11 +190,9 @@ class VideoProcessor:
         vivit-scenic: hub file of google/vivit-b-16x2, resize 256, [-1, 1], scenic's range.
         videomae-imagenet: hub files of MCG-NJU/videomae-*, resize 224, ImageNet mean and std.
         """
-        if name not in _NAMED:
-            raise ConfigError(
-                f"no processor is named {name!r}, expected one of {', '.join(_NAMED)}"
-            )
-        kind, values = _NAMED[name]
+        if name not in NAMED:
+            raise ConfigError(f"no processor is named {name!r}, expected one of {', '.join(NAMED)}")
+        kind, values = NAMED[name]
         return cls.from_dict(values, image_processor_type=kind, **overrides)
 
     @classmethod
@@ -243,7 +212,7 @@ class VideoProcessor:
         if not isinstance(config, Mapping):
             raise ConfigError(f"a processor is a {type(config).__name__}, expected a JSON object")
         read = read_keys(config, overrides.pop("image_processor_type", None))
-        values = _DEFAULTS[read.kind] | read.values | _known_options(overrides)
+        values = DEFAULTS[read.kind] | read.values | _known_options(overrides)
         notes = [*read.notes, *cls._without_unused(read.kind, values)]
         processor = cls(image_processor_type=read.kind, extra=read.extra, **values)
         if notes:
@@ -254,8 +223,8 @@ class VideoProcessor:
     @classmethod
     def _without_unused(cls, kind: str, values: dict[str, Any]) -> list[str]:
         """Put defaults for what transformers would refuse in a step that is off; what to tell."""
-        notes, plain = [], _DEFAULTS[kind] | {"offset": False}
-        for flag, names in _OF_A_STEP.items():
+        notes, plain = [], DEFAULTS[kind] | {"offset": False}
+        for flag, names in OF_A_STEP.items():
             for name in names if values[flag] is False else ():
                 try:
                     cls(image_processor_type=kind, **plain | {flag: False, name: values[name]})
@@ -396,7 +365,7 @@ class VideoProcessor:
                 frame = self._resize_and_crop(frame, input_format)
                 if out is None:
                     out = np.empty((len(clips), lengths[0], *frame.shape), np.float32)
-                    write = self._pixel_writer(*frame.shape[1:])
+                    write = pixel_writer(self, *frame.shape[1:])
                 elif frame.shape != out.shape[2:]:
                     raise UserError(
                         f"frame {t} of video {b} has shape {frame.shape} (h, w, c) after resize "
@@ -434,61 +403,10 @@ class VideoProcessor:
             frame = center_crop(frame, self.crop_size["height"], self.crop_size["width"])
         return frame
 
-    def _pixel_writer(self, width: int, channels: int):
-        """Returns a function that writes a cropped frame's final values into a float32 array.
-
-        A byte has 256 possible results, so the float64 product, its rounding to float32 and the
-        offset are looked up; the normalisation is looked up too where all channels share it.
-        """
-        mean = std = None
-        if self.do_normalize:
-            for name in ("image_mean", "image_std"):
-                value = getattr(self, name)
-                if isinstance(value, tuple) and len(value) != channels:
-                    raise UserError(
-                        f"{name} has {len(value)} entries but the frames have {channels} channels: "
-                        f"pass one number, or {channels} of them, or do_normalize=False"
-                    )
-            mean = np.broadcast_to(np.array(self.image_mean), channels)
-            std = np.broadcast_to(np.array(self.image_std), channels)
-        table = self._rescaled(np.arange(256, dtype=np.uint8)).astype(np.float32)
-        rows = None
-        if self.do_normalize and np.ptp(mean) == 0 and np.ptp(std) == 0:
-            table = _normalized(table, mean[0], std[0])
-        elif self.do_normalize:
-            # Whole rows broadcast several times faster than an inner axis of three.
-            rows = [np.tile(value, width).astype(np.float32) for value in (mean, std)]
-
-        def write(frame: np.ndarray, out: np.ndarray) -> None:
-            if frame.dtype == np.uint8:
-                np.take(table, frame, out=out, mode="clip")
-                if rows is not None:
-                    flat = out.reshape(len(out), -1)
-                    np.subtract(flat, rows[0], out=flat)
-                    np.divide(flat, rows[1], out=flat)
-            else:
-                values = self._rescaled(frame)
-                out[...] = _normalized(values, mean, std) if self.do_normalize else values
-
-        return write
-
-    def _rescaled(self, values: np.ndarray) -> np.ndarray:
-        if not self.do_rescale:
-            return values
-        values = (values.astype(np.float64) * self.rescale_factor).astype(np.float32)
-        return values - 1 if self.offset else values
-
-
-def _normalized(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    if values.dtype.kind != "f":
-        values = values.astype(np.float32)
-    # In the dtype of the values, float16 included: transformers does not widen here.
-    return (values - mean.astype(values.dtype)) / std.astype(values.dtype)
-
 
 def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options that are given, that is not None, after checking the names of all."""
-    allowed = _DEFAULTS[VIVIT].keys()
+    allowed = DEFAULTS[VIVIT].keys()
     unknown = sorted(options.keys() - allowed)
     if unknown:
         hint = "the result is one numpy array, whatever return_tensors says elsewhere"

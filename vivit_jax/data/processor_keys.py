@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vivit_jax.config import IMAGENET_MEAN, IMAGENET_STD
 from vivit_jax.errors import ConfigError
 
 VIVIT = "VivitImageProcessor"
@@ -19,6 +20,39 @@ FLAGS = (
     "do_convert_rgb",
 )  # fmt: skip
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
+
+_SHARED = {
+    "do_resize": True,
+    "resample": 2,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "do_rescale": True,
+    "do_normalize": True,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+    "independent_channels": False,
+    "do_convert_rgb": False,
+    "input_data_format": None,
+}
+# The class defaults of transformers, which fill the keys that a preprocessor_config.json lacks.
+DEFAULTS = {
+    VIVIT: _SHARED | {"size": 256, "rescale_factor": 1 / 127.5, "offset": True},
+    VIDEOMAE: _SHARED | {"size": 224, "rescale_factor": 1 / 255, "offset": False},
+}
+_IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+# Published files, by the names of `VideoProcessor.named`.
+NAMED = {
+    "vivit-kinetics400": (VIVIT, {"size": 224}),
+    "vivit-scenic": (VIVIT, {"do_normalize": False}),
+    "videomae-imagenet": (VIDEOMAE, _IMAGENET),
+}
+# What a step reads, and not where its flag is off.
+OF_A_STEP = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+}
 
 _TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
 # "ViViTImageProcessor" is what the file of google/vivit-b-16x2-kinetics400 says; Fast, Pil, the
