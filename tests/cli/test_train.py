@@ -2,12 +2,15 @@
 """`vivit-jax pretrain`, `finetune` and `recipes`: what they refuse in a line, and one story."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 
 import vivit_jax
 from vivit_jax.cli.__main__ import main
+from vivit_jax.cli.train import _late_answers_dropped
 from vivit_jax.recipes import RECIPES, from_dict, recipe_named, to_dict
 from vivit_jax.train.log import read_metrics
 from vivit_jax.train.loop import Outcome
@@ -175,6 +178,19 @@ def test_where_a_run_goes_on(given, resume, step, data, tmp_path, monkeypatch):
     args = ["--data", str(data / "clips"), "--out", str(tmp_path / "run")]
     assert main([*PRETRAIN, *given, *args]) == 0
     assert (seen["resume"], seen["resume_step"]) == (resume, step)
+
+
+def test_late_answers_of_a_save_that_failed_are_not_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    late, other = (
+        types.SimpleNamespace(exc_value=RuntimeError(text))
+        for text in ("Event loop is closed", "something else")
+    )
+    with _late_answers_dropped():
+        sys.unraisablehook(late)
+        sys.unraisablehook(other)
+    assert shown == [other] and sys.unraisablehook.__self__ is shown
 
 
 @pytest.mark.parametrize("step", ["-1", "last", "1.5", "1 2"])

@@ -283,6 +283,8 @@ def test_a_save_that_is_interrupted_leaves_no_checkpoint_without_its_model(tmp_p
     assert step_directories(tmp_path / "models") == ["1", "2"]
 
 
+# TensorStore's threads may answer after Orbax has given up on the first error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_is_full_is_told_in_a_line_and_leaves_the_earlier_checkpoints(tmp_path):
     state = make_state() | {"large": jax.device_put(np.random.default_rng(0).random((300, 300)))}
     checkpoints = Checkpoints(tmp_path, keep=2)
@@ -468,6 +470,8 @@ def test_damage_in_older_checkpoints_and_in_all_of_them(tmp_path, three, caplog)
     checkpoints.close()
 
 
+# TensorStore's threads may answer after Orbax has given up on the first error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums(tmp_path, three, caplog):
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
     step = tmp_path / "checkpoints" / "3"

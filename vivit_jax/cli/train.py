@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax pretrain` and `vivit-jax finetune`: a recipe, run into a directory."""
 
+import contextlib
 import dataclasses
 import logging
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -117,14 +120,15 @@ def _run(task: str, options: RunOptions) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     from vivit_jax.train.sharding import parse_mesh
 
-    outcome = train(
-        recipe,
-        out,
-        resume=resume,
-        resume_step=None if isinstance(options.resume, bool) else options.resume,
-        mesh_sizes=parse_mesh(options.mesh, jax.device_count()),
-        tensorboard=options.tensorboard,
-    )
+    with _late_answers_dropped():
+        outcome = train(
+            recipe,
+            out,
+            resume=resume,
+            resume_step=None if isinstance(options.resume, bool) else options.resume,
+            mesh_sizes=parse_mesh(options.mesh, jax.device_count()),
+            tensorboard=options.tensorboard,
+        )
     if options.coordinator is not None:
         jax.distributed.shutdown()  # together: what dies of a signal does not at its end
     status = stopped_by(outcome.stopped) if outcome.stopped else 0
@@ -140,6 +144,25 @@ def _run(task: str, options: RunOptions) -> int:
         which = "model" if last else "the best model on the held-out clips"
         print(f"step {outcome.step} done; {which} in {outcome.model}, curves in {out}/report.html")
     return status
+
+
+@contextlib.contextmanager
+def _late_answers_dropped() -> Iterator[None]:
+    """After a save that failed, TensorStore's threads may answer an Orbax that no longer listens.
+
+    Python would print a stack trace for each answer, before the one line on what went wrong.
+    """
+    shown = sys.unraisablehook
+
+    def hook(dropped):
+        if str(dropped.exc_value) != "Event loop is closed":
+            shown(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = shown
 
 
 def join(coordinator: str | None, processes: int, process: int) -> None:
