@@ -20,12 +20,12 @@ from vivit_jax.errors import CheckpointError, UserError, WriteError, first_line
 from vivit_jax.files import writing
 from vivit_jax.staging import clear_leftovers
 from vivit_jax.train.checksums import damage, handlers
+from vivit_jax.train.stored_state import check_state, flat, storage, to_arrays
 
 logger = logging.getLogger(__name__)
 _DROPPED = "dropped"
 _UNFINISHED = re.compile(r".*\.orbax-checkpoint-tmp.*")
 _MODEL = re.compile(r"\d+")
-_SHOWN = 8  # paths in a message
 _LONGEST = 2000  # bytes of a message from one process to the others
 
 
@@ -113,7 +113,7 @@ class Checkpoints:
                 f"{self._checkpoints} has a checkpoint of step {latest}, and step {step} is not "
                 "after it; remove the later ones, or train into another directory"
             )
-        arrays, keys = _to_arrays(state)
+        arrays, keys = to_arrays(state)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         run = {"data": data, "metrics": finite, "keys": keys, "checksums": True}
@@ -208,14 +208,14 @@ class Checkpoints:
         where = self._checkpoints / str(step)
         self._check_sums(step)
         run = self._run(step)
-        wanted = _flat(abstract_state)
+        wanted = flat(abstract_state)
         try:
             stored = self._arrays.metadata(where / "state").tree
             stored = {path: stored[path] for path in stored}
         except _DAMAGE as error:
             raise self._damaged(step, error) from error
-        _check(stored, run["keys"], wanted, where)
-        target = {path: _storage(leaf) for path, leaf in wanted.items()}
+        check_state(stored, run["keys"], wanted, where)
+        target = {path: storage(leaf) for path, leaf in wanted.items()}
         args = ocp.args.StandardRestore(target)
         try:
             arrays = self._arrays.restore(where / "state", args=args)
@@ -438,82 +438,3 @@ def _score(metrics: Mapping[str, float | None]) -> float | None:
 def _best(steps: Sequence[int], scores: Mapping[int, float | None]) -> int | None:
     scored = [(scores[step], step) for step in steps if scores.get(step) is not None]
     return max(scored)[1] if scored else None
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    """The leaves of any tree by '/'-joined path."""
-    leaves = jax.tree.leaves_with_path(tree)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(flat) != len(leaves):
-        raise UserError("two leaves of the state have the same path; rename one")
-    return flat
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_arrays(state: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """The state's leaves by path, keys as their data, and the kind of generator of each key."""
-    flat = _flat(state)
-    for path, leaf in flat.items():
-        if not isinstance(leaf, jax.Array) or not leaf.size:
-            raise UserError(
-                f"state {path!r} is {type(leaf).__name__} {getattr(leaf, 'shape', '')}; expected a "
-                "jax.Array that is not empty"
-            )
-    keys = {path: jax.random.key_impl(leaf) for path, leaf in flat.items() if _is_key(leaf)}
-    return flat | {path: jax.random.key_data(flat[path]) for path in keys}, keys
-
-
-def _storage(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What is stored of a leaf: a key's data, anything else as it is."""
-    struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    if _is_key(leaf):
-        struct = jax.eval_shape(jax.random.key_data, struct)
-    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=leaf.sharding)
-
-
-def _check(
-    stored: Mapping[str, Any], keys: Mapping[str, str], wanted: Mapping[str, Any], where: Path
-) -> None:
-    """UserError unless the checkpoint has the paths, shapes and dtypes of the state."""
-    unsharded = [path for path, leaf in wanted.items() if leaf.sharding is None]
-    if unsharded:
-        raise UserError(
-            f"restore needs a sharding for every array; {_some(unsharded)} of the state has none"
-        )
-    for leaf in wanted.values():
-        leaf.sharding.shard_shape(leaf.shape)  # else its ValueError would pass for damage
-    differs = []
-    for path in wanted.keys() & stored.keys():
-        has, needs = _storage_text(stored[path], keys.get(path)), _text(wanted[path])
-        if has != needs:
-            differs.append(f"{path} ({has} there, {needs} here)")
-    kinds = {
-        "not in the checkpoint": sorted(wanted.keys() - stored.keys()),
-        "only in the checkpoint": sorted(stored.keys() - wanted.keys()),
-        "different": sorted(differs),
-    }
-    problems = [f"{title}: {_some(paths)}" for title, paths in kinds.items() if paths]
-    if problems:
-        raise UserError(
-            f"{where} is of another training state; {'; '.join(problems)}. Resume with the recipe "
-            "that the run was started with"
-        )
-
-
-def _text(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _storage_text(leaf: Any, impl: str | None) -> str:
-    if impl is None:
-        return _text(leaf)
-    dtype = jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
-    return f"{dtype}{list(leaf.shape[:-1])}"
-
-
-def _some(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(paths[:_SHOWN]) + more
