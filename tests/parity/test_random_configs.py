@@ -5,6 +5,7 @@ Nothing is refused, and outputs differ from float64 by at most 2e-5 of the RMS o
 transformers' own float32 differs.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -105,3 +106,37 @@ def opened_in_transformers(case, directory, reference):
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     return torch_outputs(case, opened.eval())
+
+
+def test_the_comparison_sees_another_function(tmp_path):
+    """The tanh approximation in the place of the exact GELU."""
+    case = dataclasses.replace(random_case(0, ("gelu",)), form="safetensors")
+    case = dataclasses.replace(case, values=case.values | {"num_hidden_layers": 2})
+    reference = random_configs.write(case, torch_model(case), tmp_path)
+    theirs = torch_outputs(case, reference)
+    model, params = vivit_jax.from_pretrained(tmp_path)
+    exact = torch_outputs(case, reference, double=True)
+    assert_agree(run(case, model, params), theirs, exact)
+    tanh = model.clone(config=dataclasses.replace(model.config, hidden_act="gelu_fast"))
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_agree(run(case, tanh, params), theirs, exact)
+
+
+def test_the_cases_cover_what_they_say():
+    cases = [random_case(number, ACTIVATIONS) for number in range(ALL)]
+    assert {case.form for case in cases} == set(random_configs.FORMS)
+    assert {case.name for case in cases} == {n for ns in random_configs.HEADS.values() for n in ns}
+    drawn = {
+        name
+        for case in cases
+        for name in (case.values["hidden_act"], case.values.get("pooler_act"))
+    }
+    assert set(ACTIVATIONS) <= drawn
+    values = [case.values for case in cases]
+    assert {v["num_hidden_layers"] for v in values} == {0, 1, 2}
+    assert {v["problem_type"] for v in values} >= {None, "regression"}
+    assert any("head_dim" in v for v in values) and any(
+        "1" in v.get("id2label", {}) for v in values
+    )
+    assert any(v["hidden_size"] % v["num_attention_heads"] for v in values)
+    assert any(case.frames != case.values["num_frames"] for case in cases)
