@@ -198,3 +198,22 @@ def test_each_size_is_said_once(said, caplog):
         assert embed.check_clip(config, (2, 6, 25, 16, 3), any_size=False) == (3, 3, 2)
     assert embed.check_clip(config, (2, 6, 24, 16, 3), any_size=True) == (3, 3, 2)
     assert len(said()) == 1
+
+
+def test_maps_and_reconstructions_show_the_whole_tubelets():
+    """What the model sees of a clip, and nothing drawn over what it does not."""
+    from vivit_jax.attention_maps import map_attention
+    from vivit_jax.reconstruction import reconstruct
+
+    config = config_of("mae pretraining", image_size=(25, 19), num_frames=7)
+    model = VideoMAEForPreTraining(config)
+    params = random_params(model)
+    x = noise(1, 7, 25, 19, 3)
+    found = map_attention(model, params, x)
+    assert found.maps.shape == (1, 3, 3, 2) and list(found.frames) == list(range(6))
+    mask = Mask.from_bool(np.arange(config.num_tokens)[None] % 3 > 0)
+    processor = vivit_jax.VideoProcessor.videomae(size=24, crop_size=(25, 19))
+    result = reconstruct(model, params, x, mask, processor)
+    assert result.original.shape == result.clips.shape == (1, 6, 24, 16, 3)
+    assert np.isfinite(result.squared_errors).all()
+    assert np.isnan(result.masked_clips).mean() == mask.masked.shape[1] / config.num_tokens
