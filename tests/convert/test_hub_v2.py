@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from helpers import mostly_slow
 from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
@@ -148,7 +149,9 @@ def encoder(tmp_path_factory):
     return hub_directory(tmp_path_factory.mktemp("hub") / "encoder", weights())
 
 
-@pytest.mark.parametrize("name", ["Small", "Base", "Large", "Huge", "giant"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["Small", "Base", "Large", "Huge", "giant"], "Base", "giant")
+)
 def test_directory_and_file_give_tokens_and_feature(name, tmp_path, caplog):
     top = {"model_type": f"VideoMAEv2_{name}", "architectures": ["VideoMAEv2"]}
     path = hub_directory(tmp_path / "model", weights(), top=top)

@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+from helpers import mostly_slow
 from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
@@ -66,7 +67,7 @@ def same(a, b) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", mostly_slow(PREFIXES, "module.", "_orig_mod.module."))
 @pytest.mark.parametrize("case,kind", [("vivit cls", "safetensors"), ("mae base", "bin")])
 def test_prefixes_of_wrappers_are_taken_off(checkpoints, renamed, case, kind, prefix):
     path = renamed(case, lambda name: prefix + name, kind)
@@ -94,7 +95,7 @@ def test_commands_read_them_and_convert_writes_the_published_names(checkpoints, 
     assert status == 0 and "agree" in out and "as converted to the hf layout" in out
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "vivit cls", "mae base"))
 def test_another_prefix_is_named(renamed, case):
     path = renamed(case, lambda name: f"student.{name}")
     message = refused(vivit_jax.from_pretrained, path)
