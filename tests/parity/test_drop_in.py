@@ -7,14 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, assert_close, bool_mask, clip, config_of, to_torch, torch_model
+from helpers import (
+    CASES,
+    assert_close,
+    bool_mask,
+    clip,
+    config_of,
+    mostly_slow,
+    to_torch,
+    torch_model,
+)
 
 import vivit_jax
 
 SOME = ("vivit base", "mae cls", "mae pretraining")
 
 
-@pytest.fixture(scope="module", params=SOME)
+@pytest.fixture(scope="module", params=mostly_slow(SOME, "mae pretraining"))
 def both(request, tmp_path_factory):
     """(transformers' model, ours, how each is called): the same weights, clip, mask and labels."""
     import torch
