@@ -69,14 +69,22 @@ def _weight_file(path: Path) -> Path:
             or _first_file(path, *_FLAX_FILES)
             or _only_file(path)
         )
-    check_file(path, CheckpointError)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    return _regular(path)
+
+
+def _regular(path: Path) -> Path:
+    """The path; CheckpointError for a directory or what else is no file of weights."""
+    check_file(path, CheckpointError)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory, expected a file of weights")
     return path
 
 
 def _first_file(directory: Path, *names: str) -> Path | None:
-    return next((directory / name for name in names if (directory / name).is_file()), None)
+    found = next((directory / name for name in names if (directory / name).exists()), None)
+    return found and _regular(found)
 
 
 def _newest_step(directory: Path) -> Path | None:
@@ -121,7 +129,7 @@ def _only_file(directory: Path) -> Path:
             f"{directory} holds no weights; expected one of {accepted}, or a single file of "
             f"{', '.join(_SINGLE_FILES)}{interrupted(directory)}"
         )
-    return found[0]
+    return _regular(found[0])
 
 
 def _checkpoints_inside(directory: Path) -> list[Path]:
@@ -168,9 +176,11 @@ def _open_index(path: Path) -> Checkpoint:
     """Open the shards an index names; index and shards must name the same tensors."""
     weight_map = read_index(path)
     shards = sorted(set(weight_map.values()))
-    missing = [name for name in shards if not (path.parent / name).is_file()]
+    missing = [name for name in shards if not (path.parent / name).exists()]
     if missing:
         raise CheckpointError(f"{path} names shards that do not exist: {', '.join(missing)}")
+    for name in shards:
+        _regular(path.parent / name)
     files = tuple(path.parent / name for name in shards)
     opened = {file.name: _open_file(file) for file in files}
     wrong = [

@@ -115,7 +115,7 @@ def open_source(
     else:
         tensors, left_out = hf_parameters(path, everything)
     check_readable(path, tensors)
-    if layout not in FILE_LAYOUTS or config_path(path).is_file():
+    if layout not in FILE_LAYOUTS or config_path(path).exists():
         config, head, hub_form = read_config(path, **execution)
         notes = [config.kept_note] if config.kept_note else []
         config = override(config, settings)

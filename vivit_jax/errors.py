@@ -5,6 +5,14 @@ The command lines print these as one line and exit with status 2; anything else 
 its stack trace.
 """
 
+import re
+
+# What a terminal obeys or a reader is misled by: control characters but tab and newline, marks that
+# turn the direction of a text, and separators that some take for line ends.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_ANY_CONTROL = re.compile(rf"[\t\n]|{_CONTROL.pattern}")
+_SHOWN = 200
+
 
 class UserError(ValueError):
     """Base of every error that the caller's input caused."""
@@ -34,6 +42,23 @@ class MissingExtra(UserError, ImportError):
             f"{purpose} needs the package {package!r}, which is not installed: "
             f"pip install 'vivit_jax[{extra}]'"
         )
+
+
+def printable(text: str, one_line: bool = False) -> str:
+    """A text with its control characters as \\u escapes, as JSON writes them.
+
+    Labels, paths and messages of libraries come from files, and a terminal would obey them. Tabs
+    and newlines stay, unless it has to be one line.
+    """
+    pattern = _ANY_CONTROL if one_line else _CONTROL
+    return pattern.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def quoted(text: object) -> str:
+    """What was given, for a message: on one line, and the middle of what is long left out."""
+    told = printable(str(text), one_line=True)
+    half = _SHOWN // 2
+    return told if len(told) <= _SHOWN else f"{told[:half]}...{told[-half:]}"
 
 
 def first_line(reason: BaseException | str) -> str:

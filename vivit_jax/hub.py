@@ -11,13 +11,14 @@ import re
 from pathlib import Path
 
 from checkpoints_convert.io import PROCESSOR_FILES, WEIGHT_FILES, read_index
-from vivit_jax.errors import CheckpointError, MissingExtra, first_line
+from vivit_jax.errors import CheckpointError, MissingExtra, first_line, quoted
 
-_NAME = r"[A-Za-z0-9][\w.-]*"
+_NAME = r"[A-Za-z0-9][\w.-]{,255}"
+_PART = r"(?!\.\.?(?:[/@]|\Z))[\w.-]{1,255}"  # of a path; "." and ".." are none
 _HUB_ID = re.compile(
     rf"(?P<repository>{_NAME}/{_NAME})"
-    r"(?:/(?P<file>[\w./-]+\.(?:safetensors|bin|pth|pt|ckpt|msgpack)))?"
-    r"(?:@(?P<revision>[\w./-]+))?"
+    rf"(?:/(?P<file>(?:{_PART}/){{,15}}{_PART}\.(?:safetensors|bin|pth|pt|ckpt|msgpack)))?"
+    rf"(?:@(?P<revision>(?:{_PART}/){{,15}}{_PART}))?",
 )
 _CONFIG = "config.json"
 
@@ -56,7 +57,7 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """
     if not isinstance(source, str | Path) or not str(source):
         raise CheckpointError(
-            f"a checkpoint is a directory, a weight file or a hub id, got {source!r}"
+            f"a checkpoint is a directory, a weight file or a hub id, got {quoted(repr(source))}"
         )
     local, remote = _local_or_remote(source, revision)
     if local is not None:
@@ -120,7 +121,11 @@ def _beside(remote: HubId, filename: str) -> str:
 
 def _local_or_remote(source: str | Path, revision: str | None) -> tuple[Path | None, HubId | None]:
     path = Path(source)
-    if path.exists():
+    try:
+        exists = path.exists()
+    except (OSError, ValueError):  # longer than a name may be, or with a zero byte
+        exists = False
+    if exists:
         if revision is not None:
             raise CheckpointError(f"revision={revision!r} is for hub ids; {source} is a local path")
         return path, None
@@ -128,8 +133,8 @@ def _local_or_remote(source: str | Path, revision: str | None) -> tuple[Path | N
     if remote is not None:
         return None, remote
     raise CheckpointError(
-        f"{source} does not exist, and is not a hub id of the form org/name or org/name@revision "
-        "either"
+        f"{quoted(source)} does not exist, and is not a hub id of the form org/name or "
+        "org/name@revision either"
     )
 
 
@@ -215,5 +220,7 @@ def _download(remote: HubId, filename: str, *, required: bool = False) -> Path |
         ) from None
     except errors.EntryNotFoundError:
         return None
+    except ValueError as error:  # a name that no file can have here
+        raise CheckpointError(f"{source}: {filename}: {first_line(error)}") from None
     except errors.HfHubHTTPError as error:
         raise CheckpointError(f"{source}: the hub answered {error}") from None

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import TextIO
 
+from vivit_jax.errors import printable
+
 
 def is_terminal(stream: TextIO) -> bool:
     """Whether a live line can be shown there."""
@@ -68,17 +70,18 @@ class LiveLine:
         """Show that `done` of the total are done, and a text beside it."""
         with contextlib.suppress(OSError):
             if self._bar is not None:
-                self._bar.set_description_str(text, refresh=False)
+                self._bar.set_description_str(printable(text, one_line=True), refresh=False)
                 self._bar.update(done - self._bar.n)
                 return
             now = time.monotonic()
             if now - self._printed >= self._every or (self._ends and done >= self._total):
                 self._printed = now
                 line = f"{self._name} {done}/{self._total}  {text}"
-                print(line.rstrip(), file=self._stream, flush=True)
+                print(printable(line).rstrip(), file=self._stream, flush=True)
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the live line."""
+        text = printable(text)
         with contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.write(text, file=self._stream)

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vivit_jax.errors import UserError
+from vivit_jax.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def _undo(staging: Path, directory: Path) -> list[str]:
     if not (staging / _PLAN).is_file():
         return []
     try:
-        plan = json.loads((staging / _PLAN).read_text(encoding="utf-8"))
+        plan = read_json(staging / _PLAN)
     except ValueError:
         if not os.listdir(old):  # killed while it was written, before anything moved
             return []

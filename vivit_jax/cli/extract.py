@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from checkpoints_convert.settings import Settings, joined
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, printable
 from vivit_jax.files import check_directory, check_output, whole_file
 from vivit_jax.progress import LiveLine, Pace
 
@@ -126,7 +126,7 @@ def extract(
                 done = _write(video, path, rows, {"model": model, "settings": settings}, progress)
         except VideoError as error:
             failed = True
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
         else:
             print(f"{done}{listing.rest()}", flush=True)
     return int(failed)

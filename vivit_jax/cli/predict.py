@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from checkpoints_convert.settings import Settings, joined
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, printable
 
 
 def predict(
@@ -96,7 +96,8 @@ def predict(
                 told = str(result.error)
                 # Most errors begin with the path.
                 named = told.startswith((f"{result.clip}:", f"{result.clip} "))
-                bar.write(told if named else f"{result.clip}: {told}", file=sys.stderr)
+                line = told if named else f"{result.clip}: {told}"
+                bar.write(printable(line, one_line=True), file=sys.stderr)
             elif not json:
                 bar.write(_as_text(results[-1]))
     if json:
@@ -124,9 +125,11 @@ def _as_text(result: dict) -> str:
         count = len(result["frames"])
     else:
         count = len(frames)
-    lines = [f"{result['clip']} ({count} {seen} from {min(frames)} to {max(frames)})"]
+    clip = printable(result["clip"], one_line=True)
+    lines = [f"{clip} ({count} {seen} from {min(frames)} to {max(frames)})"]
     tables = {"": result["predictions"], **result.get("heads", {})}
     for name, predictions in tables.items():
         lines += [f"  {name}:"] if name else []
-        lines += [f"  {best['score']:8.4f}  {best['label']}" for best in predictions]
+        for best in predictions:
+            lines.append(f"  {best['score']:8.4f}  {printable(best['label'], one_line=True)}")
     return "\n".join(lines)

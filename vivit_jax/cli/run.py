@@ -2,6 +2,7 @@
 """Dispatch of both command lines, and how they fail."""
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -9,9 +10,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 from vivit_jax.cli.interrupt import end_by, interrupts_told_again
-from vivit_jax.errors import UserError, first_line
+from vivit_jax.errors import UserError, first_line, printable
 
 CACHE_FLAG = "--compilation-cache"
 _SIGNALLED = 128
@@ -56,7 +58,10 @@ def _run(
         # A file's name may have bytes that are no text, which would end a command that prints it.
         sys.stdout.reconfigure(errors="backslashreplace")
     # Else whichever library logs first decides how warnings look.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    commands = {name: _printing(command) for name, command in commands.items()}
     # This one prints by itself, and would be heard twice.
     logging.getLogger("huggingface_hub").propagate = False
     try:
@@ -74,19 +79,55 @@ def _run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(printable(f"{prog}: error: {error}"), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         # XLA has a word for it, in an error that may mean anything.
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"{prog}: error: not enough memory: {first_line(error)}", file=sys.stderr)
+        told = f"{prog}: error: not enough memory: {first_line(error)}"
+        print(printable(told), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # whoever reads it may have been interrupted too
             print(f"{prog}: interrupted", file=sys.stderr)
         return stopped_by("SIGINT")
     return status or 0
+
+
+class _Formatter(logging.Formatter):
+    """Messages whose control characters a terminal does not obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _Printable:
+    """A stream of text that writes control characters as escapes."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+
+def _printing(command: Callable[..., int | None]) -> Callable[..., int | None]:
+    """The command with a standard output that its labels and paths cannot steer.
+
+    Not the parser's: help is coloured. Standard error has live lines, which move the cursor, so
+    that what is written there is made printable where it is written.
+    """
+
+    @functools.wraps(command)
+    def printing(*args, **kwargs):
+        with contextlib.redirect_stdout(_Printable(sys.stdout)):
+            return command(*args, **kwargs)
+
+    return printing
 
 
 def _compilation_cache(args: list[str]) -> list[str]:

@@ -247,9 +247,13 @@ class VideoProcessor:
         file is wrong.
         """
         path = Path(source)
-        if path.is_dir():
+        try:
+            is_dir, is_file = path.is_dir(), path.is_file()
+        except (OSError, ValueError):  # longer than a name may be, or with a zero byte
+            is_dir = is_file = False
+        if is_dir:
             candidates = _candidates(path)
-        elif path.is_file():
+        elif is_file:
             candidates = [(path, name) for name in ("image_processor", "video_processor", None)]
         else:
             from vivit_jax.hub import resolve_processor
@@ -426,8 +430,8 @@ def _warn_once(text: str) -> None:
 def _type_beside(path: Path) -> str | None:
     """The processor's type that belongs to the model of the config.json beside a file."""
     try:
-        return type_of_model(json.loads((path.parent / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return type_of_model(read_json(path.parent / "config.json"))
+    except (OSError, UserError):
         return None  # whoever needs the model says what is wrong with its config
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from vivit_jax.errors import CheckpointError, UserError, WriteError, first_line
 from vivit_jax.files import writing
+from vivit_jax.json_files import read_json
 from vivit_jax.staging import clear_leftovers
 from vivit_jax.train.checksums import damage, handlers
 from vivit_jax.train.stored_state import check_state, flat, storage, to_arrays
@@ -320,12 +321,12 @@ class Checkpoints:
         """The plain values of a checkpoint."""
         path = self._checkpoints / str(step) / "run" / "metadata"
         try:
-            run = json.loads(path.read_text(encoding="utf-8"))
+            run = read_json(path)
             for name in ("data", "metrics", "keys"):
                 if not isinstance(run[name], dict):
                     raise TypeError(f"run/metadata holds no {name}")
             return run
-        except (*_DAMAGE, RecursionError) as error:
+        except _DAMAGE as error:
             raise self._damaged(step, error) from error
 
     def _damaged(self, step: int, error: Exception | str) -> DamagedCheckpoint:
@@ -401,8 +402,8 @@ def _from_first(text: str) -> str:
 def _is_object(path: Path) -> bool:
     """Whether a file holds a JSON object."""
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError, RecursionError):
+        return isinstance(read_json(path), dict)
+    except (OSError, ValueError):
         return False
 
 

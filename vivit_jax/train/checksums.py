@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from vivit_jax.inputs import stand_in
+from vivit_jax.json_files import read_json
 from vivit_jax.staging import sync
 
 CHECKSUMS = "checksums.json"
@@ -52,11 +53,11 @@ def damage(directory: Path) -> str | None:
     FileNotFoundError where it has no checksums.
     """
     try:
-        listed = json.loads((directory / CHECKSUMS).read_text(encoding="utf-8"))["sha256"]
+        listed = read_json(directory / CHECKSUMS)["sha256"]
         listed = {str(name): str(value) for name, value in listed.items()}
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{directory.name}/{CHECKSUMS} is not as it was written"
     for name, value in listed.items():
         if (instead := stand_in(directory / name)) is not None:
