@@ -8,31 +8,28 @@ from typing import Any
 
 from vivit_jax.errors import UserError, first_line
 from vivit_jax.inputs import check_file
-from vivit_jax.limits import VARIABLE, unpack_limit
+from vivit_jax.limits import check_unpacked
 
 MAX_DEPTH = 64
-_OBJECTS = 32  # the bytes of memory that one byte of JSON can become
+_TEXT, _OBJECT = 5, 100  # bytes of memory for a byte of JSON, and for a value in it
 
 
 def read_json(path: str | Path, error: type[UserError] = UserError, hint: str = "") -> Any:
     """The value that a JSON file holds.
 
     Raises `error`, with `hint` as the way out, for what is no file, for text that is not JSON or
-    longer than 1/32 of `unpack_limit`, for values nested deeper than MAX_DEPTH, for integers of
-    more than 64 bits and for numbers beyond float64; OSError where the file cannot be opened.
+    whose values would take more than `unpack_limit`, for values nested deeper than MAX_DEPTH, for
+    integers of more than 64 bits and for numbers beyond float64; OSError where the file cannot be
+    opened.
     """
     path = Path(path)
     check_file(path, error)
     if path.is_dir():
         raise error(f"{path} is a directory, expected a JSON file")
-    limit = unpack_limit() // _OBJECTS
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise error(
-            f"{path} holds more than {limit:,} bytes, expected a smaller JSON file; if you trust "
-            f"it, raise the environment's {VARIABLE} (now {unpack_limit()})"
-        )
+    check_unpacked(f"{path}, read as JSON,", _TEXT * path.stat().st_size, error=error)
+    data = path.read_bytes()
+    parts = sum(map(data.count, (b",", b":", b"[", b"{")))
+    check_unpacked(f"{path}, read as JSON,", _TEXT * len(data) + _OBJECT * parts, error=error)
     return parse_json(data, str(path), error, hint)
 
 

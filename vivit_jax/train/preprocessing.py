@@ -109,12 +109,15 @@ def described_preprocessing(path: Path, recipe: Recipe, config: Any) -> Preproce
 
     Runs of versions that wrote none down did as their recipe says.
     """
-    values = read_json(path).get("preprocessing")
+    hint = "put it back as it was written"
+    described = read_json(path, hint=hint)
+    values = described.get("preprocessing") if isinstance(described, dict) else ()
+    names = ("processor", "evaluation.resize", "augment.resize")
     if values is None:
-        own = dataclasses.replace(
-            recipe, given=("processor", "evaluation.resize", "augment.resize")
-        )
+        own = dataclasses.replace(recipe, given=names)
         return preprocessing(own, config)
+    if not isinstance(values, dict) or not all(name in values for name in names):
+        raise UserError(f"{path} does not describe preprocessing: expected {names}; {hint}")
     evaluation = dataclasses.replace(recipe.evaluation, resize=values["evaluation.resize"])
     augment = dataclasses.replace(recipe.augment, resize=values["augment.resize"])
     counting = dataclasses.replace(recipe, evaluation=evaluation, augment=augment)

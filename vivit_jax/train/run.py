@@ -20,6 +20,7 @@ from vivit_jax.staging import names_in
 logger = logging.getLogger(__name__)
 
 RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
+_BAD_CLIPS = {"training": "clips", "validation": "validation"}  # of which videos, by key
 # What a run that goes on may have otherwise: nothing of it changes what a step computes, but for
 # rounding in float32.
 CHANGEABLE = (
@@ -137,7 +138,7 @@ class RunDirectory:
         """
         if not self._first:
             return
-        held = read_json(self.path / BAD_CLIPS) if (self.path / BAD_CLIPS).exists() else {}
+        held = self._held_bad_clips()
         if validation is None:
             validation = held.get("validation", {})
         found = {path: why for state in states.values() for path, why in state["bad"].items()}
@@ -151,12 +152,19 @@ class RunDirectory:
         }
         write_json(self.path / BAD_CLIPS, values)
 
+    def _held_bad_clips(self) -> dict[str, Any]:
+        """What the file of bad clips says, {} if there is none; UserError if it was changed."""
+        path = self.path / BAD_CLIPS
+        found = read_json(path, hint="remove it") if path.exists() else {}
+        sound = isinstance(found, dict)
+        if not sound or not all(isinstance(found.get(n, {}), dict) for n in _BAD_CLIPS.values()):
+            raise UserError(f"{path} is not as it was written; remove it")
+        return found
+
     def bad_clips(self) -> str:
         """How many clips could not be read, in words; "" where all could."""
-        if not (self.path / BAD_CLIPS).exists():
-            return ""
-        found = read_json(self.path / BAD_CLIPS)
-        counts = {"of training": found["clips"], "of validation": found.get("validation", {})}
+        found = self._held_bad_clips()
+        counts = {f"of {of}": found.get(name, {}) for of, name in _BAD_CLIPS.items()}
         named = lambda count: f"{count} clip{'s' if count > 1 else ''}"  # noqa: E731
         return " and ".join(f"{named(len(each))} {of}" for of, each in counts.items() if each)
 
