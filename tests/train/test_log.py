@@ -271,3 +271,20 @@ def test_writing_metrics_loads_neither_torch_nor_tensorboard():
     code = "import sys, vivit_jax.train.log as log; log.Progress(1, 0, 1, open('/dev/null', 'w'));"
     code += "assert not {'torch', 'tensorboardX', 'tqdm', 'orbax', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        '"time": null', '"time": "x"', '"time": 1e300', '"time": -1', '"step": true',
+        '"step": -1', '"step": 1.5', '"loss": [1]', '"loss": {"a": 1}', '"not_finite": {"a": []}',
+        '"kind": []', '"loss": ' + "[" * 5000,
+    ],
+)  # fmt: skip
+def test_a_line_that_was_changed(tmp_path, changed):
+    line = '{"kind": "train", "step": 1, "time": 1.0, "loss": 2.0}'
+    path = tmp_path / METRICS
+    path.write_text(f"{line}\n{line[:-1]}, {changed}}}\n{line}\n")
+    with pytest.raises(UserError, match="line 2 is no line of metrics") as raised:
+        read_metrics(path)
+    assert len(str(raised.value).splitlines()) == 1

@@ -21,6 +21,7 @@ METRICS = "metrics.jsonl"
 Kind = Literal["train", "evaluate", "event"]
 KINDS = ("train", "evaluate", "event")
 _OWN = ("kind", "step", "time", "not_finite")
+_LAST_TIME = 2**37  # seconds; later ones no calendar has
 
 
 class MetricLog:
@@ -201,9 +202,13 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for number, text in enumerate(texts, 1):
         try:
             line = parse_json(text, f"{path}: line {number}")
-            if line["kind"] not in KINDS or not isinstance(line["step"], int):
+            not_finite = line.pop("not_finite", {})
+            sound = line["kind"] in KINDS and type(line["step"]) is int and line["step"] >= 0
+            if not sound or not 0 <= line["time"] < _LAST_TIME:
                 raise ValueError
-            for name, value in line.pop("not_finite", {}).items():
+            if not all(isinstance(v, int | float | str | None) for v in line.values()):
+                raise ValueError
+            for name, value in not_finite.items():
                 line[name] = float(value)
         except (ValueError, KeyError, TypeError, AttributeError):
             # A whole line ends in a newline, after which comes an empty text.
