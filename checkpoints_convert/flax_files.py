@@ -6,6 +6,7 @@ itself msgpack: shape, name of the dtype, row-major bytes. Extension 2 is a comp
 numpy scalar. A larger array than `MAX_CHUNK_SIZE` is a map with its shape and flat pieces of it.
 """
 
+import collections
 import contextlib
 import math
 import struct
@@ -27,9 +28,14 @@ from checkpoints_convert.tensors import (
     stored,
 )
 from vivit_jax.errors import CheckpointError
+from vivit_jax.limits import check_unpacked
 
 MAX_CHUNK_SIZE = 2**30  # bytes; flax's choice, msgpack could store somewhat more
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
+_OBJECT, _COUNTED = (
+    1024,
+    1024,
+)  # bytes of memory for a value of a byte or more, and how often to look
 _CHUNKED = "__msgpack_chunked_array__"
 _BYTES, _EXTENSION = 0xC4, 0xC7  # first bytes with a length of 1 byte; the next two: 2, 4
 _BEYOND_SAFETENSORS = (np.uint16, np.uint32, np.uint64, np.complex64, np.complex128)
@@ -81,6 +87,7 @@ class _Reader:
 
     def __init__(self, path: Path, walk: Walk):
         self.path, self.walk = path, walk
+        self.size, self.objects = path.stat().st_size, 0
 
     def tree(self) -> dict[str, Any]:
         kind, _, length = self.walk.head()
@@ -96,6 +103,10 @@ class _Reader:
 
     def object(self, keys: tuple[str, ...]) -> dict[str, Any] | LazyTensor:
         kind, start, length = self.walk.head()
+        self.objects += 1
+        if self.objects % _COUNTED == 0:
+            what = f"{self.path}: {self.objects:,} values"
+            check_unpacked(what, _OBJECT * self.objects, self.size, CheckpointError)
         if kind == "map":
             return self.map(keys, length)
         if kind == "array":
@@ -296,12 +307,13 @@ def open_npz(path: str | Path) -> dict[str, LazyTensor]:
 
     Arrays of two-byte voids are bfloat16, which numpy writes without its name. Raises
     CheckpointError for a truncated or damaged file, for what is no .npy file in it, for a name that
-    is there twice, and for arrays of Python objects.
+    is there twice, for arrays of Python objects, and for one that unpacks to more than
+    `unpack_limit`.
     """
     path = Path(path)
     with _whole_npz(path), zipfile.ZipFile(path) as archive:
-        members = archive.namelist()
-        others = sorted({m for m in members if not m.endswith(".npy") or members.count(m) > 1})
+        members = collections.Counter(archive.namelist())
+        others = sorted(m for m in members if not m.endswith(".npy") or members[m] > 1)
         if others:
             raise CheckpointError(
                 f"{path} holds what is no .npy file, or a name twice: {', '.join(others)}; write "
@@ -321,6 +333,8 @@ def _whole_npz(path: Path) -> Iterator[None]:
 
 
 def _npy(path: Path, archive: zipfile.ZipFile, member: str) -> LazyTensor:
+    size = archive.getinfo(member).file_size
+    check_unpacked(f"{path}: {member}", size, path.stat().st_size, CheckpointError)
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read_header = (
@@ -335,7 +349,7 @@ def _npy(path: Path, archive: zipfile.ZipFile, member: str) -> LazyTensor:
             f"{path}: {member} holds pickled Python objects, and unpickling those could run code; "
             "save it as arrays of numbers"
         )
-    if begin + math.prod(shape) * dtype.itemsize != archive.getinfo(member).file_size:
+    if begin + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{member} is not of the size that its header says")
     bfloat16 = dtype == np.dtype("V2")
 

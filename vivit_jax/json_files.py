@@ -14,6 +14,10 @@ MAX_DEPTH = 64
 _TEXT, _OBJECT = 5, 100  # bytes of memory for a byte of JSON, and for a value in it
 
 
+class _TooLarge(UserError):
+    """JSON whose values would take more memory than the limit."""
+
+
 def read_json(path: str | Path, error: type[UserError] = UserError, hint: str = "") -> Any:
     """The value that a JSON file holds.
 
@@ -27,10 +31,7 @@ def read_json(path: str | Path, error: type[UserError] = UserError, hint: str = 
     if path.is_dir():
         raise error(f"{path} is a directory, expected a JSON file")
     check_unpacked(f"{path}, read as JSON,", _TEXT * path.stat().st_size, error=error)
-    data = path.read_bytes()
-    parts = sum(map(data.count, (b",", b":", b"[", b"{")))
-    check_unpacked(f"{path}, read as JSON,", _TEXT * len(data) + _OBJECT * parts, error=error)
-    return parse_json(data, str(path), error, hint)
+    return parse_json(path.read_bytes(), str(path), error, hint)
 
 
 def parse_json(
@@ -40,8 +41,12 @@ def parse_json(
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        size = _TEXT * len(text) + _OBJECT * sum(map(text.count, ",:[{"))
+        check_unpacked(f"{name}, read as JSON,", size, error=_TooLarge)
         value = json.loads(text, parse_int=_integer, parse_float=_float)
         _check_depth(value)
+    except _TooLarge as reason:
+        raise error(str(reason)) from None
     except (ValueError, RecursionError) as reason:
         deep = isinstance(reason, RecursionError)
         told = f"nested deeper than {MAX_DEPTH} levels" if deep else first_line(reason)

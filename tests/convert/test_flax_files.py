@@ -397,3 +397,21 @@ def test_directory_with_single_files(tmp_path):
     assert list(open_checkpoint(tmp_path).tensors) == ["a"]
     saved(tmp_path / "a.msgpack", {"a": 1})
     assert "several weight files: a.msgpack, b.npz; name one" in refused(tmp_path)
+
+
+def test_files_that_would_unpack_to_much_more(tmp_path, monkeypatch):
+    path = tmp_path / "weights.npz"
+    np.savez_compressed(path, w=np.zeros(10**6))
+    monkeypatch.setenv("VIVIT_JAX_UNPACK_LIMIT", "1000000")
+    with pytest.raises(CheckpointError, match="w.npy would take 8,000,128 bytes.*UNPACK_LIMIT=80"):
+        open_npz(path)
+    monkeypatch.setenv("VIVIT_JAX_UNPACK_LIMIT", "9000000")
+    assert open_npz(path)["w"].read().shape == (10**6,)
+    # A byte each in the file, an object each in memory.
+    path = tmp_path / "checkpoint"
+    path.write_bytes(b"\x81\xa1a\xdc\x20\x00" + b"\xc0" * 2**13)
+    with monkeypatch.context() as patch:
+        patch.setenv("VIVIT_JAX_UNPACK_LIMIT", "2000000")
+        with pytest.raises(CheckpointError, match="values would take .* VIVIT_JAX_UNPACK_LIMIT"):
+            open_msgpack(path)
+    assert len(open_msgpack(path)) == 2**13
