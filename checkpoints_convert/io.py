@@ -14,7 +14,7 @@ from checkpoints_convert.flax_files import (
 )
 from checkpoints_convert.tensors import DTYPES, LazyTensor, incomplete, known_dtype, stored
 from checkpoints_convert.torch_files import looks_like_pickle, open_pickle
-from vivit_jax.errors import CheckpointError
+from vivit_jax.errors import CheckpointError, quoted
 from vivit_jax.inputs import check_file
 from vivit_jax.json_files import parse_json, read_json
 from vivit_jax.staging import interrupted
@@ -169,6 +169,9 @@ def read_index(path: Path) -> dict[str, str]:
         )
     if not all(Path(name).name == name for name in weight_map.values()):
         raise CheckpointError(f"{path} names shards outside its own directory")
+    long = [name for name in weight_map.values() if len(name) > 200]
+    if long:
+        raise CheckpointError(f"{path} names a shard {quoted(long[0])}, expected a file's name")
     return weight_map
 
 

@@ -137,6 +137,10 @@ def test_index_that_disagrees_with_its_shards(tmp_path, tensors):
     message = with_map(lambda weight_map: weight_map.update({"b.0": "model-9.safetensors"}))
     assert "names shards that do not exist: model-9.safetensors" in message
     assert "outside" in with_map(lambda weight_map: weight_map.update({"b.0": "../x.safetensors"}))
+    long = "model" + "1" * 300 + ".safetensors"
+    assert "names a shard model111" in with_map(lambda weight_map: weight_map.update({"b.0": long}))
+    zero = "model\0.safetensors"
+    assert "that do not exist" in with_map(lambda weight_map: weight_map.update({"b.0": zero}))
     for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'):
         index.write_text(text)
         assert str(index) in refused(tmp_path)
