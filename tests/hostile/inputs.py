@@ -9,14 +9,19 @@ what it read contradicts itself.
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
+import os
 import shutil
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vivit_jax.errors import UserError
 
 VIDEOS = {
     "h264.mp4": "libx264", "hevc.mkv": "libx265", "vp9.webm": "libvpx-vp9", "vp8.webm": "libvpx",
@@ -199,6 +204,35 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 
 
+def _faulty(fault: Callable[[], Any]) -> Kind:
+    """A reader that does well once, of the undamaged input, and then never again."""
+    calls = itertools.count()
+    return Kind("labels/map.json", lambda path: fault() if next(calls) else None)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _busy() -> None:
+    end = time.process_time() + 1
+    while time.process_time() < end:
+        pass
+
+
+# What the harness has to notice, for its own test.
+FAULTS = {
+    "crash": _faulty(os.abort),
+    "hang": _faulty(_busy),
+    "memory": _faulty(lambda: np.ones(2**23).sum()),
+    "raise": _faulty(lambda: _raise(KeyError("x"))),
+    "lines": _faulty(lambda: _raise(UserError("one\ntwo"))),
+    "random": _faulty(lambda: os.urandom(8)),
+    "checked": dataclasses.replace(_faulty(lambda: 1), checked=True),
+    "one line": _faulty(lambda: _raise(UserError("one"))),
+}
+
+
 def make(root: Path) -> None:
     """Write every input below `root`."""
     _checkpoints(root)
@@ -322,7 +356,7 @@ def _data(root: Path) -> None:
 
 def placed(kind: str, root: Path, work: Path, data: bytes) -> Path:
     """A copy of an input with other bytes in the kind's file; returns that file's path."""
-    file = KINDS[kind].file
+    file = (KINDS | FAULTS)[kind].file
     top = Path(file).parts[0]
     shutil.rmtree(work, ignore_errors=True)
     if top in ("videos", "arrays", "features"):

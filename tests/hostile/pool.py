@@ -5,7 +5,6 @@ import collections
 import json
 import os
 import queue
-import selectors
 import subprocess
 import sys
 import threading
@@ -50,11 +49,18 @@ class _Worker:
             self._process.stdin.flush()
         except OSError:
             return {"outcome": "CRASH", "told": "it had ended"}
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(_SILENT):
-                return {"outcome": "HANG", "told": f"no answer for {_SILENT:g} s"}
+        silent = threading.Event()
+
+        def end() -> None:
+            silent.set()
+            self._process.kill()
+
+        timer = threading.Timer(_SILENT, end)
+        timer.start()
         line = self._process.stdout.readline()
+        timer.cancel()
+        if silent.is_set():
+            return {"outcome": "HANG", "told": f"no answer for {_SILENT:g} s"}
         if not line:
             return {"outcome": "CRASH", "told": f"it ended with {self._process.wait()}"}
         return json.loads(line)

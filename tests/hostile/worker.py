@@ -4,17 +4,17 @@
 import json
 import logging
 import os
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from inputs import KINDS, digest, placed
+from inputs import FAULTS, KINDS, digest, placed
 from mutations import mutated
 
 from vivit_jax.errors import UserError
 
+_READ = KINDS | FAULTS
 _STATUS = Path("/proc/self/status")
 # Lists of all that does not fit have a line for each tensor.
 _LISTS = ("does not fit the model", "disagrees with its shards")
@@ -23,6 +23,8 @@ _LISTS = ("does not fit the model", "disagrees with its shards")
 def memory(name: str) -> int:
     """VmRSS or VmHWM in bytes; where there is no /proc, the largest so far of either."""
     if not _STATUS.exists():
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
@@ -36,14 +38,14 @@ def forget_peak() -> None:
 
 def whole(root: Path, work: Path, kind: str) -> tuple[bytes, str]:
     """The undamaged bytes of a kind, and the digest of what is read of them."""
-    data = (root / KINDS[kind].file).read_bytes()
-    return data, digest(KINDS[kind].read(placed(kind, root, work, data)))
+    data = (root / _READ[kind].file).read_bytes()
+    return data, digest(_READ[kind].read(placed(kind, root, work, data)))
 
 
 def outcome(root: Path, work: Path, kind: str, data: bytes, expected: str) -> tuple[str, str]:
     """What became of one input, and a message: "same", "other", "error", or what is wrong."""
     path = placed(kind, root, work, data)
-    read = KINDS[kind].read
+    read = _READ[kind].read
     try:
         result = digest(read(path))
         if result != digest(read(path)):
@@ -56,7 +58,7 @@ def outcome(root: Path, work: Path, kind: str, data: bytes, expected: str) -> tu
         return "error", told
     except Exception as error:
         return "WRONG", f"{type(error).__name__}: {error}"
-    if result != expected and KINDS[kind].checked:
+    if result != expected and _READ[kind].checked:
         return "WRONG", "other numbers under a checksum"
     return ("same" if result == expected else "other"), ""
 
