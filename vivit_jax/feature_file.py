@@ -148,7 +148,7 @@ def changed(path: Path) -> list[str] | None:
         return sorted(differs)
 
 
-def _object(text: str, what: str) -> dict[str, Any]:
+def _object(text: str | bytes, what: str) -> dict[str, Any]:
     value = parse_json(text, what)
     if not isinstance(value, dict):
         raise ValueError(f"{what} are a {type(value).__name__}, expected an object")
@@ -195,7 +195,7 @@ def _hashes(path: Path) -> Iterator[tuple[str, str]]:
         return
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = _object(file.read(size), "its header")
         for name, about in header.items():
             if name != "__metadata__":
                 file.seek(8 + size + about["data_offsets"][0])

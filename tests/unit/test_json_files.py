@@ -61,7 +61,7 @@ def test_what_is_no_file_or_too_long(tmp_path, monkeypatch):
     path = tmp_path / "long.json"
     path.write_text("[" + "0," * 10_000 + "0]")
     monkeypatch.setenv("VIVIT_JAX_UNPACK_LIMIT", "1000000")
-    with pytest.raises(UserError, match="would take 1,100,[0-9]+ bytes.*VIVIT_JAX_UNPACK_LIMIT=1100"):
+    with pytest.raises(UserError, match="would take 1,100,.* VIVIT_JAX_UNPACK_LIMIT=1100"):
         read_json(path)
     monkeypatch.setenv("VIVIT_JAX_UNPACK_LIMIT", "1200000")
     assert len(read_json(path)) == 10_001
