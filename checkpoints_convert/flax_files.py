@@ -27,7 +27,7 @@ from checkpoints_convert.tensors import (
     known_dtype,
     stored,
 )
-from vivit_jax.errors import CheckpointError
+from vivit_jax.errors import CheckpointError, quoted
 from vivit_jax.limits import check_unpacked
 
 MAX_CHUNK_SIZE = 2**30  # bytes; flax's choice, msgpack could store somewhat more
@@ -127,8 +127,8 @@ class _Reader:
             if "/" in key or key in tree:
                 fault = "contains '/'" if "/" in key else "is there twice"
                 raise CheckpointError(
-                    f"{self.path}: the key {key!r} of {name} {fault}, and names must be unique; "
-                    "write the checkpoint again with other keys"
+                    f"{self.path}: the key {key!r} of {quoted(name)} {fault}, and names must be "
+                    "unique; write the checkpoint again with other keys"
                 )
             tree[key] = self.object((*keys, key))
         return self.joined("/".join(keys), tree) if _CHUNKED in tree else tree
@@ -143,8 +143,9 @@ class _Reader:
             tensor = constant(complex(_number(self.walk), _number(self.walk)))
         else:
             raise CheckpointError(
-                f"{self.path}: {name} is stored as msgpack extension {code}; readable: flax's "
-                f"{_ARRAY}, {_COMPLEX} and {_SCALAR}. Write it with flax.serialization.to_bytes"
+                f"{self.path}: {quoted(name)} is stored as msgpack extension {code}; readable: "
+                f"flax's {_ARRAY}, {_COMPLEX} and {_SCALAR}. Write it with "
+                "flax.serialization.to_bytes"
             )
         if self.walk.at != end:
             raise ValueError(f"{name} ends at byte {self.walk.at}, not at {end}")
@@ -316,8 +317,8 @@ def open_npz(path: str | Path) -> dict[str, LazyTensor]:
         others = sorted(m for m in members if not m.endswith(".npy") or members[m] > 1)
         if others:
             raise CheckpointError(
-                f"{path} holds what is no .npy file, or a name twice: {', '.join(others)}; write "
-                "it again with numpy.savez"
+                f"{path} holds what is no .npy file, or a name twice: "
+                f"{quoted(', '.join(others))}; write it again with numpy.savez"
             )
         return {m.removesuffix(".npy"): _npy(path, archive, m) for m in members}
 
@@ -334,7 +335,7 @@ def _whole_npz(path: Path) -> Iterator[None]:
 
 def _npy(path: Path, archive: zipfile.ZipFile, member: str) -> LazyTensor:
     size = archive.getinfo(member).file_size
-    check_unpacked(f"{path}: {member}", size, path.stat().st_size, CheckpointError)
+    check_unpacked(f"{path}: {quoted(member)}", size, path.stat().st_size, CheckpointError)
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read_header = (
@@ -346,8 +347,8 @@ def _npy(path: Path, archive: zipfile.ZipFile, member: str) -> LazyTensor:
         begin = file.tell()
     if dtype.hasobject:
         raise CheckpointError(
-            f"{path}: {member} holds pickled Python objects, and unpickling those could run code; "
-            "save it as arrays of numbers"
+            f"{path}: {quoted(member)} holds pickled Python objects, and unpickling those could "
+            "run code; save it as arrays of numbers"
         )
     if begin + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{member} is not of the size that its header says")

@@ -181,7 +181,9 @@ def _open_index(path: Path) -> Checkpoint:
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (path.parent / name).exists()]
     if missing:
-        raise CheckpointError(f"{path} names shards that do not exist: {', '.join(missing)}")
+        raise CheckpointError(
+            f"{path} names shards that do not exist: {quoted(', '.join(missing))}"
+        )
     for name in shards:
         _regular(path.parent / name)
     files = tuple(path.parent / name for name in shards)

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vivit_jax.errors import CheckpointError, first_line
+from vivit_jax.errors import CheckpointError, first_line, quoted
 
 # safetensors' names; what is not a float is listed, and refused when it is imported.
 DTYPES = {
@@ -104,7 +104,8 @@ def check_readable(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
 def known_dtype(path: Path, name: str, kind: str, known: Mapping[str, np.dtype]) -> np.dtype:
     """The dtype that a file calls `kind`; CheckpointError naming the tensor if there is none."""
     if kind not in known:
-        raise CheckpointError(f"{path}: {name} is stored as {kind}; readable: {', '.join(known)}")
+        told = f"{quoted(name)} is stored as {quoted(kind)}; readable: {', '.join(known)}"
+        raise CheckpointError(f"{path}: {told}")
     return known[kind]
 
 

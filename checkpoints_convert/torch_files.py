@@ -24,7 +24,7 @@ from checkpoints_convert.tensors import (
 )
 from checkpoints_convert.torch_archive import Archive, ArchivedTensor
 from checkpoints_convert.torch_pickle import check_pickle
-from vivit_jax.errors import CheckpointError, MissingExtra, UserError, first_line
+from vivit_jax.errors import CheckpointError, MissingExtra, UserError, first_line, quoted
 from vivit_jax.limits import check_unpacked
 
 _ARCHIVE = b"PK\3\4"
@@ -79,7 +79,9 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
     try:
         for name, value in _leaves(state):
             if name in tensors:
-                raise CheckpointError(f"{path} holds {name} twice, and names must be unique")
+                raise CheckpointError(
+                    f"{path} holds {quoted(name)} twice, and names must be unique"
+                )
             tensors[name] = _leaf(path, archive, name, value)
     except CheckpointError:
         raise
@@ -271,7 +273,7 @@ def _leaf(path: Path, archive: Archive | None, name: str, value: Any) -> LazyTen
         )
         return LazyTensor(place.shape, dtype, place)
     count, held = value.numel() * dtype.itemsize, path.stat().st_size
-    check_unpacked(f"{path}: {name}", count, held, CheckpointError)
+    check_unpacked(f"{path}: {quoted(name)}", count, held, CheckpointError)
 
     def read():
         flat = value.detach().resolve_neg().contiguous().reshape(-1)

@@ -209,7 +209,7 @@ class TransformerConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and field.name in self.may_be_zero:
-                good = positive_int(value) or (value == 0 and not isinstance(value, bool))
+                good = positive_int(value) or (type(value) is int and value == 0)
                 self.require(field.name, good, "an integer, 0 or more")
             elif field.type is int:
                 self.require(field.name, positive_int(value), "a positive integer")

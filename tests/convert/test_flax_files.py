@@ -415,3 +415,16 @@ def test_files_that_would_unpack_to_much_more(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match="values would take .* VIVIT_JAX_UNPACK_LIMIT"):
             open_msgpack(path)
     assert len(open_msgpack(path)) == 2**13
+
+
+def test_names_of_several_lines_are_told_in_one(tmp_path):
+    path = tmp_path / "weights.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a\nb\x1b[2J", b"")
+    with pytest.raises(CheckpointError, match=r"a name twice: a\\u000ab\\u001b\[2J; write"):
+        open_npz(path)
+    path = tmp_path / "checkpoint"
+    path.write_bytes(msgpack.packb({"a\nb/c": 1}))
+    with pytest.raises(CheckpointError) as raised:
+        open_msgpack(path)
+    assert len(str(raised.value).splitlines()) == 1

@@ -397,3 +397,9 @@ def test_decoder_view():
     assert (
         dataclasses.replace(VivitConfig(), hidden_size=64, num_attention_heads=4).hidden_size == 64
     )
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-400, False, -1, 2.0])
+def test_a_depth_is_a_whole_number(value):
+    with pytest.raises(ConfigError, match="num_hidden_layers must be an integer, 0 or more"):
+        VideoMAEConfig(num_hidden_layers=value)
