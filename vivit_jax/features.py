@@ -26,6 +26,7 @@ from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.data.stream import FrameStream, open_stream, read_ahead
 from vivit_jax.data.windows import Window, Windows, plan_windows, slide
 from vivit_jax.errors import UserError
+from vivit_jax.layers.linear import at_least_float32
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.pretrained import headless
 from vivit_jax.train.pixels import hashable_arithmetic, scaled_and_shifted
@@ -229,7 +230,7 @@ def _program(model: nn.Module, layer, pool: str, values) -> Callable:
             x = x[..., 0, :]
         elif pool == "mean":
             x = x[..., int(with_cls) :, :]
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = at_least_float32(x)
             x = x.mean(tuple(range(1, x.ndim - 1)))
         return x.astype(dtype)
 

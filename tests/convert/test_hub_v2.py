@@ -12,7 +12,7 @@ from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
 from checkpoints_convert.source import open_source
-from vivit_jax.layers.linear import layer_norm
+from vivit_jax.layers.linear import LayerNorm
 from vivit_jax.models import videomae
 from vivit_jax.pretrained import load_report
 
@@ -289,7 +289,7 @@ def test_inspect_and_verify_say_what_it_is_and_what_is_compared(encoder, run):
 
 def test_verify_finds_another_pooler(encoder, run, monkeypatch):
     def first_token(config, x):
-        return layer_norm(config, config.fc_norm_eps, "fc_norm")(x[:, 0])
+        return LayerNorm(config, config.fc_norm_eps, name="fc_norm")(x[:, 0])
 
     monkeypatch.setattr(videomae, "_mean_pooled", first_token)
     status, out, _ = run("verify", encoder)

@@ -14,7 +14,14 @@ from vivit_jax.config_base import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
 from vivit_jax.layers.chunked import SAVED, chunked_attention
 from vivit_jax.layers.dropout import dropout
-from vivit_jax.layers.linear import Config, Projection, at_least_float32, platform, project_together
+from vivit_jax.layers.linear import (
+    Config,
+    Projection,
+    at_least_float32,
+    platform,
+    project_together,
+    wide_type,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +57,8 @@ def attention(q, k, v, *, implementation: str = "auto"):
             "dtype='bfloat16'"
         )
     try:
-        out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        with jax.numpy_dtype_promotion("standard"):  # which that function is written for
+            out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     except (RuntimeError, NotImplementedError) as error:
         if implementation != "cudnn":
             raise
@@ -201,12 +209,12 @@ class SelfAttention(nn.Module):
             y = jnp.concatenate([y0, y1], axis=-2)
         axes = ("heads", "kv", "embed")
         out = Projection(config, (n, e, d), axes, num_in=2, zero_init=self.zero_init, name="out")
-        y = out(y, rounded=False)
+        y = out.unrounded(y)
         return y, ((over_space, over_time) if output_attentions else (None, None))
 
     def _explicit(self, q, k, v, head_mask, rows):
         """Attention with its weights [..., n, q, k] in sight; q, k, v [..., l, n, e]."""
-        wide = jnp.promote_types(q.dtype, jnp.float32)
+        wide = wide_type(q.dtype)
         scores = jnp.einsum("...qne,...kne->...nqk", q, k, preferred_element_type=wide)
         weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
         shared = (1,) if self.shared_dropout else ()

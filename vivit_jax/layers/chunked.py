@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from vivit_jax.layers.linear import project
+from vivit_jax.layers.linear import project, wide_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _blocks(x, block: int):
 
 
 def _scores(q, k):
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = wide_type(q.dtype)
     return jnp.einsum("qe,ke->qk", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
 
 

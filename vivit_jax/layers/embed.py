@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import Config, affine
+from vivit_jax.layers.linear import Config, plus_bias, product
 
 logger = logging.getLogger(__name__)
 Grid = tuple[int, int, int]
@@ -113,8 +113,8 @@ class TubeletEmbed(nn.Module):
     """Linear projection of tubelets, the same numbers as a convolution with stride = kernel.
 
     pixel_values [b, t, h, w, c] -> [b, l, d] in float32 or wider, for positions to be added before
-    it is rounded; with `visible` [b, v] only those tokens are
-    computed. With `num_sampled_frames` only those frames of the clip are used.
+    it is rounded; with `visible` [b, v] only those tokens are computed. With `num_sampled_frames`
+    only those frames of the clip are used.
     """
 
     config: Config
@@ -135,7 +135,7 @@ class TubeletEmbed(nn.Module):
         if sampled:
             pixel_values = pixel_values[:, uniform_frames(pixel_values.shape[1], sampled)]
         patches = take_tokens(patchify(pixel_values, config.tubelet), visible)
-        return affine(patches.astype(dtype), kernel.reshape(-1, shape[-1]), bias)
+        return plus_bias(product(patches.astype(dtype), kernel.reshape(-1, shape[-1])), bias)
 
 
 @functools.cache

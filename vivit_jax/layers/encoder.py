@@ -17,10 +17,10 @@ from vivit_jax.layers.dropout import draw_kept, dropout
 from vivit_jax.layers.linear import (
     PROJECTED,
     Config,
+    LayerNorm,
     Projection,
-    activate,
     at_least_float32,
-    layer_norm,
+    wide_type,
 )
 
 
@@ -90,11 +90,11 @@ class Block(nn.Module):
             return y * (keep / (1 - drop_rate).astype(wide) if config.drop_path_rescale else keep)
 
         x = nn.with_logical_constraint(x, ("batch", *("frames",) * (x.ndim - 3), "length", "embed"))
-        wide = at_least_float32(x).dtype
+        wide = wide_type(x.dtype)
         weights = {}
         for name, along in arrangement.attention:
             before = at_least_float32(x)
-            y = layer_norm(config, config.layer_norm_eps, f"ln_{name}")(before)
+            y = LayerNorm(config, config.layer_norm_eps, name=f"ln_{name}")(before)
             zero = name in arrangement.zero_init
             attend = SelfAttention(config, along, arrangement.shared_dropout, zero, name=name)
             y, found = attend(y, head_mask, attention, rows, read)
@@ -105,10 +105,9 @@ class Block(nn.Module):
             x = checkpoint_name((before + branch(name, y)).astype(x.dtype), PROJECTED)
 
         before = at_least_float32(x)
-        y = layer_norm(config, config.layer_norm_eps, "ln_mlp")(before)
-        y = Projection(config, (d, f), ("embed", "mlp"), name="mlp_in")(y)
-        y = activate(config.hidden_act, y)
-        y = Projection(config, (f, d), ("mlp", "embed"), name="mlp_out")(y, rounded=False)
+        y = LayerNorm(config, config.layer_norm_eps, name="ln_mlp")(before)
+        y = Projection(config, (d, f), ("embed", "mlp"), name="mlp_in")(y, config.hidden_act)
+        y = Projection(config, (f, d), ("mlp", "embed"), name="mlp_out").unrounded(y)
         x = (before + branch("mlp", y)).astype(x.dtype)
         return x, LayerOutput(x if hidden else None, weights.get("space"), weights.get("time"))
 

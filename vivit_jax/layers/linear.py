@@ -88,27 +88,17 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(place, place)
 
 
+def wide_type(dtype) -> np.dtype:
+    """float32 for half precision and for itself, float64 for float64.
+
+    NumPy's promotion, since JAX's raises under jax_numpy_dtype_promotion="strict".
+    """
+    return np.promote_types(dtype, np.float32)
+
+
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Widen half precision, in which softmax, norms and losses lose too much; keep float64."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def rounded_once(function: Callable, x: jax.Array) -> jax.Array:
-    """function(x) in float32 or wider, rounded to the type of x at the end.
-
-    Rounded after every operation, GELU in bfloat16 has 17 times the error below -1.5. Of half
-    precision the backward pass keeps x alone, and makes what the derivative needs in float32 again.
-    """
-    if at_least_float32(x).dtype == x.dtype:
-        return function(x)
-    rounded = lambda x: function(at_least_float32(x)).astype(x.dtype)  # noqa: E731
-    # No barrier: it would keep the derivative from being fused with the product before it.
-    return jax.checkpoint(rounded, prevent_cse=False)(x)
-
-
-def activate(name: str, x: jax.Array) -> jax.Array:
-    """The activation of that name of x, rounded once."""
-    return rounded_once(ACTIVATIONS[name], x)
+    return x.astype(wide_type(x.dtype))
 
 
 def project(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax.Array:
@@ -144,41 +134,64 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax
     return sum(parts[1:], parts[0]).reshape(*left, *right)
 
 
-def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, num_in: int = 1) -> jax.Array:
-    """`project` plus the bias if there is one, in float32 or wider: not yet rounded."""
-    if at_least_float32(x).dtype != x.dtype:
-        return _half_affine(x, kernel, bias, num_in)
-    y = project(x, kernel, num_in)
-    return y if bias is None else y + _broadcastable(bias, num_in, x)
+def product(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
+    """`project` in float32 or wider, for what is added or computed before it is rounded.
+
+    Not so on GPU, where XLA fuses a product with no bias and writes float32 at twice the size:
+    there half precision is rounded here already, but for products of one vector a clip.
+    """
+    if wide_type(x.dtype) == x.dtype or (platform() == "gpu" and x.ndim - num_in > 1):
+        return project(x, kernel, num_in)
+    return _wide_product(x, kernel, num_in)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _half_affine(x, kernel, bias, num_in):
-    y = project(x, kernel, num_in, jnp.float32)
-    return y if bias is None else y + _broadcastable(at_least_float32(bias), num_in, x)
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _wide_product(x, kernel, num_in):
+    return project(x, kernel, num_in, jnp.float32)
 
 
-@partial(_half_affine.defjvp, symbolic_zeros=True)
-def _half_affine_jvp(num_in, primals, tangents):
+@partial(_wide_product.defjvp, symbolic_zeros=True)
+def _wide_product_jvp(num_in, primals, tangents):
     """Of its own because the transpose of a product that returns float32 multiplies float32.
 
-    The gradient is rounded once, and those to x and kernel are products of half precision as the
-    forward pass is; that to the bias is summed in float32.
+    So the gradient is rounded once, and those to x and kernel are products of half precision.
     """
-    (x, kernel, bias), (d_x, d_kernel, d_bias) = primals, tangents
-    y, changes = _half_affine(*primals, num_in), []
+    (x, kernel), (d_x, d_kernel) = primals, tangents
+    changes = []
     if not isinstance(d_x, SymbolicZero):
         changes.append(at_least_float32(project(d_x, kernel, num_in)))
     if not isinstance(d_kernel, SymbolicZero):
         changes.append(at_least_float32(project(x, d_kernel, num_in)))
-    if bias is not None and not isinstance(d_bias, SymbolicZero):
-        d_bias = _broadcastable(at_least_float32(d_bias), num_in, x)
-        changes.append(jnp.broadcast_to(d_bias, y.shape))
-    return y, sum(changes[1:], changes[0])
+    return _wide_product(x, kernel, num_in), sum(changes[1:], changes[0])
 
 
-def _broadcastable(bias, num_in, x):
-    return jnp.expand_dims(bias, range(x.ndim - num_in))
+def plus_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """What `product` returned plus a bias, in float32 or wider."""
+    y = at_least_float32(y)
+    if bias is None:
+        return y
+    return y + jnp.expand_dims(at_least_float32(bias), range(y.ndim - bias.ndim))
+
+
+def rounded_once(
+    y: jax.Array, bias: jax.Array | None, dtype, function: Callable | None = None
+) -> jax.Array:
+    """function(y + bias) in float32 or wider, then rounded to `dtype`; y as from `product`.
+
+    Rounded after every operation, GELU in bfloat16 has 17 times the error below -1.5. The backward
+    pass keeps what the function is of in `dtype`, rounded for that where it was not, and makes what
+    the derivative needs in float32 again.
+    """
+    if y.dtype == wide_type(dtype):
+        y, bias = plus_bias(y, bias).astype(dtype), None
+    y = checkpoint_name(y, PROJECTED)
+    if function is None:
+        return plus_bias(y, bias).astype(dtype)
+    if wide_type(dtype) == dtype:
+        return function(y)
+    rounded = lambda y, bias: function(plus_bias(y, bias)).astype(dtype)  # noqa: E731
+    # No barrier: it would keep the derivative from being fused with the product before it.
+    return jax.checkpoint(rounded, prevent_cse=False)(y, bias)
 
 
 class Projection(nn.Module):
@@ -210,11 +223,17 @@ class Projection(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_in :])
         return kernel, self.param("bias", zeros, outputs, param_dtype).astype(dtype)
 
-    def __call__(self, x, rounded: bool = True):
-        """`rounded=False` leaves half precision in float32, for what is added before rounding."""
+    def __call__(self, x, activation: str = "linear"):
+        """The activation of that name of x kernel + bias, rounded to `config.dtype`."""
         kernel, bias = self.parameters()
-        y = affine(x.astype(kernel.dtype), kernel, bias, self.num_in)
-        return checkpoint_name(y.astype(kernel.dtype), PROJECTED) if rounded else y
+        y = product(x.astype(kernel.dtype), kernel, self.num_in)
+        function = None if activation == "linear" else ACTIVATIONS[activation]
+        return rounded_once(y, bias, kernel.dtype, function)
+
+    def unrounded(self, x):
+        """x kernel + bias in float32 or wider, for what is added to it before it is rounded."""
+        kernel, bias = self.parameters()
+        return plus_bias(product(x.astype(kernel.dtype), kernel, self.num_in), bias)
 
 
 def project_together(x: jax.Array, projections: Sequence[Projection]) -> list[jax.Array]:
@@ -227,29 +246,39 @@ def project_together(x: jax.Array, projections: Sequence[Projection]) -> list[ja
     if platform() == "cpu":
         return [projection(x) for projection in projections]
     kernels, biases = zip(*(p.parameters() for p in projections), strict=True)
-    x, bias = x.astype(kernels[0].dtype), None
-    if any(bias is not None for bias in biases):
-        zeros = jnp.zeros(kernels[0].shape[1:], x.dtype)
+    dtype = kernels[0].dtype
+    y = product(x.astype(dtype), jnp.stack(kernels, axis=1))
+    if y.dtype == wide_type(dtype):  # not rounded yet: all biases are added before
+        zeros = jnp.zeros(kernels[0].shape[1:], dtype)
         bias = jnp.stack([zeros if bias is None else bias for bias in biases])
-    y = affine(x, jnp.stack(kernels, axis=1), bias).astype(x.dtype)
+        y, biases = plus_bias(y, bias).astype(dtype), [None] * len(biases)
     y = checkpoint_name(y, PROJECTED)
-    return [y[..., i, :, :] for i in range(len(projections))]
+    return [plus_bias(y[..., i, :, :], bias).astype(dtype) for i, bias in enumerate(biases)]
 
 
-def layer_norm(config: Config, eps: float, name: str) -> Callable[[jax.Array], jax.Array]:
-    """LayerNorm in float32 with a two-pass variance, rounded once to `config.dtype`.
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis in float32 or wider, rounded once to `config.dtype`.
 
-    Flax's default one-pass variance loses accuracy where |mean| >> std: at mean 100 the error is
-    4e-3 against 1e-5 for two passes and for PyTorch.
+    The variance is the mean of squares about the mean. From the mean of squares alone, the default
+    of `nn.LayerNorm`, it loses accuracy where |mean| >> std: at mean 100 the error is 4e-3 against
+    1e-5 for two passes and for PyTorch. That class multiplies float32 by half precision parameters,
+    which raises under jax_numpy_dtype_promotion="strict".
     """
-    dtype = jnp.dtype(config.dtype)
-    norm = nn.LayerNorm(
-        eps,
-        dtype=jnp.promote_types(dtype, jnp.float32),
-        param_dtype=jnp.dtype(config.param_dtype),
-        use_fast_variance=False,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
-        name=name,
-    )
-    return lambda x: norm(at_least_float32(x)).astype(dtype)
+
+    config: Config
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        x = at_least_float32(x)
+
+        def parameter(name, init):
+            init = nn.with_logical_partitioning(init, ("embed",))
+            value = self.param(name, init, x.shape[-1:], jnp.dtype(self.config.param_dtype))
+            return jnp.expand_dims(value.astype(x.dtype), range(x.ndim - 1))
+
+        scale = parameter("scale", nn.initializers.ones)
+        bias = parameter("bias", nn.initializers.zeros)
+        x = x - x.mean(-1, keepdims=True)
+        factor = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.eps)
+        return (x * (factor * scale) + bias).astype(self.config.dtype)

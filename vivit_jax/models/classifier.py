@@ -15,7 +15,7 @@ def classify(config: Config, features, labels) -> tuple[jax.Array | None, jax.Ar
     transformers.
     """
     shape = (config.hidden_size, config.num_labels)
-    logits = features
+    logits = features.astype(config.dtype)
     if config.num_labels:
         logits = Projection(config, shape, ("embed", "classes"), name="head")(features)
     if labels is None:

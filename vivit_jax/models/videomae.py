@@ -16,7 +16,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions, take_tokens
 from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
-from vivit_jax.layers.linear import Projection, at_least_float32, layer_norm
+from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
 from vivit_jax.masking import Mask
 from vivit_jax.models.classifier import classify
 from vivit_jax.outputs import (
@@ -93,7 +93,7 @@ class VideoMAEModel(nn.Module):
             rows=numbered(rows, pixel_values.shape[0], deterministic),
         )
         if not config.use_mean_pooling:
-            x = layer_norm(config, config.layer_norm_eps, "ln_final")(x)
+            x = LayerNorm(config, config.layer_norm_eps, name="ln_final")(x)
         pooled = _mean_pooled(config, x) if self.add_pooling_layer else None
         out = ModelOutput(x, pooled, choose_states(layers.hidden, states), layers.space)
         return out if return_dict else out.to_tuple()
@@ -115,7 +115,7 @@ class VideoMAEDecoder(nn.Module):
             rows=rows,
         )
         x = x[:, x.shape[1] - num_predicted :]
-        x = layer_norm(config, config.decoder_norm_eps, "ln_final")(x)
+        x = LayerNorm(config, config.decoder_norm_eps, name="ln_final")(x)
         shape = (config.hidden_size, config.patch_values)
         return Projection(config, shape, ("embed", "pixels"), name="head")(x), layers.hidden
 
@@ -177,9 +177,8 @@ class VideoMAEForPreTraining(nn.Module):
         )
         grid = check_clip(config, pixel_values.shape, any_size=True)
         shape = (config.hidden_size, width)
-        x = Projection(config, shape, ("embed", None), name="to_decoder", use_bias=False)(
-            out.last_hidden_state, rounded=False
-        )
+        to_decoder = Projection(config, shape, ("embed", None), name="to_decoder", use_bias=False)
+        x = to_decoder.unrounded(out.last_hidden_state)
         x = x + _positions(x, grid, mask.visible)
         blanks = jnp.broadcast_to(mask_token.astype(x.dtype), (*mask.predicted.shape, width))
         blanks = blanks + _positions(x, grid, mask.predicted)
@@ -249,7 +248,7 @@ class VideoMAEForVideoClassification(nn.Module):
 
 def _mean_pooled(config: VideoMAEConfig, x):
     """The norm of the mean over the tokens of x [b, l, d]; called in a module, which holds it."""
-    return layer_norm(config, config.fc_norm_eps, "fc_norm")(at_least_float32(x).mean(1))
+    return LayerNorm(config, config.fc_norm_eps, name="fc_norm")(at_least_float32(x).mean(1))
 
 
 def _positions(x, grid: Grid, indices):

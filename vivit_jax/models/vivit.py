@@ -28,7 +28,7 @@ from vivit_jax.layers.attention import HALVES, SPACE, TIME
 from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
 from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
-from vivit_jax.layers.linear import Projection, activate, at_least_float32, layer_norm
+from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
 from vivit_jax.models.classifier import classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, asked_for, choose_states
 
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
         x = x.astype(config.dtype)
         read = 1 if self.pooled_only and self.arrangement.last_apart else None
         x, layers = run_blocks(config, self.arrangement, x, head_mask, read=read, **flags)
-        return layer_norm(config, config.layer_norm_eps, "ln_final")(x), layers
+        return LayerNorm(config, config.layer_norm_eps, name="ln_final")(x), layers
 
 
 def pool(config: VivitConfig, x, stage: str = "temporal"):
@@ -196,7 +196,7 @@ class VivitModel(nn.Module):
         if self.add_pooling_layer:
             shape = (config.hidden_size, config.pooler_output_size or config.hidden_size)
             dense = Projection(config, shape, ("embed", "pooled"), name="pooler")
-            pooled = activate(config.pooler_act, dense(pool(config, x)))
+            pooled = dense(pool(config, x), config.pooler_act)
         hidden = choose_states(hidden, states)
         out = ModelOutput(x, pooled, hidden, over_space, temporal_hidden, over_time)
         return out if return_dict else out.to_tuple()
