@@ -13,16 +13,21 @@ import vivit_jax
 from checkpoints_convert import trees
 from vivit_jax.errors import UserError
 from vivit_jax.pretrained import abstract_params, fresh_params
+from vivit_jax.train import step as step_module
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.sharding import AXES, batch_sharding, bytes_on_a_device, make_mesh, parse_mesh
 from vivit_jax.train.starting import starting_model
 from vivit_jax.train.state import new_state, state_shapes
-from vivit_jax.train.step import make_step
+from vivit_jax.train.step import make_step, on_mesh
 
 PROCESSOR = vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16)
 STEPS = 4
 DUAL = changed(
     PRETRAIN, mask__kind="dual", mask__ratio=0.5, model__config=SIZES | {"patch_size": 4}
+)
+
+COLOURS_AND_SGD = changed(
+    FINETUNE, augment__colour=0.5, optim__algorithm="sgd", optim__schedule="scenic"
 )
 
 
@@ -49,7 +54,7 @@ def built(recipe, mesh):
         return _BUILT[repr(recipe), mesh]
     sizes = parse_mesh(mesh, int(np.prod([int(s.split("=")[1]) for s in mesh.split(",")])))
     devices = make_mesh(sizes)
-    model, _, _ = starting_model(recipe)
+    model = starting_model(recipe).model
     schedule = learning_rate(recipe.optim, batch_size=16, steps_per_epoch=2, epochs=4)
     optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
     shapes = state_shapes(model, optimizer, devices, averaged=recipe.optim.ema is not None)
@@ -200,3 +205,18 @@ def test_gradients_are_summed_in_float32_of_a_model_that_computes_in_bfloat16(al
     losses, flat, _ = run(changed(half, train__accumulate=2))
     assert all(value.dtype == jnp.float32 for value in flat.values())
     np.testing.assert_allclose(losses, alone(PRETRAIN)[0], rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recipe", [FINETUNE, PRETRAIN, DUAL, COLOURS_AND_SGD], ids=name)
+def test_strict_promotion(recipe, dtype, monkeypatch):
+    """Traced, with all that is drawn, mixed and optimised, in parts and with an average."""
+    traced = lambda function, mesh: on_mesh(function.trace, mesh)  # noqa: E731
+    monkeypatch.setattr(step_module, "on_mesh", traced)
+    config = dict(recipe.model.config) | dict(dtype=dtype, drop_path_rate=0.1)
+    recipe = changed(recipe, train__accumulate=2, model__config=config)
+    with jax.numpy_dtype_promotion("strict"):
+        *_, shapes, step = built(recipe, "data=1")
+        new, values = step(shapes, next(batches(recipe))).out_info
+    assert values["loss"].dtype == jnp.float32
+    assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, shapes)

@@ -154,8 +154,8 @@ def draw_erased(
     erased = (coin < probability) & jnp.any(fits, axis=0)
     first = jnp.argmax(fits, axis=0)[None]
     h, w = (jnp.where(erased, jnp.take_along_axis(x, first, axis=0)[0], 0) for x in (h, w))
-    top = (down * (height - h + 1)).astype(jnp.int32)
-    left = (across * (width - w + 1)).astype(jnp.int32)
+    top = (down * (height - h + 1).astype(down.dtype)).astype(jnp.int32)
+    left = (across * (width - w + 1).astype(across.dtype)).astype(jnp.int32)
     return Box(top, top + h, left, left + w)
 
 

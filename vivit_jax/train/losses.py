@@ -69,7 +69,7 @@ def classification_loss(
             + " or ".join(map(str, shapes))
         )
     if problem_type == "regression":
-        return jnp.mean((logits - labels.reshape(logits.shape)) ** 2)
+        return jnp.mean((logits - labels.reshape(logits.shape).astype(logits.dtype)) ** 2)
     if problem_type == "multi_label_classification":
         y = labels.astype(logits.dtype)
         return -jnp.mean(y * jax.nn.log_sigmoid(logits) + (1 - y) * jax.nn.log_sigmoid(-logits))
@@ -159,7 +159,7 @@ def _cross_entropy(logits, labels, label_smoothing: float = 0.0) -> jax.Array:
     if label_smoothing:  # else a class masked with -inf would turn 0 * inf into NaN
         losses = (1 - label_smoothing) * losses - label_smoothing * jnp.mean(log_probs, axis=1)
     losses = jnp.where(known, losses, jnp.nan)
-    return jnp.sum(jnp.where(counted, losses, 0)) / jnp.sum(counted)
+    return jnp.sum(jnp.where(counted, losses, 0)) / jnp.sum(counted, dtype=losses.dtype)
 
 
 def read_labels(labels, classes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -167,7 +167,7 @@ def read_labels(labels, classes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     Any integer type; compared in its own, uint8 156 would pass for -100.
     """
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    labels = labels.astype(jax.dtypes.canonicalize_dtype(np.promote_types(labels.dtype, np.int32)))
     known = (labels >= 0) & (labels < classes)
     return labels != IGNORE_INDEX, known, jnp.where(known, labels, 0)
 
@@ -217,7 +217,9 @@ def reconstruction_loss(logits, targets, counted=None) -> jax.Array:
     With `counted`, bool [b, k], over those tokens of the batch only (VideoMAE V2); NaN if there is
     none.
     """
-    errors = (at_least_float32(logits) - jax.lax.stop_gradient(targets)) ** 2
+    targets = jax.lax.stop_gradient(at_least_float32(targets))
+    errors = (at_least_float32(logits) - targets) ** 2
     if counted is None:
         return jnp.mean(errors)
+    counted = counted.astype(errors.dtype)
     return jnp.sum(jnp.mean(errors, axis=-1) * counted) / jnp.sum(counted)

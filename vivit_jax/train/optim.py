@@ -211,7 +211,14 @@ def make_optimizer(
         _scaled(of_trained(lr)),
         optax.scale_by_learning_rate(schedule),
     ]
-    return optax.partition({"train": optax.chain(*parts), "freeze": optax.set_to_zero()}, labels)
+    whole = optax.partition({"train": optax.chain(*parts), "freeze": optax.set_to_zero()}, labels)
+
+    def update(updates, state, params=None):
+        # Adam of optax raises under jax_numpy_dtype_promotion="strict".
+        with jax.numpy_dtype_promotion("standard"):
+            return whole.update(updates, state, params)
+
+    return optax.GradientTransformation(whole.init, update)
 
 
 def update_average(average: Any, params: Any, decay: float) -> Any:

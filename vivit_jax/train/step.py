@@ -156,7 +156,7 @@ def make_step(
             optimizer=keep(optimizer_state, state.optimizer),
             average=keep(average, state.average),
             bad_steps=jnp.where(fine, 0, state.bad_steps + 1),
-            skipped=state.skipped + ~fine,
+            skipped=state.skipped + (~fine).astype(state.skipped.dtype),
         )
         rate = schedule(state.step - state.skipped)
         return new, dict(aside, loss=loss, gradient_norm=norm, lr=rate, bad_steps=new.bad_steps)
