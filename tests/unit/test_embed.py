@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, clip, config_of, random_params
+from helpers import CASES, bool_mask, clip, config_of, random_params
 
-from vivit_jax import UserError, VivitModel
+from vivit_jax import Mask, UserError, VivitModel
 from vivit_jax.layers.embed import patchify, resize_positions, sincos_positions
+from vivit_jax.pretrained import abstract_params
+from vivit_jax.train.losses import reconstruction_targets
 
 
 def test_patchify_order_is_time_height_width_channel():
@@ -110,3 +112,22 @@ def test_native_size_is_unchanged_by_interpolation():
     plain = apply(params, x).last_hidden_state
     flagged = apply(params, x, interpolate_pos_encoding=True).last_hidden_state
     assert (np.asarray(plain) == np.asarray(flagged)).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+@pytest.mark.parametrize("case", CASES)
+def test_frames_that_no_processor_saw(case, dtype):
+    """At a shape that fits; under eval_shape and so under jit, in every module."""
+    config = config_of(case)
+    model, frames = CASES[case][0](config), np.ones(clip(config).shape, dtype)
+    inputs = {"mask": Mask.from_bool(bool_mask(config))} if "pretraining" in case else {}
+    params = abstract_params(model)
+    run = lambda params, x: model.apply({"params": params}, x, **inputs)  # noqa: E731
+    with pytest.raises(UserError, match=f"pixel_values has dtype {dtype}, .*processor"):
+        jax.eval_shape(run, params, frames)
+    with pytest.raises(UserError, match=f"pixel_values has dtype {dtype}, .*processor"):
+        run(params, frames)
+    jax.eval_shape(run, params, frames.astype(np.float16))
+    if inputs:
+        with pytest.raises(UserError, match=f"pixel_values has dtype {dtype}, .*processor"):
+            reconstruction_targets(frames, inputs["mask"], config)

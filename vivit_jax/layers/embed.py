@@ -70,6 +70,17 @@ def _say_what_is_left_out(clip: Grid, tubelet: Grid) -> None:
         )
 
 
+def check_pixels(pixel_values) -> None:
+    """UserError for pixels that are no floats, such as the frames a video holds; any shape."""
+    dtype = jnp.result_type(pixel_values)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(
+            f"pixel_values has dtype {dtype}, the model takes normalised floats; frames go through "
+            "the processor first: pixel_values = processor(frames), with processor = "
+            "vivit_jax.VideoProcessor.from_pretrained(...)"
+        )
+
+
 def uniform_frames(total: int, count: int) -> np.ndarray:
     """Indices of `count` frames of `total` that cut the clip into count + 1 equal parts.
 
@@ -114,13 +125,14 @@ class TubeletEmbed(nn.Module):
 
     pixel_values [b, t, h, w, c] -> [b, l, d] in float32 or wider, for positions to be added before
     it is rounded; with `visible` [b, v] only those tokens are computed. With `num_sampled_frames`
-    only those frames of the clip are used.
+    only those frames of the clip are used. Raises UserError for pixels that are no floats.
     """
 
     config: Config
 
     @nn.compact
     def __call__(self, pixel_values, visible=None):
+        check_pixels(pixel_values)
         config = self.config
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         shape = (*config.tubelet, config.num_channels, config.hidden_size)

@@ -66,7 +66,8 @@ class VideoMAEModel(nn.Module):
         parts drops what the whole one does. `output_hidden_states` is a flag or, as in
         transformers, indices of hidden states (a tuple under jit); it and `output_attentions` are
         by default what the configuration says. `attention_mask` must be None: every token is
-        attended to. Raises UserError for a clip or a mask that does not fit.
+        attended to. Raises UserError for a clip or a mask that does not fit, and for a clip that is
+        no floats, as frames are before the processor.
         """
         config = self.config
         if self.add_pooling_layer and not config.use_mean_pooling:

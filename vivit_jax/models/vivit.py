@@ -150,7 +150,8 @@ class VivitModel(nn.Module):
         parts drops what the whole one does. `output_hidden_states` is a flag or, as in
         transformers, indices of hidden states (a tuple under jit); it and `output_attentions` are
         by default what the configuration says. `attention_mask` must be None: every token is
-        attended to. Raises UserError for a clip that does not fit.
+        attended to. Raises UserError for a clip that does not fit, and for one that is no floats,
+        as frames are before the processor.
         """
         config = self.config
         check_attention_mask(attention_mask)

@@ -8,7 +8,7 @@ import numpy as np
 
 from vivit_jax.config import IMAGENET_MEAN, IMAGENET_STD, VideoMAEConfig
 from vivit_jax.errors import UserError
-from vivit_jax.layers.embed import patchify, take_tokens
+from vivit_jax.layers.embed import check_pixels, patchify, take_tokens
 from vivit_jax.layers.linear import at_least_float32
 from vivit_jax.masking import Mask
 
@@ -188,9 +188,10 @@ def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> 
 
     Pixels are first un-normalised, see `pixel_statistics`. With `norm_pix_loss` each tubelet and
     channel is then normalised: (x - mean) / (std + 1e-6), std with the unbiased variance. Values
-    are ordered (t, h, w, c). Raises UserError where pixels cannot be un-normalised and are not
-    normalised.
+    are ordered (t, h, w, c). Raises UserError where pixels are no floats, and where they cannot be
+    un-normalised and are not normalised.
     """
+    check_pixels(pixel_values)
     statistics = pixel_statistics(config)
     if statistics is None and not config.norm_pix_loss:
         raise UserError(
