@@ -243,7 +243,6 @@ def test_what_fits_with_each_attention(monkeypatch, capsys):
         (["--peak-tflops", "9", "--dtype", "float32", "bfloat16"], "is that of one --dtype"),
         (["--peak-tflops", "0"], "--peak-tflops must be above 0, got 0"),
         (["--json", "no/such/file.json"], "--json no/such/file.json"),
-        (["--frames", "3"], "num_frames"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, message, capsys):

@@ -130,7 +130,8 @@ GOLDEN = {
 def draw_weights(model, config, head):
     """The recorded recipe: one draw per tensor in sorted order, norm weights shifted to 1."""
     shapes = trees.shapes_of(trees.flatten(abstract_params(model)))
-    rules = published(config.model_type, head, pooler=head == "none").rules(config)
+    pooler = head == "none" and config.model_type == "vivit"
+    rules = published(config.model_type, head, pooler=pooler).rules(config)
     zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
     rng, tensors = np.random.RandomState(0), {}
     for name, tensor in sorted(export_params(zeros, rules).items()):

@@ -102,7 +102,7 @@ class VideoInfo:
     codec: str
     pixel_format: str
     container: str
-    pixel_aspect: Fraction = Fraction(1)
+    pixel_aspect: float = 1.0
     stream: int = 0
 
 
@@ -148,7 +148,7 @@ def probe_video(path) -> VideoInfo:
         codec=codec,
         pixel_format=first.format.name,
         container=container_format,
-        pixel_aspect=1 / aspect if turned else aspect,
+        pixel_aspect=float(1 / aspect if turned else aspect),
         stream=index,
     )
 
