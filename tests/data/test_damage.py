@@ -5,10 +5,12 @@ import itertools
 
 import numpy as np
 import pytest
-from clips import write_clip
+from clips import every_frame, write_clip
 from helpers import mostly_slow
 
 from vivit_jax.data.decode import frame_times, probe_video, read_video
+from vivit_jax.data.opened import packet_table
+from vivit_jax.data.packets import count_needed, divided
 from vivit_jax.data.stream import FrameStream
 from vivit_jax.errors import VideoError
 
@@ -122,6 +124,55 @@ def test_threads_change_nothing_of_damaged_videos(tmp_path, monkeypatch, name):
             found.append(outcome(read_video, path))
         for other in found[1:]:
             assert_equal(other, found[0])
+
+
+# Places and bits whose change frame threads reported in some of the calls.
+UNSTEADY = {
+    "h264.flv": (
+        dict(size=(320, 240)),
+        [(4853, 0), (4911, 3), (4891, 3)],
+    ),
+    "mpeg4.avi": (dict(codec="mpeg4", size=SIZE), [(7023, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", UNSTEADY)
+def test_damage_is_seen_in_every_call_or_in_none(tmp_path, name):
+    path = tmp_path / name
+    options, bits = UNSTEADY[name]
+    whole = write_clip(path, gop=12, frames=24, **options).read_bytes()
+    for place, bit in bits:
+        data = bytearray(whole)
+        data[place] ^= 1 << bit
+        path.write_bytes(data)
+        first = outcome(read_video, path)
+        for _ in range(24):
+            assert_equal(outcome(read_video, path), first)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9"])
+def test_frames_decoded_from_several_keyframes_at_a_time(tmp_path, monkeypatch, codec):
+    """Whatever the number of cores, and in open GOPs too, where pictures need the one before."""
+    options = {"x264-params": "open-gop=1:keyint=12"} if codec == "libx264" else None
+    path = write_clip(tmp_path / "clip.mkv", frames=120, gop=12, codec=codec, options=options)
+    shown = every_frame(path)
+    for cores in (1, 3, 64):
+        monkeypatch.setattr("vivit_jax.data.sequence._cores", lambda cores=cores: cores)
+        np.testing.assert_array_equal(read_video(path), shown)
+        wanted = [119, 0, 60, 61, 60, 12, 11, 95]
+        np.testing.assert_array_equal(read_video(path, indices=wanted), shown[wanted])
+
+
+def test_parts_of_a_table(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", frames=120, gop=12, b_frames=0)
+    table = packet_table(str(path))
+    for parts in (1, 2, 3, 100):
+        for wanted in (np.arange(120), np.array([5]), np.array([3, 4, 50, 90, 91])):
+            found = divided(table, wanted, parts)
+            np.testing.assert_array_equal(np.concatenate(found), wanted)
+            assert 0 < len(found) <= parts
+            assert sum(count_needed(table, part) for part in found) == count_needed(table, wanted)
+    assert [len(part) for part in divided(table, np.arange(120), 3)] == [48, 36, 36]
 
 
 def test_a_file_whose_end_is_zeros(tmp_path, caplog):

@@ -33,9 +33,10 @@ limits: damage in a stretch that holds no wanted frame, or in a frame that no ot
 from, goes unnoticed, as it is not decoded; and damage that the decoder does not report, or that a
 frame inherits from one it is predicted from, shows in the pixels only.
 
-Several threads decode only the codecs whose decoders report all damage in which threads show
-(`packets.THREADED_CODECS`), and what they decoded is decoded again by one where damage is reported:
-the pixels of a damaged frame otherwise depend on the threads' timing.
+A decoder runs several threads only for the codecs whose decoders report all damage in which threads
+show (`packets.THREADED_CODECS`), and what they decoded is decoded again by one where damage is
+reported: what is seen of a damaged frame otherwise depends on their timing. Frames that begin at
+other keyframes are decoded at the same time, by one thread each.
 """
 
 import functools

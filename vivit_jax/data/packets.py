@@ -27,10 +27,10 @@ SPARSE_CODECS = ("h264", "hevc", "vp9", "av1")
 # decoding goes on after it, as FFmpeg's own does. Elsewhere the last such packet is cut off.
 LOSSY_CONTAINERS = ("mpegts", "mpeg")
 # With these, frame threads give the frames of one thread, or the decoder reports damage. Frames of
-# damaged hevc, vp8, ffv1, mpeg1video and others differ from call to call with no report.
-THREADED_CODECS = ("h264", "vp9", "av1", "mpeg4", "prores")
-# Up to so many packets frame threads gain nothing, and h264's decoder may still conceal damage in
-# the last ones, and mark them, when other threads have given them out.
+# damaged hevc, vp8, ffv1, mpeg1video and others differ from call to call with no report, and those
+# of h264 and mpeg4 may be given out by another thread before they are marked as damaged.
+THREADED_CODECS = ("vp9", "av1", "prores")
+# Up to so many packets frame threads gain nothing.
 FEW_PACKETS = 8
 # Containers whose stated duration is no estimate.
 _STATED_DURATION = (*TIMED_CONTAINERS, "flv")
@@ -211,6 +211,21 @@ def count_needed(table: Table, wanted: np.ndarray) -> int:
     return sum(last - first + 1 for first, last in _runs(table, wanted))
 
 
+def divided(table: Table, wanted: np.ndarray, parts: int) -> list[np.ndarray]:
+    """The ascending frames `wanted` in at most `parts` parts of about as many packets to decode.
+
+    Frames that are decoded from the same keyframe stay together, so none is decoded twice but those
+    of an open GOP.
+    """
+    positions = np.argsort(table.pts)[wanted]
+    starts = _run_starts(table.pts, table.keys, positions)
+    firsts = np.flatnonzero(np.diff(starts, prepend=-1))  # of `wanted`, each from another keyframe
+    needed = [count_needed(table, part) for part in np.split(wanted, firsts[1:])]
+    behind = np.cumsum([0, *needed[:-1]])
+    shares = behind * parts // max(sum(needed), 1)
+    return np.split(wanted, firsts[np.flatnonzero(np.diff(shares)) + 1])
+
+
 def _runs(table: Table, wanted: np.ndarray) -> list[list[int]]:
     """Inclusive [first, last] ranges of packets to decode for the ascending frames `wanted`."""
     positions = np.argsort(table.pts)[wanted]
@@ -278,11 +293,7 @@ def set_threads(stream, several: bool) -> None:
 
 
 def _raise_for_damage(stream) -> None:
-    """Makes the decoder raise an error for what it would conceal.
-
-    Begun in the middle, it would conceal otherwise; and of several threads h264's may mark a
-    damaged frame only after another one has given it out.
-    """
+    """Makes the decoder raise an error for what it conceals otherwise, begun in the middle."""
     context = stream.codec_context
     context.options = {**context.options, "err_detect": "explode"}
 

@@ -6,7 +6,9 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +21,7 @@ from vivit_jax.data.packets import (
     Reported,
     Table,
     count_needed,
+    divided,
     frames_of_packets,
     named,
     sparse_frames,
@@ -29,19 +32,43 @@ from vivit_jax.errors import VideoError
 
 logger = logging.getLogger(__name__)
 
+# Fewer, and opening the file again takes longer than decoding them.
+_PACKETS_OF_A_THREAD = 32
+
 
 def decode_sparse(
     name: str, table: Table, wanted: np.ndarray, convert: Callable
 ) -> dict[int, object]:
-    """The ascending frames `wanted`, converted, by number; none where the table cannot be kept."""
-    several_threads = count_needed(table, wanted) > FEW_PACKETS
-    try:
+    """The ascending frames `wanted`, converted, by number; none where the table cannot be kept.
+
+    Frames that are decoded from other keyframes are so at the same time, each by one thread: unlike
+    a decoder's own threads these cannot change what is seen of damage.
+    """
+    needed = count_needed(table, wanted)
+    parts = divided(table, wanted, min(_cores(), 1 + needed // _PACKETS_OF_A_THREAD))
+
+    def decoded(part: np.ndarray) -> dict[int, object]:
+        several_threads = len(parts) == 1 and needed > FEW_PACKETS
         with open_video(name, several_threads) as (container, stream):
-            found = sparse_frames(container, stream, table, wanted)
+            found = sparse_frames(container, stream, table, part)
             return {k: convert(frame) for k, frame in found}
+
+    try:
+        if len(parts) == 1:
+            return decoded(wanted)
+        with ThreadPoolExecutor(len(parts), "decode") as pool:
+            found = list(pool.map(decoded, parts))
     except Distrusted as reason:
         logger.debug("%s: decoding from the start: %s", name, reason)
         return {}
+    return {k: image for part in found for k, image in part.items()}
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux's
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass
