@@ -8,11 +8,14 @@ import pytest
 from clips import every_frame, write_clip
 from helpers import mostly_slow
 
+import vivit_jax
+from vivit_jax.data.clip import read_clip
+from vivit_jax.data.dataset import Example, read_frames
 from vivit_jax.data.decode import frame_times, probe_video, read_video
 from vivit_jax.data.opened import packet_table
 from vivit_jax.data.packets import count_needed, divided
 from vivit_jax.data.stream import FrameStream
-from vivit_jax.errors import VideoError
+from vivit_jax.errors import UserError, VideoError
 
 SIZE = (256, 192)
 MEDIUM = {"preset": "medium"}
@@ -183,12 +186,35 @@ def test_a_file_whose_end_is_zeros(tmp_path, caplog):
     path.write_bytes(data[: len(data) * 2 // 3] + bytes(len(data) - len(data) * 2 // 3))
     assert probe_video(path).num_frames == 60
     assert read_video(path, num_frames=8, start="begin").shape == (8, 48, 64, 3)
+    config = vivit_jax.VivitConfig(num_frames=8, tubelet_size=(2, 16, 16))
     for _ in range(2):
         with pytest.raises(VideoError, match="of 8 frames asked 8 cannot be decoded .frames 52,"):
-            read_video(path, num_frames=8, start="end")
+            read_video(path, num_frames=8, start="end", lost="few")
+        with pytest.raises(VideoError, match="of 8 frames asked 8 cannot be decoded .frames 52,"):
+            read_clip(path, config, stride=1, start=52)
+        with pytest.raises(VideoError, match="of 8 frames asked 8 cannot be decoded .frames 52,"):
+            read_frames(Example(str(path), 0), range(52, 60))
     assert len(caplog.messages) == 1
     with pytest.raises(VideoError, match=r"of 60 frames asked \d+ cannot be decoded"):
         read_video(path, lost="error")
+    with pytest.raises(UserError, match="lost is 'no'; expected 'repeat', 'few' or 'error'"):
+        read_video(path, lost="no")
+
+
+def test_a_lost_frame_is_the_same_whatever_is_asked_with_it(tmp_path):
+    path = tmp_path / "zeros.mp4"
+    write_clip(path, frames=60, b_frames=0, options=MEDIUM, container_options=FIRST_INDEX)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3] + bytes(len(data) - len(data) * 2 // 3))
+    video = read_video(path)
+    np.testing.assert_array_equal(video[-1], video[-2])
+    np.testing.assert_array_equal([frame.image() for frame in FrameStream(path)], video)
+    for start in ("begin", 35, "center", "end"):
+        clip = read_video(path, num_frames=8, start=start)
+        first = {"begin": 0, "center": 26, "end": 52}.get(start, start)
+        np.testing.assert_array_equal(clip, video[first : first + 8])
+    for k in (8, 59):
+        np.testing.assert_array_equal(read_video(path, indices=[k])[0], video[k])
 
 
 def test_a_changed_file_is_warned_of_anew(tmp_path, caplog):

@@ -117,8 +117,9 @@ def read_clips(
     the family). A file that ends in .npy holds the frames themselves, as an array is: [t, h, w, c],
     of any channel count, uint8 or float in [0, 1]. `square_pixels` is `read_video`'s, for files.
 
-    Raises VideoError for a video that cannot be read, has too few frames or other channels than the
-    model takes, UserError for an argument that is wrong.
+    Raises VideoError for a video that cannot be read, has too few frames, mostly
+    undecodable ones or other channels than the model takes, UserError for an argument that is
+    wrong.
     """
     check_reading(start, pad, clips)
     name = "the array" if isinstance(source, np.ndarray) else os.fspath(source)
@@ -145,7 +146,7 @@ def read_clips(
         indices = view_indices(sampler, total, length, stride, clips)
     flat = indices.reshape(-1)
     if frames is None:
-        frames = read_video(source, indices=flat, square_pixels=square_pixels)
+        frames = read_video(source, indices=flat, square_pixels=square_pixels, lost="few")
     else:
         frames = np.array(frames[flat])
     if frames.shape[-1] != config.num_channels:

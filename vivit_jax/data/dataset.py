@@ -174,8 +174,9 @@ def read_frames(example: Example, indices: Sequence[int]) -> np.ndarray:
         uint8 [t, h, w, c]; c is 3 but for arrays, which keep their channels.
 
     Raises:
-        VideoError: the path leads to nothing that can be read, to damaged or too few frames, to
-            frames of several sizes, or to an array other than uint8 [t, h, w, c].
+        VideoError: the path leads to nothing that can be read, to damaged or too few frames, mostly
+            to ones that cannot be decoded, to frames of several sizes, or to an array other than
+            uint8 [t, h, w, c].
         UserError: `indices` is empty or has other than ints from 0.
     """
     return _read(example, _stored(example), indices)
@@ -338,7 +339,7 @@ def _count(example: Example, stored) -> int:
     return total
 
 
-def _read(example: Example, stored, indices: Sequence[int], lost: str = "repeat") -> np.ndarray:
+def _read(example: Example, stored, indices: Sequence[int], lost: str = "few") -> np.ndarray:
     path = example.path
     total = example.total if stored is None else len(stored)
     try:

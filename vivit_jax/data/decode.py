@@ -20,9 +20,9 @@ frames that come out are counted, which is slower and gives the same frames:
 Where the packets do number the frames, they are decoded from the start all the same, and keep the
 numbers that their packets' times give them, if a decoded run has times other than its packets',
 does not begin with a keyframe, has a frame marked as damaged, or raises a decoding error.
-Then a frame that cannot be decoded shows the one before it, as a player does, but where most of the
-frames asked are such, they are refused. The reason is logged at DEBUG level. WebP files are read
-by `vivit_jax.data.images` instead.
+Then a frame that cannot be decoded shows the one before it, as a player does, whatever is asked
+with it; clips for a model are refused where most of their frames are such (`lost="few"`). The
+reason is logged at DEBUG level. WebP files are read by `vivit_jax.data.images` instead.
 
 A damaged file is readable up to where it is cut off, or where the container cannot be read on;
 decoding goes on after a packet that cannot be decoded. One warning a file says what was lost.
@@ -64,6 +64,8 @@ from vivit_jax.errors import UserError, VideoError
 
 logger = logging.getLogger(__name__)
 
+# What `lost` allows of the frames asked.
+LOST_SHARES = {"repeat": 1, "few": 0.5, "error": 0}
 # A total that no index reaches.
 _ENDLESS = 2**62
 
@@ -231,7 +233,8 @@ def read_video(
             `scale=iw*sar:ih`) where the file says that its pixels are not square. False returns
             them as stored, as `VideoInfo.height` and `width` say.
         lost: for a frame whose packet cannot be decoded, in a file whose packets number its frames:
-            "repeat" (the frame before it, unless most of the frames asked are such) or "error".
+            "repeat" (the frame before it), "few" (the same, unless more than half of the frames
+            asked are such, which is an error) or "error".
 
     Returns:
         uint8 [t, h, w, 3], RGB, rotated and mirrored as the file's metadata says. Only these frames
@@ -239,8 +242,9 @@ def read_video(
 
     Raises:
         VideoError: the path is not a readable video file, has fewer frames than asked and `pad` is
-            "error", has damaged frames, mostly undecodable ones or frames of different sizes among
-            those asked, or is to be displayed at an angle that is no multiple of 90 degrees.
+            "error", has damaged frames, more undecodable ones than `lost` allows or frames of
+            different sizes among those asked, or is to be displayed at an angle that is no multiple
+            of 90 degrees.
         UserError: arguments that contradict each other or are out of range, or `path` is no path.
     """
     name = checked_path(path)
@@ -248,8 +252,8 @@ def read_video(
         raise UserError("got both num_frames and indices: pass one of them")
     if num_frames is None and (stride != 1 or start != "center"):
         raise UserError(f"stride={stride!r} and start={start!r} place a clip: pass num_frames too")
-    if lost not in ("repeat", "error"):
-        raise UserError(f"lost is {lost!r}; expected 'repeat' or 'error'")
+    if lost not in LOST_SHARES:
+        raise UserError(f"lost is {lost!r}; expected 'repeat', 'few' or 'error'")
     if isinstance(start, str) and start == "random" and seed is None:
         raise UserError("start='random' draws the clip's place and got no seed: pass seed=<int>")
     everything = num_frames is None and indices is None
@@ -281,7 +285,7 @@ def read_video(
             last = int(wanted.max()) if wanted.max() < table.packets - 1 else None
             run = decode_from_start(name, table, convert, set(wanted.tolist()), last)
             refuse_damaged(name, run.damaged, wanted, table.lossy)
-            refuse_lost(name, run.filled, wanted, 0.5 if lost == "repeat" else 0)
+            refuse_lost(name, run.filled, wanted, LOST_SHARES[lost])
             frames = run.frames
         return stacked(name, frames, wanted)
 
