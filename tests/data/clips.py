@@ -131,3 +131,9 @@ def every_frame(path: Path) -> np.ndarray:
     """uint8 [t, h, w, 3]: the frames of a plain decode from start to end, as stored."""
     with av.open(str(path)) as container:
         return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def packet_spans(path: Path) -> list[tuple[int, int]]:
+    """Place and size in bytes of each packet of a file, in the order in which they are stored."""
+    with av.open(str(path)) as container:
+        return [(p.pos, p.size) for p in container.demux(video=0) if p.size]

@@ -11,7 +11,15 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from clips import MATRICES, every_frame, number_in, painted, write_clip, write_matrix
+from clips import (
+    MATRICES,
+    every_frame,
+    number_in,
+    packet_spans,
+    painted,
+    write_clip,
+    write_matrix,
+)
 from helpers import mostly_slow
 
 from vivit_jax.data import opened, packets, pictures
@@ -401,11 +409,6 @@ def test_a_wrong_announcement_is_not_believed(tmp_path, caplog, frames):
     assert [number_in(f) for f in read_video(path, num_frames=2, start="end")] == [28, 29]
     warned = [m for m in caplog.messages if "99 frames announced, 30 frames can be read" in m]
     assert len(warned) == (1 if frames == 99 else 0)  # of three reads: once for a file
-
-
-def packet_spans(path: Path) -> list[tuple[int, int]]:
-    with av.open(str(path)) as container:
-        return [(p.pos, p.size) for p in container.demux(video=0) if p.size]
 
 
 def cut_in_packet(path: Path, number: int) -> None:

@@ -253,8 +253,11 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
         return _h264_passing(memoryview(packet), length_bytes)
 
     runs = _runs(table, wanted)
-    # Pictures that precede the keyframe where decoding begins (open GOP) lack others by right.
-    if all((table.pts[a : b + 1] >= table.pts[a]).all() for a, b in runs):
+    # Pictures that precede the keyframe where decoding begins (open GOP) lack others by right:
+    # h264's decoder would raise for them, hevc's leaves them out.
+    if codec_name(stream) != "h264" or all(
+        (table.pts[a : b + 1] >= table.pts[a]).all() for a, b in runs
+    ):
         _raise_for_damage(stream)
     for first, last in runs:
         times = table.pts[first : last + 1]
