@@ -14,6 +14,7 @@ from vivit_jax.data.dataset import Example, read_frames
 from vivit_jax.data.decode import frame_times, probe_video, read_video
 from vivit_jax.data.opened import packet_table
 from vivit_jax.data.packets import count_needed, divided
+from vivit_jax.data.sequence import decode_sparse
 from vivit_jax.data.stream import FrameStream
 from vivit_jax.errors import UserError, VideoError
 
@@ -246,3 +247,24 @@ def test_a_damaged_keyframe_of_an_open_gop(tmp_path, caplog):
         video = read_video(path)
         for k in range(36, 48):
             np.testing.assert_array_equal(read_video(path, indices=[k])[0], video[k])
+
+
+def test_a_refused_picture_that_no_other_needs(tmp_path):
+    """Pictures after it are the same whether it was passed over, when seeking, or refused."""
+    path = tmp_path / "clip.mp4"
+    write_clip(path, frames=12, gop=12, size=(128, 96), options=MEDIUM)
+    whole, spans, refused = path.read_bytes(), packet_spans(path), 0
+    passing = [k for k, (place, _) in enumerate(spans) if not whole[place + 4] & 0x60]
+    assert len(passing) > 3
+    for packet, byte in itertools.product(passing, (6, 7, 8)):
+        data = bytearray(whole)
+        data[spans[packet][0] + byte] ^= 0xFF
+        path.write_bytes(data)
+        video = outcome(read_video, path)
+        if isinstance(video, str):
+            continue
+        refused += len(decode_sparse(str(path), packet_table(str(path)), np.arange(12), id)) == 0
+        for k in range(12):
+            one = outcome(read_video, path, indices=[k])
+            np.testing.assert_array_equal(one[0], video[k], err_msg=f"{packet} {byte} {k}")
+    assert refused > 3

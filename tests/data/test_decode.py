@@ -22,7 +22,7 @@ from clips import (
 )
 from helpers import mostly_slow
 
-from vivit_jax.data import opened, packets, pictures
+from vivit_jax.data import h264, opened, packets, pictures
 from vivit_jax.data.decode import frame_times, probe_video, read_video, read_video_pyav
 from vivit_jax.data.sampling import sample_frame_indices
 from vivit_jax.errors import UserError, VideoError
@@ -193,27 +193,42 @@ def test_pictures_that_no_other_needs_are_not_decoded(clip, decoded, log, name):
     assert not log.messages
 
 
-@pytest.mark.parametrize(
-    "units, passing",
-    [
-        ([9, 1], True),
-        ([1, 1, 12], True),
-        ([0x21], False),  # nal_ref_idc 1: others are predicted from it
-        ([1, 0x21], False),
-        ([0x65], False),
-        ([6, 1], False),  # a message may hold for later pictures
-        ([8, 1], False),
-        ([], False),
-    ],
-)
-def test_packets_that_leave_nothing_behind(units, passing):
-    for length_bytes in (1, 2, 4):
-        data = b"".join(
-            (2 + n).to_bytes(length_bytes, "big") + bytes([u]) + b"x" * (1 + n)
-            for n, u in enumerate(units)
-        )
-        assert packets._h264_passing(memoryview(data), length_bytes) is passing
-        assert packets._h264_passing(memoryview(data[:-1]), length_bytes) is False  # cut off
+def test_packets_that_leave_nothing_behind(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", options={"preset": "medium"}, size=(128, 96))
+    with av.open(str(path)) as container:
+        header = container.streams.video[0].codec_context.extradata
+        stored = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+    def passing(change=bytes, header=header):
+        """Of packets whose reference is said to be none, whether they pass, each changed."""
+        tell, found = h264.Passing(header), []
+        for data in stored:
+            last = data[4] & 0x60 == 0 and len(data) == 4 + int.from_bytes(data[:4], "big")
+            passes = tell(change(data) if last else data)
+            found += [passes] if last else []
+            assert last or not passes
+        return found
+
+    assert len(passing()) > 5 and all(passing())
+    slice_, message = (
+        (len(stored[1]) - 4).to_bytes(4, "big"),
+        (3).to_bytes(4, "big") + b"\x06\x05\0",
+    )
+    delimiter = (2).to_bytes(4, "big") + b"\x09\x10"
+    assert slice_ == stored[1][:4]
+    assert all(passing(lambda data: delimiter + data))
+    changes = {
+        "a message may hold for later pictures": lambda data: message + data,
+        "others are predicted from it": lambda data: data[:4] + bytes([data[4] | 0x20]) + data[5:],
+        "cut off": lambda data: data[:-1],
+        "empty": lambda data: b"",
+        "it begins at another block": lambda data: data[:5] + b"\x40" + data[6:],
+        "its number": lambda data: data[:5] + bytes([data[5], data[6] ^ 0xFF]) + data[7:],
+    }
+    for why, change in changes.items():
+        assert not any(passing(change)), why
+    assert not any(passing(header=None))  # lengths are unknown
+    assert not any(passing(header=header[:8]))
 
 
 def test_decoding_from_the_start_stops_at_the_last_frame(clip, decoded):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vivit_jax.data import h264
+
 logger = logging.getLogger(__name__)
 
 TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -34,9 +36,6 @@ THREADED_CODECS = ("vp9", "av1", "prores")
 FEW_PACKETS = 8
 # Containers whose stated duration is no estimate.
 _STATED_DURATION = (*TIMED_CONTAINERS, "flv")
-# NAL units of h264 that leave nothing behind for other pictures if their nal_ref_idc is 0: slice,
-# delimiter, filler. Messages (SEI) and parameter sets may hold for the pictures that follow.
-_PASSING_UNITS = (1, 9, 12)
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Distrusted(Exception):
 
 
 class Reported(Exception):
-    """A decoder of several threads reports damage; one thread may give other frames."""
+    """A decoder reports damage where it was to give undamaged frames or none."""
 
 
 def reason_of(error) -> str:
@@ -245,13 +244,6 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
     shown = np.sort(table.pts)
     frame_at = dict(zip(shown[wanted].tolist(), wanted.tolist(), strict=True))
     position_at = {time: position for position, time in enumerate(table.pts.tolist())}
-    length_bytes = _h264_length_bytes(stream)
-
-    def needless(packet) -> bool:
-        if packet.pts in frame_at or not length_bytes:
-            return False
-        return _h264_passing(memoryview(packet), length_bytes)
-
     runs = _runs(table, wanted)
     # Pictures that precede the keyframe where decoding begins (open GOP) lack others by right:
     # h264's decoder would raise for them, hevc's leaves them out.
@@ -262,7 +254,11 @@ def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterat
     for first, last in runs:
         times = table.pts[first : last + 1]
         start = int(times[0])
-        decoded, skipped = [], []
+        decoded, skipped, passing = [], [], _passing(stream)
+
+        def needless(packet, passing=passing) -> bool:
+            return passing(packet) and packet.pts not in frame_at
+
         try:
             container.seek(start, stream=stream)
             for frame in _decode_run(
@@ -362,23 +358,39 @@ def _decode_run(
     yield from decode_packet(stream.codec_context, None)
 
 
-def _h264_length_bytes(stream) -> int:
-    """Bytes of the length before each NAL unit of h264 packets; 0 for other packets."""
-    header = stream.codec_context.extradata
-    if codec_name(stream) != "h264" or not header or len(header) < 7 or header[0] != 1:
-        return 0
-    return (header[4] & 3) + 1
+def refused_passing(container, stream, table: Table, begin: int, known: set[int]) -> int | None:
+    """The first packet that the decoder refuses and no other needs, from keyframe `begin` on.
+
+    Those already `known` are not decoded.
+    """
+    import av
+
+    position_at = {time: position for position, time in enumerate(table.pts.tolist())}
+    passing, start = _passing(stream), int(table.pts[begin])
+    _raise_for_damage(stream)
+    if begin:
+        container.seek(start, stream=stream)
+    for packet in _packets(container, stream):
+        position = position_at.get(packet.pts, -1)
+        if position < begin or position in known:
+            continue
+        passes = passing(packet)
+        try:
+            decode_packet(stream.codec_context, packet)
+        except av.FFmpegError:
+            # Those shown before the keyframe lack others where decoding begins there.
+            if passes and packet.pts >= start:
+                return position
+    return None
 
 
-def _h264_passing(data: memoryview, length_bytes: int) -> bool:
-    """Whether decoding the pictures that follow needs nothing of this packet."""
-    at = 0
-    while at + length_bytes < len(data):
-        unit = data[at + length_bytes]
-        if unit & 0x60 or unit & 0x1F not in _PASSING_UNITS:
-            return False
-        at += length_bytes + int.from_bytes(data[at : at + length_bytes], "big")
-    return at == len(data) > 0
+def _passing(stream) -> Callable:
+    """Tells of packets, one after the other from a keyframe on, whether it is known of each that
+    no other needs it."""
+    if codec_name(stream) != "h264":
+        return lambda packet: False
+    passing = h264.Passing(stream.codec_context.extradata)
+    return lambda packet: passing(memoryview(packet))
 
 
 def decode_packet(context, packet) -> list:
@@ -390,40 +402,51 @@ def decode_packet(context, packet) -> list:
 
 
 def frames_of_packets(
-    container, stream, limit: int, lost: list[tuple[int, str]], enough: Callable = lambda: False
+    container,
+    stream,
+    limit: int,
+    lost: list[tuple[int, str]],
+    enough: Callable = lambda: False,
+    strict: bool = False,
+    left_out: frozenset[int] = frozenset(),
 ) -> Iterator:
     """Yields the frames of the first `limit` packets, in the order in which they are shown.
 
     Or of fewer packets, once `enough()`, and all that the decoder has taken by then. Decoding goes
-    on after a packet that raises an error, whose number and reason `lost` gets. With several
-    threads Reported is raised instead, where the decoder reports any damage, or gives fewer frames
-    than it took packets, at the latest at the end. Raises av.FFmpegError for unusable headers.
+    on after a packet that raises an error, whose number and reason `lost` gets, as it does of those
+    `left_out`. With several threads, or `strict`, Reported is raised instead, where the decoder
+    reports any damage, or gives fewer frames than it took packets, at the latest at the end. Raises
+    av.FFmpegError for unusable headers.
     """
     import av
 
-    threaded, given, fed, held = uses_threads(stream), 0, 0, []
-    if threaded:
+    strict, given, fed, held = strict or uses_threads(stream), 0, 0, []
+    if strict:
         _raise_for_damage(stream)
     stream.codec_context.open(strict=False)  # headers that it refuses are no packet's error
     packets = itertools.takewhile(lambda _: not enough(), _packets(container, stream))
     for packet in itertools.chain(itertools.islice(packets, limit), [None]):
+        if packet is not None and fed in left_out:
+            lost.append((fed, "refused by the decoder"))
+            fed += 1
+            continue
         try:
             frames = decode_packet(stream.codec_context, packet)
         except av.FFmpegError as error:
-            if threaded:
+            if strict:
                 raise Reported(f"packet {fed} or one before it: {reason_of(error)}") from error
             lost.append((fed, reason_of(error)))
             frames = []
         fed += packet is not None and not packet.is_discard
         for frame in frames:
             given += 1
-            if threaded and frame.is_corrupt:
+            if strict and frame.is_corrupt:
                 raise Reported("a frame is marked as damaged")
             held.append(frame)
             # A b picture is predicted from the frame shown after it, which may be damaged.
-            if not threaded or frame.pict_type != av.video.frame.PictureType.B:
+            if not strict or frame.pict_type != av.video.frame.PictureType.B:
                 yield from held
                 held.clear()
-    if threaded and given < fed:  # an error gets lost where a frame comes out before it
+    if strict and given < fed:  # an error gets lost where a frame comes out before it
         raise Reported(f"{given} frames of {fed} packets")
     yield from held

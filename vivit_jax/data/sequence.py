@@ -4,6 +4,7 @@
 `vivit_jax.data.decode` says which frame has which number.
 """
 
+import functools
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vivit_jax.data.clock import Clock
-from vivit_jax.data.opened import open_video
+from vivit_jax.data.opened import open_video, scanned
 from vivit_jax.data.packets import (
     FEW_PACKETS,
     Distrusted,
@@ -22,8 +23,10 @@ from vivit_jax.data.packets import (
     Table,
     count_needed,
     divided,
+    file_state,
     frames_of_packets,
     named,
+    refused_passing,
     sparse_frames,
     warn_of_damage,
     warn_once,
@@ -93,8 +96,12 @@ class FromStart:
     Yields (number, frame, seconds from frame 0). The numbers are those of the packets' times where
     the table is trusted, and a frame that cannot be decoded is the one before it (the first ones,
     the one after them), and listed in `filled`; else frames are counted as they come. Where several
-    threads report damage, the numbers begin again at 0: the frames are decoded anew, by one thread,
-    and those given before come again, the same. Nothing but the decoder's frames is held.
+    threads report damage, or one of a trusted table, the numbers begin again at 0: the frames are
+    decoded anew, by one thread, and those given before come again, the same. Nothing but the
+    decoder's frames is held.
+
+    Of a trusted table a refused packet that no other needs is then left out: a decoder that has
+    seen it may give other frames after it, and frames that are sought are decoded without it.
 
     `cut` says at the end whether packets that cannot be decoded made it shorter; what is lost is
     logged. Raises VideoError for a file that has no frame.
@@ -106,13 +113,18 @@ class FromStart:
         self.cut, self.end = False, float("nan")
 
     def __iter__(self) -> Iterator[tuple]:
+        trusted = self.table.distrust is None
         try:
-            yield from self._decoded(several_threads=self.table.packets > FEW_PACKETS)
+            several_threads = self.table.packets > FEW_PACKETS
+            yield from self._decoded(several_threads, strict=trusted)
         except Reported as reason:
-            logger.debug("%s: decoding by one thread: %s", self.name, reason)
-            yield from self._decoded(several_threads=False)
+            logger.debug("%s: decoding again, by one thread: %s", self.name, reason)
+            left_out = _refused(self.name, file_state(self.name)) if trusted else frozenset()
+            yield from self._decoded(False, strict=False, left_out=left_out)
 
-    def _decoded(self, several_threads: bool) -> Iterator[tuple]:
+    def _decoded(
+        self, several_threads: bool, strict: bool, left_out: frozenset[int] = frozenset()
+    ) -> Iterator[tuple]:
         table, lost, filled, done, decoded = self.table, [], [], 0, 0
         self.filled = filled
         number_of = None
@@ -123,7 +135,13 @@ class FromStart:
             with open_video(self.name, several_threads) as (container, stream):
                 clock = Clock(table, stream)
                 new_frames = frames_of_packets(
-                    container, stream, table.packets, lost, lambda: done > self.last
+                    container,
+                    stream,
+                    table.packets,
+                    lost,
+                    lambda: done > self.last,
+                    strict,
+                    left_out,
                 )
                 for new in new_frames:
                     number = done if number_of is None else number_of.get(new.pts, -1)
@@ -166,6 +184,22 @@ class FromStart:
         fills = f"; {named(filled)} {repeats} before" if filled else ""
         why = causes or "packets without a picture"
         warn_once(self.name, "lost", "%s: %s (%s)%s", self.name, found, why, fills)
+
+
+@functools.lru_cache(maxsize=64)
+def _refused(name: str, state: tuple[int, ...]) -> frozenset[int]:
+    """Packets that the decoder refuses and no other needs, of a file whose table is trusted.
+
+    Each is looked for without those before it, which may be why others are refused.
+    """
+    table, found, begin = scanned(name, state), set(), 0
+    while True:
+        with open_video(name, several_threads=False) as (container, stream):
+            refused = refused_passing(container, stream, table, begin, found)
+        if refused is None:
+            return frozenset(found)
+        found.add(refused)
+        begin = int(table.keys[table.keys <= refused][-1])
 
 
 def decode_from_start(
