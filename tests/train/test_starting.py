@@ -336,11 +336,12 @@ def test_pixels_are_the_checkpoints_unless_the_processor_is_set(small):
     recipe = changed(PUBLISHED, model__start=small(beside), evaluation__resize=16)
     found = starting_model(recipe, NAMES)
     assert found.preprocessing.processor == beside
-    (note,) = processor_notes(found)
+    note, of_filter = processor_notes(found)
     assert "image_mean (0.4, 0.5, 0.6) (there (0.485, 0.456, 0.406))" in note
+    assert "resized bilinearly" in of_filter and "resample 3 (bicubic)" in of_filter
     kept = starting_model(apply_settings(recipe, ["processor=videomae-imagenet"]), NAMES)
     assert kept.preprocessing.processor == square(16)
-    (note,) = processor_notes(kept)
+    note, _ = processor_notes(kept)
     assert "image_mean (0.485, 0.456, 0.406) (there (0.4, 0.5, 0.6))" in note
     assert note.endswith("the recipe's processor=videomae-imagenet decides")
 

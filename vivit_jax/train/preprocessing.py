@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vivit_jax.data.processor import VIDEOMAE, VideoProcessor, processor_file
+from vivit_jax.data.processor_keys import FILTERS
 from vivit_jax.errors import UserError
 from vivit_jax.json_files import read_json
 from vivit_jax.recipes.checks import check_frames, model_config, preset_named
@@ -23,6 +24,7 @@ from vivit_jax.train.pixels import arithmetic
 NORMALISATION = (
     "do_rescale", "rescale_factor", "offset", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
+_BILINEAR = FILTERS.index("bilinear")  # of a run's own frames, whatever the processor's filter is
 # Below this share of the shorter side a view leaves out what recipes and processors show.
 _USUAL_SHARE = 0.7
 
@@ -251,6 +253,12 @@ def _geometry_notes(
                 "frames are resized (the shorter side) and cropped otherwise than by the "
                 f"checkpoint's processor: {', '.join(changed)}"
             )
+    if theirs is not None and theirs.do_resize and theirs.resample != _BILINEAR:
+        notes.append(
+            f"frames are resized bilinearly, otherwise than by the checkpoint's "
+            f"processor: resample {theirs.resample} ({FILTERS[theirs.resample]}), which the saved "
+            "one keeps"
+        )
     if resize != wanted:
         decides = "in proportion to the model's frames"
         if theirs is not None and resize == shortest_side(theirs):
