@@ -346,6 +346,23 @@ def test_pixels_are_the_checkpoints_unless_the_processor_is_set(small):
     assert note.endswith("the recipe's processor=videomae-imagenet decides")
 
 
+def test_a_checkpoint_of_another_model_than_the_presets_is_told(tmp_path, kinetics):
+    """Its configuration counts, even where the recipe is of another kind of ViViT."""
+    joint, _ = saved(tmp_path / "joint", VivitConfig(**LARGE, num_labels=4))
+    found = starting_model(vivit_recipe(joint, num_hidden_layers=2), NAMES)
+    assert found.model.config.attention_type == "joint"
+    (line,) = (line for line in found.report.splitlines() if "not that of model.preset" in line)
+    assert "vivit-b-16x2-fe-kinetics400: " in line
+    for words in (
+        "attention_type 'joint' (there 'factorised_encoder')",
+        "hidden_size 16 (there 768)",
+        "image_size 48 (there 224)",
+    ):
+        assert words in line
+    assert "num_hidden_layers" not in line  # the recipe's own, compared with the checkpoint's
+    assert "attention_type" not in starting_model(vivit_recipe(kinetics[0]), NAMES).report
+
+
 def test_published_processors_that_agree_are_not_told(tmp_path):
     """Of the recipe's own sizes: 224 for VideoMAE, 256 and 224 for ViViT."""
     tiny = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)

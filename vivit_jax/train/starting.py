@@ -4,7 +4,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from vivit_jax.pretrained import (
     fresh_params,
     initialise,
 )
-from vivit_jax.recipes.checks import model_config
+from vivit_jax.recipes.checks import model_config, preset_named
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.train.initial import papers_params
 from vivit_jax.train.preprocessing import (
@@ -234,6 +234,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
         notes += _config_notes(
             source, differing(config, opened.config, [n for n in names if n not in skipped])
         )
+        notes += _preset_notes(recipe, opened.config, (*changes, *skipped[: int(handed_over)]))
     if handed_over:
         found = init_from_pretraining(place, changes, seed=seed)
         return _completed(recipe, found, place, opened.config, notes)
@@ -341,6 +342,22 @@ def _config_notes(source: str, fields: Mapping[str, tuple[Any, Any]]) -> list[st
             f"{why}take the checkpoint's: --set {way_out}"
         )
     return [f"config differs from the checkpoint's: {told(fields)}"] if fields else []
+
+
+def _preset_notes(recipe: Recipe, held, said: Collection[str]) -> list[str]:
+    """What to tell of a checkpoint's model, which counts, where the preset names another one.
+
+    `said` are the fields that are told of otherwise.
+    """
+    preset = preset_named(recipe.model.preset).config
+    names = [n for n in of_the_function(preset, HEADS[recipe.task]) if n not in said]
+    fields = differing(held, preset, names)
+    if not fields:
+        return []
+    return [
+        f"the model is the checkpoint's, not that of model.preset {recipe.model.preset}: "
+        f"{told(fields)}"
+    ]
 
 
 def description(start: Start, task: str) -> dict[str, Any]:
