@@ -82,7 +82,7 @@ def _with_model_type(values: Mapping[str, Any]) -> Mapping[str, Any]:
     transformers' own classes do not ask for a model_type.
     """
     named = values.get("architectures")
-    if "model_type" in values or not isinstance(named, list):
+    if values.get("model_type") is not None or not isinstance(named, list):
         return values
     families = (ARCHITECTURES[n][0] for n in named if isinstance(n, str) and n in ARCHITECTURES)
     family = next(families, None)

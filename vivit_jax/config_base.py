@@ -351,8 +351,10 @@ class TransformerConfig:
             )
         values = cls._modernise(values)
         known = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
-        # null is transformers' way to leave these to itself.
-        null = ("num_labels", "output_hidden_states", "output_attentions")
+        # null is transformers' way to leave these to itself, and nothing to it where it has none.
+        null = ["num_labels", "output_hidden_states", "output_attentions"]
+        if found == cls.model_type:
+            null += [f.name for f in dataclasses.fields(cls) if f.metadata.get("only_if_set")]
         unset = [name for name in null if values.get(name, 0) is None]
         fields = {k: v for k, v in values.items() if k in known and k not in unset}
         extra = {k: v for k, v in values.items() if k not in known and k not in _REWRITTEN}

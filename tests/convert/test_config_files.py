@@ -62,6 +62,9 @@ def test_the_class_that_a_config_names_says_the_family(damaged, checkpoints):
         == vivit_jax.from_pretrained(checkpoints.path("mae cls"))[0]
     )
     values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(values | {"model_type": None}))
+    assert transformers.VideoMAEForVideoClassification.from_pretrained(path)
+    assert vivit_jax.from_pretrained(path)
     (path / "config.json").write_text(json.dumps(values | {"architectures": ["Other"]}))
     with pytest.raises(vivit_jax.ConfigError, match="model_type is None, expected one of"):
         vivit_jax.from_pretrained(path)

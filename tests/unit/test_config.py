@@ -217,6 +217,16 @@ def test_keys_that_are_not_known_are_named_once_and_written_back(family, caplog)
     assert len(again["label2id"]) == 7
 
 
+@pytest.mark.parametrize("family", [VivitConfig, VideoMAEConfig])
+def test_null_of_a_field_that_transformers_does_not_have_says_nothing(family):
+    own = [f.name for f in dataclasses.fields(family) if f.metadata.get("only_if_set")]
+    assert {"drop_path_rate", "class_splits"} <= set(own)
+    null = dict.fromkeys(own)
+    assert family.from_dict({"model_type": family.model_type} | null) == family()
+    with pytest.raises(ConfigError, match="got None"):
+        family.from_dict({"model_type": family.own_model_type} | null)
+
+
 def test_common_keys_are_kept_without_a_word(caplog):
     config = VivitConfig.from_dict({"video_size": [32, 224, 224], "use_cache": True})
     assert not caplog.records
