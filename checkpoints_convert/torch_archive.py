@@ -8,9 +8,11 @@ read, by plain reads, so that no more is in memory than the tensor.
 """
 
 import dataclasses
+import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,15 @@ from vivit_jax.limits import check_unpacked
 _LOCAL = struct.Struct("<4s5H3L2H")
 _END = struct.Struct("<4s4H2LH")
 _STEP = 2**20
+_SPARSE = b"ctorch._utils\n_rebuild_sparse_tensor\n"  # as pickles name a function
+_STANDS_IN = b"ccheckpoints_convert\nSparseTensor\n"
+
+
+class SparseTensor:
+    """Stands for a sparse tensor of a file, of which nothing is read."""
+
+    def __init__(self, *_):
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +47,8 @@ class Record:
 
 class Archive:
     """An archive whose directory and headers agree; `pickle` is its main pickle's bytes.
+
+    `outline` is what torch is given in its place: the same pickle, without the data of storages.
 
     Raises ValueError, zipfile.BadZipFile and what else Python's reader of the directory raises for
     a damaged file, CheckpointError for one that torch does not write: deflated entries, or an order
@@ -61,15 +74,20 @@ class Archive:
                     f"{path} says another order of bytes than little; write it again, on the "
                     "machine that it is of, as safetensors"
                 )
-        self._top = top
+        data = (r for name, r in self._records.items() if name.startswith(f"{top}/data/"))
+        self.outline, self._outlined = _outline(self.pickle, data)
+        self._dtypes: dict[int, np.dtype] = {}
         self._sound: set[str] = set()
 
-    def storage(self, key: str, size: int) -> Record:
-        """The record of the storage of that key; ValueError unless it has so many bytes."""
-        record = self._records.get(f"{self._top}/data/{key}")
-        if record is None or record.end - record.begin != size:
-            held = "no bytes" if record is None else f"{record.end - record.begin} bytes"
-            raise ValueError(f"data/{key} has {held}, its pickle says {size}")
+    def storage(self, place: int, size: int, dtype: np.dtype) -> Record:
+        """The record of a storage, by its place in the outline; ValueError unless of that size."""
+        record = self._outlined[place]
+        if record.end - record.begin != size:
+            raise ValueError(
+                f"{record.name} has {record.end - record.begin} bytes, its pickle says {size}"
+            )
+        if self._dtypes.setdefault(place, dtype) != dtype:
+            raise ValueError(f"{record.name} is stored as {self._dtypes[place]} and as {dtype}")
         return record
 
     def read(self, record: Record, start: int, stop: int) -> np.ndarray:
@@ -88,6 +106,25 @@ class Archive:
             ) from None
         self._sound.add(record.name)
         return data
+
+
+def _outline(pickle: bytes, data: Iterable[Record]) -> tuple[io.BytesIO, dict[int, Record]]:
+    """An archive of the pickle whose storages are empty, and each one's record by its place.
+
+    Loaded on "meta", where nothing is read of a storage, it tells of each tensor which storage is
+    its own: by that place. torch itself never looks into the file, so that it cannot find another
+    header in it than the ones that were compared.
+    """
+    file, places = io.BytesIO(), {}
+    with zipfile.ZipFile(file, "w") as archive:
+        # torch 2.14 looks into the data of sparse tensors, which are not there.
+        archive.writestr("archive/data.pkl", pickle.replace(_SPARSE, _STANDS_IN))
+        archive.writestr("archive/version", "3\n")
+        for record in data:
+            archive.writestr(f"archive/data/{record.name.partition('/data/')[2]}", b"")
+            places[file.tell()] = record
+    file.seek(0)
+    return file, places
 
 
 def _records(path: Path, file: BinaryIO, archive: zipfile.ZipFile, size: int) -> dict[str, Record]:

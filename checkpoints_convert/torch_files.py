@@ -22,7 +22,7 @@ from checkpoints_convert.tensors import (
     incomplete,
     known_dtype,
 )
-from checkpoints_convert.torch_archive import Archive, ArchivedTensor
+from checkpoints_convert.torch_archive import Archive, ArchivedTensor, SparseTensor
 from checkpoints_convert.torch_pickle import check_pickle
 from vivit_jax.errors import CheckpointError, MissingExtra, UserError, first_line, quoted
 from vivit_jax.limits import check_unpacked
@@ -59,7 +59,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
             state = (
                 torch.load(path, map_location="cpu", weights_only=True)
                 if archive is None
-                else _unpickled(torch, archive)
+                else torch.load(archive.outline, map_location="meta", weights_only=True)
             )
     except UserError as error:
         told = str(error)
@@ -105,40 +105,6 @@ def _checked(path: Path) -> Archive | None:
     return None
 
 
-def _unpickled(torch: Any, archive: Archive) -> Any:
-    """What an archive holds, its storages on "meta": each knows its record, and no data is read.
-
-    It is torch.load's own restricted unpickler on bytes that were checked. torch.load would find
-    storages by headers of its own reading.
-    """
-    from torch._weights_only_unpickler import Unpickler
-
-    storages: dict[str, Any] = {}
-
-    def load(saved: Any) -> Any:
-        _, kind, key, _, count = saved
-        key = key.decode() if isinstance(key, bytes) else key
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        if key not in storages:
-            size = count * dtype.itemsize
-            record = archive.storage(key, size)
-            untyped = torch.UntypedStorage(size, device="meta")
-            untyped.record = record
-            storages[key] = torch.storage.TypedStorage(
-                wrap_storage=untyped, dtype=dtype, _internal=True
-            )
-        if storages[key].dtype != dtype:
-            raise ValueError(f"data/{key} is stored as {storages[key].dtype} and as {dtype}")
-        return storages[key]
-
-    unpickler = Unpickler(io.BytesIO(archive.pickle), encoding="utf-8")
-    unpickler.persistent_load = load
-    try:
-        return unpickler.load()
-    finally:
-        torch._utils._validate_loaded_sparse_tensors()  # empties torch's list of them
-
-
 def looks_like_pickle(path: Path) -> bool:
     """Whether a file begins as torch's do: an archive, or a pickle of before torch 1.6."""
     with path.open("rb") as file:
@@ -162,7 +128,8 @@ def _harmless() -> list[Any]:
     for pure in (pathlib.PurePosixPath, pathlib.PureWindowsPath):
         names = pure.__name__, pure.__name__.removeprefix("Pure")
         stand_ins += [(pure, f"{module}.{name}") for module in _PATHLIB for name in names]
-    return [argparse.Namespace, scalar, old, np.dtype, *dtypes, *stand_ins]
+    sparse = (SparseTensor, "checkpoints_convert.SparseTensor")
+    return [argparse.Namespace, scalar, old, np.dtype, *dtypes, *stand_ins, sparse]
 
 
 def _culprit(error: pickle.UnpicklingError) -> str:
@@ -250,11 +217,14 @@ def _leaf(path: Path, archive: Archive | None, name: str, value: Any) -> LazyTen
 
     if isinstance(value, Unreadable):
         return value
-    if not isinstance(value, torch.Tensor):
+    dense = not isinstance(value, SparseTensor)
+    if dense and not isinstance(value, torch.Tensor):
         return constant(value)
-    dense = value.layout == torch.strided
-    record = getattr(value.untyped_storage(), "record", None) if dense else None
-    if not dense or (value.is_meta and record is None):
+    offset = None
+    if dense and value.layout == torch.strided and value.is_meta:
+        # By torch's documentation what a tensor that was loaded without its data knows.
+        offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if not dense or value.layout != torch.strided or (value.is_meta and offset is None):
         return Unreadable.because(f"not a dense tensor under a name: {name}")
     try:
         dtype = known_dtype(path, name, str(value.dtype).removeprefix("torch."), _torch_dtypes())
@@ -262,6 +232,7 @@ def _leaf(path: Path, archive: Archive | None, name: str, value: Any) -> LazyTen
         return Unreadable.because(str(error).removeprefix(f"{path}: "))
 
     if value.is_meta:
+        record = archive.storage(offset, value.untyped_storage().nbytes(), dtype)
         place = ArchivedTensor(
             archive,
             record,

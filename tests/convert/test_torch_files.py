@@ -230,3 +230,32 @@ def test_flipped_bits_never_give_other_numbers(tmp_path, count):
         assert all(np.array_equal(read[name], whole[name].numpy()) for name in whole), seed
         same += 1
     assert 0 < same < count
+
+
+def test_nothing_of_torch_but_its_public_loader(tmp_path, monkeypatch):
+    """What torch changes below `torch.load` cannot end in its own errors here."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(state() | {"sparse": torch.eye(3).to_sparse()}, path)
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append((a, k)) or load(*a, **k))
+    opened = open_checkpoint(tmp_path).tensors
+    (((file,), options),) = loads
+    assert options == {"map_location": "meta", "weights_only": True}
+    assert len(file.getvalue()) < path.stat().st_size and isinstance(file, io.BytesIO)
+    assert np.array_equal(opened["view"].read(), state()["view"].numpy())
+    assert "not a dense tensor under a name: sparse" in str(opened["sparse"].read())
+
+
+def test_an_archive_that_was_packed_again(tmp_path):
+    """Records in another order, at other places: they are found by name, not by alignment."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(state(), path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in reversed(parts.items()):
+            archive.writestr(name, data)
+    opened = open_checkpoint(tmp_path).tensors
+    for name, tensor in state().items():
+        wanted = tensor.detach().resolve_neg().double().numpy()
+        assert np.array_equal(opened[name].read().astype(np.float64), wanted), name
