@@ -399,6 +399,10 @@ DAMAGE = {
         lambda step: (step / "state" / "checksums.json").write_text("{}"),
         "state/checksums.json is not as it was written",
     ),
+    "a checksum of each file": (
+        lambda step: (step / "state" / "checksums.json").write_text('{"sha256": {}}'),
+        "state/.* is not among what checksums.json lists",
+    ),
     "no checksums": (without_sums, "its checksums.json is missing"),
 }
 

@@ -59,6 +59,9 @@ def damage(directory: Path) -> str | None:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{directory.name}/{CHECKSUMS} is not as it was written"
+    more = sorted({*_names(directory)} - listed.keys())
+    if more:
+        return f"{directory.name}/{more[0]} is not among what {CHECKSUMS} lists"
     for name, value in listed.items():
         if (instead := stand_in(directory / name)) is not None:
             return f"{directory.name}/{name} is {instead}"
@@ -74,15 +77,19 @@ def damage(directory: Path) -> str | None:
 def _write(directory: Path) -> None:
     if jax.process_index():
         return
-    names = sorted(
-        path.relative_to(directory).as_posix()
-        for path in directory.rglob("*")
-        if path.is_file() and path.name not in (CHECKSUMS, _AFTERWARDS)
-    )
-    values = {"sha256": {name: _sha256(directory / name) for name in names}}
+    values = {"sha256": {name: _sha256(directory / name) for name in sorted(_names(directory))}}
     path = directory / CHECKSUMS
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     sync(path)
+
+
+def _names(directory: Path) -> list[str]:
+    """The files that have checksums."""
+    return [
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in (CHECKSUMS, _AFTERWARDS)
+    ]
 
 
 def _sha256(path: Path) -> str:
