@@ -4,6 +4,7 @@
 import io
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -288,3 +289,14 @@ def test_a_line_that_was_changed(tmp_path, changed):
     with pytest.raises(UserError, match="line 2 is no line of metrics") as raised:
         read_metrics(path)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_pipe_in_the_place_of_metrics_is_not_opened(tmp_path):
+    """Which would wait for ever for somebody who writes to it."""
+    os.mkfifo(tmp_path / METRICS)
+    for read in (
+        lambda: MetricLog(tmp_path, resume_at=1),
+        lambda: read_metrics(tmp_path / METRICS),
+    ):
+        with pytest.raises(UserError, match=r"metrics.jsonl: a FIFO \(named pipe\), which is not"):
+            read()

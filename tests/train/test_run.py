@@ -43,6 +43,8 @@ def test_files_that_are_no_json(tmp_path):
     (tmp_path / RECIPE).write_bytes(b"\xff\xfe{")
     with pytest.raises(UserError, match="recipe.json is not valid JSON: .* put it back"):
         saved_recipe(tmp_path)
+    with pytest.raises(UserError, match="there is no .*model.json, which describes the model of"):
+        described_model(tmp_path / MODEL)
     (tmp_path / MODEL).write_text("{")
     with pytest.raises(UserError, match="model.json is not valid JSON"):
         described_model(tmp_path / MODEL)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO
 
 from vivit_jax.errors import MissingExtra, UserError
 from vivit_jax.files import whole_file, writing
+from vivit_jax.inputs import check_file
 from vivit_jax.json_files import parse_json
 from vivit_jax.progress import LiveLine, left
 
@@ -194,6 +195,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Each whole line as text and as its values."""
+    check_file(path)
     try:
         texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:

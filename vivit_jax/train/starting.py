@@ -372,6 +372,8 @@ def description(start: Start, task: str) -> dict[str, Any]:
 def described_model(path: Path) -> nn.Module:
     """The model whose `description` a file holds. UserError for a file that was changed."""
     hint = "put it back as it was written"
+    if not path.exists():
+        raise UserError(f"there is no {path}, which describes the model of the run; {hint}")
     values = read_json(path, hint=hint)
     parts = [values.get(name) for name in ("config", "execution")] if type(values) is dict else []
     if not parts or not all(isinstance(part, dict) for part in parts):
