@@ -397,6 +397,17 @@ def test_a_run_at_its_end_says_so_and_changes_nothing(whole, recipe):
     assert {path for path in before if before[path] != after[path]} <= {"report.html"}
 
 
+def test_a_model_that_is_gone_is_written_again_from_its_checkpoint(whole, recipe, tmp_path, caplog):
+    first, out = whole.model.parents[1], tmp_path / "run"
+    shutil.copytree(first, out)
+    shutil.rmtree(out / "models" / str(STEPS))
+    run(recipe, out, resume=True)
+    told = f"{out}/models/{STEPS} is gone; it is written again from the checkpoint"
+    assert [message for message in caplog.messages if str(out) in message] == [told]
+    for path in (first / "models" / str(STEPS)).iterdir():
+        assert (out / "models" / str(STEPS) / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("chosen", [False, True], ids=["damaged", "chosen"])
 def test_a_run_goes_on_from_an_earlier_checkpoint(whole, recipe, tmp_path, caplog, chosen):
     """Its latest one is damaged, or another one is asked for; it ends bit for bit the same."""

@@ -126,7 +126,7 @@ class Checkpoints:
         self._saved = True
         self._drop_later()
         self._tidy()
-        self._export(step, export)
+        self.write_model(step, export)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         self._scores[step] = _score(finite)
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
@@ -288,7 +288,14 @@ class Checkpoints:
                 "such as a full disk, and go on with --resume"
             ) from error
 
-    def _export(self, step: int, export: Callable[[Path], None] | None) -> None:
+    def lacks_model(self, step: int) -> bool:
+        """Whether the model of a checkpoint is gone, with a warning; the same in all processes."""
+        gone = bool(_from_first("" if (self._models / str(step)).is_dir() else "gone"))
+        if gone:
+            _warn(f"{self._models / str(step)} is gone; it is written again from the checkpoint")
+        return gone
+
+    def write_model(self, step: int, export: Callable[[Path], None] | None) -> None:
         """Write the model of a step; what goes wrong ends all processes, not one of them."""
         failed = None
         if export is not None:

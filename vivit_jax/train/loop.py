@@ -251,14 +251,16 @@ def _steps(
     clock, metrics, unreadable = _Clock(), {}, None
     position = batches.state()
 
-    def save(scores: dict[str, float] | None = None) -> None:
+    def export() -> Callable[[Path], None] | None:
+        """What writes the model, in the first process; all have a part in putting it together."""
         params = _whole(state.params if state.average is None else state.average)
-        export = lambda path: save_pretrained(  # noqa: E731
-            path, setting.model, params, setting.processor
-        )
+        if jax.process_index():
+            return None
+        return lambda path: save_pretrained(path, setting.model, params, setting.processor)
+
+    def save(scores: dict[str, float] | None = None) -> None:
         data = _of_all_processes(position)
-        first = jax.process_index() == 0
-        checkpoints.save(taken, state, data, scores, export if first else None)
+        checkpoints.save(taken, state, data, scores, export())
         run.write_bad_clips(data, unreadable)
 
     def tell(step: int, values: dict[str, jax.Array]) -> None:
@@ -284,6 +286,8 @@ def _steps(
         """The signal that ends this process, if it need not ask others, without another step."""
         return received[0] if received and jax.process_count() == 1 else None
 
+    if taken and checkpoints.lacks_model(taken):
+        checkpoints.write_model(taken, export())
     untold = stopped = None
     told_of_bad = bool(batches.bad)
     with _signals() as received:
