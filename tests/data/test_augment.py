@@ -20,7 +20,7 @@ from vivit_jax.data.augment import (
     three_crops,
     train_transform,
 )
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, VideoError
 from vivit_jax.recipes.recipe import AugmentSettings
 
 
@@ -51,6 +51,12 @@ def test_resize_does_not_smooth_as_pillow_does():
     clip = noise(1, 64, 64, 3)
     smooth = np.asarray(Image.fromarray(clip[0]).resize((20, 20), Image.Resampling.BILINEAR))
     assert np.abs(resize(clip, 20, 20)[0].astype(int) - smooth).mean() > 20
+
+
+def test_a_line_of_pixels_is_not_resized_to_gigabytes():
+    told = "a frame of 1x20000 would be resized to 224x4480000 by .*, which would take 8,028,160,00"
+    with pytest.raises(VideoError, match=told):
+        resize_shortest(np.zeros((8, 1, 20000, 3), np.uint8), 224)
 
 
 def test_resize_to_the_same_size_keeps_every_byte():

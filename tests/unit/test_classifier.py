@@ -3,6 +3,7 @@
 
 import copy
 import dataclasses
+import re
 import threading
 
 import jax
@@ -205,6 +206,23 @@ def test_frames_too_small_for_crops_are_named(classifier):
     told = str(found.error)
     assert told.startswith(f"array 0: frames of {height - 2} x {width} pixels (h x w) are smaller")
     assert "of which 3 were asked for: take one crop" in told and "augment" not in told
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        ({"shortest_edge": 16, "longest_edge": 32}, "0x32 by .*: no pixel would be left"),
+        ({"shortest_edge": 800}, "800x16000000 by .*, which would take 102,400,000,000 bytes of"),
+    ],
+)
+def test_a_video_that_cannot_be_resized_is_not_the_end_of_a_list(classifier, size, told):
+    """One line of pixels: nothing is left of it, or gigabytes are made of it."""
+    total = classifier.config.num_frames
+    other = _with(classifier, dataclasses.replace(classifier.processor, size=size))
+    square, line = (np.zeros((total, *each, 3), np.uint8) for each in ((20, 20), (1, 20000)))
+    first, second, third = other.classify([square, line, square])
+    assert first.error is None and third.error is None
+    assert re.search(f"a frame of 1x20000 would be resized to {told}", str(second.error))
 
 
 def test_a_processor_that_fits_no_video_is_no_videos_fault(classifier):

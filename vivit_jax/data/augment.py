@@ -143,8 +143,13 @@ def _neighbours(
 
 
 def resize_shortest(clip: np.ndarray, side: int) -> np.ndarray:
-    """Resizes with `resize` so that the shorter side is `side`; the longer is rounded down."""
-    return resize(clip, *_shortest(clip.shape[1:3], side))
+    """Resizes with `resize` so that the shorter side is `side`; the longer is rounded down.
+
+    Raises VideoError where the frames would become larger than frames may be that are read.
+    """
+    target = _shortest(clip.shape[1:3], side)
+    frames.check_resized(*clip.shape[1:3], target, {"shortest_edge": side})
+    return resize(clip, *target)
 
 
 def _shortest(frame: tuple[int, int], side: int) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, VideoError
+from vivit_jax.limits import check_unpacked
 
 
 def as_clips(videos: Any, input_format: str | None = None) -> list[list]:
@@ -144,7 +145,8 @@ def resized_to(size: Mapping[str, int], height: int, width: int) -> tuple[int, i
 
     size: {"height", "width"}, {"max_height", "max_width"}, or {"shortest_edge"} with or without
     "longest_edge", in pixels. Fractions are cut off, as transformers does.
-    Raises `UserError` where no pixel would be left of a side.
+    Raises `VideoError` where no pixel would be left of a side, or more would be made of the frame
+    than may be: eight bytes for each are counted, as of frames that are read.
     """
     short, long = min(height, width), max(height, width)
     if "height" in size:
@@ -161,12 +163,18 @@ def resized_to(size: Mapping[str, int], height: int, width: int) -> tuple[int, i
         # With a bound, a frame whose short side is right stays as it is, whatever its long side.
         other = long if bounded and short == edge else int(exact * long / short)
         target = (other, edge) if width <= height else (edge, other)
-    if min(target) < 1:
-        raise UserError(
-            f"a frame of {height}x{width} would be resized to {target[0]}x{target[1]} by size "
-            f"{dict(size)}: no pixel would be left"
-        )
+    check_resized(height, width, target, size)
     return target
+
+
+def check_resized(
+    height: int, width: int, target: tuple[int, int], size: Mapping[str, int]
+) -> None:
+    """VideoError where a frame cannot be resized to `target`, by `size`, as `resized_to` says."""
+    told = f"a frame of {height}x{width} would be resized to {target[0]}x{target[1]} by size {size}"
+    if min(target) < 1:
+        raise VideoError(f"{told}: no pixel would be left")
+    check_unpacked(f"{told}, which", 8 * target[0] * target[1], error=VideoError)
 
 
 def resize(
