@@ -233,3 +233,10 @@ def test_bounded_sizes_are_those_of_transformers():
         expected = get_image_size_for_max_height_width((height, width), edge, bound)
         if min(expected) > 0:
             assert resized_to({"max_height": edge, "max_width": bound}, height, width) == expected
+
+
+@pytest.mark.parametrize("name, value", [("image_std", [0.5, [], 0.5]), ("size", {"height": {}})])
+def test_nested_values_are_refused_whatever_step_reads_them(name, value):
+    off = {"do_normalize": False, "do_resize": False, "image_processor_type": "VivitImageProcessor"}
+    with pytest.raises(ConfigError, match=name):
+        VideoProcessor.from_dict(off | {name: value})

@@ -222,13 +222,22 @@ class VideoProcessor:
 
     @classmethod
     def _without_unused(cls, kind: str, values: dict[str, Any]) -> list[str]:
-        """Put defaults for what transformers would refuse in a step that is off; what to tell."""
+        """Put defaults for what transformers would refuse in a step that is off; what to tell.
+
+        What is nested is no value of any step: such a file is damaged, and refused.
+        """
         notes, plain = [], DEFAULTS[kind] | {"offset": False}
         for flag, names in OF_A_STEP.items():
             for name in names if values[flag] is False else ():
                 try:
                     cls(image_processor_type=kind, **plain | {flag: False, name: values[name]})
                 except ConfigError:
+                    value = values[name]
+                    parts = value.values() if isinstance(value, Mapping) else value
+                    if isinstance(value, Mapping | list | tuple) and any(
+                        isinstance(part, Mapping | list | tuple) for part in parts
+                    ):
+                        raise
                     notes.append(f"{name} is {values[name]!r}, which {flag}=False does not read")
                     values[name] = plain[name]
         return notes
