@@ -62,15 +62,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _weight_file(path: Path) -> Path:
-    if path.is_dir():
+    try:
+        is_dir, there = path.is_dir(), path.exists()
+    except OSError as error:  # a name that is too long, or a loop of links
+        raise CheckpointError(f"{quoted(path)}: {error.strerror}") from None
+    if is_dir:
         return (
             _first_file(path, *WEIGHT_FILES, "checkpoint")
             or _newest_step(path)
             or _first_file(path, *_FLAX_FILES)
             or _only_file(path)
         )
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+    if not there:
+        raise CheckpointError(f"{quoted(path)} does not exist")
     return _regular(path)
 
 

@@ -352,3 +352,11 @@ def test_a_run_s_directory_is_told_by_its_models(tmp_path):
         (tmp_path / "models" / step / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"is a training run; name .*/models/18 \(or 20\)"):
         open_checkpoint(tmp_path)
+
+
+def test_names_that_no_file_can_have():
+    for name in ("a" * 3000, "org/" + "b" * 3000, "a\0b"):
+        with pytest.raises(CheckpointError) as raised:
+            open_checkpoint(name)
+        told = str(raised.value)
+        assert len(told) < 300 and told.isprintable() and told.startswith(name[:1])
