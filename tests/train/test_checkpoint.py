@@ -436,6 +436,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, thr
     checkpoints.close()
 
 
+def test_hidden_files_are_no_damage(tmp_path, three, caplog):
+    """Such as .DS_Store, or what NFS keeps of a file that is removed while it is open."""
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    for part in ("state", "run"):
+        (tmp_path / "checkpoints" / "3" / part / ".DS_Store").write_bytes(b"x")
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    assert checkpoints.restore(abstract(make_state()))[2] == 3 and not caplog.text
+    checkpoints.close()
+
+
 def test_what_orbax_alone_needs_is_not_needed(tmp_path, three, caplog):
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
     for text in ("", "{", "[]", "null", '{"item_handlers": 3}', '{"commit_timestamp_nsecs": "x"}'):

@@ -59,7 +59,9 @@ def damage(directory: Path) -> str | None:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{directory.name}/{CHECKSUMS} is not as it was written"
-    more = sorted({*_names(directory)} - listed.keys())
+    # File systems and desktops keep hidden files of their own beside those that were written.
+    seen = {name for name in _names(directory) if not name.rpartition("/")[2].startswith(".")}
+    more = sorted(seen - listed.keys())
     if more:
         return f"{directory.name}/{more[0]} is not among what {CHECKSUMS} lists"
     for name, value in listed.items():
