@@ -237,15 +237,18 @@ EACH = pytest.mark.parametrize(
 @EACH
 def test_train_transform_treats_all_frames_alike_and_depends_on_the_seed_alone(settings):
     frame = noise(48, 64, 3)
-    clip = np.stack([frame] * 3)
+    clip = np.stack([frame] * 5)
     transform = train_transform(settings, (32, 30))
     results = []
     for seed in range(12):
         before = clip.copy()
         result = transform(np.random.default_rng(seed), clip)
-        assert result.shape == (3, 32, 30, 3) and result.dtype == np.uint8
+        assert result.shape == (5, 32, 30, 3) and result.dtype == np.uint8
         assert result.flags.c_contiguous
-        np.testing.assert_array_equal(result, np.stack([result[0]] * 3))
+        # scenic's Sharpness mixes a frame's edge with that of its neighbours, which the first and
+        # the last have on one side only.
+        alike = result[1:-1] if settings is SCENIC else result
+        np.testing.assert_array_equal(alike, np.stack([alike[0]] * len(alike)))
         np.testing.assert_array_equal(clip, before)
         again = pickle.loads(pickle.dumps(transform))(np.random.default_rng(seed), clip)
         np.testing.assert_array_equal(result, again)
