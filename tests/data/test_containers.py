@@ -162,6 +162,21 @@ def test_lost_bytes_of_a_transport_stream(tmp_path, caplog):
     assert 39 in counts and 40 in counts and min(counts) > 25
 
 
+def test_lost_bytes_of_an_hevc_transport_stream(tmp_path, caplog):
+    """Pictures that refer to a lost one are shown too, as FFmpeg's command line shows them."""
+    whole = write_clip(tmp_path / "whole.ts", codec="libx265", frames=48, gop=48, size=(128, 96))
+    data, path, marked = whole.read_bytes(), tmp_path / "lost.ts", 0
+    for place in range(6, len(data) // 188 - 6, len(data) // 188 // 8):
+        caplog.clear()
+        path.write_bytes(data[: 188 * place] + data[188 * (place + 1) :])
+        with av.open(str(path)) as container:
+            packets = sum(packet.size > 0 for packet in container.demux(video=0))
+        # The picture itself may be lost.
+        assert packets - 1 <= probe_video(path).num_frames == len(read_video(path)) <= packets
+        marked += "reports errors in frame" in caplog.text
+    assert marked > 2
+
+
 def mux(path, streams, **dispositions) -> None:
     """Writes (source file, disposition) pairs as the video streams of one file."""
     with av.open(str(path), "w") as out:

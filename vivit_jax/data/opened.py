@@ -11,6 +11,7 @@ from fractions import Fraction
 from vivit_jax.data.formats import EXPECTED as _EXPECTED
 from vivit_jax.data.formats import open_container
 from vivit_jax.data.packets import (
+    LOSSY_CONTAINERS,
     SPARSE_CODECS,
     TIMED_CONTAINERS,
     Table,
@@ -62,11 +63,15 @@ def refuse_link(name: str) -> None:
 def open_video(name: str, several_threads: bool = True) -> Iterator[tuple]:
     """(container, its video stream); what FFmpeg refuses is a VideoError."""
     import av
+    from av.codec.context import Flags
 
     try:
         with _opened(name) as container:
             stream = video_stream(name, container)
             set_threads(stream, several_threads)
+            if container.format.name in LOSSY_CONTAINERS and codec_name(stream) == "hevc":
+                # Its decoder, unlike others, keeps what refers to lost pictures to itself.
+                stream.codec_context.flags |= Flags.output_corrupt
             yield container, stream
     except av.FFmpegError as error:
         raise VideoError(
