@@ -132,7 +132,7 @@ def test_another_seed_gives_another_run(alone):
 def test_fsdp_divides_what_a_device_holds(size):
     """All but the biases of queries, values and MLPs, which have no axis of the model's width."""
     mesh = make_mesh(parse_mesh(f"fsdp={size}", size))
-    model, params, _ = starting_model(FINETUNE)
+    model, params, *_ = starting_model(FINETUNE)
     optimizer = make_optimizer(FINETUNE.optim, params, optax.constant_schedule(1e-3))
     shapes = state_shapes(model, optimizer, mesh)
     for tree, copies in ((shapes.params, 1), (shapes.optimizer, 2)):
