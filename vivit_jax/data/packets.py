@@ -420,7 +420,8 @@ def frames_of_packets(
     """
     import av
 
-    strict, given, fed, held = strict or uses_threads(stream), 0, 0, []
+    threaded, given, fed, held = uses_threads(stream), 0, 0, []
+    strict = strict or threaded
     if strict:
         _raise_for_damage(stream)
     stream.codec_context.open(strict=False)  # headers that it refuses are no packet's error
@@ -443,8 +444,9 @@ def frames_of_packets(
             if strict and frame.is_corrupt:
                 raise Reported("a frame is marked as damaged")
             held.append(frame)
-            # A b picture is predicted from the frame shown after it, which may be damaged.
-            if not strict or frame.pict_type != av.video.frame.PictureType.B:
+            # A b picture is predicted from the frame shown after it, which may be damaged. Of one
+            # thread none is held: hevc may show in it what its buffer held before.
+            if not threaded or frame.pict_type != av.video.frame.PictureType.B:
                 yield from held
                 held.clear()
     if strict and given < fed:  # an error gets lost where a frame comes out before it
