@@ -288,11 +288,15 @@ def test_a_run_of_eight_devices_is_interrupted_and_goes_on_with_one(
     with interrupted(signal.SIGINT, step=3):
         assert main([*args, "--set", *settings(recipe)]) == 130
     printed = capfd.readouterr()
+    left_out = f"left out, as they could not be read: 1 clip of training; {out}/bad_clips.json"
     assert printed.out.splitlines()[1:] == [
+        f"{left_out} says why",
         "stopped by SIGINT after step 3; go on with",
         f"  vivit-jax finetune --out '{out}' --resume",
     ]
-    assert [line for line in printed.err.splitlines() if not line.startswith("step ")] == [
+    bad, *said = [line for line in printed.err.splitlines() if not line.startswith("step ")]
+    assert bad.startswith("left out, as every clip that cannot be read will be: ")
+    assert said == [
         "SIGINT: ending after this step or validation, with a checkpoint; again: at once"
     ]
     outcome, _ = run(changed(recipe, train__accumulate=2), out, resume=True)
