@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -100,6 +101,19 @@ def test_an_array_is_read_as_the_video_it_was(model, clips, capsys, tmp_path, sc
     for ours, theirs in zip(array["predictions"], video["predictions"], strict=True):
         assert ours["label"] == theirs["label"]
         np.testing.assert_allclose(ours["score"], theirs["score"], rtol=1e-5)
+
+
+def test_square_pixels_are_those_that_a_player_shows(model, capsys, tmp_path):
+    wide = write_clip(tmp_path / "wide.mp4", frames=8, size=(64, 64), aspect=Fraction(2, 1))
+    stretched = tmp_path / "stretched.npy"
+    np.save(stretched, vivit_jax.read_video(wide, square_pixels=True))
+
+    def scores(*args):
+        status, out, _ = run(capsys, *args, "--model", model, "--json")
+        assert status == 0
+        return {p["label"]: p["score"] for p in json.loads(out)[0]["predictions"]}
+
+    assert scores(wide, "--square-pixels") == scores(stretched) != scores(wide)
 
 
 def test_a_broken_clip_does_not_stop_the_others(model, clips, capsys):

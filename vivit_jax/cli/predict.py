@@ -27,6 +27,7 @@ def predict(
     average: Literal["softmax", "logits"] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     batch_size: int = 1,
+    square_pixels: bool = False,
     json: bool = False,
 ) -> int:
     """Classify video files, by one clip each from the middle, or by several views.
@@ -48,6 +49,7 @@ def predict(
         average: What is averaged over these views. Default: softmax for VideoMAE, logits for ViViT.
         dtype: Of the computation.
         batch_size: Views that go through the model together.
+        square_pixels: Scale videos whose pixels are not square, as players do.
         json: Print a JSON list instead of text.
     """
     changes = joined(config)  # first, for a clip behind --config is taken for a setting
@@ -84,6 +86,7 @@ def predict(
         num_crops=num_crops,
         average=average,
         batch_size=batch_size,
+        square_pixels=square_pixels,
     )
     results, failed = [], False
     bar = tqdm(total=len(clips), unit="clip", disable=None if len(clips) > 1 else True)
