@@ -67,7 +67,7 @@ def attention(q, k, v, *, implementation: str = "auto"):
             f"width {q.shape[-1]}; it needs an NVIDIA GPU and dtype bfloat16 or float16. "
             "attention='auto' picks what runs"
         ) from error
-    # Of cuDNN's a remat policy keeps the result before its name, see `encoder.REMAT`.
+    # Of cuDNN's a remat policy keeps the result before its name, see `encoder.remat_policy`.
     return out if implementation == "cudnn" else checkpoint_name(out, SAVED)
 
 
