@@ -162,7 +162,8 @@ def _incomplete(
         return f"incomplete: {stream.frames or 'no number of'} frames announced, {found}"
     if stream.frames or not container.duration or latest is None:
         return None
-    if container.format.name not in _STATED_DURATION:
+    # Of several videos the length is that of the longest.
+    if container.format.name not in _STATED_DURATION or len(container.streams.video) > 1:
         return None
     end, length = float((latest + last_duration) * stream.time_base), container.duration / 1e6
     if end >= 0.9 * length:  # an audio stream may well be a little longer
