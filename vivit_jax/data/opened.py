@@ -20,6 +20,7 @@ from vivit_jax.data.packets import (
     reason_of,
     scan,
     set_threads,
+    videos_of,
     warn_once,
 )
 from vivit_jax.errors import UserError, VideoError
@@ -124,12 +125,10 @@ def video_stream(name: str, container):
     """
     from av.stream import Disposition
 
-    # A cover picture is stored as a video stream too.
-    pictures = [s for s in container.streams.video if s.disposition & Disposition.attached_pic]
-    videos = [s for s in container.streams.video if s not in pictures]
+    videos = videos_of(container)
     if not videos:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
-        cover = " (the video stream is a cover picture)" if pictures else ""
+        cover = " (the video stream is a cover picture)" if container.streams.video else ""
         raise VideoError(f"{name}: holds {kinds} streams but no video{cover}; {_EXPECTED}")
 
     def rank(stream) -> tuple[bool, bool, int]:

@@ -74,6 +74,14 @@ def codec_name(stream) -> str:
     return stream.codec_context.codec.canonical_name
 
 
+def videos_of(container) -> list:
+    """The video streams of a container but for cover pictures, which are stored as such too."""
+    from av.stream import Disposition
+
+    attached = Disposition.attached_pic
+    return [stream for stream in container.streams.video if not stream.disposition & attached]
+
+
 def scan(container, stream) -> Table:
     """Demuxes all packets."""
     import av
@@ -163,7 +171,7 @@ def _incomplete(
     if stream.frames or not container.duration or latest is None:
         return None
     # Of several videos the length is that of the longest.
-    if container.format.name not in _STATED_DURATION or len(container.streams.video) > 1:
+    if container.format.name not in _STATED_DURATION or len(videos_of(container)) > 1:
         return None
     end, length = float((latest + last_duration) * stream.time_base), container.duration / 1e6
     if end >= 0.9 * length:  # an audio stream may well be a little longer
