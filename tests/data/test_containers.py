@@ -309,3 +309,25 @@ def test_exif_of_motion_jpeg(tmp_path, name, orientation):
     np.testing.assert_array_equal([f.image() for f in FrameStream(path)], expected)
     info = probe_video(path)
     assert (info.height, info.width) == expected[0].shape[:2]
+
+
+def test_a_cover_picture_hides_no_missing_end(tmp_path, caplog):
+    """Its stream is no other video, whose length might be the one that the file states."""
+    path, picture = tmp_path / "cover.mkv", io.BytesIO()
+    Image.new("RGB", (64, 64)).save(picture, "png")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "5", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        container.add_attachment("cover.png", "image/png", picture.getvalue())
+        noise = np.random.default_rng(0)
+        for _ in range(40):
+            image = noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 2
+    assert probe_video(path).num_frames == 40 and not caplog.messages
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(0.6 * len(whole))])
+    assert 10 < probe_video(path).num_frames < 36
+    assert "incomplete or longer in sound: 1.60 s announced" in caplog.text
