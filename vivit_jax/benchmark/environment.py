@@ -4,11 +4,12 @@
 import dataclasses
 import datetime
 import importlib.metadata
-import os
 import platform
 import shlex
 import sys
 from pathlib import Path
+
+from vivit_jax.data.sequence import usable_cores
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "av", "torch", "transformers", "torchcodec")
 
@@ -39,8 +40,7 @@ def environment() -> Environment:
         except importlib.metadata.PackageNotFoundError:
             continue
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Environment(_device(), cores, versions, f"{datetime.date.today()}", command)
+    return Environment(_device(), usable_cores(), versions, f"{datetime.date.today()}", command)
 
 
 def _device() -> str:

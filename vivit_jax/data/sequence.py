@@ -48,7 +48,7 @@ def decode_sparse(
     a decoder's own threads these cannot change what is seen of damage.
     """
     needed = count_needed(table, wanted)
-    parts = divided(table, wanted, min(_cores(), 1 + needed // _PACKETS_OF_A_THREAD))
+    parts = divided(table, wanted, min(usable_cores(), 1 + needed // _PACKETS_OF_A_THREAD))
 
     def decoded(part: np.ndarray) -> dict[int, object]:
         several_threads = len(parts) == 1 and needed > FEW_PACKETS
@@ -67,8 +67,8 @@ def decode_sparse(
     return {k: image for part in found for k, image in part.items()}
 
 
-def _cores() -> int:
-    """How many this process may use."""
+def usable_cores() -> int:
+    """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux's
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
