@@ -13,12 +13,11 @@ import vivit_jax
 from checkpoints_convert import trees
 from vivit_jax.errors import UserError
 from vivit_jax.pretrained import abstract_params, fresh_params
-from vivit_jax.train import step as step_module
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.sharding import AXES, batch_sharding, bytes_on_a_device, make_mesh, parse_mesh
 from vivit_jax.train.starting import starting_model
 from vivit_jax.train.state import new_state, state_shapes
-from vivit_jax.train.step import make_step, on_mesh
+from vivit_jax.train.step import make_step
 
 PROCESSOR = vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16)
 STEPS = 4
@@ -192,6 +191,23 @@ def test_processes_that_cannot_share_a_batch_are_told(monkeypatch):
         make_mesh({"data": 1, "fsdp": 2, "tensor": 4})
 
 
+def test_a_mesh_of_given_devices():
+    last = jax.devices()[4:]
+    mesh = make_mesh(parse_mesh("data=2,tensor=2", 4), devices=last)
+    assert set(mesh.devices.flat) == set(last) and mesh.shape == dict(data=2, fsdp=1, tensor=2)
+
+
+def test_a_step_is_lowered_from_shapes():
+    """As it runs: with the mesh, and with the table for logical axes, which splits the heads."""
+    mesh, *_, shapes, step = built(PRETRAIN, "data=2,tensor=2")
+    batch = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=batch_sharding(mesh))
+        for name, value in next(batches(PRETRAIN)).items()
+    }
+    text = step.lower(shapes, batch).as_text()
+    assert '"tensor"' in text and "num_partitions = 4" in text
+
+
 def test_a_mesh_is_read():
     assert parse_mesh(None, 8) == dict(data=8, fsdp=1, tensor=1)
     assert parse_mesh("data=4, fsdp=2", 8) == dict(data=4, fsdp=2, tensor=1)
@@ -209,14 +225,12 @@ def test_gradients_are_summed_in_float32_of_a_model_that_computes_in_bfloat16(al
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recipe", [FINETUNE, PRETRAIN, DUAL, COLOURS_AND_SGD], ids=name)
-def test_strict_promotion(recipe, dtype, monkeypatch):
+def test_strict_promotion(recipe, dtype):
     """Traced, with all that is drawn, mixed and optimised, in parts and with an average."""
-    traced = lambda function, mesh: on_mesh(function.trace, mesh)  # noqa: E731
-    monkeypatch.setattr(step_module, "on_mesh", traced)
     config = dict(recipe.model.config) | dict(dtype=dtype, drop_path_rate=0.1)
     recipe = changed(recipe, train__accumulate=2, model__config=config)
     with jax.numpy_dtype_promotion("strict"):
         *_, shapes, step = built(recipe, "data=1")
-        new, values = step(shapes, next(batches(recipe))).out_info
+        new, values = step.trace(shapes, next(batches(recipe))).out_info
     assert values["loss"].dtype == jnp.float32
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, shapes)

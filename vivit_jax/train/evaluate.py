@@ -27,7 +27,7 @@ from vivit_jax.train.losses import reconstruction_targets
 from vivit_jax.train.metrics import classification_metrics
 from vivit_jax.train.pixels import Arithmetic, hashable_arithmetic, scaled_and_shifted
 from vivit_jax.train.sharding import batch_sharding, batch_shards, gathered, replicated
-from vivit_jax.train.step import draw_mask, on_mesh
+from vivit_jax.train.step import OnMesh, draw_mask
 from vivit_jax.train.views import Views
 
 logger = logging.getLogger(__name__)
@@ -293,7 +293,7 @@ def _forward(model: nn.Module, values: Arithmetic, average: str, mesh: Mesh):
         logits = out.logits.astype(jnp.float32)
         return jax.nn.softmax(logits) if average == "softmax" else logits
 
-    return on_mesh(jax.jit(forward, out_shardings=replicated(mesh)), mesh)
+    return OnMesh(jax.jit(forward, out_shardings=replicated(mesh)), mesh)
 
 
 @functools.lru_cache(maxsize=8)
@@ -316,7 +316,7 @@ def _errors(model: nn.Module, values: Arithmetic, masks: MaskSettings, mesh: Mes
         counted = jnp.ones_like(tokens) if mask.counted is None else mask.counted
         return jnp.sum(tokens * counted, axis=1) / jnp.sum(counted, axis=1)
 
-    return on_mesh(jax.jit(errors, out_shardings=replicated(mesh)), mesh)
+    return OnMesh(jax.jit(errors, out_shardings=replicated(mesh)), mesh)
 
 
 def _local_views(dataset, config, settings, mesh: Mesh, at_once: int | None, threads: int) -> Views:

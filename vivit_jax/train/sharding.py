@@ -8,7 +8,7 @@ The same step runs on one device and on any mesh.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,12 +59,13 @@ def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices of all processes; `sizes` as `parse_mesh` returns them.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `devices`, by default all of all processes; `sizes` as `parse_mesh` returns them.
 
     Raises UserError where the processes, each of which reads its own clips, cannot share a batch.
     """
-    count, shards = jax.process_count(), math.prod(sizes[axis] for axis in BATCH)
+    count = jax.process_count() if devices is None else len({d.process_index for d in devices})
+    shards = math.prod(sizes[axis] for axis in BATCH)
     if shards % count:
         raise UserError(
             f"the mesh {dict(sizes)} splits a batch into {shards} parts, which {count} processes "
@@ -72,7 +73,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         )
     shape = tuple(sizes[axis] for axis in AXES)
     # With explicit axes, the default, the constraints of linen modules raise.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step: the same function on one device and on a mesh, whole or in parts."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -74,10 +75,11 @@ def make_step(
     processor: VideoProcessor,
     mesh: Mesh,
     shapes: TrainState,
-) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+) -> "OnMesh":
     """The jitted step of a recipe: (state, batch) -> (new state, scalars by name).
 
-    A batch holds "clips", uint8 [b, t, h, w, c], and to fine-tune "labels", int [b] or [b, heads].
+    A batch holds "clips", uint8 [b, t, h, w, c], and to fine-tune "labels", int [b] or [b, heads];
+    to trace or lower the step, shapes with shardings do for both.
     The old state is donated. `shapes` is `state_shapes` of the same model, optimiser and mesh.
 
     What is random (masks, dropout, augmentation) is drawn for each clip from (seed, step, row), so
@@ -164,17 +166,33 @@ def make_step(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     out = (shardings, replicated(mesh))
     jitted = jit_step(step, pretraining=pretraining, out_shardings=out)
-    return on_mesh(jitted, mesh)
+    return OnMesh(jitted, mesh)
 
 
-def on_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """The function, with the mesh and our table for the logical axes that its models name."""
+class OnMesh:
+    """A jitted function with the mesh and our table for the logical axes that its models name."""
 
-    def run(*args):
-        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-            return function(*args)
+    def __init__(self, function: Callable, mesh: Mesh):
+        self._function, self._mesh = function, mesh
 
-    return run
+    def __call__(self, *args):
+        with self._here():
+            return self._function(*args)
+
+    def trace(self, *args) -> jax.stages.Traced:
+        """As the function's own `trace`."""
+        with self._here():
+            return self._function.trace(*args)
+
+    def lower(self, *args) -> jax.stages.Lowered:
+        """As the function's own `lower`."""
+        with self._here():
+            return self._function.lower(*args)
+
+    @contextlib.contextmanager
+    def _here(self) -> Iterator[None]:
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
+            yield
 
 
 def _reconstruct(model, recipe: Recipe, processor) -> Callable:
