@@ -29,7 +29,7 @@ from vivit_jax.data.dataset import read_dataset
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import ModelSettings
-from vivit_jax.train import loop
+from vivit_jax.train import loop, setting
 from vivit_jax.train.evaluate import evaluate
 from vivit_jax.train.log import MetricLog, read_metrics
 from vivit_jax.train.sharding import make_mesh, parse_mesh
@@ -73,7 +73,7 @@ def recipe(data):
 @pytest.fixture(scope="module", autouse=True)
 def equal_steps_are_compiled_once():
     """Runs of one recipe on one mesh share the compiled step, which takes seconds."""
-    made, make_step = {}, loop.make_step
+    made, make_step = {}, setting.make_step
 
     def remembered(model, optimizer, schedule, recipe, processor, mesh, shapes):
         free = dict(steps=None, checkpoint_every=None, keep=1, max_bad_steps=1)
@@ -86,7 +86,7 @@ def equal_steps_are_compiled_once():
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", remembered)
+        patch.setattr(setting, "make_step", remembered)
         yield
 
 

@@ -14,15 +14,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from vivit_jax.data.dataset import Dataset, read_dataset
 from vivit_jax.data.pipeline import Batches, Share
-from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError, WriteError
-from vivit_jax.pretrained import abstract_params, save_pretrained
+from vivit_jax.pretrained import save_pretrained
 from vivit_jax.recipes.checks import check, model_config
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.checkpoint import Checkpoints
@@ -34,10 +31,10 @@ from vivit_jax.train.evaluate import (
 )
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import leading_name
-from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.preprocessing import described_preprocessing
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run import BAD_CLIPS, RunDirectory
+from vivit_jax.train.setting import Setting, make_setting
 from vivit_jax.train.sharding import (
     batch_sharding,
     bytes_on_a_device,
@@ -46,8 +43,7 @@ from vivit_jax.train.sharding import (
     parse_mesh,
 )
 from vivit_jax.train.starting import Start, described_model, description, starting_model
-from vivit_jax.train.state import TrainState, new_state, state_shapes
-from vivit_jax.train.step import make_step
+from vivit_jax.train.state import TrainState, new_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,36 +55,6 @@ class Outcome:
     stopped: str | None  # the signal that ended it, None where it came to its end
     model: Path  # the best model's directory; without validation the last one's
     metrics: dict[str, float]  # of the last validation
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """All that a run works with and never changes."""
-
-    recipe: Recipe
-    mesh: Mesh
-    model: nn.Module
-    processor: VideoProcessor
-    validation: Dataset | None
-    optimizer: optax.GradientTransformation
-    shapes: TrainState  # with the sharding of each leaf
-    step: Callable  # (state, batch) -> (state, values)
-    per_epoch: int
-
-    @property
-    def rows(self) -> int:
-        """Clips of a step."""
-        return self.recipe.train.batch_size * self.recipe.data.repeats
-
-    @property
-    def steps(self) -> int:
-        """Of all epochs."""
-        return self.recipe.train.epochs * self.per_epoch
-
-    @property
-    def last(self) -> int:
-        """The step that the run ends with."""
-        return min(self.steps, self.recipe.train.steps or self.steps)
 
 
 def train(
@@ -209,18 +175,7 @@ def _prepare(
         labelled=finetune,
     )
     per_epoch = batches.order.steps_per_epoch
-    schedule = learning_rate(
-        recipe.optim,
-        batch_size=recipe.train.batch_size,
-        steps_per_epoch=per_epoch,
-        epochs=recipe.train.epochs,
-    )
-    optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
-    shapes = state_shapes(model, optimizer, mesh, averaged=recipe.optim.ema is not None)
-    step = make_step(model, optimizer, schedule, recipe, processor, mesh, shapes)
-    setting = Setting(
-        recipe, mesh, model, processor, validation, optimizer, shapes, step, per_epoch
-    )
+    setting = make_setting(recipe, mesh, model, processor, per_epoch, validation)
     return setting, batches, start
 
 

@@ -83,12 +83,7 @@ def starting_model(
     UserError where the recipe's `given` classes are others, ConfigError and CheckpointError as the
     loaders do.
     """
-    config, head = model_config(recipe), HEADS[recipe.task]
-    if recipe.task == "pretrain" and not isinstance(config, VideoMAEConfig):
-        raise UserError(
-            f"model.preset {recipe.model.preset!r} is a ViViT, which has no masked pre-training; "
-            "use a videomae preset"
-        )
+    config, head = _config(recipe), HEADS[recipe.task]
     kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
     if kept and recipe.model.start is None:
         raise _no_classes(recipe, "model.start is none")
@@ -105,6 +100,25 @@ def starting_model(
             if getattr(config, name) is not None:
                 changes[name] = getattr(config, name)
     return _loaded(recipe, config, head, changes, by_number=labels is not None)
+
+
+def planned_model(recipe: Recipe) -> tuple[nn.Module, Preprocessing]:
+    """The recipe's model as if it started from nothing, and what becomes of frames; no parameters.
+
+    A classifier has as many classes as the recipe says. UserError for what cannot be trained.
+    """
+    config = _config(recipe)
+    return build_model(config, HEADS[recipe.task]), preprocessing(recipe, config)
+
+
+def _config(recipe: Recipe) -> VivitConfig | VideoMAEConfig:
+    config = model_config(recipe)
+    if recipe.task == "pretrain" and not isinstance(config, VideoMAEConfig):
+        raise UserError(
+            f"model.preset {recipe.model.preset!r} is a ViViT, which has no masked pre-training; "
+            "use a videomae preset"
+        )
+    return config
 
 
 def _no_classes(recipe: Recipe, why: str) -> UserError:

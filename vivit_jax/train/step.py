@@ -95,8 +95,8 @@ def make_step(
     _check_colours(recipe, model.config.num_channels)
     pretraining = recipe.task == "pretrain"
     if pretraining:  # a mask that cannot be is told before a step is traced
-        drawn = lambda key: draw_mask(recipe.mask, key, 1, model.config.grid)  # noqa: E731
-        jax.eval_shape(drawn, jax.random.key(0))
+        grid = model.config.grid
+        jax.eval_shape(lambda: draw_mask(recipe.mask, jax.random.key(0), 1, grid))
     objective = (_reconstruct if pretraining else _classify)(model, recipe, processor)
     learns = trained(recipe.optim, shapes.params)
     shards, constraint = batch_shards(mesh), NamedSharding(mesh, PartitionSpec(None, BATCH))
@@ -114,7 +114,6 @@ def make_step(
         whole = dict(batch, rows=jnp.arange(rows, dtype=jnp.int32))
         weights = jnp.full(parts, 1 / parts)
         if pretraining:
-            grid = model.config.grid
             whole["mask"] = draw_mask(recipe.mask, jax.random.fold_in(key, 0), rows, grid)
 
         def loss_of(params, part, weight):
@@ -165,7 +164,8 @@ def make_step(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     out = (shardings, replicated(mesh))
-    jitted = jit_step(step, pretraining=pretraining, out_shardings=out)
+    with _platform_of(mesh):
+        jitted = jit_step(step, pretraining=pretraining, out_shardings=out)
     return OnMesh(jitted, mesh)
 
 
@@ -180,19 +180,27 @@ class OnMesh:
             return self._function(*args)
 
     def trace(self, *args) -> jax.stages.Traced:
-        """As the function's own `trace`."""
-        with self._here():
+        """As the function's own `trace`; the mesh may be of devices that are only compiled for."""
+        with self._here(), _platform_of(self._mesh):
             return self._function.trace(*args)
 
     def lower(self, *args) -> jax.stages.Lowered:
-        """As the function's own `lower`."""
-        with self._here():
+        """As the function's own `lower`; the mesh may be of devices that are only compiled for."""
+        with self._here(), _platform_of(self._mesh):
             return self._function.lower(*args)
 
     @contextlib.contextmanager
     def _here(self) -> Iterator[None]:
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
             yield
+
+
+@contextlib.contextmanager
+def _platform_of(mesh: Mesh) -> Iterator[None]:
+    """`platform()` is that of the mesh, also where its devices are only compiled for."""
+    place = mesh.devices.flat[0].platform
+    with contextlib.nullcontext() if place == platform() else jax.default_device(place):
+        yield
 
 
 def _reconstruct(model, recipe: Recipe, processor) -> Callable:
