@@ -208,6 +208,26 @@ def test_a_text_that_is_no_program():
         parse("module @jit_f {}")
 
 
+def test_an_instruction_of_several_lines():
+    """As a Pallas kernel's notes are printed, which look like the end of a computation."""
+    text = """
+ENTRY %main.1 (p.0: f32[3]) -> f32[3] {
+  %p.0 = f32[3]{0} parameter(0)
+  %k.1 = f32[3]{0} custom-call(%p.0), custom_call_target="tpu_custom_call", attributes={metadata={
+"notes":"{\\"block\\": 512}"
+}}, metadata={op_name="jit(f)/kernel"}
+  ROOT %t.2 = f32[3]{0} negate(%k.1)
+}
+"""
+    module = parse(text)
+    assert list(module.computations["main.1"]) == ["p.0", "k.1", "t.2"]
+    kernel = module.computations["main.1"]["k.1"]
+    assert (kernel.op_name, kernel.quoted("custom_call_target")) == (
+        "jit(f)/kernel",
+        "tpu_custom_call",
+    )
+
+
 def test_bytes_of_shapes():
     text = """
 ENTRY %main.1 (p.0: s4[3]) -> (pred[2], bf16[2,3]) {

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+_END = re.compile(r"\}(,|$)")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
-_COMMENT = re.compile(r"/\*.*?\*/")
+_COMMENT = re.compile(r"/\*index=\d+\*/")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -83,26 +84,37 @@ def parse(text: str) -> Module:
     """Read what `jax.stages.Compiled.as_text` returns. ValueError for what is no such text."""
     computations: dict[str, dict[str, Instruction]] = {}
     current = entry = None
+    pending: list[str] = []  # lines of an instruction, of which a kernel's notes have several
+
+    def finish() -> None:
+        if pending:
+            instruction = _instruction("\n".join(pending))
+            current[instruction.name] = instruction
+            pending.clear()
+
     for line in text.splitlines():
-        if current is not None and line[:1].isspace():
-            found = _INSTRUCTION.match(line)
+        if current is None:
+            found = _HEADER.match(line) if "->" in line else None
             if found:
-                instruction = _instruction(line, found)
-                current[instruction.name] = instruction
-            continue
-        found = _HEADER.match(line) if "->" in line else None
-        current = computations.setdefault(found[2], {}) if found else None
-        if found and found[1]:
-            entry = found[2]
+                current = computations.setdefault(found[2], {})
+                entry = found[2] if found[1] else entry
+        elif _END.match(line):
+            finish()
+            current = None
+        elif _INSTRUCTION.match(line):
+            finish()
+            pending.append(line)
+        elif pending:
+            pending.append(line)
     if entry is None:
         raise ValueError("this is no compiled program: it has no ENTRY")
     return Module(computations, entry)
 
 
-def _instruction(line: str, found: re.Match) -> Instruction:
+def _instruction(line: str) -> Instruction:
+    found = _INSTRUCTION.match(line)
     rest = line[found.end() :]
-    if "/*" in rest[: rest.find("metadata=")]:
-        rest = _COMMENT.sub("", rest)
+    rest = _COMMENT.sub("", rest)
     end = _closing(rest) if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opened = rest.index("(")
