@@ -75,6 +75,31 @@ def step_flops(
     return 3 * flops - _embedding(config, tokens)
 
 
+def recomputed_flops(
+    config: VivitConfig | VideoMAEConfig,
+    head: str = "classification",
+    visible: int | None = None,
+    decoded: int | None = None,
+) -> int:
+    """What of `forward_flops` a training step computes again instead of keeping it, by `remat`.
+
+    With "block" all products of the blocks, else none. Not counted are the scores, which all
+    attention but "xla" computes again in its backward pass.
+    """
+    if config.remat != "block":
+        return 0
+    flops = forward_flops(config, head, visible, decoded)
+    flops -= _embedding(config, config.num_tokens if visible is None else visible)
+    if head == "classification":
+        flops -= _product(1, config.hidden_size, config.num_labels)
+    if head == "pretraining":
+        width = config.decoder().hidden_size
+        decoded = config.num_tokens - visible if decoded is None else decoded
+        flops -= _product(visible, config.hidden_size, width)
+        flops -= _product(decoded, width, config.patch_values)
+    return flops
+
+
 def _vivit_blocks(config: VivitConfig, head: str, all_tokens: bool) -> int:
     t, h, w = config.grid
     layers, tokens, has_cls = config.num_hidden_layers, config.num_tokens, config.pooling == "cls"

@@ -11,3 +11,8 @@ def columns(table: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in table
     ]
+
+
+def readable(size: int) -> str:
+    """Bytes as text: "12.0 MiB", from 1024 MiB on "1.00 GiB"."""
+    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"

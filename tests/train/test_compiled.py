@@ -113,7 +113,9 @@ def test_the_loops_of_a_step(trained):
 
 def test_the_operations_of_a_step(trained):
     where, program = trained
-    assert program.bytes > 0 and {op.times for op in program.operations} == {1, LAYERS}
+    # A condition is asked once more than its body runs.
+    assert program.bytes > 0
+    assert {op.times for op in program.operations} == {1, LAYERS, LAYERS + 1}
     # Stacked weights are read a layer at a time.
     whole = LAYERS * 2 * WIDTH * INNER * 4 / 4
     moved = [op for op in program.operations if op.times == LAYERS]
@@ -142,6 +144,18 @@ def test_loops_within_loops(where):
     ]
     assert [loop.trips for loop in program.loops if loop.trips not in (3, 7)] == [None]
     assert {op.times for op in program.operations} >= {7, 21}
+
+
+@pytest.mark.parametrize("where", ["cpu", TPU, GPU])
+def test_a_condition_that_asks_other_devices(where):
+    """It is asked once before the one round that counts of a loop that may have any number."""
+    mesh = mesh_on(where)
+    step = lambda x: jax.lax.while_loop(lambda x: (x < 3).any(), lambda x: x * 2, x)  # noqa: E731
+    shape = ((512, 256), (BATCH,), jnp.float32)
+    program = read_program(compiled(step, mesh, where, shape, out=(BATCH,)), mesh)
+    assert [(loop.trips, loop.times) for loop in program.loops] == [(None, 1)]
+    (asked,) = program.collectives
+    assert (asked.kind, asked.axes, asked.times) == ("all-reduce", BATCH, 2)
 
 
 @pytest.mark.parametrize("where", ["cpu", TPU, GPU])

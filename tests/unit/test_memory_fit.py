@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -70,6 +71,22 @@ def test_forward_has_no_optimizer_and_half_the_params_in_bfloat16():
     assert single.arguments - half.arguments == half.params
     assert single.optimizer == single.aliased == 0
     assert single.total == single.arguments + single.outputs + single.temporaries
+
+
+def test_on_a_tpu_the_peak_is_the_compilers(monkeypatch):
+    """Which shares buffers; elsewhere that figure leaves temporaries out."""
+    sizes = dict(argument=10, output=6, alias=5, temp=100, generated_code=3)
+    analysis = types.SimpleNamespace(
+        peak_memory_in_bytes=40, **{f"{name}_size_in_bytes": size for name, size in sizes.items()}
+    )
+    compiled = types.SimpleNamespace(memory_analysis=lambda: analysis)
+    lowered = types.SimpleNamespace(compile=lambda compiler_options: compiled)
+    step = types.SimpleNamespace(lower=lambda state, inputs: lowered)
+    made = types.SimpleNamespace(step=step, state=((), ()), inputs=())
+    monkeypatch.setattr(fit, "program", lambda work: made)
+    for platform, total in (("tpu", 40), ("cpu", 111), ("gpu", 111)):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert memory_of(work(num_frames=6)).total == total
 
 
 DTYPES = ("float32", "bfloat16")

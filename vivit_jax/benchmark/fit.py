@@ -24,7 +24,7 @@ import jax
 from vivit_jax.benchmark.work import Work, program
 from vivit_jax.config_base import REMAT_POLICIES
 from vivit_jax.errors import UserError
-from vivit_jax.table import columns
+from vivit_jax.table import columns, readable
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
@@ -38,6 +38,9 @@ _GROWTH = 16  # how far beyond a batch that fits the search steps at most
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes that one step needs on the device; `total` is its peak, all buffers together.
+
+    `peak` is what a TPU's compiler says and checks: its buffers take the place of one another, and
+    their sum is far more. It is 0 elsewhere, where that figure leaves temporaries out.
 
     `params`, `optimizer` (its state; 0 in a forward pass) and `inputs` are counted from shapes. The
     others are XLA's: `arguments`, those three with the device's padding; `outputs`, of which
@@ -54,10 +57,13 @@ class Memory:
     aliased: int
     temporaries: int
     code: int
+    peak: int = 0
 
     @property
     def total(self) -> int:
-        """arguments + outputs - aliased + temporaries: the donated state once, without code."""
+        """`peak`, or arguments + outputs - aliased + temporaries: the donated state once."""
+        if self.peak:
+            return self.peak
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
@@ -75,7 +81,6 @@ def _memory_of(work: Work, platform: str) -> Memory:
     source = program(work)
     lowered = source.step.lower(source.state, source.inputs)
     analysis = lowered.compile(compiler_options=_COMPILER_OPTIONS.get(platform)).memory_analysis()
-    # Its peak_memory_in_bytes leaves out the temporaries on a CPU.
     params, optimizer = (source.state, ()) if work.kind == "forward" else source.state
     return Memory(
         params=_bytes(params),
@@ -86,6 +91,7 @@ def _memory_of(work: Work, platform: str) -> Memory:
         aliased=analysis.alias_size_in_bytes,
         temporaries=analysis.temp_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
+        peak=analysis.peak_memory_in_bytes if platform == "tpu" else 0,
     )
 
 
@@ -190,11 +196,6 @@ def table(rows: Sequence[Alternative], memory: int) -> str:
         f"{RESERVE:.0%}, compiled for {jax.default_backend()}"
     ]
     return "\n".join([*lines, *columns(cells)])
-
-
-def readable(size: int) -> str:
-    """Bytes as text: "12.0 MiB", from 1024 MiB on "1.00 GiB"."""
-    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"
 
 
 def parse_bytes(memory: str | int) -> int:

@@ -11,6 +11,7 @@ from vivit_jax.cli.demo import demo
 from vivit_jax.cli.evaluate import evaluate
 from vivit_jax.cli.export import export
 from vivit_jax.cli.extract import extract
+from vivit_jax.cli.plan import plan
 from vivit_jax.cli.predict import predict
 from vivit_jax.cli.presets import presets
 from vivit_jax.cli.recipes import recipes
@@ -27,6 +28,7 @@ COMMANDS = {
     "export": export,
     "extract": extract,
     "finetune": finetune,
+    "plan": plan,
     "predict": predict,
     "presets": presets,
     "pretrain": pretrain,

@@ -50,6 +50,7 @@ class Collective:
     group: int  # devices that take part together
     bytes: int  # what a device has of it: the larger of what it gives and of what it gets
     times: int  # that it runs
+    beside: bool  # other operations may run between its start and its end
     channel: int | None
     op_name: str
     name: str
@@ -79,7 +80,8 @@ class Operation:
 
     `bytes` is what a run reads and writes of the main memory, by the shapes: a slice counts as
     what is sliced, an update in place as what is updated. `cycles` is the TPU compiler's estimate,
-    None where it has none, as inside of Pallas kernels.
+    None where it has none, as inside of Pallas kernels; of these `flops` is what their own
+    `pl.CostEstimate` says, 0 without one.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Operation:
     results: tuple[hlo.Array, ...]
     bytes: int
     cycles: int | None
+    flops: int
     times: int
 
 
@@ -140,8 +143,10 @@ def _run(
         if each.opcode == "while":
             trips = _trips(module, each, module.computations[computation])
             loops.append(Loop(each.name, trips, times, each.op_name))
-            inner = times * (1 if trips is None else trips)
-            yield from _run(module, each.named("body"), inner, loops)
+            rounds = 1 if trips is None else trips
+            # A condition asks once more than the body runs, and may ask other devices.
+            yield from _run(module, each.named("condition"), times * (rounds + 1), loops)
+            yield from _run(module, each.named("body"), times * rounds, loops)
         elif each.opcode in ("call", "async-start"):
             called = each.named("to_apply") or each.named("calls")
             yield from _run(module, called, times, loops)
@@ -232,10 +237,17 @@ def _collective(
         group=max(map(len, groups)),
         bytes=max(sum(given), sum(got)),
         times=times,
+        beside=_beside(each),
         channel=None if channel is None else int(channel),
         op_name=each.op_name or next(filter(None, told), ""),
         name=each.name,
     )
+
+
+def _beside(each: Instruction) -> bool:
+    """Whether it has a start and an end: a GPU's pair, a TPU's that fusions have a part in."""
+    pair = each.opcode.endswith("-start") and '"is_sync":true' not in each.attributes
+    return pair or each.quoted("chain_id") is not None
 
 
 def _scatters(module: Module, each: Instruction, within: str) -> bool:
@@ -346,20 +358,22 @@ def _operation(
 ) -> Operation:
     operands = tuple(array for name in each.operands for array in local[name].arrays)
     results, cycles = _results(each, local), each.quoted("estimated_cycles")
-    targets = [each.quoted("custom_call_target")]
+    cost = re.search(r'"cost_estimate":\{"flops":"(\d+)"', each.attributes)
+    parts = [each]
     if each.opcode == "fusion":
-        inside = _fused(module, each.named("calls"))
-        targets = [part.quoted("custom_call_target") for part, _ in inside]
+        parts += [part for part, _ in _fused(module, each.named("calls"))]
+    targets = [part.quoted("custom_call_target") for part in parts]
     targets = [target for target in targets if target and target not in _NO_WORK]
     return Operation(
         name=each.name,
         opcode=each.opcode,
-        op_name=each.op_name,
+        op_name=next((part.op_name for part in parts if part.op_name), ""),
         target=targets[0] if targets else None,
         operands=operands,
         results=results,
         bytes=_traffic(module, each, local, results),
         cycles=None if cycles is None else int(cycles),
+        flops=int(cost[1]) if cost else 0,
         times=times,
     )
 

@@ -1,0 +1,368 @@
+"""A plan says what the compiled step is, and its formulas are those that it prints."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+from compilers import needs_cuda_plugin, needs_libtpu
+from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
+
+from vivit_jax.errors import UserError
+from vivit_jax.flops import forward_flops, recomputed_flops, step_flops
+from vivit_jax.pretrained import abstract_params
+from vivit_jax.recipes import RECIPES, model_config, recipe_named
+from vivit_jax.recipes.recipe import ModelSettings
+from vivit_jax.train import plan as plan_module
+from vivit_jax.train.compiled import Operation
+from vivit_jax.train.hardware import CHIPS, parse_topology
+from vivit_jax.train.meshes import all_meshes, sensible_meshes
+from vivit_jax.train.parts import PARTS, part_of
+from vivit_jax.train.plan import (
+    Moved,
+    Part,
+    Plan,
+    kernel_seconds,
+    least_memory,
+    link_bandwidth,
+    plan,
+    planned_setting,
+    training_videos,
+)
+from vivit_jax.train.plan_text import describe, mesh_text, ranking
+from vivit_jax.train.sharding import AXES, make_mesh, parse_mesh
+from vivit_jax.train.starting import planned_model
+
+ONE = parse_topology("v5e:1x1")
+FOUR = parse_topology("v5e:2x2")
+VIVIT = dataclasses.replace(
+    FINETUNE,
+    name="tiny-vivit",
+    model=ModelSettings(
+        preset="vivit-b-16x2-kinetics400",
+        config={k: v for k, v in SIZES.items() if not k.startswith(("decoder", "tubelet", "patch"))}
+        | dict(tubelet_size=(2, 8, 8), num_labels=4),
+    ),
+)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Topologies are of this machine's CPU devices, so that plans compile in a second."""
+    monkeypatch.setattr(plan_module, "compile_only_devices", lambda t: jax.devices()[: t.count])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
+
+
+def made(**fields):
+    """A plan by hand: 4 chips of v5e, 30 ms of compute, 4 of kernels."""
+    operation = Operation("fusion.1", "fusion", "jit(step)/mul", None, (), (), 5, 45_000_000, 0, 1)
+    values = dict(
+        recipe="some-kinetics400-pretrain",
+        topology=FOUR,
+        mesh=parse_mesh(None, 4),
+        clips=64,
+        videos=32,
+        versions={"jax": "1", "libtpu": "2"},
+        compile_seconds=3.0,
+        peak=2**33,
+        parameters=2**20,
+        optimizer=2**21,
+        arguments=2**22,
+        temporaries=2**32,
+        flops=10**12,
+        recomputed=0,
+        cycles=45_000_000,
+        kernels={"attention": 12},
+        kernel_seconds=4e-3,
+        uncounted_kernels=0,
+        parts=(Part("encoder MLP", 30e-3, 2**30),),
+        moved=(
+            Moved("all-reduce", ("data",), 3, 100, 200, 6e-3, 2e-3),
+            Moved("all-gather", ("data", "fsdp"), 3, 100, 200, 40e-3, 40e-3),
+        ),
+        bytes=2**30,
+        unknown_loops=0,
+        operations=(operation,),
+        epochs=100,
+        epoch_videos=3200,
+        text="HloModule",
+    )
+    return Plan(**values | fields)
+
+
+def test_the_formulas():
+    found = made()
+    assert found.fits and not made(peak=2**34 + 1).fits
+    assert found.compute_seconds == pytest.approx(30e-3)
+    # 4 ms of the all-reduce have nothing beside them; of 42 ms that have, 34 are hidden.
+    assert found.waiting_seconds == pytest.approx(4e-3 + 8e-3)
+    assert found.step_seconds == pytest.approx(46e-3)
+    assert found.clips_per_second == pytest.approx(64 / 46e-3)
+    assert found.host_videos_per_second == pytest.approx(32 / 46e-3)
+    assert found.utilization == pytest.approx(1e12 / 197e12 / 46e-3)
+    assert found.days == pytest.approx(100 * 100 * 46e-3 / 86400)
+    assert made(epoch_videos=None).days is None
+    hidden = made(moved=(Moved("all-gather", ("fsdp",), 1, 1, 1, 34e-3, 34e-3),))
+    assert hidden.waiting_seconds == pytest.approx(0)
+    between = made(moved=(Moved("all-reduce", ("data",), 1, 1, 1, None, 0.0),))
+    assert between.waiting_seconds == 0
+
+
+def test_the_text_has_the_figures():
+    text = describe(made(unknown_loops=2))
+    for expected in (
+        "some-kinetics400-pretrain on v5e:2x2, 4 devices of 1 machine, mesh data=4",
+        "estimate",
+        "nothing was run",
+        "jax 1, libtpu 2; compiled in 3 s",
+        "peak 8.00 GiB of 16.00 GiB: it fits",
+        "parameters 1.0 MiB, optimiser state 2.0 MiB, all arguments 4.0 MiB",
+        "1.00 TFLOP",
+        "step: 46.0 ms = compute + kernels + waiting",
+        "compute 30.0 ms: 45,000,000 cycles, estimated by the compiler, at 1.5 GHz",
+        "kernels 4.0 ms",
+        "attention 12",
+        "waiting 12.0 ms",
+        "2 loops do not tell their rounds",
+        "MFU 11.0%, 1391 clips/s; 0.01 days for 100 epochs of 3,200 videos",
+        "fusion.1: jit(step)/mul",
+    ):
+        assert expected in text, expected
+    assert "it does NOT fit" in describe(made(peak=2**35))
+    assert "--clips N" in describe(made(epoch_videos=None))
+    gpu = describe(made(topology=parse_topology("h100:8")))
+    assert "estimates no times" in gpu and "at most MFU" in gpu and "at least" in gpu
+    between = (Moved("all-reduce", ("data",), 1, 1, 1, None, 0.0),)
+    assert "network is not known" in describe(made(moved=between))
+    assert "fusion.1" not in describe(made(), top=0)
+
+
+def test_the_figures_as_json():
+    values = json.loads(json.dumps(made().to_dict()))
+    assert values["estimate"] == "nothing was run" and values["topology"] == "v5e:2x2"
+    assert values["step_seconds"] == made().step_seconds and values["devices"] == 4
+    assert values["operations"][0]["part"] == "optimiser" and "text" not in values
+
+
+def test_a_ranking():
+    fast, slow = made(), made(mesh=parse_mesh("data=2,fsdp=2", 4), cycles=90_000_000)
+    lines = ranking([fast, slow], {"tensor=4": "does not divide"}).splitlines()
+    assert lines[1].startswith("data=4 ") and lines[2].startswith("data=2,fsdp=2 ")
+    assert lines[3] == "tensor=4: does not divide"
+    assert mesh_text(parse_mesh(None, 1)) == "data=1"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("jit(step)/jvp(M)/backbone/patch_embed/dot_general", "patch embedding"),
+        (
+            "jit(step)/jvp(M)/backbone/while/body/closed_call/layers/attention/exp",
+            "encoder attention",
+        ),
+        ("jit(step)/transpose(jvp(M))/decoder/while/body/layers/attention/x", "decoder attention"),
+        ("checkpoint/rematted_computation/layers/mlp_in/tanh", "encoder MLP"),
+        ("jit(step)/jvp(M)/decoder/while/body/layers/mlp_out.unrounded/add", "decoder MLP"),
+        ("jit(step)/jvp(M)/backbone/spatial/while/body/layers/ln_mlp/mul", "encoder norms"),
+        ("jit(step)/jvp(M)/decoder/ln_final/rsqrt", "decoder norms"),
+        ("jit(step)/jvp(M)/backbone/while/body/dynamic_slice", "encoder, rest"),
+        ("jit(step)/jvp(M)/to_decoder.unrounded/dot_general", "decoder, rest"),
+        ("jit(step)/jvp(M)/jit(_var)/reduce_sum", "loss"),
+        ("jit(step)/transpose(jvp())/sub", "loss"),
+        ("jit(step)/jvp()/mul", "input pixels"),
+        ("batch['clips']", "input pixels"),
+        ("jit(step)/vmap(jit(_shuffle))/sort", "masks and random numbers"),
+        ("jit(step)/jit(_where)/select_n", "optimiser"),
+        ("state.optimizer.inner_states['train'].mu['backbone']['layers']", "optimiser"),
+        ("", "other"),
+        ("broadcast.227", "other"),
+    ],
+)
+def test_parts_of_a_step(name, part):
+    assert part_of(name) == part and part in PARTS
+
+
+def test_videos_of_recipes():
+    known = {name: training_videos(name) for name in RECIPES}
+    assert {name for name, count in known.items() if count is None} == {
+        "demo-pretrain",
+        "demo-finetune",
+        "demo-vivit",
+    }
+    assert known["videomae-v2-giant-kinetics710-kinetics600-finetune"] == 366_006
+    assert known["videomae-v1-base-kinetics400-pretrain"] == 240_436
+
+
+def test_links_by_the_sides_of_the_torus():
+    at = lambda x, y, slice_index=0: types.SimpleNamespace(  # noqa: E731
+        coords=(x, y, 0), slice_index=slice_index, process_index=0
+    )
+    devices = np.array([[[at(x, y)] for y in range(4)] for x in range(4)])
+    mesh = types.SimpleNamespace(devices=devices, axis_names=AXES)
+    topology = parse_topology("v5e:4x4")
+    assert link_bandwidth(mesh, ("data", "fsdp"), topology) == 200e9
+    assert link_bandwidth(mesh, ("data",), topology) == 100e9
+    slices = np.array([at(0, 0, i) for i in range(2)]).reshape(2, 1, 1)
+    mesh = types.SimpleNamespace(devices=slices, axis_names=AXES)
+    assert link_bandwidth(mesh, ("data",), topology) is None
+    assert link_bandwidth(mesh, ("fsdp",), topology) == 100e9
+    gpus = np.array([types.SimpleNamespace(process_index=i // 8) for i in range(16)])
+    mesh = types.SimpleNamespace(devices=gpus.reshape(2, 8, 1), axis_names=AXES)
+    assert link_bandwidth(mesh, ("fsdp",), parse_topology("h100:16")) == 450e9
+    assert link_bandwidth(mesh, ("data",), parse_topology("h100:16")) is None
+
+
+def test_seconds_of_kernels():
+    """The larger of products and traffic, at the chip's figures, as often as they run."""
+    kernel = Operation(
+        "k", "custom-call", "", "tpu_custom_call", (), (), 819, None, 197 * 10**6, 12
+    )
+    assert kernel_seconds(kernel, ONE) == pytest.approx(12e-6)
+    moving = dataclasses.replace(kernel, bytes=819 * 10**4, flops=0)
+    assert kernel_seconds(moving, ONE) == pytest.approx(12e-5)
+    assert kernel_seconds(dataclasses.replace(kernel, target="other"), ONE) == 0
+
+
+def test_what_is_computed_again():
+    """With "block" all products of blocks once more, and nothing else."""
+    for recipe, counts in ((PRETRAIN, (2, None)), (FINETUNE, (None, None)), (VIVIT, (None, None))):
+        config = model_config(recipe)
+        head = "pretraining" if recipe.task == "pretrain" else "classification"
+        assert recomputed_flops(config, head, *counts) == 0
+        block = dataclasses.replace(config, remat="block")
+        forward = forward_flops(config, head, *counts)
+        again = recomputed_flops(block, head, *counts)
+        assert 0 < again < forward
+        if head == "classification":  # an encoder of as many blocks again would take that much
+            twice = dataclasses.replace(config, num_hidden_layers=2 * config.num_hidden_layers)
+            grown = forward_flops(twice, head, *counts) - forward
+            assert grown == again or recipe is VIVIT  # whose last block reads one token
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=2,tensor=2"])
+def test_a_plan_is_of_the_step_that_trains(mesh, on_cpu):
+    topology = parse_topology("h100:8")
+    sizes = parse_mesh(mesh, 8)
+    found = plan(PRETRAIN, topology, sizes, videos=160)
+    model, _ = planned_model(PRETRAIN)
+    params = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract_params(model)))
+    if mesh == "data=8":
+        assert found.parameters == params and found.optimizer - 2 * params in (4, 8)
+        reduced = sum(
+            m.bytes for m in found.moved if m.kind == "all-reduce" and m.axes == ("data",)
+        )
+        assert params <= reduced
+    else:
+        assert params / 8 < found.parameters < params / 2
+        assert {axis for m in found.moved for axis in m.axes} == set(AXES)
+    config = model_config(PRETRAIN)
+    assert found.flops == 2 * step_flops(config, "pretraining", 2, 6)
+    assert (found.clips, found.videos, found.epoch_videos) == (16, 16, 160)
+    assert found.topology.hosts == 1 and found.peak and found.temporaries
+    assert "HloModule" in found.text and found.fits
+    assert json.loads(json.dumps(found.to_dict()))["mesh"] == sizes
+    setting = planned_setting(PRETRAIN, topology, sizes, 160)
+    assert setting.per_epoch == 10
+    least = least_memory(setting)
+    assert least["gradients"] == found.parameters and least["batch"] == 2 * 4 * 16 * 16 * 3 * 2 ** (
+        0 if mesh == "data=8" else 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "topology", "mesh", "message"),
+    [
+        (PRETRAIN, "h100:8", "tensor=8", "does not divide"),
+        (changed(PRETRAIN, train__batch_size=12), "h100:8", "data=8", "multiple of 8"),
+        (changed(PRETRAIN, train__batch_size=160), "h100:8", "data=8", "more than the 100 videos"),
+        (changed(PRETRAIN, train__epochs=0), "h100:8", "data=8", "train.epochs"),
+    ],
+)
+def test_what_cannot_be_planned(recipe, topology, mesh, message, on_cpu):
+    with pytest.raises(UserError, match=message) as told:
+        plan(recipe, parse_topology(topology), parse_mesh(mesh, 8), videos=100)
+    assert "\n" not in str(told.value)
+
+
+def test_too_little_memory_is_told_before_compiling(on_cpu, monkeypatch):
+    def never():
+        raise AssertionError("it would be compiled")
+
+    setting = planned_setting(PRETRAIN, parse_topology("h100:8"), parse_mesh("data=8", 8), 100)
+    held = sum(least_memory(setting).values())
+    for memory, expected in (
+        (held // 2, r"--mesh fsdp=8, which leaves 0\.\d MiB of state a device"),
+        (held // 64, "more than [0-9]+ chips along fsdp"),
+    ):
+        chip = dataclasses.replace(CHIPS["h100"], memory=memory)
+        monkeypatch.setitem(CHIPS, "h100", chip)
+        with pytest.raises(UserError, match=f"does not fit: .*what may fit: .*{expected}") as told:
+            plan(
+                PRETRAIN,
+                parse_topology("h100:8"),
+                parse_mesh("data=8", 8),
+                videos=100,
+                before_compiling=never,
+            )
+        assert "\n" not in str(told.value)
+
+
+def test_meshes_to_search(on_cpu):
+    """All that divide, those first that send least; why others are out."""
+    assert len(list(all_meshes(8))) == 10
+    assert all(math.prod(sizes.values()) == 12 for sizes in all_meshes(12))
+    base = recipe_named("videomae-v1-base-kinetics400-pretrain")
+    assert sensible_meshes(base, parse_topology("h100:8"))[0][0] == parse_mesh(None, 8)
+    meshes, refused = sensible_meshes(PRETRAIN, parse_topology("h100:8"), 100)
+    assert {sizes["tensor"] for sizes in meshes} == {1, 2}  # heads
+    assert all("does not divide" in why for why in refused.values()) and refused
+    with pytest.raises(UserError, match="multiple of"):
+        sensible_meshes(changed(PRETRAIN, train__batch_size=3), parse_topology("h100:8"), 100)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("recipe", [PRETRAIN, VIVIT], ids=lambda recipe: recipe.name)
+def test_a_plan_for_tpus(recipe):
+    found = plan(recipe, FOUR, parse_mesh("data=2,fsdp=2", 4), videos=1000)
+    assert found.cycles > 0 and found.fits and found.peak > found.arguments
+    assert found.compute_seconds == found.cycles / 1.5e9
+    # Mixup's Beta distribution is drawn by rejection: nobody knows in how many rounds.
+    assert bool(found.unknown_loops) == (recipe is VIVIT)
+    assert found.days > 0 and 0 < found.utilization < 1
+    seconds = sum(part.seconds for part in found.parts)
+    assert seconds == pytest.approx(found.compute_seconds + found.kernel_seconds)
+    names = {part.name for part in found.parts}
+    assert {"patch embedding", "encoder attention", "encoder MLP", "optimiser"} <= names
+    assert ("decoder attention" in names) == (recipe is PRETRAIN)
+    assert {m.axes for m in found.moved} >= {("data",), ("fsdp",)}
+    assert "nothing was run" in describe(found)
+
+
+@needs_libtpu
+def test_what_the_compiler_refuses_is_one_line():
+    large = changed(PRETRAIN, train__batch_size=3_000_000)
+    with pytest.raises(
+        UserError, match="the compiler needs .* GiB of a device and v5e has"
+    ) as told:
+        plan(large, ONE, parse_mesh(None, 1), videos=10**7)
+    assert "train.accumulate=" in str(told.value) and "\n" not in str(told.value)
+
+
+@needs_cuda_plugin
+def test_a_plan_for_gpus():
+    found = plan(PRETRAIN, parse_topology("h100:8"), parse_mesh("data=8", 8), videos=1000)
+    assert not found.cycles and found.fits and found.step_seconds > 0
+    assert {(m.kind, m.axes) for m in found.moved} == {("all-reduce", ("data",))}
+    chip = found.topology.chip
+    least = max(found.flops / chip.flops, found.bytes / chip.bandwidth)
+    assert found.compute_seconds == least
+
+
+def test_a_mesh_of_a_topology(on_cpu):
+    setting = planned_setting(FINETUNE, parse_topology("h100:4"), parse_mesh("fsdp=4", 4), 100)
+    assert setting.mesh == make_mesh(parse_mesh("fsdp=4", 4), jax.devices()[:4])
+    assert setting.batch_shapes["labels"].shape == (16,)

@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step compiled for hardware that is not there: whether it fits, and what it takes.
+
+`plan` compiles what `train` would run, for compile-only devices and with shapes for arrays, and
+reads the program. Nothing is run and nothing is allocated: every time is an estimate.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import re
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vivit_jax.errors import UserError
+from vivit_jax.flops import recomputed_flops, step_flops
+from vivit_jax.recipes.checks import check
+from vivit_jax.recipes.recipe import HEADS, Recipe
+from vivit_jax.table import readable
+from vivit_jax.train.compiled import Collective, Operation, Program, read_program
+from vivit_jax.train.hardware import Topology, compile_only_devices
+from vivit_jax.train.parts import PARTS, part_of
+from vivit_jax.train.setting import Setting, make_setting
+from vivit_jax.train.sharding import batch_shards, bytes_on_a_device, make_mesh
+from vivit_jax.train.starting import planned_model
+from vivit_jax.train.step import draw_mask
+
+# Videos to train on, by what ends a recipe's name; as the authors' lists have them.
+VIDEOS = {
+    "kinetics400": 240_436,
+    "kinetics600": 366_006,
+    "kinetics710": 658_340,
+    "ssv2": 168_913,
+    "epic-kitchens": 67_217,
+    "ucf101": 9_537,
+    "hmdb51": 3_570,
+    "hybrid": 1_350_000,
+}
+_COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
+_PALLAS = "tpu_custom_call"
+_ANY_STEPS = 10**6  # an epoch of a recipe whose number of clips is not known
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a part of the model takes in a step, one of `vivit_jax.train.parts.PARTS`."""
+
+    name: str
+    seconds: float  # by the compiler's estimate and of kernels; 0 on GPU
+    bytes: int  # that the main memory moves
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """All collectives of one kind along the same axes of the mesh."""
+
+    kind: str
+    axes: tuple[str, ...]
+    times: int  # in a step
+    bytes: int  # what a device has of them, in a step
+    sent: int  # by each device, in a step
+    seconds: float | None  # on the links; None between slices
+    beside_seconds: float  # of these, of what other operations may run beside
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step of a recipe takes on one device of a topology, all of it estimated.
+
+    Sizes are bytes of one device, times seconds of one step.
+    """
+
+    recipe: str
+    topology: Topology
+    mesh: Mapping[str, int]
+    clips: int  # of a step, on all devices, repeats counted
+    videos: int  # the same, each counted once
+    versions: Mapping[str, str]  # of jax and of the compiler
+    compile_seconds: float
+    # Memory. `peak` is what the compiler checks, all buffers and the program together.
+    peak: int
+    parameters: int
+    optimizer: int
+    arguments: int
+    temporaries: int
+    # Arithmetic of matrix products, on one device; `recomputed` is not in `flops`.
+    flops: int
+    recomputed: int
+    cycles: int  # estimated, of all operations but kernels; 0 on GPU
+    kernels: Mapping[str, int]  # calls in a step, by name; on GPU all custom calls, by target
+    kernel_seconds: float  # of Pallas kernels: their own count of operations at the chip's peak
+    uncounted_kernels: int  # of Pallas, that carry no such count
+    parts: tuple[Part, ...]
+    moved: tuple[Moved, ...]
+    bytes: int  # that the main memory moves
+    unknown_loops: int  # whose rounds the program does not tell; they count once
+    operations: tuple[Operation, ...]  # the costliest first
+    epochs: int
+    epoch_videos: int | None  # None where the recipe's data are not known
+    text: str = dataclasses.field(repr=False, compare=False)  # of the compiled program
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is no more than the chip's memory."""
+        return self.peak <= self.topology.chip.memory
+
+    @property
+    def compute_seconds(self) -> float:
+        """Estimated cycles at the nominal clock; on GPU the roofline of products and traffic."""
+        chip = self.topology.chip
+        if chip.platform == "gpu":
+            done = self.flops + self.recomputed
+            return max(done / chip.flops, self.bytes / chip.bandwidth)
+        return self.cycles / chip.clock
+
+    @property
+    def waiting_seconds(self) -> float:
+        """Of collectives, what nothing hides: those that nothing runs beside, and what of the
+        others is longer than all computing."""
+        known = [each for each in self.moved if each.seconds is not None]
+        beside = sum(each.beside_seconds for each in known)
+        alone = sum(each.seconds for each in known) - beside
+        return alone + max(0.0, beside - self.compute_seconds - self.kernel_seconds)
+
+    @property
+    def step_seconds(self) -> float:
+        """compute + kernels + waiting."""
+        return self.compute_seconds + self.kernel_seconds + self.waiting_seconds
+
+    @property
+    def clips_per_second(self) -> float:
+        """On all devices together, repeats counted."""
+        return self.clips / self.step_seconds
+
+    @property
+    def host_videos_per_second(self) -> float:
+        """What each machine has to read and decode."""
+        return self.videos / self.step_seconds / self.topology.hosts
+
+    @property
+    def utilization(self) -> float:
+        """MFU: the model's products, without those computed again, over what the chip could do."""
+        return self.flops / self.topology.chip.flops / self.step_seconds
+
+    @property
+    def days(self) -> float | None:
+        """Of all the recipe's epochs; None where the number of its videos is not known."""
+        if self.epoch_videos is None:
+            return None
+        steps = self.epochs * (self.epoch_videos // self.videos)
+        return steps * self.step_seconds / 86400
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without the program's text."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("text", "topology", "operations", "parts", "moved")
+        }
+        for name in ("parts", "moved"):
+            values[name] = [dataclasses.asdict(each) for each in getattr(self, name)]
+        values["operations"] = [
+            {
+                name: getattr(each, name)
+                for name in ("name", "opcode", "op_name", "bytes", "cycles", "flops", "times")
+            }
+            | {"part": part_of(each.op_name)}
+            for each in self.operations
+        ]
+        chip = dataclasses.asdict(self.topology.chip)
+        del chip["config"]
+        derived = (
+            "fits", "compute_seconds", "waiting_seconds", "step_seconds", "clips_per_second",
+            "host_videos_per_second", "utilization", "days",
+        )  # fmt: skip
+        return {
+            "estimate": "nothing was run",
+            "topology": str(self.topology),
+            "devices": self.topology.count,
+            "hosts": self.topology.hosts,
+            "chip": chip,
+            **values,
+            **{name: getattr(self, name) for name in derived},
+        }
+
+
+def plan(
+    recipe: Recipe,
+    topology: Topology,
+    mesh_sizes: Mapping[str, int],
+    *,
+    videos: int | None = None,
+    before_compiling: Callable[[], None] = lambda: None,
+) -> Plan:
+    """Compile the recipe's training step for a topology and read what it takes.
+
+    `mesh_sizes` are those of `vivit_jax.train.sharding.parse_mesh` for `topology.count` devices.
+    `videos` is the size of the data, by default that of `VIDEOS`. The model is the recipe's own
+    and starts from nothing: `model.start` and `data` are not read. `before_compiling` is called
+    once all that can be told in seconds is checked.
+
+    Raises UserError for what `train` would refuse, for what divides no batch, parameter or machine,
+    and, in one line with what would fit, for a step that needs more memory than there is; where
+    state, gradients and batch alone do, before minutes of compiling.
+    """
+    setting = planned_setting(recipe, topology, mesh_sizes, videos)
+    check_least_memory(setting, topology)
+    before_compiling()
+    start = time.monotonic()
+    try:
+        with warnings.catch_warnings():
+            # Programs for devices that are not there cannot be taken from a cache.
+            warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
+            compiled = setting.step.lower(setting.shapes, setting.batch_shapes).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _refused(error, setting, topology) from error
+    seconds = time.monotonic() - start
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    program = read_program(text, setting.mesh)
+    config, head = setting.model.config, HEADS[setting.recipe.task]
+    counts = _token_counts(setting)
+    on_one = setting.rows / topology.count
+    kernels, uncounted = _kernels(program)
+    return Plan(
+        recipe=recipe.name,
+        topology=topology,
+        mesh=dict(mesh_sizes),
+        clips=setting.rows,
+        videos=recipe.train.batch_size,
+        versions=_versions(topology),
+        compile_seconds=seconds,
+        peak=memory.peak_memory_in_bytes,
+        parameters=bytes_on_a_device(setting.shapes.params),
+        optimizer=bytes_on_a_device(setting.shapes.optimizer),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        flops=round(step_flops(config, head, *counts) * on_one),
+        recomputed=round(recomputed_flops(config, head, *counts) * on_one),
+        cycles=program.cycles,
+        kernels=kernels,
+        kernel_seconds=sum(kernel_seconds(each, topology) for each in program.operations),
+        uncounted_kernels=uncounted,
+        parts=_parts(program, topology),
+        moved=_moved(program, setting.mesh, topology),
+        bytes=program.bytes,
+        unknown_loops=sum(loop.trips is None for loop in program.loops),
+        operations=_costliest(program, topology),
+        epochs=recipe.train.epochs,
+        epoch_videos=videos or training_videos(recipe.name),
+        text=text,
+    )
+
+
+def planned_setting(
+    recipe: Recipe, topology: Topology, mesh_sizes: Mapping[str, int], videos: int | None = None
+) -> Setting:
+    """What `train` would run, on a mesh of compile-only devices. Takes a second or two."""
+    check(recipe)
+    mesh = make_mesh(mesh_sizes, compile_only_devices(topology))
+    model, frames = planned_model(recipe)
+    count = videos or training_videos(recipe.name)
+    per_epoch = _ANY_STEPS if count is None else count // recipe.train.batch_size
+    if not per_epoch:
+        raise UserError(
+            f"train.batch_size {recipe.train.batch_size} is more than the {count} videos of the "
+            "data; use a smaller one"
+        )
+    return make_setting(frames.recipe, mesh, model, frames.processor, per_epoch)
+
+
+def training_videos(name: str) -> int | None:
+    """Videos of the data that a recipe of this name trains on, None where that is not known."""
+    places = {data: name.rfind(data) for data in VIDEOS}
+    last = max(places, key=places.get)
+    return VIDEOS[last] if places[last] >= 0 else None
+
+
+def _token_counts(setting: Setting) -> tuple[int | None, int | None]:
+    """Tokens of a clip that the encoder sees and that the decoder predicts, None for all."""
+    if setting.recipe.task != "pretrain":
+        return None, None
+    grid = setting.model.config.grid
+    mask = jax.eval_shape(lambda: draw_mask(setting.recipe.mask, jax.random.key(0), 1, grid))
+    return mask.visible.shape[1], mask.predicted.shape[1]
+
+
+def _versions(topology: Topology) -> dict[str, str]:
+    compiler = _COMPILERS[topology.chip.platform]
+    return {name: importlib.metadata.version(name) for name in ("jax", compiler)}
+
+
+# Memory
+
+
+def least_memory(setting: Setting) -> dict[str, int]:
+    """Bytes that a device holds at least, by what: no compiler is asked.
+
+    Gradients have the shapes and places of the parameters; of the activations only what a block
+    takes is counted, which the backward pass of any `remat` finds kept.
+    """
+    config, shards = setting.model.config, batch_shards(setting.mesh)
+    rows = setting.rows // shards // setting.recipe.train.accumulate
+    visible, _ = _token_counts(setting)
+    tokens = config.num_tokens if visible is None else visible
+    itemsize = jax.numpy.dtype(config.dtype).itemsize
+    kept = rows * tokens * config.hidden_size * itemsize * config.num_hidden_layers
+    return {
+        "state": bytes_on_a_device(setting.shapes),
+        "gradients": bytes_on_a_device(setting.shapes.params),
+        "batch": bytes_on_a_device(setting.batch_shapes),
+        "inputs of the encoder's blocks": kept,
+    }
+
+
+def check_least_memory(setting: Setting, topology: Topology) -> None:
+    """UserError where what a step holds at least is more than there is."""
+    least = least_memory(setting)
+    needed, there = sum(least.values()), topology.chip.memory
+    if needed <= there:
+        return
+    of_what = ", ".join(f"{readable(size)} of {name}" for name, size in least.items())
+    raise UserError(
+        f"{setting.recipe.name} does not fit: a device needs at least {readable(needed)} "
+        f"({of_what}) and {topology.kind} has {readable(there)}; "
+        f"{_way_out(setting, topology, needed / there)}"
+    )
+
+
+def _refused(error: Exception, setting: Setting, topology: Topology) -> Exception:
+    """One line for a compiler's refusal of what needs too much memory; other errors as they are."""
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" not in message:
+        return error
+    found = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available \w+ \(?([\d.]+)([KMGT])", message)
+    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message) or found
+    if used is None:
+        first = " ".join(message.split())[:300]
+        return UserError(f"{setting.recipe.name} does not fit: {first}")
+    needed, there = (float(used[i]) * 1024 ** ("KMGT".index(used[i + 1]) + 1) for i in (1, 3))
+    return UserError(
+        f"{setting.recipe.name} does not fit: the compiler needs {readable(int(needed))} of a "
+        f"device and {topology.kind} has {readable(int(there))}; "
+        f"{_way_out(setting, topology, needed / there)}"
+    )
+
+
+def _way_out(setting: Setting, topology: Topology, times: float) -> str:
+    """What would make a step smaller that is `times` too large, the least change first."""
+    recipe, mesh, config = setting.recipe, setting.mesh.shape, setting.model.config
+    least, memory = least_memory(setting), topology.chip.memory
+    held, ways = least["state"] + least["gradients"], []
+    if held < memory:
+        if config.dtype == "float32":
+            ways.append("model.config.dtype=bfloat16")
+        if config.remat != "block":
+            ways.append("model.config.remat=block")
+        parts = recipe.train.accumulate
+        rows = setting.rows // batch_shards(setting.mesh)
+        enough = [k for k in range(parts + 1, rows + 1) if rows % k == 0 and k >= times * parts]
+        ways += [f"train.accumulate={enough[0]}"] if enough else []
+        shards = batch_shards(setting.mesh)
+        smaller = int(recipe.train.batch_size / times) // shards * shards
+        ways += [f"train.batch_size={smaller}"] if smaller else []
+    most = topology.count // mesh["tensor"]
+    left = held * mesh["fsdp"] / most
+    if mesh["fsdp"] < most and left < memory:
+        ways.append(f"--mesh fsdp={most}, which leaves {readable(int(left))} of state a device")
+    if held >= memory:
+        ways.append(f"more than {math.ceil(held * mesh['fsdp'] / memory)} chips along fsdp")
+    else:
+        ways.append(f"more chips than {topology.count}, for fewer clips each")
+    return f"what may fit: {'; '.join(ways)}"
+
+
+# Times
+
+
+def kernel_seconds(operation: Operation, topology: Topology) -> float:
+    """Of a Pallas kernel, as often as it runs: the larger of what its products and its traffic
+    take at the chip's figures; 0 of other operations."""
+    if operation.target != _PALLAS:
+        return 0.0
+    chip = topology.chip
+    once = max(operation.flops / chip.flops, operation.bytes / chip.bandwidth)
+    return once * operation.times
+
+
+def operation_seconds(operation: Operation, topology: Topology) -> float:
+    """Of one operation in a step: its estimated cycles, or what `kernel_seconds` says."""
+    cycles = (operation.cycles or 0) * operation.times
+    return cycles / topology.chip.clock + kernel_seconds(operation, topology)
+
+
+def _kernels(program: Program) -> tuple[dict[str, int], int]:
+    """Calls in a step of what is no XLA, and how many of Pallas carry no count of operations.
+
+    A TPU's program has other custom calls too, which are XLA's own.
+    """
+    calls, uncounted = defaultdict(int), 0
+    on_tpu = any(each.cycles for each in program.operations)
+    for each in program.operations:
+        if each.target == _PALLAS:
+            calls[re.sub(r"[.\d]+$", "", each.name)] += each.times
+            uncounted += 0 if each.flops else each.times
+        elif each.target is not None and not on_tpu:
+            calls[each.target] += each.times
+    return dict(calls), uncounted
+
+
+def _parts(program: Program, topology: Topology) -> tuple[Part, ...]:
+    seconds, moved = defaultdict(float), defaultdict(int)
+    for each in program.operations:
+        part = part_of(each.op_name)
+        seconds[part] += operation_seconds(each, topology)
+        moved[part] += each.bytes * each.times
+    return tuple(Part(name, seconds[name], moved[name]) for name in PARTS if name in moved)
+
+
+def _costliest(program: Program, topology: Topology) -> tuple[Operation, ...]:
+    def cost(each: Operation):
+        return operation_seconds(each, topology), each.bytes * each.times
+
+    return tuple(sorted(program.operations, key=cost, reverse=True))
+
+
+def _moved(program: Program, mesh: Mesh, topology: Topology) -> tuple[Moved, ...]:
+    groups: dict[tuple, list[Collective]] = defaultdict(list)
+    for each in program.collectives:
+        groups[each.kind, each.axes].append(each)
+    found = []
+    for (kind, axes), each in groups.items():
+        rate = link_bandwidth(mesh, axes, topology)
+        sent = {b: sum(c.sent * c.times for c in each if c.beside == b) for b in (True, False)}
+        found.append(
+            Moved(
+                kind=kind,
+                axes=axes,
+                times=sum(c.times for c in each),
+                bytes=sum(c.bytes * c.times for c in each),
+                sent=sum(sent.values()),
+                seconds=None if rate is None else sum(sent.values()) / rate,
+                beside_seconds=0.0 if rate is None else sent[True] / rate,
+            )
+        )
+    return tuple(sorted(found, key=lambda each: each.sent, reverse=True))
+
+
+def link_bandwidth(mesh: Mesh, axes: tuple[str, ...], topology: Topology) -> float | None:
+    """Bytes a second that a device sends to others along some axes of the mesh.
+
+    Of a TPU's links, those along the sides of the torus that the axes reach over, each taken as a
+    closed ring; of GPUs all of them. None between slices, or between machines with GPUs.
+    """
+    along = [slice(None) if axis in axes else 0 for axis in mesh.axis_names]
+    devices = mesh.devices[tuple(along)].reshape(-1)
+    if topology.chip.platform == "gpu":
+        return topology.chip.links if len({d.process_index for d in devices}) == 1 else None
+    if len({getattr(d, "slice_index", 0) for d in devices}) > 1:
+        return None
+    reached = sum(len(set(place)) > 1 for place in zip(*(d.coords for d in devices), strict=True))
+    return topology.chip.links * max(reached, 1) / topology.chip.dimensions
