@@ -9,6 +9,7 @@ from compilers import needs_cuda_plugin, needs_libtpu
 
 from vivit_jax.errors import MissingExtra, UserError
 from vivit_jax.train.hardware import CHIPS, compile_only_devices, parse_topology
+from vivit_jax.train.sharding import make_mesh, parse_mesh
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,31 @@ def test_devices_of_tpus(kind):
     assert (len(devices), {d.platform for d in devices}) == (topology.count, {"tpu"})
     assert len({d.process_index for d in devices}) == topology.hosts
     assert {d.slice_index for d in devices} == {0, 1}
+
+
+@needs_libtpu
+def test_slices_lie_along_data():
+    topology = parse_topology("v5e:2x4", slices=2)
+    devices = compile_only_devices(topology)
+    mesh = make_mesh(parse_mesh("data=4,fsdp=4", 16), devices)
+    assert mesh.shape == dict(data=4, fsdp=4, tensor=1)
+    slices = [{d.slice_index for d in row.flat} for row in mesh.devices]
+    assert slices == [{0}, {0}, {1}, {1}]
+    for text, message in (
+        ("fsdp=16", "does not divide 2 slices"),
+        ("data=2,tensor=8", "cannot share"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_mesh(parse_mesh(text, 16), devices)
+
+
+@needs_libtpu
+def test_a_mesh_that_does_not_lie_on_a_torus():
+    devices = compile_only_devices(parse_topology("v5p:4x4x4"))
+    assert make_mesh(parse_mesh("data=4,fsdp=16", 64), devices).shape["fsdp"] == 16
+    with pytest.raises(UserError, match="whole sides of their torus") as told:
+        make_mesh(parse_mesh("data=2,fsdp=32", 64), devices)
+    assert "\n" not in str(told.value)
 
 
 @needs_libtpu

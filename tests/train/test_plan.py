@@ -7,7 +7,6 @@ import math
 import types
 
 import jax
-import numpy as np
 import pytest
 from compilers import needs_cuda_plugin, needs_libtpu
 from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
@@ -84,6 +83,7 @@ def made(**fields):
             Moved("all-reduce", ("data",), 3, 100, 200, 6e-3, 2e-3),
             Moved("all-gather", ("data", "fsdp"), 3, 100, 200, 40e-3, 40e-3),
         ),
+        network_bytes=0,
         bytes=2**30,
         unknown_loops=0,
         operations=(operation,),
@@ -137,7 +137,8 @@ def test_the_text_has_the_figures():
     gpu = describe(made(topology=parse_topology("h100:8")))
     assert "estimates no times" in gpu and "at most MFU" in gpu and "at least" in gpu
     between = (Moved("all-reduce", ("data",), 1, 1, 1, None, 0.0),)
-    assert "network is not known" in describe(made(moved=between))
+    assert "between slices or machines: an unknown network" in describe(made(moved=between))
+    assert "machines, 2.0 MiB a device: an unknown" in describe(made(network_bytes=2**21))
     assert "fusion.1" not in describe(made(), top=0)
 
 
@@ -199,21 +200,16 @@ def test_videos_of_recipes():
 
 def test_links_by_the_sides_of_the_torus():
     at = lambda x, y, slice_index=0: types.SimpleNamespace(  # noqa: E731
-        coords=(x, y, 0), slice_index=slice_index, process_index=0
+        coords=(x, y, 0), slice_index=slice_index
     )
-    devices = np.array([[[at(x, y)] for y in range(4)] for x in range(4)])
-    mesh = types.SimpleNamespace(devices=devices, axis_names=AXES)
     topology = parse_topology("v5e:4x4")
-    assert link_bandwidth(mesh, ("data", "fsdp"), topology) == 200e9
-    assert link_bandwidth(mesh, ("data",), topology) == 100e9
-    slices = np.array([at(0, 0, i) for i in range(2)]).reshape(2, 1, 1)
-    mesh = types.SimpleNamespace(devices=slices, axis_names=AXES)
-    assert link_bandwidth(mesh, ("data",), topology) is None
-    assert link_bandwidth(mesh, ("fsdp",), topology) == 100e9
-    gpus = np.array([types.SimpleNamespace(process_index=i // 8) for i in range(16)])
-    mesh = types.SimpleNamespace(devices=gpus.reshape(2, 8, 1), axis_names=AXES)
-    assert link_bandwidth(mesh, ("fsdp",), parse_topology("h100:16")) == 450e9
-    assert link_bandwidth(mesh, ("data",), parse_topology("h100:16")) is None
+    row, column = [at(x, 0) for x in range(4)], [at(0, y) for y in range(4)]
+    assert link_bandwidth(row, topology) == link_bandwidth(column, topology) == 100e9
+    assert link_bandwidth(row + column, topology) == 200e9
+    assert link_bandwidth([at(0, 0, i) for i in range(2)], topology) is None
+    gpus = [types.SimpleNamespace(process_index=i // 8) for i in range(16)]
+    assert link_bandwidth(gpus[:8], parse_topology("h100:16")) == 450e9
+    assert link_bandwidth(gpus[::8], parse_topology("h100:16")) is None
 
 
 def test_seconds_of_kernels():
@@ -340,6 +336,15 @@ def test_a_plan_for_tpus(recipe):
     assert ("decoder attention" in names) == (recipe is PRETRAIN)
     assert {m.axes for m in found.moved} >= {("data",), ("fsdp",)}
     assert "nothing was run" in describe(found)
+
+
+@needs_libtpu
+def test_a_plan_for_slices():
+    """Of each device's gradients, scattered within its slice, its part is sent to the other."""
+    found = plan(PRETRAIN, parse_topology("v5e:2x1", 2), parse_mesh("data=4", 4), videos=1000)
+    assert found.topology.count == 4
+    assert found.network_bytes >= found.parameters / 2
+    assert {m.seconds is None for m in found.moved} == {False}
 
 
 @needs_libtpu

@@ -47,13 +47,18 @@ class Collective:
 
     kind: str  # one of KINDS
     axes: tuple[str, ...]  # of the mesh, along which the devices of a group differ
-    group: int  # devices that take part together
+    devices: tuple[int, ...]  # of one group, as `mesh.devices.flat` has them
     bytes: int  # what a device has of it: the larger of what it gives and of what it gets
     times: int  # that it runs
     beside: bool  # other operations may run between its start and its end
     channel: int | None
     op_name: str
     name: str
+
+    @property
+    def group(self) -> int:
+        """How many devices take part together."""
+        return len(self.devices)
 
     @property
     def sent(self) -> int:
@@ -234,7 +239,7 @@ def _collective(
     return Collective(
         kind=kind,
         axes=mesh_axes(groups, mesh.shape),
-        group=max(map(len, groups)),
+        devices=max(groups, key=len),
         bytes=max(sum(given), sum(got)),
         times=times,
         beside=_beside(each),

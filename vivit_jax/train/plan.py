@@ -12,7 +12,7 @@ import re
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,6 +98,7 @@ class Plan:
     uncounted_kernels: int  # of Pallas, that carry no such count
     parts: tuple[Part, ...]
     moved: tuple[Moved, ...]
+    network_bytes: int  # sent to other slices, which no collective of the program shows
     bytes: int  # that the main memory moves
     unknown_loops: int  # whose rounds the program does not tell; they count once
     operations: tuple[Operation, ...]  # the costliest first
@@ -248,6 +249,7 @@ def plan(
         uncounted_kernels=uncounted,
         parts=_parts(program, topology),
         moved=_moved(program, setting.mesh, topology),
+        network_bytes=_sent_to_slices(program),
         bytes=program.bytes,
         unknown_loops=sum(loop.trips is None for loop in program.loops),
         operations=_costliest(program, topology),
@@ -430,35 +432,41 @@ def _costliest(program: Program, topology: Topology) -> tuple[Operation, ...]:
 
 
 def _moved(program: Program, mesh: Mesh, topology: Topology) -> tuple[Moved, ...]:
-    groups: dict[tuple, list[Collective]] = defaultdict(list)
+    groups: dict[tuple, list[tuple[Collective, float | None]]] = defaultdict(list)
     for each in program.collectives:
-        groups[each.kind, each.axes].append(each)
+        rate = link_bandwidth([mesh.devices.flat[i] for i in each.devices], topology)
+        seconds = None if rate is None else each.sent * each.times / rate
+        groups[each.kind, each.axes, rate is None].append((each, seconds))
     found = []
-    for (kind, axes), each in groups.items():
-        rate = link_bandwidth(mesh, axes, topology)
-        sent = {b: sum(c.sent * c.times for c in each if c.beside == b) for b in (True, False)}
+    for (kind, axes, unknown), pairs in groups.items():
+        each = [one for one, _ in pairs]
+        beside = sum(seconds or 0.0 for one, seconds in pairs if one.beside)
         found.append(
             Moved(
                 kind=kind,
                 axes=axes,
-                times=sum(c.times for c in each),
-                bytes=sum(c.bytes * c.times for c in each),
-                sent=sum(sent.values()),
-                seconds=None if rate is None else sum(sent.values()) / rate,
-                beside_seconds=0.0 if rate is None else sent[True] / rate,
+                times=sum(one.times for one in each),
+                bytes=sum(one.bytes * one.times for one in each),
+                sent=sum(one.sent * one.times for one in each),
+                seconds=None if unknown else sum(seconds for _, seconds in pairs),
+                beside_seconds=beside,
             )
         )
     return tuple(sorted(found, key=lambda each: each.sent, reverse=True))
 
 
-def link_bandwidth(mesh: Mesh, axes: tuple[str, ...], topology: Topology) -> float | None:
-    """Bytes a second that a device sends to others along some axes of the mesh.
+def _sent_to_slices(program: Program) -> int:
+    """Bytes in a step; libtpu turns what reaches over slices into sends through the hosts."""
+    sends = (each for each in program.operations if each.opcode == "send")
+    return sum(each.operands[0].bytes * each.times for each in sends)
 
-    Of a TPU's links, those along the sides of the torus that the axes reach over, each taken as a
-    closed ring; of GPUs all of them. None between slices, or between machines with GPUs.
+
+def link_bandwidth(devices: Sequence[jax.Device], topology: Topology) -> float | None:
+    """Bytes a second that one of a group of devices sends to the others.
+
+    Of a TPU's links, those along the sides of the torus that the group reaches over, each taken as
+    a closed ring; of GPUs all of them. None between slices, or between machines with GPUs.
     """
-    along = [slice(None) if axis in axes else 0 for axis in mesh.axis_names]
-    devices = mesh.devices[tuple(along)].reshape(-1)
     if topology.chip.platform == "gpu":
         return topology.chip.links if len({d.process_index for d in devices}) == 1 else None
     if len({getattr(d, "slice_index", 0) for d in devices}) > 1:

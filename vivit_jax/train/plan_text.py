@@ -127,8 +127,11 @@ def _step(plan: Plan) -> list[str]:
         f"  waiting {1e3 * plan.waiting_seconds:.1f} ms: collectives that nothing runs beside, and "
         f"what of the others is longer than the rest, {_RING}"
     )
-    if any(each.seconds is None for each in plan.moved):
-        lines.append("    without those between slices or machines, whose network is not known")
+    if plan.network_bytes or any(each.seconds is None for each in plan.moved):
+        sent = f", {readable(plan.network_bytes)} a device" if plan.network_bytes else ""
+        lines.append(
+            f"    without what is sent between slices or machines{sent}: an unknown network"
+        )
     if plan.unknown_loops:
         lines.append(f"  {plan.unknown_loops} loops do not tell their rounds and count once")
     return lines

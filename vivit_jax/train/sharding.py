@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, first_line
 from vivit_jax.pretrained import boxed_params
 
 AXES = ("data", "fsdp", "tensor")
@@ -62,7 +63,9 @@ def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of `devices`, by default all of all processes; `sizes` as `parse_mesh` returns them.
 
-    Raises UserError where the processes, each of which reads its own clips, cannot share a batch.
+    Where the devices are of several TPU slices, joined by a slower network, these lie along "data".
+    Raises UserError where the slices do not divide that, and where the processes, each of which
+    reads its own clips, cannot share a batch.
     """
     count = jax.process_count() if devices is None else len({d.process_index for d in devices})
     shards = math.prod(sizes[axis] for axis in BATCH)
@@ -71,9 +74,26 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"the mesh {dict(sizes)} splits a batch into {shards} parts, which {count} processes "
             "cannot share; make data x fsdp a multiple of them (--mesh)"
         )
-    shape = tuple(sizes[axis] for axis in AXES)
-    # With explicit axes, the default, the constraints of linen modules raise.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape, auto = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
+    found = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in found})
+    if sizes["data"] % slices:
+        raise UserError(
+            f"the mesh {dict(sizes)} does not divide {slices} slices, between which only clips are "
+            "split; make data a multiple of them (--mesh)"
+        )
+    try:
+        if slices > 1:
+            within, between = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1)
+            placed = create_hybrid_device_mesh(within, between, found)
+            return Mesh(placed, AXES, axis_types=auto)
+        # With explicit axes, the default, the constraints of linen modules raise.
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    except NotImplementedError as error:
+        raise UserError(
+            f"the mesh {dict(sizes)} does not lie on these chips: each axis has to be a product of "
+            f"whole sides of their torus (--mesh); jax says: {first_line(error)[:160]}"
+        ) from error
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
