@@ -19,6 +19,7 @@ from vivit_jax.recipes.recipe import ModelSettings
 from vivit_jax.train import plan as plan_module
 from vivit_jax.train.compiled import Operation
 from vivit_jax.train.hardware import CHIPS, parse_topology
+from vivit_jax.train.least_memory import least_memory
 from vivit_jax.train.meshes import all_meshes, sensible_meshes
 from vivit_jax.train.parts import PARTS, part_of
 from vivit_jax.train.plan import (
@@ -26,7 +27,6 @@ from vivit_jax.train.plan import (
     Part,
     Plan,
     kernel_seconds,
-    least_memory,
     link_bandwidth,
     plan,
     planned_setting,

@@ -7,16 +7,15 @@ around it.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from vivit_jax.train import hlo
 from vivit_jax.train.hlo import Instruction, Module
+from vivit_jax.train.replica_groups import mesh_axes, permuted_pairs, replica_groups
 
 KINDS = (
     "all-gather",
@@ -38,7 +37,6 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 _STARTS, _ENDS = "AsyncCollectiveStart", "AsyncCollectiveDone"
 _NO_WORK = (_STARTS, _ENDS, "AllocateBuffer")
 _COUNTS = ("s32", "u32", "s64", "u64")
-Groups = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +229,11 @@ def _collective(
     if kind == "all-reduce" and _scatters(module, each, within):
         kind = "reduce-scatter"
     permuted = kind == "collective-permute"
-    groups = _pairs(each) if permuted else replica_groups(each.attributes, mesh.devices.size)
+    groups = (
+        permuted_pairs(each.attributes)
+        if permuted
+        else replica_groups(each.attributes, mesh.devices.size)
+    )
     given = [array.bytes for name in each.operands for array in local[name].arrays]
     got = [array.bytes for array in _results(each, local)]
     channel = each.named("channel_id")
@@ -269,83 +271,6 @@ def _scatters(module: Module, each: Instruction, within: str) -> bool:
         if one is not each:
             return False
     return True
-
-
-def _pairs(permute: Instruction) -> Groups:
-    """Sources and targets that differ."""
-    listed = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", permute.attributes)
-    if listed is None:
-        raise ValueError(f"no source_target_pairs in {permute.attributes[:200]!r}")
-    pairs = [tuple(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", listed[1])]
-    return tuple(pair for pair in pairs if pair[0] != pair[1]) or ((0,),)
-
-
-def replica_groups(attributes: str, devices: int) -> Groups:
-    """The groups of a collective: `{{0,1},{2,3}}`, `[2,4]<=[8]`, `mesh['a'=2,'b'=4] {'a'}`.
-
-    Raises ValueError for another form.
-    """
-    found = re.search(
-        r"replica_groups=(\{\}|\{\{[\d,{}]*\}\}|\[\S+?(?=, |$)|mesh\[.*?\{.*?\})", attributes
-    )
-    if found is None:
-        raise ValueError(f"no replica_groups that are understood in {attributes[:200]!r}")
-    text = found[1]
-    if text == "{}":
-        return (tuple(range(devices)),)
-    if text.startswith("{"):
-        groups = [group.split(",") for group in re.findall(r"\{([\d,]+)\}", text)]
-    elif text.startswith("["):
-        groups = _iota(text)
-    else:
-        groups = _along_axes(text)
-    return tuple(tuple(int(device) for device in group) for group in groups)
-
-
-def _iota(text: str) -> np.ndarray:
-    """`[4,2]<=[2,4]T(1,0)`: the numbers from 0 reshaped, transposed, and reshaped again."""
-    found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if found is None:
-        raise ValueError(f"replica groups {text!r} are not understood")
-    shape, sizes, order = (
-        tuple(map(int, part.split(","))) if part else None for part in found.groups()
-    )
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
-
-
-def _along_axes(text: str) -> np.ndarray:
-    """`mesh['a'=2,'b'=4] {'a'}`: groups along some axes of a mesh, or along a part of one, (1)2."""
-    sizes, _, axes = text.removeprefix("mesh").partition("]")
-    sizes = {name: int(size) for name, size in re.findall(r"'(.+?)'=(\d+)", sizes)}
-    listed = re.search(r"(?:, *)?device_ids=\(?(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", axes)
-    devices = _iota(listed[1]) if listed else np.arange(math.prod(sizes.values()))
-    shape, chosen = [], []
-    asked = {
-        name: (int(before or 1), int(size or sizes[name]))
-        for name, before, size in re.findall(
-            r"'(.+?)'(?::\((\d+)\)(\d+))?", axes[axes.rindex("{") :]
-        )
-    }
-    for name, whole in sizes.items():
-        before, size = asked.get(name, (1, 1))
-        chosen += [len(shape) + 1] if name in asked else []
-        shape += [before, size, whole // before // size]
-    others = [axis for axis in range(len(shape)) if axis not in chosen]
-    group = math.prod(shape[axis] for axis in chosen)
-    return devices.reshape(shape).transpose(*others, *chosen).reshape(-1, group)
-
-
-def mesh_axes(groups: Groups, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of a mesh along which the devices of a group differ, in the mesh's order.
-
-    Devices are numbered as a program numbers them, in the order of `mesh.devices.flat`.
-    """
-    shape = tuple(sizes.values())
-    varied = set()
-    for group in groups:
-        places = np.unravel_index(np.array(group), shape)
-        varied |= {name for name, at in zip(sizes, places, strict=True) if np.ptp(at)}
-    return tuple(name for name in sizes if name in varied)
 
 
 def _results(each: Instruction, local: Mapping[str, Instruction]) -> tuple[hlo.Array, ...]:

@@ -9,7 +9,8 @@ import jax
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.hardware import Topology
-from vivit_jax.train.plan import check_least_memory, planned_setting
+from vivit_jax.train.least_memory import check_least_memory
+from vivit_jax.train.plan import planned_setting
 from vivit_jax.train.setting import Setting
 from vivit_jax.train.sharding import AXES, batch_shards
 

@@ -7,7 +7,6 @@ reads the program. Nothing is run and nothing is allocated: every time is an est
 
 import dataclasses
 import importlib.metadata
-import math
 import re
 import time
 import warnings
@@ -22,14 +21,13 @@ from vivit_jax.errors import UserError
 from vivit_jax.flops import recomputed_flops, step_flops
 from vivit_jax.recipes.checks import check
 from vivit_jax.recipes.recipe import HEADS, Recipe
-from vivit_jax.table import readable
 from vivit_jax.train.compiled import Collective, Operation, Program, read_program
 from vivit_jax.train.hardware import Topology, compile_only_devices
+from vivit_jax.train.least_memory import check_least_memory, refused
 from vivit_jax.train.parts import PARTS, part_of
 from vivit_jax.train.setting import Setting, make_setting
-from vivit_jax.train.sharding import batch_shards, bytes_on_a_device, make_mesh
+from vivit_jax.train.sharding import bytes_on_a_device, make_mesh
 from vivit_jax.train.starting import planned_model
-from vivit_jax.train.step import draw_mask
 
 # Videos to train on, by what ends a recipe's name; as the authors' lists have them.
 VIDEOS = {
@@ -220,12 +218,12 @@ def plan(
             warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
             compiled = setting.step.lower(setting.shapes, setting.batch_shapes).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _refused(error, setting, topology) from error
+        raise refused(error, setting, topology) from error
     seconds = time.monotonic() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     program = read_program(text, setting.mesh)
     config, head = setting.model.config, HEADS[setting.recipe.task]
-    counts = _token_counts(setting)
+    counts = setting.token_counts
     on_one = setting.rows / topology.count
     kernels, uncounted = _kernels(program)
     return Plan(
@@ -283,104 +281,9 @@ def training_videos(name: str) -> int | None:
     return VIDEOS[last] if places[last] >= 0 else None
 
 
-def _token_counts(setting: Setting) -> tuple[int | None, int | None]:
-    """Tokens of a clip that the encoder sees and that the decoder predicts, None for all."""
-    if setting.recipe.task != "pretrain":
-        return None, None
-    grid = setting.model.config.grid
-    mask = jax.eval_shape(lambda: draw_mask(setting.recipe.mask, jax.random.key(0), 1, grid))
-    return mask.visible.shape[1], mask.predicted.shape[1]
-
-
 def _versions(topology: Topology) -> dict[str, str]:
     compiler = _COMPILERS[topology.chip.platform]
     return {name: importlib.metadata.version(name) for name in ("jax", compiler)}
-
-
-# Memory
-
-
-def least_memory(setting: Setting) -> dict[str, int]:
-    """Bytes that a device holds at least, by what: no compiler is asked.
-
-    Gradients have the shapes and places of the parameters; of the activations only what a block
-    takes is counted, which the backward pass of any `remat` finds kept.
-    """
-    config, shards = setting.model.config, batch_shards(setting.mesh)
-    rows = setting.rows // shards // setting.recipe.train.accumulate
-    visible, _ = _token_counts(setting)
-    tokens = config.num_tokens if visible is None else visible
-    itemsize = jax.numpy.dtype(config.dtype).itemsize
-    kept = rows * tokens * config.hidden_size * itemsize * config.num_hidden_layers
-    return {
-        "state": bytes_on_a_device(setting.shapes),
-        "gradients": bytes_on_a_device(setting.shapes.params),
-        "batch": bytes_on_a_device(setting.batch_shapes),
-        "inputs of the encoder's blocks": kept,
-    }
-
-
-def check_least_memory(setting: Setting, topology: Topology) -> None:
-    """UserError where what a step holds at least is more than there is."""
-    least = least_memory(setting)
-    needed, there = sum(least.values()), topology.chip.memory
-    if needed <= there:
-        return
-    of_what = ", ".join(f"{readable(size)} of {name}" for name, size in least.items())
-    raise UserError(
-        f"{setting.recipe.name} does not fit: a device needs at least {readable(needed)} "
-        f"({of_what}) and {topology.kind} has {readable(there)}; "
-        f"{_way_out(setting, topology, needed / there)}"
-    )
-
-
-def _refused(error: Exception, setting: Setting, topology: Topology) -> Exception:
-    """One line for a compiler's refusal of what needs too much memory; other errors as they are."""
-    message = str(error)
-    if "RESOURCE_EXHAUSTED" not in message:
-        return error
-    found = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available \w+ \(?([\d.]+)([KMGT])", message)
-    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message) or found
-    if used is None:
-        first = " ".join(message.split())[:300]
-        return UserError(f"{setting.recipe.name} does not fit: {first}")
-    needed, there = (float(used[i]) * 1024 ** ("KMGT".index(used[i + 1]) + 1) for i in (1, 3))
-    return UserError(
-        f"{setting.recipe.name} does not fit: the compiler needs {readable(int(needed))} of a "
-        f"device and {topology.kind} has {readable(int(there))}; "
-        f"{_way_out(setting, topology, needed / there)}"
-    )
-
-
-def _way_out(setting: Setting, topology: Topology, times: float) -> str:
-    """What would make a step smaller that is `times` too large, the least change first."""
-    recipe, mesh, config = setting.recipe, setting.mesh.shape, setting.model.config
-    least, memory = least_memory(setting), topology.chip.memory
-    held, ways = least["state"] + least["gradients"], []
-    if held < memory:
-        if config.dtype == "float32":
-            ways.append("model.config.dtype=bfloat16")
-        if config.remat != "block":
-            ways.append("model.config.remat=block")
-        parts = recipe.train.accumulate
-        rows = setting.rows // batch_shards(setting.mesh)
-        enough = [k for k in range(parts + 1, rows + 1) if rows % k == 0 and k >= times * parts]
-        ways += [f"train.accumulate={enough[0]}"] if enough else []
-        shards = batch_shards(setting.mesh)
-        smaller = int(recipe.train.batch_size / times) // shards * shards
-        ways += [f"train.batch_size={smaller}"] if smaller else []
-    most = topology.count // mesh["tensor"]
-    left = held * mesh["fsdp"] / most
-    if mesh["fsdp"] < most and left < memory:
-        ways.append(f"--mesh fsdp={most}, which leaves {readable(int(left))} of state a device")
-    if held >= memory:
-        ways.append(f"more than {math.ceil(held * mesh['fsdp'] / memory)} chips along fsdp")
-    else:
-        ways.append(f"more chips than {topology.count}, for fewer clips each")
-    return f"what may fit: {'; '.join(ways)}"
-
-
-# Times
 
 
 def kernel_seconds(operation: Operation, topology: Topology) -> float:

@@ -16,7 +16,7 @@ from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.sharding import batch_sharding
 from vivit_jax.train.state import TrainState, state_shapes
-from vivit_jax.train.step import OnMesh, make_step
+from vivit_jax.train.step import OnMesh, draw_mask, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,15 @@ class Setting:
             labels = (self.rows,) if heads == 1 else (self.rows, heads)
             shapes["labels"] = jax.ShapeDtypeStruct(labels, np.int32, sharding=place)
         return shapes
+
+    @property
+    def token_counts(self) -> tuple[int | None, int | None]:
+        """Tokens of a clip that the encoder sees and that the decoder predicts, None for all."""
+        if self.recipe.task != "pretrain":
+            return None, None
+        mask, grid = self.recipe.mask, self.model.config.grid
+        drawn = jax.eval_shape(lambda: draw_mask(mask, jax.random.key(0), 1, grid))
+        return drawn.visible.shape[1], drawn.predicted.shape[1]
 
 
 def make_setting(

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a step can fit a device at all, before a compiler is asked, and what to do if not."""
+
+import math
+import re
+
+import jax
+
+from vivit_jax.errors import UserError
+from vivit_jax.table import readable
+from vivit_jax.train.hardware import Topology
+from vivit_jax.train.setting import Setting
+from vivit_jax.train.sharding import batch_shards, bytes_on_a_device
+
+
+def least_memory(setting: Setting) -> dict[str, int]:
+    """Bytes that a device holds at least, by what: no compiler is asked.
+
+    Gradients have the shapes and places of the parameters; of the activations only what a block
+    takes is counted, which the backward pass of any `remat` finds kept.
+    """
+    config, shards = setting.model.config, batch_shards(setting.mesh)
+    rows = setting.rows // shards // setting.recipe.train.accumulate
+    visible, _ = setting.token_counts
+    tokens = config.num_tokens if visible is None else visible
+    itemsize = jax.numpy.dtype(config.dtype).itemsize
+    kept = rows * tokens * config.hidden_size * itemsize * config.num_hidden_layers
+    return {
+        "state": bytes_on_a_device(setting.shapes),
+        "gradients": bytes_on_a_device(setting.shapes.params),
+        "batch": bytes_on_a_device(setting.batch_shapes),
+        "inputs of the encoder's blocks": kept,
+    }
+
+
+def check_least_memory(setting: Setting, topology: Topology) -> None:
+    """UserError where what a step holds at least is more than there is."""
+    least = least_memory(setting)
+    needed, there = sum(least.values()), topology.chip.memory
+    if needed <= there:
+        return
+    of_what = ", ".join(f"{readable(size)} of {name}" for name, size in least.items())
+    raise UserError(
+        f"{setting.recipe.name} does not fit: a device needs at least {readable(needed)} "
+        f"({of_what}) and {topology.kind} has {readable(there)}; "
+        f"{_way_out(setting, topology, needed / there)}"
+    )
+
+
+def refused(error: Exception, setting: Setting, topology: Topology) -> Exception:
+    """One line for a compiler's refusal of what needs too much memory; other errors as they are."""
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" not in message:
+        return error
+    found = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available \w+ \(?([\d.]+)([KMGT])", message)
+    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message) or found
+    if used is None:
+        first = " ".join(message.split())[:300]
+        return UserError(f"{setting.recipe.name} does not fit: {first}")
+    needed, there = (float(used[i]) * 1024 ** ("KMGT".index(used[i + 1]) + 1) for i in (1, 3))
+    return UserError(
+        f"{setting.recipe.name} does not fit: the compiler needs {readable(int(needed))} of a "
+        f"device and {topology.kind} has {readable(int(there))}; "
+        f"{_way_out(setting, topology, needed / there)}"
+    )
+
+
+def _way_out(setting: Setting, topology: Topology, times: float) -> str:
+    """What would make a step smaller that is `times` too large, the least change first."""
+    recipe, mesh, config = setting.recipe, setting.mesh.shape, setting.model.config
+    least, memory = least_memory(setting), topology.chip.memory
+    held, ways = least["state"] + least["gradients"], []
+    if held < memory:
+        if config.dtype == "float32":
+            ways.append("model.config.dtype=bfloat16")
+        if config.remat != "block":
+            ways.append("model.config.remat=block")
+        parts = recipe.train.accumulate
+        rows = setting.rows // batch_shards(setting.mesh)
+        enough = [k for k in range(parts + 1, rows + 1) if rows % k == 0 and k >= times * parts]
+        ways += [f"train.accumulate={enough[0]}"] if enough else []
+        shards = batch_shards(setting.mesh)
+        smaller = int(recipe.train.batch_size / times) // shards * shards
+        ways += [f"train.batch_size={smaller}"] if smaller else []
+    most = topology.count // mesh["tensor"]
+    left = held * mesh["fsdp"] / most
+    if mesh["fsdp"] < most and left < memory:
+        ways.append(f"--mesh fsdp={most}, which leaves {readable(int(left))} of state a device")
+    if held >= memory:
+        ways.append(f"more than {math.ceil(held * mesh['fsdp'] / memory)} chips along fsdp")
+    else:
+        ways.append(f"more chips than {topology.count}, for fewer clips each")
+    return f"what may fit: {'; '.join(ways)}"
