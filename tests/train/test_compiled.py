@@ -119,6 +119,7 @@ def test_the_operations_of_a_step(trained):
     assert {op.times for op in program.operations} == {1, LAYERS, LAYERS + 1}
     # Stacked weights are read a layer at a time.
     whole = LAYERS * 2 * WIDTH * INNER * 4 / 4
+    assert program.bytes >= whole
     moved = [op for op in program.operations if op.times == LAYERS]
     assert max(op.bytes for op in moved) < whole + ROWS * LENGTH * (WIDTH + 2 * INNER) * 4
     assert bool(program.cycles) == (where == "v5e:2x4")

@@ -270,7 +270,7 @@ def _scatters(module: Module, each: Instruction, within: str) -> bool:
             one = local[one.operands[0]]
         if one is not each:
             return False
-    return True
+    return bool(kept)
 
 
 def _results(each: Instruction, local: Mapping[str, Instruction]) -> tuple[hlo.Array, ...]:
@@ -323,7 +323,8 @@ def _traffic(
         read = sum(min(_read(module, fused, i), _main(arrays)) for i, arrays in enumerate(given))
         return read + _fusion_writes(module, fused, results)
     if each.opcode.removesuffix("-start") in _SLICES:
-        return 2 * _main(results) if _main(given[0]) else _main(results)
+        read = sum(array.bytes for array in results) if _main(given[0]) else 0
+        return read + _main(results)
     if each.opcode == "dynamic-update-slice":
         update = sum(array.bytes for array in given[1])
         return _main(given[1]) + (update if _main(results) else 0)
