@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from attention_in_float64 import cotangent, largest_errors, plain, qkv, reference, with_gradients
 from helpers import VIDEOMAE, clip, config_of, random_params
 
 from vivit_jax import (
@@ -23,65 +24,12 @@ from vivit_jax.benchmark.products import operations, products_of
 from vivit_jax.benchmark.work import Work, program
 from vivit_jax.layers import attention as attention_module
 from vivit_jax.layers import chunked, linear
-from vivit_jax.layers.attention import attention, choose_implementation, cudnn_refusal
-from vivit_jax.layers.chunked import TILES, Tile, chunked_attention
+from vivit_jax.layers.attention import attention, choose_implementation
+from vivit_jax.layers.chunked import TILES, Tile
+from vivit_jax.layers.cudnn import cudnn_refusal, target_gpu
+from vivit_jax.layers.placed import placed_attention
 
 LENGTHS = [1, 17, 100, 200, 201, 399, 401, 640]
-
-
-def qkv(length, heads=3, width=20, batch=2, dtype=np.float32, keys=None, scale=1):
-    rng = np.random.default_rng(length)
-    lengths = (length, keys or length, keys or length)
-    return [(scale * rng.standard_normal((batch, n, heads, width))).astype(dtype) for n in lengths]
-
-
-def reference(q, k, v, d_out=None):
-    """Softmax attention in float64; with `d_out` also its gradients to q, k and v."""
-    inputs = (q, k, v) if d_out is None else (q, k, v, d_out)
-    q, k, v, *d_out = (np.asarray(x).astype(np.float64).swapaxes(1, 2) for x in inputs)
-    transposed = lambda x: x.swapaxes(-1, -2)  # noqa: E731
-    scores = q @ transposed(k) / np.sqrt(q.shape[-1])
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    found = [weights @ v]
-    if d_out:
-        d_weights = d_out[0] @ transposed(v)
-        mean = (weights * d_weights).sum(axis=-1, keepdims=True)
-        d_scores = weights * (d_weights - mean) / np.sqrt(q.shape[-1])
-        found += [d_scores @ k, transposed(d_scores) @ q, transposed(weights) @ d_out[0]]
-    found = [x.swapaxes(1, 2) for x in found]
-    return found if d_out else found[0]
-
-
-def plain(q, k, v):
-    """Attention as the textbook writes it, in the operands' dtype, for derivatives by jax."""
-    weights = jax.nn.softmax(jnp.einsum("bqne,bkne->bnqk", q, k) * q.shape[-1] ** -0.5)
-    return jnp.einsum("bnqk,bkne->bqne", weights, v)
-
-
-def with_gradients(attend, q, k, v, d_out):
-    """Output and the three gradients against a random cotangent, by one jitted function."""
-
-    def run(q, k, v, d_out):
-        out, pullback = jax.vjp(attend, q, k, v)
-        return out, *pullback(d_out)
-
-    found = jax.jit(run)(q, k, v, d_out)
-    assert [x.dtype for x in found] == [q.dtype] * 4
-    return found
-
-
-def cotangent(q):
-    return np.random.default_rng(99).standard_normal(q.shape).astype(q.dtype)
-
-
-def largest_errors(found, exact):
-    """Of the output, and of the worst gradient; all must be finite."""
-    errors = [
-        np.abs(np.asarray(a, np.float64) - b).max() for a, b in zip(found, exact, strict=True)
-    ]
-    assert np.isfinite(errors).all()
-    return errors[0], max(errors[1:])
 
 
 @pytest.mark.parametrize("implementation", ["auto", "xla", "chunked"])
@@ -121,7 +69,7 @@ def test_chunked_in_tiles_of_every_kind(plan, monkeypatch):
     assert chunked._plan(10, queries, keys, tile) == expected
     q, k, v = qkv(queries, heads=5, keys=keys)
     d_out = cotangent(q)
-    found = with_gradients(chunked_attention, q, k, v, d_out)
+    found = with_gradients(placed_attention, q, k, v, d_out)
     output, gradient = largest_errors(found, reference(q, k, v, d_out))
     assert output < 2e-6  # measured 5.8e-7
     assert gradient < 3e-5  # measured 9.0e-6 with one key, 1.7e-6 else
@@ -134,7 +82,7 @@ def test_chunked_at_published_sizes(length, width):
     """What VideoMAE's encoder sees of a clip, its decoder, and ViViT, with published widths."""
     q, k, v = qkv(length, heads=2, width=width, batch=1)
     d_out = cotangent(q)
-    found = with_gradients(chunked_attention, q, k, v, d_out)
+    found = with_gradients(placed_attention, q, k, v, d_out)
     output, gradient = largest_errors(found, reference(q, k, v, d_out))
     assert output < 1e-6  # measured 3.6e-7
     assert gradient < 2e-6  # measured 7.4e-7
@@ -145,7 +93,7 @@ def test_chunked_float64_stays_float64(length):
     q, k, v = qkv(length, dtype=np.float64)
     d_out = cotangent(q)
     with jax.enable_x64(True):
-        found = with_gradients(chunked_attention, *map(jnp.asarray, (q, k, v, d_out)))
+        found = with_gradients(placed_attention, *map(jnp.asarray, (q, k, v, d_out)))
     output, gradient = largest_errors(found, reference(q, k, v, d_out))
     assert output < 3e-15  # measured 8.6e-16
     assert gradient < 4e-15  # measured 1.2e-15
@@ -171,7 +119,7 @@ def test_bfloat16_keeps_a_float32_softmax(implementation):
 def test_chunked_in_half_precision(length, dtype, allowed, allowed_gradient):
     q, k, v = (jnp.asarray(x, dtype) for x in qkv(length))
     d_out = jnp.asarray(cotangent(q), dtype)
-    found = with_gradients(chunked_attention, q, k, v, d_out)
+    found = with_gradients(placed_attention, q, k, v, d_out)
     output, gradient = largest_errors(found, reference(q, k, v, d_out))
     assert output < allowed and gradient < allowed_gradient
 
@@ -180,7 +128,7 @@ def test_sums_of_weights_pass_what_float16_holds():
     """3137 equal weights times 30 make 94110 before the division, and float16 ends at 65504."""
     shape = (1, 3137, 1, 8)
     zeros, v = jnp.zeros(shape, jnp.float16), jnp.full(shape, 30, jnp.float16)
-    assert (chunked_attention(zeros, zeros, v) == 30).all()
+    assert (placed_attention(zeros, zeros, v) == 30).all()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +142,7 @@ def test_large_scores_stay_finite_and_exact(tile, monkeypatch):
     exact = reference(q, k, v, d_out)
     ours, plains = (
         largest_errors(with_gradients(attend, q, k, v, d_out), exact)
-        for attend in (chunked_attention, plain)
+        for attend in (placed_attention, plain)
     )
     # Measured with AVX2 5.4e-3 and 0.27, where the plain form has 6.3e-3 and 0.24; with AVX-512
     # 4.5e-3 and 0.30, where it has 7.0e-3 and 0.18.
@@ -204,7 +152,7 @@ def test_large_scores_stay_finite_and_exact(tile, monkeypatch):
 def test_one_key_far_above_the_others_takes_all():
     q = k = jnp.full((1, 5, 1, 4), 0.0).at[0, :, 0, 0].set(jnp.arange(5) * 1e4)
     v = jnp.arange(20.0).reshape(1, 5, 1, 4)
-    out, d_q, d_k, d_v = with_gradients(chunked_attention, q, k, v, jnp.ones_like(q))
+    out, d_q, d_k, d_v = with_gradients(placed_attention, q, k, v, jnp.ones_like(q))
     np.testing.assert_array_equal(out[0, 1:, 0], jnp.tile(v[0, 4, 0], (4, 1)))
     np.testing.assert_allclose(out[0, 0, 0], v[0, :, 0].mean(0), rtol=1e-6)
     np.testing.assert_allclose(d_v[0, :, 0, 0], [0.2, 0.2, 0.2, 0.2, 4.2], rtol=1e-6)
@@ -222,7 +170,7 @@ def test_second_derivative(tile, monkeypatch):
         return jax.jit(jax.grad(bent, argnums=(0, 1, 2)))
 
     inputs = qkv(33, keys=21, dtype=np.float64)
-    ours = second(chunked_attention)(*(jnp.asarray(x, jnp.float32) for x in inputs))
+    ours = second(placed_attention)(*(jnp.asarray(x, jnp.float32) for x in inputs))
     with jax.enable_x64(True):
         exact = second(plain)(*map(jnp.asarray, inputs))
     for a, b in zip(ours, exact, strict=True):
@@ -318,11 +266,11 @@ def test_what_auto_stands_for(platform, dtype, head_dim, length, expected, caplo
 
 def choices(caplog, platform, dtype, head_dim, length, expected):
     """The one line that is logged for a choice, however often it is made."""
-    choose_implementation.cache_clear()
+    attention_module._choose.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             assert choose_implementation(platform, dtype, head_dim, length) == expected
-    choose_implementation.cache_clear()  # the next test may see another cuDNN
+    attention_module._choose.cache_clear()  # the next test may see another cuDNN
     (record,) = caplog.records
     return record.getMessage()
 
@@ -335,15 +283,15 @@ def test_what_cudnn_refuses_is_chunked_and_the_log_says_why(dtype, caplog, monke
     log = choices(caplog, "gpu", dtype, 256, 1568, "chunked")
     assert caplog.records[0].levelno == logging.WARNING  # seen without asking for it
     assert log.endswith("256, 1568 queries; cuDNN refuses: no engine for this")
-    assert asked == [(dtype, 256, 1568)]  # a compilation each, so once
+    assert asked == [(dtype, 256, 1568, target_gpu())]  # a compilation each, so once
 
 
 def test_without_a_gpu_cudnn_refuses_itself(caplog):
     if jax.default_backend() == "gpu":
         pytest.skip("about a machine without a GPU")
-    assert cudnn_refusal("bfloat16", 64, 160) == "cuDNN is not detected."
+    assert cudnn_refusal("bfloat16", 64, 160) == "there is no GPU to ask it on"
     log = choices(caplog, "gpu", "bfloat16", 64, 160, "chunked")
-    assert log.endswith("cuDNN refuses: cuDNN is not detected.")
+    assert log.endswith("cuDNN refuses: there is no GPU to ask it on")
 
 
 def test_cudnn_where_it_cannot_run_is_an_error_not_a_fallback():
@@ -420,7 +368,7 @@ def test_cudnn_agrees_with_float64(length, width, dtype):
     q, k, v = (jnp.asarray(x, dtype) for x in qkv(length, width=width))
     d_out = jnp.asarray(cotangent(q), dtype)
     exact = reference(q, k, v, d_out)
-    backends = (functools.partial(attention, implementation="cudnn"), chunked_attention)
+    backends = (functools.partial(attention, implementation="cudnn"), placed_attention)
     cudnn, tiles = (largest_errors(with_gradients(f, q, k, v, d_out), exact) for f in backends)
     assert cudnn[0] < 2 * tiles[0] and cudnn[1] < 8 * tiles[1]  # float16's tiles are wider
 

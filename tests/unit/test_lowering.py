@@ -13,7 +13,7 @@ from vivit_jax import VideoMAEConfig, VivitConfig
 from vivit_jax.benchmark.work import Work, program
 from vivit_jax.layers import attention as attention_module
 from vivit_jax.layers import linear
-from vivit_jax.layers.chunked import chunked_attention
+from vivit_jax.layers.placed import placed_attention
 
 SIZES = dict(
     image_size=32,
@@ -111,7 +111,7 @@ def test_one_program_for_all_platforms(training):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_scores_and_softmax_stay_in_float32_on_every_platform(dtype):
     x = jax.ShapeDtypeStruct((1, 700, 2, 64), dtype)
-    loss = lambda q, k, v: chunked_attention(q, k, v).astype(jnp.float32).sum()  # noqa: E731
+    loss = lambda q, k, v: placed_attention(q, k, v).astype(jnp.float32).sum()  # noqa: E731
     source = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(x, x, x)
     for platform in ("cpu", "cuda", "tpu"):
         text = lowered(source, platform)

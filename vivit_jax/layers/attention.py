@@ -4,6 +4,7 @@
 import functools
 import logging
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vivit_jax.config_base import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
-from vivit_jax.layers.chunked import SAVED, chunked_attention
+from vivit_jax.layers.axes import Placement, placement_of
+from vivit_jax.layers.chunked import SAVED
+from vivit_jax.layers.cudnn import cudnn_refusal, target_gpu
 from vivit_jax.layers.dropout import dropout
 from vivit_jax.layers.linear import (
     Config,
@@ -22,6 +25,7 @@ from vivit_jax.layers.linear import (
     project_together,
     wide_type,
 )
+from vivit_jax.layers.placed import LOCAL, placed_attention
 
 log = logging.getLogger(__name__)
 
@@ -29,24 +33,29 @@ log = logging.getLogger(__name__)
 LARGEST_LOG_SCALE = 4.6052
 
 
-def attention(q, k, v, *, implementation: str = "auto"):
+def attention(q, k, v, *, implementation: str = "auto", leading=("batch",)):
     """softmax(q k^T / sqrt(e)) v, softmax in float32 or wider.
 
-    q [b, q, n, e], k and v [b, k, n, e] -> [b, q, n, e]. `implementation`:
+    q [..., q, n, e], k and v [..., k, n, e] -> [..., q, n, e]; `leading` are the logical names of
+    the leading axes. On a mesh each device computes its own clips and heads, see
+    `vivit_jax.layers.placed`. `implementation`:
 
-    * "xla": `jax.nn.dot_product_attention`, holds the scores [b, n, q, k]; its softmax is in
+    * "xla": `jax.nn.dot_product_attention`, holds the scores [..., n, q, k]; its softmax is in
       float32 for float64 too;
-    * "chunked": `chunked_attention`, tiles of scores, on every platform;
+    * "chunked": tiles of scores, on every platform;
     * "cudnn": cuDNN flash attention, raises where cuDNN cannot run;
     * "auto": `choose_implementation` for the platform, logged once.
     """
     place = platform()
     if implementation == "auto":
-        implementation = choose_implementation(place, q.dtype.name, q.shape[-1], q.shape[1])
-    if implementation == "cudnn" and q.shape[1] == 1 and place == "gpu":
+        implementation = choose_implementation(place, q.dtype.name, q.shape[-1], q.shape[-3])
+        if implementation == "cudnn" and (why := _cudnn_is_lost(placement_of(q, leading))):
+            log.warning("attention: chunked instead of cudnn, %s", why)
+            implementation = "chunked"
+    if implementation == "cudnn" and q.shape[-3] == 1 and place == "gpu":
         implementation = "xla"  # one row of scores is nothing to save, and not what flash is for
-    if implementation == "chunked":
-        return chunked_attention(q, k, v)
+    if implementation in LOCAL:
+        return placed_attention(q, k, v, implementation, leading)
     if implementation not in ATTENTION_IMPLEMENTATIONS:
         raise ConfigError(
             f"attention must be one of {list(ATTENTION_IMPLEMENTATIONS)}, got {implementation!r}"
@@ -57,8 +66,7 @@ def attention(q, k, v, *, implementation: str = "auto"):
             "dtype='bfloat16'"
         )
     try:
-        with jax.numpy_dtype_promotion("standard"):  # which that function is written for
-            out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        out = _by_library(q, k, v, implementation, leading)
     except (RuntimeError, NotImplementedError) as error:
         if implementation != "cudnn":
             raise
@@ -71,22 +79,55 @@ def attention(q, k, v, *, implementation: str = "auto"):
     return out if implementation == "cudnn" else checkpoint_name(out, SAVED)
 
 
-@functools.cache
+def _by_library(q, k, v, implementation, leading):
+    """By the function of jax, whose programs partitioners split by themselves.
+
+    All but cuDNN's inside of a `shard_map` over some axes of a mesh, where its partitioner does not
+    find the mesh: there the other axes are taken too.
+    """
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    for _ in leading[1:]:
+        attend = jax.vmap(attend)
+    if implementation == "cudnn":
+        placement = placement_of(q, leading)
+        if why := _cudnn_is_lost(placement):
+            raise NotImplementedError(why)
+        if placement.inside_others:
+            attend = placement.on_each(attend, differentiable=True)
+    with jax.numpy_dtype_promotion("standard"):  # which that function is written for
+        return attend(q, k, v)
+
+
+def _cudnn_is_lost(placement: Placement) -> str | None:
+    """Why cuDNN's partitioner would not find its way; None where it does."""
+    unknown = sorted(placement.free - placement.axes)
+    if not placement.inside_others or not unknown:
+        return None
+    return (
+        f"inside a shard_map over some axes of a mesh whose other axes {', '.join(unknown)} have "
+        "no flax.linen.logical_axis_rules for 'batch' and 'heads'"
+    )
+
+
 def choose_implementation(place: str, dtype: str, head_dim: int, length: int) -> str:
     """The backend that "auto" stands for on a platform; logs each distinct choice once.
 
     On an NVIDIA GPU half precision goes to cuDNN, unless cuDNN refuses. A single query, the class
     token of a last block, goes to XLA: one row of scores needs no tiles. All else is tiled: scores
     take memory linear in tokens, float64 keeps a float64 softmax, and on CPU it is three times as
-    fast at 1568 tokens as `jax.nn.dot_product_attention`. So it is on TPU, where the library
-    kernels of jax want head widths of 128 and lengths in blocks of 128, and video has neither.
+    fast at 1568 tokens as `jax.nn.dot_product_attention`.
     """
+    return _choose(place, dtype, head_dim, length, target_gpu() if place == "gpu" else None)
+
+
+@functools.cache
+def _choose(place: str, dtype: str, head_dim: int, length: int, gpu: jax.Device | None) -> str:
     chosen, why = "chunked", ""
     xla_cannot = dtype == "float64" or (place, dtype) == ("cpu", "float16")
     if length == 1 and not xla_cannot:
         chosen = "xla"
     elif place == "gpu" and dtype in ("bfloat16", "float16"):
-        refusal = cudnn_refusal(dtype, head_dim, length)
+        refusal = cudnn_refusal(dtype, head_dim, length, gpu)
         chosen, why = ("chunked", f"; cuDNN refuses: {refusal}") if refusal else ("cudnn", "")
     log.log(
         logging.WARNING if why else logging.INFO,
@@ -94,21 +135,6 @@ def choose_implementation(place: str, dtype: str, head_dim: int, length: int) ->
         *(chosen, place, dtype, head_dim, length, why),
     )
     return chosen
-
-
-def cudnn_refusal(dtype: str, head_dim: int, length: int) -> str | None:
-    """Why cuDNN cannot attend forward and backward over so many tokens; None where it can.
-
-    Compiles both for one head, because what cuDNN lacks an engine for shows only then.
-    """
-    x = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
-    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    loss = lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum()  # noqa: E731
-    try:
-        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        return str(error).partition("\n")[0]
-    return None
 
 
 def cosine_scaled(q, k, log_scale):
@@ -127,6 +153,36 @@ def cosine_scaled(q, k, log_scale):
         return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
     return (direction(q) * factor).astype(dtype), direction(k).astype(dtype)
+
+
+def in_halves(first: Callable, second: Callable, q, k, v):
+    """The first half of the heads by one function, the second by another; [b, t, s, n, e].
+
+    Heads that are split over several devices stay where they are: a device with heads of one half
+    runs that function only, and the one that holds the middle both. To give each device heads of
+    both halves, all of q, k and v would have to change places.
+    """
+
+    def parted(heads: int, *operands):
+        parts = [jnp.split(x, [heads], axis=-2) for x in operands]
+        halves = zip((first, second), zip(*parts, strict=True), strict=True)
+        done = [function(*part) for function, part in halves if part[0].shape[-2]]
+        return jnp.concatenate(done, axis=-2)
+
+    half, placement = q.shape[-2] // 2, placement_of(q, ("batch", None))
+    parts = placement.parts(placement.heads)
+    if parts == 1:
+        return parted(half, q, k, v)
+
+    def on_device(*operands):
+        local = operands[0].shape[-2]
+        before = half - jax.lax.axis_index(placement.heads) * local  # of the first half, from here
+        ways = [functools.partial(parted, heads) for heads in (local, half % local, 0)]
+        return jax.lax.switch((before < local).astype(int) + (before <= 0), ways, *operands)
+
+    if placement.typed is not None:
+        q, k, v = (jax.reshard(x, placement.typed) for x in (q, k, v))
+    return placement.on_each(on_device, differentiable=True)(q, k, v)
 
 
 # Where a token looks, for x [b, l, d] or [b, t, s, d].
@@ -186,14 +242,15 @@ class SelfAttention(nn.Module):
 
         def attend(q, k, v, head_mask, axis):
             """Attend along an axis of q, k, v [b, ..., n, e]; the other axes are batch."""
+            names = ["batch", *("frames",) * (x.ndim - 3), "length"]
+            names.pop(axis + 2)
             q, k, v = (jnp.moveaxis(y, axis, -3) for y in (q, k, v))
-            shape = q.shape
             if explicit:
                 out, weights = self._explicit(q, k, v, head_mask, rows)
             else:
-                q, k, v = (y.reshape(-1, *y.shape[-3:]) for y in (q, k, v))
-                out, weights = attention(q, k, v, implementation=config.attention), None
-            return jnp.moveaxis(out.reshape(shape), -3, axis), weights
+                out = attention(q, k, v, implementation=config.attention, leading=names)
+                weights = None
+            return jnp.moveaxis(out, -3, axis), weights
 
         over_space = over_time = None
         if self.along == SPACE:
@@ -201,12 +258,16 @@ class SelfAttention(nn.Module):
         elif self.along == TIME:
             y, over_time = attend(q, k, v, head_mask, -4)
         else:
-            half = n // 2
-            (q0, q1), (k0, k1), (v0, v1) = (jnp.split(y, 2, axis=-2) for y in (q, k, v))
-            masks = (None, None) if head_mask is None else (head_mask[:half], head_mask[half:])
-            y0, over_time = attend(q0, k0, v0, masks[0], -4)
-            y1, over_space = attend(q1, k1, v1, masks[1], -3)
-            y = jnp.concatenate([y0, y1], axis=-2)
+            if explicit:
+                half = n // 2
+                (q0, q1), (k0, k1), (v0, v1) = (jnp.split(y, 2, axis=-2) for y in (q, k, v))
+                masks = (None, None) if head_mask is None else (head_mask[:half], head_mask[half:])
+                y0, over_time = attend(q0, k0, v0, masks[0], -4)
+                y1, over_space = attend(q1, k1, v1, masks[1], -3)
+                y = jnp.concatenate([y0, y1], axis=-2)
+            else:
+                along = lambda axis: lambda *heads: attend(*heads, None, axis)[0]  # noqa: E731
+                y = in_halves(along(-4), along(-3), q, k, v)
         axes = ("heads", "kv", "embed")
         out = Projection(config, (n, e, d), axes, num_in=2, zero_init=self.zero_init, name="out")
         y = out.unrounded(y)

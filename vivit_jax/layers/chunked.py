@@ -14,7 +14,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from vivit_jax.layers.linear import project, wide_type
 
@@ -34,104 +33,109 @@ TILES = {"cpu": Tile(576, 2**12, 2**21), "default": Tile(4096, 2**14, 2**27)}
 SAVED = "attention"  # the name of what a remat policy may keep
 
 
-def chunked_attention(q, k, v):
-    """softmax(q k^T / sqrt(e)) v; q [b, q, n, e], k and v [b, k, n, e] -> [b, q, n, e].
+def forward(q, k, v):
+    """softmax(q k^T / sqrt(e)) v of what one device holds, and the logarithms of the sums.
 
-    Scores and softmax are in float32, in float64 for float64. Memory beside the operands is one
-    tile. Has a derivative in reverse mode, of any order, and none in forward mode (`jax.jvp`): use
-    "xla" for that.
+    q [..., q, n, e], k and v [..., k, n, e] -> [..., q, n, e] and [..., q, n]. Scores and softmax
+    are in float32, in float64 for float64. Memory beside the operands is one tile.
     """
-    b, _, n, e = q.shape
-    q, k, v = (x.transpose(0, 2, 1, 3).reshape(b * n, -1, e) for x in (q, k, v))
-    return _attend(q, k, v).reshape(b, n, -1, e).transpose(0, 2, 1, 3)
+    return by_platform(_forward_tiles, q, k, v)
 
 
-@jax.custom_vjp
-def _attend(q, k, v):
-    """q [h, q, e], k and v [h, k, e] -> [h, q, e]."""
-    return _forward(q, k, v)[0]
+def backward(q, k, v, out, log_sum, d_out):
+    """The gradients to q, k and v, from what `forward` returned and the gradient to `out`."""
+    return by_platform(_backward_tiles, q, k, v, out, log_sum, d_out)
 
 
-def _forward(q, k, v):
-    out, log_sum = _by_platform(_forward_tiles, q, k, v)
-    out, log_sum = checkpoint_name(out, SAVED), checkpoint_name(log_sum, SAVED)
-    return out, (q, k, v, out, log_sum)
-
-
-def _backward(residuals, d_out):
-    return _by_platform(_backward_tiles, *residuals, d_out)
-
-
-_attend.defvjp(_forward, _backward)
-
-
-def _by_platform(function, *operands):
+def by_platform(function, *operands):
     """`function(*operands, tile)` with the tile of the platform that it is compiled for."""
     with_tile = {name: functools.partial(function, tile=tile) for name, tile in TILES.items()}
     return jax.lax.platform_dependent(*operands, **with_tile)
 
 
+def forward_tile(q, k, v):
+    """One head's queries [q, e], keys and values [k, e] -> [q, e], logarithms of sums [q, 1]."""
+    scores = _scores(q, k)
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    out = _weighted_sum(weights, v) / total
+    return out.astype(v.dtype), largest + jnp.log(total)
+
+
+def backward_tile(q, k, v, log_sum, d_out, mean):
+    """What one head's queries [q, e] give: d_q, and their part of d_k and d_v in log_sum's type.
+
+    log_sum [q, 1] as from `forward_tile`, mean [q, 1] as from `mean_gradient`.
+    """
+    wide = log_sum.dtype
+    weights = jnp.exp(_scores(q, k) - log_sum)
+    d_weights = jnp.einsum("qe,ke->qk", d_out, v, preferred_element_type=wide)
+    d_scores = weights * (d_weights - mean) * q.shape[-1] ** -0.5
+    kept = k.dtype
+    if kept == jnp.float16:  # which ends at 6e-8, and the scores' gradients do not
+        q, k = q.astype(wide), k.astype(wide)
+    else:
+        d_scores = d_scores.astype(kept)
+    d_k = jnp.einsum("qk,qe->ke", d_scores, q, preferred_element_type=wide)
+    d_v = jnp.einsum("qk,qe->ke", weights.astype(kept), d_out, preferred_element_type=wide)
+    return project(d_scores, k).astype(kept), d_k, d_v
+
+
+def mean_gradient(out, d_out, wide):
+    """What the softmax's derivative takes off: the weighted mean of the gradient to the weights."""
+    return jnp.sum(out.astype(wide) * d_out.astype(wide), -1, keepdims=True)
+
+
 def _forward_tiles(q, k, v, tile):
-    _, num_queries, e = q.shape
-    block, heads = _plan(q.shape[0], num_queries, k.shape[1], tile)
+    shape = q.shape
+    q, k, v = map(_by_head, (q, k, v))
+    block, heads = _plan(q.shape[0], q.shape[1], k.shape[1], tile)
 
     def one_head(head):
-        q, k, v = head
-
-        def one_block(q):
-            scores = _scores(q, k)
-            largest = scores.max(-1, keepdims=True)
-            weights = jnp.exp(scores - largest)
-            total = weights.sum(-1, keepdims=True)
-            out = _weighted_sum(weights, v) / total
-            return out.astype(v.dtype), largest + jnp.log(total)
-
-        return _map(one_block, q)
+        blocks, k, v = head
+        return _map(lambda q: forward_tile(q, k, v), blocks)
 
     out, log_sum = _map(one_head, (_blocks(q, block), k, v), heads)
-    join = lambda x: x.reshape(q.shape[0], -1, x.shape[-1])[:, :num_queries]  # noqa: E731
-    return join(out), join(log_sum)
+    return _by_token(out, shape), _by_token(log_sum, (*shape[:-1], 1))[..., 0]
 
 
 def _backward_tiles(q, k, v, out, log_sum, d_out, tile):
-    _, num_queries, e = q.shape
-    block, heads = _plan(q.shape[0], num_queries, k.shape[1], tile)
-    wide = log_sum.dtype
-    # What the softmax's derivative takes off: the weighted mean of the gradient to the weights.
-    mean = jnp.sum(out.astype(wide) * d_out.astype(wide), -1, keepdims=True)
+    like = q, k, v
+    rows = q, log_sum[..., None], d_out, mean_gradient(out, d_out, log_sum.dtype)
+    k, v, *rows = map(_by_head, (k, v, *rows))
+    block, heads = _plan(k.shape[0], rows[0].shape[1], k.shape[1], tile)
 
     def one_head(head):
         blocks, k, v = head
 
         def one_block(sums, block):
-            q, d_out, log_sum, mean = block
-            weights = jnp.exp(_scores(q, k) - log_sum)
-            d_weights = jnp.einsum("qe,ke->qk", d_out, v, preferred_element_type=wide)
-            d_scores = weights * (d_weights - mean) * e**-0.5
-            if q.dtype == jnp.float16:  # which ends at 6e-8, and the scores' gradients do not
-                q, keys = q.astype(wide), k.astype(wide)
-            else:
-                d_scores, keys = d_scores.astype(q.dtype), k
-            add = (
-                jnp.einsum("qk,qe->ke", d_scores, q, preferred_element_type=wide),
-                jnp.einsum(
-                    "qk,qe->ke", weights.astype(d_out.dtype), d_out, preferred_element_type=wide
-                ),
-            )
-            sums = add if sums is None else jax.tree.map(jnp.add, sums, add)
-            return sums, project(d_scores, keys)
+            q, *block = block
+            d_q, *add = backward_tile(q, k, v, *block)
+            return (add if sums is None else jax.tree.map(jnp.add, sums, add)), d_q
 
         if len(blocks[0]) == 1:
             (d_k, d_v), d_q = one_block(None, jax.tree.map(lambda x: x[0], blocks))
             return d_q[None], d_k, d_v
-        zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
+        zeros = [jnp.zeros_like(x, log_sum.dtype) for x in (k, v)]
         (d_k, d_v), d_q = jax.lax.scan(one_block, zeros, blocks)
         return d_q, d_k, d_v
 
-    blocks = jax.tree.map(lambda x: _blocks(x, block), (q, d_out, log_sum, mean))
-    d_q, d_k, d_v = _map(one_head, (blocks, k, v), heads)
-    d_q = d_q.reshape(q.shape[0], -1, e)[:, :num_queries]
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+    found = _map(one_head, ([_blocks(x, block) for x in rows], k, v), heads)
+    return tuple(_by_token(x, y.shape).astype(y.dtype) for x, y in zip(found, like, strict=True))
+
+
+def _by_head(x):
+    """[..., l, n, e] -> [h, l, e], h all heads of all clips."""
+    *leading, length, heads, width = x.shape
+    return jnp.moveaxis(x, -2, -3).reshape(math.prod(leading) * heads, length, width)
+
+
+def _by_token(x, shape):
+    """[h, l, e], or [h, blocks, block, e] with padding -> [..., l, n, e] of that shape."""
+    *leading, length, heads, width = shape
+    x = x.reshape(x.shape[0], -1, width)[:, :length]
+    return jnp.moveaxis(x.reshape(*leading, heads, length, width), -3, -2)
 
 
 def _plan(num_heads: int, num_queries: int, num_keys: int, tile: Tile) -> tuple[int, int]:

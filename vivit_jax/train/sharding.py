@@ -18,20 +18,8 @@ from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vivit_jax.errors import UserError, first_line
+from vivit_jax.layers.axes import AXES, BATCH, RULES
 from vivit_jax.pretrained import boxed_params
-
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
-# The first rule whose mesh axes are still free in an array counts, so that activations, which have
-# both a batch and a width, are split by clips.
-RULES = (
-    ("batch", BATCH),
-    ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("mlp", "tensor"),
-    *((axis, None) for axis in ("frames", "length", "kv", "layers", "channels", "classes")),
-    *((axis, None) for axis in ("pixels", "pooled", "embed")),
-)
 
 
 def parse_mesh(text: str | None, devices: int) -> dict[str, int]:

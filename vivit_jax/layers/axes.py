@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which axes of a mesh split clips and heads: our table, and what is known of another's.
+
+A mesh of ours has three axes. Clips are split over "data" and "fsdp"; parameters, and what the
+optimiser keeps of them, over "fsdp" along the model's width and over "tensor" along heads and MLP
+width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+from flax import linen as nn
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+# The first rule whose mesh axes are still free in an array counts, so that activations, which have
+# both a batch and a width, are split by clips.
+RULES = (
+    ("batch", BATCH),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    *((axis, None) for axis in ("frames", "length", "kv", "layers", "channels", "classes")),
+    *((axis, None) for axis in ("pixels", "pooled", "embed")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How queries [..., l, n, e] lie on the mesh that they are traced on, as far as is known.
+
+    `axes` are those of the mesh along which each device's share is known, `spec` says which of
+    them split what; no axis splits tokens or what is in a head. Where nothing is known, `axes` is
+    empty. `typed` is what the types of arrays have to say of it, None without explicit axes.
+    """
+
+    mesh: AbstractMesh
+    axes: frozenset[str] = frozenset()
+    spec: PartitionSpec = PartitionSpec()
+    typed: NamedSharding | None = None
+
+    @property
+    def free(self) -> set[str]:
+        """The axes of the mesh that no `shard_map` around has taken."""
+        return {name for name, _ in _free(self.mesh)}
+
+    @property
+    def inside_others(self) -> bool:
+        """Whether a `shard_map` around has taken some axes, and not all."""
+        return 0 < len(self.free) < len(self.mesh.axis_names)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The axes that split heads."""
+        return tuple(_names(self.spec[-1])) if self.spec else ()
+
+    def parts(self, names: Iterable[str]) -> int:
+        """Into how many parts these axes split something."""
+        return math.prod(self.mesh.shape[name] for name in names)
+
+    def on_each(self, function: Callable, differentiable: bool = False) -> Callable:
+        """The function of arrays [..., l, n] or [..., l, n, e], on each device's share of them.
+
+        To differentiate it JAX must know what is equal on several devices: else a gradient adds up
+        over axes that split nothing. It then checks types, which kernels may not state.
+        """
+        if not self.axes:
+            return function
+        everywhere = self.axes == self.free
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=self.spec,
+            out_specs=self.spec,
+            # Of all axes none is named: those that `jax.vmap` maps over are then left out.
+            axis_names=frozenset() if everywhere else self.axes,
+            check_vma=differentiable,
+        )
+
+
+def placement_of(q, leading: Sequence[str | None] | None) -> Placement:
+    """The placement of q [..., l, n, e], whose leading axes have these logical names.
+
+    Explicit axes of the mesh are read from q's type. Automatic ones are known where flax has rules
+    for logical axes, or where the mesh's names are ours: "heads" and the leading axes then lie as
+    the rules say. An axis that does not divide what it is to split is as good as unknown: the
+    compiler may have split another along it, one that `jax.vmap` hides. With `leading` None no
+    automatic axis is known.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        mesh = jax.typeof(q).sharding.mesh
+    explicit = {name for name, kind in _free(mesh) if kind == AxisType.Explicit}
+    automatic = {name for name, kind in _free(mesh) if kind == AxisType.Auto}
+    places = [*range(q.ndim - 3), q.ndim - 2]
+    split: list[list[str]] = [[] for _ in range(q.ndim - 1)]
+    typed, spec = None, PartitionSpec()
+    if explicit:
+        for at, entry in enumerate(jax.typeof(q).sharding.spec[: q.ndim - 1]):
+            split[at] = _names(entry) if at in places else []
+        spec = PartitionSpec(*map(_entry, split))
+        typed = NamedSharding(mesh, spec)
+    wanted = None if leading is None else _wanted(mesh, [*leading, None, "heads"])
+    if wanted is None:
+        return Placement(mesh, frozenset(explicit), spec, typed)
+    unknown = set()
+    for at in places:
+        for name in wanted[at]:
+            if name not in automatic:
+                continue  # split already, by the shard_map around
+            parts = math.prod(mesh.shape[each] for each in (name, *split[at]))
+            if q.shape[at] % parts == 0:
+                split[at].append(name)
+            else:
+                unknown.add(name)
+    known = frozenset((explicit | automatic) - unknown)
+    return Placement(mesh, known, PartitionSpec(*map(_entry, split)), typed)
+
+
+def _free(mesh: AbstractMesh) -> list[tuple[str, AxisType]]:
+    """The axes that no `shard_map` around has taken, with their types."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [(name, kind) for name, kind in types if kind != AxisType.Manual]
+
+
+def _wanted(mesh: AbstractMesh, logical: Sequence[str | None]) -> list[list[str]] | None:
+    """The mesh axes of each logical axis by the rules in force; None where there are none."""
+    rules = nn.get_logical_axis_rules()
+    if not rules and set(mesh.axis_names) <= set(AXES):
+        rules = [(name, _present(axes, mesh)) for name, axes in RULES]
+    if not rules:
+        return None
+    return [_names(entry) for entry in nn.logical_to_mesh_axes(logical, rules)]
+
+
+def _present(axes, mesh: AbstractMesh):
+    """What a rule names of the axes that a mesh has; None for nothing."""
+    return tuple(name for name in _names(axes) if name in mesh.axis_names) or None
+
+
+def _names(entry) -> list[str]:
+    """The axes in an entry of a PartitionSpec."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return []
+    return [entry] if isinstance(entry, str) else list(entry)
+
+
+def _entry(names: list[str]):
+    return None if not names else names[0] if len(names) == 1 else tuple(names)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether cuDNN can attend on the GPU that a program is traced for, one device asked alone."""
+
+import functools
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+# What XLA and cuDNN say where no engine runs what is asked for.
+_NO_ENGINE = re.compile(
+    r"UNIMPLEMENTED|not supported|unsupported|no (valid )?(engine|execution plan)|NOT_SUPPORTED",
+    re.IGNORECASE,
+)
+
+
+def target_gpu() -> jax.Device | None:
+    """A GPU of the kind that what is traced now will run on, None where there is none.
+
+    It may be one that programs are only compiled for: a device given to `jax.default_device`, or
+    the first of the mesh set by `jax.set_mesh`.
+    """
+    default = jax.config.jax_default_device
+    if isinstance(default, jax.Device):
+        return default if default.platform == "gpu" else None
+    try:
+        return jax.local_devices(backend="gpu")[0]
+    except RuntimeError:  # no such backend
+        pass
+    from jax._src.mesh import get_concrete_mesh  # `jax.sharding.get_mesh` refuses while tracing
+
+    mesh = get_concrete_mesh()
+    return None if mesh.empty or mesh.devices.flat[0].platform != "gpu" else mesh.devices.flat[0]
+
+
+def cudnn_refusal(
+    dtype: str, head_dim: int, length: int, device: jax.Device | None = None
+) -> str | None:
+    """Why cuDNN cannot attend forward and backward over so many tokens; None where it can.
+
+    Compiles both for one head, because what cuDNN lacks an engine for shows only then, and for one
+    device: in a thread of its own, where no mesh is set and nothing is traced, since cuDNN's
+    partitioner raises where a mesh is set and operands do not lie on it. All but a refusal raises.
+    `device` is by default `target_gpu()`.
+    """
+    device = device or target_gpu()
+    if device is None:
+        return "there is no GPU to ask it on"
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_ask, dtype, head_dim, length, device).result()
+
+
+def _ask(dtype: str, head_dim: int, length: int, device: jax.Device) -> str | None:
+    x = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    loss = lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum()  # noqa: E731
+    here = SingleDeviceSharding(device)
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), in_shardings=here, out_shardings=here)
+    try:
+        lowered = step.lower(x, x, x)
+    except RuntimeError as error:  # jax's own checks of shapes, of the GPU and of cuDNN's version
+        return _first_line(error)
+    try:
+        lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not _NO_ENGINE.search(_first_line(error)):
+            raise
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

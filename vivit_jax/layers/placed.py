@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention that a mesh splits by clips and heads, whatever the mesh: each head once, none moved.
+
+A program for one device loops over heads. Over a loop whose axis it has split, a partitioner
+gathers all that the loop reads, in every round, and each device then computes every head; so a
+loop over heads must be inside of what is split, and no mechanism of JAX's puts it there on all
+platforms: libtpu refuses `custom_partitioning`, and `shard_map` has to know the axes. Hence
+
+* where the axes are known while tracing (`vivit_jax.layers.axes`), `jax.shard_map` over them, in
+  which the function of one device runs on its share;
+* where they are not, on another's automatic mesh without rules for logical axes, or for arrays
+  that are split with no mesh set, a primitive that looks when it is lowered. A program for one
+  device, or one in which all axes are manual, gets the function of one device; any other the one
+  in `vivit_jax.layers.blocks`, whose loop is over queries, which nobody splits, and whose products
+  every partitioner splits by itself. On TPU that takes 1.5 times as long by the compiler's estimate
+  (v5e, 8 clips of 1568 tokens, forward and backward: 13.8 ms against 9.5).
+
+Both passes are placed by themselves, with the derivative's rule around them: no transposition of a
+`shard_map` then adds up what is on several devices.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+from vivit_jax.layers import blocks, chunked
+from vivit_jax.layers.axes import Placement, placement_of
+from vivit_jax.layers.chunked import SAVED
+
+
+class Local(NamedTuple):
+    """Attention of what one device holds, for q [..., l, n, e], k and v [..., k, n, e].
+
+    `forward(q, k, v)` -> out as q, log_sum [..., l, n], float32 or wider: the logarithm of the sum
+    of each query's exponentials. `backward(q, k, v, out, log_sum, d_out)` -> d_q, d_k, d_v.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+LOCAL = {"chunked": Local(chunked.forward, chunked.backward)}
+SPLIT = Local(blocks.forward, blocks.backward)  # of the same shapes, with devices=
+
+
+def placed_attention(q, k, v, implementation: str = "chunked", leading=("batch",)):
+    """softmax(q k^T / sqrt(e)) v; q [..., q, n, e], k and v [..., k, n, e] -> [..., q, n, e].
+
+    `leading` has the logical names of the leading axes; by default there is one, the clips. Has a
+    derivative in reverse mode, of any order, and none in forward mode (`jax.jvp`): use "xla" for
+    that.
+    """
+    placement = placement_of(q, leading)
+    if placement.typed is not None:
+        q, k, v = (jax.reshard(x, placement.typed) for x in (q, k, v))
+    q, k, v = _varying_alike(q, k, v)
+    return _attend(q, k, v, implementation, placement)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(q, k, v, implementation, placement):
+    return _forward(q, k, v, implementation, placement)[0]
+
+
+def _forward(q, k, v, implementation, placement):
+    out, log_sum = _placed(placement, implementation, "forward", q, k, v)
+    out, log_sum = checkpoint_name(out, SAVED), checkpoint_name(log_sum, SAVED)
+    return out, (q, k, v, out, log_sum)
+
+
+def _backward(implementation, placement, residuals, d_out):
+    if placement.typed is not None:
+        d_out = jax.reshard(d_out, placement.typed)
+    return _placed(placement, implementation, "backward", *residuals, d_out)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _placed(placement: Placement, implementation: str, way: str, *arrays):
+    """One pass, on every device over its share as far as that is known."""
+    found = placement.on_each(partial(_bind, implementation, way))(*arrays)
+    return _varying_alike(*found, *arrays)[: len(found)]
+
+
+def _varying_alike(*arrays):
+    """The arrays, typed to vary over each manual axis that one of them varies over."""
+    axes = set().union(*(jax.typeof(x).mat.varying for x in arrays))
+    missing = [tuple(sorted(axes - jax.typeof(x).mat.varying)) for x in arrays]
+    return tuple(
+        jax.lax.pcast(x, names, to="varying") for x, names in zip(arrays, missing, strict=True)
+    )
+
+
+_share_p = Primitive("attention_share")
+_share_p.multiple_results = True
+
+
+def _bind(implementation, way, *arrays):
+    """The primitive; it carries the program of one device for all that looks into programs."""
+    function = getattr(LOCAL[implementation], way)
+    # Traced anew for each call, as what it reads of this module and `chunked` may have changed.
+    local = jax.make_jaxpr(lambda *arrays: function(*arrays))(*arrays)
+    return tuple(_share_p.bind(*arrays, implementation=implementation, way=way, local=local))
+
+
+@_share_p.def_impl
+def _run(*arrays, **params):
+    return _compiled(**params)(*arrays)
+
+
+@cache
+def _compiled(**params):
+    return jax.jit(partial(_share_p.bind, **params))
+
+
+@_share_p.def_abstract_eval
+def _types(*_, local, **__):
+    return local.out_avals
+
+
+def _lower(ctx, *arrays, implementation, way, local):
+    devices = _devices(ctx.module_context.axis_context)
+    function = jaxpr_as_fun(local)
+    if devices > 1:
+        function = partial(getattr(SPLIT, way), devices=devices)
+    return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays)
+
+
+# Not cached: the same call lies differently inside and outside of a `shard_map`.
+mlir.register_lowering(_share_p, _lower, cacheable=False)
+
+
+def _devices(context: mlir.AxisContext) -> int:
+    """Over how many devices a partitioner will split what is lowered here."""
+    if isinstance(context, mlir.SPMDAxisContext):
+        sizes = dict(context.mesh.shape)
+        count = 1
+        for name in set(sizes) - set(context.manual_axes):
+            count *= sizes[name]
+        return count
+    return context.num_devices
+
+
+def _batch(arrays, axes, *, implementation, way, local):
+    (size,) = {x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None}
+    arrays = [
+        jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
+        for x, a in zip(arrays, axes, strict=True)
+    ]
+    placement = placement_of(arrays[0], None)  # along an explicit axis that was mapped over
+    out = _placed(placement, implementation, way, *arrays)
+    return out, (0,) * len(out)
+
+
+batching.primitive_batchers[_share_p] = _batch
+
+
+def _differentiate(primals, tangents, *, way, **_):
+    """For derivatives of the second order and on: of the form that is split by itself."""
+    tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
+    return jax.jvp(partial(getattr(SPLIT, way), devices=1), primals, tangents)
+
+
+ad.primitive_jvps[_share_p] = _differentiate
