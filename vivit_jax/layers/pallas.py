@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact attention as two Pallas kernels for TPU, forward and backward; no score leaves the chip.
+
+Of its own because the kernels that come with jax, splash and flash, want features last. Then the
+64 features of a head fill half of a register's 128 lanes and memory pads them to 128, XLA copies
+q, k, v and the result into that layout and to whole blocks, and each logarithm of a sum is written
+128 times. Here tokens are last, as XLA itself lays out [b, l, n, 64]: the projections write what
+the kernels read, without a copy, and the scores of a query are a column, whose largest and whose
+sum are cheap. Only public functions of Pallas are needed; splash keeps its backward pass private.
+
+One chip of v5e, 8 clips x 1568 tokens x 12 heads of 64, bfloat16, forward and backward, as libtpu
+0.0.42.1 compiles it; nothing here was run on a TPU. Cycles in the kernels are their scheduled
+instructions times their programs, those outside are XLA's estimate, both in millions, at 1500 MHz:
+
+                 memory traffic   temporaries   outside   kernels
+    this              0.16 GiB         0 MiB        0        2.6
+    splash            1.43 GiB       337 MiB        5.9        -
+    flash             3.22 GiB       817 MiB       10.1        -
+    chunked           4.44 GiB        40 MiB       14.3        -
+    xla               7.16 GiB      1434 MiB       23.0        -
+
+The arithmetic alone takes 1.6, and 2.7 where products over 64 features use half of the unit.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from vivit_jax.errors import ConfigError
+
+LANES = 128  # of a register, and the side of the matrix unit
+ROWS = 16  # of a register in half precision; float32 has 8
+CHUNK = 256  # keys whose scores are computed at a time
+# Scores of one program, which is unrolled: 1664 x 1664 are 18,000 instructions in the backward
+# pass. Blocks of many queries need fewer for each score; short heads share what a program costs.
+MOST_SCORES = 3 * 2**20
+SHORT_SCORES = 2**19
+MOST_HEADS = 16  # of one program
+VMEM = 14.5 * 2**20  # bytes of the 16 MiB that a kernel has on each of v4, v5e, v5p and v6e
+SHORTEST = 64  # queries and keys from which on the kernels win, see `worth_it`
+
+
+def worth_it(num_queries: int, num_keys: int) -> bool:
+    """Whether the kernels take less time than XLA's and the chunked form, by estimate.
+
+    Millions of cycles of v5e, forward and backward, 12 heads of 64, bfloat16, copies included:
+
+        clips x tokens   1568 x 16   512 x 32   256 x 64   128 x 100   64 x 197   8 x 784   4 x 3137
+        this                  24.5        7.6        3.7         1.7        0.7       0.8        5.5
+        chunked               13.1        7.0        6.9         3.9        3.9       3.3       42.5
+        xla                   15.1        7.3        7.2         4.1        4.4       6.3       42.3
+
+    Short sequences leave most of 128 lanes empty, and XLA copies them into that layout.
+    """
+    return min(num_queries, num_keys) >= SHORTEST
+
+
+def forward(q, k, v):
+    """softmax(q k^T / sqrt(e)) v, and of the softmax what `backward` needs.
+
+    q [b, q, n, e], k and v [b, k, n, e] -> out [b, q, n, e] and log_sum [b, n, 1, q], the logarithm
+    to base 2 of the sum of each query's exponentials, in float32 as the softmax is. For one device,
+    or its share of clips and heads within `shard_map(..., check_vma=False)`. float16, which TPUs
+    lack, is computed in float32. Elsewhere than on TPU it runs under
+    `jax.experimental.pallas.tpu.force_tpu_interpret_mode()` only, for tests.
+    """
+    (b, num_queries, n, _), dtype = q.shape, q.dtype
+    q, k, v = _tokens_last(q, k, v)
+    log_sum = jax.ShapeDtypeStruct((b * n, 1, num_queries), jnp.float32)
+    parts = []
+    for plan, part in _plans(q, k, arrays=2, sums=0):
+        queries, keys, sums = plan.specs()
+        run = plan.call(
+            _forward_kernel, "attention_forward",
+            in_specs=[queries, keys, keys], out_specs=[queries, sums],
+            out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), log_sum],
+            cost_estimate=plan.cost(products=2, arrays=2),
+        )  # fmt: skip
+        parts.append(run(q, k[..., part], v[..., part]))
+    out, log_sum = functools.reduce(_join, parts)
+    return _heads_third(out, b, dtype), log_sum.reshape(b, n, 1, num_queries)
+
+
+def backward(q, k, v, out, log_sum, d_out):
+    """Gradients to q, k and v, in their types, from what `forward` took and returned."""
+    (b, num_queries, n, _), dtype = q.shape, q.dtype
+    q, k, v, out, d_out = _tokens_last(q, k, v, out, d_out)
+    log_sum = log_sum.reshape(b * n, 1, num_queries)
+    d_q, d_k, d_v = [], [], []
+    for plan, part in _plans(q, k, arrays=4, sums=2):
+        queries, keys, sums = plan.specs()
+        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+        run = plan.call(
+            _backward_kernel, "attention_backward",
+            in_specs=[queries, keys, keys, queries, sums, queries],
+            out_specs=[queries, keys, keys],
+            out_shape=[like(q), like(k[..., part]), like(v[..., part])],
+            scratch_shapes=plan.sums(), cost_estimate=plan.cost(products=5, arrays=4),
+        )  # fmt: skip
+        found = run(q, k[..., part], v[..., part], out, log_sum, d_out)
+        for all_parts, one in zip((d_q, d_k, d_v), found, strict=True):
+            all_parts.append(one)
+    d_q = d_q[0] if len(d_q) == 1 else sum(x.astype(jnp.float32) for x in d_q)
+    d_k, d_v = (x[0] if len(x) == 1 else jnp.concatenate(x, -1) for x in (d_k, d_v))
+    return tuple(_heads_third(x, b, dtype) for x in (d_q, d_k, d_v))
+
+
+def _tokens_last(*arrays):
+    """[b, l, n, e] -> [b * n, e, l], which XLA lays out so that nothing is moved."""
+    kinds = {x.dtype.name for x in arrays}
+    if len(kinds) > 1 or kinds <= {"float64"}:
+        raise ConfigError(
+            "attention='pallas' takes q, k and v of one type, float32, bfloat16 or float16, got "
+            f"{sorted(kinds)}; use attention='chunked'"
+        )
+    if kinds == {"float16"}:
+        arrays = [x.astype(jnp.float32) for x in arrays]
+    return [x.transpose(0, 2, 3, 1).reshape(-1, x.shape[-1], x.shape[1]) for x in arrays]
+
+
+def _heads_third(x, b, dtype):
+    """[b * n, e, l] -> [b, l, n, e]."""
+    _, e, length = x.shape
+    return x.reshape(b, -1, e, length).transpose(0, 3, 1, 2).astype(dtype)
+
+
+def _join(one, other):
+    """Attention over the keys of two parts, each an output and the logarithms of its sums."""
+    (out, log_sum), (more, log_more) = one, other
+    total = jnp.logaddexp2(log_sum, log_more)
+    out, more = out.astype(jnp.float32), more.astype(jnp.float32)
+    return out * jnp.exp2(log_sum - total) + more * jnp.exp2(log_more - total), total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What one program computes: blocks of queries of a few heads, against all of their keys.
+
+    Blocks end at whole registers, beyond the arrays' ends, where memory may hold anything.
+    """
+
+    num_heads: int
+    num_queries: int
+    num_keys: int
+    head_width: int
+    dtype: jnp.dtype
+    heads: int = 1
+    queries: int = LANES
+
+    @property
+    def keys(self) -> int:
+        return _up(self.num_keys, LANES)
+
+    @property
+    def width(self) -> int:
+        return _up(self.head_width, ROWS)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all queries are in one block, so that no sum goes from block to block."""
+        return self.queries >= self.num_queries
+
+    @property
+    def chunks(self) -> list[slice]:
+        starts = range(0, self.keys, CHUNK)
+        return [slice(start, min(start + CHUNK, self.keys)) for start in starts]
+
+    def specs(self):
+        """Blocks of arrays [h, e, q], [h, e, k] and [h, 1, q]."""
+        queries = pl.BlockSpec((self.heads, self.width, self.queries), lambda i, j: (i, 0, j))
+        keys = pl.BlockSpec((self.heads, self.width, self.keys), lambda i, j: (i, 0, 0))
+        return queries, keys, pl.BlockSpec((self.heads, 1, self.queries), lambda i, j: (i, 0, j))
+
+    def sums(self):
+        shape = (self.heads, self.width, self.keys)
+        return [] if self.whole else [pltpu.VMEM(shape, jnp.float32)] * 2
+
+    def bytes(self, arrays: int, sums: int) -> int:
+        """Of VMEM: two buffers for each of so many arrays of either length, sums and scores."""
+        one = self.heads * self.width
+        size = self.dtype.itemsize
+        blocks = 2 * arrays * one * (self.queries + self.keys) * size
+        kept = 0 if self.whole else 4 * sums * one * self.keys
+        return blocks + kept + 3 * 4 * min(CHUNK, self.keys) * self.queries
+
+    def cost(self, products: int, arrays: int):
+        """For XLA, that schedules around it: so many matrix products, arrays of either length."""
+        if not isinstance(self.num_heads, int):
+            return None
+        scores = self.num_heads * self.num_queries * self.num_keys
+        tokens = self.num_heads * (self.num_queries + self.num_keys)
+        return pl.CostEstimate(
+            flops=2 * products * scores * self.head_width,
+            transcendentals=scores,
+            bytes_accessed=arrays * tokens * self.head_width * self.dtype.itemsize,
+        )
+
+    def call(self, kernel, name, **how):
+        return pl.pallas_call(
+            functools.partial(kernel, plan=self),
+            grid=(pl.cdiv(self.num_heads, self.heads), pl.cdiv(self.num_queries, self.queries)),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            name=name,
+            **how,
+        )
+
+
+def _plans(q, k, arrays: int, sums: int):
+    """A plan for each part of the keys: for one of all keys where VMEM holds them."""
+    h, e, num_queries = q.shape
+    num_keys = k.shape[-1]
+    for count in itertools.count(1):
+        size = _up(math.ceil(num_keys / count), LANES)
+        most = _Plan(h, num_queries, min(size, num_keys), e, q.dtype)
+        plan = _largest(most, arrays, sums)
+        if plan is not None:
+            break
+        if size == LANES:
+            raise ConfigError(
+                f"attention='pallas' got head width {e}, of which not even 128 queries and keys "
+                "fit into a TPU's VMEM; use attention='chunked'"
+            )
+    parts = [slice(start, min(start + size, num_keys)) for start in range(0, num_keys, size)]
+    return [(dataclasses.replace(plan, num_keys=x.stop - x.start), x) for x in parts]
+
+
+def _largest(plan: _Plan, arrays: int, sums: int) -> _Plan | None:
+    """The plan with as many queries, or heads, in a program as take the least time; None if none.
+
+    A block takes about as long as its tiles of LANES queries and one more.
+    """
+    tiles = math.ceil(plan.num_queries / LANES)
+    fits = lambda x, most: (  # noqa: E731
+        x.heads * x.queries * x.keys <= most and x.bytes(arrays, sums) <= VMEM
+    )
+    found = {}
+    for count in range(1, tiles + 1):
+        tiles_each = math.ceil(tiles / count)
+        tried = dataclasses.replace(plan, queries=tiles_each * LANES)
+        if fits(tried, MOST_SCORES):
+            found.setdefault(count * (tiles_each + 1), tried)
+    if not found:
+        return None
+    best = found[min(found)]
+    symbolic = not isinstance(plan.num_heads, int)  # a batch of any size
+    for heads in range(MOST_HEADS if symbolic else min(plan.num_heads, MOST_HEADS), 1, -1):
+        tried = dataclasses.replace(best, heads=heads)
+        if best.whole and fits(tried, SHORT_SCORES):
+            return tried
+    return best
+
+
+def _up(x: int, step: int) -> int:
+    return -(-x // step) * step
+
+
+def _within(x, rows, columns):
+    """x [rows, columns] of a block, zeros where it is beyond the array's own rows and columns."""
+    for axis, size in enumerate((rows, columns)):
+        if not isinstance(size, int) or size < x.shape[axis]:
+            x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < size, x, 0)
+    return x
+
+
+def _dot(x, y, x_axis: int, y_axis: int):
+    """Matrix product in float32 over one axis of each; at the user's precision for float32."""
+    asked = jax.config.jax_default_matmul_precision
+    precise = x.dtype == jnp.float32 and asked not in (None, "default", "bfloat16", "fastest")
+    return jax.lax.dot_general(
+        x, y, (((x_axis,), (y_axis,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if precise else jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _scores(k, q, left: int, plan: _Plan):
+    """To base 2, [k, q], of which the first `left` rows are of keys and the others -inf."""
+    scores = _dot(k, q, 0, 0) * (plan.head_width**-0.5 / math.log(2))
+    if left < scores.shape[0]:
+        inside = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < left
+        scores = jnp.where(inside, scores, -jnp.inf)
+    return scores
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, out_ref, log_sum_ref, *, plan: _Plan):
+    """q [h, e, q], k and v [h, e, k] -> out [h, e, q] and log_sum [h, 1, q]."""
+    for head in range(plan.heads):
+        q = _within(q_ref[head], plan.head_width, plan.queries)
+        largest = total = out = None
+        for chunk in plan.chunks:
+            left = plan.num_keys - chunk.start
+            k, v = (_within(ref[head, :, chunk], plan.head_width, left) for ref in (k_ref, v_ref))
+            scores = _scores(k, q, left, plan)
+            top = scores.max(0, keepdims=True)
+            if largest is not None:
+                top = jnp.maximum(largest, top)
+            weights = jnp.exp2(scores - top)
+            add, add_out = weights.sum(0, keepdims=True), _dot(v, weights.astype(v.dtype), 1, 0)
+            if largest is None:
+                total, out = add, add_out
+            else:
+                shrink = jnp.exp2(largest - top)
+                total, out = total * shrink + add, out * shrink + add_out
+            largest = top
+        out_ref[head] = (out / total).astype(out_ref.dtype)
+        log_sum_ref[head] = largest + jnp.log2(total)
+
+
+def _backward_kernel(
+    q_ref, k_ref, v_ref, out_ref, log_sum_ref, d_out_ref,
+    d_q_ref, d_k_ref, d_v_ref, *sums, plan: _Plan,
+):  # fmt: skip
+    """As `_forward_kernel`; the sums of d_k and d_v over blocks of queries are [h, e, k]."""
+    scale, block = plan.head_width**-0.5, pl.program_id(1)
+    queries = plan.queries
+    if plan.num_queries % plan.queries:
+        queries = plan.num_queries - block * plan.queries
+    if sums:
+
+        @pl.when(block == 0)
+        def start():
+            for ref in sums:
+                ref[...] = jnp.zeros_like(ref)
+
+    for head in range(plan.heads):
+        q, out, d_out = (
+            _within(ref[head], plan.head_width, queries) for ref in (q_ref, out_ref, d_out_ref)
+        )
+        log_sum = _within(log_sum_ref[head], 1, queries)
+        # What the softmax's derivative takes off: the weighted mean of the gradient to the weights.
+        mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), 0, keepdims=True)
+        d_q = jnp.zeros(q.shape, jnp.float32)
+        for chunk in plan.chunks:
+            left = plan.num_keys - chunk.start
+            k, v = (_within(ref[head, :, chunk], plan.head_width, left) for ref in (k_ref, v_ref))
+            weights = jnp.exp2(_scores(k, q, left, plan) - log_sum)
+            d_scores = (weights * (_dot(v, d_out, 0, 0) - mean)).astype(q.dtype)
+            d_q += _dot(k, d_scores, 1, 0)
+            d_k, d_v = _dot(q, d_scores, 1, 1), _dot(d_out, weights.astype(q.dtype), 1, 1)
+            if sums:
+                sums[0][head, :, chunk] += d_k
+                sums[1][head, :, chunk] += d_v
+            else:
+                d_k_ref[head, :, chunk] = (d_k * scale).astype(d_k_ref.dtype)
+                d_v_ref[head, :, chunk] = d_v.astype(d_v_ref.dtype)
+        d_q_ref[head] = (d_q * scale).astype(d_q_ref.dtype)
+    if sums:
+
+        @pl.when(block == pl.num_programs(1) - 1)
+        def end():
+            d_k_ref[...] = (sums[0][...] * scale).astype(d_k_ref.dtype)
+            d_v_ref[...] = sums[1][...].astype(d_v_ref.dtype)
