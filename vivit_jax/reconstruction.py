@@ -23,7 +23,7 @@ from flax import linen as nn
 
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
-from vivit_jax.layers.embed import whole_tubelets
+from vivit_jax.layers.tubelets import whole_tubelets
 from vivit_jax.masking import Mask
 from vivit_jax.models.videomae import VideoMAEForPreTraining
 from vivit_jax.outputs import RESULTS_ONLY

@@ -15,7 +15,8 @@ from compiler_flags import AS_USERS
 from helpers import VIDEOMAE, clip, mostly_slow, random_params
 
 import vivit_jax
-from vivit_jax.layers.embed import TubeletEmbed, take_tokens
+from vivit_jax.layers.embed import TubeletEmbed
+from vivit_jax.layers.tubelets import take_tokens
 from vivit_jax.models import videomae
 
 EXACT = dict(dtype="float64", param_dtype="float64")
@@ -30,11 +31,11 @@ class EmbedAll(TubeletEmbed):
         return take_tokens(TubeletEmbed.__call__(self, pixel_values), visible)
 
 
-def all_targets(pixel_values, mask, config, targets=videomae.reconstruction_targets):
+def all_targets(pixel_values, mask, config, *order, targets=videomae.reconstruction_targets):
     """Makes the target of every tubelet, then drops those that are not predicted."""
     tokens = jnp.broadcast_to(jnp.arange(mask.num_tokens), (len(mask.visible), mask.num_tokens))
     everything = vivit_jax.Mask(visible=mask.visible[:, :0], masked=tokens, decoded=None)
-    return take_tokens(targets(pixel_values, everything, config), mask.predicted)
+    return take_tokens(targets(pixel_values, everything, config, *order), mask.predicted)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 from helpers import CASES, bool_mask, clip, config_of, random_params
 
 from vivit_jax import Mask, UserError, VivitModel
-from vivit_jax.layers.embed import patchify, resize_positions, sincos_positions
+from vivit_jax.layers.embed import resize_positions, sincos_positions
+from vivit_jax.layers.tubelets import patchify
 from vivit_jax.pretrained import abstract_params
 from vivit_jax.train.losses import reconstruction_targets
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From pixels to tokens: tubelet patches, their projection, and the two kinds of positions."""
+"""From pixels to tokens: the projection of tubelets and the two kinds of positions."""
 
 import functools
 import logging
@@ -12,9 +12,9 @@ from flax import linen as nn
 
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import Config, plus_bias, product
+from vivit_jax.layers.tubelets import ByteClips, Grid, check_pixels, fastest_order, tubelets
 
 logger = logging.getLogger(__name__)
-Grid = tuple[int, int, int]
 
 
 def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
@@ -70,17 +70,6 @@ def _say_what_is_left_out(clip: Grid, tubelet: Grid) -> None:
         )
 
 
-def check_pixels(pixel_values) -> None:
-    """UserError for pixels that are no floats, such as the frames a video holds; any shape."""
-    dtype = jnp.result_type(pixel_values)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise UserError(
-            f"pixel_values has dtype {dtype}, the model takes normalised floats; frames go through "
-            "the processor first: pixel_values = processor(frames), with processor = "
-            "vivit_jax.VideoProcessor.from_pretrained(...)"
-        )
-
-
 def uniform_frames(total: int, count: int) -> np.ndarray:
     """Indices of `count` frames of `total` that cut the clip into count + 1 equal parts.
 
@@ -93,39 +82,13 @@ def uniform_frames(total: int, count: int) -> np.ndarray:
     return np.round(np.arange(1, count + 1) * total / (count + 1)).astype(int)
 
 
-def whole_tubelets(clips, tubelet: Grid):
-    """Clips [b, t, h, w, c] without what is left of each axis after its last whole tubelet."""
-    t, h, w = (size // patch * patch for size, patch in zip(clips.shape[1:4], tubelet, strict=True))
-    return clips[:, :t, :h, :w]
-
-
-def patchify(pixel_values: jax.Array, tubelet: Grid) -> jax.Array:
-    """Cut clips into tubelets: [b, t, h, w, c] -> [b, l, values], values ordered (t, h, w, c)."""
-    t, h, w = tubelet
-    clips = whole_tubelets(jnp.asarray(pixel_values), tubelet)
-    pattern = "b (t x) (h y) (w z) c -> b (t h w) (x y z c)"
-    return einops.rearrange(clips, pattern, x=t, y=h, z=w)
-
-
-def take_tokens(x: jax.Array, indices: jax.Array | None) -> jax.Array:
-    """Rows of x [b, l, d] (or of a table [l, d]) at indices [b, k]; all of them for None.
-
-    An index past the end gives NaN, so that a mask for another grid cannot go unnoticed.
-    """
-    if indices is None:
-        return x
-    if x.ndim == 2:
-        return x.at[indices].get(mode="fill", fill_value=jnp.nan)
-    rows = jnp.arange(x.shape[0])[:, None]
-    return x.at[rows, indices].get(mode="fill", fill_value=jnp.nan)
-
-
 class TubeletEmbed(nn.Module):
     """Linear projection of tubelets, the same numbers as a convolution with stride = kernel.
 
-    pixel_values [b, t, h, w, c] -> [b, l, d] in float32 or wider, for positions to be added before
-    it is rounded; with `visible` [b, v] only those tokens are computed. With `num_sampled_frames`
-    only those frames of the clip are used. Raises UserError for pixels that are no floats.
+    pixel_values [b, t, h, w, c], floats or `ByteClips`, -> [b, l, d] in float32 or wider, for
+    positions to be added before it is rounded; with `visible` [b, v] only those tokens are
+    computed. With `num_sampled_frames` only those frames of the clip are used. Raises UserError for
+    pixels that are neither.
     """
 
     config: Config
@@ -145,9 +108,15 @@ class TubeletEmbed(nn.Module):
         bias = self.param("bias", zeros, shape[-1:], param_dtype).astype(dtype)
         sampled = getattr(config, "num_sampled_frames", None)
         if sampled:
-            pixel_values = pixel_values[:, uniform_frames(pixel_values.shape[1], sampled)]
-        patches = take_tokens(patchify(pixel_values, config.tubelet), visible)
-        return plus_bias(product(patches.astype(dtype), kernel.reshape(-1, shape[-1])), bias)
+            frames = uniform_frames(pixel_values.shape[1], sampled)
+            of_bytes = isinstance(pixel_values, ByteClips)
+            pixel_values = pixel_values.frames(frames) if of_bytes else pixel_values[:, frames]
+        if visible is None and not isinstance(pixel_values, ByteClips):
+            pixel_values = jnp.asarray(pixel_values, dtype)  # before they move, as all are used
+        order = fastest_order(pixel_values)
+        patches = tubelets(pixel_values, config.tubelet, visible, order).astype(dtype)
+        kernel = einops.rearrange(kernel, f"x y z c d -> ({order}) d")
+        return plus_bias(product(patches, kernel), bias)
 
 
 @functools.cache

@@ -223,9 +223,14 @@ class Projection(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_in :])
         return kernel, self.param("bias", zeros, outputs, param_dtype).astype(dtype)
 
-    def __call__(self, x, activation: str = "linear"):
-        """The activation of that name of x kernel + bias, rounded to `config.dtype`."""
+    def __call__(self, x, activation: str = "linear", columns: Callable | None = None):
+        """The activation of that name of x kernel + bias, rounded to `config.dtype`.
+
+        `columns` puts the last axis of kernel and bias, and so of the result, in another order.
+        """
         kernel, bias = self.parameters()
+        if columns is not None:
+            kernel, bias = columns(kernel), None if bias is None else columns(bias)
         y = product(x.astype(kernel.dtype), kernel, self.num_in)
         function = None if activation == "linear" else ACTIVATIONS[activation]
         return rounded_once(y, bias, kernel.dtype, function)

@@ -14,9 +14,16 @@ from flax import linen as nn
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import dropout, numbered
-from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions, take_tokens
+from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions
 from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
+from vivit_jax.layers.tubelets import (
+    CHANNELS_FIRST,
+    FRAMES_FIRST,
+    fastest_order,
+    reordered,
+    take_tokens,
+)
 from vivit_jax.masking import Mask
 from vivit_jax.models.classifier import classify
 from vivit_jax.outputs import (
@@ -56,8 +63,9 @@ class VideoMAEModel(nn.Module):
     ) -> ModelOutput | tuple:
         """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, l or visible, d].
 
-        With `add_pooling_layer` there is pooler_output [b, d] as well. `mask` is what HuggingFace
-        calls bool_masked_pos: `Mask.from_bool(bool_masked_pos)`.
+        They may be `vivit_jax.layers.tubelets.ByteClips` too. With `add_pooling_layer` there is
+        pooler_output [b, d] as well. `mask` is what HuggingFace calls bool_masked_pos:
+        `Mask.from_bool(bool_masked_pos)`.
         `head_mask` [n] or [layers, n] scales attention weights per head (0 silences a head).
         `interpolate_pos_encoding` accepts any frame count and resolution of at least one tubelet
         and recomputes the position table for that many tokens, as the authors do.
@@ -101,12 +109,22 @@ class VideoMAEModel(nn.Module):
 
 
 class VideoMAEDecoder(nn.Module):
-    """Blocks of the decoder's width over its tokens, pixels for the last `num_predicted`."""
+    """Blocks of the decoder's width over its tokens, pixels for the last `num_predicted`.
+
+    The pixels of a token are in `order`, see `vivit_jax.layers.tubelets`.
+    """
 
     config: VideoMAEConfig  # of the whole model
 
     @nn.compact
-    def __call__(self, x, num_predicted: int, output_hidden_states: bool, rows=None):
+    def __call__(
+        self,
+        x,
+        num_predicted: int,
+        output_hidden_states: bool,
+        rows=None,
+        order: str = FRAMES_FIRST,
+    ):
         config = self.config.decoder()
         x, layers = run_blocks(
             config,
@@ -118,7 +136,9 @@ class VideoMAEDecoder(nn.Module):
         x = x[:, x.shape[1] - num_predicted :]
         x = LayerNorm(config, config.decoder_norm_eps, name="ln_final")(x)
         shape = (config.hidden_size, config.patch_values)
-        return Projection(config, shape, ("embed", "pixels"), name="head")(x), layers.hidden
+        head = Projection(config, shape, ("embed", "pixels"), name="head")
+        columns = lambda y: _values_in(config, y, FRAMES_FIRST, order)  # noqa: E731
+        return head(x, columns=columns), layers.hidden
 
 
 class VideoMAEForPreTraining(nn.Module):
@@ -185,14 +205,19 @@ class VideoMAEForPreTraining(nn.Module):
         blanks = blanks + _positions(x, grid, mask.predicted)
         # Visible tokens first, then blanks: attention does not see the order, the slice does.
         x = jnp.concatenate([x, blanks], axis=1).astype(config.dtype)
+        # Bytes are of a training step, where nothing but the loss reads the logits.
+        order = fastest_order(pixel_values)
+        order = order if order == CHANNELS_FIRST else FRAMES_FIRST
         logits, decoder_hidden_states = VideoMAEDecoder(config, name="decoder")(
             x,
             mask.predicted.shape[1],
             out.hidden_states is not None,
             numbered(rows, pixel_values.shape[0], deterministic),
+            order,
         )
-        targets = reconstruction_targets(pixel_values, mask, config)
+        targets = reconstruction_targets(pixel_values, mask, config, order)
         loss = reconstruction_loss(logits, targets, mask.counted)
+        logits = _values_in(config, logits, order, FRAMES_FIRST)
         out = PreTrainingOutput(
             loss, logits, out.hidden_states, out.attentions, decoder_hidden_states
         )
@@ -245,6 +270,11 @@ class VideoMAEForVideoClassification(nn.Module):
         loss, logits = classify(config, x, labels)
         out = ClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return out if return_dict else out.to_tuple()
+
+
+def _values_in(config: VideoMAEConfig, x, old: str, new: str):
+    """The last axis of x, the values of a tubelet, in another order."""
+    return reordered(x, config.tubelet, config.num_channels, old, new)
 
 
 def _mean_pooled(config: VideoMAEConfig, x):

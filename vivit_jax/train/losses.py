@@ -8,8 +8,8 @@ import numpy as np
 
 from vivit_jax.config import IMAGENET_MEAN, IMAGENET_STD, VideoMAEConfig
 from vivit_jax.errors import UserError
-from vivit_jax.layers.embed import check_pixels, patchify, take_tokens
 from vivit_jax.layers.linear import at_least_float32
+from vivit_jax.layers.tubelets import CHANNELS_FIRST, FRAMES_FIRST, check_pixels, tubelets
 from vivit_jax.masking import Mask
 
 IGNORE_INDEX = -100
@@ -183,13 +183,16 @@ def pixel_statistics(config: VideoMAEConfig) -> tuple[tuple[float, ...], tuple[f
     return (IMAGENET_MEAN, IMAGENET_STD) if config.num_channels == 3 else None
 
 
-def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> jax.Array:
+def reconstruction_targets(
+    pixel_values, mask: Mask, config: VideoMAEConfig, order: str = FRAMES_FIRST
+) -> jax.Array:
     """What VideoMAE's decoder predicts: pixels of `mask.predicted`, [b, k, patch values].
 
-    Pixels are first un-normalised, see `pixel_statistics`. With `norm_pix_loss` each tubelet and
-    channel is then normalised: (x - mean) / (std + 1e-6), std with the unbiased variance. Values
-    are ordered (t, h, w, c). Raises UserError where pixels are no floats, and where they cannot be
-    un-normalised and are not normalised.
+    pixel_values are floats [b, t, h, w, c] or `ByteClips`. They are first un-normalised, see
+    `pixel_statistics`. With `norm_pix_loss` each tubelet and channel is then normalised: (x - mean)
+    / (std + 1e-6), std with the unbiased variance. Values are ordered (t, h, w, c), or for
+    `ByteClips` CHANNELS_FIRST if asked for. Raises UserError for other pixels, and where they
+    cannot be un-normalised and are not normalised.
     """
     check_pixels(pixel_values)
     statistics = pixel_statistics(config)
@@ -199,16 +202,26 @@ def reconstruction_targets(pixel_values, mask: Mask, config: VideoMAEConfig) -> 
             f"{config.num_channels} nothing says how they were normalised; give the config the "
             "processor's image_mean and image_std, or norm_pix_loss=True"
         )
-    x = at_least_float32(take_tokens(patchify(pixel_values, config.tubelet), mask.predicted))
-    x = einops.rearrange(x, "b m (p c) -> b m p c", c=config.num_channels)
-    if statistics is not None:
-        mean, std = (np.reshape(v, (1, 1, 1, -1)) for v in statistics)
-        x = x * jnp.asarray(std, x.dtype) + jnp.asarray(mean, x.dtype)
-    if config.norm_pix_loss:
-        std = jnp.sqrt(jnp.var(x, axis=2, keepdims=True, ddof=1)) + TARGET_EPSILON
+    x = at_least_float32(tubelets(pixel_values, config.tubelet, mask.predicted, order))
+    channels = config.num_channels
+    mean, std = (np.zeros(channels), np.ones(channels)) if statistics is None else statistics
+
+    def target(x, mean, std, axis):
+        """The target of pixels x, whose channels are along all axes but `axis`, or are one."""
+        if statistics is not None:
+            x = x * jnp.asarray(std, x.dtype) + jnp.asarray(mean, x.dtype)
+        if not config.norm_pix_loss:
+            return x
+        std = jnp.sqrt(jnp.var(x, axis=axis, keepdims=True, ddof=1)) + TARGET_EPSILON
         # Behind the barrier the rounding is the same for any number of tokens.
-        mean, std = jax.lax.optimization_barrier((jnp.mean(x, axis=2, keepdims=True), std))
-        x = (x - mean) / std
+        mean, std = jax.lax.optimization_barrier((jnp.mean(x, axis=axis, keepdims=True), std))
+        return (x - mean) / std
+
+    if order == CHANNELS_FIRST:
+        of_channels = zip(jnp.split(x, channels, axis=-1), mean, std, strict=True)
+        return jnp.concatenate([target(*of_channel, 2) for of_channel in of_channels], axis=-1)
+    x = einops.rearrange(x, "b m (p c) -> b m p c", c=channels)
+    x = target(x, *(np.reshape(v, (1, 1, 1, -1)) for v in (mean, std)), 2)
     return einops.rearrange(x, "b m p c -> b m (p c)")
 
 

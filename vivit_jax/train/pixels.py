@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the bytes of a batch to the model's pixels, on the device and inside the jitted step."""
+"""From the bytes of a batch to what the model takes, on the device and inside the jitted step."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.layers.dropout import clip_keys
+from vivit_jax.layers.tubelets import ByteClips
 from vivit_jax.recipes.recipe import AugmentSettings
 from vivit_jax.train.augment import colour_jitter, random_erasing
 
@@ -47,13 +48,17 @@ def scaled_and_shifted(scale, shift) -> Callable[[jax.Array], jax.Array]:
 
 def training_pixels(
     processor: VideoProcessor, settings: AugmentSettings
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """(key, rows [b], uint8 [b, t, h, w, c]) -> float32 pixels, augmented as far as floats go.
+) -> Callable[[jax.Array, jax.Array, jax.Array], ByteClips | jax.Array]:
+    """(key, rows [b], uint8 [b, t, h, w, c]) -> what the model takes, augmented but for mixing.
 
+    Bytes with the processor's arithmetic, where the settings change no pixel; else float32 pixels.
     Colour jitter comes before normalisation, as scenic's, which undoes it first; erasing after it,
     as VideoMAE's. What happens to a clip is a function of the key and of its row.
     """
-    normalise = normaliser(processor)
+    values = hashable_arithmetic(processor)
+    if not (settings.colour or settings.erase or settings.mixes):
+        return lambda key, rows, clips: ByteClips(clips, *values)
+    normalise = scaled_and_shifted(*values)
 
     def pixels(key, rows, clips):
         colour, erase = (clip_keys(jax.random.fold_in(key, i), rows) for i in range(2))
