@@ -9,9 +9,16 @@ import pytest
 from flax import linen as nn
 from helpers import assert_close, bool_mask, clip, config_of, mostly_slow, random_params
 
+from checkpoints_convert import trees
 from vivit_jax import Mask, VideoMAEForPreTraining, VivitForVideoClassification
 from vivit_jax.layers import linear
-from vivit_jax.layers.linear import Projection, exact_gelu, project, project_together
+from vivit_jax.layers.linear import (
+    Projection,
+    exact_gelu,
+    project,
+    project_together,
+    projections_in,
+)
 
 
 @pytest.mark.parametrize("precision", [None, "highest"])
@@ -235,3 +242,30 @@ def operand_types(jaxpr) -> list[tuple[str, str]]:
         for inner in jax.extend.core.jaxprs_in_params(eqn.params):
             found += operand_types(getattr(inner, "jaxpr", inner))
     return found
+
+
+def test_only_projections_are_rounded_beforehand():
+    """So that a step with rounded params is the step, in half precision and to the bit."""
+    config = config_of("mae pretraining", dtype="bfloat16", layer_scale_init=0.5)
+    model, x = VideoMAEForPreTraining(config), clip(config)
+    mask, params = Mask.from_bool(bool_mask(config)), random_params(model)
+    rounded = projections_in(params, config.dtype)
+    kinds = {path: leaf.dtype.name for path, leaf in trees.flatten(rounded).items()}
+    half = {path for path, dtype in kinds.items() if dtype == "bfloat16"}
+    assert half == {
+        path
+        for path in kinds
+        if path.endswith("/kernel") or (path.endswith("/bias") and "/ln_" not in path)
+    }
+    assert {kinds[path] for path in kinds.keys() - half} == {"float32"}
+
+    @jax.jit
+    def step(params):
+        loss = lambda params: model.apply({"params": params}, x, mask).loss  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    (one, gradients), (other, rounded_gradients) = step(params), step(rounded)
+    assert one == other
+    for a, b in zip(*map(jax.tree.leaves, (gradients, rounded_gradients)), strict=True):
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
+    jax.tree.map(np.testing.assert_array_equal, projections_in(params, "float32"), params)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import platform
+from vivit_jax.layers.linear import platform, projections_in
 from vivit_jax.masking import MASKS, Mask
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
@@ -124,9 +124,17 @@ def make_step(
             loss, aside = objective(params, jax.random.fold_in(key, 1), part)
             return loss * weight, aside
 
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        # Rounded here, what the layers multiply with is rounded once, and its gradients, which are
+        # rounded too, are stacked at half the size.
+        rounded = projections_in(state.params, model.config.dtype)
+
+        def gradient(part, weight):
+            """((loss, aside), gradients), these in the params' types."""
+            out, gradients = jax.value_and_grad(loss_of, has_aux=True)(rounded, part, weight)
+            return out, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
+
         if parts == 1:
-            (loss, aside), gradients = gradient(state.params, whole, 1.0)
+            (loss, aside), gradients = gradient(whole, 1.0)
         else:
             divided = jax.tree.map(split, whole)
             if pretraining and divided["mask"].decoded is not None:
@@ -134,12 +142,12 @@ def make_step(
                 weights = counted / counted.sum()
 
             def add(total, part):
-                (loss, aside), gradients = gradient(state.params, *part)
+                (loss, aside), gradients = gradient(*part)
                 both = (loss, jax.tree.map(lambda x: x / parts, aside)), gradients
                 return jax.tree.map(jnp.add, total, both), None
 
             first = jax.tree.map(lambda x: x[0], (divided, weights))
-            sums = jax.eval_shape(gradient, state.params, *first)
+            sums = jax.eval_shape(gradient, *first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
             ((loss, aside), gradients), _ = jax.lax.scan(add, zeros, (divided, weights))
 
