@@ -61,6 +61,22 @@ def worth_it(num_queries: int, num_keys: int) -> bool:
     return min(num_queries, num_keys) >= SHORTEST
 
 
+def cycles(heads: int, num_queries: int, num_keys: int, head_width: int, *, backward: bool) -> int:
+    """What a kernel takes on one core of v5e or v5p in bfloat16, `heads` being b * n.
+
+    XLA's own estimate of the compiled program has nothing of what is in a kernel. A product that
+    sums over features takes the unit's whole depth, the others as many rows as features; the rest
+    is fitted to the schedules of libtpu 0.0.42.1, within a quarter from 128 tokens on. Those of v6e
+    are 0.7 (forward) and 0.63 as long, those of v4 1.55 and 1.32 times at 1568 tokens; a chip of
+    v4 or v5p has two cores, which share the heads.
+    """
+    deep = _up(head_width, LANES)
+    features = 2 * deep + 3 * head_width if backward else deep + head_width
+    tokens = _up(num_queries, LANES) * _up(num_keys, LANES)
+    product = tokens * features / (4 * LANES**2)  # four units of LANES x LANES
+    return round(heads * (product + 80 if backward else 1.15 * product + 100))
+
+
 def forward(q, k, v):
     """softmax(q k^T / sqrt(e)) v, and of the softmax what `backward` needs.
 
@@ -142,7 +158,8 @@ def _join(one, other):
 class _Plan:
     """What one program computes: blocks of queries of a few heads, against all of their keys.
 
-    Blocks end at whole registers, beyond the arrays' ends, where memory may hold anything.
+    Blocks end at whole registers, beyond the ends of the arrays, where what is copied into them
+    stops: there a block holds anything, and the kernels replace it.
     """
 
     num_heads: int
@@ -182,12 +199,16 @@ class _Plan:
         return [] if self.whole else [pltpu.VMEM(shape, jnp.float32)] * 2
 
     def bytes(self, arrays: int, sums: int) -> int:
-        """Of VMEM: two buffers for each of so many arrays of either length, sums and scores."""
+        """Of VMEM: two buffers for each of so many arrays of either length, sums, and values.
+
+        Those are three of a chunk's scores, and six of features x queries, in float32.
+        """
         one = self.heads * self.width
         size = self.dtype.itemsize
         blocks = 2 * arrays * one * (self.queries + self.keys) * size
         kept = 0 if self.whole else 4 * sums * one * self.keys
-        return blocks + kept + 3 * 4 * min(CHUNK, self.keys) * self.queries
+        values = 4 * self.queries * (3 * min(CHUNK, self.keys) + 6 * self.width)
+        return blocks + kept + values
 
     def cost(self, products: int, arrays: int):
         """For XLA, that schedules around it: so many matrix products, arrays of either length."""
@@ -233,12 +254,16 @@ def _plans(q, k, arrays: int, sums: int):
 def _largest(plan: _Plan, arrays: int, sums: int) -> _Plan | None:
     """The plan with as many queries, or heads, in a program as take the least time; None if none.
 
-    A block takes about as long as its tiles of LANES queries and one more.
+    A block takes about as long as its tiles of LANES queries and one more. Precise products of
+    float32 are sums of six, of parts of their operands, which need room.
     """
     tiles = math.ceil(plan.num_queries / LANES)
-    fits = lambda x, most: (  # noqa: E731
-        x.heads * x.queries * x.keys <= most and x.bytes(arrays, sums) <= VMEM
-    )
+    share = 2 if _precise(plan.dtype) else 1
+
+    def fits(tried, most):
+        scores = tried.heads * tried.queries * tried.keys
+        return scores <= most / share and tried.bytes(arrays, sums) <= VMEM / share
+
     found = {}
     for count in range(1, tiles + 1):
         tiles_each = math.ceil(tiles / count)
@@ -268,14 +293,18 @@ def _within(x, rows, columns):
     return x
 
 
-def _dot(x, y, x_axis: int, y_axis: int):
-    """Matrix product in float32 over one axis of each; at the user's precision for float32."""
+def _precise(dtype) -> bool:
+    """Whether the user asks for products of float32 in more than one pass of bfloat16."""
     asked = jax.config.jax_default_matmul_precision
-    precise = x.dtype == jnp.float32 and asked not in (None, "default", "bfloat16", "fastest")
+    return dtype == jnp.float32 and asked not in (None, "default", "bfloat16", "fastest")
+
+
+def _dot(x, y, x_axis: int, y_axis: int):
+    """Matrix product in float32 over one axis of each."""
+    precision = jax.lax.Precision.HIGHEST if _precise(x.dtype) else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
         x, y, (((x_axis,), (y_axis,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if precise else jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
+        precision=precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
 
 
