@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What XLA made of a program: its collectives, its loops and its largest array."""
+"""What XLA made of a program on a mesh, in the few words that tests compare."""
 
 import math
-import re
 
-COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-
-
-def collectives(compiled) -> list[str]:
-    """The kinds of a compiled program's collectives, one for each."""
-    return re.findall(rf" = .*? ({COLLECTIVES})(?:-start)?\(", compiled.as_text())
+from vivit_jax.train.compiled import read_program
 
 
-def rounds(compiled) -> list[int]:
+def collectives(compiled, mesh) -> list[str]:
+    """The kinds of a compiled program's collectives, one for each, in alphabetical order."""
+    return sorted(each.kind for each in read_program(compiled, mesh).collectives)
+
+
+def rounds(compiled, mesh) -> list[int]:
     """How many rounds each of its loops has, in order of size."""
-    return sorted(map(int, re.findall(r'known_trip_count":\{"n":"(\d+)"', compiled.as_text())))
+    return sorted(each.trips for each in read_program(compiled, mesh).loops)
 
 
-def largest(compiled) -> int:
-    """Elements of its largest array on one device."""
-    shapes = re.findall(r"\b(?:bf16|f16|f32|f64)\[([\d,]+)\]", compiled.as_text())
-    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+def largest(compiled, mesh) -> int:
+    """Elements of the largest array that an operation of a device returns."""
+    operations = read_program(compiled, mesh).operations
+    return max(math.prod(array.shape) for each in operations for array in each.results)

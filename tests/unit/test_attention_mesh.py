@@ -124,40 +124,41 @@ def on(context, mesh, values):
 
 
 def compiled(context, devices, implementation="chunked", function=both_passes):
-    """The program of a context on so many devices, its operands in numpy, and what it returns."""
+    """A context's mesh of so many devices, the program, its operands in numpy, its results."""
     mesh = context.mesh(devices)
     values = operands(context, mesh)
     function = functools.partial(function, implementation=implementation)
     with context.told(mesh):
         placed = on(context, mesh, values)
         program = jax.jit(context.around(function, mesh)).lower(*placed).compile()
-        return program, values, program(*placed)
+        return mesh, program, values, program(*placed)
 
 
 @pytest.mark.parametrize("name", mostly_slow(CONTEXTS, *QUICK))
 def test_tiles_on_a_mesh_gather_nothing_and_do_not_grow(name):
     context = CONTEXTS[name]
-    program, values, found = compiled(context, 8)
-    assert collectives(program) == []
+    mesh, program, values, found = compiled(context, 8)
+    assert collectives(program, mesh) == []
     output, gradient = largest_errors(found, reference(*values))
     assert output < 1e-6 and gradient < 2e-6  # measured 5.6e-7 and 7.5e-7
-    small, *_ = compiled(context, 4)
-    assert rounds(program) == rounds(small) != []
-    assert largest(program) == largest(small)
+    small_mesh, small, *_ = compiled(context, 4)
+    assert rounds(program, mesh) == rounds(small, small_mesh) != []
+    assert largest(program, mesh) == largest(small, small_mesh)
     if context.known:  # the program of one device with that share
         share = [x[:1, :, :2] for x in values]
         one = jax.jit(functools.partial(both_passes)).lower(*share).compile()
-        assert rounds(program) == rounds(one)
+        alone = jax.make_mesh((1,), ("one",), devices=jax.devices()[:1])
+        assert rounds(program, mesh) == rounds(one, alone)
 
 
 @pytest.mark.parametrize("name", mostly_slow(CONTEXTS, "data and tensor", "other names, explicit"))
 def test_the_library_on_a_mesh_gathers_nothing(name):
-    program, values, found = compiled(CONTEXTS[name], 8, "xla")
-    assert collectives(program) == []
+    mesh, program, values, found = compiled(CONTEXTS[name], 8, "xla")
+    assert collectives(program, mesh) == []
     output, gradient = largest_errors(found, reference(*values))
     assert output < 2e-6 and gradient < 2e-6  # measured 7.1e-7 and 6.3e-7
-    small, *_ = compiled(CONTEXTS[name], 4, "xla")
-    assert largest(program) == largest(small)
+    small_mesh, small, *_ = compiled(CONTEXTS[name], 4, "xla")
+    assert largest(program, mesh) == largest(small, small_mesh)
 
 
 def test_a_loop_over_heads_would_be_seen():
@@ -168,9 +169,10 @@ def test_a_loop_over_heads_would_be_seen():
         heads = [jnp.moveaxis(x, 2, 1).reshape(-1, 1, LENGTH, 1, 16) for x in (q, k, v)]
         return jax.lax.map(lambda head: plain(*head), heads)
 
-    program, *_ = compiled(context, 8, function=by_head)
-    assert "all-gather" in collectives(program)
-    assert rounds(program) != rounds(compiled(context, 4, function=by_head)[0])
+    mesh, program, *_ = compiled(context, 8, function=by_head)
+    small_mesh, small, *_ = compiled(context, 4, function=by_head)
+    assert "all-gather" in collectives(program, mesh)
+    assert rounds(program, mesh) != rounds(small, small_mesh)
 
 
 @pytest.mark.parametrize("name", ["data and tensor, our rules", "other names"])
@@ -215,8 +217,8 @@ def test_mapped_over_clips_on_a_mesh(name):
         found = jax.vmap(alone)(*(x[:, None] for x in operands))
         return jax.tree.map(lambda x: x[:, 0], found)
 
-    program, values, found = compiled(context, 8, function=by_clip)
-    assert collectives(program) == []
+    mesh, program, values, found = compiled(context, 8, function=by_clip)
+    assert collectives(program, mesh) == []
     output, gradient = largest_errors(found, reference(*values))
     assert output < 1e-6 and gradient < 2e-6
 
@@ -245,8 +247,8 @@ def test_made_again_for_the_gradient(name):
         )
         return both_passes(*operands, attend=lambda *x, implementation: attend(*x))
 
-    program, values, found = compiled(context, 8, function=again)
-    assert collectives(program) == []
+    mesh, program, values, found = compiled(context, 8, function=again)
+    assert collectives(program, mesh) == []
     output, gradient = largest_errors(found, reference(*values))
     assert output < 1e-6 and gradient < 2e-6
 
@@ -263,7 +265,7 @@ def test_an_exported_program_is_split_as_well(name):
         program = run.lower(*placed).compile()
         found = program(*placed)
     assert exported.nr_devices == 8
-    assert collectives(program) == []
+    assert collectives(program, mesh) == []
     output, gradient = largest_errors(found, reference(*values))
     assert output < 1e-6 and gradient < 2e-6
 
