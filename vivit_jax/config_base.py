@@ -17,7 +17,7 @@ HIDDEN_ACTS = (
 )  # fmt: skip
 # transformers has them too; their parameters are trained, and a checkpoint would hold them.
 PARAMETRIC_ACTS = ("prelu", "xielu")
-ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn")
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "pallas")
 REMAT_POLICIES = ("none", "dots", "block")  # from the most memory to the least
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")

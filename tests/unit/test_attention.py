@@ -253,8 +253,10 @@ def test_the_accelerators_tile_is_linear_in_tokens_too(gradient, monkeypatch):
         ("gpu", "float32", 64, 1, "xla"),
         ("gpu", "float64", 64, 1568, "chunked"),
         ("gpu", "float64", 64, 1, "chunked"),
-        ("tpu", "bfloat16", 64, 1568, "chunked"),
-        ("tpu", "float32", 88, 160, "chunked"),
+        ("tpu", "bfloat16", 64, 1568, "pallas"),
+        ("tpu", "float32", 88, 160, "pallas"),
+        ("tpu", "float64", 64, 1568, "chunked"),
+        ("tpu", "bfloat16", 64, 16, "chunked"),
         ("tpu", "bfloat16", 64, 1, "xla"),
     ],
 )

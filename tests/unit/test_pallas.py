@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -18,8 +19,11 @@ from test_attention import cotangent, plain, qkv, reference
 
 from vivit_jax import ConfigError
 from vivit_jax.layers import pallas
+from vivit_jax.layers.attention import attention
 
 
+# By itself: the interpreter of a TPU works by side effects, which the primitive of
+# `vivit_jax.layers.placed` does not have.
 @jax.custom_vjp
 def attend(q, k, v):
     return pallas.forward(q, k, v)[0]
@@ -163,7 +167,7 @@ def test_a_head_too_wide_for_the_chip_is_refused():
     ("length", "expected"), [(16, False), (63, False), (64, True), (3137, True)]
 )
 def test_short_sequences_are_left_to_xla(length, expected):
-    assert pallas.worth_it(length, 1568) == pallas.worth_it(1568, length) == expected
+    assert pallas.worth_it(length) == expected
 
 
 # Heads of one program, queries, keys, head width; scheduled instructions forward and backward, as
@@ -193,7 +197,7 @@ def test_a_batch_of_any_size_can_be_exported():
     (b,) = jax.export.symbolic_shape("b")
     x = jax.ShapeDtypeStruct((b, 196, 12, 64), jnp.bfloat16)
     out, log_sum = jax.eval_shape(pallas.forward, x, x, x)
-    assert out.shape == x.shape and log_sum.shape == (b, 12, 1, 196)
+    assert out.shape == x.shape and log_sum.shape == (b, 196, 12)
     found = jax.eval_shape(pallas.backward, x, x, x, out, log_sum, out)
     assert [y.shape for y in found] == [x.shape] * 3
 
@@ -214,25 +218,25 @@ def chips(kind, monkeypatch):
     return np.array(found.devices).reshape(2, 2)
 
 
-def compiled_for(devices, length, keys, heads, width, dtype):
-    """Attention and its gradients, clips over the mesh's "data" and heads over its "tensor"."""
-    mesh = Mesh(devices, ("data", "tensor"))
-    spec = PartitionSpec("data", None, "tensor")
-
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 4, check_vma=False
-    )
-    def step(q, k, v, d_out):
-        out, log_sum = pallas.forward(q, k, v)
-        return out, *pallas.backward(q, k, v, out, log_sum, d_out)
-
-    sharding = NamedSharding(mesh, spec)
+def compiled_for(devices, length, keys, heads, width, dtype, names=("data", "tensor")):
+    """Attention and its gradients, clips over the mesh's first axis and heads over its second."""
+    mesh = Mesh(devices, names)
+    sharding = NamedSharding(mesh, PartitionSpec(names[0], None, names[1]))
     q, k = (
         jax.ShapeDtypeStruct((4, tokens, heads, width), dtype, sharding=sharding)
         for tokens in (length, keys)
     )
-    with jax.default_device("tpu"):
+
+    def step(q, k, v, d_out):
+        out, pullback = jax.vjp(functools.partial(attention, implementation="pallas"), q, k, v)
+        return out, *pullback(d_out)
+
+    with jax.set_mesh(mesh), jax.default_device("tpu"):
         return jax.jit(step, out_shardings=sharding).lower(q, k, k, q).compile()
+
+
+MOVED = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 # Queries, keys, head width, type: whole heads, several in a program, blocks of queries, parts.
@@ -250,8 +254,8 @@ def test_compiles_for_each_generation(kind, monkeypatch):
     devices = chips(kind, monkeypatch)
     for length, keys, width, dtype in COMPILED:
         text = compiled_for(devices, length, keys, 2, width, dtype).as_text()
-        assert not re.search("all-reduce|all-gather|all-to-all|reduce-scatter|permute", text)
-        assert text.count('custom_call_target="tpu_custom_call"') == (3 if keys == 7000 else 2)
+        assert not re.search(MOVED, text)
+        assert text.count(KERNEL) == (3 if keys == 7000 else 2)
 
 
 @pytest.mark.slow
@@ -269,3 +273,37 @@ def test_nothing_is_copied_around_the_kernels(monkeypatch):
     # The share of one device: 4 inputs and outputs of 2 clips x 784 tokens x 2 heads x 64.
     one = 2 * 2 * 64 * 896 * 2
     assert compiled.memory_analysis().temp_size_in_bytes < one
+
+
+def test_on_a_mesh_of_unknown_axes_xla_splits_another_form_and_a_warning_says_so(
+    monkeypatch, caplog
+):
+    """Kernels are not split by a compiler; with rules for the axes they are by us."""
+    shape, names = (196, 196, 4, 64, "bfloat16"), ("clips", "parts")
+    devices = chips("v5e", monkeypatch)
+    text = compiled_for(devices, *shape, names).as_text()
+    assert not re.search(MOVED, text) and KERNEL not in text
+    assert caplog.messages == [
+        "attention: chunked instead of pallas on 4 devices, as nothing says which axes of the mesh "
+        "split clips and heads: jax.set_mesh and flax.linen.logical_axis_rules for 'batch' and "
+        "'heads' do"
+    ]
+    with nn.logical_axis_rules((("batch", "clips"), ("heads", "parts"))):
+        text = compiled_for(devices, *shape, names).as_text()
+    assert not re.search(MOVED, text) and text.count(KERNEL) == 2
+
+
+def test_any_leading_axes():
+    """As factorised attention has them; each is the same as one after the other."""
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in qkv(70, heads=2, width=16, batch=6))
+    q, k, v = (x.reshape(2, 3, *x.shape[1:]) for x in (q, k, v))
+    several = found_by(attend, q, k, v, v)
+    for i in range(2):
+        for one, other in zip(several, found_by(attend, q[i], k[i], v[i], v[i]), strict=True):
+            np.testing.assert_array_equal(one[i], other)
+
+
+def test_kernels_are_for_tpu():
+    x = jnp.ones((1, 70, 2, 8))
+    with pytest.raises(ConfigError, match="attention='pallas' needs a TPU, got cpu"):
+        attention(x, x, x, implementation="pallas")

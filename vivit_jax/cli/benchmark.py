@@ -21,7 +21,7 @@ def benchmark(
     work: tuple[Literal["forward", "finetune", "pretrain"], ...] = ("forward",),
     batch: tuple[int, ...] | None = None,
     dtype: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",),
-    attention: tuple[Literal["auto", "xla", "cudnn", "chunked"], ...] = ("auto",),
+    attention: tuple[Literal["auto", "xla", "cudnn", "chunked", "pallas"], ...] = ("auto",),
     remat: Literal["none", "dots", "block"] | None = None,
     frames: int | None = None,
     repeats: int | None = None,

@@ -25,7 +25,7 @@ from vivit_jax.layers.linear import (
     project_together,
     wide_type,
 )
-from vivit_jax.layers.placed import LOCAL, placed_attention
+from vivit_jax.layers.placed import PLACED, placed_attention
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def attention(q, k, v, *, implementation: str = "auto", leading=("batch",)):
       float32 for float64 too;
     * "chunked": tiles of scores, on every platform;
     * "cudnn": cuDNN flash attention, raises where cuDNN cannot run;
+    * "pallas": two kernels for TPU that keep scores on the chip, see `vivit_jax.layers.pallas`;
     * "auto": `choose_implementation` for the platform, logged once.
     """
     place = platform()
@@ -54,7 +55,11 @@ def attention(q, k, v, *, implementation: str = "auto", leading=("batch",)):
             implementation = "chunked"
     if implementation == "cudnn" and q.shape[-3] == 1 and place == "gpu":
         implementation = "xla"  # one row of scores is nothing to save, and not what flash is for
-    if implementation in LOCAL:
+    if implementation == "pallas" and place != "tpu":
+        raise ConfigError(
+            f"attention='pallas' needs a TPU, got {place}; attention='auto' picks what runs"
+        )
+    if implementation in PLACED:
         return placed_attention(q, k, v, implementation, leading)
     if implementation not in ATTENTION_IMPLEMENTATIONS:
         raise ConfigError(
@@ -112,10 +117,11 @@ def _cudnn_is_lost(placement: Placement) -> str | None:
 def choose_implementation(place: str, dtype: str, head_dim: int, length: int) -> str:
     """The backend that "auto" stands for on a platform; logs each distinct choice once.
 
-    On an NVIDIA GPU half precision goes to cuDNN, unless cuDNN refuses. A single query, the class
-    token of a last block, goes to XLA: one row of scores needs no tiles. All else is tiled: scores
-    take memory linear in tokens, float64 keeps a float64 softmax, and on CPU it is three times as
-    fast at 1568 tokens as `jax.nn.dot_product_attention`.
+    On an NVIDIA GPU half precision goes to cuDNN, unless cuDNN refuses. On TPU all but float64 goes
+    to the kernels, from the length on at which they win by the compiler's estimate. A single query,
+    the class token of a last block, goes to XLA: one row of scores needs no tiles. All else is
+    tiled: scores take memory linear in tokens, float64 keeps a float64 softmax, and on CPU it is
+    three times as fast at 1568 tokens as `jax.nn.dot_product_attention`.
     """
     return _choose(place, dtype, head_dim, length, target_gpu() if place == "gpu" else None)
 
@@ -129,6 +135,10 @@ def _choose(place: str, dtype: str, head_dim: int, length: int, gpu: jax.Device 
     elif place == "gpu" and dtype in ("bfloat16", "float16"):
         refusal = cudnn_refusal(dtype, head_dim, length, gpu)
         chosen, why = ("chunked", f"; cuDNN refuses: {refusal}") if refusal else ("cudnn", "")
+    elif place == "tpu" and dtype != "float64":
+        from vivit_jax.layers.pallas import worth_it  # for TPU only
+
+        chosen = "pallas" if worth_it(length) else "chunked"
     log.log(
         logging.WARNING if why else logging.INFO,
         "attention: %s on %s, %s, head width %d, %d queries%s",

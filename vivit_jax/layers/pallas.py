@@ -46,7 +46,7 @@ VMEM = 14.5 * 2**20  # bytes of the 16 MiB that a kernel has on each of v4, v5e,
 SHORTEST = 64  # queries and keys from which on the kernels win, see `worth_it`
 
 
-def worth_it(num_queries: int, num_keys: int) -> bool:
+def worth_it(length: int) -> bool:
     """Whether the kernels take less time than XLA's and the chunked form, by estimate.
 
     Millions of cycles of v5e, forward and backward, 12 heads of 64, bfloat16, copies included:
@@ -58,7 +58,7 @@ def worth_it(num_queries: int, num_keys: int) -> bool:
 
     Short sequences leave most of 128 lanes empty, and XLA copies them into that layout.
     """
-    return min(num_queries, num_keys) >= SHORTEST
+    return length >= SHORTEST
 
 
 def cycles(heads: int, num_queries: int, num_keys: int, head_width: int, *, backward: bool) -> int:
@@ -80,15 +80,15 @@ def cycles(heads: int, num_queries: int, num_keys: int, head_width: int, *, back
 def forward(q, k, v):
     """softmax(q k^T / sqrt(e)) v, and of the softmax what `backward` needs.
 
-    q [b, q, n, e], k and v [b, k, n, e] -> out [b, q, n, e] and log_sum [b, n, 1, q], the logarithm
-    to base 2 of the sum of each query's exponentials, in float32 as the softmax is. For one device,
-    or its share of clips and heads within `shard_map(..., check_vma=False)`. float16, which TPUs
-    lack, is computed in float32. Elsewhere than on TPU it runs under
+    q [..., q, n, e], k and v [..., k, n, e] -> out as q, and log_sum [..., q, n], the logarithm of
+    the sum of each query's exponentials, in float32 as the softmax is. For one device, or its share
+    of clips and heads within `shard_map(..., check_vma=False)`. float16, which TPUs lack, is
+    computed in float32. Elsewhere than on TPU it runs under
     `jax.experimental.pallas.tpu.force_tpu_interpret_mode()` only, for tests.
     """
-    (b, num_queries, n, _), dtype = q.shape, q.dtype
+    like = q
     q, k, v = _tokens_last(q, k, v)
-    log_sum = jax.ShapeDtypeStruct((b * n, 1, num_queries), jnp.float32)
+    log_sum = jax.ShapeDtypeStruct((q.shape[0], 1, q.shape[-1]), jnp.float32)
     parts = []
     for plan, part in _plans(q, k, arrays=2, sums=0):
         queries, keys, sums = plan.specs()
@@ -100,14 +100,16 @@ def forward(q, k, v):
         )  # fmt: skip
         parts.append(run(q, k[..., part], v[..., part]))
     out, log_sum = functools.reduce(_join, parts)
-    return _heads_third(out, b, dtype), log_sum.reshape(b, n, 1, num_queries)
+    *leading, num_queries, n, _ = like.shape
+    log_sum = jnp.moveaxis(log_sum.reshape(*leading, n, num_queries), -1, -2)
+    return _heads_next_to_last(out, like), log_sum
 
 
 def backward(q, k, v, out, log_sum, d_out):
     """Gradients to q, k and v, in their types, from what `forward` took and returned."""
-    (b, num_queries, n, _), dtype = q.shape, q.dtype
+    given = q, k, v
     q, k, v, out, d_out = _tokens_last(q, k, v, out, d_out)
-    log_sum = log_sum.reshape(b * n, 1, num_queries)
+    log_sum = jnp.moveaxis(log_sum, -1, -2).reshape(q.shape[0], 1, q.shape[-1])
     d_q, d_k, d_v = [], [], []
     for plan, part in _plans(q, k, arrays=4, sums=2):
         queries, keys, sums = plan.specs()
@@ -124,11 +126,11 @@ def backward(q, k, v, out, log_sum, d_out):
             all_parts.append(one)
     d_q = d_q[0] if len(d_q) == 1 else sum(x.astype(jnp.float32) for x in d_q)
     d_k, d_v = (x[0] if len(x) == 1 else jnp.concatenate(x, -1) for x in (d_k, d_v))
-    return tuple(_heads_third(x, b, dtype) for x in (d_q, d_k, d_v))
+    return tuple(map(_heads_next_to_last, (d_q, d_k, d_v), given))
 
 
 def _tokens_last(*arrays):
-    """[b, l, n, e] -> [b * n, e, l], which XLA lays out so that nothing is moved."""
+    """[..., l, n, e] -> [h, e, l], h all heads, which XLA lays out so that nothing is moved."""
     kinds = {x.dtype.name for x in arrays}
     if len(kinds) > 1 or kinds <= {"float64"}:
         raise ConfigError(
@@ -137,21 +139,21 @@ def _tokens_last(*arrays):
         )
     if kinds == {"float16"}:
         arrays = [x.astype(jnp.float32) for x in arrays]
-    return [x.transpose(0, 2, 3, 1).reshape(-1, x.shape[-1], x.shape[1]) for x in arrays]
+    return [jnp.moveaxis(x, -3, -1).reshape(-1, x.shape[-1], x.shape[-3]) for x in arrays]
 
 
-def _heads_third(x, b, dtype):
-    """[b * n, e, l] -> [b, l, n, e]."""
-    _, e, length = x.shape
-    return x.reshape(b, -1, e, length).transpose(0, 3, 1, 2).astype(dtype)
+def _heads_next_to_last(x, like):
+    """[h, e, l] -> [..., l, n, e], of the shape and type of another."""
+    *leading, length, n, e = like.shape
+    return jnp.moveaxis(x.reshape(*leading, n, e, length), -1, -3).astype(like.dtype)
 
 
 def _join(one, other):
     """Attention over the keys of two parts, each an output and the logarithms of its sums."""
     (out, log_sum), (more, log_more) = one, other
-    total = jnp.logaddexp2(log_sum, log_more)
+    total = jnp.logaddexp(log_sum, log_more)
     out, more = out.astype(jnp.float32), more.astype(jnp.float32)
-    return out * jnp.exp2(log_sum - total) + more * jnp.exp2(log_more - total), total
+    return out * jnp.exp(log_sum - total) + more * jnp.exp(log_more - total), total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,7 +340,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, out_ref, log_sum_ref, *, plan: _Plan):
                 total, out = total * shrink + add, out * shrink + add_out
             largest = top
         out_ref[head] = (out / total).astype(out_ref.dtype)
-        log_sum_ref[head] = largest + jnp.log2(total)
+        log_sum_ref[head] = (largest + jnp.log2(total)) * math.log(2)
 
 
 def _backward_kernel(
@@ -361,7 +363,7 @@ def _backward_kernel(
         q, out, d_out = (
             _within(ref[head], plan.head_width, queries) for ref in (q_ref, out_ref, d_out_ref)
         )
-        log_sum = _within(log_sum_ref[head], 1, queries)
+        log_sum = _within(log_sum_ref[head], 1, queries) * (1 / math.log(2))
         # What the softmax's derivative takes off: the weighted mean of the gradient to the weights.
         mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), 0, keepdims=True)
         d_q = jnp.zeros(q.shape, jnp.float32)

@@ -19,6 +19,7 @@ Both passes are placed by themselves, with the derivative's rule around them: no
 `shard_map` then adds up what is on several devices.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -33,6 +34,8 @@ from vivit_jax.layers import blocks, chunked
 from vivit_jax.layers.axes import Placement, placement_of
 from vivit_jax.layers.chunked import SAVED
 
+log = logging.getLogger(__name__)
+
 
 class Local(NamedTuple):
     """Attention of what one device holds, for q [..., l, n, e], k and v [..., k, n, e].
@@ -45,7 +48,17 @@ class Local(NamedTuple):
     backward: Callable
 
 
-LOCAL = {"chunked": Local(chunked.forward, chunked.backward)}
+PLACED = ("chunked", "pallas")  # what is known here
+
+
+def _local(implementation: str) -> Local:
+    if implementation == "pallas":
+        from vivit_jax.layers import pallas as kernels  # a third of a second, and for TPU only
+    else:
+        kernels = chunked
+    return Local(kernels.forward, kernels.backward)
+
+
 SPLIT = Local(blocks.forward, blocks.backward)  # of the same shapes, with devices=
 
 
@@ -104,7 +117,7 @@ _share_p.multiple_results = True
 
 def _bind(implementation, way, *arrays):
     """The primitive; it carries the program of one device for all that looks into programs."""
-    function = getattr(LOCAL[implementation], way)
+    function = getattr(_local(implementation), way)
     # Traced anew for each call, as what it reads of this module and `chunked` may have changed.
     local = jax.make_jaxpr(lambda *arrays: function(*arrays))(*arrays)
     return tuple(_share_p.bind(*arrays, implementation=implementation, way=way, local=local))
@@ -129,6 +142,13 @@ def _lower(ctx, *arrays, implementation, way, local):
     devices = _devices(ctx.module_context.axis_context)
     function = jaxpr_as_fun(local)
     if devices > 1:
+        if implementation == "pallas" and way == "forward":
+            log.warning(
+                "attention: chunked instead of pallas on %d devices, as nothing says which axes of "
+                "the mesh split clips and heads: jax.set_mesh and flax.linen.logical_axis_rules "
+                "for 'batch' and 'heads' do",
+                devices,
+            )
         function = partial(getattr(SPLIT, way), devices=devices)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays)
 
