@@ -21,9 +21,9 @@ TPU = pytest.param("v5e:2x4", marks=needs_libtpu)
 GPU = pytest.param("h100:8", marks=needs_cuda_plugin)
 
 
-def mesh_on(where):
+def mesh_on(where, sizes=SIZES):
     devices = None if where == "cpu" else compile_only_devices(parse_topology(where))
-    return make_mesh(SIZES, devices)
+    return make_mesh(sizes, devices)
 
 
 def compiled(function, mesh, where, *args, out=None):
@@ -39,7 +39,7 @@ def compiled(function, mesh, where, *args, out=None):
 
 
 def _is_spec(value):
-    return isinstance(value, tuple) and all(v is None or v in (*AXES, BATCH) for v in value)
+    return isinstance(value, tuple) and all(v is None or v in (*AXES, AXES, BATCH) for v in value)
 
 
 def training(mesh):
@@ -161,6 +161,29 @@ def test_a_condition_that_asks_other_devices(where):
 
 
 @pytest.mark.parametrize("where", ["cpu", TPU, GPU])
+@pytest.mark.parametrize("sizes", [dict(data=4, fsdp=2, tensor=1), dict(data=2, fsdp=1, tensor=4)])
+def test_axes_of_different_sizes(where, sizes):
+    """What is split along an axis is gathered along that axis, in whatever order devices are."""
+    mesh = mesh_on(where, sizes)
+    for axis in [axis for axis, size in sizes.items() if size > 1]:
+        weights, rows = (None, axis), (AXES,)
+        found = compiled(
+            lambda w, x: x @ w,
+            mesh,
+            where,
+            ((512, 512), weights, jnp.float32),
+            ((2048, 512), rows, jnp.float32),
+            out=rows,
+        )
+        (gathered,) = read_program(found, mesh).collectives
+        assert (gathered.kind, gathered.axes, gathered.group) == (
+            "all-gather",
+            (axis,),
+            sizes[axis],
+        )
+
+
+@pytest.mark.parametrize("where", ["cpu", TPU, GPU])
 def test_other_collectives(where):
     """Those that a program asks for by name, inside of shard_map, each once."""
     mesh = mesh_on(where)
@@ -206,6 +229,16 @@ def test_other_collectives(where):
             ("tensor",),
             ((0, 1), (2, 3), (4, 5), (6, 7)),
         ),
+        (
+            "mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'c'}",
+            ("data", "fsdp"),
+            ((0, 2, 4, 6), (1, 3, 5, 7)),
+        ),
+        (
+            "mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'a'}",
+            ("tensor",),
+            ((0, 1), (2, 3), (4, 5), (6, 7)),
+        ),
     ],
 )
 def test_groups_of_devices(text, axes, groups):
@@ -214,9 +247,12 @@ def test_groups_of_devices(text, axes, groups):
     assert mesh_axes(groups, SIZES) == axes
 
 
-def test_groups_that_are_not_understood():
-    with pytest.raises(ValueError, match="replica_groups"):
-        replica_groups(", replica_groups=other(1,2), x=1", 8)
+@pytest.mark.parametrize(
+    "text", ["other(1,2)", "mesh['a'=8], other=1 {'a'}", "[4,2]<=[8]X(0)", "mesh['a'=8], {'a'}"]
+)
+def test_groups_that_are_not_understood(text):
+    with pytest.raises(ValueError, match="replica.groups"):
+        replica_groups(f", replica_groups={text}, x=1", 8)
 
 
 def test_a_text_that_is_no_program():

@@ -43,27 +43,36 @@ def replica_groups(attributes: str, devices: int) -> Groups:
 
 def _iota(text: str) -> np.ndarray:
     """`[4,2]<=[2,4]T(1,0)`: the numbers from 0 reshaped, transposed, and reshaped again."""
-    found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    found = re.fullmatch(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", text)
     if found is None:
         raise ValueError(f"replica groups {text!r} are not understood")
     shape, sizes, order = (
         tuple(map(int, part.split(","))) if part else None for part in found.groups()
     )
-    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape)
+    numbers = np.arange(math.prod(shape)).reshape(sizes or shape).transpose(order)
+    return numbers if sizes is None else numbers.reshape(shape)
 
 
 def _along_axes(text: str) -> np.ndarray:
-    """`mesh['a'=2,'b'=4] {'a'}`: groups along some axes of a mesh, or along a part of one, (1)2."""
-    sizes, _, axes = text.removeprefix("mesh").partition("]")
-    sizes = {name: int(size) for name, size in re.findall(r"'(.+?)'=(\d+)", sizes)}
-    listed = re.search(r"(?:, *)?device_ids=\(?(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", axes)
-    devices = _iota(listed[1]) if listed else np.arange(math.prod(sizes.values()))
+    """Groups along some axes of a mesh, or along a part of one: `{'a'}`, `{'a':(1)2}`.
+
+    The mesh's devices are numbered in order, or as told: `mesh['a'=2,'b'=4] {'a'}`,
+    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`.
+    """
+    found = re.fullmatch(r"mesh\[(.*?)\](?:, *device_ids=\((.*)\))? *\{(.*)\}", text)
+    if found is None:
+        raise ValueError(f"replica groups {text!r} are not understood")
+    sizes = {name: int(size) for name, size in re.findall(r"'(.+?)'=(\d+)", found[1])}
+    if found[2] is None:
+        devices = np.arange(math.prod(sizes.values()))
+    elif re.fullmatch(r"[\d,]+", found[2]):
+        devices = np.array([int(number) for number in found[2].split(",")])
+    else:
+        devices = _iota(found[2])
     shape, chosen = [], []
     asked = {
         name: (int(before or 1), int(size or sizes[name]))
-        for name, before, size in re.findall(
-            r"'(.+?)'(?::\((\d+)\)(\d+))?", axes[axes.rindex("{") :]
-        )
+        for name, before, size in re.findall(r"'(.+?)'(?::\((\d+)\)(\d+))?", found[3])
     }
     for name, whole in sizes.items():
         before, size = asked.get(name, (1, 1))
