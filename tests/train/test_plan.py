@@ -320,6 +320,41 @@ def test_meshes_to_search(on_cpu):
         sensible_meshes(changed(PRETRAIN, train__batch_size=3), parse_topology("h100:8"), 100)
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("INTERNAL: no such thing\nSuspected", "refuses the step of tiny-pretrain: INTERNAL: no"),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.",
+            "needs 20.00 GiB of a device and h100 has 15.75 GiB; what may fit: .*remat=block",
+        ),
+        ("RESOURCE_EXHAUSTED: something\nelse", "does not fit: RESOURCE_EXHAUSTED: something else"),
+    ],
+)
+def test_refusals_are_one_line(said, message, on_cpu, monkeypatch):
+    def refuse(lowered):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(plan_module, "_compiled", refuse)
+    with pytest.raises(UserError, match=message) as told:
+        plan(PRETRAIN, parse_topology("h100:8"), parse_mesh("data=8", 8), videos=100)
+    assert "\n" not in str(told.value)
+
+
+def test_products_without_tiles_are_compiled_otherwise():
+    """XLA gives up on some shapes where there is no GPU to try tiles on."""
+    asked = []
+
+    def compile(compiler_options=None):
+        asked.append(compiler_options)
+        if compiler_options is None:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that ...")
+        return "compiled"
+
+    assert plan_module._compiled(types.SimpleNamespace(compile=compile)) == "compiled"
+    assert asked == [None, {"xla_gpu_enable_triton_gemm": False}]
+
+
 @needs_libtpu
 @pytest.mark.parametrize("recipe", [PRETRAIN, VIVIT], ids=lambda recipe: recipe.name)
 def test_a_plan_for_tpus(recipe):

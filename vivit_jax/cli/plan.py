@@ -193,7 +193,8 @@ def _reading(recipe, found, decode: bool) -> dict | None:
 def _hosts_text(found, reading: dict | None) -> str:
     hosts = found.topology.hosts
     who = "the host" if hosts == 1 else f"each of {hosts} hosts"
-    line = f"{who} reads {found.host_videos_per_second:.1f} videos/s"
+    most = "at most " if found.topology.chip.platform == "gpu" else ""
+    line = f"{who} reads {most}{found.host_videos_per_second:.1f} videos/s"
     if reading is None:
         return line
     made = reading["video"]

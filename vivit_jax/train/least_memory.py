@@ -6,7 +6,7 @@ import re
 
 import jax
 
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, first_line
 from vivit_jax.table import readable
 from vivit_jax.train.hardware import Topology
 from vivit_jax.train.setting import Setting
@@ -47,11 +47,14 @@ def check_least_memory(setting: Setting, topology: Topology) -> None:
     )
 
 
-def refused(error: Exception, setting: Setting, topology: Topology) -> Exception:
-    """One line for a compiler's refusal of what needs too much memory; other errors as they are."""
+def refused(error: Exception, setting: Setting, topology: Topology) -> UserError:
+    """One line for a compiler's refusal; of what needs too much memory with what would fit."""
     message = str(error)
     if "RESOURCE_EXHAUSTED" not in message:
-        return error
+        return UserError(
+            f"the compiler for {topology.kind} refuses the step of {setting.recipe.name}: "
+            f"{first_line(error)[:300]}"
+        )
     found = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available \w+ \(?([\d.]+)([KMGT])", message)
     used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message) or found
     if used is None:

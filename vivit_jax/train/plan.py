@@ -41,6 +41,7 @@ VIDEOS = {
     "hybrid": 1_350_000,
 }
 _COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
+_NO_TILES = "find output tile sizes"
 _PALLAS = "tpu_custom_call"
 _ANY_STEPS = 10**6  # an epoch of a recipe whose number of clips is not known
 
@@ -206,17 +207,15 @@ def plan(
 
     Raises UserError for what `train` would refuse, for what divides no batch, parameter or machine,
     and, in one line with what would fit, for a step that needs more memory than there is; where
-    state, gradients and batch alone do, before minutes of compiling.
+    state, gradients and batch alone do, before minutes of compiling. Whatever else a compiler
+    refuses is a UserError of one line too.
     """
     setting = planned_setting(recipe, topology, mesh_sizes, videos)
     check_least_memory(setting, topology)
     before_compiling()
     start = time.monotonic()
     try:
-        with warnings.catch_warnings():
-            # Programs for devices that are not there cannot be taken from a cache.
-            warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
-            compiled = setting.step.lower(setting.shapes, setting.batch_shapes).compile()
+        compiled = _compiled(setting.step.lower(setting.shapes, setting.batch_shapes))
     except jax.errors.JaxRuntimeError as error:
         raise refused(error, setting, topology) from error
     seconds = time.monotonic() - start
@@ -255,6 +254,19 @@ def plan(
         epoch_videos=videos or training_videos(recipe.name),
         text=text,
     )
+
+
+def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    with warnings.catch_warnings():
+        # Programs for devices that are not there cannot be taken from a cache.
+        warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
+        try:
+            return lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if _NO_TILES not in str(error):
+                raise
+            # Without a GPU to try tiles on, XLA's own products give up on some odd shapes.
+            return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def planned_setting(

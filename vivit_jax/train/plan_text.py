@@ -79,7 +79,8 @@ def _parts(plan: Plan) -> list[str]:
     for part in plan.parts:
         times = (f"{1e3 * part.seconds:.2f}", f"{part.seconds / whole:.1%}") if timed else ()
         rows.append((part.name, *times, readable(part.bytes)))
-    return ["", *columns(rows)]
+    note = "  (by the name of what was traced; a fusion by one of its, XLA's own copies as other)"
+    return ["", *columns(rows), note]
 
 
 def _collectives(plan: Plan) -> list[str]:
@@ -142,9 +143,9 @@ def _run(plan: Plan) -> list[str]:
     line = f"{most}MFU {plan.utilization:.1%}, {plan.clips_per_second:.0f} clips/s"
     if plan.days is None:
         return [f"{line}; how many videos an epoch has is not known: --clips N"]
-    return [
-        f"{line}; {plan.days:.2f} days for {plan.epochs} epochs of {plan.epoch_videos:,} videos"
-    ]
+    least = "at least " if most else ""
+    data = f"{plan.epochs} epochs of {plan.epoch_videos:,} videos"
+    return [f"{line}; {least}{plan.days:.2f} days for {data}"]
 
 
 def _operations(plan: Plan, top: int) -> list[str]:
