@@ -276,6 +276,7 @@ def test_a_plan_is_of_the_step_that_trains(mesh, on_cpu):
         (changed(PRETRAIN, train__batch_size=12), "h100:8", "data=8", "multiple of 8"),
         (changed(PRETRAIN, train__batch_size=160), "h100:8", "data=8", "more than the 100 videos"),
         (changed(PRETRAIN, train__epochs=0), "h100:8", "data=8", "train.epochs"),
+        (changed(PRETRAIN, model__start="weights"), "h100:8", "data=8", "a plan opens no weights"),
     ],
 )
 def test_what_cannot_be_planned(recipe, topology, mesh, message, on_cpu):

@@ -202,7 +202,7 @@ def plan(
 
     `mesh_sizes` are those of `vivit_jax.train.sharding.parse_mesh` for `topology.count` devices.
     `videos` is the size of the data, by default that of `VIDEOS`. The model is the recipe's own
-    and starts from nothing: `model.start` and `data` are not read. `before_compiling` is called
+    and starts from nothing; `data.train` is not read. `before_compiling` is called
     once all that can be told in seconds is checked.
 
     Raises UserError for what `train` would refuse, for what divides no batch, parameter or machine,
@@ -274,6 +274,11 @@ def planned_setting(
 ) -> Setting:
     """What `train` would run, on a mesh of compile-only devices. Takes a second or two."""
     check(recipe)
+    if recipe.model.start is not None:
+        raise UserError(
+            f"model.start is {recipe.model.start!r}, and a plan opens no weights: leave it out and "
+            "set what their model has otherwise by model.config"
+        )
     mesh = make_mesh(mesh_sizes, compile_only_devices(topology))
     model, frames = planned_model(recipe)
     count = videos or training_videos(recipe.name)
