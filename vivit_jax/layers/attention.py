@@ -98,7 +98,7 @@ def _by_library(q, k, v, implementation, leading):
         if why := _cudnn_is_lost(placement):
             raise NotImplementedError(why)
         if placement.inside_others:
-            attend = placement.on_each(attend, differentiable=True)
+            attend = placement.on_each(attend, checked=True)
     with jax.numpy_dtype_promotion("standard"):  # which that function is written for
         return attend(q, k, v)
 
@@ -192,7 +192,9 @@ def in_halves(first: Callable, second: Callable, q, k, v):
 
     if placement.typed is not None:
         q, k, v = (jax.reshard(x, placement.typed) for x in (q, k, v))
-    return placement.on_each(on_device, differentiable=True)(q, k, v)
+    # Types that a shard_map around keeps account of go on being checked.
+    checked = bool(jax.typeof(q).mat.varying)
+    return placement.on_each(on_device, mentioned=not checked, checked=checked)(q, k, v)
 
 
 # Where a token looks, for x [b, l, d] or [b, t, s, d].

@@ -61,23 +61,25 @@ class Placement:
         """Into how many parts these axes split something."""
         return math.prod(self.mesh.shape[name] for name in names)
 
-    def on_each(self, function: Callable, differentiable: bool = False) -> Callable:
+    def on_each(self, function: Callable, *, mentioned: bool = False, checked: bool = False):
         """The function of arrays [..., l, n] or [..., l, n, e], on each device's share of them.
 
-        To differentiate it JAX must know what is equal on several devices: else a gradient adds up
-        over axes that split nothing. It then checks types, which kernels may not state.
+        What JAX is to differentiate must be `mentioned`, over the axes that split something only:
+        over others it adds up gradients that are equal already; or `checked`, so that JAX knows
+        what is equal by its types, which kernels do not state.
         """
-        if not self.axes:
+        names = frozenset(each for entry in self.spec for each in _names(entry))
+        names = names if mentioned else self.axes
+        if not names:
             return function
-        everywhere = self.axes == self.free
         return jax.shard_map(
             function,
             mesh=self.mesh,
             in_specs=self.spec,
             out_specs=self.spec,
             # Of all axes none is named: those that `jax.vmap` maps over are then left out.
-            axis_names=frozenset() if everywhere else self.axes,
-            check_vma=differentiable,
+            axis_names=frozenset() if names == self.free else names,
+            check_vma=checked,
         )
 
 
