@@ -15,7 +15,7 @@ it is the same function on every platform.
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,12 +51,19 @@ class Artefact:
     params: dict[str, np.ndarray] | None
 
 
-def check_extra() -> None:
-    """MissingExtra where `jax.export` could not write a file."""
+def check_extra(purpose: str = "exporting a model") -> None:
+    """MissingExtra where `jax.export` could not write or read a file."""
     try:
         import flatbuffers  # noqa: F401
     except ImportError:
-        raise MissingExtra("flatbuffers", "export", "exporting a model") from None
+        raise MissingExtra("flatbuffers", "export", purpose) from None
+
+
+def check_platforms(platforms: Sequence[str]) -> None:
+    """UserError for none, and for one that jax has no name for."""
+    unknown = sorted(set(platforms) - {*PLATFORMS, "rocm"})
+    if unknown or not platforms:
+        raise UserError(f"platforms are {list(platforms)}, expected some of {list(PLATFORMS)}")
 
 
 def export_model(
@@ -117,7 +124,7 @@ def export_model(
         return {name: value for name, value in named.items() if value is not None}
 
     clips = _clips(config, preprocess, input_size, batch)
-    with _portably(precision):
+    with traced_for("cpu"), jax.default_matmul_precision(precision):
         if params_at == "inside":
             function, inputs = lambda clips: outputs(flat, clips), (clips,)
         else:
@@ -176,22 +183,19 @@ def _check(model, processor, preprocess, input_size, batch, params_at, platforms
     ):
         if value not in allowed:
             raise UserError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-    unknown = sorted(set(platforms) - {*PLATFORMS, "rocm"})
-    if unknown or not platforms:
-        raise UserError(f"platforms are {list(platforms)}, expected some of {list(PLATFORMS)}")
+    check_platforms(platforms)
 
 
 @contextlib.contextmanager
-def _portably(precision: str):
-    """Trace as on CPU, whatever the machine has, with a precision of matrix products.
+def traced_for(place: str) -> Iterator[None]:
+    """Trace as on "cpu", "gpu" or "tpu", whatever the machine has.
 
     Without the stack of Python calls that each operation comes from: it names this machine's files.
     """
-    cpu = jax.local_devices(backend="cpu")[0]
     frames = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
-        with jax.default_device(cpu), jax.default_matmul_precision(precision):
+        with jax.default_device(place):
             yield
     finally:
         jax.config.update("jax_traceback_in_locations_limit", frames)

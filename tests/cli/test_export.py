@@ -233,7 +233,7 @@ def test_traced_as_for_cpu_whatever_the_machine_has(tiny, monkeypatch):
     here = vivit_jax.export_model(model, params).about["sha256"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert vivit_jax.export_model(model, params).about["sha256"] == here
-    monkeypatch.setattr("vivit_jax.export._portably", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("vivit_jax.export.traced_for", lambda _: contextlib.nullcontext())
     assert vivit_jax.export_model(model, params).about["sha256"] != here
 
 

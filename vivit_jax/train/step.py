@@ -181,25 +181,31 @@ class OnMesh:
     """A jitted function with the mesh and our table for the logical axes that its models name."""
 
     def __init__(self, function: Callable, mesh: Mesh):
-        self._function, self._mesh = function, mesh
+        self._function, self.mesh = function, mesh
 
     def __call__(self, *args):
-        with self._here():
+        with self.here():
             return self._function(*args)
 
     def trace(self, *args) -> jax.stages.Traced:
         """As the function's own `trace`; the mesh may be of devices that are only compiled for."""
-        with self._here(), _platform_of(self._mesh):
+        with self.here(), _platform_of(self.mesh):
             return self._function.trace(*args)
 
     def lower(self, *args) -> jax.stages.Lowered:
         """As the function's own `lower`; the mesh may be of devices that are only compiled for."""
-        with self._here(), _platform_of(self._mesh):
+        with self.here(), _platform_of(self.mesh):
             return self._function.lower(*args)
 
+    @property
+    def function(self) -> Callable:
+        """What was jitted, for a program that it is a part of and that is traced `here`."""
+        return self._function.__wrapped__
+
     @contextlib.contextmanager
-    def _here(self) -> Iterator[None]:
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(RULES):
+    def here(self) -> Iterator[None]:
+        """The mesh and the table, for what is traced in the block."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
             yield
 
 
