@@ -239,6 +239,11 @@ def test_other_collectives(where):
             ("tensor",),
             ((0, 1), (2, 3), (4, 5), (6, 7)),
         ),
+        (
+            "mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}",
+            ("fsdp",),
+            ((0, 2), (1, 3), (4, 6), (5, 7)),
+        ),
     ],
 )
 def test_groups_of_devices(text, axes, groups):
