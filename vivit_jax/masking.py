@@ -57,9 +57,10 @@ class Mask:
 
     def to_bool(self) -> jax.Array:
         """HuggingFace's form: bool [b, l], True = masked; an array of jax."""
-        batch, num_tokens = self.masked.shape[0], self.num_tokens
-        rows = jnp.arange(batch)[:, None]
-        return jnp.zeros((batch, num_tokens), bool).at[rows, self.masked].set(True)
+        visible = jnp.zeros(self.num_tokens, bool)
+        # Row by row for the partitioner too, which for .at[rows, masked] has every device make the
+        # rows of the whole batch.
+        return jax.vmap(lambda masked: visible.at[masked].set(True))(jnp.asarray(self.masked))
 
     @property
     def num_tokens(self) -> int:
