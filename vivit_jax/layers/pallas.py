@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact attention as two Pallas kernels for TPU, forward and backward; no score leaves the chip.
 
-Of its own because the kernels that come with jax, splash and flash, want features last. Then the
-64 features of a head fill half of a register's 128 lanes and memory pads them to 128, XLA copies
-q, k, v and the result into that layout and to whole blocks, and each logarithm of a sum is written
-128 times. Here tokens are last, as XLA itself lays out [b, l, n, 64]: the projections write what
-the kernels read, without a copy, and the scores of a query are a column, whose largest and whose
-sum are cheap. Only public functions of Pallas are needed; splash keeps its backward pass private.
+Of its own because the kernels that come with jax have features last: flash in all arrays, splash
+in the result and the gradients. Then the 64 features of a head fill half of a register's 128 lanes,
+memory pads them to 128, XLA copies what goes in and out into that layout and to whole blocks, and
+the logarithm of each sum is written 128 times. Here tokens are last, as XLA itself lays out
+[b, l, n, 64]: the projections write what the kernels read, without a copy, and the scores of a
+query are a column, whose largest and whose sum are cheap. All of it is public in Pallas, while the
+backward pass of splash, apart from its forward pass, is private.
 
 One chip of v5e, 8 clips x 1568 tokens x 12 heads of 64, bfloat16, forward and backward, as libtpu
-0.0.42.1 compiles it; nothing here was run on a TPU. Cycles in the kernels are their scheduled
-instructions times their programs, those outside are XLA's estimate, both in millions, at 1500 MHz:
+0.0.42.1 compiles it; nothing here was run on a TPU. Millions of cycles, at 1500 MHz: outside of the
+kernels by XLA's estimate, in them by their scheduled instructions.
 
                  memory traffic   temporaries   outside   kernels
     this              0.16 GiB         0 MiB        0        2.6
-    splash            1.43 GiB       337 MiB        5.9        -
-    flash             3.22 GiB       817 MiB       10.1        -
-    chunked           4.44 GiB        40 MiB       14.3        -
-    xla               7.16 GiB      1434 MiB       23.0        -
+    splash            0.97 GiB       253 MiB        5.1      5.6   blocks of 896
+    flash             3.22 GiB       817 MiB       10.1            blocks of 512
+    chunked           4.44 GiB        40 MiB       14.3
+    xla               7.16 GiB      1434 MiB       23.0
 
-The arithmetic alone takes 1.6, and 2.7 where products over 64 features use half of the unit.
+The matrix unit needs 1.6 for the arithmetic, and 2.6 for what it comes to: three of seven products
+are over 64 features, which is half of its depth, and tokens are padded to 1664.
 """
 
 import dataclasses
