@@ -403,6 +403,21 @@ def test_a_plan_for_gpus():
     assert found.compute_seconds == least
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_planned_up_to_the_compiler(name, on_cpu):
+    setting = planned_setting(recipe_named(name), parse_topology("h100:4"), parse_mesh("fsdp=4", 4))
+    clips = setting.batch_shapes["clips"]
+    assert clips.shape[0] == setting.rows and clips.sharding.shard_shape(clips.shape)[0] * 4 == (
+        setting.rows
+    )
+    least = least_memory(setting)
+    assert min(least.values()) > 0
+    seen, predicted = setting.token_counts
+    assert (seen is None) == (setting.recipe.task == "finetune")
+    assert seen is None or seen + predicted <= setting.model.config.num_tokens
+
+
 def test_a_mesh_of_a_topology(on_cpu):
     setting = planned_setting(FINETUNE, parse_topology("h100:4"), parse_mesh("fsdp=4", 4), 100)
     assert setting.mesh == make_mesh(parse_mesh("fsdp=4", 4), jax.devices()[:4])
