@@ -13,12 +13,14 @@ from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
 
 from vivit_jax.errors import UserError
 from vivit_jax.flops import forward_flops, recomputed_flops, step_flops
+from vivit_jax.layers.pallas import cycles
 from vivit_jax.pretrained import abstract_params
 from vivit_jax.recipes import RECIPES, model_config, recipe_named
 from vivit_jax.recipes.recipe import ModelSettings
 from vivit_jax.train import plan as plan_module
 from vivit_jax.train.compiled import Operation
 from vivit_jax.train.hardware import CHIPS, parse_topology
+from vivit_jax.train.hlo import Array
 from vivit_jax.train.least_memory import least_memory
 from vivit_jax.train.meshes import all_meshes, sensible_meshes
 from vivit_jax.train.parts import PARTS, part_of
@@ -221,6 +223,22 @@ def test_seconds_of_kernels():
     moving = dataclasses.replace(kernel, bytes=819 * 10**4, flops=0)
     assert kernel_seconds(moving, ONE) == pytest.approx(12e-5)
     assert kernel_seconds(dataclasses.replace(kernel, target="other"), ONE) == 0
+
+
+def test_seconds_of_attentions_kernels():
+    """By its own estimate, of the shapes that one device has; two cores share the heads."""
+    q, k = (Array("bf16", (96, 64, length)) for length in (1568, 784))
+    for way, factor in (("forward", 1.55), ("backward", 1.32)):
+        kernel = Operation(
+            f"attention_{way}.7", "custom-call", "", "tpu_custom_call", (q, k, k), (), 1, None, 1, 3
+        )
+        one = 3 * cycles(96, 1568, 784, 64, backward=way == "backward")
+        assert kernel_seconds(kernel, ONE) == pytest.approx(one / 1.5e9)
+        found = kernel_seconds(kernel, parse_topology("v4:2x2x1"))
+        assert found == pytest.approx(one * factor / 2 / 1.05e9)
+        wide = tuple(dataclasses.replace(array, dtype="f32") for array in (q, k, k))
+        kernel = dataclasses.replace(kernel, operands=wide, bytes=819 * 10**3)
+        assert kernel_seconds(kernel, ONE) == pytest.approx(3e-6)
 
 
 def test_what_is_computed_again():

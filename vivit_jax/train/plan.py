@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from vivit_jax.errors import UserError
 from vivit_jax.flops import recomputed_flops, step_flops
+from vivit_jax.layers.pallas import cycles
 from vivit_jax.recipes.checks import check
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.train.compiled import Collective, Operation, Program, read_program
@@ -42,6 +43,8 @@ VIDEOS = {
 }
 _COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
 _NO_TILES = "find output tile sizes"
+# Cycles of attention's kernels on a core, forward and backward, over those of v5e.
+_OF_V5E = {"v4": (1.55, 1.32), "v5e": (1.0, 1.0), "v5p": (1.0, 1.0), "v6e": (0.7, 0.63)}
 _PALLAS = "tpu_custom_call"
 _ANY_STEPS = 10**6  # an epoch of a recipe whose number of clips is not known
 
@@ -93,7 +96,7 @@ class Plan:
     recomputed: int
     cycles: int  # estimated, of all operations but kernels; 0 on GPU
     kernels: Mapping[str, int]  # calls in a step, by name; on GPU all custom calls, by target
-    kernel_seconds: float  # of Pallas kernels: their own count of operations at the chip's peak
+    kernel_seconds: float  # of Pallas kernels, see `kernel_seconds`
     uncounted_kernels: int  # of Pallas, that carry no such count
     parts: tuple[Part, ...]
     moved: tuple[Moved, ...]
@@ -304,19 +307,29 @@ def _versions(topology: Topology) -> dict[str, str]:
 
 
 def kernel_seconds(operation: Operation, topology: Topology) -> float:
-    """Of a Pallas kernel, as often as it runs: the larger of what its products and its traffic
-    take at the chip's figures; 0 of other operations."""
+    """Of a Pallas kernel, as often as it runs; 0 of other operations.
+
+    Of attention in half precision by `vivit_jax.layers.pallas.cycles`; of other kernels at least:
+    the larger of what the products that they tell of and their traffic take at the chip's figures.
+    """
     if operation.target != _PALLAS:
         return 0.0
     chip = topology.chip
     once = max(operation.flops / chip.flops, operation.bytes / chip.bandwidth)
+    attention = re.search(r"attention_(forward|backward)", f"{operation.name} {operation.op_name}")
+    if attention and operation.operands[0].dtype == "bf16":
+        backward = attention[1] == "backward"
+        (heads, width, queries), (_, _, keys) = (each.shape for each in operation.operands[:2])
+        count = cycles(heads, queries, keys, width, backward=backward)
+        count *= _OF_V5E[topology.kind][backward] / (2 if chip.megacore else 1)
+        once = max(once, count / chip.clock)
     return once * operation.times
 
 
 def operation_seconds(operation: Operation, topology: Topology) -> float:
     """Of one operation in a step: its estimated cycles, or what `kernel_seconds` says."""
-    cycles = (operation.cycles or 0) * operation.times
-    return cycles / topology.chip.clock + kernel_seconds(operation, topology)
+    estimated = (operation.cycles or 0) * operation.times
+    return estimated / topology.chip.clock + kernel_seconds(operation, topology)
 
 
 def _kernels(program: Program) -> tuple[dict[str, int], int]:
