@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which axes of a mesh split clips and heads: our table, and what is known of another's.
 
-A mesh of ours has three axes. Clips are split over "data" and "fsdp"; parameters, and what the
-optimiser keeps of them, over "fsdp" along the model's width and over "tensor" along heads and MLP
-width.
+A mesh of ours has three axes. Clips are split over "data" and "fsdp"; kernels, and what the
+optimiser keeps of them, over "fsdp" along the model's width; parameters over "tensor" along heads
+and MLP width.
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import Config, plus_bias, product
+from vivit_jax.layers.parts import with_whole_kernels
 from vivit_jax.layers.tubelets import ByteClips, Grid, check_pixels, fastest_order, tubelets
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,8 @@ class TubeletEmbed(nn.Module):
         order = fastest_order(pixel_values)
         patches = tubelets(pixel_values, config.tubelet, visible, order).astype(dtype)
         kernel = einops.rearrange(kernel, f"x y z c d -> ({order}) d")
-        return plus_bias(product(patches, kernel), bias)
+        (y,) = with_whole_kernels(product, patches, [kernel], (None, "embed"))
+        return plus_bias(y, bias)
 
 
 @functools.cache

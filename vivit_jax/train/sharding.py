@@ -103,6 +103,9 @@ def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
     """A sharding for each parameter. UserError where a size does not divide."""
     boxed = boxed_params(model)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    shardings = jax.tree.map_with_path(
+        lambda path, leaf: leaf if path[-1].key == "kernel" else _whole(leaf), shardings
+    )
     wrong = []
 
     def check(path, leaf, sharding):
@@ -120,6 +123,13 @@ def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
             f"{wrong[0]}; fsdp must divide the model's widths, tensor its heads and MLP widths"
         )
     return shardings
+
+
+def _whole(sharding: NamedSharding) -> NamedSharding:
+    """Without "fsdp": what is no kernel is too small to be worth gathering."""
+    return NamedSharding(
+        sharding.mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in sharding.spec))
+    )
 
 
 def like_params(tree: Any, params: Any, shardings: Any, other: NamedSharding) -> Any:
