@@ -269,3 +269,23 @@ def test_only_projections_are_rounded_beforehand():
     for a, b in zip(*map(jax.tree.leaves, (gradients, rounded_gradients)), strict=True):
         np.testing.assert_array_equal(a, b.astype(a.dtype))
     jax.tree.map(np.testing.assert_array_equal, projections_in(params, "float32"), params)
+
+
+@pytest.mark.parametrize("place", ["tpu", "gpu", "cpu"])
+def test_an_activation_is_not_computed_within_the_next_product(place, monkeypatch):
+    """Of blocks that keep nothing, on TPU: behind a barrier forward, of which no gradient knows."""
+    monkeypatch.setattr(linear, "platform", lambda: place)
+
+    def barriers(remat):
+        config = config_of("vivit cls", remat=remat)
+        mlp = Projection(config, (48, 80), (None, None), name="mlp_in")
+        x = np.random.default_rng(0).standard_normal((2, 7, 48)).astype(np.float32)
+        params = mlp.init(jax.random.key(0), x)
+        apply = lambda params: mlp.apply(params, x, "gelu").sum()  # noqa: E731
+        np.testing.assert_array_equal(
+            mlp.apply(params, x, "gelu"), linear.exact_gelu(mlp.apply(params, x))
+        )
+        return str(jax.make_jaxpr(jax.grad(apply))(params)).count("optimization_barrier")
+
+    assert barriers("block") == (place == "tpu")
+    assert barriers("dots") == 0
