@@ -9,6 +9,7 @@ import numpy as np
 from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 import vivit_jax
+from vivit_jax.layers.linear import projections_in
 from vivit_jax.pretrained import build_model
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import HEADS, Recipe
@@ -150,13 +151,17 @@ def table(setting: Setting) -> list[Row]:
     that it splits, for the forward and for the backward pass of each part. Along tensor: the
     activations after every attention and MLP, and on the way back before them. XLA on CPU makes no
     reduce-scatter: it adds up whole gradients, of which each device then keeps its own.
+
+    On CPU and TPU; on GPU queries, keys and values are one product.
     """
     sizes = dict(setting.mesh.shape)
     parts, params = setting.recipe.train.accumulate, flat(setting.shapes.params)
     along = lambda *names: tuple(name for name in names if sizes[name] > 1)  # noqa: E731
     held = lambda leaf, axis: sizes[axis] if axis in leaf.sharding.spec else 1  # noqa: E731
-    # What a device has of a parameter once fsdp's parts are together.
-    whole = {path: leaf.size * 4 // held(leaf, "tensor") for path, leaf in params.items()}
+    # What a device has of a parameter as it is used, once fsdp's parts are together.
+    used = flat(jax.eval_shape(_used(setting), setting.shapes.params))
+    size = lambda path: params[path].size * used[path].dtype.itemsize  # noqa: E731
+    whole = {path: size(path) // held(leaf, "tensor") for path, leaf in params.items()}
     fsdp = [path for path, leaf in params.items() if held(leaf, "fsdp") > 1]
     learns = flat(trained(setting.recipe.optim, setting.shapes.params))
     learning = [path for path in params if np.any(learns[path])]
@@ -169,14 +174,17 @@ def table(setting: Setting) -> list[Row]:
     layers = {path: params[path].shape[0] if "layers/" in path else 1 for path in fsdp}
     batch_axes = tuple(filter(None, (along(*names) for names in (BATCH, ("data",), ("fsdp",)))))
     exact = not along("fsdp")
-    pooled = _rows(setting) * setting.model.config.hidden_size * 4
+    config = setting.model.config
+    frames = config.grid[0] if getattr(config, "spatial_only", None) is not None else 1
+    pooled = _rows(setting) * frames * config.hidden_size * 4
     rows = [
         Row(
             "gradients",
             ("all-reduce", "reduce-scatter"),
             batch_axes,
-            parts * gradients if exact else parts * gradients // 2,
-            parts * gradients + SCALARS,
+            # Of several parts XLA adds some small gradients up only once.
+            parts * gradients * (99 if exact and parts > 1 else 100 if exact else 50) // 100,
+            parts * (gradients if exact else gradients * 17 // 16) + SCALARS,  # with padding
         ),
         Row(
             "parameters, gathered",
@@ -194,11 +202,11 @@ def table(setting: Setting) -> list[Row]:
             activations(setting) + SCALARS,
         ),
     ]
+    everywhere = tuple(tuple(a for i, a in enumerate(AXES) if n >> i & 1) for n in range(1, 8))
     if along("fsdp"):
         # A class token's rows and a classifier's are too few for XLA to leave where they are.
-        everywhere = [tuple(a for i, a in enumerate(AXES) if n >> i & 1) for n in range(1, 8)]
         moves = ("all-gather", "collective-permute", "all-to-all")
-        rows.append(Row("pooled clips", moves, tuple(everywhere), 0, 32 * pooled, each=pooled))
+        rows.append(Row("pooled clips", moves, everywhere, 0, 32 * pooled, each=pooled))
     if along("fsdp") and along("tensor"):
         # Where tensor does not split a product XLA does, and then gathers the kernel along both.
         other = sum(whole[path] for path in fsdp if held(params[path], "tensor") == 1)
@@ -206,26 +214,32 @@ def table(setting: Setting) -> list[Row]:
         rows.append(
             Row("parameters, moved", ("all-gather", "collective-permute"), axes, 0, 3 * other)
         )
+    rows.append(Row("norms", ("all-reduce",), everywhere, 0, SCALARS, each=64))
     return rows
 
 
 def activations(setting: Setting) -> int:
     """Bytes that are added up along tensor: each block's after its projections, and backwards.
 
-    Forward that is once for every attention and MLP. Backwards it is once for the MLP, and for
-    queries, keys and values by themselves, which on CPU are three products.
+    Forward that is once for every attention and MLP. Backwards it is once for the MLP, and once for
+    an attention's queries, keys and values, of which XLA on CPU adds up each by itself.
     """
     if setting.mesh.shape["tensor"] == 1:
         return 0
     config, recipe = setting.model.config, setting.recipe
     rows = _rows(setting) * recipe.train.accumulate
 
+    # Forward they are added to the residual before they are rounded.
+    backward = np.dtype(config.dtype).itemsize
+    products = 1 if _place(setting) == "tpu" else 3
+
     def blocks(tokens: int, width: int, layers: int, attentions: int = 1, read: bool = False):
         """`read`: of the last block a class token is all that is used."""
-        full = layers - read
-        one = (attentions + 1 + 3 * attentions + 1) * tokens
-        last = 4 + 2 * tokens if read else 0
-        return rows * (full * one + last) * width * 4
+        full = (layers - read) * tokens
+        values = 4 * full * (attentions + 1) + backward * full * (products * attentions + 1)
+        if read:
+            values += 4 * 2 + backward * (2 + 2 * tokens if products == 3 else 1 + tokens)
+        return rows * width * values
 
     t, h, w = config.grid
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -261,6 +275,14 @@ def misplaced(setting: Setting, program: Program) -> list[str]:
         if not row.least <= total[row.what] <= row.most
     ]
     return wrong
+
+
+def _used(setting: Setting):
+    return lambda params: projections_in(params, setting.model.config.dtype)
+
+
+def _place(setting: Setting) -> str:
+    return setting.mesh.devices.flat[0].platform
 
 
 def _rows(setting: Setting) -> int:

@@ -6,13 +6,19 @@ is read: its collectives are those of `partitioned.table`, and its loops get sho
 """
 
 import itertools
+import time
 
+import jax
+import numpy as np
 import pytest
 from helpers import mostly_slow
 from partitioned import FAMILIES, build, mesh_of, misplaced, program_of
+from tiny_recipes import changed
 
 from vivit_jax.layers import chunked
 from vivit_jax.layers.chunked import Tile
+from vivit_jax.pretrained import fresh_params
+from vivit_jax.train.state import new_state
 
 MESHES = (
     "data=8",
@@ -78,3 +84,51 @@ def _rounds(program):
         "attention": sum(n for loop, n in rounds if inside(loop)),
         "other": sorted(n for loop, n in rounds if not inside(loop)),
     }
+
+
+def first_state(setting):
+    params, averaged = fresh_params(setting.model, 0), setting.recipe.optim.ema is not None
+    state = new_state(params, setting.optimizer, averaged=averaged)
+    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, setting.shapes))
+
+
+def some_batch(setting):
+    rng = np.random.default_rng(0)
+    shapes = setting.batch_shapes
+    batch = {k: rng.integers(0, 4, x.shape).astype(x.dtype) for k, x in shapes.items()}
+    return jax.device_put(batch, {k: x.sharding for k, x in shapes.items()})
+
+
+# Attention over 1568 tokens is most of what this model computes.
+LONG_CLIPS = dict(
+    image_size=112,
+    num_frames=16,
+    patch_size=8,
+    hidden_size=64,
+    num_attention_heads=4,
+    intermediate_size=128,
+    num_hidden_layers=2,
+)
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("mesh", ["data=8", "data=4,tensor=2"])
+def test_eight_devices_take_no_longer_than_one(mesh):
+    """For the same work on the same cores, each step after one on one device."""
+    recipe = changed(FAMILIES["videomae finetune"], train__batch_size=8)
+    settings = [build(recipe, mesh_of(m), **LONG_CLIPS) for m in ("data=1", mesh)]
+    states = [first_state(setting) for setting in settings]
+    laps = [[], []]
+    with jax.default_matmul_precision("default"):  # as users compute
+        for _ in range(13):  # the first of them compiles
+            for i, setting in enumerate(settings):
+                batch = some_batch(setting)
+                start = time.perf_counter(), time.process_time()
+                states[i], _ = jax.block_until_ready(setting.step(states[i], batch))
+                laps[i].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    (alone, work), (together, of_all) = (np.min(each[1:], axis=0) for each in laps)
+    print(
+        f"\n{mesh}: {together:.3f} s, one device {alone:.3f} s; on cores {of_all:.2f}, {work:.2f}"
+    )
+    # A busy machine gives eight threads that wait for each other less than it gives one.
+    assert min(together / alone, of_all / work) <= 1.3

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles for TPUs in a process of its own: libtpu now and then ends one while it compiles.
+
+About one compilation of forty ended in a segmentation fault, of whichever program, with libtpu
+0.0.42.1 and jax 0.10.2; the same program compiles the next time.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ATTEMPTS = 4
+_DONE = "done: "  # before a result, as libtpu and jax print too
+# Below these widths XLA has other ways with what fsdp splits.
+_SIZES = dict(dtype="bfloat16", hidden_size=128, intermediate_size=256)
+_DECODER = dict(decoder_hidden_size=64, decoder_intermediate_size=128)
+
+
+class Compiler:
+    """Asks another process for one of the functions below, and a new one where that one ends."""
+
+    def __init__(self, log: Path):
+        self._log, self._process = log, None
+
+    def __call__(self, job: str, **arguments):
+        for _ in range(ATTEMPTS):
+            if self._process is None:
+                self._start()
+            try:
+                print(json.dumps([job, arguments]), file=self._process.stdin, flush=True)
+                for line in self._process.stdout:
+                    if line.startswith(_DONE):
+                        return json.loads(line.removeprefix(_DONE))
+            except BrokenPipeError:
+                pass
+            status = self._process.wait()
+            self._process = None
+            if status >= 0:  # not ended by a signal: an exception, which comes again
+                break
+        raise RuntimeError(f"{job} of {arguments} ended with {status}: {self._log.read_text()}")
+
+    def _start(self):
+        here = Path(__file__)
+        paths = [here.parents[2], here.parents[1], here.parent]
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+        env.pop("XLA_FLAGS", None)
+        with open(self._log, "w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(here)],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def close(self):
+        if self._process is not None:
+            self._process.communicate()
+
+
+def _devices(topology: str):
+    from vivit_jax.train.hardware import compile_only_devices, parse_topology
+
+    return compile_only_devices(parse_topology(topology))
+
+
+def _setting(family: str, mesh, **config):
+    from partitioned import FAMILIES, build
+
+    recipe = FAMILIES[family]
+    sizes = _SIZES | (_DECODER if "decoder_hidden_size" in recipe.model.config else {})
+    return build(recipe, mesh, **sizes | config)
+
+
+def _read(setting):
+    from partitioned import compiled, misplaced
+
+    from vivit_jax.train.compiled import read_program
+
+    found = compiled(setting)
+    wrong = misplaced(setting, read_program(found, setting.mesh))
+    return {"wrong": wrong, "peak": found.memory_analysis().peak_memory_in_bytes}
+
+
+def step(topology: str, family: str, mesh: str, **config):
+    """What of a tiny step's collectives is not as the table says, and the memory it needs."""
+    from partitioned import mesh_of
+
+    return _read(_setting(family, mesh_of(mesh, _devices(topology)), **config))
+
+
+def published(topology: str, recipe: str, mesh: dict[str, int], **fields):
+    """As `step`, of a published recipe in bfloat16, with fields of it changed."""
+    from tiny_recipes import changed
+
+    from vivit_jax.recipes import recipe_named
+    from vivit_jax.train.hardware import parse_topology
+    from vivit_jax.train.plan import planned_setting
+
+    recipe = recipe_named(recipe)
+    config = dict(recipe.model.config) | {"dtype": "bfloat16"}
+    recipe = changed(recipe, model__config=config, **fields)
+    setting = planned_setting(recipe, parse_topology(topology), mesh)
+    return _read(setting) | {"clips": setting.rows}
+
+
+def attention(topology: str, tokens: int):
+    """The collectives in attention, forward and backward, clips over data, heads over tensor."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+    from partitioned import mesh_of
+
+    from vivit_jax.layers.attention import attention
+    from vivit_jax.train.compiled import read_program
+
+    mesh = mesh_of("data=2,tensor=2", _devices(topology))
+    place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    x = jax.ShapeDtypeStruct((4, tokens, 4, 64), jnp.bfloat16, sharding=place)
+    loss = lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), out_shardings=(place,) * 3)
+    with jax.set_mesh(mesh), jax.default_device("tpu"):
+        found = read_program(gradients.lower(x, x, x).compile(), mesh)
+    return [f"{each.kind} of {each.bytes} bytes: {each.op_name}" for each in found.collectives]
+
+
+def from_a_file(topology: str, path: str):
+    """Of a step that was exported on CPU: kinds of collectives, and how much is donated."""
+    from partitioned import mesh_of
+
+    from vivit_jax.train.compiled import read_program
+    from vivit_jax.train.export import export_step, load_step
+
+    export_step(_setting("videomae pretrain", mesh_of("data=2,tensor=2")), path)
+    loaded = load_step(path, _devices(topology))
+    found = loaded.lower().compile()
+    memory = found.memory_analysis()
+    return {
+        "kinds": sorted({each.kind for each in read_program(found, loaded.mesh).collectives}),
+        "donated": memory.alias_size_in_bytes / memory.output_size_in_bytes,
+    }
+
+
+if __name__ == "__main__":
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_default_prng_impl", "rbg")
+    for line in sys.stdin:
+        job, arguments = json.loads(line)
+        print(_DONE + json.dumps(globals()[job](**arguments)), flush=True)
