@@ -222,7 +222,8 @@ def activations(setting: Setting) -> int:
     """Bytes that are added up along tensor: each block's after its projections, and backwards.
 
     Forward that is once for every attention and MLP. Backwards it is once for the MLP, and once for
-    an attention's queries, keys and values, of which XLA on CPU adds up each by itself.
+    an attention's queries, keys and values, of which XLA on CPU adds up each by itself where fsdp
+    does not split their kernels: products of such add up their gradients before.
     """
     if setting.mesh.shape["tensor"] == 1:
         return 0
@@ -231,7 +232,8 @@ def activations(setting: Setting) -> int:
 
     # Forward they are added to the residual before they are rounded.
     backward = np.dtype(config.dtype).itemsize
-    products = 1 if _place(setting) == "tpu" else 3
+    together = _place(setting) == "tpu" or setting.mesh.shape["fsdp"] > 1
+    products = 1 if together else 3
 
     def blocks(tokens: int, width: int, layers: int, attentions: int = 1, read: bool = False):
         """`read`: of the last block a class token is all that is used."""

@@ -23,6 +23,7 @@ from vivit_jax.layers.linear import (
     at_least_float32,
     wide_type,
 )
+from vivit_jax.layers.parts import SUMMED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +125,14 @@ def remat_policy(config: Config) -> Callable | None:
     "block" nothing, "dots" the results of matrix products and of attention, but no scores. Norms,
     activations and residual sums, computed again, cost less than their memory's traffic. Of half
     precision products are kept by name, rounded: as products return them they are in float32. By
-    name in float32 a step of the tests' small model took 644 MiB, by primitive 594.
+    name in float32 a step of the tests' small model took 644 MiB, by primitive 594. There what is
+    added up over devices after a product is kept too, not sent again.
     """
     if config.remat == "block":
         return None
     policies = jax.checkpoint_policies
     half = wide_type(config.dtype) != np.dtype(config.dtype)
-    named = policies.save_only_these_names(SAVED, *((PROJECTED,) if half else ()))
+    named = policies.save_only_these_names(SAVED, *((PROJECTED,) if half else (SUMMED,)))
     kept = policies.save_from_both_policies(named, _save_attention)
     if half:
         return kept

@@ -16,7 +16,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
+
+SUMMED = "summed"  # the name of what a remat policy keeps, so as not to send it again
 
 
 def with_whole_kernels(
@@ -57,7 +60,7 @@ def with_whole_kernels(
             whole = jax.lax.all_gather(part, parts, axis=0)
             whole = jnp.moveaxis(whole.reshape(-1, *whole.shape[2:]), 0, dim)
             y = product(x, whole)
-            found.append(jax.lax.psum(y, summed) if summed else y)
+            found.append(checkpoint_name(jax.lax.psum(y, summed), SUMMED) if summed else y)
         return found
 
     def spec(of_axes):
