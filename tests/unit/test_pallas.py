@@ -332,3 +332,12 @@ def test_kernels_are_for_tpu():
     x = jnp.ones((1, 70, 2, 8))
     with pytest.raises(ConfigError, match="attention='pallas' needs a TPU, got cpu"):
         attention(x, x, x, implementation="pallas")
+
+
+def test_a_shard_map_that_checks_types_takes_the_kernels():
+    """As `jax.shard_map` does by default; what a kernel returns varies as its operands do."""
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("x", "y"))
+    spec, x = PartitionSpec("x", None, "y"), jax.ShapeDtypeStruct((4, 65, 4, 64), jnp.bfloat16)
+    step = lambda q, k, v: jax.vjp(attend, q, k, v)[1](q)  # noqa: E731
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 3)
+    assert [y.shape for y in jax.eval_shape(mapped, x, x, x)] == [x.shape] * 3

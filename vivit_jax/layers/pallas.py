@@ -84,20 +84,20 @@ def forward(q, k, v):
 
     q [..., q, n, e], k and v [..., k, n, e] -> out as q, and log_sum [..., q, n], the logarithm of
     the sum of each query's exponentials, in float32 as the softmax is. For one device, or its share
-    of clips and heads within `shard_map(..., check_vma=False)`. float16, which TPUs lack, is
-    computed in float32. Elsewhere than on TPU it runs under
+    of clips and heads within `shard_map`. float16, which TPUs lack, is computed in float32.
+    Elsewhere than on TPU it runs under
     `jax.experimental.pallas.tpu.force_tpu_interpret_mode()` only, for tests.
     """
     like = q
     q, k, v = _tokens_last(q, k, v)
-    log_sum = jax.ShapeDtypeStruct((q.shape[0], 1, q.shape[-1]), jnp.float32)
+    log_sum = _like(q, (q.shape[0], 1, q.shape[-1]), jnp.float32)
     parts = []
     for plan, part in _plans(q, k, arrays=2, sums=0):
         queries, keys, sums = plan.specs()
         run = plan.call(
             _forward_kernel, "attention_forward",
             in_specs=[queries, keys, keys], out_specs=[queries, sums],
-            out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), log_sum],
+            out_shape=[_like(q), log_sum],
             cost_estimate=plan.cost(products=2, arrays=2),
         )  # fmt: skip
         parts.append(run(q, k[..., part], v[..., part]))
@@ -115,12 +115,11 @@ def backward(q, k, v, out, log_sum, d_out):
     d_q, d_k, d_v = [], [], []
     for plan, part in _plans(q, k, arrays=4, sums=2):
         queries, keys, sums = plan.specs()
-        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
         run = plan.call(
             _backward_kernel, "attention_backward",
             in_specs=[queries, keys, keys, queries, sums, queries],
             out_specs=[queries, keys, keys],
-            out_shape=[like(q), like(k[..., part]), like(v[..., part])],
+            out_shape=[_like(q), _like(k[..., part]), _like(v[..., part])],
             scratch_shapes=plan.sums(), cost_estimate=plan.cost(products=5, arrays=4),
         )  # fmt: skip
         found = run(q, k[..., part], v[..., part], out, log_sum, d_out)
@@ -129,6 +128,12 @@ def backward(q, k, v, out, log_sum, d_out):
     d_q = d_q[0] if len(d_q) == 1 else sum(x.astype(jnp.float32) for x in d_q)
     d_k, d_v = (x[0] if len(x) == 1 else jnp.concatenate(x, -1) for x in (d_k, d_v))
     return tuple(map(_heads_next_to_last, (d_q, d_k, d_v), given))
+
+
+def _like(x, shape=None, dtype=None) -> jax.ShapeDtypeStruct:
+    """What a kernel returns: as x but for what is given, and in a `shard_map` varying as x does."""
+    varying = jax.typeof(x).mat
+    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, manual_axis_type=varying)
 
 
 def _tokens_last(*arrays):
