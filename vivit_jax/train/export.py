@@ -97,8 +97,12 @@ class ExportedStep:
         (self.state, self.batch), _ = jax.tree.unflatten(program.in_tree, wanted)
         out = jax.tree.unflatten(program.out_tree, program.out_shardings_jax(mesh))
         with jax.default_device(mesh.devices.flat[0].platform):  # for what it is compiled
-            pretraining = "labels" not in self.batch
-            self._run = jit_step(program.call, pretraining=pretraining, out_shardings=out)
+            self._run = jit_step(
+                program.call,
+                pretraining="labels" not in self.batch,
+                devices=program.nr_devices,
+                out_shardings=out,
+            )
 
     def __call__(self, state: Any, batch: Mapping[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
         states = flat(state)
