@@ -43,7 +43,7 @@ class Compiler:
 
     def _start(self):
         here = Path(__file__)
-        paths = [here.parents[2], here.parents[1], here.parent]
+        paths = [here.parents[1], here.parent, here.parent / "train"]
         env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(map(str, paths))}
         env.pop("XLA_FLAGS", None)
         with open(self._log, "w") as log:
@@ -125,6 +125,51 @@ def attention(topology: str, tokens: int):
     with jax.set_mesh(mesh), jax.default_device("tpu"):
         found = read_program(gradients.lower(x, x, x).compile(), mesh)
     return [f"{each.kind} of {each.bytes} bytes: {each.op_name}" for each in found.collectives]
+
+
+def kernels(topology: str, q, keys: int, dtype: str, names=("data", "tensor"), rules=()):
+    """The attention kernels and their gradients on four chips, clips and heads over two axes.
+
+    `q` is the shape [b, q, n, e]. What is in the program: kernels, collectives and whatever else
+    works, with the bytes of temporaries and what was logged.
+    """
+    import functools
+    import logging
+
+    import jax
+    import numpy as np
+    from flax import linen as nn
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from vivit_jax.layers.attention import attention
+    from vivit_jax.train.compiled import read_program
+
+    logged = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logging.getLogger("vivit_jax.layers.placed").addHandler(handler)
+    mesh = Mesh(np.array(_devices(topology)).reshape(2, 2), names)
+    place = NamedSharding(mesh, PartitionSpec(names[0], None, names[1]))
+    k = [q[0], keys, *q[2:]]
+    q, k = (jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in (q, k))
+
+    def step(q, k, v, d_out):
+        out, pullback = jax.vjp(functools.partial(attention, implementation="pallas"), q, k, v)
+        return out, *pullback(d_out)
+
+    here = jax.set_mesh(mesh), jax.default_device("tpu"), nn.logical_axis_rules(rules)
+    with here[0], here[1], here[2]:
+        found = jax.jit(step, out_shardings=place).lower(q, k, k, q).compile()
+    logging.getLogger("vivit_jax.layers.placed").removeHandler(handler)
+    program = read_program(found, mesh)
+    targets = [each.target for each in program.operations]
+    return {
+        "kernels": targets.count("tpu_custom_call"),
+        "collectives": [each.kind for each in program.collectives],
+        "others": sorted({x.opcode for x in program.operations} - {"custom-call"}),
+        "temporaries": found.memory_analysis().temp_size_in_bytes,
+        "logged": logged,
+    }
 
 
 def from_a_file(topology: str, path: str):
