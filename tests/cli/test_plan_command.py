@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax plan`: what it prints and writes, and what it refuses."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import pytest
 from compilers import needs_libtpu
+from signals import handled
 
 from vivit_jax.cli.__main__ import main
 from vivit_jax.train import plan as plan_module
@@ -111,6 +116,31 @@ def test_a_compiler_that_is_missing(capsys, monkeypatch):
     status, _, err = run(capsys, *DEMO, "--topology", "v5e:2x2")
     assert status == 2 and err.count("\n") == 1
     assert "pip install 'vivit_jax[plan]'" in err
+
+
+def test_an_interrupt_waits_for_no_compiler(on_cpu, capsys, monkeypatch, tmp_path):
+    """Which keeps its thread for minutes and sees no KeyboardInterrupt."""
+    ended = threading.Event()
+
+    def stubborn(*_, before_compiling, **__):
+        before_compiling()
+        to_main = threading.main_thread().ident, signal.SIGINT
+        threading.Timer(0.5, signal.pthread_kill, to_main).start()
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not ended.is_set():
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(0.1)
+
+    monkeypatch.setattr(plan_module, "plan", stubborn)
+    start = time.monotonic()
+    with handled(signal.SIGINT, signal.default_int_handler):
+        status, out, err = run(
+            capsys, *DEMO, "--topology", "h100:4", "--json", tmp_path / "plan.json"
+        )
+    seconds = time.monotonic() - start
+    ended.set()
+    assert (status, out, err) == (130, "", "vivit-jax: interrupted\n")
+    assert seconds < 10 and not list(tmp_path.iterdir())
 
 
 @needs_libtpu

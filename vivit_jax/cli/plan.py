@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax plan`: a recipe's training step, compiled for hardware that is not there."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from checkpoints_convert.settings import KeyValues, in_order
 from vivit_jax.errors import UserError
 
 _BATCH, _ROUNDS = 4, 4  # of the loader that is timed
+_TICK = 1.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,40 +131,40 @@ def _search(recipe, topology, options: PlanOptions):
 
 
 def _compiled(recipe, topology, sizes, options: PlanOptions, number: int = 1, total: int = 1):
-    """One plan, with a line that tells for how long it has been compiled."""
+    """One plan, with a line that tells for how long it has been compiled.
+
+    A compiler keeps its thread until it is done, so it gets one of its own: Ctrl-C ends the command
+    at once.
+    """
+    from vivit_jax.progress import LiveLine
     from vivit_jax.train.plan import plan as compile_plan
     from vivit_jax.train.plan_text import mesh_text
 
-    with contextlib.ExitStack() as stack:
-        name = f"compiling for {topology}, {mesh_text(sizes)}"
-        return compile_plan(
-            recipe,
-            topology,
-            sizes,
-            videos=options.clips,
-            before_compiling=lambda: stack.enter_context(_ticking(name, number, total)),
-        )
+    found, compiling = concurrent.futures.Future(), threading.Event()
 
+    def work():
+        try:
+            found.set_result(
+                compile_plan(
+                    recipe,
+                    topology,
+                    sizes,
+                    videos=options.clips,
+                    before_compiling=compiling.set,
+                )
+            )
+        except BaseException as error:
+            found.set_exception(error)
+        finally:
+            compiling.set()
 
-@contextlib.contextmanager
-def _ticking(name: str, number: int, total: int) -> Iterator[None]:
-    """A live line, while a compiler keeps this thread."""
-    from vivit_jax.progress import LiveLine
-
-    line, start, done = LiveLine(name, total, ends=False), time.monotonic(), threading.Event()
-
-    def tick():
-        while not done.wait(1.0):
+    threading.Thread(target=work, name="compiling", daemon=True).start()
+    compiling.wait()
+    name, start = f"compiling for {topology}, {mesh_text(sizes)}", time.monotonic()
+    with contextlib.closing(LiveLine(name, total, ends=False)) as line:
+        while not concurrent.futures.wait([found], _TICK).done:
             line.update(number - 1, f"for {time.monotonic() - start:.0f} s")
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        line.close()
+    return found.result()
 
 
 def _reading(recipe, found, decode: bool) -> dict | None:
