@@ -38,6 +38,8 @@ def test_topologies(text, slices, count, hosts):
         ("v5e", 1, "'' is no shape"),
         ("v5e:8x", 1, "'8x' is no shape"),
         ("v5e:0x8", 1, "'0x8' is no shape"),
+        ("v5e:\u0662x\u0662", 1, "is no shape"),
+        (f"v5e:{'9' * 5000}x2", 1, "is no shape"),
         ("v5e:8", 1, "a slice of v5e has 2 sides, got 1; for example v5e:4x4"),
         ("v5p:8x8", 1, "a slice of v5p has 3 sides, got 2; for example v5p:4x4x4"),
         ("v5e:3x4", 1, "2x2 chips, which 3x4 are not made of"),

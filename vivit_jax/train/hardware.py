@@ -9,11 +9,12 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 
 import jax
 from jax.experimental import topologies
 
-from vivit_jax.errors import MissingExtra, UserError
+from vivit_jax.errors import MissingExtra, UserError, quoted
 
 _GIB = 2**30
 
@@ -132,10 +133,14 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     """
     kind, _, shape = text.partition(":")
     if kind not in CHIPS:
-        raise UserError(f"--topology {text!r}: got {kind!r}, expected one such as {_EXAMPLES}")
+        raise UserError(
+            f"--topology {quoted(text)}: got {quoted(kind)!r}, expected one such as {_EXAMPLES}"
+        )
     parts = shape.split("x")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--topology {text!r}: {shape!r} is no shape; expected {_EXAMPLES}")
+    if not all(re.fullmatch("0*[1-9][0-9]{0,5}", part) for part in parts):
+        raise UserError(
+            f"--topology {quoted(text)}: {quoted(shape)!r} is no shape; expected {_EXAMPLES}"
+        )
     sizes, chip = tuple(map(int, parts)), CHIPS[kind]
     if slices < 1 or (slices > 1 and chip.platform == "gpu"):
         raise UserError(f"--slices {slices}: expected a positive number, and 1 for {kind}")
