@@ -43,7 +43,7 @@ def check_least_memory(setting: Setting, topology: Topology) -> None:
     raise UserError(
         f"{setting.recipe.name} does not fit: a device needs at least {readable(needed)} "
         f"({of_what}) and {topology.kind} has {readable(there)}; "
-        f"{_way_out(setting, topology, needed / there)}"
+        f"{_way_out(setting, topology, needed, there)}"
     )
 
 
@@ -64,12 +64,15 @@ def refused(error: Exception, setting: Setting, topology: Topology) -> UserError
     return UserError(
         f"{setting.recipe.name} does not fit: the compiler needs {readable(int(needed))} of a "
         f"device and {topology.kind} has {readable(int(there))}; "
-        f"{_way_out(setting, topology, needed / there)}"
+        f"{_way_out(setting, topology, needed, there)}"
     )
 
 
-def _way_out(setting: Setting, topology: Topology, times: float) -> str:
-    """What would make a step smaller that is `times` too large, the least change first."""
+def _way_out(setting: Setting, topology: Topology, needed: float, there: float) -> str:
+    """What would make a step smaller that needs more than is there, the least change first.
+
+    Fewer clips leave the state and its gradients as they are, more parts of a batch also the batch.
+    """
     recipe, mesh, config = setting.recipe, setting.mesh.shape, setting.model.config
     least, memory = least_memory(setting), topology.chip.memory
     held, ways = least["state"] + least["gradients"], []
@@ -78,12 +81,16 @@ def _way_out(setting: Setting, topology: Topology, times: float) -> str:
             ways.append("model.config.dtype=bfloat16")
         if config.remat != "block":
             ways.append("model.config.remat=block")
-        parts = recipe.train.accumulate
-        rows = setting.rows // batch_shards(setting.mesh)
-        enough = [k for k in range(parts + 1, rows + 1) if rows % k == 0 and k >= times * parts]
+        parts, shards = recipe.train.accumulate, batch_shards(setting.mesh)
+        rows, kept = setting.rows // shards, held + least["batch"]
+        enough = [
+            k
+            for k in range(parts + 1, rows + 1)
+            if rows % k == 0 and (needed - kept) * parts <= (there - kept) * k
+        ]
         ways += [f"train.accumulate={enough[0]}"] if enough else []
-        shards = batch_shards(setting.mesh)
-        smaller = int(recipe.train.batch_size / times) // shards * shards
+        share = max(there - held, 0) / max(needed - held, 1)
+        smaller = int(recipe.train.batch_size * share) // (shards * parts) * shards * parts
         ways += [f"train.batch_size={smaller}"] if smaller else []
     most = topology.count // mesh["tensor"]
     left = held * mesh["fsdp"] / most
