@@ -114,6 +114,8 @@ def test_a_warm_up_longer_than_the_run_is_refused():
         learning_rate(dataclasses.replace(settings, schedule="linear"), **size)
     with pytest.raises(UserError, match=r"is 20 steps and train\.epochs=5 of 4 steps is 20"):
         learning_rate(settings, **size)
+    with pytest.raises(UserError, match=r"a run has at most 2147483647 steps: lower train\.epochs"):
+        learning_rate(settings, batch_size=8, steps_per_epoch=2**20, epochs=2**11)
 
 
 # ---- factors

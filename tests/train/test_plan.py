@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import re
 import types
 
 import jax
@@ -21,7 +22,7 @@ from vivit_jax.train import plan as plan_module
 from vivit_jax.train.compiled import Operation
 from vivit_jax.train.hardware import CHIPS, parse_topology
 from vivit_jax.train.hlo import Array
-from vivit_jax.train.least_memory import least_memory
+from vivit_jax.train.least_memory import least_memory, refused
 from vivit_jax.train.meshes import all_meshes, sensible_meshes
 from vivit_jax.train.parts import PARTS, part_of
 from vivit_jax.train.plan import (
@@ -294,6 +295,7 @@ def test_a_plan_is_of_the_step_that_trains(mesh, on_cpu):
         (changed(PRETRAIN, train__batch_size=12), "h100:8", "data=8", "multiple of 8"),
         (changed(PRETRAIN, train__batch_size=160), "h100:8", "data=8", "more than the 100 videos"),
         (changed(PRETRAIN, train__epochs=0), "h100:8", "data=8", "train.epochs"),
+        (changed(PRETRAIN, train__epochs=10**30), "h100:8", "data=8", "at most 2147483647 steps"),
         (changed(PRETRAIN, model__start="weights"), "h100:8", "data=8", "a plan opens no weights"),
     ],
 )
@@ -358,6 +360,21 @@ def test_refusals_are_one_line(said, message, on_cpu, monkeypatch):
     with pytest.raises(UserError, match=message) as told:
         plan(PRETRAIN, parse_topology("h100:8"), parse_mesh("data=8", 8), videos=100)
     assert "\n" not in str(told.value)
+
+
+def test_what_would_fit_leaves_the_state_as_it_is(on_cpu):
+    """With half the batch a step of twice the memory would not fit, for its state is no smaller."""
+    recipe = changed(PRETRAIN, train__batch_size=64)
+    topology = parse_topology("h100:8")
+    setting = planned_setting(recipe, topology, parse_mesh("data=8", 8), 100)
+    said = "RESOURCE_EXHAUSTED: Used 2.00M of 1.00M hbm"
+    told = str(refused(jax.errors.JaxRuntimeError(said), setting, topology))
+    parts, clips = (int(re.search(rf"{name}=(\d+)", told)[1]) for name in ("late", "batch_size"))
+    least = least_memory(setting)
+    held = least["state"] + least["gradients"]
+    for fixed, rest in ((held, clips / 64), (held + least["batch"], 1 / parts)):
+        assert fixed + (2 * 2**20 - fixed) * rest <= 2**20
+    assert (parts, clips) == (4, 24)
 
 
 def test_products_without_tiles_are_compiled_otherwise():

@@ -19,9 +19,10 @@ from flax.core import meta
 
 from checkpoints_convert import trees
 from checkpoints_convert.problems import collapse
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, quoted
 from vivit_jax.recipes.recipe import OptimSettings, Rules
 
+_MOST_STEPS = np.iinfo(np.int32).max  # as a state counts them
 _EVERYTHING: Rules = ((".*", 1.0),)
 # Names, not ranks: our biases of queries, keys and values are [heads, kv], and all but kernels
 # that a scan stacks has an axis more.
@@ -47,7 +48,8 @@ def learning_rate(
     * "scenic": lr k / w for k < w, then lr (1 + cos(pi i / n)) / 2; there is no floor;
     * "constant": lr k / w for k < w, then lr.
 
-    Past the last step it stays at its end. Raises UserError where no step is left to decay.
+    Past the last step it stays at its end. Raises UserError where no step is left to decay, and
+    for more steps than a state counts.
     Sources: the authors' VideoMAE and scenic's ViViT trainers.
     """
     if settings.schedule not in ("videomae", "scenic", "constant"):
@@ -61,6 +63,11 @@ def learning_rate(
             f"optim.warmup_epochs={settings.warmup_epochs:g} is {warm} steps and train.epochs="
             f"{epochs} of {steps_per_epoch} steps is {total}; the {settings.schedule!r} schedule "
             "needs steps after its warm-up: lower optim.warmup_epochs or raise train.epochs"
+        )
+    if total > _MOST_STEPS:
+        raise UserError(
+            f"train.epochs={epochs} of {steps_per_epoch} steps is {quoted(total)}, and a run has "
+            f"at most {_MOST_STEPS} steps: lower train.epochs"
         )
     grown = batch_size / settings.lr_batch if settings.lr_batch else 1.0
     lr, floor = settings.lr * grown, settings.min_lr * grown
