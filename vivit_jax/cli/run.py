@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from vivit_jax.cli.interrupt import end_by, interrupts_told_again
 from vivit_jax.errors import UserError, first_line, printable
+from vivit_jax.libtpu import answer_libtpu, has_tpu
 
 CACHE_FLAG = "--compilation-cache"
 _SIGNALLED = 128
@@ -61,6 +62,8 @@ def _run(
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    if not has_tpu():
+        answer_libtpu()
     commands = {name: _printing(command) for name, command in commands.items()}
     # This one prints by itself, and would be heard twice.
     logging.getLogger("huggingface_hub").propagate = False

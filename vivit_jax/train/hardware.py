@@ -15,6 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from vivit_jax.errors import MissingExtra, UserError, quoted
+from vivit_jax.libtpu import answer_libtpu
 
 _GIB = 2**30
 
@@ -196,15 +197,11 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
 
 
 def _tpus(topology: Topology) -> list[jax.Device]:
-    # What libtpu would ask a machine with TPUs, where it asks one without and says so; and other
-    # processes may use it at the same time, since none has a TPU.
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    }.items():
-        os.environ.setdefault(name, value)
+    answer_libtpu()
+    # Nor does it ask a server of the cloud; and other processes may use it at the same time, since
+    # none of them uses a TPU by it.
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
     shape = "x".join(map(str, topology.sizes))
     return topologies.get_topology_desc(
         platform="tpu",
