@@ -14,6 +14,7 @@ import time
 import jax
 import pytest
 from compilers import needs_libtpu
+from full_disk import file_size
 from signals import handled
 
 from vivit_jax.cli.__main__ import main
@@ -65,6 +66,18 @@ def test_a_plan_is_printed_and_written(on_cpu, capsys, tmp_path):
     assert text.read_text().startswith("HloModule")
     status, out, err = run(capsys, *DEMO, "--topology", "h100:4", "--json", figures)
     assert status == 2 and "--overwrite" in err
+
+
+@pytest.mark.parametrize("name", ["--json plan.json", "--hlo plan.hlo"])
+def test_a_full_disk_leaves_the_files_that_were_there(name, on_cpu, capsys, tmp_path):
+    flag, file = name.split()
+    (tmp_path / file).write_text("mine")
+    args = ("--topology", "h100:1", "--no-decode", "--top", 0, "--overwrite")
+    with file_size(60):
+        status, _, err = run(capsys, *DEMO, *args, flag, tmp_path / file)
+    told = "cannot be written: File too large; make room, or choose another place"
+    assert (status, err) == (2, f"vivit-jax: error: {tmp_path / file} {told}\n")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_search_ranks_what_it_compiles(on_cpu, capsys, tmp_path):

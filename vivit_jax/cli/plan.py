@@ -63,7 +63,7 @@ def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
     each host has to decode. Everything is an estimate: nothing is run, nothing is allocated, and
     this machine's accelerator is left alone. Minutes for a model of size B, on two cores.
     """
-    from vivit_jax.files import check_output, write_json
+    from vivit_jax.files import check_output, whole_file, write_json
 
     _check_numbers(options)
     for path, suffixes, flag in (
@@ -87,6 +87,9 @@ def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
         plans = [_compiled(recipe, topology, parse_mesh(options.mesh, topology.count), options)]
     best = plans[0]
     print(describe(best, options.top))
+    if options.hlo is not None:
+        with whole_file(options.hlo) as partial:
+            partial.write_text(best.text, encoding="utf-8")
     reading = _reading(recipe, best, options.decode)
     print(_hosts_text(best, reading))
     if options.json is not None:
@@ -95,8 +98,6 @@ def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
             values["search"] = [each.to_dict() | {"operations": []} for each in plans]
             values["refused"] = refused
         write_json(options.json, values)
-    if options.hlo is not None:
-        options.hlo.write_text(best.text)
     return 0 if best.fits else 1
 
 
