@@ -90,6 +90,31 @@ def test_clips_that_do_not_divide_are_the_partitioners(clips):
     np.testing.assert_allclose(found, x @ kernel, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "own_rules"),
+    [
+        ((36, 48), RULES),  # the parts do not divide
+        ((32, 45), RULES),  # what stays split does not
+        ((32, 48), (("batch", BATCH), ("embed", ("fsdp", "tensor")))),  # clips are in fewer parts
+        ((32, 48), (("batch", BATCH), ("embed", ("tensor", "fsdp")))),
+    ],
+)
+def test_kernels_that_rules_do_not_split_so_are_the_partitioners(shape, own_rules):
+    """As another's rules, that have no `param_shardings` to refuse a model, may say."""
+    rng = np.random.default_rng(0)
+    mesh = make_mesh(parse_mesh("fsdp=4,tensor=2" if shape != (36, 48) else "fsdp=8", 8))
+    x, kernel = (
+        rng.standard_normal(each).astype(np.float32) for each in ((CLIPS, shape[0]), shape)
+    )
+    axes, *_ = KERNELS["mlp_in"]
+    loss = lambda way: lambda x, k: jnp.sum(way(product, x, [k], axes, 1)[0] ** 2)  # noqa: E731
+    expected = jax.grad(loss(plain), argnums=(0, 1))(x, kernel)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(own_rules):
+        found = jax.jit(jax.grad(loss(with_whole_kernels), argnums=(0, 1)))(x, kernel)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-3)
+
+
 def test_without_rules_or_a_mesh_it_is_the_product():
     _, _, _, (x, kernel) = case("mlp_in", "fsdp=8")
     axes, *_ = KERNELS["mlp_in"]

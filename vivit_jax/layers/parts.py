@@ -35,10 +35,11 @@ def with_whole_kernels(
     the rules in force split one of them over mesh axes that split clips too, each device multiplies
     its own clips with the kernels that it has put together from all parts. What the rules split
     over other axes, heads and MLP width, stays split: products over such axes are added up over
-    their devices. Where no part is held, or clips do not divide, or within a `shard_map`, the
-    products are the partitioner's business.
+    their devices. Where no part is held, or the rules split something that does not divide, or
+    parts over axes that do not split clips, or within a `shard_map`, the products are the
+    partitioner's business. The kernels have one shape.
     """
-    found = _split(x, axes)
+    found = _split(x, kernels[0].shape, axes)
     if found is None:
         return [product(x, kernel) for kernel in kernels]
     clips, places, dim = found
@@ -75,8 +76,8 @@ def with_whole_kernels(
     )(x, list(kernels))
 
 
-def _split(x, axes) -> tuple[tuple[str, ...], list[tuple[str, ...]], int] | None:
-    """The mesh axes that split clips, those of each axis of the kernel, and which are parts."""
+def _split(x, shape, axes) -> tuple[tuple[str, ...], list[tuple[str, ...]], int] | None:
+    """The mesh axes that split clips, those of each axis of a kernel, and which are parts."""
     mesh = jax.sharding.get_abstract_mesh()
     rules = nn.get_logical_axis_rules()
     if mesh.empty or not rules or set(mesh.axis_types) != {AxisType.Auto}:
@@ -88,7 +89,10 @@ def _split(x, axes) -> tuple[tuple[str, ...], list[tuple[str, ...]], int] | None
         for entry in nn.logical_to_mesh_axes(names, rules)
     )
     parts = [dim for dim, names in enumerate(places) if set(names) & set(clips)]
-    if len(parts) != 1 or x.shape[0] % math.prod(mesh.shape[name] for name in clips):
+    if len(parts) != 1 or not set(places[parts[0]]) <= set(clips):
+        return None
+    split = zip((x.shape[0], *shape), (clips, *places), strict=True)
+    if any(size % math.prod(mesh.shape[name] for name in names) for size, names in split):
         return None
     return clips, places, parts[0]
 
