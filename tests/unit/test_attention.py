@@ -434,3 +434,16 @@ def test_head_mask_silences_heads_layer_by_layer():
     np.testing.assert_allclose(ones, untouched, atol=1e-5)
     with pytest.raises(UserError, match=r"\(4,\) or \(3, 4\), got \(3,\)"):
         model.apply(params, x, head_mask=np.ones(3))
+
+
+def test_without_jit_nothing_is_compiled_again(caplog):
+    """A second call outside of `jax.jit`, as in a notebook, takes the program of the first."""
+    q, k, v = (jnp.asarray(x) for x in qkv(37, batch=1))
+    step = jax.value_and_grad(lambda *x: attention(*x, implementation="chunked").sum())
+    with jax.log_compiles():
+        first = step(q, k, v)
+        assert "Finished XLA compilation" in caplog.text
+        caplog.clear()
+        again = step(q, k, v)
+    assert "Finished XLA compilation" not in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, first, again)

@@ -124,13 +124,14 @@ def _bind(implementation, way, *arrays):
 
 
 @_share_p.def_impl
-def _run(*arrays, **params):
-    return _compiled(**params)(*arrays)
+def _run(*arrays, implementation, way, local):
+    del local  # a new one each time, by which a program that is there would not be found
+    return list(_compiled(implementation, way)(*arrays))
 
 
 @cache
-def _compiled(**params):
-    return jax.jit(partial(_share_p.bind, **params))
+def _compiled(implementation, way):
+    return jax.jit(partial(_bind, implementation, way))
 
 
 @_share_p.def_abstract_eval
