@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import pytest
@@ -17,7 +18,10 @@ from compilers import needs_libtpu
 from full_disk import file_size
 from signals import handled
 
+from vivit_jax.benchmark import loader
+from vivit_jax.cli import plan as plan_command
 from vivit_jax.cli.__main__ import main
+from vivit_jax.recipes import apply_settings, recipe_named
 from vivit_jax.train import plan as plan_module
 
 SMALL = (
@@ -95,6 +99,15 @@ def test_a_search_ranks_what_it_compiles(on_cpu, capsys, tmp_path):
     assert any(line.startswith("demo-pretrain on h100:2") for line in lines)
     found = json.loads(figures.read_text())["search"]
     assert len(found) == 2 and found[0]["step_seconds"] <= found[1]["step_seconds"]
+
+
+def test_the_cores_of_a_host_read_every_repeat(monkeypatch):
+    recipe = apply_settings(recipe_named("demo-pretrain"), ["data.repeats=4"])
+    found = types.SimpleNamespace(host_videos_per_second=3.0)
+    rate = types.SimpleNamespace(cpu_per_clip=0.5)
+    monkeypatch.setattr(loader, "measure_loader", lambda *_, **__: rate)
+    reading = plan_command._reading(recipe, found, decode=True)
+    assert (reading["cpu_seconds_of_a_video"], reading["cores_of_a_host"]) == (2.0, 6.0)
 
 
 @pytest.mark.parametrize(

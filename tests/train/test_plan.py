@@ -23,7 +23,7 @@ from vivit_jax.train.compiled import Operation
 from vivit_jax.train.hardware import CHIPS, parse_topology
 from vivit_jax.train.hlo import Array
 from vivit_jax.train.least_memory import least_memory, refused
-from vivit_jax.train.meshes import all_meshes, sensible_meshes
+from vivit_jax.train.meshes import all_meshes, sensible_meshes, sent
 from vivit_jax.train.parts import PARTS, part_of
 from vivit_jax.train.plan import (
     Moved,
@@ -339,6 +339,28 @@ def test_meshes_to_search(on_cpu):
     assert all("does not divide" in why for why in refused.values()) and refused
     with pytest.raises(UserError, match="multiple of"):
         sensible_meshes(changed(PRETRAIN, train__batch_size=3), parse_topology("h100:8"), 100)
+
+
+@pytest.mark.parametrize("clips", [8, 1024])
+def test_meshes_that_send_least_come_first(clips, on_cpu):
+    """For few clips that is what heads sum, for many the gradients of a replica."""
+    recipe, topology = changed(PRETRAIN, train__batch_size=clips), parse_topology("h100:2")
+    params = 4 * sum(
+        leaf.size for leaf in jax.tree.leaves(abstract_params(planned_model(PRETRAIN)[0]))
+    )
+    config = model_config(PRETRAIN)
+    tokens = clips * config.num_tokens * config.hidden_size * 4
+    expected = {
+        "data=2": params,  # in a ring of two each sends all of it once
+        "fsdp=2": 3 * params / 2,
+        "tensor=2": 4 * config.num_hidden_layers * tokens,
+    }
+    for mesh, size in expected.items():
+        setting = planned_setting(recipe, topology, parse_mesh(mesh, 2), 10**4)
+        assert sent(setting) == pytest.approx(size), mesh
+    meshes, _ = sensible_meshes(recipe, topology, 10**4)
+    assert [mesh_text(sizes) for sizes in meshes] == sorted(expected, key=expected.get)
+    assert mesh_text(meshes[0]) == ("tensor=2" if clips == 8 else "data=2")
 
 
 @pytest.mark.parametrize(
