@@ -349,11 +349,13 @@ def test_meshes_that_send_least_come_first(clips, on_cpu):
         leaf.size for leaf in jax.tree.leaves(abstract_params(planned_model(PRETRAIN)[0]))
     )
     config = model_config(PRETRAIN)
-    tokens = clips * config.num_tokens * config.hidden_size * 4
+    seen, all_tokens = 2, 8
+    encoder = seen * config.hidden_size * config.num_hidden_layers
+    decoder = all_tokens * config.decoder_hidden_size * config.decoder_num_hidden_layers
     expected = {
         "data=2": params,  # in a ring of two each sends all of it once
         "fsdp=2": 3 * params / 2,
-        "tensor=2": 4 * config.num_hidden_layers * tokens,
+        "tensor=2": 4 * 4 * clips * (encoder + decoder),
     }
     for mesh, size in expected.items():
         setting = planned_setting(recipe, topology, parse_mesh(mesh, 2), 10**4)

@@ -58,7 +58,7 @@ def sent(setting: Setting) -> float:
 
     Gradients are reduced over data in float32; over fsdp parameters are gathered twice in the
     compute type and gradients scattered; over tensor each block sums its two results, and their
-    gradients, of the tokens of a device.
+    gradients, of the tokens that it sees of a device's clips.
     """
     mesh: Mapping[str, int] = setting.mesh.shape
     config = setting.model.config
@@ -67,8 +67,13 @@ def sent(setting: Setting) -> float:
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setting.shapes.params))
     held = count / mesh["tensor"]
     rows = setting.rows / batch_shards(setting.mesh)
-    activations = rows * config.num_tokens * config.hidden_size * itemsize
-    sums = 4 * config.num_hidden_layers * activations
+    seen, predicted = setting.token_counts
+    tokens = config.num_tokens if seen is None else seen
+    sums = 4 * rows * tokens * config.hidden_size * itemsize * config.num_hidden_layers
+    if setting.recipe.task == "pretrain":
+        tokens = seen + predicted
+        width, layers = config.decoder_hidden_size, config.decoder_num_hidden_layers
+        sums += 4 * rows * tokens * width * itemsize * layers
     return (
         2 * share("data") * 4 * held / mesh["fsdp"]
         + share("fsdp") * (2 * itemsize + 4) * held
