@@ -90,6 +90,15 @@ def test_cosine_attention_and_layer_scale(dtype):
     traced(model, {"labels": jnp.array([1, 3])})
 
 
+def test_cosine_attention_with_wider_parameters():
+    changes = dict(cosine_attention=True, param_dtype="float64")
+    with jax.enable_x64(True):
+        model = vivit_jax.VideoMAEModel(vivit_jax.VideoMAEConfig(**VIDEOMAE, **changes))
+        x = jax.ShapeDtypeStruct(clip(model.config).shape, "float32")
+        out = jax.eval_shape(model.apply, {"params": abstract_params(model)}, x)
+    assert out.last_hidden_state.dtype == "float32"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["single", "int8", "multi", "regression", "heads", "soft"])
 def test_losses(kind, dtype):

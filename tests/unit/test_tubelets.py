@@ -134,3 +134,11 @@ def test_bytes_are_uint8():
     mask = Mask(tokens[:, :2], tokens[:, 2:])
     with pytest.raises(UserError, match="ByteClips.clips has dtype int32, expected uint8"):
         reconstruction_targets(ByteClips(clips, (1.0,), (0.0,)), mask, config)
+
+
+@pytest.mark.parametrize("name", ["scale", "shift"])
+def test_bytes_have_numbers_for_each_channel(name):
+    values = dict(scale=(1.0,), shift=(0.0,)) | {name: (1.0, 2.0)}
+    clips = np.zeros((1, *SIZE, 3), np.uint8)
+    with pytest.raises(UserError, match=f"ByteClips.{name} has 2 values for clips of 3 channels"):
+        tubelets(ByteClips(clips, **values), TUBELET)

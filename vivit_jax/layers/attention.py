@@ -20,7 +20,6 @@ from vivit_jax.layers.dropout import dropout
 from vivit_jax.layers.linear import (
     Config,
     Projection,
-    at_least_float32,
     platform,
     project_together,
     wide_type,
@@ -154,8 +153,8 @@ def cosine_scaled(q, k, log_scale):
     that attends divides by sqrt(e): the factor for the queries takes that back, so that every
     backend serves both kinds of attention.
     """
-    dtype = q.dtype
-    q, k, log_scale = (at_least_float32(x) for x in (q, k, log_scale))
+    dtype, wide = q.dtype, wide_type(q.dtype)
+    q, k, log_scale = (x.astype(wide) for x in (q, k, log_scale))
     factor = jnp.exp(jnp.minimum(log_scale, LARGEST_LOG_SCALE)) * q.shape[-1] ** 0.5
     factor = jnp.expand_dims(factor, (*range(q.ndim - 2), -1))
 

@@ -42,8 +42,14 @@ class ByteClips:
         return self.replace(clips=self.clips[:, indices])
 
     def of_channels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and shift of each channel, float32 [c]."""
-        channels = self.shape[-1:]
+        """Scale and shift of each channel, float32 [c]; UserError for another number of them."""
+        channels = self.shape[-1]
+        for name, values in (("scale", self.scale), ("shift", self.shift)):
+            if len(values) not in (1, channels):
+                raise UserError(
+                    f"ByteClips.{name} has {len(values)} values for clips of {channels} channels, "
+                    "expected one, or one for each channel"
+                )
         return tuple(
             np.broadcast_to(np.asarray(v, np.float32), channels) for v in (self.scale, self.shift)
         )
