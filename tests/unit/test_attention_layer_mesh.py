@@ -80,3 +80,16 @@ def test_only_sums_of_projections_move(layer, mesh):
     assert kinds <= {*sums, *gathers}, kinds
     for a, b in zip(found, exact, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)  # measured 5.3e-6
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_gradient_of_halves_in_a_shard_map_over_clips(checked):
+    """Heads of both halves lie over the axis that the shard_map around leaves."""
+    out, _, params, x = layer_of("halves")
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    clips = PartitionSpec("data")
+    gradient = jax.grad(lambda x: (out(params, x) ** 2).sum())
+    placed = jax.shard_map(
+        gradient, mesh=mesh, in_specs=clips, out_specs=clips, axis_names={"data"}, check_vma=checked
+    )
+    np.testing.assert_allclose(jax.jit(placed)(x), jax.jit(gradient)(x), atol=1e-4)

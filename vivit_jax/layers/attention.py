@@ -193,7 +193,25 @@ def in_halves(first: Callable, second: Callable, q, k, v):
         q, k, v = (jax.reshard(x, placement.typed) for x in (q, k, v))
     # Types that a shard_map around keeps account of go on being checked.
     checked = bool(jax.typeof(q).mat.varying)
-    return placement.on_each(on_device, mentioned=not checked, checked=checked)(q, k, v)
+    if checked:
+        return _made_again(on_device, functools.partial(placement.on_each, checked=True))(q, k, v)
+    return placement.on_each(on_device, mentioned=True)(q, k, v)
+
+
+def _made_again(function: Callable, placed: Callable) -> Callable:
+    """`placed(function)`, computed again for its gradient.
+
+    For a `shard_map` within another that checks types: what JAX itself keeps of it for the gradient
+    it splits over axes of the one around too, which cannot be lowered.
+    """
+    run = jax.custom_vjp(placed(function))
+
+    def back(operands, d_out):
+        gradients = lambda d_out, *operands: jax.vjp(function, *operands)[1](d_out)  # noqa: E731
+        return placed(gradients)(d_out, *operands)
+
+    run.defvjp(lambda *operands: (run(*operands), operands), back)
+    return run
 
 
 # Where a token looks, for x [b, l, d] or [b, t, s, d].
