@@ -240,7 +240,10 @@ def activations(setting: Setting) -> int:
         full = (layers - read) * tokens
         values = 4 * full * (attentions + 1) + backward * full * (products * attentions + 1)
         if read:
-            values += 4 * 2 + backward * (2 + 2 * tokens if products == 3 else 1 + tokens)
+            keys = 2 * tokens if products == 3 else tokens
+            # The one query is added up by itself, but where all are products of the partitioner's.
+            query = 1 if products == 3 or setting.mesh.shape["fsdp"] > 1 else 0
+            values += 4 * 2 + backward * (1 + query + keys)
         return rows * width * values
 
     t, h, w = config.grid
