@@ -139,5 +139,4 @@ def test_eight_devices_take_no_longer_than_one(mesh):
     print(
         f"\n{mesh}: {together:.3f} s, one device {alone:.3f} s; on cores {of_all:.2f}, {work:.2f}"
     )
-    # A busy machine gives eight threads that wait for each other less than it gives one.
-    assert min(together / alone, of_all / work) <= 1.3
+    assert together / alone <= 1.3
