@@ -55,7 +55,7 @@ class Placement:
     @property
     def heads(self) -> tuple[str, ...]:
         """The axes that split heads."""
-        return tuple(_names(self.spec[-1])) if self.spec else ()
+        return tuple(names_in(self.spec[-1])) if self.spec else ()
 
     def parts(self, names: Iterable[str]) -> int:
         """Into how many parts these axes split something."""
@@ -68,7 +68,7 @@ class Placement:
         over others it adds up gradients that are equal already; or `checked`, so that JAX knows
         what is equal by its types, which kernels do not state.
         """
-        names = frozenset(each for entry in self.spec for each in _names(entry))
+        names = frozenset(each for entry in self.spec for each in names_in(entry))
         names = names if mentioned else self.axes
         if not names:
             return function
@@ -102,7 +102,7 @@ def placement_of(q, leading: Sequence[str | None] | None) -> Placement:
     typed, spec = None, PartitionSpec()
     if explicit:
         for at, entry in enumerate(jax.typeof(q).sharding.spec[: q.ndim - 1]):
-            split[at] = _names(entry) if at in places else []
+            split[at] = names_in(entry) if at in places else []
         spec = PartitionSpec(*map(_entry, split))
         typed = NamedSharding(mesh, spec)
     wanted = None if leading is None else _wanted(mesh, [*leading, None, "heads"])
@@ -135,16 +135,16 @@ def _wanted(mesh: AbstractMesh, logical: Sequence[str | None]) -> list[list[str]
         rules = [(name, _present(axes, mesh)) for name, axes in RULES]
     if not rules:
         return None
-    return [_names(entry) for entry in nn.logical_to_mesh_axes(logical, rules)]
+    return [names_in(entry) for entry in nn.logical_to_mesh_axes(logical, rules)]
 
 
 def _present(axes, mesh: AbstractMesh):
     """What a rule names of the axes that a mesh has; None for nothing."""
-    return tuple(name for name in _names(axes) if name in mesh.axis_names) or None
+    return tuple(name for name in names_in(axes) if name in mesh.axis_names) or None
 
 
-def _names(entry) -> list[str]:
-    """The axes in an entry of a PartitionSpec."""
+def names_in(entry) -> list[str]:
+    """The mesh axes in an entry of a PartitionSpec."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return []
     return [entry] if isinstance(entry, str) else list(entry)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from vivit_jax.errors import first_line
+
 # What XLA and cuDNN say where no engine runs what is asked for.
 _NO_ENGINE = re.compile(
     r"UNIMPLEMENTED|not supported|unsupported|no (valid )?(engine|execution plan)|NOT_SUPPORTED",
@@ -61,15 +63,11 @@ def _ask(dtype: str, head_dim: int, length: int, device: jax.Device) -> str | No
     try:
         lowered = step.lower(x, x, x)
     except RuntimeError as error:  # jax's own checks of shapes, of the GPU and of cuDNN's version
-        return _first_line(error)
+        return first_line(error)
     try:
         lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not _NO_ENGINE.search(_first_line(error)):
+        if not _NO_ENGINE.search(first_line(error)):
             raise
-        return _first_line(error)
+        return first_line(error)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

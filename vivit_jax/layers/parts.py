@@ -19,6 +19,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
+from vivit_jax.layers.axes import names_in
+
 SUMMED = "summed"  # the name of what a remat policy keeps, so as not to send it again
 
 
@@ -84,7 +86,7 @@ def _split(x, shape, axes) -> tuple[tuple[str, ...], list[tuple[str, ...]], int]
         return None
     large = {name for name in mesh.axis_names if mesh.shape[name] > 1}
     clips, *places = (
-        tuple(name for name in _names(entry) if name in large)
+        tuple(name for name in names_in(entry) if name in large)
         for names in (("batch",), axes)
         for entry in nn.logical_to_mesh_axes(names, rules)
     )
@@ -95,10 +97,3 @@ def _split(x, shape, axes) -> tuple[tuple[str, ...], list[tuple[str, ...]], int]
     if any(size % math.prod(mesh.shape[name] for name in names) for size, names in split):
         return None
     return clips, places, parts[0]
-
-
-def _names(entry) -> tuple[str, ...]:
-    """The mesh axes in an entry of a PartitionSpec."""
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
