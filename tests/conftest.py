@@ -5,6 +5,7 @@ import os
 import compiler_flags
 import jax
 import pytest
+from tpu_compiler import Compiler
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -12,6 +13,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Drawing a tiny model's fresh parameters is all compilation, and this generator compiles in less
 # than half the time of the default one.
 jax.config.update("jax_default_prng_impl", "rbg")
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    """What compiles for TPUs that are not there, see `tpu_compiler`."""
+    found = Compiler(tmp_path_factory.mktemp("libtpu") / "log")
+    yield found
+    found.close()
 
 
 def pytest_configure(config):

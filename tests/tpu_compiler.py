@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 ATTEMPTS = 4
+FOUR_CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 _DONE = "done: "  # before a result, as libtpu and jax print too
 # Below these widths XLA has other ways with what fsdp splits.
 _SIZES = dict(dtype="bfloat16", hidden_size=128, intermediate_size=256)

@@ -11,7 +11,7 @@ import pytest
 from compilers import needs_libtpu
 from helpers import mostly_slow
 from partitioned import FAMILIES
-from tpu_compiler import Compiler
+from tpu_compiler import FOUR_CHIPS
 
 from vivit_jax.train.hardware import CHIPS
 
@@ -24,14 +24,6 @@ CASES = [
     *itertools.product(["videomae pretrain", "self-attention"], ["data=4", "fsdp=4"]),
     ("videomae finetune", "fsdp=2,tensor=2"),
 ]
-FOUR_CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-    found = Compiler(tmp_path_factory.mktemp("libtpu") / "log")
-    yield found
-    found.close()
 
 
 def check(found, chip="v5e"):

@@ -12,7 +12,7 @@ from compilers import needs_libtpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 from test_attention import cotangent, plain, qkv, reference
-from tpu_compiler import Compiler
+from tpu_compiler import FOUR_CHIPS
 
 from vivit_jax import ConfigError
 from vivit_jax.layers import pallas
@@ -222,16 +222,6 @@ def test_each_device_of_a_mesh_attends_on_its_own():
         found = jax.jit(shared_over(mesh))(q, k, v, d_out)
     for mine, right in zip(found, reference(q, k, v, d_out), strict=True):
         np.testing.assert_allclose(mine, right, atol=5e-6)  # measured 1.3e-6
-
-
-FOUR_CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-    found = Compiler(tmp_path_factory.mktemp("libtpu") / "log")
-    yield found
-    found.close()
 
 
 # Queries, keys, head width, type: whole heads, several in a program, blocks of queries, parts.
