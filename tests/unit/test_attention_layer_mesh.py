@@ -92,4 +92,5 @@ def test_gradient_of_halves_in_a_shard_map_over_clips(checked):
     placed = jax.shard_map(
         gradient, mesh=mesh, in_specs=clips, out_specs=clips, axis_names={"data"}, check_vma=checked
     )
+    # Measured 2.2e-5, of gradients up to 41.
     np.testing.assert_allclose(jax.jit(placed)(x), jax.jit(gradient)(x), atol=1e-4)

@@ -64,6 +64,7 @@ def test_the_product_is_that_of_one_device(name, sizes):
         jaxpr = str(jax.make_jaxpr(lambda *args: gradient(*args, with_whole_kernels))(*placed))
         text = step.lower(*placed).compile().as_text()
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        # Measured 0.02, of gradients up to 39,000.
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
     split = "fsdp" in sizes
     assert jaxpr.count(" all_gather[") == jaxpr.count(" reduce_scatter[") == split
