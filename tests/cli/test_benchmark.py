@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from vivit_jax.benchmark import fit, memory, products, report, sides, work
-from vivit_jax.benchmark.measure import Timing, alternate
+from vivit_jax.benchmark import compare, fit, memory, products, report, seeds, sides, work
+from vivit_jax.benchmark.busy import STAT, Busy
+from vivit_jax.benchmark.measure import Measured, Rounds, Timing
 from vivit_jax.benchmark.memory import Peak
 from vivit_jax.benchmark.products import ProductsAlone
 from vivit_jax.benchmark.sides import JaxSide, TorchSide
@@ -43,7 +44,7 @@ def tiny(request, monkeypatch):
     monkeypatch.setattr(work, "PRESETS", changed)
     square = ((64, 64), "float32")
     small = products.Counter({(square, square, (((1,), (0,)), ((), ())), None, "float32"): 1})
-    monkeypatch.setattr(report, "large_product", lambda _: ProductsAlone(small, "large"))
+    monkeypatch.setattr(compare, "large_product", lambda _: ProductsAlone(small, "large"))
 
 
 @pytest.mark.alone
@@ -69,6 +70,12 @@ def test_every_figure_is_there(tmp_path, capsys):
     assert ours["ratio"] is None and theirs["compilation"] is None
     rounds = [ours["timing"]["seconds"], theirs["timing"]["seconds"]]
     assert theirs["ratio"] == pytest.approx(np.median(np.divide(*rounds)))
+    assert theirs["ratio_least"] == pytest.approx(min(rounds[0]) / min(rounds[1]))
+    assert theirs["ratio_interval"] is None and ours["median_interval"] is None  # of two rounds
+    assert theirs["memory_ratio"] == ours["peak"]["step"] / theirs["peak"]["step"]
+    parts = [ours["compilation"][f"{part}_seconds"] for part in ("trace", "lower", "xla")]
+    assert min(parts) > 0 and sum(parts) == pytest.approx(ours["compilation"]["seconds"])
+    assert result["rounds"]["done"] == 2 and result["busy"]["timed"] == 2
     found = theirs["agreement"]["distance"]["output"]
     assert theirs["agrees"] and 0 < found < 5e-6  # measured 4.2e-7
 
@@ -89,7 +96,7 @@ def test_no_ratio_where_outputs_differ(monkeypatch, capsys):
     warm_up = TorchSide.warm_up
     monkeypatch.setattr(TorchSide, "warm_up", lambda side: warm_up(side) * 1.01)
     assert main([*QUICK, *TORCH, *ALONE]) == 1
-    row = next(line for line in capsys.readouterr().out.splitlines() if "torch sdpa" in line)
+    (_, row) = [line for line in capsys.readouterr().out.splitlines() if "torch sdpa" in line]
     assert "DIFFERS" in row and "1e-02" in row
 
 
@@ -106,7 +113,7 @@ def test_no_ratio_where_the_smallest_gradient_differs(monkeypatch, capsys):
 
     monkeypatch.setattr(JaxSide, "moments", wrong)
     assert main([*QUICK, *TORCH, *ALONE, "--work", "finetune"]) == 1
-    row = next(line for line in capsys.readouterr().out.splitlines() if "torch sdpa" in line)
+    (_, row) = [line for line in capsys.readouterr().out.splitlines() if "torch sdpa" in line]
     assert "DIFFERS" in row and "gradient 2e+00" in row
 
 
@@ -158,8 +165,8 @@ def test_backends_of_ours_are_rows_of_one_table(capsys):
 
 
 def test_the_tables_of_the_documentation(monkeypatch, capsys):
-    monkeypatch.setattr(report, "work_of", lambda _, *args, **kw: work_of(SMALL, *args, frames=2))
-    monkeypatch.setattr(report, "peak_memory", lambda *_: Peak(2**20, 2**21))
+    monkeypatch.setattr(seeds, "work_of", lambda _, *args, **kw: work_of(SMALL, *args, frames=2))
+    monkeypatch.setattr(compare, "peak_memory", lambda *_: Peak(2**20, 2**21))
     assert main(["benchmark", "--preset", "seeds", "--batch", "2", "--repeats", "1"]) == 0
     out = capsys.readouterr().out
     titles = ["ViViT-B, one training step", "ViViT-B, inference", "VideoMAE-B, inference"]
@@ -172,8 +179,8 @@ def test_the_tables_of_the_documentation(monkeypatch, capsys):
 
 
 def test_a_side_that_cannot_run_leaves_its_row_of_the_table_empty(monkeypatch, capsys):
-    monkeypatch.setattr(report, "work_of", lambda _, *args, **kw: work_of(SMALL, *args, frames=2))
-    monkeypatch.setattr(report, "peak_memory", lambda *_: Peak(2**20, 2**21))
+    monkeypatch.setattr(seeds, "work_of", lambda _, *args, **kw: work_of(SMALL, *args, frames=2))
+    monkeypatch.setattr(compare, "peak_memory", lambda *_: Peak(2**20, 2**21))
 
     def broken(side):
         raise MemoryError("not enough")
@@ -230,6 +237,16 @@ def test_what_fits_with_each_attention(monkeypatch, capsys):
         (["--models", "vivit-b-16x2-fe-kinetics400", *TORCH], "transformers does not have"),
         (["--models", "videomae-v2-base", "--work", "pretrain", *TORCH], "no dual masks"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--rounds-until", "0%"], "below 100%, such as 3%, got 0%"),
+        (["--rounds-until", "300%"], "below 100%, such as 3%, got 300%"),
+        (["--rounds-until=-3%"], "below 100%, such as 3%, got -3%"),
+        (["--rounds-until", "abc"], "below 100%, such as 3%, got abc"),
+        (["--rounds-until", "3"], "below 100%, such as 3%, got 3"),
+        (["--rounds-until", "nan%"], "below 100%, such as 3%, got nan%"),
+        (["--rounds-until", "3%", "--most-rounds", "4"], "--most-rounds must be at least 5, got 4"),
+        (["--most-rounds", "9"], "--most-rounds 9 is for --rounds-until"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--fit", "--most-rounds", "9"], "--fit has no use for --most-rounds"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--memory", "1GiB"], "pass --fit too"),
         (["--fit", "--memory", "much"], "got 'much'"),
@@ -279,14 +296,14 @@ def test_compiled_programs_are_kept_on_request(tmp_path, capsys, monkeypatch):
 
 def test_what_was_measured_is_kept_when_the_next_cannot_be(tmp_path, monkeypatch, capsys):
     path = tmp_path / "figures.json"
-    compare = report.compare
+    measured = compare.compare
 
     def full(work, *args, **options):
         if work.batch == 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9\nmore")
-        return compare(work, *args, **options)
+        return measured(work, *args, **options)
 
-    monkeypatch.setattr(report, "compare", full)
+    monkeypatch.setattr(compare, "compare", full)
     assert main([*QUICK, *ALONE, "--batch", "1", "2", "--json", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.endswith("not enough memory: RESOURCE_EXHAUSTED: Out of memory allocating 9\n")
@@ -313,23 +330,6 @@ def test_why_memory_could_not_be_measured(tmp_path, monkeypatch):
         memory.peak_memory(case, "vivit_jax", tmp_path)
 
 
-def test_rounds_alternate_and_spread_is_that_of_the_rounds():
-    order = []
-
-    class Fake:
-        def __init__(self, name):
-            self.name = name
-
-        def run(self):
-            order.append(self.name)
-
-    timings = alternate([Fake("a"), Fake("b")], 3)
-    assert "".join(order) == "aabbbbaaaabb" and len(timings["a"].seconds) == 3
-    assert Timing((1.0, 2.0, 9.0)).over(Timing((2.0, 2.0, 3.0))) == 1
-    assert Timing((1.0, 2.0, 3.0, 4.0, 5.0)).median == 3
-    assert Timing((1.0, 2.0, 3.0, 4.0, 5.0)).spread == pytest.approx(1 / 3)
-
-
 def test_inputs_are_the_same_for_every_side():
     case = work_of(SMALL, "pretrain", 2, frames=2)
     first, second = inputs_of(case), inputs_of(case)
@@ -349,10 +349,77 @@ def test_without_its_memory_a_side_is_timed_all_the_same(monkeypatch, capsys):
     def fails(*_):
         raise UserError("measuring the memory of vivit_jax failed: no /proc")
 
-    monkeypatch.setattr(report, "peak_memory", fails)
+    monkeypatch.setattr(compare, "peak_memory", fails)
     assert main([*QUICK, "--no-products"]) == 1
     out = capsys.readouterr().out
     assert "failed: no /proc; --no-peak-memory leaves it out" in out and "\nvivit_jax " in out
+
+
+def measured_as(monkeypatch, busy=None, **seconds):
+    """Rounds of made-up times; returns the `Rounds` that each comparison asked for."""
+    asked = []
+
+    def alternate(sides, rounds, half_width):
+        asked.append(rounds)
+        times = {side.name: Timing(tuple(seconds.get(side.name, (1.0,) * 8))) for side in sides}
+        return Measured(times, half_width(times), busy)
+
+    monkeypatch.setattr(compare, "alternate", alternate)
+    return asked
+
+
+def test_a_table_of_known_times(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "figures.json"
+    theirs = {"torch sdpa": (2.0, 2.0, 2.0, 2.0, 1.0, 2.0, 2.0, 2.0)}
+    busy = Busy(STAT, 0.05, 2, 0.25, 0.125, (2, 4, 5), 8)
+    asked = measured_as(monkeypatch, busy, **theirs)
+    monkeypatch.setattr(
+        compare, "peak_memory", lambda _, side, __: Peak(3 if side == "vivit_jax" else 4, 9)
+    )
+    options = ["--repeats", "8", "--rounds-until", "2.5%", "--seed", "7", "--json", str(path)]
+    assert main([*QUICK[:-2], *TORCH, "--no-products", *options]) == 0
+    assert asked == [Rounds(8, 0.025, 200, 7)]
+    out = capsys.readouterr().out
+    row = [line.split() for line in out.splitlines() if line.startswith("torch sdpa")][1]
+    assert row[2:6] == ["0.500", "0.500-0.500", "1.000", "0.750"]
+    assert "8 rounds, each in an order of its own (seed 7), to +-2.5% of the median" in out
+    assert "others took 25% of the time of 2 cores (/proc/stat, steal 12%)" in out
+    assert "over 5% in 3 of 8 rounds: 2, 4-5\n" in out and "--most-rounds" not in out
+    assert max(map(len, out.partition("\n\n")[2].splitlines())) <= 120
+    (result,) = json.loads(path.read_text())["results"]
+    _, row = result["rows"]
+    assert (row["ratio"], row["ratio_interval"], row["ratio_least"]) == (0.5, [0.5, 0.5], 1.0)
+    assert row["memory_ratio"] == 0.75 and row["least_seconds"] == 1.0
+    assert result["rounds"] == {
+        **{"done": 8, "seed": 7, "least": 8, "until": 0.025, "most": 200},
+        **{"half_width": 0.0, "narrow": True},
+    }
+    assert result["busy"]["rounds"] == [2, 4, 5] and result["busy"]["told"]
+
+
+def test_a_quiet_machine_is_not_told_and_an_end_by_the_ceiling_is(monkeypatch, capsys):
+    uneven = (1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0)
+    measured_as(monkeypatch, Busy(STAT, 0.05, 2, 0.01, 0.0, (), 8), vivit_jax=uneven)
+    assert main([*QUICK, *ALONE, "--rounds-until", "5%", "--most-rounds", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "busy" not in out
+    assert "to +-5% of the median at 95 %: +-33.33%; ended by --most-rounds 8" in out
+
+
+def test_rounds_look_at_the_ratios_that_are_told(monkeypatch):
+    class Agrees:
+        def __init__(self, holds):
+            self.holds = holds
+
+    steady, uneven = Timing((1.0,) * 6), Timing((1.0, 2.0) * 3)
+    timings = {"ours": steady, "equal": steady, "wrong": uneven}
+    width = compare._half_width(timings, {"equal": Agrees(True), "wrong": Agrees(False)}, Rounds())
+    assert width(timings) == 0
+    width = compare._half_width(timings, {"equal": Agrees(True), "wrong": Agrees(True)}, Rounds())
+    assert width(timings) > 0.1
+    alone = compare._half_width(["wrong"], {}, Rounds())
+    assert alone(timings) == uneven.interval.half_width > 0.1
+    assert alone({"wrong": Timing((1.0, 2.0))}) is None
 
 
 @pytest.mark.parametrize("place", ["gpu", "tpu"])

@@ -9,7 +9,7 @@ from helpers import VIDEOMAE
 
 from vivit_jax import VideoMAEConfig
 from vivit_jax.benchmark import products
-from vivit_jax.benchmark.measure import Timing, alternate
+from vivit_jax.benchmark.measure import Rounds, Timing, alternate
 from vivit_jax.benchmark.work import KINDS, Work, program
 
 
@@ -78,5 +78,5 @@ def test_operations_and_precision_of_a_product():
 
 def test_the_rate_of_a_large_product():
     large = products.large_product("float32")
-    timing = alternate([large], 1)[large.name]
+    timing = alternate([large], Rounds(1)).timings[large.name]
     assert 1e9 < large.rate(timing) < 1e15

@@ -4,10 +4,12 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from vivit_jax.benchmark.busy import Busy, Watch
+from vivit_jax.benchmark.intervals import Interval, Ratio, interval, ratio
 from vivit_jax.benchmark.sides import Runnable
 
 
@@ -23,31 +25,83 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
+    def least(self) -> float:
+        """The fastest round."""
+        return min(self.seconds)
+
+    @property
     def spread(self) -> float:
         """Half of the range between first and third quartile, as a share of the median."""
         low, high = np.percentile(self.seconds, [25, 75])
         return float(high - low) / 2 / self.median
 
-    def over(self, other: "Timing") -> float:
-        """The middle of the rounds' ratios to another side of the same rounds."""
-        return statistics.median(
-            mine / its for mine, its in zip(self.seconds, other.seconds, strict=True)
-        )
+    @property
+    def interval(self) -> Interval:
+        """Where the median lies at 95 %."""
+        return interval(self.seconds)
+
+    def over(self, other: "Timing") -> Ratio:
+        """The ratio to another side of the same rounds."""
+        return ratio(self.seconds, other.seconds)
 
 
-def alternate(sides: Sequence[Runnable], repeats: int) -> dict[str, Timing]:
-    """Every side once in each round, in turn forwards and backwards; warm sides only.
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """How many rounds there are, and the seed of the order of the sides in each.
+
+    `least` rounds; with `until` on from there until the intervals of what is asked for are no wider
+    than that share to either side, or `most` rounds are done.
+    """
+
+    least: int = 5
+    until: float | None = None
+    most: int = 200
+    seed: int = 0
+
+
+QUICK_LOOK = Rounds()
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The sides' times, how wide the widest interval is, and what others did meanwhile."""
+
+    timings: dict[str, Timing]
+    half_width: float | None  # None for too few rounds to tell
+    busy: Busy | None  # None where the system does not tell
+
+
+Timings = Mapping[str, Timing]
+
+
+def alternate(
+    sides: Sequence[Runnable],
+    rounds: Rounds,
+    half_width: Callable[[Timings], float | None] = lambda _: None,
+) -> Measured:
+    """Every side once in each round, in an order drawn anew for each; warm sides only.
 
     What slows the machine down for a while slows all sides down, so that ratios hold where times
-    do not. A turn is two steps in a row, of which the second counts, as in use one step follows
-    another: the first finds the caches and the memory of the side before, which took a
-    pre-training step of VideoMAE-B from 4.7 to 5.5 s.
+    do not; in turns of one order a side would always have the same one before it. A turn is two
+    steps in a row, of which the second counts, as in use one step follows another: the first finds
+    the caches and the memory of the side before, which took a pre-training step of VideoMAE-B from
+    4.7 to 5.5 s. `half_width` says how well what is asked for is known after some rounds.
     """
     seconds = {side.name: [] for side in sides}
-    for round_ in range(repeats):
-        for side in sides[:: 1 if round_ % 2 == 0 else -1]:
+    rng, watch, done = np.random.default_rng(rounds.seed), Watch(), 0
+    while True:
+        for i in rng.permutation(len(sides)):
+            side = sides[i]
             side.run()
             start = time.perf_counter()
             side.run()
             seconds[side.name].append(time.perf_counter() - start)
-    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+        done += 1
+        watch.round_done()
+        if done < rounds.least:
+            continue
+        timings = {name: Timing(tuple(times)) for name, times in seconds.items()}
+        known = half_width(timings)
+        enough = rounds.until is None or (known is not None and known <= rounds.until)
+        if enough or done >= rounds.most:
+            return Measured(timings, known, watch.busy())

@@ -1,35 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A comparison from weights to table, and the tables of transformers' documentation."""
+"""The figures of a comparison, as text and as plain values."""
 
 import dataclasses
-import gc
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-
-from vivit_jax.benchmark.agreement import Agreement, Computed, agreement, is_rounded
-from vivit_jax.benchmark.measure import Timing, alternate
-from vivit_jax.benchmark.memory import Peak, peak_memory
-from vivit_jax.benchmark.products import ProductsAlone, large_product, products_of
-from vivit_jax.benchmark.sides import (
-    OURS,
-    Compilation,
-    JaxSide,
-    Side,
-    TorchSide,
-    check_work,
-    write_weights,
-)
-from vivit_jax.benchmark.work import Work, program, work_of
-from vivit_jax.errors import UserError, first_line
-from vivit_jax.layers.linear import platform
+from vivit_jax.benchmark.agreement import Agreement
+from vivit_jax.benchmark.busy import Busy
+from vivit_jax.benchmark.intervals import Interval, Ratio
+from vivit_jax.benchmark.measure import Rounds, Timing
+from vivit_jax.benchmark.memory import Peak
+from vivit_jax.benchmark.sides import Compilation
+from vivit_jax.benchmark.work import Work
 from vivit_jax.table import columns
 
-SEED_BATCHES = (1, 2, 4, 8)
 MEBI = 2**20
 
 
@@ -54,6 +37,9 @@ class Comparison:
     products: Timing | None  # of all matrix products of the work, one after the other
     failures: tuple[str, ...] = ()  # rows that could not run, and why
     peak_rate: float | None = None  # operations per second that the device is sold for
+    rounds: Rounds = Rounds()  # that were asked for
+    half_width: float | None = None  # of the widest of the intervals that `rounds.until` is about
+    busy: Busy | None = None  # what others did meanwhile
 
     @property
     def agrees(self) -> bool:
@@ -63,14 +49,70 @@ class Comparison:
             return False
         return all(row.agreement is None or row.agreement.holds for row in self.rows)
 
-    def ratio(self, row: Row) -> float | None:
+    def ratio(self, row: Row) -> Ratio | None:
         """Time of the first row by that of another; None for itself and where outputs differ."""
         if row.agreement is None or not row.agreement.holds:
             return None
         return self.rows[0].timing.over(row.timing)
 
+    def memory_ratio(self, row: Row) -> float | None:
+        """A step's memory in the first row by that in another, as `ratio`; None where unknown."""
+        mine, its = self.rows[0].peak, row.peak
+        if row.agreement is None or not row.agreement.holds or mine is None or its is None:
+            return None
+        return mine.step / its.step if its.step > 0 else None
+
+    @property
+    def over_products(self) -> float | None:
+        """Time of the first row by that of its matrix products alone, in the same rounds.
+
+        None where they were not timed, or take no longer than calling them.
+        """
+        if self.products is None or not all(self.products.seconds):
+            return None
+        return self.rows[0].timing.over(self.products).median
+
+    @property
+    def narrow(self) -> bool | None:
+        """Whether the intervals are as narrow as was asked; None where nothing was."""
+        if self.rounds.until is None:
+            return None
+        return self.half_width is not None and self.half_width <= self.rounds.until
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many rounds there were and why, what others did meanwhile, and what failed."""
+        done = len(self.rows[0].timing.seconds)
+        rounds = f"{done} rounds, each in an order of its own (seed {self.rounds.seed})"
+        if self.narrow is not None:
+            width = "unknown" if self.half_width is None else f"+-{self.half_width:.2%}"
+            rounds += f", to +-{100 * self.rounds.until:g}% of the median at 95 %: {width}"
+        if self.narrow is False:
+            rounds += f"; ended by --most-rounds {self.rounds.most}"
+        busy = (str(self.busy),) if self.busy is not None and self.busy.told else ()
+        return (rounds, *busy, *self.failures)
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, seconds and bytes."""
+        """What --json has of each table, seconds and bytes; null is unknown or not asked for.
+
+        Of the table, beside what was asked for:
+            flops, product_flops_per_second, products_seconds, products_ratio: operations of the
+                work, the rate of one large product, the work's products alone, ours by those.
+            rounds: {done, seed, least, until, most, half_width, narrow}; half_width is that of the
+                widest interval as a share of the median, narrow whether it is below `until`.
+            busy: {source, threshold, cores, others, steal, rounds, timed, told}: shares of the
+                cores' time, steal within others, and the rounds (from 1) with more than threshold.
+            failures: rows that could not run.
+        Of each row, ratios being the first row's figure by this one's, null where outputs differ:
+            timing: {seconds: one a round, in the same order in all rows}.
+            median_seconds, median_interval: its bounds at 95 %; least_seconds.
+            ratio, ratio_interval, ratio_least: the median of the rounds' ratios, its bounds at
+                95 %, and least by least.
+            peak: {step, whole}; memory_ratio: of step.
+            compilation: {seconds, cached, trace_seconds, lower_seconds, xla_seconds}, the last
+                three null for PyTorch, which does not tell them apart.
+            clips_per_second, share_of_product_rate, mfu, agreement, agrees.
+        """
         work, config = self.work, self.work.config
         return {
             "model": work.name,
@@ -85,30 +127,32 @@ class Comparison:
             "product_flops_per_second": self.rate,
             "products_seconds": self.products and self.products.median,
             "products_ratio": self.over_products,
+            "rounds": {
+                "done": len(self.rows[0].timing.seconds),
+                **dataclasses.asdict(self.rounds),
+                "half_width": self.half_width,
+                "narrow": self.narrow,
+            },
+            "busy": self.busy and dataclasses.asdict(self.busy) | {"told": self.busy.told},
             "failures": list(self.failures),
-            "rows": [
-                dataclasses.asdict(row)
-                | {
-                    "median_seconds": row.timing.median,
-                    "clips_per_second": work.batch / row.timing.median,
-                    "share_of_product_rate": self._share(row, self.rate),
-                    "mfu": self._share(row, self.peak_rate),
-                    "ratio": self.ratio(row),
-                    "agrees": None if row.agreement is None else row.agreement.holds,
-                }
-                for row in self.rows
-            ],
+            "rows": [self._row(row) for row in self.rows],
         }
 
-    @property
-    def over_products(self) -> float | None:
-        """Time of the first row by that of its matrix products alone, in the same rounds.
-
-        None where they were not timed, or take no longer than calling them.
-        """
-        if self.products is None or not all(self.products.seconds):
-            return None
-        return self.rows[0].timing.over(self.products)
+    def _row(self, row: Row) -> dict[str, Any]:
+        median, ratio = row.timing.median, self.ratio(row)
+        return dataclasses.asdict(row) | {
+            "median_seconds": median,
+            "median_interval": _bounds(row.timing.interval),
+            "least_seconds": row.timing.least,
+            "clips_per_second": self.work.batch / median,
+            "share_of_product_rate": self._share(row, self.rate),
+            "mfu": self._share(row, self.peak_rate),
+            "ratio": ratio and ratio.median,
+            "ratio_interval": ratio and _bounds(ratio.rounds),
+            "ratio_least": ratio and ratio.least,
+            "memory_ratio": self.memory_ratio(row),
+            "agrees": None if row.agreement is None else row.agreement.holds,
+        }
 
     def _share(self, row: Row, rate: float | None) -> float | None:
         return rate and self.work.flops() / row.timing.median / rate
@@ -120,29 +164,48 @@ class Comparison:
             f"{work.name}, {what}, batch {work.batch}, {config.num_frames} frames, {config.dtype}: "
             f"{work.flops() / 1e9:,.0f} GFLOP"
         )
+        return "\n".join([head, *self._times(), *self._ratios(), *self._bound(), *self.notes])
+
+    def _times(self) -> list[str]:
         mfu = () if self.peak_rate is None else ("MFU",)
         table = [
-            ("", "seconds", "+-", "clips/s", "TFLOP/s", "of products", *mfu, "compile s")
-            + ("peak MiB", "ours/this", "difference")
+            ("", "seconds", "+-", "least", "clips/s", "TFLOP/s", "of products", *mfu)
+            + ("trace s", "compile s", "peak MiB")
         ]
         for row in self.rows:
-            ratio = self.ratio(row)
+            median = row.timing.median
             table.append(
                 (
                     row.name,
-                    f"{row.timing.median:.4g}",
+                    f"{median:.4g}",
                     f"{row.timing.spread:.0%}",
-                    f"{work.batch / row.timing.median:.3g}",
-                    f"{work.flops() / row.timing.median / 1e12:.3g}",
+                    f"{row.timing.least:.4g}",
+                    f"{self.work.batch / median:.3g}",
+                    f"{self.work.flops() / median / 1e12:.3g}",
                     f"{self._share(row, self.rate):.0%}",
                     *(f"{self._share(row, self.peak_rate):.1%}" for _ in mfu),
-                    _compilation(row.compilation),
+                    *_compilation(row.compilation),
                     "-" if row.peak is None else f"{row.peak.step / MEBI:,.0f}",
-                    "" if row.agreement is None else f"{ratio:.2f}" if ratio else "DIFFERS",
-                    "" if row.agreement is None else str(row.agreement),
                 )
             )
-        lines = [head, *columns(table)]
+        return columns(table)
+
+    def _ratios(self) -> list[str]:
+        first, *others = self.rows
+        if not others:
+            return []
+        head = (f"{first.name} over", "ratio", "at 95 %", "least/least", "memory", "difference")
+        table = [head]
+        for row in others:
+            ratio, memory = self.ratio(row), self.memory_ratio(row)
+            figures = ("DIFFERS", "-", "-")
+            if ratio is not None:
+                figures = (f"{ratio.median:.3f}", str(ratio.rounds), f"{ratio.least:.3f}")
+            memory = "-" if memory is None else f"{memory:.3f}"
+            table.append((row.name, *figures, memory, str(row.agreement)))
+        return columns(table)
+
+    def _bound(self) -> list[str]:
         bound = f"one large product: {self.rate / 1e12:.3g} TFLOP/s"
         if self.over_products is not None:
             bound += (
@@ -150,172 +213,19 @@ class Comparison:
                 f"+-{self.products.spread:.0%}, {self.rows[0].name} takes "
                 f"{self.over_products:.2f} times that"
             )
-        return "\n".join([*lines, bound, *self.failures])
+        return [bound]
 
 
-def compare(
-    work: Work,
-    attention: Sequence[str] = ("auto",),
-    variants: Sequence[str] = (),
-    repeats: int = 5,
-    *,
-    memory: bool = True,
-    products: bool = True,
-    peak_rate: float | None = None,
-) -> Comparison:
-    """Time a work with each of our attentions and each variant of PyTorch, on the same weights.
-
-    A variant that cannot run is left out and told in `failures`; one that computes something else
-    gets no ratio. `products` are timed on a CPU, where they are what bounds the work. Raises
-    UserError where this library cannot run.
-    """
-    with tempfile.TemporaryDirectory() as parent:
-        directory = Path(parent) / "weights"
-        write_weights(work, directory)
-        sides = []
-        for name in attention:
-            config = dataclasses.replace(work.config, attention=name)
-            label = OURS if len(attention) == 1 else f"{OURS} {name}"
-            sides.append(JaxSide(dataclasses.replace(work, config=config), directory, label))
-        sides += [TorchSide(work, directory, variant) for variant in variants]
-        # Memory before any side is warm: the processes that measure it need room.
-        peaks, agreements, failures, first = {}, {}, [], None
-        for side in sides if memory else ():
-            try:
-                peaks[side.name] = peak_memory(side.work, side.name, directory)
-            except (UserError, OSError) as error:
-                failures.append(f"{first_line(error)}; --no-peak-memory leaves it out")
-        exact = _in_float32(work, directory) if len(sides) > 1 and is_rounded(work) else None
-        for side in list(sides):
-            try:
-                computed = _first_step(side)
-            except Exception as error:  # torch.compile wants a C++ compiler
-                if isinstance(side, JaxSide):
-                    raise
-                name = type(error).__name__
-                failures.append(f"{side.name} did not run: {name}: {first_line(error)}")
-                sides.remove(side)
-                continue
-            if first is None:
-                first = computed
-            else:
-                agreements[side.name] = agreement(work, first, computed, exact)
-        del first, computed, exact
-        large = large_product(work.config.dtype)
-        alone = _products_alone(sides[0].work) if products and platform() == "cpu" else None
-        timings = alternate([*sides, large, *([alone] if alone else [])], repeats)
-        rows = tuple(
-            Row(
-                side.name,
-                timings[side.name],
-                side.compilation(timings[side.name].median),
-                agreements.get(side.name),
-                peaks.get(side.name),
-            )
-            for side in sides
-        )
-        bound = alone and alone.without_calls(timings[alone.name])
-        rate, ours = large.rate(timings[large.name]), sides[0].work
-        sides.clear()
-        gc.collect()
-    return Comparison(ours, rows, rate, bound, tuple(failures), peak_rate)
+def _bounds(interval: Interval) -> tuple[float, float] | None:
+    return None if interval.low is None else (interval.low, interval.high)
 
 
-def _first_step(side: Side) -> Computed:
-    output = side.warm_up()
-    return output, side.moments()
-
-
-def _in_float32(work: Work, directory: Path) -> Computed:
-    """What this library computes with all bits of float32."""
-    config = dataclasses.replace(work.config, dtype="float32", param_dtype="float32")
-    config = dataclasses.replace(config, attention="auto")
-    with jax.default_matmul_precision("highest"):
-        return _first_step(JaxSide(dataclasses.replace(work, config=config), directory))
-
-
-def _products_alone(work: Work) -> ProductsAlone:
-    made = program(work)
-    return ProductsAlone(products_of(made.step, made.state, made.inputs))
-
-
-@dataclasses.dataclass(frozen=True)
-class SeedTable:
-    """A table as transformers' documentation prints it, with this library's column."""
-
-    title: str
-    comparisons: tuple[Comparison, ...]
-
-    @property
-    def agrees(self) -> bool:
-        """Whether all sides computed the same in every row."""
-        return all(comparison.agrees for comparison in self.comparisons)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The title and its comparisons as plain values."""
-        return {
-            "title": self.title,
-            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
-        }
-
-    def __str__(self) -> str:
-        table = [
-            (
-                "batch",
-                "eager ms",
-                "sdpa ms",
-                "eager/sdpa",
-                "vivit_jax ms",
-                "eager/ours",
-                "sdpa/ours",
-            )
-            + ("eager MiB", "sdpa MiB", "vivit_jax MiB", "sdpa/ours MiB")
-        ]
-        for comparison in self.comparisons:
-            if len(comparison.rows) < 3:
-                unknown = ("-",) * (len(table[0]) - 1)
-                table.append((str(comparison.work.batch), *unknown))
-                continue
-            ours, eager, sdpa = comparison.rows
-            e, s, o = (row.timing for row in (eager, sdpa, ours))
-            ms = lambda timing: f"{1e3 * timing.median:,.0f}"  # noqa: E731
-            peaks = [row.peak and row.peak.step / MEBI for row in (eager, sdpa, ours)]
-            saved = peaks[1] / peaks[2] if all(peaks) else None
-            # No ratio of what is not the same function.
-            ratio = lambda a: f"{a:.2f}" if comparison.agrees else "DIFFERS"  # noqa: E731, B023
-            table.append(
-                (
-                    str(comparison.work.batch),
-                    *(ms(e), ms(s), ratio(e.over(s))),
-                    *(ms(o), ratio(e.over(o)), ratio(s.over(o))),
-                    *("-" if peak is None else f"{peak:,.0f}" for peak in peaks),
-                    "-" if saved is None else ratio(saved),
-                )
-            )
-        failures = [text for comparison in self.comparisons for text in comparison.failures]
-        return "\n".join([self.title, *columns(table), *failures])
-
-
-def seed_tables(
-    batches: Sequence[int] = SEED_BATCHES, dtype: str = "float32", repeats: int = 5
-) -> Iterator[SeedTable]:
-    """ViViT-B training and inference, VideoMAE-B inference: time and memory, eager against sdpa."""
-    tables = (
-        ("vivit-b-16x2-kinetics400", "finetune", batches[:1], "ViViT-B, one training step"),
-        ("vivit-b-16x2-kinetics400", "forward", batches, "ViViT-B, inference"),
-        ("videomae-base-kinetics400", "forward", batches, "VideoMAE-B, inference"),
-    )
-    for name, kind, sizes, title in tables:
-        rows = []
-        for size in sizes:
-            work = work_of(name, kind, size, dtype=dtype)
-            check_work(work)
-            print(f"{title}, batch {size} ...", file=sys.stderr, flush=True)
-            rows.append(compare(work, ("auto",), ("eager", "sdpa"), repeats, products=False))
-        yield SeedTable(f"{title}, {dtype}", tuple(rows))
-
-
-def _compilation(compilation: Compilation | None) -> str:
+def _compilation(compilation: Compilation | None) -> tuple[str, str]:
+    """Tracing with lowering, and the compiler; PyTorch's are one."""
     if compilation is None:
-        return "-"
-    return f"{compilation.seconds:.1f}" + " (cache)" * compilation.cached
+        return "-", "-"
+    cached = " (cache)" * compilation.cached
+    if compilation.xla_seconds is None:
+        return "-", f"{compilation.seconds:.1f}{cached}"
+    before = compilation.trace_seconds + compilation.lower_seconds
+    return f"{before:.1f}", f"{compilation.xla_seconds:.1f}{cached}"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from vivit_jax.config_base import REMAT_POLICIES
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, quoted
 
 MODELS = ("videomae-base-kinetics400", "vivit-b-16x2-kinetics400")
+_OF_ROUNDS = ("repeats", "rounds_until", "most_rounds", "seed")
 
 
 def benchmark(
@@ -25,6 +26,9 @@ def benchmark(
     remat: Literal["none", "dots", "block"] | None = None,
     frames: int | None = None,
     repeats: int | None = None,
+    rounds_until: str | None = None,
+    most_rounds: int | None = None,
+    seed: int = 0,
     against: Literal["torch"] | None = None,
     variants: tuple[Literal["eager", "sdpa", "compile"], ...] = ("eager", "sdpa", "compile"),
     peak_memory: bool = True,
@@ -52,7 +56,12 @@ def benchmark(
         remat: What a training step keeps for its backward pass, "dots" by default; --fit compares
             all three unless one is given.
         frames: Frames of a clip, the model's own by default.
-        repeats: Rounds that are timed, 5 by default; in a round every row takes two steps.
+        repeats: Rounds that are timed, 5 by default; in a round every row takes two steps, and the
+            rows come in an order drawn for it. With --rounds-until the least number of them.
+        rounds_until: Such as 3%: rounds go on until the interval (95 %) of each ratio, or without
+            --against of the time, reaches no farther than that share to either side.
+        most_rounds: For --rounds-until: where it ends at the latest, 200 by default.
+        seed: Of the order of the rows in each round.
         against: The same weights and inputs through transformers, in the same rounds.
         variants: Rows of PyTorch: attention eager, sdpa, and torch.compile with sdpa.
         peak_memory: Run every row once more in a process of its own and report its memory.
@@ -60,10 +69,11 @@ def benchmark(
         peak_tflops: What the device is sold for in this dtype; adds the share of it (MFU).
         preset: "seeds" prints the tables of transformers' documentation, ViViT-B and VideoMAE-B at
             batch 1, 2, 4 and 8, eager against sdpa, with this library's column. Of the other
-            flags it takes batch, one dtype, repeats and json.
+            flags it takes batch, one dtype, those of rounds and json.
         fit: Do not run: print what memory the work takes, and what fits into --memory.
         memory: For --fit, such as 16GiB; the device's own by default.
-        json: Also write the figures to this file, after each table.
+        json: Also write the figures to this file, after each table; what they are is told in the
+            docstring of Comparison.to_dict in vivit_jax/benchmark/report.py.
         overwrite: Replace the file of --json.
     """
     given = locals()
@@ -73,7 +83,7 @@ def benchmark(
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")
     if preset == "seeds":
-        _only("--preset seeds", given, "batch", "dtype", "repeats")
+        _only("--preset seeds", given, "batch", "dtype", *_OF_ROUNDS)
         if len(dtype) > 1:
             raise UserError(f"--preset seeds takes one --dtype, got {' '.join(dtype)}")
     elif fit:
@@ -85,22 +95,20 @@ def benchmark(
         raise UserError("--variants is for --against torch; pass --against torch too")
     if against or preset or peak_memory:
         share_the_gpu()
-    from vivit_jax.benchmark import report
+    from vivit_jax.benchmark import compare, seeds
     from vivit_jax.benchmark.work import has_pretraining, work_of
 
     lists = dict(models=models, work=work, dtype=dtype, attention=attention, variants=variants)
     for flag, values in (lists | ({} if batch is None else {"batch": batch})).items():
         if not values or len(set(values)) < len(values):
             raise UserError(f"--{flag} must be one value or several different ones, got {values}")
-    repeats = 5 if repeats is None else repeats
-    if repeats < 1:
-        raise UserError(f"--repeats must be at least 1, got {repeats}")
+    rounds = _rounds(repeats, rounds_until, most_rounds, seed)
     if peak_tflops is not None and not 0 < peak_tflops < math.inf:
         raise UserError(f"--peak-tflops must be above 0, got {peak_tflops:g}")
     if peak_tflops is not None and len(dtype) > 1:
         raise UserError(f"--peak-tflops is that of one --dtype, got {' '.join(dtype)}")
     if preset == "seeds":
-        return _print(report.seed_tables(batch or report.SEED_BATCHES, dtype[0], repeats), json)
+        return _print(seeds.seed_tables(batch or seeds.SEED_BATCHES, dtype[0], rounds), json)
     pairs = [(name, kind) for name in models for kind in work]
     idle = [pair for pair in pairs if pair[1] == "pretrain" and not has_pretraining(pair[0])]
     if idle == pairs:
@@ -125,11 +133,50 @@ def benchmark(
     options = dict(memory=peak_memory, products=products)
     options |= dict(peak_rate=peak_tflops and peak_tflops * 1e12)
     return _print(
-        (report.compare(each, attention, rows, repeats, **options) for each in works), json
+        (compare.compare(each, attention, rows, rounds, **options) for each in works), json
     )
 
 
 _DEFAULTS = {name: value.default for name, value in inspect.signature(benchmark).parameters.items()}
+
+
+def _rounds(least: int | None, until: str | None, most: int | None, seed: int):
+    """The `Rounds` of the flags; UserError for what no rounds can be."""
+    from vivit_jax.benchmark.intervals import LEAST
+    from vivit_jax.benchmark.measure import Rounds
+
+    least = Rounds.least if least is None else least
+    if least < 1:
+        raise UserError(f"--repeats must be at least 1, got {least}")
+    if seed < 0:
+        raise UserError(f"--seed must be at least 0, got {seed}")
+    if until is None and most is not None:
+        raise UserError(f"--most-rounds {most} is for --rounds-until; pass --rounds-until too")
+    if until is None:
+        return Rounds(least, seed=seed)
+    share = _share(until)
+    most = max(least, Rounds.most) if most is None else most
+    if most < max(least, LEAST):
+        raise UserError(
+            f"--most-rounds must be at least {max(least, LEAST)}, got {most}: an interval takes "
+            f"{LEAST} rounds, and --repeats is {least}"
+        )
+    return Rounds(least, share, most, seed)
+
+
+def _share(text: str) -> float:
+    """A share from a text such as "3%"."""
+    number, sign, rest = text.strip().partition("%")
+    try:
+        share = float(number) / 100 if sign and not rest else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise UserError(
+            "--rounds-until must be a share above 0% and below 100%, such as 3%, "
+            f"got {quoted(text)}"
+        )
+    return share
 
 
 def _only(mode: str, given: dict, *flags: str) -> None:
@@ -139,10 +186,9 @@ def _only(mode: str, given: dict, *flags: str) -> None:
     )
     for name, default in _DEFAULTS.items():
         if name not in known and given[name] != default:
-            raise UserError(
-                f"{mode} has no use for --{name.replace('_', '-')}; it takes "
-                f"{', '.join(f'--{flag}' for flag in flags)} and --json"
-            )
+            told = ", ".join(f"--{flag}".replace("_", "-") for flag in flags)
+            name = name.replace("_", "-")
+            raise UserError(f"{mode} has no use for --{name}; it takes {told} and --json")
 
 
 class Fits:
