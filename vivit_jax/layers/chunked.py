@@ -15,7 +15,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vivit_jax.layers.linear import project, wide_type
+from vivit_jax.layers.linear import platform, project, wide_type
+from vivit_jax.layers.matrices import eigen_is_faster, matrix_product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def backward_tile(q, k, v, log_sum, d_out, mean):
     wide = log_sum.dtype
     q, scale = _scaled(q)
     weights = jnp.exp(_scores(q, k, scale) - log_sum)
-    d_weights = jnp.einsum("qe,ke->qk", d_out, v, preferred_element_type=wide)
+    d_weights = _products(d_out, v, wide)
     d_scores = weights * (d_weights - mean)
     if scale is not None:
         d_scores = d_scores * scale
@@ -182,8 +183,15 @@ def _scaled(q):
 
 def _scores(q, k, scale: float | None):
     """q k^T of queries and what is left to do from `_scaled`, in float32 or wider."""
-    scores = jnp.einsum("qe,ke->qk", q, k, preferred_element_type=wide_type(q.dtype))
+    scores = _products(q, k, wide_type(q.dtype))
     return scores if scale is None else scores * scale
+
+
+def _products(q, k, dtype):
+    """q k^T of [q, e] and [k, e]; Eigen wants k as [e, k], transposed once a head."""
+    if platform() == "cpu" and eigen_is_faster():
+        return matrix_product(q, k.T, dtype)
+    return jnp.einsum("qe,ke->qk", q, k, preferred_element_type=dtype)
 
 
 def _weighted_sum(weights, v):

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from vivit_jax.errors import UserError
+from vivit_jax.layers import matrices
 from vivit_jax.layers.attention import SPACE, SelfAttention
 from vivit_jax.layers.chunked import SAVED
 from vivit_jax.layers.dropout import draw_kept, dropout
@@ -114,9 +115,9 @@ class Block(nn.Module):
         return x, LayerOutput(x if hidden else None, weights.get("space"), weights.get("time"))
 
 
-def _save_attention(primitive, *_, **__) -> bool:
-    """Whether a result is one of cuDNN's forward attention, from which its backward pass starts."""
-    return primitive.name.startswith("dot_product_attention_fwd")
+def _save_primitive(primitive, *_, **__) -> bool:
+    """Whether it is cuDNN's forward attention, where its backward pass starts, or our product."""
+    return primitive.name.startswith(("dot_product_attention_fwd", matrices.NAME))
 
 
 def remat_policy(config: Config) -> Callable | None:
@@ -133,7 +134,7 @@ def remat_policy(config: Config) -> Callable | None:
     policies = jax.checkpoint_policies
     half = wide_type(config.dtype) != np.dtype(config.dtype)
     named = policies.save_only_these_names(SAVED, *((PROJECTED,) if half else (SUMMED,)))
-    kept = policies.save_from_both_policies(named, _save_attention)
+    kept = policies.save_from_both_policies(named, _save_primitive)
     if half:
         return kept
     return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kept)

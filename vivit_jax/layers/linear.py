@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.layers.matrices import matrix_product
 from vivit_jax.layers.parts import with_whole_kernels
 
 PROJECTED = "projection"  # the name of what a remat policy may keep
@@ -110,7 +111,8 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax
 
     On CPU it is a product of two matrices, whose gradients are such products too; over more axes
     XLA first copies what it multiplies, transposed (52 copies in a pre-training step, now 14).
-    Elsewhere axes keep their places for the compiler to shard.
+    `vivit_jax.layers.matrices` says by which of XLA's libraries. Elsewhere axes keep their places
+    for the compiler to shard.
 
     Under jax_default_matmul_precision="highest" a long float32 sum on CPU is taken in blocks of
     PRECISE_TERMS. XLA there adds all terms in one chain, whose error is 2 to 3 times that of
@@ -126,11 +128,7 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax
     step = PRECISE_TERMS if precise else terms
     starts = range(0, terms, step)
     parts = [
-        jnp.matmul(
-            x[:, start : start + step],
-            kernel[start : start + step],
-            preferred_element_type=dtype,
-        )
+        matrix_product(x[:, start : start + step], kernel[start : start + step], dtype)
         for start in starts
     ]
     return sum(parts[1:], parts[0]).reshape(*left, *right)
