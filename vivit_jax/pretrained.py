@@ -229,7 +229,8 @@ def headless(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
 
 def abstract_params(model: nn.Module) -> dict[str, Any]:
     """The model's parameter tree as ShapeDtypeStructs, in its running layout."""
-    return meta.unbox(boxed_params(model))
+    with _no_mesh():
+        return meta.unbox(boxed_params(model))
 
 
 def boxed_params(model: nn.Module) -> dict[str, Any]:
@@ -243,7 +244,14 @@ def boxed_params(model: nn.Module) -> dict[str, Any]:
 def _boxed(model: nn.Module, x64: bool) -> dict[str, Any]:
     """`x64` is part of the key: dtypes depend on whether there are 64 bits."""
     clip, inputs = _init_inputs(model)
-    return jax.eval_shape(model.init, jax.random.key(0), clip, **inputs)["params"]
+    init = lambda clip: model.init(jax.random.key(0), clip, **inputs)["params"]  # noqa: E731
+    with _no_mesh():
+        return jax.eval_shape(init, clip)
+
+
+def _no_mesh():
+    """No mesh is set in the block: shapes would name it, and constraints be put on them."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def _init_inputs(model: nn.Module) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:

@@ -9,6 +9,7 @@ and MLP width.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -130,12 +131,18 @@ def _free(mesh: AbstractMesh) -> list[tuple[str, AxisType]]:
 
 def _wanted(mesh: AbstractMesh, logical: Sequence[str | None]) -> list[list[str]] | None:
     """The mesh axes of each logical axis by the rules in force; None where there are none."""
-    rules = nn.get_logical_axis_rules()
-    if not rules and set(mesh.axis_names) <= set(AXES):
-        rules = [(name, _present(axes, mesh)) for name, axes in RULES]
+    rules = rules_in_force(mesh)
     if not rules:
         return None
     return [names_in(entry) for entry in nn.logical_to_mesh_axes(logical, rules)]
+
+
+def rules_in_force(mesh: AbstractMesh) -> Sequence[tuple[str, Any]]:
+    """flax's rules for logical axes; without, ours of clips and heads for a mesh of our names."""
+    rules = nn.get_logical_axis_rules()
+    if not rules and set(mesh.axis_names) <= set(AXES):
+        rules = [(name, _present(axes, mesh)) for name, axes in RULES if name in ("batch", "heads")]
+    return rules
 
 
 def _present(axes, mesh: AbstractMesh):

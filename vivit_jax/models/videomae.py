@@ -16,6 +16,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions
 from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
+from vivit_jax.layers.explicit import as_automatic
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
 from vivit_jax.layers.tubelets import (
     CHANNELS_FIRST,
@@ -46,6 +47,7 @@ class VideoMAEModel(nn.Module):
     config: VideoMAEConfig
     add_pooling_layer: bool = False
 
+    @as_automatic
     @nn.compact
     def __call__(
         self,
@@ -150,6 +152,7 @@ class VideoMAEForPreTraining(nn.Module):
 
     config: VideoMAEConfig
 
+    @as_automatic
     @nn.compact
     def __call__(
         self,
@@ -233,6 +236,7 @@ class VideoMAEForVideoClassification(nn.Module):
 
     config: VideoMAEConfig
 
+    @as_automatic
     @nn.compact
     def __call__(
         self,

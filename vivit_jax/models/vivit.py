@@ -28,6 +28,7 @@ from vivit_jax.layers.attention import HALVES, SPACE, TIME
 from vivit_jax.layers.dropout import dropout, numbered
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
 from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
+from vivit_jax.layers.explicit import as_automatic
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
 from vivit_jax.models.classifier import classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, asked_for, choose_states
@@ -125,6 +126,7 @@ class VivitModel(nn.Module):
     add_pooling_layer: bool = True
     pooled_only: bool = False
 
+    @as_automatic
     @nn.compact
     def __call__(
         self,
@@ -208,6 +210,7 @@ class VivitForVideoClassification(nn.Module):
 
     config: VivitConfig
 
+    @as_automatic
     @nn.compact
     def __call__(
         self,
