@@ -35,6 +35,7 @@ from vivit_jax.train.evaluate import (
 from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
 
 ONE, EIGHT = "data=1", "data=2,fsdp=4"
+EXPLICIT = "data=4,fsdp=2"  # of explicit axes, which are taken as automatic
 VIDEOMAE = vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16)
 SCENIC = vivit_jax.VideoProcessor.named("vivit-scenic", size=16, crop_size=16)
 SIX = EvalSettings(clips=2, crops=3, sampler="linspace", stride=2, resize=26)
@@ -70,8 +71,12 @@ def classifier():
 
 def run(classifier, dataset, settings=SIX, processor=VIDEOMAE, mesh=ONE, **options):
     model, params = classifier
-    devices = make_mesh(parse_mesh(mesh, 8 if mesh == EIGHT else 1))
-    params = jax.device_put(params, param_shardings(model, devices))
+    devices = make_mesh(parse_mesh(mesh, 1 if mesh == ONE else 8))
+    place = param_shardings(model, devices)
+    if mesh == EXPLICIT:
+        devices = jax.make_mesh(devices.axis_sizes, devices.axis_names)
+        place = jax.tree.map(lambda leaf: jax.NamedSharding(devices, leaf.spec), place)
+    params = jax.device_put(params, place)
     return evaluate(model, params, dataset, settings, processor, mesh=devices, **options)
 
 
@@ -183,7 +188,9 @@ def test_logits_averaged_as_scenic_does_are_those_of_a_loop(classifier, dataset)
         assert np.allclose(found, other, rtol=1e-4, atol=1e-4) == near
 
 
-@pytest.mark.parametrize(("mesh", "at_once"), [(ONE, 1), (ONE, 5), (EIGHT, None), (EIGHT, 1)])
+@pytest.mark.parametrize(
+    ("mesh", "at_once"), [(ONE, 1), (ONE, 5), (EIGHT, None), (EIGHT, 1), (EXPLICIT, 5)]
+)
 def test_neither_views_at_once_nor_a_mesh_changes_the_result(
     classifier, dataset, result, mesh, at_once
 ):

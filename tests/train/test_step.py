@@ -51,8 +51,10 @@ def built(recipe, mesh):
     """The mesh, model, optimiser, the shapes of the state and the step, compiled once for all."""
     if (repr(recipe), mesh) in _BUILT:
         return _BUILT[repr(recipe), mesh]
-    sizes = parse_mesh(mesh, int(np.prod([int(s.split("=")[1]) for s in mesh.split(",")])))
-    devices = make_mesh(sizes)
+    devices = mesh
+    if isinstance(mesh, str):
+        sizes = parse_mesh(mesh, int(np.prod([int(s.split("=")[1]) for s in mesh.split(",")])))
+        devices = make_mesh(sizes)
     model = starting_model(recipe).model
     schedule = learning_rate(recipe.optim, batch_size=16, steps_per_epoch=2, epochs=4)
     optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
@@ -69,11 +71,12 @@ def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
         lambda x: 5 * x if x.ndim > 1 else x, fresh_params(model, recipe.train.seed)
     )
     averaged = recipe.optim.ema is not None
-    place = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    here = lambda sharding: jax.NamedSharding(devices, sharding.spec)  # noqa: E731
+    place = jax.tree.map(lambda leaf: here(leaf.sharding), shapes)
     state = jax.device_put(new_state(params, optimizer, averaged=averaged), place)
-    losses = []
+    losses, of_clips = [], here(batch_sharding(devices))
     for i, batch in enumerate(batches(recipe, steps)):
-        state, values = step(state, jax.device_put(change(i, batch), batch_sharding(devices)))
+        state, values = step(state, jax.device_put(change(i, batch), of_clips))
         losses.append(float(values["loss"]))
     flat = trees.flatten(jax.device_get({"params": state.params, "average": state.average or {}}))
     return losses, flat, state
@@ -119,6 +122,15 @@ def assert_same(found, expected, tolerance=2e-4):
 def test_parts_and_meshes_give_the_step_of_one_device(recipe, mesh, parts, alone):
     """With dropout, drop path, erasing, mixup and cutmix, and masks."""
     assert_same(run(changed(recipe, train__accumulate=parts), mesh), alone(recipe))
+
+
+@pytest.mark.parametrize("recipe", mostly_slow([FINETUNE, PRETRAIN], FINETUNE), ids=name)
+def test_explicit_axes_of_a_mesh_are_taken_as_automatic(recipe, alone):
+    """As `jax.make_mesh` makes them by default, set around and in the types of all arrays."""
+    mesh = jax.make_mesh((2, 2, 2), AXES)
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+    with jax.set_mesh(mesh):
+        assert_same(run(recipe, mesh), alone(recipe))
 
 
 def test_another_seed_gives_another_run(alone):

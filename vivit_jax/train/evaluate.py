@@ -20,6 +20,7 @@ from vivit_jax.data.dataset import Dataset
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import choose_implementation
+from vivit_jax.layers.explicit import without_types
 from vivit_jax.layers.linear import platform as platform_name
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
@@ -289,6 +290,7 @@ def _forward(model: nn.Module, values: Arithmetic, average: str, mesh: Mesh):
     normalise = scaled_and_shifted(*values)
 
     def forward(params, clips):
+        params = without_types(params)
         out = model.apply({"params": params}, normalise(clips), **RESULTS_ONLY)
         logits = out.logits.astype(jnp.float32)
         return jax.nn.softmax(logits) if average == "softmax" else logits
@@ -307,6 +309,7 @@ def _errors(model: nn.Module, values: Arithmetic, masks: MaskSettings, mesh: Mes
         return jax.tree.map(lambda indices: indices[0], mask)
 
     def errors(params, clips, numbers):
+        params = without_types(params)
         mask = jax.vmap(mask_of)(numbers)
         pixels = normalise(clips)
         out = model.apply({"params": params}, pixels, mask, **RESULTS_ONLY)

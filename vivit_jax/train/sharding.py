@@ -3,7 +3,7 @@
 
 A mesh has three axes. Clips are split over "data" and "fsdp"; parameters, and what the optimiser
 keeps of them, over "fsdp" along the model's width and over "tensor" along heads and MLP width.
-The same step runs on one device and on any mesh.
+The same step runs on one device and on any mesh. Explicit axes of a mesh are taken as automatic.
 """
 
 import json
@@ -75,7 +75,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             within, between = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1)
             placed = create_hybrid_device_mesh(within, between, found)
             return Mesh(placed, AXES, axis_types=auto)
-        # With explicit axes, the default, the constraints of linen modules raise.
+        # With explicit axes, the default, each operation has to know the type of its result.
         return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
     except NotImplementedError as error:
         raise UserError(
@@ -84,14 +84,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         ) from error
 
 
+def automatic(mesh: Mesh) -> Mesh:
+    """The mesh with automatic axes, for which the step is written and the table is."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first axis is clips."""
-    return NamedSharding(mesh, PartitionSpec(BATCH))
+    return NamedSharding(automatic(mesh), PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Of what every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(automatic(mesh), PartitionSpec())
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -101,7 +106,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
     """A sharding for each parameter. UserError where a size does not divide."""
-    boxed = boxed_params(model)
+    boxed, mesh = boxed_params(model), automatic(mesh)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
     shardings = jax.tree.map_with_path(
         lambda path, leaf: leaf if path[-1].key == "kernel" else _whole(leaf), shardings

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.errors import UserError
+from vivit_jax.layers.explicit import without_types
 from vivit_jax.layers.linear import platform, projections_in
 from vivit_jax.masking import MASKS, Mask
 from vivit_jax.outputs import RESULTS_ONLY
@@ -23,7 +24,7 @@ from vivit_jax.train.losses import multi_head_loss
 from vivit_jax.train.metrics import leading_accuracy
 from vivit_jax.train.optim import trained, update_average
 from vivit_jax.train.pixels import training_pixels
-from vivit_jax.train.sharding import BATCH, RULES, batch_shards, replicated
+from vivit_jax.train.sharding import BATCH, RULES, automatic, batch_shards, replicated
 from vivit_jax.train.state import TrainState
 
 _LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -86,6 +87,7 @@ def make_step(
     A batch holds "clips", uint8 [b, t, h, w, c], and to fine-tune "labels", int [b] or [b, heads];
     to trace or lower the step, shapes with shardings do for both.
     The old state is donated. `shapes` is `state_shapes` of the same model, optimiser and mesh.
+    Explicit axes of the mesh are taken as automatic; so is what is placed along them.
 
     What is random (masks, dropout, augmentation) is drawn for each clip from (seed, step, row), so
     that neither the mesh nor `train.accumulate` changes the result beyond rounding: of a batch in
@@ -94,7 +96,7 @@ def make_step(
     counts of steps. Raises UserError where the batch does not divide, and for augmentations of
     colours where clips are not RGB.
     """
-    parts = recipe.train.accumulate
+    mesh, parts = automatic(mesh), recipe.train.accumulate
     rows = recipe.train.batch_size * recipe.data.repeats
     _check_division(recipe, rows, mesh)
     _check_colours(recipe, model.config.num_channels)
@@ -113,6 +115,7 @@ def make_step(
         return jax.lax.with_sharding_constraint(x, constraint)
 
     def step(state: TrainState, batch):
+        state, batch = without_types((state, batch))
         # This generator's numbers do not depend on how an array is split over devices.
         seed = jax.random.key(recipe.train.seed, impl="threefry2x32")
         key = jax.random.fold_in(seed, state.step)
@@ -185,10 +188,13 @@ def make_step(
 
 
 class OnMesh:
-    """A jitted function with the mesh and our table for the logical axes that its models name."""
+    """A jitted function with the mesh and our table for the logical axes that its models name.
+
+    Explicit axes of the mesh are taken as automatic; the function does that for its arguments.
+    """
 
     def __init__(self, function: Callable, mesh: Mesh):
-        self._function, self.mesh = function, mesh
+        self._function, self.mesh = function, automatic(mesh)
 
     def __call__(self, *args):
         with self.here():
