@@ -98,8 +98,12 @@ def _by_library(q, k, v, implementation, leading):
             raise NotImplementedError(why)
         if placement.inside_others:
             attend = placement.on_each(attend, checked=True)
+    dtype = q.dtype
+    if implementation == "xla" and jax.config.jax_numpy_dtype_promotion == "strict":
+        # The gradient of its products of half precision promotes where it is lowered.
+        q, k, v = (x.astype(wide_type(dtype)) for x in (q, k, v))
     with jax.numpy_dtype_promotion("standard"):  # which that function is written for
-        return attend(q, k, v)
+        return attend(q, k, v).astype(dtype)
 
 
 def _cudnn_is_lost(placement: Placement) -> str | None:
