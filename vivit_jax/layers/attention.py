@@ -173,7 +173,10 @@ def in_halves(first: Callable, second: Callable, q, k, v):
 
     Heads that are split over several devices stay where they are: a device with heads of one half
     runs that function only, and the one that holds the middle both. To give each device heads of
-    both halves, all of q, k and v would have to change places.
+    both halves, all of q, k and v would have to change places. They do where heads are
+    split and nothing says so: both functions for all heads would move nothing, but take 14.5 M
+    estimated cycles for 11.0 M, also where only clips are split (v5e 2x2, forward and backward, 16
+    clips of 16 x 196 tokens, 12 heads of 64, bfloat16).
     """
 
     def parted(heads: int, *operands):
