@@ -9,9 +9,9 @@ time. On an AMD EPYC with AVX-512 (Zen 5) the two are level: 0.999 of VideoMAE-B
 Eigen gets projections and scores, on processors with AMX.
 
 The one way to Eigen in a program is a convolution without spatial dimensions: XLA rewrites it as a
-dot after YNNPACK's turn. Only jaxlib 0.10 does: 0.11 and 0.12 leave the convolution, which takes 150
-times as long. So does 0.10 with convolutions of transposed matrices, such as JAX's derivative of a
-convolution makes; the derivative here is of dots.
+dot after YNNPACK's turn. Only jaxlib 0.10 does: 0.11 and 0.12 leave the convolution, which takes
+150 times as long. So does 0.10 with convolutions of transposed matrices, such as JAX's derivative
+of a convolution makes; the derivative here is of dots.
 """
 
 import functools
