@@ -244,7 +244,7 @@ def test_pretraining_then_fine_tuning_then_evaluation(data, tmp_path, capsys):
     clips = str(data / "clips")
     assert main([*PRETRAIN, "--data", clips, "--out", str(first), "--tensorboard"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "12 clips, 1 steps an epoch, steps 1 to 6 of 6; mesh: data 8" in said[0]
+    assert "12 clips, 1 steps an epoch, steps 1 to 6 of 6; mesh data=8;" in said[0]
     model = first / "models" / "6"
     assert said[1] == f"step 6 done; model in {model}, curves in {first}/report.html"
     assert list((first / "tensorboard").glob("events*"))

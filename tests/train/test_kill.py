@@ -142,7 +142,7 @@ def test_two_processes_train_as_one(tmp_path, parent, cache, data):
     assert life.end() == 0, life.text
     lives = together(parent, tmp_path, [*cache, *run, "--out", both])
     assert [life.end() for life in lives] == [0, 0], "\n".join(life.text for life in lives)
-    assert "data 2, fsdp 1" in lives[0].text and "step 9 done" in lives[0].text
+    assert "mesh data=2;" in lives[0].text and "step 9 done" in lives[0].text
     assert "step" not in lives[1].text
     assert lines(both) != lines(alone)  # else the comparison would be of nothing
     assert_same(both, alone, 9, rtol=2e-5)

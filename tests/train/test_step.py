@@ -14,7 +14,14 @@ from checkpoints_convert import trees
 from vivit_jax.errors import UserError
 from vivit_jax.pretrained import abstract_params, fresh_params
 from vivit_jax.train.optim import learning_rate, make_optimizer
-from vivit_jax.train.sharding import AXES, batch_sharding, bytes_on_a_device, make_mesh, parse_mesh
+from vivit_jax.train.sharding import (
+    AXES,
+    batch_sharding,
+    bytes_on_a_device,
+    make_mesh,
+    mesh_text,
+    parse_mesh,
+)
 from vivit_jax.train.starting import starting_model
 from vivit_jax.train.state import new_state, state_shapes
 from vivit_jax.train.step import make_step
@@ -220,6 +227,12 @@ def test_a_mesh_is_read():
     assert parse_mesh(None, 8) == dict(data=8, fsdp=1, tensor=1)
     assert parse_mesh("data=4, fsdp=2", 8) == dict(data=4, fsdp=2, tensor=1)
     assert make_mesh(parse_mesh("fsdp=2", 2)).axis_names == AXES
+
+
+@pytest.mark.parametrize("text", ["data=4,fsdp=2", "tensor=8", "data=2,fsdp=2,tensor=2", "data=1"])
+def test_the_text_of_a_mesh_is_what_was_read(text):
+    count = int(np.prod([int(part.split("=")[1]) for part in text.split(",")]))
+    assert mesh_text(parse_mesh(text, count)) == text
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_traced_as_for_cpu_whatever_the_machine_has(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_a_file_is_told(tmp_path):
     path = written(tmp_path, "mesh")
-    with pytest.raises(UserError, match="on 8 devices .data=2, fsdp=2, tensor=2., there are 4"):
+    with pytest.raises(UserError, match="on 8 devices .data=2,fsdp=2,tensor=2., there are 4"):
         load_step(path, jax.devices()[:4])
     step, state, batch = load_step(path), first_state("mesh"), next(batches(PRETRAIN))
     with pytest.raises(UserError, match="the batch .* missing: clips; unknown: clip. "):

@@ -323,7 +323,7 @@ def _errors(model: nn.Module, values: Arithmetic, masks: MaskSettings, mesh: Mes
 
 
 def _local_views(dataset, config, settings, mesh: Mesh, at_once: int | None, threads: int) -> Views:
-    count, shards = jax.process_count(), batch_shards(mesh)
+    count, shards = jax.process_count(), batch_shards(mesh.shape)
     if at_once is not None and at_once < 1:
         raise UserError(f"views_at_once is {at_once}, expected at least 1 (--views-at-once)")
     rows = -(-(at_once or 8 * shards) // shards) * shards // count

@@ -32,7 +32,7 @@ from vivit_jax.errors import CheckpointError, UserError, first_line
 from vivit_jax.export import PLATFORMS, check_extra, check_platforms, traced_for
 from vivit_jax.files import whole_file
 from vivit_jax.train.setting import Setting
-from vivit_jax.train.sharding import AXES, make_mesh, replicated
+from vivit_jax.train.sharding import AXES, make_mesh, mesh_text, replicated
 from vivit_jax.train.step import jit_step
 from vivit_jax.train.stored_state import flat
 
@@ -133,7 +133,7 @@ def load_step(path: str | Path, devices: Sequence[jax.Device] | None = None) -> 
     found = list(jax.devices() if devices is None else devices)
     if len(found) < program.nr_devices:
         raise UserError(
-            f"{path} is a step on {program.nr_devices} devices ({_text(sizes)}), there are "
+            f"{path} is a step on {program.nr_devices} devices ({mesh_text(sizes)}), there are "
             f"{len(found)}; export it again for a mesh of them"
         )
     found = found[: program.nr_devices]
@@ -194,7 +194,3 @@ def _array(leaf: Any) -> str:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def _text(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())

@@ -19,7 +19,7 @@ def least_memory(setting: Setting) -> dict[str, int]:
     Gradients have the shapes and places of the parameters; of the activations only what a block
     takes is counted, which the backward pass of any `remat` finds kept.
     """
-    config, shards = setting.model.config, batch_shards(setting.mesh)
+    config, shards = setting.model.config, batch_shards(setting.mesh.shape)
     rows = setting.rows // shards // setting.recipe.train.accumulate
     visible, _ = setting.token_counts
     tokens = config.num_tokens if visible is None else visible
@@ -81,7 +81,7 @@ def _way_out(setting: Setting, topology: Topology, needed: float, there: float) 
             ways.append("model.config.dtype=bfloat16")
         if config.remat != "block":
             ways.append("model.config.remat=block")
-        parts, shards = recipe.train.accumulate, batch_shards(setting.mesh)
+        parts, shards = recipe.train.accumulate, batch_shards(setting.mesh.shape)
         rows, kept = setting.rows // shards, held + least["batch"]
         enough = [
             k

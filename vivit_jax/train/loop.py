@@ -40,6 +40,7 @@ from vivit_jax.train.sharding import (
     bytes_on_a_device,
     gathered,
     make_mesh,
+    mesh_text,
     parse_mesh,
 )
 from vivit_jax.train.starting import Start, described_model, description, starting_model
@@ -316,7 +317,6 @@ def _summary(setting: Setting, batches: Batches, run: RunDirectory, taken: int) 
             f"{run.path}: step {taken} is taken and the run ends with step {setting.last} of "
             f"{setting.steps}; nothing is left to do"
         )
-    mesh = ", ".join(f"{axis} {size}" for axis, size in setting.mesh.shape.items())
     params, kept = (
         bytes_on_a_device(tree) / 2**20
         for tree in (setting.shapes.params, setting.shapes.optimizer)
@@ -327,8 +327,8 @@ def _summary(setting: Setting, batches: Batches, run: RunDirectory, taken: int) 
     return (
         f"{type(setting.model).__name__}, {clips}, "
         f"{setting.per_epoch} steps an epoch, steps {taken + 1} to {setting.last} of "
-        f"{setting.steps}; mesh: {mesh}; on each device {params:.1f} MiB of parameters and "
-        f"{kept:.1f} MiB of optimiser state"
+        f"{setting.steps}; mesh {mesh_text(setting.mesh.shape)}; on each device {params:.1f} MiB "
+        f"of parameters and {kept:.1f} MiB of optimiser state"
     )
 
 

@@ -12,7 +12,7 @@ from vivit_jax.train.hardware import Topology
 from vivit_jax.train.least_memory import check_least_memory
 from vivit_jax.train.plan import planned_setting
 from vivit_jax.train.setting import Setting
-from vivit_jax.train.sharding import AXES, batch_shards
+from vivit_jax.train.sharding import AXES, batch_shards, mesh_text
 
 _MOST_TENSOR = 8  # heads over more devices would send more than they compute
 
@@ -45,7 +45,7 @@ def sensible_meshes(
             check_least_memory(setting, topology)
         except UserError as error:
             first = first or error
-            refused[",".join(f"{axis}={size}" for axis, size in sizes.items())] = str(error)
+            refused[mesh_text(sizes)] = str(error)
             continue
         found.append((sent(setting), sizes))
     if not found:
@@ -66,7 +66,7 @@ def sent(setting: Setting) -> float:
     itemsize = jax.numpy.dtype(config.dtype).itemsize
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setting.shapes.params))
     held = count / mesh["tensor"]
-    rows = setting.rows / batch_shards(setting.mesh)
+    rows = setting.rows / batch_shards(mesh)
     seen, predicted = setting.token_counts
     tokens = config.num_tokens if seen is None else seen
     sums = 4 * rows * tokens * config.hidden_size * itemsize * config.num_hidden_layers

@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from vivit_jax.table import columns, readable
 from vivit_jax.train.parts import part_of
 from vivit_jax.train.plan import Plan, operation_seconds
+from vivit_jax.train.sharding import mesh_text
 
 _RING = "each as a ring at the links' nominal rate"
-
-
-def mesh_text(sizes: Mapping[str, int]) -> str:
-    """The sizes of a mesh as --mesh takes them, without axes of one: "data=64"."""
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
 
 
 def describe(plan: Plan, top: int = 20) -> str:

@@ -48,28 +48,38 @@ def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
     return sizes
 
 
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """The sizes of a mesh as `parse_mesh` reads them, without axes of one: "data=4,fsdp=2"."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+
+
+def check_mesh(sizes: Mapping[str, int], processes: int, slices: int) -> None:
+    """UserError where slices do not divide data, and where the processes, each of which reads its
+    own clips, cannot share a batch."""
+    shards = batch_shards(sizes)
+    if shards % processes:
+        raise UserError(
+            f"the mesh {mesh_text(sizes)} splits a batch into {shards} parts, which {processes} "
+            "processes cannot share; make data x fsdp a multiple of them (--mesh)"
+        )
+    if sizes["data"] % slices:
+        raise UserError(
+            f"the mesh {mesh_text(sizes)} does not divide {slices} slices, between which only "
+            "clips are split; make data a multiple of them (--mesh)"
+        )
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of `devices`, by default all of all processes; `sizes` as `parse_mesh` returns them.
 
     Where the devices are of several TPU slices, joined by a slower network, these lie along "data".
-    Raises UserError where the slices do not divide that, and where the processes, each of which
-    reads its own clips, cannot share a batch.
+    Raises UserError as `check_mesh` does, and for a mesh that does not lie on a TPU's torus.
     """
     count = jax.process_count() if devices is None else len({d.process_index for d in devices})
-    shards = math.prod(sizes[axis] for axis in BATCH)
-    if shards % count:
-        raise UserError(
-            f"the mesh {dict(sizes)} splits a batch into {shards} parts, which {count} processes "
-            "cannot share; make data x fsdp a multiple of them (--mesh)"
-        )
-    shape, auto = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
     found = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in found})
-    if sizes["data"] % slices:
-        raise UserError(
-            f"the mesh {dict(sizes)} does not divide {slices} slices, between which only clips are "
-            "split; make data a multiple of them (--mesh)"
-        )
+    check_mesh(sizes, count, slices)
+    shape, auto = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
     try:
         if slices > 1:
             within, between = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1)
@@ -79,8 +89,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
     except NotImplementedError as error:
         raise UserError(
-            f"the mesh {dict(sizes)} does not lie on these chips: each axis has to be a product of "
-            f"whole sides of their torus (--mesh); jax says: {first_line(error)[:160]}"
+            f"the mesh {mesh_text(sizes)} does not lie on these chips: each axis has to be a "
+            f"product of whole sides of their torus (--mesh); jax says: {first_line(error)[:160]}"
         ) from error
 
 
@@ -99,9 +109,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(automatic(mesh), PartitionSpec())
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Parts that a batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
+def batch_shards(sizes: Mapping[str, int]) -> int:
+    """Parts that a batch is split into on a mesh of these sizes."""
+    return math.prod(sizes[axis] for axis in BATCH)
 
 
 def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
@@ -124,7 +134,7 @@ def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
     jax.tree.map_with_path(check, shapes, shardings)
     if wrong:
         raise UserError(
-            f"the mesh {dict(mesh.shape)} does not divide {len(wrong)} parameters, such as "
+            f"the mesh {mesh_text(mesh.shape)} does not divide {len(wrong)} parameters, such as "
             f"{wrong[0]}; fsdp must divide the model's widths, tensor its heads and MLP widths"
         )
     return shardings

@@ -2,7 +2,7 @@
 """The training step: the same function on one device and on a mesh, whole or in parts."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -98,7 +98,7 @@ def make_step(
     """
     mesh, parts = automatic(mesh), recipe.train.accumulate
     rows = recipe.train.batch_size * recipe.data.repeats
-    _check_division(recipe, rows, mesh)
+    check_division(recipe, mesh.shape)
     _check_colours(recipe, model.config.num_channels)
     pretraining = recipe.task == "pretrain"
     if pretraining:  # a mask that cannot be is told before a step is traced
@@ -106,7 +106,7 @@ def make_step(
         jax.eval_shape(lambda: draw_mask(recipe.mask, jax.random.key(0), 1, grid))
     objective = (_reconstruct if pretraining else _classify)(model, recipe, processor)
     learns = trained(recipe.optim, shapes.params)
-    shards, constraint = batch_shards(mesh), NamedSharding(mesh, PartitionSpec(None, BATCH))
+    shards, constraint = batch_shards(mesh.shape), NamedSharding(mesh, PartitionSpec(None, BATCH))
 
     def split(x):
         """[b, ...] -> [parts, b / parts, ...]; every device keeps its own rows."""
@@ -279,8 +279,10 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
     return objective
 
 
-def _check_division(recipe: Recipe, rows: int, mesh: Mesh) -> None:
-    shards, parts = batch_shards(mesh), recipe.train.accumulate
+def check_division(recipe: Recipe, sizes: Mapping[str, int]) -> None:
+    """UserError where a mesh of these sizes does not divide the recipe's batch."""
+    shards, parts = batch_shards(sizes), recipe.train.accumulate
+    rows = recipe.train.batch_size * recipe.data.repeats
     if rows % (shards * parts):
         raise UserError(
             f"train.batch_size {recipe.train.batch_size} x data.repeats {recipe.data.repeats} is "
