@@ -304,6 +304,26 @@ def test_what_cannot_be_planned(recipe, topology, mesh, message, on_cpu):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("slices", "mesh", "message"),
+    [
+        (100_000, None, "16 clips, which 400000 devices"),
+        (2, "fsdp=8", "mesh fsdp=8 does not divide 2 slices"),
+        (2, "tensor=8", "mesh tensor=8 splits a batch into 1 parts, which 2 processes"),
+    ],
+)
+def test_sizes_are_checked_before_there_are_devices(slices, mesh, message, monkeypatch):
+    """Of which 400000 take a quarter of a minute."""
+
+    def never(topology):
+        raise AssertionError("devices are made")
+
+    monkeypatch.setattr(plan_module, "compile_only_devices", never)
+    topology = parse_topology("v5e:2x2", slices)
+    with pytest.raises(UserError, match=message):
+        planned_setting(PRETRAIN, topology, parse_mesh(mesh, topology.count))
+
+
 def test_too_little_memory_is_told_before_compiling(on_cpu, monkeypatch):
     def never():
         raise AssertionError("it would be compiled")

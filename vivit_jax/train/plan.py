@@ -27,8 +27,9 @@ from vivit_jax.train.hardware import Topology, compile_only_devices
 from vivit_jax.train.least_memory import check_least_memory, refused
 from vivit_jax.train.parts import PARTS, part_of
 from vivit_jax.train.setting import Setting, make_setting
-from vivit_jax.train.sharding import bytes_on_a_device, make_mesh
+from vivit_jax.train.sharding import bytes_on_a_device, check_mesh, make_mesh
 from vivit_jax.train.starting import planned_model
+from vivit_jax.train.step import check_division
 
 # Videos to train on, by what ends a recipe's name; as the authors' lists have them.
 VIDEOS = {
@@ -282,8 +283,9 @@ def planned_setting(
             f"model.start is {recipe.model.start!r}, and a plan opens no weights: leave it out and "
             "set what their model has otherwise by model.config"
         )
-    mesh = make_mesh(mesh_sizes, compile_only_devices(topology))
-    model, frames = planned_model(recipe)
+    # Before there are devices: many slices of them take minutes.
+    check_mesh(mesh_sizes, topology.hosts, topology.slices)
+    check_division(recipe, mesh_sizes)
     count = videos or training_videos(recipe.name)
     per_epoch = _ANY_STEPS if count is None else count // recipe.train.batch_size
     if not per_epoch:
@@ -292,6 +294,8 @@ def planned_setting(
             "data; use a smaller one"
         )
     return make_setting(frames.recipe, mesh, model, frames.processor, per_epoch)
+    mesh = make_mesh(mesh_sizes, compile_only_devices(topology))
+    model, frames = planned_model(recipe)
 
 
 def training_videos(name: str) -> int | None:
