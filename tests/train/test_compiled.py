@@ -149,6 +149,25 @@ def test_loops_within_loops(where):
 
 
 @pytest.mark.parametrize("where", ["cpu", TPU, GPU])
+def test_of_branches_the_costliest_counts(where):
+    """And what is in the others is listed all the same."""
+    mesh = mesh_on(where)
+
+    def often(x):
+        return jax.lax.scan(lambda x, _: (jnp.sin(x @ x), None), x, None, length=7)[0]
+
+    def step(which, x):
+        return jax.lax.switch(which, [lambda x: x, often, lambda x: x + x.sum()], x)
+
+    given = ((), (), jnp.int32), ((512, 512), ("data",), jnp.float32)
+    program = read_program(compiled(step, mesh, where, *given, out=("data",)), mesh)
+    assert [(loop.trips, loop.times) for loop in program.loops] == [(7, 1)]
+    within = [each for each in program.collectives if "while/body" in each.op_name]
+    beside = [each for each in program.collectives if "branch_2_fun" in each.op_name]
+    assert {each.times for each in within} == {7} and {each.times for each in beside} == {0}
+
+
+@pytest.mark.parametrize("where", ["cpu", TPU, GPU])
 def test_a_condition_that_asks_other_devices(where):
     """It is asked once before the one round that counts of a loop that may have any number."""
     mesh = mesh_on(where)

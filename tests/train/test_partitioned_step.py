@@ -5,9 +5,7 @@ Losses on a mesh are right whether or not every device computes everything. So t
 is read: its collectives are those of `partitioned.table`, and its loops get shorter.
 """
 
-import collections
 import itertools
-import re
 import time
 
 import jax
@@ -82,15 +80,8 @@ def _rounds(program):
     """Of all loops over heads together, and of each other loop, sorted."""
     rounds = [(loop, (loop.trips or 0) * loop.times) for loop in program.loops]
     inside = lambda loop: "/attention" in loop.op_name  # noqa: E731
-    # Of heads in halves each device runs one branch of three, by which heads it has.
-    branches = collections.Counter({"none": 0})
-    for loop, count in rounds:
-        if inside(loop):
-            branch = re.search(r"shard_map/cond/(branch_\d+_fun)", loop.op_name)
-            branches["none" if branch is None else branch[1]] += count
-    whole = branches.pop("none")
     return {
-        "attention": whole + max(branches.values(), default=0),
+        "attention": sum(n for loop, n in rounds if inside(loop)),
         "other": sorted(n for loop, n in rounds if not inside(loop)),
     }
 

@@ -121,7 +121,8 @@ class Program:
 def read_program(compiled: Any, mesh: Mesh) -> Program:
     """The program of a `jax.stages.Compiled`, or of its text, that was compiled for a mesh.
 
-    Of a loop whose count is unknown the body counts once. Raises ValueError for a text that is not
+    Of a loop whose count is unknown the body counts once. Of a conditional the costliest branch
+    runs, and what is in the others has `times` 0. Raises ValueError for a text that is not
     understood.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
@@ -154,8 +155,22 @@ def _run(
             called = each.named("to_apply") or each.named("calls")
             yield from _run(module, called, times, loops)
         elif each.opcode == "conditional":
-            for branch in _branches(each):
-                yield from _run(module, branch, times, loops)
+            branches = _branches(each)
+            costs = [_cost(module, branch) for branch in branches]
+            costliest = costs.index(max(costs))
+            for number, branch in enumerate(branches):
+                yield from _run(module, branch, times if number == costliest else 0, loops)
+
+
+def _cost(module: Module, computation: str) -> tuple[int, int]:
+    """By which branches of a conditional compare: estimated cycles, then bytes that they move."""
+    cycles = moved = 0
+    for each, within, times in _run(module, computation, 1, []):
+        if each.opcode not in _NOTHING:
+            local = module.computations[within]
+            cycles += times * int(each.quoted("estimated_cycles") or 0)
+            moved += times * _traffic(module, each, local, _results(each, local))
+    return cycles, moved
 
 
 def _branches(conditional: Instruction) -> list[str]:

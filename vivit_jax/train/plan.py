@@ -252,7 +252,7 @@ def plan(
         moved=_moved(program, setting.mesh, topology),
         network_bytes=_sent_to_slices(program),
         bytes=program.bytes,
-        unknown_loops=sum(loop.trips is None for loop in program.loops),
+        unknown_loops=sum(loop.trips is None and loop.times > 0 for loop in program.loops),
         operations=_costliest(program, topology),
         epochs=recipe.train.epochs,
         epoch_videos=videos or training_videos(recipe.name),
@@ -345,6 +345,8 @@ def _kernels(program: Program) -> tuple[dict[str, int], int]:
     on_tpu = any(each.cycles for each in program.operations)
     for each in program.operations:
         if each.target == _PALLAS:
+        if not each.times:
+            continue  # in a branch that is not taken
             calls[re.sub(r"[.\d]+$", "", each.name)] += each.times
             uncounted += 0 if each.flops else each.times
         elif each.target is not None and not on_tpu:
@@ -372,6 +374,8 @@ def _moved(program: Program, mesh: Mesh, topology: Topology) -> tuple[Moved, ...
     groups: dict[tuple, list[tuple[Collective, float | None]]] = defaultdict(list)
     for each in program.collectives:
         rate = link_bandwidth([mesh.devices.flat[i] for i in each.devices], topology)
+        if not each.times:
+            continue  # in a branch that is not taken
         seconds = None if rate is None else each.sent * each.times / rate
         groups[each.kind, each.axes, rate is None].append((each, seconds))
     found = []
