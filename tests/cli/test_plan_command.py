@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax plan`: what it prints and writes, and what it refuses."""
 
-import contextlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 
@@ -31,9 +30,32 @@ SMALL = (
 DEMO = ("--recipe", "demo-pretrain", *SMALL)
 
 
+class Here:
+    """As Apart, in this process."""
+
+    def __init__(self, function, modules):
+        self._function = function
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def begin(self, *args):
+        self._args = args
+
+    def done(self, seconds):
+        return True
+
+    def result(self):
+        return self._function(*self._args)
+
+
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Topologies are of this machine's CPU devices, so that nothing more has to be there."""
+    monkeypatch.setattr(plan_command, "Apart", Here)
     monkeypatch.setattr(plan_module, "compile_only_devices", lambda t: jax.devices()[: t.count])
     monkeypatch.setattr(plan_module, "_versions", lambda topology: {"jax": "0"})
 
@@ -139,46 +161,82 @@ def test_a_compiler_that_is_missing(capsys, monkeypatch):
     found = importlib.util.find_spec
     missing = lambda name, *rest: None if name == "libtpu" else found(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)
+    monkeypatch.setattr(plan_command, "Apart", Here)
     status, _, err = run(capsys, *DEMO, "--topology", "v5e:2x2")
     assert status == 2 and err.count("\n") == 1
     assert "pip install 'vivit_jax[plan]'" in err
 
 
-def test_an_interrupt_waits_for_no_compiler(on_cpu, capsys, monkeypatch, tmp_path):
-    """Which keeps its thread for minutes and sees no KeyboardInterrupt."""
-    ended = threading.Event()
+def stubborn(recipe, topology, sizes, videos):
+    """A compiler that tells who asked that it is at work, and then hears nothing for long."""
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(300)
 
-    def stubborn(*_, before_compiling, **__):
-        before_compiling()
-        to_main = threading.main_thread().ident, signal.SIGINT
-        threading.Timer(0.5, signal.pthread_kill, to_main).start()
-        until = time.monotonic() + 20
-        while time.monotonic() < until and not ended.is_set():
-            with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(0.1)
 
-    monkeypatch.setattr(plan_module, "plan", stubborn)
-    start = time.monotonic()
+def test_an_interrupt_waits_for_no_compiler(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan_command, "_planned", stubborn)
     with handled(signal.SIGINT, signal.default_int_handler):
         status, out, err = run(
             capsys, *DEMO, "--topology", "h100:4", "--json", tmp_path / "plan.json"
         )
-    seconds = time.monotonic() - start
-    ended.set()
     assert (status, out, err) == (130, "", "vivit-jax: interrupted\n")
-    assert seconds < 10 and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and not multiprocessing.active_children()
+
+
+def overflowing(recipe, topology, sizes, videos):
+    """As libtpu ends on some programs; of two meshes of the demo this is the one of gathers."""
+    if sizes["fsdp"] > 1 or videos == 1000:
+        os.write(2, b"*** SIGSEGV STACK OVERFLOW ***\n")
+        os.kill(os.getpid(), signal.SIGKILL if sizes["tensor"] > 1 else signal.SIGSEGV)
+    devices = jax.local_devices(backend="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "compile_only_devices", lambda t: devices[: t.count])
+        patch.setattr(plan_module, "_versions", lambda topology: {"jax": "0"})
+        return plan_command._planned(recipe, topology, sizes, videos)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=2", "the compiler ended its process (SIGSEGV: an error of its own"),
+        ("tensor=2", "the process that compiled was killed, as Linux does where memory runs out"),
+    ],
+)
+def test_a_compiler_that_ends_its_process(mesh, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan_command, "_planned", overflowing)
+    status, out, err = run(
+        capsys, *DEMO, "--topology", "h100:2", "--mesh", mesh, "--clips", 1000,
+        "--json", tmp_path / "plan.json", "--hlo", tmp_path / "plan.hlo",
+    )  # fmt: skip
+    assert (status, out) == (1, "") and err.startswith(f"vivit-jax: error: {message}")
+    assert err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_search_goes_on_after_a_compiler_ends(capsys, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")  # for the other process
+    monkeypatch.setattr(plan_command, "_planned", overflowing)
+    monkeypatch.setattr(plan_module, "compile_only_devices", lambda t: jax.devices()[: t.count])
+    status, out, err = run(
+        capsys, *DEMO, "--topology", "h100:2", "--search", "--no-decode", "--top", 0
+    )
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    ranked = [line.split()[0] for line in lines if line.startswith(("data=2 ", "tensor=2 "))]
+    assert sorted(ranked) == ["data=2", "tensor=2"]
+    assert any(line.startswith("fsdp=2: the compiler ended its process (SIGSEGV") for line in lines)
 
 
 @needs_libtpu
-def test_in_a_process_of_its_own():
-    """Whatever the environment says, it leaves accelerators alone, and its compiler is silent."""
+def test_in_a_process_of_its_own(tmp_path):
+    """Whatever the environment says, it leaves accelerators alone, and its compiler is silent and
+    leaves no logs."""
     free = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TPU_", "XLA_"))}
     done = subprocess.run(
         [sys.executable, "-m", "vivit_jax.cli", "plan", *DEMO, "--topology", "v5e:2x2"],
-        env=free | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+        env=free | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "") and not list(tmp_path.iterdir())
     for expected in ("v5e:2x2", "estimated by the compiler", "encoder attention", "host reads"):
         assert expected in done.stdout

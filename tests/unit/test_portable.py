@@ -30,12 +30,12 @@ for package in (vivit_jax, checkpoints_convert):
 from vivit_jax.benchmark.environment import environment
 from vivit_jax.cli import interrupt
 from vivit_jax.cli.__main__ import main
-from vivit_jax.data.pipeline import _interrupts_held
+from vivit_jax.processes import interrupts_held
 from vivit_jax.recipes import RECIPES
 from vivit_jax.train.run import RunDirectory
 
 assert environment().cores >= 1
-with _interrupts_held():
+with interrupts_held():
     pass
 logging.basicConfig(format="%(message)s")
 out, recipe = Path(tempfile.mkdtemp()), RECIPES["demo-pretrain"]()

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax plan`: a recipe's training step, compiled for hardware that is not there."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
+import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,9 +12,11 @@ from typing import Annotated
 import tyro
 
 from checkpoints_convert.settings import KeyValues, in_order
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, printable
+from vivit_jax.processes import Apart, Ended
 
 _BATCH, _ROUNDS = 4, 4  # of the loader that is timed
+_MOST = 4  # meshes that a search compiles
 _TICK = 1.0  # seconds
 
 
@@ -72,19 +73,16 @@ def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
     ):
         if path is not None:
             check_output(path, suffixes, options.overwrite, flag=flag)
-    from vivit_jax.recipes import apply_settings, recipe_named
-    from vivit_jax.train.hardware import parse_topology
+    try:
+        with Apart(_planned, ["vivit_jax.train.plan"]) as compiler:
+            recipe, plans, refused = _plans(options, compiler)
+    except Ended as error:
+        print(printable(f"vivit-jax: error: {_end_told(error)}"), file=sys.stderr)
+        return 1
     from vivit_jax.train.plan_text import describe, ranking
-    from vivit_jax.train.sharding import parse_mesh
 
-    recipe = apply_settings(recipe_named(options.recipe), in_order(options.set))
-    topology = parse_topology(options.topology, options.slices)
-    refused: dict[str, str] = {}
     if options.search:
-        plans, refused = _search(recipe, topology, options)
         print(ranking(plans, refused) + "\n")
-    else:
-        plans = [_compiled(recipe, topology, parse_mesh(options.mesh, topology.count), options)]
     best = plans[0]
     print(describe(best, options.top))
     if options.hlo is not None:
@@ -112,60 +110,66 @@ def _check_numbers(options: PlanOptions) -> None:
         raise UserError("--most: only for --search")
 
 
-def _search(recipe, topology, options: PlanOptions):
-    """Compiled plans, the fastest first, and why other meshes are out."""
+def _plans(options: PlanOptions, compiler: Apart):
+    """The recipe, its plans, the fastest first, and why other meshes are out."""
+    from vivit_jax.recipes import apply_settings, recipe_named
+    from vivit_jax.train.hardware import parse_topology
     from vivit_jax.train.meshes import sensible_meshes
-    from vivit_jax.train.plan_text import mesh_text
+    from vivit_jax.train.sharding import mesh_text, parse_mesh
 
-    meshes, refused = sensible_meshes(recipe, topology, options.clips)
-    most, plans, last = options.most or 4, [], None
+    recipe = apply_settings(recipe_named(options.recipe), in_order(options.set))
+    topology = parse_topology(options.topology, options.slices)
+    what = recipe, topology, options.clips
+    if not options.search:
+        return recipe, [_compiled(compiler, what, parse_mesh(options.mesh, topology.count))], {}
+    meshes, refused = sensible_meshes(*what)
+    most, plans, last = options.most or _MOST, [], None
     for number, sizes in enumerate(meshes[:most], 1):
         try:
-            plans.append(_compiled(recipe, topology, sizes, options, number, len(meshes[:most])))
-        except UserError as error:
-            refused[mesh_text(sizes)], last = str(error), error
+            plans.append(_compiled(compiler, what, sizes, number, len(meshes[:most])))
+        except (UserError, Ended) as error:
+            told = _end_told(error) if isinstance(error, Ended) else str(error)
+            refused[mesh_text(sizes)], last = told, error
     if not plans:
         raise last
     for sizes in meshes[most:]:
         refused[mesh_text(sizes)] = "not compiled; --most compiles more"
-    return sorted(plans, key=lambda each: each.step_seconds), refused
+    return recipe, sorted(plans, key=lambda each: each.step_seconds), refused
 
 
-def _compiled(recipe, topology, sizes, options: PlanOptions, number: int = 1, total: int = 1):
-    """One plan, with a line that tells for how long it has been compiled.
-
-    A compiler keeps its thread until it is done, so it gets one of its own: Ctrl-C ends the command
-    at once.
-    """
+def _compiled(compiler: Apart, what, sizes, number: int = 1, total: int = 1):
+    """One plan, with a line that tells for how long it has been compiled."""
     from vivit_jax.progress import LiveLine
-    from vivit_jax.train.plan import plan as compile_plan
-    from vivit_jax.train.plan_text import mesh_text
+    from vivit_jax.train.sharding import mesh_text
 
-    found, compiling = concurrent.futures.Future(), threading.Event()
-
-    def work():
-        try:
-            found.set_result(
-                compile_plan(
-                    recipe,
-                    topology,
-                    sizes,
-                    videos=options.clips,
-                    before_compiling=compiling.set,
-                )
-            )
-        except BaseException as error:
-            found.set_exception(error)
-        finally:
-            compiling.set()
-
-    threading.Thread(target=work, name="compiling", daemon=True).start()
-    compiling.wait()
+    recipe, topology, videos = what
     name, start = f"compiling for {topology}, {mesh_text(sizes)}", time.monotonic()
+    compiler.begin(recipe, topology, sizes, videos)
     with contextlib.closing(LiveLine(name, total, ends=False)) as line:
-        while not concurrent.futures.wait([found], _TICK).done:
+        while not compiler.done(_TICK):
             line.update(number - 1, f"for {time.monotonic() - start:.0f} s")
-    return found.result()
+    return compiler.result()
+
+
+def _planned(recipe, topology, sizes, videos):
+    """A plan, in the process that compiles."""
+    from vivit_jax.train.plan import plan as compile_plan
+
+    return compile_plan(recipe, topology, sizes, videos=videos)
+
+
+def _end_told(error: Ended) -> str:
+    """A compiler that ended its process, in one line with the way out."""
+    if error.signal == "SIGKILL":
+        return (
+            "the process that compiled was killed, as Linux does where memory runs out, and the "
+            "plan is lost; close other programs, or plan on a machine with more"
+        )
+    return (
+        f"the compiler ended its process ({error.signal}: an error of its own, not of the recipe), "
+        "and the plan is lost; run it again, where the stack has a hard limit without one (ulimit "
+        "-Hs), and else change what is compiled: another --mesh, or --set model.config.remat=block"
+    )
 
 
 def _reading(recipe, found, decode: bool) -> dict | None:

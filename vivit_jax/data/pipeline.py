@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -29,6 +28,7 @@ from vivit_jax.data.dataset import (
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.sampling import training_indices
 from vivit_jax.errors import UserError, VideoError
+from vivit_jax.processes import follow_the_main_process, interrupts_held
 from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
 
 # Elements there may be, skipped clips included: more than any run reads.
@@ -198,36 +198,9 @@ class Read:
         return video[training_indices(total=len(video), rng=rng, **how)]
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back from this thread, and so for good from processes that are started here.
-
-    Those take seconds until `_start_worker` runs, and Ctrl-C of a terminal reaches them at once.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows: they may end with a trace of their own
-        yield
-        return
-    from multiprocessing import resource_tracker
-
-    resource_tracker.ensure_running()  # which would let interrupts through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(index: int, count: int) -> None:
     """Prepare one of grain's processes: Ctrl-C is for the main one, whose end is its end too."""
-    import multiprocessing
-    import os
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=follow, daemon=True).start()
+    follow_the_main_process()
 
 
 def _collect() -> None:
@@ -310,7 +283,7 @@ class Batches:
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._elements is None:
-            with _interrupts_held() if self._settings.workers else contextlib.nullcontext():
+            with interrupts_held() if self._settings.workers else contextlib.nullcontext():
                 self._elements = self._start()
                 self._first = [next(self._elements)]  # by which all processes run
         found: list[dict[str, Any]] = []

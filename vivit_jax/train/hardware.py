@@ -199,9 +199,14 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
 def _tpus(topology: Topology) -> list[jax.Device]:
     answer_libtpu()
     # Nor does it ask a server of the cloud; and other processes may use it at the same time, since
-    # none of them uses a TPU by it.
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        os.environ.setdefault(name, "1")
+    # none of them uses a TPU by it. Below level 3 it leaves a log among all temporary files.
+    answers = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
+    for name, value in answers.items():
+        os.environ.setdefault(name, value)
     shape = "x".join(map(str, topology.sizes))
     return topologies.get_topology_desc(
         platform="tpu",

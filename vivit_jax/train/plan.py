@@ -212,7 +212,8 @@ def plan(
     Raises UserError for what `train` would refuse, for what divides no batch, parameter or machine,
     and, in one line with what would fit, for a step that needs more memory than there is; where
     state, gradients and batch alone do, before minutes of compiling. Whatever else a compiler
-    refuses is a UserError of one line too.
+    refuses is a UserError of one line too. On some programs libtpu ends the process that it is in:
+    `vivit_jax.processes.Apart` calls a function in another.
     """
     setting = planned_setting(recipe, topology, mesh_sizes, videos)
     check_least_memory(setting, topology)
@@ -293,9 +294,9 @@ def planned_setting(
             f"train.batch_size {recipe.train.batch_size} is more than the {count} videos of the "
             "data; use a smaller one"
         )
-    return make_setting(frames.recipe, mesh, model, frames.processor, per_epoch)
     mesh = make_mesh(mesh_sizes, compile_only_devices(topology))
     model, frames = planned_model(recipe)
+    return make_setting(frames.recipe, mesh, model, frames.processor, per_epoch)
 
 
 def training_videos(name: str) -> int | None:
@@ -344,9 +345,9 @@ def _kernels(program: Program) -> tuple[dict[str, int], int]:
     calls, uncounted = defaultdict(int), 0
     on_tpu = any(each.cycles for each in program.operations)
     for each in program.operations:
-        if each.target == _PALLAS:
         if not each.times:
             continue  # in a branch that is not taken
+        if each.target == _PALLAS:
             calls[re.sub(r"[.\d]+$", "", each.name)] += each.times
             uncounted += 0 if each.flops else each.times
         elif each.target is not None and not on_tpu:
@@ -373,9 +374,9 @@ def _costliest(program: Program, topology: Topology) -> tuple[Operation, ...]:
 def _moved(program: Program, mesh: Mesh, topology: Topology) -> tuple[Moved, ...]:
     groups: dict[tuple, list[tuple[Collective, float | None]]] = defaultdict(list)
     for each in program.collectives:
-        rate = link_bandwidth([mesh.devices.flat[i] for i in each.devices], topology)
         if not each.times:
             continue  # in a branch that is not taken
+        rate = link_bandwidth([mesh.devices.flat[i] for i in each.devices], topology)
         seconds = None if rate is None else each.sent * each.times / rate
         groups[each.kind, each.axes, rate is None].append((each, seconds))
     found = []
