@@ -257,6 +257,7 @@ def test_the_accelerators_tile_is_linear_in_tokens_too(gradient, monkeypatch):
         ("tpu", "float32", 88, 160, "pallas"),
         ("tpu", "float64", 64, 1568, "chunked"),
         ("tpu", "bfloat16", 64, 16, "chunked"),
+        ("tpu", "bfloat16", 4, 1568, "chunked"),
         ("tpu", "bfloat16", 64, 1, "xla"),
     ],
 )

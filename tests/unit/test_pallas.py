@@ -161,10 +161,11 @@ def test_a_head_too_wide_for_the_chip_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"), [(16, False), (63, False), (64, True), (3137, True)]
+    ("length", "width", "expected"),
+    [(16, 64, False), (63, 64, False), (64, 64, True), (3137, 8, True), (3137, 4, False)],
 )
-def test_short_sequences_are_left_to_xla(length, expected):
-    assert pallas.worth_it(length) == expected
+def test_short_sequences_and_narrow_heads_are_left_to_xla(length, width, expected):
+    assert pallas.worth_it(length, width) == expected
 
 
 # Heads of one program, queries, keys, head width; scheduled instructions forward and backward, as
@@ -228,7 +229,7 @@ def test_each_device_of_a_mesh_attends_on_its_own():
 COMPILED = [
     (197, 197, 88, "bfloat16"),
     (640, 200, 64, "float32"),
-    (1, 300, 64, "bfloat16"),
+    (1, 300, 8, "bfloat16"),
     (400, 7000, 128, "bfloat16"),
 ]
 

@@ -121,7 +121,8 @@ def choose_implementation(place: str, dtype: str, head_dim: int, length: int) ->
     """The backend that "auto" stands for on a platform; logs each distinct choice once.
 
     On an NVIDIA GPU half precision goes to cuDNN, unless cuDNN refuses. On TPU all but float64 goes
-    to the kernels, from the length on at which they win by the compiler's estimate. A single query,
+    to the kernels, from the length on at which they win by the compiler's estimate, but for heads
+    narrower than 8, which they do not serve in half precision. A single query,
     the class token of a last block, goes to XLA: one row of scores needs no tiles. All else is
     tiled: scores take memory linear in tokens, float64 keeps a float64 softmax, and on CPU it is
     three times as fast at 1568 tokens as `jax.nn.dot_product_attention`.
@@ -141,7 +142,7 @@ def _choose(place: str, dtype: str, head_dim: int, length: int, gpu: jax.Device 
     elif place == "tpu" and dtype != "float64":
         from vivit_jax.layers.pallas import worth_it  # for TPU only
 
-        chosen = "pallas" if worth_it(length) else "chunked"
+        chosen = "pallas" if worth_it(length, head_dim) else "chunked"
     log.log(
         logging.WARNING if why else logging.INFO,
         "attention: %s on %s, %s, head width %d, %d queries%s",

@@ -46,10 +46,13 @@ SHORT_SCORES = 2**19
 MOST_HEADS = 16  # of one program
 VMEM = 14.5 * 2**20  # bytes of the 16 MiB that a kernel has on each of v4, v5e, v5p and v6e
 SHORTEST = 64  # queries and keys from which on the kernels win, see `worth_it`
+NARROWEST = 8  # a head: of 4 in bfloat16, which fill no sublane, Mosaic refuses to broadcast
 
 
-def worth_it(length: int) -> bool:
+def worth_it(length: int, width: int) -> bool:
     """Whether the kernels take less time than XLA's and the chunked form, by estimate.
+
+    `length` in tokens, `width` of a head.
 
     Millions of cycles of v5e, forward and backward, 12 heads of 64, bfloat16, copies included:
 
@@ -60,7 +63,7 @@ def worth_it(length: int) -> bool:
 
     Short sequences leave most of 128 lanes empty, and XLA copies them into that layout.
     """
-    return length >= SHORTEST
+    return length >= SHORTEST and width >= NARROWEST
 
 
 def cycles(heads: int, num_queries: int, num_keys: int, head_width: int, *, backward: bool) -> int:
