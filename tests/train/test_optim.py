@@ -326,6 +326,25 @@ def test_what_is_frozen_does_not_move_and_has_no_state(algorithm):
         np.testing.assert_allclose(first["head/kernel"], -0.5 / 10**0.5 - 0.1 * flat, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("freeze", "factor"), [((), 0.5), (("head/bias",), 0.5), ((r"backbone/layers_[01]/.*",), 1)]
+)
+def test_a_known_norm_is_taken_but_where_a_leaf_is_frozen_in_part(freeze, factor):
+    """Twice the norm halves the step; that of layers that are frozen must not count."""
+    params = tiny_params()
+    settings = OptimSettings(lr=1, algorithm="sgd", weight_decay=0, clip=0.5, freeze=freeze)
+    optimizer = make_optimizer(settings, params, optax.constant_schedule(1.0))
+    gradients = jax.tree.map(jnp.ones_like, params)
+    if freeze == ("head/bias",):
+        gradients["head"]["bias"] *= 0
+    state, norm = optimizer.init(params), optax.tree.norm(gradients)
+    own, _ = optimizer.update(gradients, state, params)
+    for known, share in ((norm, 1), (2 * norm, factor)):
+        found, _ = optimizer.update(gradients, state, params, norm=known)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(own), strict=True):
+            np.testing.assert_allclose(a, share * b, rtol=1e-6)
+
+
 def test_the_average_is_exponential():
     params = [{"w": jnp.full(2, float(i))} for i in range(4)]
     average = params[0]

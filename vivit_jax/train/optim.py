@@ -183,7 +183,7 @@ def trained(settings: OptimSettings, params_or_shapes: Mapping[str, Any]) -> dic
 
 def make_optimizer(
     settings: OptimSettings, params_or_shapes: Mapping[str, Any], schedule: optax.Schedule
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """AdamW or SGD with momentum as the settings say; `schedule` is that of `learning_rate`.
 
     Gradients are clipped by the norm of all that is trained; then Adam, or momentum (without
@@ -191,7 +191,8 @@ def make_optimizer(
     parameter's factor multiplies the whole step, decay included. The step count is the optimiser's
     own, and the rate that step k used is schedule(k). Its state is trees like the params, without
     what is frozen; of a scanned leaf only some of whose layers are frozen it has all layers, but
-    these neither move nor count in the norm. Raises UserError for settings that do not fit.
+    these neither move nor count in the norm. `update` takes the gradients' norm as `norm`, where it
+    is known, with zeros for what is frozen. Raises UserError for settings that do not fit.
     """
     learning = trained(settings, params_or_shapes)
     labels = jax.tree.map(lambda value: "train" if np.any(value) else "freeze", learning)
@@ -206,7 +207,7 @@ def make_optimizer(
     decay = decay_factors(settings, params_or_shapes)
     parts = [_scaled(of_trained(learning))]
     if settings.clip is not None:
-        parts.append(optax.clip_by_global_norm(settings.clip))
+        parts.append(_clipped(settings.clip))
     if settings.algorithm == "adamw":
         parts.append(optax.scale_by_adam(settings.b1, settings.b2, settings.eps))
     elif settings.algorithm == "sgd":
@@ -220,12 +221,14 @@ def make_optimizer(
     ]
     whole = optax.partition({"train": optax.chain(*parts), "freeze": optax.set_to_zero()}, labels)
 
-    def update(updates, state, params=None):
+    in_part = any(np.ndim(value) for value in jax.tree.leaves(learning))
+
+    def update(updates, state, params=None, *, norm=None, **_):
         # Adam of optax raises under jax_numpy_dtype_promotion="strict".
         with jax.numpy_dtype_promotion("standard"):
-            return whole.update(updates, state, params)
+            return whole.update(updates, state, params, norm=None if in_part else norm)
 
-    return optax.GradientTransformation(whole.init, update)
+    return optax.GradientTransformationExtraArgs(whole.init, update)
 
 
 def update_average(average: Any, params: Any, decay: float) -> Any:
@@ -240,6 +243,22 @@ def _scaled(factors) -> optax.GradientTransformation:
         return update if np.all(factor == 1) else update * _like(factor, update)
 
     return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, factors))
+
+
+def _clipped(most: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, which would take the norm again of what is known already."""
+
+    def update(updates, state, params=None, *, norm=None, **_):
+        del params
+        norm = optax.tree.norm(updates) if norm is None else norm
+
+        def clip(update):
+            of_type = norm.astype(update.dtype)
+            return jnp.where(norm < most, update, update / of_type * most)
+
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _decayed(rate: float, factors) -> optax.GradientTransformation:
