@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -121,6 +122,17 @@ def placement_of(q, leading: Sequence[str | None] | None) -> Placement:
                 unknown.add(name)
     known = frozenset((explicit | automatic) - unknown)
     return Placement(mesh, known, PartitionSpec(*map(_entry, split)), typed)
+
+
+def partitions(context: mlir.AxisContext) -> int:
+    """Over how many devices a partitioner will split what is lowered here."""
+    if isinstance(context, mlir.SPMDAxisContext):
+        sizes = dict(context.mesh.shape)
+        count = 1
+        for name in set(sizes) - set(context.manual_axes):
+            count *= sizes[name]
+        return count
+    return context.num_devices
 
 
 def _free(mesh: AbstractMesh) -> list[tuple[str, AxisType]]:

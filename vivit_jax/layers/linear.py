@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.layers.half import rounded_product
 from vivit_jax.layers.matrices import matrix_product
 from vivit_jax.layers.parts import with_whole_kernels
 
@@ -124,6 +125,8 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax
     terms = math.prod(kernel.shape[:num_in])
     x = x.reshape(math.prod(left), terms)
     kernel = kernel.reshape(terms, math.prod(right))
+    if dtype is None and wide_type(x.dtype) != x.dtype:
+        return rounded_product(x, kernel).reshape(*left, *right)
     precise = jax.config.jax_default_matmul_precision == "highest" and x.dtype == jnp.float32
     step = PRECISE_TERMS if precise else terms
     starts = range(0, terms, step)

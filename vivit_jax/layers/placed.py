@@ -31,7 +31,7 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from vivit_jax.layers import blocks, chunked
-from vivit_jax.layers.axes import Placement, placement_of
+from vivit_jax.layers.axes import Placement, partitions, placement_of
 from vivit_jax.layers.chunked import SAVED
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _types(*_, local, **__):
 
 
 def _lower(ctx, *arrays, implementation, way, local):
-    devices = _devices(ctx.module_context.axis_context)
+    devices = partitions(ctx.module_context.axis_context)
     function = jaxpr_as_fun(local)
     if devices > 1:
         if implementation == "pallas" and way == "forward":
@@ -156,17 +156,6 @@ def _lower(ctx, *arrays, implementation, way, local):
 
 # Not cached: the same call lies differently inside and outside of a `shard_map`.
 mlir.register_lowering(_share_p, _lower, cacheable=False)
-
-
-def _devices(context: mlir.AxisContext) -> int:
-    """Over how many devices a partitioner will split what is lowered here."""
-    if isinstance(context, mlir.SPMDAxisContext):
-        sizes = dict(context.mesh.shape)
-        count = 1
-        for name in set(sizes) - set(context.manual_axes):
-            count *= sizes[name]
-        return count
-    return context.num_devices
 
 
 def _batch(arrays, axes, *, implementation, way, local):
