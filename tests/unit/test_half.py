@@ -11,8 +11,8 @@ from helpers import mostly_slow
 from vivit_jax import VideoMAEConfig, VivitConfig
 from vivit_jax.benchmark.work import Work, program
 from vivit_jax.layers import chunked, linear
-from vivit_jax.layers.half import rounded_product
 from vivit_jax.layers.linear import product
+from vivit_jax.layers.matrices import matrix_product
 from vivit_jax.train.hlo import parse
 
 SIZES = dict(
@@ -81,7 +81,8 @@ def test_no_product_of_a_step_is_widened(model, as_users_compile):
 
 
 def test_a_plain_product_is_seen_to_be_widened(monkeypatch, as_users_compile):
-    monkeypatch.setattr(linear, "rounded_product", jnp.matmul)
+    plain = lambda x, y, dtype: jnp.matmul(x, y, preferred_element_type=dtype)  # noqa: E731
+    monkeypatch.setattr(linear, "matrix_product", plain)
     kinds = {kind for kind, _ in products_in(compiled_step("ViViT"))}
     assert kinds == {("bf16", "bf16"), ("f32", "f32")}
 
@@ -108,7 +109,7 @@ def assert_rounded_once(found, exact, dtype):
 def test_products_and_their_gradients_are_rounded_once(shape, dtype):
     m, k, n = shape
     x, y, g = operands(dtype, (m, k), (k, n), (m, n))
-    out, pullback = jax.vjp(jax.jit(rounded_product), x, y)
+    out, pullback = jax.vjp(jax.jit(matrix_product), x, y)
     exact_x, exact_y, exact_g = in_float64(x, y, g)
     assert_rounded_once(out, exact_x @ exact_y, dtype)
     to_x, to_y = pullback(g)
@@ -128,13 +129,13 @@ def test_products_and_their_gradients_are_rounded_once(shape, dtype):
 
 
 def pullback_of(x, y, g):
-    return jax.vjp(rounded_product, x, y)[1](g)
+    return jax.vjp(matrix_product, x, y)[1](g)
 
 
 def test_forward_mode_and_vmap():
     x, y, dx, dy = operands("bfloat16", (4, 9, 32), (4, 32, 5), (4, 9, 32), (4, 32, 5))
     exact_x, exact_y, exact_dx, exact_dy = in_float64(x, y, dx, dy)
-    _, change = jax.jvp(rounded_product, (x[0], y[0]), (dx[0], dy[0]))
+    _, change = jax.jvp(matrix_product, (x[0], y[0]), (dx[0], dy[0]))
     exact = exact_dx[0] @ exact_y[0] + exact_x[0] @ exact_dy[0]
     np.testing.assert_allclose(np.asarray(change, np.float64), exact, atol=0.15)  # measured 0.06
     for axes, left, right in (
@@ -143,7 +144,7 @@ def test_forward_mode_and_vmap():
         ((None, 0), exact_x[:1], exact_y),
     ):
         args = [z if axis == 0 else z[0] for z, axis in zip((x, y), axes, strict=True)]
-        mapped = jax.vmap(rounded_product, axes)
+        mapped = jax.vmap(matrix_product, axes)
         assert_rounded_once(mapped(*args), left @ right, "bfloat16")
         gradients = jax.grad(lambda *args: mapped(*args).astype(jnp.float32).sum(), (0, 1))(*args)  # noqa: B023
         assert [z.shape for z in gradients] == [z.shape for z in args]
@@ -165,7 +166,7 @@ def test_split_products_are_plain(as_users_compile):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     x, g, y = operands("bfloat16", (64, 64), (64, 48), (64, 48))
-    gradient = jax.jit(lambda x, g: jax.vjp(rounded_product, x, y)[1](g)[1])
+    gradient = jax.jit(lambda x, g: jax.vjp(matrix_product, x, y)[1](g)[1])
     text = gradient.lower(*jax.device_put((x, g), place)).as_text()
     assert "dims = [1, 2, 0]" not in text
     assert "dims = [1, 2, 0]" in gradient.lower(x, g).as_text()

@@ -15,9 +15,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vivit_jax.layers.half import turned
 from vivit_jax.layers.linear import platform, project, wide_type
-from vivit_jax.layers.matrices import eigen_is_faster, matrix_product
+from vivit_jax.layers.matrices import eigen_is_faster, matrix_product, turned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +94,8 @@ def backward_tile(q, k, v, log_sum, d_out, mean):
 def keys_in_rows(turned_k, q, k, v, log_sum, d_out, mean):
     """`backward_tile` by scores [k, q], where no product sums over the first axis of a tile.
 
-    So that on CPU YNNPACK's kernel for bfloat16 takes all five, see `vivit_jax.layers.half`: 1568
-    tokens and 12 heads of 64 took 45 ms instead of 60 (2 cores, AVX512-BF16). turned_k [e, k].
+    So that on CPU YNNPACK's kernel for bfloat16 takes all five, see `vivit_jax.layers.matrices`:
+    1568 tokens and 12 heads of 64 took 45 ms instead of 60 (2 cores, AVX512-BF16). turned_k [e, k].
     """
     wide, scale = log_sum.dtype, q.shape[-1] ** -0.5
     of_queries = functools.partial(jnp.einsum, "ke,qe->kq", preferred_element_type=wide)

@@ -115,9 +115,9 @@ class Block(nn.Module):
         return x, LayerOutput(x if hidden else None, weights.get("space"), weights.get("time"))
 
 
-def _save_primitive(primitive, *_, **__) -> bool:
-    """Whether it is cuDNN's forward attention, where its backward pass starts, or our product."""
-    return primitive.name.startswith(("dot_product_attention_fwd", matrices.NAME))
+def _save_attention(primitive, *_, **__) -> bool:
+    """Whether a result is one of cuDNN's forward attention, from which its backward pass starts."""
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def remat_policy(config: Config) -> Callable | None:
@@ -134,10 +134,13 @@ def remat_policy(config: Config) -> Callable | None:
     policies = jax.checkpoint_policies
     half = wide_type(config.dtype) != np.dtype(config.dtype)
     named = policies.save_only_these_names(SAVED, *((PROJECTED,) if half else (SUMMED,)))
-    kept = policies.save_from_both_policies(named, _save_primitive)
+    kept = policies.save_from_both_policies(named, _save_attention)
     if half:
         return kept
-    return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kept)
+    products = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, matrices.saved
+    )
+    return policies.save_from_both_policies(products, kept)
 
 
 def run_blocks(

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from vivit_jax.config import VideoMAEConfig, VivitConfig
-from vivit_jax.layers.half import rounded_product
 from vivit_jax.layers.matrices import matrix_product
 from vivit_jax.layers.parts import with_whole_kernels
 
@@ -112,8 +111,8 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax
 
     On CPU it is a product of two matrices, whose gradients are such products too; over more axes
     XLA first copies what it multiplies, transposed (52 copies in a pre-training step, now 14).
-    `vivit_jax.layers.matrices` says by which of XLA's libraries. Elsewhere axes keep their places
-    for the compiler to shard.
+    `vivit_jax.layers.matrices` says in which form. Elsewhere axes keep their places for the
+    compiler to shard.
 
     Under jax_default_matmul_precision="highest" a long float32 sum on CPU is taken in blocks of
     PRECISE_TERMS. XLA there adds all terms in one chain, whose error is 2 to 3 times that of
@@ -125,8 +124,6 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1, dtype=None) -> jax
     terms = math.prod(kernel.shape[:num_in])
     x = x.reshape(math.prod(left), terms)
     kernel = kernel.reshape(terms, math.prod(right))
-    if dtype is None and wide_type(x.dtype) != x.dtype:
-        return rounded_product(x, kernel).reshape(*left, *right)
     precise = jax.config.jax_default_matmul_precision == "highest" and x.dtype == jnp.float32
     step = PRECISE_TERMS if precise else terms
     starts = range(0, terms, step)

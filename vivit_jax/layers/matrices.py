@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of two float32 matrices on a CPU, by the faster of the two libraries that XLA has.
+"""Products of two matrices on a CPU, written so that XLA gives each to its fastest kernel.
 
-XLA gives a dot to YNNPACK. On an Intel Xeon with AMX, 2 cores, YNNPACK took 1.34, 1.10 and 1.21
-times as long as MKL for [1568, 768] with [768, 768], [768, 3072] and [3072, 768]; Eigen took 0.99,
-1.08 and 1.03 times as long, with a smaller error to float64. q k^T of attention's tiles Eigen
+Half precision. XLA hands a product of bfloat16 to YNNPACK's kernel, twice as fast as that of
+float32, where the left operand's last axis is summed over and the result is float32; since jax 0.12
+it may be bfloat16. Any other product it makes one of float32 first. Measured for 1568 tokens and
+widths of 768 and 3072 on 2 cores of an AMD EPYC with AVX512-BF16, in TFLOP/s: 0.91 against 0.44 for
+the gradient to the input, 0.85 against 0.41 for that to the kernel, which sums over tokens. float16
+has no such kernel and is made float32 in any form.
+
+float32. XLA gives a dot to YNNPACK. On an Intel Xeon with AMX, 2 cores, that took 1.34, 1.10 and
+1.21 times as long as MKL for [1568, 768] with [768, 768], [768, 3072] and [3072, 768]; Eigen took
+0.99, 1.08 and 1.03 times as long, with a smaller error to float64. q k^T of attention's tiles Eigen
 multiplies as fast as MKL if k lies as [64, l]; weights times v take YNNPACK two thirds of Eigen's
 time. On an AMD EPYC with AVX-512 (Zen 5) the two are level: 0.999 of VideoMAE-B's forward pass. So
-Eigen gets projections and scores, on processors with AMX.
-
-The one way to Eigen in a program is a convolution without spatial dimensions: XLA rewrites it as a
-dot after YNNPACK's turn. Only jaxlib 0.10 does: 0.11 and 0.12 leave the convolution, which takes
-150 times as long. So does 0.10 with convolutions of transposed matrices, such as JAX's derivative
-of a convolution makes; the derivative here is of dots.
+Eigen gets projections and scores, on processors with AMX. The one way to it in a program is a
+convolution without spatial dimensions, which XLA rewrites as a dot after YNNPACK's turn. Only
+jaxlib 0.10 does: 0.11 and 0.12 leave the convolution, which takes 150 times as long. So does 0.10
+with convolutions of transposed matrices; the products of derivatives are dots.
 """
 
-import functools
 import pathlib
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +28,41 @@ import jaxlib
 import numpy as np
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType
+
+from vivit_jax.layers.axes import partitions
 
 FEW_COLUMNS = 160  # the width of a head, which YNNPACK multiplies faster
 CPUINFO = pathlib.Path("/proc/cpuinfo")
-NAME = "matrix_product"  # of the primitive, for what looks at the primitives of a program
+_STRIP = 32  # columns that are turned together
 _ROWS_BY_COLUMNS = jax.lax.ConvDimensionNumbers((0, 1), (1, 0), (0, 1))
 
 
-def matrix_product(x, y, dtype=None):
-    """x y for matrices [m, k] and [k, n] -> [m, n], in their type or in `dtype`.
+def matrix_product(x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
+    """x [m, k] times y [k, n], both of one type -> [m, n] in their type, or in `dtype`.
 
-    A plain dot, but for float32 matrices of many columns where Eigen is the faster library.
+    Half precision that stays so is summed in float32, then rounded, and so are its derivatives.
+    Only for what runs on CPU; elsewhere, and where a partitioner splits it, it is a plain product.
     """
-    types = {x.dtype, y.dtype, np.dtype(dtype or x.dtype)}
-    if types != {np.dtype("float32")} or y.shape[1] < FEW_COLUMNS or not eigen_is_faster():
-        return jnp.matmul(x, y, preferred_element_type=dtype)
-    as_dot = jax.make_jaxpr(jnp.matmul)(x, y)
-    return _product_p.bind(x, y, as_dot=as_dot)[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or (mesh.size == 1 and set(mesh.axis_types) == {AxisType.Auto})
+    if alone and x.dtype == y.dtype == np.dtype(dtype or x.dtype) and _has_a_form(y):
+        return _bind(x, y, (1, 0))
+    return jnp.matmul(x, y, preferred_element_type=dtype)
 
 
-@functools.cache
+def _has_a_form(y) -> bool:
+    """Whether a product with y is written in another way than as a dot of its type."""
+    if y.dtype == jnp.float32:
+        return y.shape[1] >= FEW_COLUMNS and eigen_is_faster()
+    return _is_half(y.dtype)
+
+
+def _is_half(dtype) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16)
+
+
+@cache
 def eigen_is_faster() -> bool:
     """Whether this machine's processor and jaxlib are of those that are better off with Eigen."""
     rewrites = tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11)
@@ -55,66 +75,124 @@ def _processor_flags() -> list[str]:
     return next((line.split() for line in lines if line.startswith("flags")), [])
 
 
-_product_p = Primitive(NAME)
-_product_p.multiple_results = True
+def _plain(x, y, summed):
+    # Products of two numbers of half precision are exact whatever jax_default_matmul_precision.
+    precision = jax.lax.Precision.DEFAULT if _is_half(x.dtype) else None
+    return jax.lax.dot_general(x, y, (((summed[0],), (summed[1],)), ((), ())), precision)
+
+
+def _with_wide_sums(x, y, summed):
+    """As `_plain`, in the form that YNNPACK takes."""
+    if summed[0] == 0:
+        x = turned(x)
+    dimensions = (((1,), (summed[1],)), ((), ()))
+    exact = jax.lax.Precision.DEFAULT
+    wide = jax.lax.dot_general(x, y, dimensions, exact, preferred_element_type=jnp.float32)
+    return wide.astype(x.dtype)
+
+
+def turned(x):
+    """The transpose [k, m] of x [m, k], as XLA does not see it.
+
+    A transposition that it sees it takes into the product, which then sums over the first axis. In
+    strips of columns it is also several times as fast as in one.
+    """
+    m, k = x.shape
+    strip = np.gcd(k, _STRIP)
+    return x.reshape(m, k // strip, strip).transpose(1, 2, 0).reshape(k, m)
+
+
+def _by_eigen(x, y):
+    return jax.lax.conv_general_dilated(x, y, (), [], dimension_numbers=_ROWS_BY_COLUMNS)
+
+
+# The product by the axes of x and y, matrices, that are summed over. A primitive, since the
+# derivative of a product is plain products, and that of a function with rules of its own is either
+# forward or backward.
+_product_p = Primitive("matrix_product")
+
+
+def saved(primitive, *operands, **_) -> bool:
+    """For a remat policy: whether this is a product of float32, kept as a dot would be.
+
+    Of half precision the products of the forward pass are others, and kept by name.
+    """
+    return primitive is _product_p and operands[0].dtype == jnp.float32
+
+
+def _bind(x, y, summed):
+    precision = jax.config.jax_default_matmul_precision
+    plain = _traced(jax.typeof(x), jax.typeof(y), summed, precision)
+    return _product_p.bind(x, y, summed=summed, plain=plain)
+
+
+@cache
+def _traced(x, y, summed, precision):
+    """The plain product, for all that looks into programs; `precision` is JAX's default."""
+    del precision
+    return jax.make_jaxpr(partial(_plain, summed=summed))(x, y)
 
 
 @_product_p.def_impl
-def _run(x, y, *, as_dot):
-    del as_dot
-    return [jax.jit(matrix_product)(x, y)]
+def _run(x, y, *, summed, plain):
+    del plain
+    return _compiled(summed)(x, y)
+
+
+@cache
+def _compiled(summed):
+    return jax.jit(partial(_bind, summed=summed))
 
 
 @_product_p.def_abstract_eval
-def _types(*_, as_dot):
-    return as_dot.out_avals
+def _type(x, y, *, summed, plain):
+    del x, y, summed
+    return plain.out_avals[0]
 
 
-def _lower(ctx, *matrices, as_dot):
-    """The convolution, in a program of one device that runs here and now.
-
-    A partitioner has better rules for dots, and an exported program runs with any later jaxlib.
-    """
-    context = ctx.module_context
-    axes = context.axis_context
-    devices = axes.mesh.size if isinstance(axes, mlir.SPMDAxisContext) else axes.num_devices
-    exported = context.lowering_parameters.for_export
-    function = jaxpr_as_fun(as_dot)
-    if tuple(context.platforms) == ("cpu",) and devices == 1 and not exported:
-        function = _convolution
-    return mlir.lower_fun(function, multiple_results=True)(ctx, *matrices)
+def _gradient_to_x(g, x, y, *, summed, plain):
+    del x, plain
+    kept = 1 - summed[1]  # of y's axes the one that g's last is
+    return _bind(g, y, (1, kept)) if summed[0] == 1 else _bind(y, g, (kept, 1))
 
 
-def _convolution(x, y):
-    return [jax.lax.conv_general_dilated(x, y, (), [], dimension_numbers=_ROWS_BY_COLUMNS)]
+def _gradient_to_y(g, x, y, *, summed, plain):
+    del y, plain
+    kept = 1 - summed[0]  # of x's axes the one that g's first is
+    return _bind(x, g, (kept, 0)) if summed[1] == 0 else _bind(g, x, (0, kept))
 
 
-# Not cached: the same product lies differently inside and outside of a `shard_map`.
-mlir.register_lowering(_product_p, _lower, cacheable=False)
+ad.defbilinear(_product_p, _gradient_to_x, _gradient_to_y)
 
 
-def _differentiate(primals, tangents, *, as_dot):
-    x, y = primals
-    d_x, d_y = tangents
-    parts = []
-    if type(d_x) is not ad.Zero:
-        parts.append(jnp.matmul(d_x, y))
-    if type(d_y) is not ad.Zero:
-        parts.append(jnp.matmul(x, d_y))
-    return _product_p.bind(x, y, as_dot=as_dot), [sum(parts[1:], parts[0])]
-
-
-ad.primitive_jvps[_product_p] = _differentiate
-
-
-def _batch(matrices, axes, *, as_dot):
-    """Rows of many matrices with one are rows of one matrix; else a dot with a batch axis."""
-    (x, y), (of_x, of_y) = matrices, axes
-    if of_y is None:
-        x = jnp.moveaxis(x, of_x, 0)
-        rows = matrix_product(x.reshape(-1, x.shape[-1]), y)
-        return [rows.reshape(*x.shape[:-1], y.shape[-1])], [0]
-    return [jax.vmap(jnp.matmul, (of_x, of_y))(x, y)], [0]
+def _batch(arrays, axes, *, summed, plain):
+    del plain
+    (x, y), (x_axis, y_axis) = arrays, axes
+    if y_axis is None and summed[0] == 1:  # rows of all are rows of one product
+        x = jnp.moveaxis(x, x_axis, 0)
+        found = _bind(x.reshape(-1, x.shape[-1]), y, summed)
+        return found.reshape(*x.shape[:2], -1), 0
+    return jax.vmap(partial(_plain, summed=summed), axes)(x, y), 0
 
 
 batching.primitive_batchers[_product_p] = _batch
+
+
+def _lower(ctx, x, y, *, summed, plain):
+    context = ctx.module_context
+    form, as_dot = None, jaxpr_as_fun(plain)
+    if _is_half(ctx.avals_in[0].dtype):
+        form = partial(_with_wide_sums, summed=summed)
+    elif summed == (1, 0) and not context.lowering_parameters.for_export:
+        form = _by_eigen  # what is exported runs with any later jaxlib, which leaves a convolution
+    if form is None or partitions(context.axis_context) > 1:
+        return mlir.lower_fun(as_dot, multiple_results=True)(ctx, x, y)
+
+    def by_platform(x, y):
+        return jax.lax.platform_dependent(x, y, cpu=form, default=lambda *xy: as_dot(*xy)[0])
+
+    return mlir.lower_fun(by_platform, multiple_results=False)(ctx, x, y)
+
+
+# Not cached: the same call lies differently inside and outside of a `shard_map`.
+mlir.register_lowering(_product_p, _lower, cacheable=False)
