@@ -122,6 +122,7 @@ def test_scores_and_softmax_stay_in_float32_on_every_platform(dtype):
         text = lowered(source, platform)
         exponentials = re.findall(r"stablehlo\.exponential.* : tensor<([\dx]*)x(\w+)>", text)
         assert {name for _, name in exponentials} == {"f32"}
-        assert {shape for shape, _ in exponentials} == {
-            "350x700" if platform == "cpu" else "2x700x700"
-        }
+        # On CPU bfloat16 has keys in rows in the backward pass.
+        on_cpu = ["350x700", "350x700" if dtype == jnp.float32 else "700x350"]
+        expected = on_cpu if platform == "cpu" else ["2x700x700"] * 2
+        assert sorted(shape for shape, _ in exponentials) == expected
