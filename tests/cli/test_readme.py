@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md is true: its examples run, its commands work, its test command is CI's."""
+"""README.md and docs/ are true: examples run, commands work, the test command is CI's."""
 
 import doctest
 import importlib
@@ -20,8 +20,11 @@ import vivit_jax.cli.__main__
 from vivit_jax.pretrained import build_model
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+TEXT = "\n".join(PAGES.values())
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+MOST_LINES = 220  # of the front page
+MOST_BYTES = 400_000  # of a picture
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 SHELL = [text.splitlines() for language, text in BLOCKS if language == "sh"]
 PROGRAMS = {
@@ -76,7 +79,7 @@ def _write_videomae(directory, head, **sizes):
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[-1][:40])
 def test_python_examples_run(code, beside_a_demo):
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "example of a page", "exec"), {})
 
 
 def _trains(block):
@@ -128,9 +131,31 @@ def test_setup_lines_are_the_ones_ci_runs():
 
 
 def test_no_placeholder_is_left():
-    prose = re.sub(r"`[^`]*`", "", README)  # code may name environment variables
+    prose = re.sub(r"`[^`]*`", "", TEXT)  # code may name environment variables
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z]{3,}\b", prose)
 
 
+def test_the_front_page_is_short():
+    assert len(PAGES[ROOT / "README.md"].splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Links to files of the repository, with the heading after #, and pictures, which are small."""
+    for picture, target in re.findall(r"(!?)\[[^]]*\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        assert not picture or path.stat().st_size <= MOST_BYTES, target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", PAGES[path], re.MULTILINE)
+            anchors = [
+                re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings
+            ]
+            assert anchor in anchors, target
+
+
 def test_there_is_something_to_test():
-    assert len(PYTHON) >= 4 and sum(map(len, COMMANDS)) >= 10
+    assert len(PAGES) >= 7 and len(PYTHON) >= 4 and sum(map(len, COMMANDS)) >= 10

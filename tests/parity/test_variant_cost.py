@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the four variants cost at 32x224x224: README's table, and the paper's point."""
+"""What the four variants cost at 32x224x224: the table of docs/models.md, and the paper's point."""
 
 import time
 

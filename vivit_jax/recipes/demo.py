@@ -44,7 +44,7 @@ def demo_pretrain() -> Recipe:
     Starts from: nothing.
     Source: this project; there is no such run in the papers.
     Hardware: two CPU cores.
-    Result: see the README.
+    Result: see docs/measurements.md.
     """
     return Recipe(
         name="demo-pretrain",
@@ -69,7 +69,7 @@ def demo_finetune() -> Recipe:
     Starts from: the demo's pre-training, or from nothing to compare.
     Source: this project; there is no such run in the papers.
     Hardware: two CPU cores.
-    Result: see the README.
+    Result: see docs/measurements.md.
     """
     return Recipe(
         name="demo-finetune",
@@ -94,7 +94,7 @@ def demo_vivit() -> Recipe:
     Starts from: nothing.
     Source: this project; there is no such run in the papers.
     Hardware: two CPU cores.
-    Result: see the README.
+    Result: see docs/measurements.md.
     """
     sizes = _SIZES | dict(tubelet_size=(4, 16, 16), num_labels=8)
     recipe = demo_finetune()
