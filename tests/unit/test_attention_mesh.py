@@ -207,6 +207,28 @@ def test_without_jit(name):
     assert output < 1e-6 and gradient < 2e-6
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "xla"])
+def test_operands_whose_types_differ(implementation):
+    """Clips and heads are split as queries are, tokens and what is in a head by nothing."""
+    mesh = CONTEXTS["other names, explicit"].mesh(8)
+    values = qkv(36, batch=4, heads=4, width=16, dtype=np.float32)
+    values = *values, cotangent(values[0])
+    specs = ("x", "y"), ("y", None, None, "x"), (None, "x"), (None, None, "y")
+    places = tuple(NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs)
+
+    def attend(*inputs, implementation):
+        out = attention(*inputs, implementation=implementation)
+        assert jax.typeof(out).sharding.spec == PartitionSpec("x", None, None, None)
+        return jax.reshard(out, places[-1])
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(values, places)
+        found = jax.jit(lambda *x: both_passes(*x, implementation, attend))(*placed)
+    output, gradient = largest_errors(found, reference(*values))
+    assert output < 2e-6 and gradient < 2e-6  # measured 6.0e-7 and 5.3e-7
+    assert [jax.typeof(x) for x in found[1:]] == [jax.typeof(x) for x in placed[:3]]
+
+
 @pytest.mark.parametrize("name", ["data", "data and fsdp, our rules", "other names, clips only"])
 def test_mapped_over_clips_on_a_mesh(name):
     """No device sees that a function of one clip has been mapped over those that the mesh split."""

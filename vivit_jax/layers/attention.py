@@ -92,8 +92,9 @@ def _by_library(q, k, v, implementation, leading):
     attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
     for _ in leading[1:]:
         attend = jax.vmap(attend)
+    placement = placement_of(q, leading)
+    q, k, v = placement.typed_alike(q, k, v)
     if implementation == "cudnn":
-        placement = placement_of(q, leading)
         if why := _cudnn_is_lost(placement):
             raise NotImplementedError(why)
         if placement.inside_others:

@@ -63,6 +63,12 @@ class Placement:
         """Into how many parts these axes split something."""
         return math.prod(self.mesh.shape[name] for name in names)
 
+    def typed_alike(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """The arrays, whose types then say what `typed` does."""
+        if self.typed is None:
+            return arrays
+        return tuple(jax.reshard(x, self.typed) for x in arrays)
+
     def on_each(self, function: Callable, *, mentioned: bool = False, checked: bool = False):
         """The function of arrays [..., l, n] or [..., l, n, e], on each device's share of them.
 

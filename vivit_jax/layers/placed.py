@@ -70,9 +70,7 @@ def placed_attention(q, k, v, implementation: str = "chunked", leading=("batch",
     that.
     """
     placement = placement_of(q, leading)
-    if placement.typed is not None:
-        q, k, v = (jax.reshard(x, placement.typed) for x in (q, k, v))
-    q, k, v = _varying_alike(q, k, v)
+    q, k, v = _varying_alike(*placement.typed_alike(q, k, v))
     return _attend(q, k, v, implementation, placement)
 
 
@@ -88,8 +86,7 @@ def _forward(q, k, v, implementation, placement):
 
 
 def _backward(implementation, placement, residuals, d_out):
-    if placement.typed is not None:
-        d_out = jax.reshard(d_out, placement.typed)
+    (d_out,) = placement.typed_alike(d_out)
     return _placed(placement, implementation, "backward", *residuals, d_out)
 
 
