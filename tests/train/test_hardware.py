@@ -46,8 +46,8 @@ def test_topologies(text, slices, count, hosts):
         ("v6e:32x32", 1, "1024 chips, and a slice of v6e at most 256"),
         ("h100:12", 1, "up to 8 or a multiple of the 8"),
         ("h100:2x8", 1, "up to 8 or a multiple of the 8"),
-        ("h100:8", 2, "--slices 2"),
-        ("v5e:8x8", 0, "--slices 0"),
+        ("h100:8", 2, "--slices 2: h100 has none"),
+        ("v5e:8x8", 0, "--slices 0: expected 1 or more$"),
     ],
 )
 def test_what_is_no_topology(text, slices, message):

@@ -193,11 +193,16 @@ def test_what_does_not_divide_is_told(fields, mesh, message):
 
 
 @pytest.mark.parametrize(
-    "text", ["data=3", "data=4,data=2", "model=8", "data=0,fsdp=8", "data", "data=-8", ""]
+    "text",
+    [
+        *("data=3", "data=4,data=2", "model=8", "data=0,fsdp=8", "data", "data=-8", ""),
+        *(f"data={'9' * 5000}", "data=\u0668"),
+    ],
 )
 def test_a_mesh_that_is_none_is_told(text):
-    with pytest.raises(UserError, match="--mesh"):
+    with pytest.raises(UserError, match="--mesh") as told:
         parse_mesh(text, 8)
+    assert len(str(told.value)) < 600
 
 
 def test_processes_that_cannot_share_a_batch_are_told(monkeypatch):

@@ -143,8 +143,10 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
             f"--topology {quoted(text)}: {quoted(shape)!r} is no shape; expected {_EXAMPLES}"
         )
     sizes, chip = tuple(map(int, parts)), CHIPS[kind]
-    if slices < 1 or (slices > 1 and chip.platform == "gpu"):
-        raise UserError(f"--slices {slices}: expected a positive number, and 1 for {kind}")
+    if slices < 1:
+        raise UserError(f"--slices {slices}: expected 1 or more")
+    if slices > 1 and chip.platform == "gpu":
+        raise UserError(f"--slices {slices}: {kind} has none, only TPUs have; say {kind}:N for N")
     found = Topology(text, kind, sizes, slices)
     if chip.platform == "gpu":
         if len(sizes) != 1 or (sizes[0] > 8 and sizes[0] % 8):

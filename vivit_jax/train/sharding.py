@@ -8,6 +8,7 @@ The same step runs on one device and on any mesh. Explicit axes of a mesh are ta
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from flax import linen as nn
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vivit_jax.errors import UserError, first_line
+from vivit_jax.errors import UserError, first_line, quoted
 from vivit_jax.layers.axes import AXES, BATCH, RULES
 from vivit_jax.pretrained import boxed_params
 
@@ -33,17 +34,18 @@ def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
     given = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in AXES or name in given or not size.isdecimal() or int(size) < 1:
+        number = re.fullmatch("0*[1-9][0-9]{0,8}", size)
+        if name not in AXES or name in given or number is None:
             raise UserError(
-                f"--mesh {text!r}: got {part.strip()!r}, expected each of {', '.join(AXES)} at "
-                "most once with a positive size, such as data=4,fsdp=2"
+                f"--mesh {quoted(text)!r}: got {quoted(part.strip())!r}, expected each of "
+                f"{', '.join(AXES)} at most once with a positive size, such as data=4,fsdp=2"
             )
         given[name] = int(size)
     sizes |= given
     if math.prod(sizes.values()) != devices:
         raise UserError(
-            f"--mesh {text!r} is for {math.prod(sizes.values())} devices, there are {devices}; "
-            "their product must be the number of devices"
+            f"--mesh {quoted(text)!r} is for {math.prod(sizes.values())} devices, there are "
+            f"{devices}; their product must be the number of devices"
         )
     return sizes
 
