@@ -99,7 +99,6 @@ def made(**fields):
 
 def test_the_formulas():
     found = made()
-    assert found.fits and not made(peak=2**34 + 1).fits
     assert found.compute_seconds == pytest.approx(30e-3)
     # 4 ms of the all-reduce have nothing beside them; of 42 ms that have, 34 are hidden.
     assert found.waiting_seconds == pytest.approx(4e-3 + 8e-3)
@@ -135,7 +134,6 @@ def test_the_text_has_the_figures():
         "fusion.1: jit(step)/mul",
     ):
         assert expected in text, expected
-    assert "it does NOT fit" in describe(made(peak=2**35))
     assert "--clips N" in describe(made(epoch_videos=None))
     gpu = describe(made(topology=parse_topology("h100:8")))
     assert "estimates no times" in gpu and "at most MFU" in gpu and "at least" in gpu
@@ -277,7 +275,7 @@ def test_a_plan_is_of_the_step_that_trains(mesh, on_cpu):
     assert found.flops == 2 * step_flops(config, "pretraining", 2, 6)
     assert (found.clips, found.videos, found.epoch_videos) == (16, 16, 160)
     assert found.topology.hosts == 1 and found.peak and found.temporaries
-    assert "HloModule" in found.text and found.fits
+    assert "HloModule" in found.text
     assert json.loads(json.dumps(found.to_dict()))["mesh"] == sizes
     setting = planned_setting(PRETRAIN, topology, sizes, 160)
     assert setting.per_epoch == 10
@@ -440,6 +438,17 @@ def test_refusals_are_one_line(said, message, on_cpu, monkeypatch):
     assert "\n" not in str(told.value)
 
 
+def test_a_peak_beyond_the_memory_is_refused(on_cpu, monkeypatch):
+    """Of such a program compilers for GPUs warn only."""
+    memory = types.SimpleNamespace(peak_memory_in_bytes=80 * 2**30 + 1)
+    found = types.SimpleNamespace(as_text=lambda: "", memory_analysis=lambda: memory)
+    monkeypatch.setattr(plan_module, "_compiled", lambda lowered: found)
+    message = "compiler needs 80.00 GiB of a device and h100 has 80.00 GiB; what may fit: .*remat="
+    with pytest.raises(UserError, match=message) as told:
+        plan(PRETRAIN, parse_topology("h100:8"), parse_mesh("data=8", 8), videos=100)
+    assert "\n" not in str(told.value)
+
+
 def test_what_would_fit_leaves_the_state_as_it_is(on_cpu):
     """With half the batch a step of twice the memory would not fit, for its state is no smaller."""
     recipe = changed(PRETRAIN, train__batch_size=64)
@@ -473,7 +482,7 @@ def test_products_without_tiles_are_compiled_otherwise():
 @pytest.mark.parametrize("recipe", [PRETRAIN, VIVIT], ids=lambda recipe: recipe.name)
 def test_a_plan_for_tpus(recipe):
     found = plan(recipe, FOUR, parse_mesh("data=2,fsdp=2", 4), videos=1000)
-    assert found.cycles > 0 and found.fits and found.peak > found.arguments
+    assert found.cycles > 0 and found.peak > found.arguments
     assert found.compute_seconds == found.cycles / 1.5e9
     # Mixup's Beta distribution is drawn by rejection: nobody knows in how many rounds.
     assert bool(found.unknown_loops) == (recipe is VIVIT)
@@ -509,7 +518,7 @@ def test_what_the_compiler_refuses_is_one_line():
 @needs_cuda_plugin
 def test_a_plan_for_gpus():
     found = plan(PRETRAIN, parse_topology("h100:8"), parse_mesh("data=8", 8), videos=1000)
-    assert not found.cycles and found.fits and found.step_seconds > 0
+    assert not found.cycles and found.step_seconds > 0
     assert {(m.kind, m.axes) for m in found.moved} == {("all-reduce", ("data",))}
     chip = found.topology.chip
     least = max(found.flops / chip.flops, found.bytes / chip.bandwidth)

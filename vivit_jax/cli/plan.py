@@ -96,7 +96,7 @@ def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
             values["search"] = [each.to_dict() | {"operations": []} for each in plans]
             values["refused"] = refused
         write_json(options.json, values)
-    return 0 if best.fits else 1
+    return 0
 
 
 def _check_numbers(options: PlanOptions) -> None:

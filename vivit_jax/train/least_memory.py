@@ -61,6 +61,11 @@ def refused(error: Exception, setting: Setting, topology: Topology) -> UserError
         first = " ".join(message.split())[:300]
         return UserError(f"{setting.recipe.name} does not fit: {first}")
     needed, there = (float(used[i]) * 1024 ** ("KMGT".index(used[i + 1]) + 1) for i in (1, 3))
+    return too_large(setting, topology, needed, there)
+
+
+def too_large(setting: Setting, topology: Topology, needed: float, there: float) -> UserError:
+    """One line for a program that needs more than a device has, with what would fit."""
     return UserError(
         f"{setting.recipe.name} does not fit: the compiler needs {readable(int(needed))} of a "
         f"device and {topology.kind} has {readable(int(there))}; "

