@@ -143,6 +143,14 @@ def test_the_text_has_the_figures():
     assert "fusion.1" not in describe(made(), top=0)
 
 
+def test_figures_of_a_small_step_are_not_zero():
+    tiny = Operation("fusion.1", "fusion", "jit(step)/mul", None, (), (), 5, 600, 0, 1)
+    text = describe(made(cycles=600, flops=2 * 10**8, moved=(), operations=(tiny,)))
+    for expected in ("step: 4.0 ms", "compute 0.0004 ms", "step: 0.0002 TFLOP", "waiting 0.0 ms"):
+        assert expected in text, expected
+    assert text.splitlines()[-1].split()[-1] == "0.0004"
+
+
 def test_the_figures_as_json():
     values = json.loads(json.dumps(made().to_dict()))
     assert values["estimate"] == "nothing was run" and values["topology"] == "v5e:2x2"

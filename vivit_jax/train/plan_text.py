@@ -24,8 +24,8 @@ def ranking(plans: Sequence[Plan], refused: Mapping[str, str]) -> str:
     rows += [
         (
             mesh_text(each.mesh),
-            f"{1e3 * each.step_seconds:.1f}",
-            f"{1e3 * each.waiting_seconds:.1f}",
+            _ms(each.step_seconds, 1),
+            _ms(each.waiting_seconds, 1),
             readable(each.peak),
             f"{each.utilization:.1%}",
             f"{each.clips_per_second:.0f}",
@@ -60,10 +60,11 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _arithmetic(plan: Plan) -> list[str]:
-    again = f", and {plan.recomputed / 1e12:.2f} computed again" if plan.recomputed else ""
+    again = f", and {_figure(plan.recomputed / 1e12, 2)} computed again" if plan.recomputed else ""
+    done = f"{_figure(plan.flops / 1e12, 2)} TFLOP{again}"
     return [
-        f"products of a device's step: {plan.flops / 1e12:.2f} TFLOP{again}, by formula; its "
-        f"memory moves {readable(plan.bytes)}, by the shapes",
+        f"products of a device's step: {done}, by formula; its memory moves "
+        f"{readable(plan.bytes)}, by the shapes",
     ]
 
 
@@ -72,7 +73,7 @@ def _parts(plan: Plan) -> list[str]:
     whole = sum(part.seconds for part in plan.parts) or 1
     rows = [("part", *(("ms", "share") if timed else ()), "moved")]
     for part in plan.parts:
-        times = (f"{1e3 * part.seconds:.2f}", f"{part.seconds / whole:.1%}") if timed else ()
+        times = (_ms(part.seconds, 2), f"{part.seconds / whole:.1%}") if timed else ()
         rows.append((part.name, *times, readable(part.bytes)))
     note = "  (by the name of what was traced; a fusion by one of its, XLA's own copies as other)"
     return ["", *columns(rows), note]
@@ -91,8 +92,8 @@ def _collectives(plan: Plan) -> list[str]:
                 str(each.times),
                 readable(each.bytes),
                 readable(each.sent),
-                f"{1e3 * each.seconds:.2f}" if known else "unknown",
-                f"{1e3 * each.beside_seconds:.2f}" if known else "unknown",
+                _ms(each.seconds, 2) if known else "unknown",
+                _ms(each.beside_seconds, 2) if known else "unknown",
             )
         )
     return ["", *columns(rows)]
@@ -108,8 +109,8 @@ def _step(plan: Plan) -> list[str]:
     else:
         compute = f"{plan.cycles:,} cycles, estimated by the compiler, at {chip.clock / 1e9:g} GHz"
     least = "at least " if chip.platform == "gpu" else ""
-    lines = ["", f"step: {least}{1e3 * plan.step_seconds:.1f} ms = compute + kernels + waiting"]
-    lines.append(f"  compute {1e3 * plan.compute_seconds:.1f} ms: {compute}")
+    lines = ["", f"step: {least}{_ms(plan.step_seconds, 1)} ms = compute + kernels + waiting"]
+    lines.append(f"  compute {_ms(plan.compute_seconds, 1)} ms: {compute}")
     calls = ", ".join(f"{name} {times}" for name, times in sorted(plan.kernels.items()))
     kernels = "no Pallas kernels" if chip.platform == "tpu" else "their time is in the above"
     if plan.kernel_seconds:
@@ -117,13 +118,13 @@ def _step(plan: Plan) -> list[str]:
             "of attention in half precision as fitted to the schedules of libtpu 0.0.42.1, of "
             "others at least: products or traffic at the chip's figures"
         )
-    lines.append(f"  kernels {1e3 * plan.kernel_seconds:.1f} ms: {kernels}")
+    lines.append(f"  kernels {_ms(plan.kernel_seconds, 1)} ms: {kernels}")
     if calls:
         lines.append(f"    custom calls: {calls}")
     if plan.uncounted_kernels:
         lines.append(f"    {plan.uncounted_kernels} calls carry no count: by their traffic alone")
     lines.append(
-        f"  waiting {1e3 * plan.waiting_seconds:.1f} ms: collectives that nothing runs beside, and "
+        f"  waiting {_ms(plan.waiting_seconds, 1)} ms: collectives that nothing runs beside, and "
         f"what of the others is longer than the rest, {_RING}"
     )
     if plan.network_bytes or any(each.seconds is None for each in plan.moved):
@@ -158,7 +159,16 @@ def _operations(plan: Plan, top: int) -> list[str]:
                 part_of(each.op_name),
                 str(each.times),
                 readable(each.bytes * each.times),
-                *((f"{1e3 * seconds:.2f}",) if timed else ()),
+                *((_ms(seconds, 2),) if timed else ()),
             )
         )
     return ["", *columns(rows)]
+
+
+def _ms(seconds: float, places: int) -> str:
+    return _figure(1e3 * seconds, places)
+
+
+def _figure(value: float, places: int) -> str:
+    """With so many decimals; of what is less than one, as a small model's, two digits."""
+    return f"{value:.{places}f}" if value >= 1 or not value else f"{value:.2g}"
