@@ -32,7 +32,8 @@ class Apart:
     `modules` are imported there at once, while this process goes on with something else. After an
     end the next call gets a new process. Both ways go pickles: arguments, and what is returned. To
     leave the block ends the process, whatever it does. What it writes to standard error comes with
-    the result of the call, so that what a library says in the moment of its end is not heard.
+    the result of the call, so that what a library says in the moment of its end, or beside a
+    UserError, is not heard.
     """
 
     def __init__(self, function: Callable[..., Any], modules: Sequence[str] = ()):
@@ -76,10 +77,10 @@ class Apart:
                 raise Ended(signal.Signals(-code).name) from None
             raise RuntimeError(f"another process ended with {code}: {self._heard()}") from None
         said = self._heard()
-        if said:
-            print(printable(said), end="", file=sys.stderr, flush=True)
         if what == "refused":
             raise UserError(value)
+        if said:
+            print(printable(said), end="", file=sys.stderr, flush=True)
         if what == "failed":
             raise RuntimeError(f"in another process: {value}")
         return value

@@ -14,6 +14,7 @@ from vivit_jax.processes import Apart, Ended
 
 def work(what, value):
     if what == "refuse":
+        os.write(2, b"a library's warning\n")
         raise UserError(value)
     if what == "fail":
         raise KeyError(value)
