@@ -11,6 +11,12 @@ def collectives(compiled, mesh) -> list[str]:
     return sorted(each.kind for each in read_program(compiled, mesh).collectives)
 
 
+def moved(compiled, mesh) -> list[tuple]:
+    """Of each of a compiled program's collectives its kind, its axes, its bytes and how often."""
+    found = read_program(compiled, mesh).collectives
+    return sorted((each.kind, each.axes, each.bytes, each.times) for each in found)
+
+
 def rounds(compiled, mesh) -> list[int]:
     """How many rounds each of its loops has, in order of size."""
     return sorted(each.trips for each in read_program(compiled, mesh).loops)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_programs import collectives
+from compiled_programs import collectives, moved
 from flax import linen as nn
 from helpers import CASES, VIDEOMAE, bool_mask, clip, config_of, error, mostly_slow, random_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -159,7 +159,7 @@ def test_what_moves_is_what_moves_on_automatic_axes_with_rules(name, layout):
         with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
             placed = layout.placed(mesh, name)
             program = jax.jit(lambda *args: both(model, *args)).lower(*placed).compile()
-        programs.append(collectives(program, mesh))
+        programs.append(moved(program, mesh))
     assert programs[0] == programs[1] != []
 
 
