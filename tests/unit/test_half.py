@@ -132,6 +132,15 @@ def pullback_of(x, y, g):
     return jax.vjp(matrix_product, x, y)[1](g)
 
 
+def test_products_and_gradients_without_jit():
+    x, y = operands("bfloat16", (5, 32), (32, 7))
+    of_both = jax.value_and_grad(lambda x, y: matrix_product(x, y).sum(), (0, 1))
+    expected = of_both(x, y)
+    with jax.disable_jit():
+        found = of_both(x, y)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, found, expected))
+
+
 def test_forward_mode_and_vmap():
     x, y, dx, dy = operands("bfloat16", (4, 9, 32), (4, 32, 5), (4, 9, 32), (4, 32, 5))
     exact_x, exact_y, exact_dx, exact_dy = in_float64(x, y, dx, dy)

@@ -136,7 +136,8 @@ def _traced(x, y, summed, precision):
 @_product_p.def_impl
 def _run(x, y, *, summed, plain):
     del plain
-    return _compiled(summed)(x, y)
+    with jax.disable_jit(False):  # without, what is compiled would come back here for ever
+        return _compiled(summed)(x, y)
 
 
 @cache
