@@ -42,8 +42,8 @@ def tiny(request, monkeypatch):
     config = dataclasses.replace(preset.config, image_size=64, **sizes, **decoder)
     changed = {**work.PRESETS, SMALL: dataclasses.replace(preset, config=config)}
     monkeypatch.setattr(work, "PRESETS", changed)
-    square = ((64, 64), "float32")
-    small = products.Counter({(square, square, (((1,), (0,)), ((), ())), None, "float32"): 1})
+    square, dimensions = ((64, 64), "float32"), (((1,), (0,)), ((), ()))
+    small = products.Counter({(square, square, dimensions, None, "float32", False): 1})
     monkeypatch.setattr(compare, "large_product", lambda _: ProductsAlone(small, "large"))
 
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,15 +14,17 @@ from jax.extend.core import jaxprs_in_params
 
 from vivit_jax.benchmark.measure import Timing
 from vivit_jax.layers.linear import platform
+from vivit_jax.layers.matrices import contracted, matrix_product
 
 CALLS = 1000  # to tell what one costs
 
-# (shape, dtype) of both sides, the dimension numbers, the precision and the result's dtype.
-Product = tuple[tuple, tuple, tuple, Any, Any]
+# (shape, dtype) of both sides, the dimension numbers, the precision, the result's dtype, and
+# whether it has a form of its own on CPU, by `vivit_jax.layers.matrices`.
+Product = tuple[tuple, tuple, tuple, Any, Any, bool]
 
 
 def products_of(function: jax.stages.Wrapped, *args: Any) -> Counter[Product]:
-    """Every dot_general that the jitted `function(*args)` runs on CPU, with how often it does.
+    """Every matrix product that the jitted `function(*args)` runs on CPU, with how often it does.
 
     Where a program has a branch for each platform, the first, which is CPU's, is counted.
     """
@@ -32,10 +35,14 @@ def _count(jaxpr) -> Counter[Product]:
     found = Counter()
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
+        own_form = name == "matrix_product"
+        if name == "dot_general" or own_form:
             left, right = ((x.aval.shape, x.aval.dtype.name) for x in eqn.invars)
             out = eqn.outvars[0].aval.dtype.name
-            found[left, right, params["dimension_numbers"], params["precision"], out] += 1
+            (dot,) = params["plain"].eqns if own_form else (eqn,)
+            how = (dot.params[name] for name in ("dimension_numbers", "precision"))
+            found[left, right, *how, out, own_form] += 1
+            continue
         times = params["length"] if name == "scan" else 1
         inner = params["branches"][:1] if name == "cond" else jaxprs_in_params(params)
         for each in inner:
@@ -98,23 +105,25 @@ class ProductsAlone:
 def large_product(dtype: str) -> ProductsAlone:
     """A large square product, as often as a clock can tell: the machine's rate for a dtype."""
     size, times = (2048, 1) if platform() == "cpu" else (8192, 16)
-    shape = ((size, size), dtype)
-    product = (shape, shape, (((1,), (0,)), ((), ())), None, dtype)
+    square = jax.ShapeDtypeStruct((size, size), dtype)
+    (product,) = products_of(jax.jit(matrix_product), square, square)
     return ProductsAlone(Counter({product: times}), "one large product")
 
 
 def _call(product: Product) -> tuple[Callable, tuple[jax.Array, jax.Array]]:
     """The product as a compiled function, called once, and operands for it."""
-    (left, left_dtype), (right, right_dtype), dimensions, precision, out = product
+    (left, left_dtype), (right, right_dtype), dimensions, precision, out, own_form = product
     keys = jax.random.split(jax.random.key(0))
     operands = (
         jax.random.normal(keys[0], left, left_dtype),
         jax.random.normal(keys[1], right, right_dtype),
     )
-    multiply = jax.jit(
-        lambda a, b: jax.lax.dot_general(
-            a, b, dimensions, precision, preferred_element_type=jnp.dtype(out)
-        )
-    )
+    if own_form:
+        (summed, _) = dimensions
+        multiply = partial(contracted, summed=tuple(axis for (axis,) in summed))
+    else:
+        out = jnp.dtype(out)
+        multiply = lambda a, b: jax.lax.dot_general(a, b, dimensions, precision, out)  # noqa: E731
+    multiply = jax.jit(multiply)
     multiply(*operands).block_until_ready()
     return multiply, operands

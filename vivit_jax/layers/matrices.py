@@ -47,7 +47,7 @@ def matrix_product(x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or (mesh.size == 1 and set(mesh.axis_types) == {AxisType.Auto})
     if alone and x.dtype == y.dtype == np.dtype(dtype or x.dtype) and _has_a_form(y):
-        return _bind(x, y, (1, 0))
+        return contracted(x, y, (1, 0))
     return jnp.matmul(x, y, preferred_element_type=dtype)
 
 
@@ -120,7 +120,8 @@ def saved(primitive, *operands, **_) -> bool:
     return primitive is _product_p and operands[0].dtype == jnp.float32
 
 
-def _bind(x, y, summed):
+def contracted(x, y, summed):
+    """The product of matrices of one type by an axis of each, in a form of its own on CPU."""
     precision = jax.config.jax_default_matmul_precision
     plain = _traced(jax.typeof(x), jax.typeof(y), summed, precision)
     return _product_p.bind(x, y, summed=summed, plain=plain)
@@ -142,7 +143,7 @@ def _run(x, y, *, summed, plain):
 
 @cache
 def _compiled(summed):
-    return jax.jit(partial(_bind, summed=summed))
+    return jax.jit(partial(contracted, summed=summed))
 
 
 @_product_p.def_abstract_eval
@@ -154,13 +155,13 @@ def _type(x, y, *, summed, plain):
 def _gradient_to_x(g, x, y, *, summed, plain):
     del x, plain
     kept = 1 - summed[1]  # of y's axes the one that g's last is
-    return _bind(g, y, (1, kept)) if summed[0] == 1 else _bind(y, g, (kept, 1))
+    return contracted(g, y, (1, kept)) if summed[0] == 1 else contracted(y, g, (kept, 1))
 
 
 def _gradient_to_y(g, x, y, *, summed, plain):
     del y, plain
     kept = 1 - summed[0]  # of x's axes the one that g's first is
-    return _bind(x, g, (kept, 0)) if summed[1] == 0 else _bind(g, x, (0, kept))
+    return contracted(x, g, (kept, 0)) if summed[1] == 0 else contracted(g, x, (0, kept))
 
 
 ad.defbilinear(_product_p, _gradient_to_x, _gradient_to_y)
@@ -171,7 +172,7 @@ def _batch(arrays, axes, *, summed, plain):
     (x, y), (x_axis, y_axis) = arrays, axes
     if y_axis is None and summed[0] == 1:  # rows of all are rows of one product
         x = jnp.moveaxis(x, x_axis, 0)
-        found = _bind(x.reshape(-1, x.shape[-1]), y, summed)
+        found = contracted(x.reshape(-1, x.shape[-1]), y, summed)
         return found.reshape(*x.shape[:2], -1), 0
     return jax.vmap(partial(_plain, summed=summed), axes)(x, y), 0
 
