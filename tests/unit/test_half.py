@@ -141,6 +141,12 @@ def test_products_and_gradients_without_jit():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, found, expected))
 
 
+def test_vmap_over_nothing():
+    for x in operands("bfloat16", (0, 4, 32), (3, 0, 32)):
+        found = jax.vmap(matrix_product, (0, None))(x, jnp.ones((32, 5), x.dtype))
+        assert found.shape == (*x.shape[:2], 5)
+
+
 def test_forward_mode_and_vmap():
     x, y, dx, dy = operands("bfloat16", (4, 9, 32), (4, 32, 5), (4, 9, 32), (4, 32, 5))
     exact_x, exact_y, exact_dx, exact_dy = in_float64(x, y, dx, dy)

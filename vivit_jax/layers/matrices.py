@@ -172,8 +172,9 @@ def _batch(arrays, axes, *, summed, plain):
     (x, y), (x_axis, y_axis) = arrays, axes
     if y_axis is None and summed[0] == 1:  # rows of all are rows of one product
         x = jnp.moveaxis(x, x_axis, 0)
-        found = contracted(x.reshape(-1, x.shape[-1]), y, summed)
-        return found.reshape(*x.shape[:2], -1), 0
+        many, rows, terms = x.shape
+        found = contracted(x.reshape(many * rows, terms), y, summed)
+        return found.reshape(many, rows, found.shape[1]), 0
     return jax.vmap(partial(_plain, summed=summed), axes)(x, y), 0
 
 
