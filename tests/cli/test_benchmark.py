@@ -359,10 +359,10 @@ def measured_as(monkeypatch, busy=None, **seconds):
     """Rounds of made-up times; returns the `Rounds` that each comparison asked for."""
     asked = []
 
-    def alternate(sides, rounds, half_width):
+    def alternate(sides, rounds, reach):
         asked.append(rounds)
         times = {side.name: Timing(tuple(seconds.get(side.name, (1.0,) * 8))) for side in sides}
-        return Measured(times, half_width(times), busy)
+        return Measured(times, reach(times), busy)
 
     monkeypatch.setattr(compare, "alternate", alternate)
     return asked
@@ -392,7 +392,7 @@ def test_a_table_of_known_times(monkeypatch, capsys, tmp_path):
     assert row["memory_ratio"] == 0.75 and row["least_seconds"] == 1.0
     assert result["rounds"] == {
         **{"done": 8, "seed": 7, "least": 8, "until": 0.025, "most": 200},
-        **{"half_width": 0.0, "narrow": True},
+        **{"reach": 0.0, "narrow": True},
     }
     assert result["busy"]["rounds"] == [2, 4, 5] and result["busy"]["told"]
 
@@ -413,12 +413,12 @@ def test_rounds_look_at_the_ratios_that_are_told(monkeypatch):
 
     steady, uneven = Timing((1.0,) * 6), Timing((1.0, 2.0) * 3)
     timings = {"ours": steady, "equal": steady, "wrong": uneven}
-    width = compare._half_width(timings, {"equal": Agrees(True), "wrong": Agrees(False)}, Rounds())
+    width = compare._reach(timings, {"equal": Agrees(True), "wrong": Agrees(False)}, Rounds())
     assert width(timings) == 0
-    width = compare._half_width(timings, {"equal": Agrees(True), "wrong": Agrees(True)}, Rounds())
+    width = compare._reach(timings, {"equal": Agrees(True), "wrong": Agrees(True)}, Rounds())
     assert width(timings) > 0.1
-    alone = compare._half_width(["wrong"], {}, Rounds())
-    assert alone(timings) == uneven.interval.half_width > 0.1
+    alone = compare._reach(["wrong"], {}, Rounds())
+    assert alone(timings) == uneven.interval.reach > 0.1
     assert alone({"wrong": Timing((1.0, 2.0))}) is None
 
 

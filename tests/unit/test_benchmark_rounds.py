@@ -44,9 +44,9 @@ def clock(monkeypatch):
     return made
 
 
-def run(clock, rounds, half_width=lambda _: None):
+def run(clock, rounds, reach=lambda _: None):
     return alternate(
-        [Fake(n, clock, s) for n, s in zip("abc", (1, 2, 4), strict=True)], rounds, half_width
+        [Fake(n, clock, s) for n, s in zip("abc", (1, 2, 4), strict=True)], rounds, reach
     )
 
 
@@ -73,18 +73,18 @@ def test_rounds_go_on_until_it_is_known_well_enough(clock):
     widths = iter([None, 0.5, 0.04, 0.03, 0.02])
     asked = []
 
-    def half_width(timings):
+    def reach(timings):
         asked.append(len(timings["a"].seconds))
         return next(widths)
 
-    measured = run(clock, Rounds(3, until=0.03, most=50), half_width)
-    assert asked == [3, 4, 5, 6] and measured.half_width == 0.03
+    measured = run(clock, Rounds(3, until=0.03, most=50), reach)
+    assert asked == [3, 4, 5, 6] and measured.reach == 0.03
     assert len(measured.timings["b"].seconds) == 6
 
 
 def test_rounds_end_at_the_ceiling(clock):
     measured = run(clock, Rounds(3, until=0.03, most=7), lambda _: 0.1)
-    assert len(measured.timings["a"].seconds) == 7 and measured.half_width == 0.1
+    assert len(measured.timings["a"].seconds) == 7 and measured.reach == 0.1
     assert len(run(clock, Rounds(4), lambda _: 0.1).timings["a"].seconds) == 4
 
 
@@ -94,20 +94,23 @@ def test_a_median_its_interval_and_spread():
     assert Timing((1.0, 2.0, 3.0, 4.0, 5.0)).spread == pytest.approx(1 / 3)
     found = interval((1.0, 2.0, 3.0, 4.0, 5.0))
     assert found == Interval(3.0, 1.0, 5.0)  # of five rounds all of them
-    assert found.half_width == pytest.approx(2 / 3) and str(found) == "1.000-5.000"
+    assert found.reach == pytest.approx(2 / 3) and str(found) == "1.000-5.000"
+    uneven = Interval(1.0, 0.99, 1.15)  # which a half of its width, 8 %, would tell too narrow
+    assert uneven.reach == pytest.approx(0.15)
+    assert Interval(1.0, 0.85, 1.01).reach == pytest.approx(0.15)
     assert interval([2.0] * 7) == Interval(2.0, 2.0, 2.0)
 
 
 def test_too_few_rounds_have_no_interval():
     assert interval([1.0] * (LEAST - 1)) == Interval(1.0, None, None)
-    assert interval([1.0]).half_width is None and str(interval([1.0])) == "-"
+    assert interval([1.0]).reach is None and str(interval([1.0])) == "-"
 
 
 def test_a_ratio_is_taken_within_rounds_and_of_the_least():
     """A drift that slows both sides alike leaves no trace in the rounds' ratios."""
     drift = np.linspace(1, 3, 9)
     found = ratio(drift * 1.5, drift)
-    assert found.median == pytest.approx(1.5) and found.rounds.half_width == pytest.approx(0)
+    assert found.median == pytest.approx(1.5) and found.rounds.reach == pytest.approx(0)
     assert found.least == pytest.approx(1.5)
     assert Timing((1.0, 2.0, 9.0)).over(Timing((2.0, 2.0, 3.0))).median == 1
     assert ratio((1.0, 2.0, 9.0), (2.0, 2.0, 3.0)).least == 0.5
@@ -131,4 +134,4 @@ def test_intervals_hold_the_median_about_as_often_as_they_say(rounds):
 
 def test_more_rounds_make_it_narrower():
     values = np.exp(np.random.default_rng(1).normal(0, 0.03, 200))
-    assert interval(values).half_width < interval(values[:20]).half_width / 2
+    assert interval(values).reach < interval(values[:20]).reach / 2

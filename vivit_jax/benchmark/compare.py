@@ -52,7 +52,7 @@ def compare(
         measured = alternate(
             [*sides, large, *([alone] if alone else [])],
             rounds,
-            _half_width([side.name for side in sides], agreements, rounds),
+            _reach([side.name for side in sides], agreements, rounds),
         )
         timings = measured.timings
         rows = tuple(
@@ -71,7 +71,7 @@ def compare(
         gc.collect()
     return Comparison(
         *(ours, rows, rate, bound, tuple(failures), peak_rate),
-        *(rounds, measured.half_width, measured.busy),
+        *(rounds, measured.reach, measured.busy),
     )
 
 
@@ -123,25 +123,25 @@ def _warm_up(
     return agreements
 
 
-def _half_width(
+def _reach(
     names: Sequence[str], agreements: dict[str, Agreement], rounds: Rounds
 ) -> Callable[[Timings], float | None]:
-    """The widest interval of the ratios that are told, or of the first side's time if none is."""
+    """How far the intervals of ratios reach, or that of the first side's time if none is told."""
     first, *others = names
     compared = [name for name in others if agreements[name].holds]
 
-    def half_width(timings: Timings) -> float | None:
+    def reach(timings: Timings) -> float | None:
         mine = timings[first]
         intervals = [mine.over(timings[name]).rounds for name in compared] or [mine.interval]
-        widths = [interval.half_width for interval in intervals]
-        widest = None if None in widths else max(widths)
+        reaches = [interval.reach for interval in intervals]
+        farthest = None if None in reaches else max(reaches)
         done = len(mine.seconds)
-        if rounds.until is not None and widest is not None and done % _TELL == 0:
-            text = f"{done} rounds, +-{widest:.2%}, until +-{100 * rounds.until:g}%"
+        if rounds.until is not None and farthest is not None and done % _TELL == 0:
+            text = f"{done} rounds, +-{farthest:.2%}, until +-{100 * rounds.until:g}%"
             print(text, file=sys.stderr, flush=True)
-        return widest
+        return farthest
 
-    return half_width
+    return reach
 
 
 def _first_step(side: Side) -> Computed:

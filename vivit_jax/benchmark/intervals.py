@@ -36,9 +36,11 @@ class Interval:
     high: float | None
 
     @property
-    def half_width(self) -> float | None:
-        """Half of the interval as a share of the median."""
-        return None if self.low is None else (self.high - self.low) / 2 / self.median
+    def reach(self) -> float | None:
+        """From the median to the bound that is farther from it, as a share of the median."""
+        if self.low is None:
+            return None
+        return max(self.high - self.median, self.median - self.low) / self.median
 
     def __str__(self) -> str:
         return "-" if self.low is None else f"{self.low:.3f}-{self.high:.3f}"

@@ -49,8 +49,8 @@ class Timing:
 class Rounds:
     """How many rounds there are, and the seed of the order of the sides in each.
 
-    `least` rounds; with `until` on from there until the intervals of what is asked for are no wider
-    than that share to either side, or `most` rounds are done.
+    `least` rounds; with `until` on from there until the intervals of what is asked for reach no
+    farther than that share to either side, or `most` rounds are done.
     """
 
     least: int = 5
@@ -64,10 +64,10 @@ QUICK_LOOK = Rounds()
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The sides' times, how wide the widest interval is, and what others did meanwhile."""
+    """The sides' times, how far the intervals reach, and what others did meanwhile."""
 
     timings: dict[str, Timing]
-    half_width: float | None  # None for too few rounds to tell
+    reach: float | None  # None for too few rounds to tell
     busy: Busy | None  # None where the system does not tell
 
 
@@ -77,7 +77,7 @@ Timings = Mapping[str, Timing]
 def alternate(
     sides: Sequence[Runnable],
     rounds: Rounds,
-    half_width: Callable[[Timings], float | None] = lambda _: None,
+    reach: Callable[[Timings], float | None] = lambda _: None,
 ) -> Measured:
     """Every side once in each round, in an order drawn anew for each; warm sides only.
 
@@ -85,7 +85,7 @@ def alternate(
     do not; in turns of one order a side would always have the same one before it. A turn is two
     steps in a row, of which the second counts, as in use one step follows another: the first finds
     the caches and the memory of the side before, which took a pre-training step of VideoMAE-B from
-    4.7 to 5.5 s. `half_width` says how well what is asked for is known after some rounds.
+    4.7 to 5.5 s. `reach` says how well what is asked for is known after some rounds.
     """
     seconds = {side.name: [] for side in sides}
     rng, watch, done = np.random.default_rng(rounds.seed), Watch(), 0
@@ -101,7 +101,7 @@ def alternate(
         if done < rounds.least:
             continue
         timings = {name: Timing(tuple(times)) for name, times in seconds.items()}
-        known = half_width(timings)
+        known = reach(timings)
         enough = rounds.until is None or (known is not None and known <= rounds.until)
         if enough or done >= rounds.most:
             return Measured(timings, known, watch.busy())

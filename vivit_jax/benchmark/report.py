@@ -38,7 +38,7 @@ class Comparison:
     failures: tuple[str, ...] = ()  # rows that could not run, and why
     peak_rate: float | None = None  # operations per second that the device is sold for
     rounds: Rounds = Rounds()  # that were asked for
-    half_width: float | None = None  # of the widest of the intervals that `rounds.until` is about
+    reach: float | None = None  # of those intervals that `rounds.until` is about, the farthest
     busy: Busy | None = None  # what others did meanwhile
 
     @property
@@ -77,7 +77,7 @@ class Comparison:
         """Whether the intervals are as narrow as was asked; None where nothing was."""
         if self.rounds.until is None:
             return None
-        return self.half_width is not None and self.half_width <= self.rounds.until
+        return self.reach is not None and self.reach <= self.rounds.until
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ class Comparison:
         done = len(self.rows[0].timing.seconds)
         rounds = f"{done} rounds, each in an order of its own (seed {self.rounds.seed})"
         if self.narrow is not None:
-            width = "unknown" if self.half_width is None else f"+-{self.half_width:.2%}"
+            width = "unknown" if self.reach is None else f"+-{self.reach:.2%}"
             rounds += f", to +-{100 * self.rounds.until:g}% of the median at 95 %: {width}"
         if self.narrow is False:
             rounds += f"; ended by --most-rounds {self.rounds.most}"
@@ -98,8 +98,9 @@ class Comparison:
         Of the table, beside what was asked for:
             flops, product_flops_per_second, products_seconds, products_ratio: operations of the
                 work, the rate of one large product, the work's products alone, ours by those.
-            rounds: {done, seed, least, until, most, half_width, narrow}; half_width is that of the
-                widest interval as a share of the median, narrow whether it is below `until`.
+            rounds: {done, seed, least, until, most, reach, narrow}; reach is how far the
+                widest interval reaches to one side, as a share of the median, narrow whether that
+                is at most `until`.
             busy: {source, threshold, cores, others, steal, rounds, timed, told}: shares of the
                 cores' time, steal within others, and the rounds (from 1) with more than threshold.
             failures: rows that could not run.
@@ -130,7 +131,7 @@ class Comparison:
             "rounds": {
                 "done": len(self.rows[0].timing.seconds),
                 **dataclasses.asdict(self.rounds),
-                "half_width": self.half_width,
+                "reach": self.reach,
                 "narrow": self.narrow,
             },
             "busy": self.busy and dataclasses.asdict(self.busy) | {"told": self.busy.told},
