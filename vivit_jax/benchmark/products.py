@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from vivit_jax.benchmark.measure import Timing
 from vivit_jax.layers.linear import platform
-from vivit_jax.layers.matrices import contracted, matrix_product
+from vivit_jax.layers.matrices import NAME, contracted, matrix_product
 
 CALLS = 1000  # to tell what one costs
 
@@ -35,7 +35,7 @@ def _count(jaxpr) -> Counter[Product]:
     found = Counter()
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
-        own_form = name == "matrix_product"
+        own_form = name == NAME
         if name == "dot_general" or own_form:
             left, right = ((x.aval.shape, x.aval.dtype.name) for x in eqn.invars)
             out = eqn.outvars[0].aval.dtype.name

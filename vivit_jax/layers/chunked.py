@@ -97,7 +97,7 @@ def keys_in_rows(turned_k, q, k, v, log_sum, d_out, mean):
     So that on CPU YNNPACK's kernel for bfloat16 takes all five, see `vivit_jax.layers.matrices`:
     1568 tokens and 12 heads of 64 took 45 ms instead of 60 (2 cores, AVX512-BF16). turned_k [e, k].
     """
-    wide, scale = log_sum.dtype, q.shape[-1] ** -0.5
+    wide, scale = log_sum.dtype, _scale(q)
     of_queries = functools.partial(jnp.einsum, "ke,qe->kq", preferred_element_type=wide)
     weights = jnp.exp(of_queries(k, q) * scale - log_sum.T)
     d_scores = weights * (of_queries(v, d_out) - mean.T) * scale

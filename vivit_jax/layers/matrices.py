@@ -109,7 +109,8 @@ def _by_eigen(x, y):
 # The product by the axes of x and y, matrices, that are summed over. A primitive, since the
 # derivative of a product is plain products, and that of a function with rules of its own is either
 # forward or backward.
-_product_p = Primitive("matrix_product")
+NAME = "matrix_product"  # of the primitive, for what counts the products of a program
+_product_p = Primitive(NAME)
 
 
 def saved(primitive, *operands, **_) -> bool:
