@@ -4,12 +4,13 @@
 import sys
 from collections.abc import Sequence
 
-from checkpoints_convert.convert import convert
-from checkpoints_convert.summary import inspect
-from checkpoints_convert.verify import verify
-from vivit_jax.cli.run import run
+from vivit_jax.console import run
 
-COMMANDS = {"inspect": inspect, "convert": convert, "verify": verify}
+COMMANDS = {
+    "inspect": "checkpoints_convert.inspect:inspect",
+    "convert": "checkpoints_convert.convert:convert",
+    "verify": "checkpoints_convert.verify:verify",
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -9,9 +9,37 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from checkpoints_convert.layouts import IMAGE, LAYOUTS
-from checkpoints_convert.settings import Settings, joined
+from checkpoints_convert.files.open import open_checkpoint
+from checkpoints_convert.files.save import (
+    check_destination,
+    check_sole,
+    replaced_directory,
+    write_weights,
+)
+from checkpoints_convert.layouts import scenic
+from checkpoints_convert.layouts.hf import transformers_notes, write_config
+from checkpoints_convert.layouts.image_vit import pixel_range
+from checkpoints_convert.layouts.registry import IMAGE, LAYOUTS, published
+from checkpoints_convert.problems import collapse
+from checkpoints_convert.rules import (
+    Row,
+    dtype_name,
+    expand,
+    export_params,
+    match_import,
+    read_params,
+    stored_dtype,
+)
+from checkpoints_convert.source import FILE_LAYOUTS, layout_of, open_source
+from checkpoints_convert.start.from_image import read_image_model
+from checkpoints_convert.start.label_map import gather_classes, read_label_map
+from vivit_jax import param_tree
+from vivit_jax.config import Config, VivitConfig
+from vivit_jax.console import ConfigOption, joined
 from vivit_jax.errors import UserError
+from vivit_jax.hub import PROCESSOR_FILES, resolve_checkpoint
+from vivit_jax.models.build import expected_shapes
+from vivit_jax.typed import Settings, parse_settings, reusable
 
 Container = Literal["optimizer", "params", "model", "module", "bare"]
 Inflation = Literal["central_frame", "average", "rank_pooling"]
@@ -33,7 +61,6 @@ class Conversion:
     dtype: str | None = None  # that floats were cast to
 
     def __str__(self) -> str:
-        from checkpoints_convert.problems import collapse
 
         names = ", ".join(path.name for path in self.files)
         cast = f" as {self.dtype}" if self.dtype else ""
@@ -72,20 +99,6 @@ def convert_checkpoint(
     `settings` give it `num_labels`. Of a classifier only the classes stay that the file `label_map`
     lists, see `read_label_map`. Raises a UserError or OSError and then leaves no directory behind.
     """
-    from checkpoints_convert.config_json import reusable, transformers_notes, write_config
-    from checkpoints_convert.io import open_checkpoint
-    from checkpoints_convert.layouts import published
-    from checkpoints_convert.loaded import load_checkpoint, load_image_model
-    from checkpoints_convert.rules import export_params, stored_dtype
-    from checkpoints_convert.save import (
-        check_destination,
-        check_sole,
-        replaced_directory,
-        write_weights,
-    )
-    from checkpoints_convert.source import FILE_LAYOUTS, layout_of
-    from vivit_jax.hub import resolve_checkpoint
-
     file_layout = FILE_LAYOUTS.get(to_layout)
     container = _container(to_layout, container)
     if file_layout and max_shard_size is not None:
@@ -137,8 +150,6 @@ def convert_checkpoint(
 
 def _container(layout: str, container: str | None) -> str | None:
     """Where a file of this layout holds the parameters, by default what its authors do."""
-    from checkpoints_convert.source import FILE_LAYOUTS
-
     held = {name: tuple(module.CONTAINERS) for name, module in FILE_LAYOUTS.items()}
     if container is not None and container not in held.get(layout, ()):
         listed = "; ".join(f"{name} checkpoints: {', '.join(held[name])}" for name in held)
@@ -150,8 +161,6 @@ def _container(layout: str, container: str | None) -> str | None:
 
 def _write_processor(staged: Path, path: Path, loaded) -> list[Path]:
     """The processor's files: those beside the checkpoint, or what its kind was trained with."""
-    from checkpoints_convert.io import PROCESSOR_FILES
-
     beside = path if path.is_dir() else path.parent
     found = [beside / name for name in PROCESSOR_FILES if (beside / name).is_file()]
     if found and not loaded.own_processor:
@@ -163,7 +172,6 @@ def _write_processor(staged: Path, path: Path, loaded) -> list[Path]:
 
 
 def _account(rows, tensors, target_rules) -> Iterable[str]:
-    from checkpoints_convert.rules import dtype_name, expand
 
     new_names = {path: row.src for row in expand(target_rules) for path in row.dst}
     for row in rows:
@@ -182,7 +190,7 @@ def convert(
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
     from_layout: Annotated[Literal[(*LAYOUTS, IMAGE)] | None, tyro.conf.arg(name="from")] = None,
     to_layout: Annotated[Literal[LAYOUTS], tyro.conf.arg(name="to")] = "hf",
-    config: Settings = (),
+    config: ConfigOption = (),
     overwrite: bool = False,
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
     max_shard_size: str | None = None,
@@ -238,3 +246,104 @@ def convert(
         **{name: value for name, value in image.items() if value is not None},
     )
     print(report)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Parameters by path, what they are a model of, and the account of the tensors read.
+
+    `rows` say which of `tensors` became which parameters; there are none where values changed on
+    the way. `processor` is the one of this kind of model, None where the checkpoint must bring it;
+    a file that lies beside the checkpoint is preferred unless `own_processor`.
+    """
+
+    title: str
+    config: Config
+    head: str
+    pooler: bool
+    params: Mapping[str, Any]
+    expected: Mapping[str, tuple[int, ...]]
+    read: int
+    left_out: int
+    notes: tuple[str, ...]
+    processor: Any = None
+    own_processor: bool = False
+    rows: tuple[Row, ...] = ()
+    tensors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def with_classes(self, label_map: Path) -> "Loaded":
+        """The same model with those classes of its classifier that a label map lists, in its order.
+
+        Raises UserError as `read_label_map` and `gather_classes` do.
+        """
+        rows = read_label_map(label_map)
+        config, params = gather_classes(self.config, self.params, rows)
+        head = {path: array for path, array in params.items() if path.startswith("head/")}
+        note = f"classifier: {len(rows)} of {self.config.num_labels} classes, as {label_map} lists"
+        return dataclasses.replace(
+            self,
+            config=config,
+            params=params,
+            expected={**self.expected, **param_tree.shapes_of(head)},
+            notes=(*self.notes, note),
+        )
+
+
+def load_checkpoint(
+    path: Path, from_layout: str | None, settings: Settings, dtype: str | None
+) -> Loaded:
+    """Read a checkpoint of any layout, values as they are or cast to `dtype`."""
+    opened = open_source(path, layout=from_layout, settings=settings)
+    layout = opened.layout
+    expected = expected_shapes(opened.config, layout.head, layout.pooler)
+    rows = match_import(opened.tensors, layout.rules(opened.config), expected, opened.title)
+    processor, notes = None, opened.notes
+    if layout.name in FILE_LAYOUTS:
+        processor = FILE_LAYOUTS[layout.name].processor(opened.config)
+        if processor is None:
+            notes += (
+                f"no processor is known for {opened.config.num_channels} channels; write a "
+                "preprocessor_config.json for them",
+            )
+    return Loaded(
+        title=opened.describe(),
+        config=opened.config,
+        head=layout.head,
+        pooler=layout.pooler,
+        params=read_params(opened.tensors, rows, expected, dtype),
+        expected=expected,
+        read=len(opened.checkpoint.tensors),
+        left_out=sum(not row.dst for row in rows) + len(opened.left_out),
+        notes=(*opened.summary(), *notes),
+        processor=processor,
+        rows=tuple(rows),
+        tensors=opened.tensors,
+    )
+
+
+def load_image_model(
+    path: Path, settings: Settings, dtype: str | None, options: Mapping[str, str]
+) -> Loaded:
+    """Start a video model from an image model; `settings` are fields of the video model.
+
+    There is a classifier if they give it `num_labels`, class names or splits. `options` are those
+    of `init_from_image_model`.
+    """
+    changes = parse_settings(VivitConfig, settings)
+    head = "classification" if "num_labels" in changes else "none"
+    changes["param_dtype"] = dtype or "float32"
+    (model, params, report), image = read_image_model(path, changes, head=head, **options)
+    flat = param_tree.flatten(params)
+    return Loaded(
+        title=f"{image.naming} names of an image ViT ({image.path})",
+        config=model.config,
+        head=head,
+        pooler=False,
+        params=flat,
+        expected=param_tree.shapes_of(flat),
+        read=len(image.tensors) + len(image.left_out),
+        left_out=len(report.dropped),
+        notes=tuple(str(report).splitlines()[1:]),
+        processor=scenic.processor(model.config, **pixel_range(image)),
+        own_processor=True,
+    )

@@ -19,9 +19,9 @@ import einops
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert import trees
+from checkpoints_convert.files.tensors import LazyTensor
 from checkpoints_convert.problems import Problems, collapse
-from checkpoints_convert.tensors import LazyTensor
+from vivit_jax import param_tree
 from vivit_jax.errors import CheckpointError
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -115,7 +115,7 @@ def match_import(
     two rules set, or that the model does not have.
     """
     problems = Problems(f"{what} does not fit the model")
-    slots = trees.slots(expected)
+    slots = param_tree.slots(expected)
     rows = list(expand(rules))
     wanted = {}
     for row in rows:
@@ -161,7 +161,7 @@ def read_params(
     the layers of one stacked leaf are stored in dtypes without a common one, and where finite
     numbers would become infinite in `dtype`.
     """
-    slots = trees.slots(expected)
+    slots = param_tree.slots(expected)
     rows = [row for row in rows if row.dst]
     dtypes = leaf_dtypes(source, rows, slots) if dtype is None else {}
     out: dict[str, np.ndarray] = {}
@@ -199,7 +199,7 @@ def import_params(
 
 
 def leaf_dtypes(
-    source: Mapping[str, Any], rows: Iterable[Row], slots: Mapping[str, trees.Slot]
+    source: Mapping[str, Any], rows: Iterable[Row], slots: Mapping[str, param_tree.Slot]
 ) -> dict[str, np.dtype]:
     """The dtype of every leaf as stored; layers that differ are promoted to their common dtype."""
     dtypes: dict[str, np.dtype] = {}
@@ -230,7 +230,7 @@ def export_params(
     that lists every parameter missing, unexpected, mis-shaped, or not used once by the table.
     """
     problems = Problems(f"{what} do not fit the model")
-    shapes = trees.shapes_of(params)
+    shapes = param_tree.shapes_of(params)
     for path, shape in (expected or {}).items():
         if path not in shapes:
             problems.missing(path, shape, f"expected {shape}")
@@ -240,7 +240,7 @@ def export_params(
         for path in sorted(shapes.keys() - expected.keys()):
             problems.unexpected(path, shapes[path])
         problems.raise_if_any()
-    slots = trees.slots(shapes)
+    slots = param_tree.slots(shapes)
     rows = [row for row in expand(rules) if row.dst]
     used = [path for row in rows for path in row.dst]
     for path in sorted(set(used) - slots.keys()):
@@ -256,7 +256,7 @@ def export_params(
     return {row.src: _exported(params, row, [slots[path] for path in row.dst]) for row in rows}
 
 
-def _exported(params, row: Row, slots: list[trees.Slot]) -> LazyTensor:
+def _exported(params, row: Row, slots: list[param_tree.Slot]) -> LazyTensor:
     def read():
         leaves = [np.asarray(params[slot.leaf]) for slot in slots]
         values = [

@@ -12,7 +12,7 @@ from typing import Any
 from checkpoints_convert.rules import Rule, expand
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import CheckpointError
-from vivit_jax.limits import check_unpacked
+from vivit_jax.files.limits import check_unpacked
 
 _LISTED = 200  # tensors beyond twice those of the files that are still worth a list
 _CHEAP_AXIS = 2**14

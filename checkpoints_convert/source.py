@@ -7,28 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert import authors, scenic, trees
-from checkpoints_convert.config_json import (
-    Config,
-    Settings,
-    config_path,
-    names_set,
-    override,
-    read_config,
-    reusable,
-)
-from checkpoints_convert.io import Checkpoint, open_checkpoint
-from checkpoints_convert.layouts import IMAGE, Layout, architecture, detect, naming
+from checkpoints_convert.files.open import Checkpoint, open_checkpoint
+from checkpoints_convert.files.tensors import check_readable
+from checkpoints_convert.layouts import scenic, videomae_authors
+from checkpoints_convert.layouts.hf import config_path, read_config
+from checkpoints_convert.layouts.registry import IMAGE, Layout, detect, naming
+from checkpoints_convert.layouts.state_dicts import hf_parameters
 from checkpoints_convert.problems import summarise
 from checkpoints_convert.size_checks import check_sizes
-from checkpoints_convert.state_dicts import hf_parameters
-from checkpoints_convert.tensors import check_readable
-from vivit_jax.config import VivitConfig
+from vivit_jax.config import Config, VivitConfig, architecture
 from vivit_jax.errors import UserError
-from vivit_jax.json_files import read_json
+from vivit_jax.files.json_files import read_json
+from vivit_jax.hub import resolve_checkpoint
+from vivit_jax.typed import Settings, names_set, override, reusable
 
 # The layouts of authors who write one file without its config: what is not hf.
-FILE_LAYOUTS = {"scenic": scenic, "videomae": authors}
+FILE_LAYOUTS = {"scenic": scenic, "videomae": videomae_authors}
 _AUTHORS_BLOCK = re.compile(r"(.*[./])?blocks\.\d+\.attn\.q_bias")
 
 
@@ -73,14 +67,6 @@ class Source:
         """Whether the files hold the parameters by these names and nothing else."""
         return self.tensors.keys() == self.checkpoint.tensors.keys()
 
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters of the model that the checkpoint holds, one entry per layer."""
-        from vivit_jax.pretrained import abstract_params, build_model
-
-        model = build_model(self.config, self.layout.head, self.layout.pooler)
-        leaves = trees.shapes_of(trees.flatten(abstract_params(model)))
-        return {path: slot.shape for path, slot in trees.slots(leaves).items()}
-
 
 def open_source(
     source: str | Path,
@@ -96,8 +82,6 @@ def open_source(
     their tensors do not say; see `parse_settings`. `execution` are execution fields. Raises
     CheckpointError or ConfigError for whatever is missing or wrong; data is not read yet.
     """
-    from vivit_jax.hub import resolve_checkpoint
-
     checkpoint = open_checkpoint(resolve_checkpoint(source, revision))
     settings = reusable(settings)
     layout = layout or layout_of(checkpoint, settings)
@@ -111,7 +95,7 @@ def open_source(
     if layout == "scenic":
         tensors, left_out = scenic.parameters(everything)
     elif layout == "videomae":
-        tensors, left_out = authors.parameters(path, everything)
+        tensors, left_out = videomae_authors.parameters(path, everything)
     else:
         tensors, left_out = hf_parameters(path, everything)
     check_readable(path, tensors)
@@ -122,11 +106,15 @@ def open_source(
     elif layout == "scenic":
         config, head, notes = scenic.infer_config(path, tensors, settings, **execution)
     else:
-        args = authors.script_arguments(everything)
-        config, head, notes = authors.infer_config(path, tensors, settings, args, **execution)
+        args = videomae_authors.script_arguments(everything)
+        config, head, notes = videomae_authors.infer_config(
+            path, tensors, settings, args, **execution
+        )
     spelling = detect(tensors, config, head, layout)
     if layout == "videomae" and config_path(path).exists() and not hub_form:
-        authors.check_function(config, spelling.head, spelling.pooler, beside=config_path(path))
+        videomae_authors.check_function(
+            config, spelling.head, spelling.pooler, beside=config_path(path)
+        )
     opened = Source(checkpoint, config, spelling, tensors, left_out, tuple(notes))
     check_sizes(opened.title, tensors, config, spelling.rules(config), spelling.head)
     return opened

@@ -14,12 +14,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import numpy as np
 import tyro
 
-from checkpoints_convert.settings import Settings, joined
+from checkpoints_convert.convert import convert_checkpoint
+from checkpoints_convert.layouts.hf import runs_in_transformers, transformers_notes
+from checkpoints_convert.pretrained import from_pretrained
+from checkpoints_convert.rules import match_import
+from checkpoints_convert.source import open_source
+from vivit_jax.config import architecture
+from vivit_jax.console import ConfigOption, joined
+from vivit_jax.data.read_clip import read_clip
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import CheckpointError, MissingExtra, UserError
-from vivit_jax.table import columns
+from vivit_jax.hub import read_index, resolve_checkpoint
+from vivit_jax.masking import Mask
+from vivit_jax.models.build import expected_shapes
+from vivit_jax.progress import columns
+from vivit_jax.typed import reusable
 
 # Earlier releases from 5.6 on load published VideoMAE files with zero query and value biases.
 OLDEST_TRANSFORMERS = (5, 18)
@@ -104,16 +117,6 @@ def verify_checkpoint(
     PyTorch or transformers, UserError for a model that transformers does not have or
     does not run.
     """
-    import jax
-
-    from checkpoints_convert.config_json import reusable, runs_in_transformers, transformers_notes
-    from checkpoints_convert.convert import convert_checkpoint
-    from checkpoints_convert.layouts import architecture
-    from checkpoints_convert.rules import match_import
-    from checkpoints_convert.source import open_source
-    from vivit_jax.hub import resolve_checkpoint
-    from vivit_jax.pretrained import from_pretrained
-
     if not 0 < tolerance < np.inf or batch < 1 or seed < 0:
         raise UserError(
             f"tolerance {tolerance} and batch {batch} must be positive and finite, seed {seed} not "
@@ -150,7 +153,7 @@ def verify_checkpoint(
     match_import(
         opened.tensors,
         opened.layout.rules(opened.config),
-        opened.expected(),
+        expected_shapes(opened.config, opened.layout.head, opened.layout.pooler),
         opened.title,
     )
     reference = load_transformers(path, name, "vivit-convert verify", pooler=opened.layout.pooler)
@@ -179,8 +182,6 @@ def verify_checkpoint(
 
 def _no_reference(opened) -> str:
     """Why there is nothing to compare a model with, and what stands in for it."""
-    from checkpoints_convert.config_json import transformers_notes
-
     config = opened.config
     if config.in_transformers:
         (reason,) = transformers_notes(config, opened.layout.head)
@@ -304,8 +305,6 @@ def quiet(transformers) -> Iterator[None]:
 @contextlib.contextmanager
 def _as_directory(path: Path) -> Iterator[Path]:
     """A directory that transformers loads `path` from; for a file, one that holds links."""
-    from checkpoints_convert.io import read_index
-
     if path.is_dir():
         yield path
         return
@@ -324,8 +323,6 @@ def _as_directory(path: Path) -> Iterator[Path]:
 
 
 def _read_clip(clip, path: Path, config) -> np.ndarray:
-    from vivit_jax.data.clip import read_clip
-    from vivit_jax.data.processor import VideoProcessor
 
     processor = VideoProcessor.from_pretrained(path if path.is_dir() else path.parent)
     return read_clip(clip, config).pixel_values(processor)
@@ -349,9 +346,6 @@ def _extra_inputs(model, head: str, batch: int, seed: int) -> dict[str, np.ndarr
 
 
 def _run_in_jax(model, params, pixels, extra) -> dict[str, np.ndarray]:
-    import jax
-
-    from vivit_jax.masking import Mask
 
     inputs = {key: Mask.from_bool(x) if key == "mask" else x for key, x in extra.items()}
 
@@ -446,7 +440,7 @@ def verify(
     batch: int = 1,
     seed: int = 0,
     attention: Literal["auto", "xla", "chunked", "cudnn"] = "auto",
-    config: Settings = (),
+    config: ConfigOption = (),
     json: bool = False,
     revision: str | None = None,
 ) -> int:

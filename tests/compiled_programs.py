@@ -3,7 +3,7 @@
 
 import math
 
-from vivit_jax.train.compiled import read_program
+from vivit_jax.train.planning.compiled import read_program
 
 
 def collectives(compiled, mesh) -> list[str]:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import vivit_jax
-from checkpoints_convert import trees
+from vivit_jax import param_tree
+from vivit_jax.models.build import abstract_params
 from vivit_jax.models.videomae import (
     VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
     VideoMAEModel,
 )
 from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
-from vivit_jax.pretrained import abstract_params
 
 
 def mostly_slow(cases, *quick):
@@ -128,8 +128,8 @@ def random_params(model, scale: float = 0.3, seed: int = 0):
     Much faster than compiling `model.init`, and nothing is at 0 or 1.
     """
     rng = np.random.default_rng(seed)
-    flat = trees.flatten(abstract_params(model))
-    return trees.unflatten(
+    flat = param_tree.flatten(abstract_params(model))
+    return param_tree.unflatten(
         {k: (rng.standard_normal(v.shape) * scale).astype(np.float32) for k, v in flat.items()}
     )
 

@@ -66,7 +66,7 @@ class Compiler:
 
 
 def _devices(topology: str):
-    from vivit_jax.train.hardware import compile_only_devices, parse_topology
+    from vivit_jax.train.planning.hardware import compile_only_devices, parse_topology
 
     return compile_only_devices(parse_topology(topology))
 
@@ -82,7 +82,7 @@ def _setting(family: str, mesh, **config):
 def _read(setting):
     from partitioned import compiled, misplaced
 
-    from vivit_jax.train.compiled import read_program
+    from vivit_jax.train.planning.compiled import read_program
 
     found = compiled(setting)
     wrong = misplaced(setting, read_program(found, setting.mesh))
@@ -101,8 +101,8 @@ def published(topology: str, recipe: str, mesh: dict[str, int], **fields):
     from tiny_recipes import changed
 
     from vivit_jax.recipes import recipe_named
-    from vivit_jax.train.hardware import parse_topology
-    from vivit_jax.train.plan import planned_setting
+    from vivit_jax.train.planning.hardware import parse_topology
+    from vivit_jax.train.planning.plan import planned_setting
 
     recipe = recipe_named(recipe)
     config = dict(recipe.model.config) | {"dtype": "bfloat16"}
@@ -119,7 +119,7 @@ def attention(topology: str, tokens: int):
     from partitioned import mesh_of
 
     from vivit_jax.layers.attention import attention
-    from vivit_jax.train.compiled import read_program
+    from vivit_jax.train.planning.compiled import read_program
 
     mesh = mesh_of("data=2,tensor=2", _devices(topology))
     place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
@@ -146,7 +146,7 @@ def kernels(topology: str, q, keys: int, dtype: str, names=("data", "tensor"), r
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from vivit_jax.layers.attention import attention
-    from vivit_jax.train.compiled import read_program
+    from vivit_jax.train.planning.compiled import read_program
 
     logged = []
     handler = logging.Handler()
@@ -180,8 +180,8 @@ def from_a_file(topology: str, path: str):
     """Of a step that was exported on CPU: kinds of collectives, and how much is donated."""
     from partitioned import mesh_of
 
-    from vivit_jax.train.compiled import read_program
-    from vivit_jax.train.export import export_step, load_step
+    from vivit_jax.inference.export_step import export_step, load_step
+    from vivit_jax.train.planning.compiled import read_program
 
     export_step(_setting("videomae pretrain", mesh_of("data=2,tensor=2")), path)
     loaded = load_step(path, _devices(topology))

@@ -17,8 +17,8 @@ from vivit_jax.config_base import (
     pair,
     positive_int,
 )
-from vivit_jax.errors import ConfigError
-from vivit_jax.limits import check_unpacked
+from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.files.limits import check_unpacked
 
 ATTENTION_TYPES = (
     "joint", "factorised_encoder", "factorised_self_attention", "factorised_dot_product",
@@ -338,3 +338,40 @@ def config_from_dict(values: Mapping[str, Any], **options) -> VivitConfig | Vide
             f"config.json: model_type is {model_type!r}, expected one of {sorted(known)}"
         )
     return known[model_type].from_dict(values, **options)
+
+
+Config = VivitConfig | VideoMAEConfig
+
+
+ARCHITECTURES = {
+    "VivitModel": ("vivit", "none"),
+    "VivitForVideoClassification": ("vivit", "classification"),
+    "VideoMAEModel": ("videomae", "none"),
+    "VideoMAEForPreTraining": ("videomae", "pretraining"),
+    "VideoMAEForVideoClassification": ("videomae", "classification"),
+}
+
+
+def head_of_architectures(architectures: Any, family: str) -> str | None:
+    """The head that config.json's `architectures` names, None if it names no class of ours."""
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise ConfigError(f"architectures must be a list of class names, got {architectures!r}")
+    for name in architectures or ():
+        found, head = ARCHITECTURES.get(name, (None, None))
+        if found == family:
+            return head
+    return None
+
+
+def architecture(family: str, head: str) -> str:
+    """The class name that HuggingFace and this library give to a model."""
+    return next(name for name, key in ARCHITECTURES.items() if key == (family, head))
+
+
+def check_head(family: str, head: str) -> None:
+    """Raise UserError unless the family has such a head."""
+    heads = [h for f, h in ARCHITECTURES.values() if f == family]
+    if head not in heads:
+        raise UserError(f"head is {head!r}, expected one of {sorted(heads)} for {family}")

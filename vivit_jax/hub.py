@@ -10,8 +10,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from checkpoints_convert.io import PROCESSOR_FILES, WEIGHT_FILES, read_index
 from vivit_jax.errors import CheckpointError, MissingExtra, first_line, quoted
+from vivit_jax.files.json_files import read_json
 
 _NAME = r"[A-Za-z0-9][\w.-]{,255}"
 _PART = r"(?!\.\.?(?:[/@]|\Z))[\w.-]{1,255}"  # of a path; "." and ".." are none
@@ -224,3 +224,37 @@ def _download(remote: HubId, filename: str, *, required: bool = False) -> Path |
         raise CheckpointError(f"{source}: {filename}: {first_line(error)}") from None
     except errors.HfHubHTTPError as error:
         raise CheckpointError(f"{source}: the hub answered {error}") from None
+
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)  # in order of preference
+
+
+# Where transformers has put a processor, the commonest first.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file name of every tensor's shard; CheckpointError if it is no index of plain names."""
+    values = read_json(path, CheckpointError, "expected an index of weights")
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+        raise CheckpointError(
+            f"{path} is not a weight index: expected a JSON object whose weight_map says the file "
+            "name of every tensor's shard"
+        )
+    if not all(Path(name).name == name for name in weight_map.values()):
+        raise CheckpointError(f"{path} names shards outside its own directory")
+    long = [name for name in weight_map.values() if len(name) > 200]
+    if long:
+        raise CheckpointError(f"{path} names a shard {quoted(long[0])}, expected a file's name")
+    return weight_map

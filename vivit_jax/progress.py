@@ -7,7 +7,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
+
+from tqdm import tqdm
 
 from vivit_jax.errors import printable
 
@@ -54,8 +57,6 @@ class LiveLine:
         self._printed = -math.inf if ends else time.monotonic() if since is None else since
         self._bar = None
         if is_terminal(self._stream):
-            from tqdm import tqdm
-
             escaped = name.replace("{", "{{").replace("}", "}}")
             self._bar = tqdm(
                 total=total,
@@ -121,3 +122,17 @@ class Pace:
     def left(self, rest: float) -> str | None:
         """The time for the rest, as "0:02:39 left"; None before it is known."""
         return left(max(rest, 0) / self._rate) if self._rate > 0 else None
+
+
+def columns(table: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in table
+    ]
+
+
+def readable(size: int) -> str:
+    """Bytes as text: "12.0 MiB", from 1024 MiB on "1.00 GiB"."""
+    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"

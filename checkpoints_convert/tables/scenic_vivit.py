@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ViViT as scenic names it, and the image ViT whose names scenic shares (vision_transformer).
 
-Names are the '/'-joined paths below the container of the parameters; `checkpoints_convert.scenic`
-takes that off. Kernels have our shapes already, except that an image kernel has no time axis.
+Names are the '/'-joined paths below the container of the parameters;
+`checkpoints_convert.layouts.scenic` strips that. Kernels already have our shapes, but an
+image kernel has no time axis.
 """
 
 from collections.abc import Collection

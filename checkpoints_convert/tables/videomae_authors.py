@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """VideoMAE as its authors write it: V1 (MCG-NJU/VideoMAE) and V2 (OpenGVLab/VideoMAEv2).
 
-The order of the rules is that of the authors' state dicts. `checkpoints_convert.authors` takes off
-what lies around the parameters and the prefixes of their names.
+The order of the rules is that of the authors' state dicts.
+`checkpoints_convert.layouts.videomae_authors` strips the containers around the parameters and the
+prefixes of their names.
 """
 
 from collections.abc import Collection

@@ -13,9 +13,9 @@ from variants import variant_config
 import vivit_jax
 from vivit_jax.cli import attention_picture, panels
 from vivit_jax.cli.__main__ import main
-from vivit_jax.data.decode import frame_times
-from vivit_jax.data.stream import FrameStream
-from vivit_jax.pretrained import build_model
+from vivit_jax.data.video.decode import frame_times
+from vivit_jax.data.video.frame_stream import FrameStream
+from vivit_jax.models.build import build_model
 
 MODELS = {
     "joint": ("joint", "classification", {}),

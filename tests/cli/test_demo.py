@@ -16,10 +16,10 @@ from vivit_jax.cli import demo as demo_module
 from vivit_jax.cli import demo_stages
 from vivit_jax.cli.__main__ import main
 from vivit_jax.cli.reconstruct import draw_mask
-from vivit_jax.data import synthetic
-from vivit_jax.data.synthetic import CLASSES, MIRRORED, REVERSED
+from vivit_jax.data.datasets import synthetic
+from vivit_jax.data.datasets.synthetic import CLASSES, MIRRORED, REVERSED
+from vivit_jax.inference.reconstruction import COLUMNS, ROWS, to_patches
 from vivit_jax.recipes.demo import demo_pretrain
-from vivit_jax.reconstruction import COLUMNS, ROWS, to_patches
 from vivit_jax.train.log import read_metrics
 from vivit_jax.train.pixels import normaliser
 

@@ -12,11 +12,11 @@ from helpers import VIDEOMAE, VIVIT, config_of, forward, random_params
 from PIL import Image
 
 import vivit_jax
-from checkpoints_convert.trees import params_hash
 from vivit_jax.cli.__main__ import main
-from vivit_jax.data.augment import resize_shortest
-from vivit_jax.data.dataset import Example, read_views
+from vivit_jax.data.datasets.dataset import Example, read_views
 from vivit_jax.data.sampling import view_indices
+from vivit_jax.data.transforms.augment import resize_shortest
+from vivit_jax.param_tree import params_hash
 
 CLASSES = ("walk", "run", "jump", "fly", "sleep")
 LENGTHS = (30, 18, 9, 24)

@@ -22,7 +22,7 @@ from variants import variant_config
 
 import vivit_jax
 from vivit_jax.cli.__main__ import main
-from vivit_jax.data.on_device import pixels_inside
+from vivit_jax.data.transforms.processor_in_jax import pixels_inside
 
 ALLOWED = 1e-6
 SIZE = (24, 16)
@@ -233,7 +233,7 @@ def test_traced_as_for_cpu_whatever_the_machine_has(tiny, monkeypatch):
     here = vivit_jax.export_model(model, params).about["sha256"]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert vivit_jax.export_model(model, params).about["sha256"] == here
-    monkeypatch.setattr("vivit_jax.export.traced_for", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("vivit_jax.inference.export.traced_for", lambda _: contextlib.nullcontext())
     assert vivit_jax.export_model(model, params).about["sha256"] != here
 
 
@@ -277,7 +277,7 @@ def test_a_part_that_cannot_be_written_leaves_the_old_files(tiny, tmp_path, caps
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("checkpoints_convert.save.write_safetensors", fail)
+    monkeypatch.setattr("checkpoints_convert.files.save.write_safetensors", fail)
     args = ("--out", tmp_path / names[0], "--params", "beside", "--overwrite")
     status, _, err = run(capsys, directory, *args)
     assert status == 2 and len(err.splitlines()) == 1
@@ -329,10 +329,10 @@ def test_models_that_do_not_fit(tiny, tmp_path, capsys):
 
 
 def test_parameters_that_do_not_fit_in_one_file(tiny, monkeypatch):
-    import vivit_jax.export
+    import vivit_jax.inference.export
 
     _, model, params = tiny
-    monkeypatch.setattr(vivit_jax.export, "LARGEST", 1000)
+    monkeypatch.setattr(vivit_jax.inference.export, "LARGEST", 1000)
     with pytest.raises(vivit_jax.UserError, match="--params beside"):
         vivit_jax.export_model(model, params)
     assert vivit_jax.export_model(model, params, params_at="beside").params

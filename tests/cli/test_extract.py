@@ -20,14 +20,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import vivit_jax
-from vivit_jax import features
 from vivit_jax import progress as progress_module
 from vivit_jax.cli.__main__ import main
 from vivit_jax.cli.extract import _outputs
-from vivit_jax.data.stream import FrameStream
-from vivit_jax.data.windows import Windows, slide
-from vivit_jax.feature_file import RowWriter, changed, read_metadata
-from vivit_jax.features import _model_for, _program, extract_features
+from vivit_jax.data.sliding_window import Windows, slide
+from vivit_jax.data.video.frame_stream import FrameStream
+from vivit_jax.inference import features
+from vivit_jax.inference.feature_file import RowWriter, changed, read_metadata
+from vivit_jax.inference.features import _model_for, _program, extract_features
 from vivit_jax.progress import LiveLine
 
 # The package has the command's function under the module's name.

@@ -12,8 +12,8 @@ import weakref
 import pytest
 from signals import handled
 
-from vivit_jax.cli import interrupt
-from vivit_jax.cli.run import run
+from vivit_jax import console
+from vivit_jax.console import run
 
 
 def in_a_collection():
@@ -69,7 +69,7 @@ def test_what_is_put_in_order_after_an_interrupt_is_not_interrupted():
         finally:
             with contextlib.suppress(OSError):
                 raise FileNotFoundError
-            time.sleep(2 * interrupt.PATIENCE)
+            time.sleep(2 * console.PATIENCE)
             done.append("a generator's finally")
 
     def command() -> None:
@@ -77,7 +77,7 @@ def test_what_is_put_in_order_after_an_interrupt_is_not_interrupted():
             with guarded():
                 signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
-            time.sleep(2 * interrupt.PATIENCE)
+            time.sleep(2 * console.PATIENCE)
             done.append("an except")
             raise
 
@@ -91,7 +91,7 @@ def test_an_interrupt_that_was_dropped_is_told_once_to_what_handles_it_later():
     def command() -> None:
         under_an_except()
         with handled(signal.SIGINT, lambda *_: received.append("a signal")):
-            time.sleep(4 * interrupt.PATIENCE)
+            time.sleep(4 * console.PATIENCE)
 
     assert outcome(command) == 0
     assert received == ["a signal"]
@@ -104,7 +104,7 @@ def test_a_command_that_ends_leaves_everything_as_it_was():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert sys.unraisablehook is hook
     assert not [thread for thread in threading.enumerate() if thread.name == "interrupts"]
-    time.sleep(2 * interrupt.PATIENCE)  # the interrupt would come here
+    time.sleep(2 * console.PATIENCE)  # the interrupt would come here
 
 
 def test_an_interrupt_waits_for_an_import_to_end(tmp_path, monkeypatch, capsys):
@@ -155,7 +155,7 @@ def test_other_errors_in_callbacks_are_shown(monkeypatch):
 def test_interrupts_that_are_ignored_stay_so():
     def command() -> None:
         signal.raise_signal(signal.SIGINT)
-        time.sleep(2 * interrupt.PATIENCE)
+        time.sleep(2 * console.PATIENCE)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert outcome(command) == 0

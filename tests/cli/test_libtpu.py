@@ -8,11 +8,11 @@ import sys
 import pytest
 from compilers import needs_libtpu
 
-from vivit_jax import libtpu
-from vivit_jax.cli.run import run
+from vivit_jax import console
+from vivit_jax.console import run
 
 CODE = """
-from vivit_jax.cli.run import run
+from vivit_jax.console import run
 
 def go() -> None:
     import jax
@@ -28,8 +28,8 @@ def nothing(monkeypatch, tmp_path):
     """A machine without a TPU, and an environment without answers."""
     for name in (*NAMES, "JAX_FORCE_TPU_INIT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(libtpu, "_DEVICES", (f"{tmp_path}/accel*",))
-    monkeypatch.setattr(libtpu, "_VENDORS", f"{tmp_path}/*/vendor")
+    monkeypatch.setattr(console, "_DEVICES", (f"{tmp_path}/accel*",))
+    monkeypatch.setattr(console, "_VENDORS", f"{tmp_path}/*/vendor")
     return tmp_path
 
 
@@ -58,7 +58,7 @@ def test_a_tpu_speaks_for_itself(how, nothing, monkeypatch):
 
 
 @needs_libtpu
-@pytest.mark.skipif(libtpu.has_tpu(), reason="there may be a TPU")
+@pytest.mark.skipif(console.has_tpu(), reason="there may be a TPU")
 def test_commands_are_silent_beside_libtpu():
     free = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TPU_"))}
     done = subprocess.run(

@@ -13,7 +13,7 @@ from helpers import VIDEOMAE, VIVIT, random_params
 import checkpoints_convert.__main__
 import vivit_jax
 from vivit_jax.cli.__main__ import main
-from vivit_jax.pretrained import build_model
+from vivit_jax.models.build import build_model
 
 # Widths and eps of the authors' smallest models, whose files need no config.json.
 AUTHORS = VIDEOMAE | dict(

@@ -21,7 +21,7 @@ from vivit_jax.benchmark import loader
 from vivit_jax.cli import plan as plan_command
 from vivit_jax.cli.__main__ import main
 from vivit_jax.recipes import apply_settings, recipe_named
-from vivit_jax.train import plan as plan_module
+from vivit_jax.train.planning import plan as plan_module
 
 SMALL = (
     *("--set", "model.config.num_hidden_layers=1", "model.config.hidden_size=32"),

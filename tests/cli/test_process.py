@@ -126,7 +126,7 @@ def test_a_stream_that_is_closed_is_no_error(closed):
 def test_a_process_whose_command_was_stopped_dies_of_the_signal(number):
     code = """
         import sys
-        from vivit_jax.cli.run import run, stopped_by
+        from vivit_jax.console import run, stopped_by
 
         def go() -> int:
             print("saved")
@@ -143,7 +143,7 @@ def test_an_interrupt_while_a_program_is_compiled_ends_the_process_without_a_cra
     # XLA goes on compiling in a thread of its own, and would crash at the interpreter's end.
     code = """
         import os, signal, sys, threading
-        from vivit_jax.cli.run import run
+        from vivit_jax.console import run
 
         def go():
             import jax

@@ -17,7 +17,7 @@ import checkpoints_convert
 import checkpoints_convert.__main__
 import vivit_jax
 import vivit_jax.cli.__main__
-from vivit_jax.pretrained import build_model
+from vivit_jax.models.build import build_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}

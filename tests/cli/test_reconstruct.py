@@ -13,7 +13,7 @@ from PIL import Image
 import vivit_jax
 from vivit_jax.cli import panels
 from vivit_jax.cli.__main__ import main
-from vivit_jax.reconstruction import COLUMNS, ROWS
+from vivit_jax.inference.reconstruction import COLUMNS, ROWS
 
 SIZES = VIDEOMAE | dict(
     image_size=(16, 32), num_hidden_layers=1, decoder_num_hidden_layers=1, use_mean_pooling=False

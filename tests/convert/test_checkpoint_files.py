@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tiny_checkpoints import read_safetensors, same_tensors
 
-from checkpoints_convert.io import open_checkpoint
-from checkpoints_convert.save import parse_size, replaced_directory, write_weights
-from checkpoints_convert.tensors import LazyTensor, check_readable
+from checkpoints_convert.files.open import open_checkpoint
+from checkpoints_convert.files.save import parse_size, replaced_directory, write_weights
+from checkpoints_convert.files.tensors import LazyTensor, check_readable
 from vivit_jax.errors import CheckpointError, MissingExtra, UserError
-from vivit_jax.staging import names_in
+from vivit_jax.files.staging import names_in
 
 
 def lazy(tensors):

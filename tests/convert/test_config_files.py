@@ -9,7 +9,7 @@ from helpers import clip
 from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
-from vivit_jax.pretrained import load_report
+from checkpoints_convert.pretrained import load_report
 
 OWN = {
     "auto_map": {"AutoModel": "my.Model"},

@@ -11,10 +11,10 @@ import pytest
 from tiny_checkpoints import DIALECTS, read_safetensors, same_tensors
 
 import vivit_jax
-from checkpoints_convert.config_json import override, parse_settings
-from checkpoints_convert.io import PROCESSOR_FILES
-from checkpoints_convert.summary import content_hash
-from vivit_jax.data.processor import _CONFIG_FILES
+from checkpoints_convert.inspect import content_hash
+from vivit_jax.data.transforms.processor import _CONFIG_FILES
+from vivit_jax.hub import PROCESSOR_FILES
+from vivit_jax.typed import override, parse_settings
 
 CONVERSIONS = [
     (case, dialect, storage)
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_no_directory(run, damaged, tmp_pa
 
 
 def test_failure_while_writing_leaves_no_directory(run, checkpoints, tmp_path, monkeypatch):
-    import checkpoints_convert.config_json as config_json
+    import checkpoints_convert.layouts.hf as config_json
 
     def full(*args, **options):
         raise OSError(28, "No space left on device")
@@ -231,7 +231,7 @@ def test_hash_is_of_the_content(run, checkpoints):
         return next(line for line in out.splitlines() if line.startswith("sha256"))
 
     assert line("single") == line("sharded") == line("bin") == line("sharded bin")
-    from checkpoints_convert.io import open_checkpoint
+    from checkpoints_convert.files.open import open_checkpoint
 
     tensors = dict(open_checkpoint(checkpoints.path("vivit cls")).tensors)
     whole = content_hash(tensors)

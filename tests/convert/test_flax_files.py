@@ -16,10 +16,10 @@ import pytest
 from flax.serialization import msgpack_restore, msgpack_serialize
 from flax.traverse_util import flatten_dict
 
-from checkpoints_convert import flax_files
-from checkpoints_convert.flax_files import open_msgpack, open_npz, write_msgpack
-from checkpoints_convert.io import open_checkpoint
-from checkpoints_convert.tensors import LazyTensor
+from checkpoints_convert.files import flax_files
+from checkpoints_convert.files.flax_files import open_msgpack, open_npz, write_msgpack
+from checkpoints_convert.files.open import open_checkpoint
+from checkpoints_convert.files.tensors import LazyTensor
 from vivit_jax.errors import CheckpointError
 
 DTYPES = ("float32", "float64", "float16", ml_dtypes.bfloat16, "int64", "int32", "uint32", "bool")

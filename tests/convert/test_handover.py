@@ -11,9 +11,8 @@ from safetensors.numpy import load_file
 from tiny_authors import DECODER, state, write
 
 import vivit_jax
-from checkpoints_convert import trees
-from vivit_jax import ConfigError, UserError, init_from_pretraining
-from vivit_jax.pretrained import load_report
+from checkpoints_convert.pretrained import load_report
+from vivit_jax import ConfigError, UserError, init_from_pretraining, param_tree
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def test_the_encoder_goes_over_and_nothing_else(pretrained, caplog):
     directory, tensors = pretrained
     with caplog.at_level(logging.WARNING):
         model, params, report = init_from_pretraining(directory, {"num_labels": 7})
-    flat = trees.flatten(params)
+    flat = param_tree.flatten(params)
     assert model.config.use_mean_pooling and model.config.num_labels == 7
     assert not any("ln_final" in path or "decoder" in path for path in flat)
     kernel = tensors["videomae.encoder.layer.2.intermediate.dense.weight"].T

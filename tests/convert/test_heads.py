@@ -8,8 +8,8 @@ from helpers import mostly_slow, random_params
 from variants import variant_config
 
 import vivit_jax
-from checkpoints_convert.config_json import override, parse_settings
-from vivit_jax.pretrained import load_report
+from checkpoints_convert.pretrained import load_report
+from vivit_jax.typed import override, parse_settings
 
 ONE = dict(num_labels=5)
 TWO = dict(num_labels=5, class_splits=(3, 2), split_names=("noun", "verb"))

@@ -8,8 +8,9 @@ from helpers import CASES, assert_close, bool_mask, clip, config_of, to_torch, t
 from tiny_checkpoints import DIALECTS, STORAGE, read_safetensors, same_tensors
 
 import vivit_jax
-from checkpoints_convert import trees
-from vivit_jax.pretrained import abstract_params, load_report
+from checkpoints_convert.pretrained import load_report
+from vivit_jax import param_tree
+from vivit_jax.models.build import abstract_params
 
 SPELLINGS = [
     pytest.param(case, dialect, storage, id=f"{case}-{dialect}-{storage}")
@@ -28,7 +29,7 @@ def random_params(model, seed=0):
 
 
 def assert_same_tree(a, b):
-    a, b = trees.flatten(a), trees.flatten(b)
+    a, b = param_tree.flatten(a), param_tree.flatten(b)
     assert same_tensors({k: np.asarray(v) for k, v in a.items()}, jax.tree.map(np.asarray, b))
 
 

@@ -17,9 +17,8 @@ import pytest
 from huggingface_hub import errors
 
 import vivit_jax
-from checkpoints_convert.io import PROCESSOR_FILES
 from vivit_jax.cli.__main__ import main
-from vivit_jax.hub import HubId, hub_id, resolve_checkpoint, resolve_processor
+from vivit_jax.hub import PROCESSOR_FILES, HubId, hub_id, resolve_checkpoint, resolve_processor
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ID = "someone/tiny-vivit"
@@ -258,7 +257,7 @@ ASK = """
 import json, sys, time
 time.sleep = lambda seconds: None  # between tries of what cannot be reached
 from vivit_jax.hub import resolve_checkpoint
-from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.data.transforms.processor import VideoProcessor
 for source in sys.argv[1:]:
     try:
         path = resolve_checkpoint(source)

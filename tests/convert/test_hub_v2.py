@@ -11,10 +11,10 @@ from helpers import mostly_slow
 from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
+from checkpoints_convert.pretrained import load_report
 from checkpoints_convert.source import open_source
 from vivit_jax.layers.linear import LayerNorm
 from vivit_jax.models import videomae
-from vivit_jax.pretrained import load_report
 
 WIDTH, DEPTH, HEADS, MLP = 24, 2, 3, 96
 SECTION = {

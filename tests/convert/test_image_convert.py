@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vivit_jax
-from vivit_jax.image_init import init_from_image_model
+from checkpoints_convert.start.from_image import init_from_image_model
 
 FE, FSA = "factorised_encoder", "factorised_self_attention"
 SETTINGS = ("--config", f"attention_type={FE}", "num_temporal_layers=2", "num_frames=6")

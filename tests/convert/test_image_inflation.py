@@ -6,7 +6,11 @@ import pytest
 from scipy import ndimage
 
 import vivit_jax
-from vivit_jax.image_init import inflate_kernel, inflate_positions, init_from_image_model
+from checkpoints_convert.start.from_image import (
+    inflate_kernel,
+    inflate_positions,
+    init_from_image_model,
+)
 
 SIZES = dict(num_frames=6, tubelet_size=(2, 8, 8))
 

@@ -14,8 +14,8 @@ from helpers import assert_close, error
 from tiny_image_models import torch_vit
 
 import vivit_jax
-from checkpoints_convert import trees
-from vivit_jax.image_init import init_from_image_model
+from checkpoints_convert.start.from_image import init_from_image_model
+from vivit_jax import param_tree
 
 FE, FSA, FDP = (f"factorised_{kind}" for kind in ("encoder", "self_attention", "dot_product"))
 # name -> fields beside six frames in tubelets of two
@@ -251,8 +251,8 @@ def test_fresh_and_dropped_parts_are_named_exactly(images, variant):
     )
     assert f"loaded into {type(model).__name__}" in str(report)
 
-    flats = [trees.flatten(run.params) for run in runs]
-    slots = trees.slots(trees.shapes_of(flats[0]))
+    flats = [param_tree.flatten(run.params) for run in runs]
+    slots = param_tree.slots(param_tree.shapes_of(flats[0]))
     fresh_leaves = {slots[path].leaf for path in report.fresh}
     for leaf in flats[0]:
         same = bool((flats[0][leaf] == flats[1][leaf]).all())
@@ -360,11 +360,11 @@ def test_differences_of_function_are_noted(images):
 
 
 def test_param_dtype_and_layers_in_a_loop(start):
-    reference = trees.flatten(start("self-attention").params)
+    reference = param_tree.flatten(start("self-attention").params)
     looped = start("self-attention", scan_layers=False).params
-    bfloat16 = trees.flatten(start("self-attention", param_dtype="bfloat16").params)
+    bfloat16 = param_tree.flatten(start("self-attention", param_dtype="bfloat16").params)
     assert "layers_2" in looped and "layers" not in looped
-    slots, looped = trees.slots(trees.shapes_of(reference)), trees.flatten(looped)
+    slots, looped = param_tree.slots(param_tree.shapes_of(reference)), param_tree.flatten(looped)
     assert looped.keys() == slots.keys()
     for path, slot in slots.items():
         value = reference[slot.leaf] if slot.layer is None else reference[slot.leaf][slot.layer]
@@ -396,7 +396,7 @@ def test_result_is_saved_loaded_and_trained(images, tmp_path, caplog):
         loss = lambda p: model.apply({"params": p}, static_clip(), labels=labels).loss  # noqa: E731
         return jax.grad(loss)(params)
 
-    found = trees.flatten(gradients(params))
+    found = param_tree.flatten(gradients(params))
     assert all(np.isfinite(value).all() for value in found.values())
     silent = {path for path, value in found.items() if not np.abs(value).max() > 1e-7}
     # A key bias cannot change a softmax; all else is reached by the gradient.

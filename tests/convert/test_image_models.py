@@ -19,10 +19,11 @@ from tiny_image_models import (
 )
 
 import vivit_jax
-from checkpoints_convert import trees
-from checkpoints_convert.image_model import open_image_model
-from checkpoints_convert.rules import read_params
-from vivit_jax.image_init import init_from_image_model
+from checkpoints_convert.layouts.image_vit import open_image_model
+from checkpoints_convert.rules import match_import, read_params
+from checkpoints_convert.start.from_image import init_from_image_model
+from vivit_jax import param_tree
+from vivit_jax.models.build import expected_shapes
 
 VIDEO = dict(num_frames=4, num_attention_heads=4)
 HEAD = {
@@ -43,7 +44,9 @@ HEAD = {
 def read(path, **options) -> dict[str, np.ndarray]:
     """The parameters of an image model, as a ViViT of one frame."""
     image = open_image_model(path, **options)
-    return read_params(image.tensors, image.match(), image.expected(), "float32")
+    expected = expected_shapes(image.config, "none", pooler=False)
+    rows = match_import(image.tensors, image.rules, expected, image.title)
+    return read_params(image.tensors, rows, expected, "float32")
 
 
 def same(a: dict, b: dict) -> bool:
@@ -59,7 +62,7 @@ def refused(path, config=VIDEO, error=vivit_jax.CheckpointError) -> str:
 @pytest.fixture(scope="module")
 def video(images):
     """Parameters of the joint video model that the HuggingFace directory gives."""
-    return trees.flatten(init_from_image_model(images.path("hf"), VIDEO, head="none").params)
+    return param_tree.flatten(init_from_image_model(images.path("hf"), VIDEO, head="none").params)
 
 
 # --- every kind gives the same numbers -----------------------------------------------------------
@@ -68,7 +71,7 @@ def video(images):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_the_same_video_model(images, video, kind):
     model, params, report = init_from_image_model(images.path(kind), VIDEO, head="none")
-    params = trees.flatten(params)
+    params = param_tree.flatten(params)
     assert params.keys() == video.keys()
     for path, value in params.items():
         assert value.dtype == np.float32 and np.array_equal(value, video[path]), path
@@ -93,7 +96,7 @@ def test_config_of_transformers_4(images, tmp_path, video):
 
     path = images.copy(tmp_path, "hf", config=config)
     model, params, _ = init_from_image_model(path, VIDEO, head="none")
-    assert same(trees.flatten(params), video)
+    assert same(param_tree.flatten(params), video)
     assert (model.config.hidden_act, model.config.layer_norm_eps) == ("gelu", 1e-12)
 
 
@@ -163,9 +166,9 @@ def test_more_than_ten_layers_keep_their_order(tmp_path):
 def test_image_model_of_a_single_file_and_of_a_directory(images, tmp_path, video):
     shutil.copy(images.path("npz"), tmp_path / "vit.npz")
     params = init_from_image_model(tmp_path, VIDEO, head="none").params
-    assert same(trees.flatten(params), video)
+    assert same(param_tree.flatten(params), video)
     params = init_from_image_model(images.path("hf") / "model.safetensors", VIDEO, head="none")[1]
-    assert same(trees.flatten(params), video)
+    assert same(param_tree.flatten(params), video)
 
 
 # --- what is no image ViT ------------------------------------------------------------------------

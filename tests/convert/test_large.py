@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import vivit_jax
-from checkpoints_convert import trees
-from checkpoints_convert.config_json import write_config
-from checkpoints_convert.layouts import published
+from checkpoints_convert.files.save import write_weights
+from checkpoints_convert.layouts.hf import write_config
+from checkpoints_convert.layouts.registry import published
 from checkpoints_convert.rules import export_params
-from checkpoints_convert.save import write_weights
-from vivit_jax.pretrained import abstract_params, build_model
+from vivit_jax import param_tree
+from vivit_jax.models.build import abstract_params, build_model
 
 CONFIG = vivit_jax.VivitConfig(
     hidden_size=1024,
@@ -26,7 +26,7 @@ CONFIG = vivit_jax.VivitConfig(
 # VmHWM and not ru_maxrss, which a new process inherits from the large one that started it.
 LOAD = """
 import json, re, sys, time
-import jax, safetensors.numpy, vivit_jax, vivit_jax.pretrained
+import jax, safetensors.numpy, vivit_jax, checkpoints_convert.pretrained
 jax.block_until_ready(jax.numpy.zeros(3) + 1)
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -45,7 +45,9 @@ print(json.dumps({"seconds": loaded - started, "plain": plain_seconds, "bytes": 
 def large(tmp_path_factory):
     path = tmp_path_factory.mktemp("large")
     rules = published("vivit", "classification").rules(CONFIG)
-    shapes = trees.shapes_of(trees.flatten(abstract_params(build_model(CONFIG, "classification"))))
+    shapes = param_tree.shapes_of(
+        param_tree.flatten(abstract_params(build_model(CONFIG, "classification")))
+    )
     values = {
         name: np.random.default_rng(0).standard_normal(shape, np.float32)
         for name, shape in shapes.items()

@@ -12,10 +12,11 @@ from helpers import CASES
 from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
-from checkpoints_convert import trees
-from vivit_jax.pretrained import abstract_params, load_report
+from checkpoints_convert.pretrained import load_report
+from vivit_jax import param_tree
+from vivit_jax.models.build import abstract_params
 
-LOGGER = "vivit_jax.pretrained"
+LOGGER = "checkpoints_convert.pretrained"
 
 
 def refused(call, *args, error=vivit_jax.CheckpointError, **kwargs) -> str:
@@ -25,8 +26,8 @@ def refused(call, *args, error=vivit_jax.CheckpointError, **kwargs) -> str:
 
 
 def assert_complete(model, params):
-    expected = trees.shapes_of(trees.flatten(abstract_params(model)))
-    assert trees.shapes_of(trees.flatten(params)) == expected
+    expected = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
+    assert param_tree.shapes_of(param_tree.flatten(params)) == expected
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
 
 
@@ -286,7 +287,7 @@ def test_execution_options_reach_the_model(checkpoints):
 
 def test_parameters_take_the_read_buffers_over(checkpoints, monkeypatch):
     """On CPU no second copy of the weights is made."""
-    import vivit_jax.pretrained as pretrained
+    import checkpoints_convert.pretrained as pretrained
 
     kept = {}
 
@@ -298,7 +299,7 @@ def test_parameters_take_the_read_buffers_over(checkpoints, monkeypatch):
     real = pretrained.read_params
     monkeypatch.setattr(pretrained, "read_params", importing)
     _, params = vivit_jax.from_pretrained(checkpoints.path("vivit cls"))
-    for path, leaf in trees.flatten(params).items():
+    for path, leaf in param_tree.flatten(params).items():
         assert leaf.unsafe_buffer_pointer() == kept[path].ctypes.data, path
 
 

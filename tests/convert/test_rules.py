@@ -3,8 +3,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from checkpoints_convert import trees
 from checkpoints_convert.rules import Rule, expand, export_params, import_params
+from vivit_jax import param_tree
 from vivit_jax.errors import CheckpointError
 
 LAYERS, HEADS, WIDTH = 3, 2, 8
@@ -22,7 +22,7 @@ STACKED = {
         path.replace("layers_{i}", "layers"): (LAYERS, WIDTH, HEADS, WIDTH // HEADS) for path in QKV
     },
 }
-PER_LAYER = {path: slot.shape for path, slot in trees.slots(STACKED).items()}
+PER_LAYER = {path: slot.shape for path, slot in param_tree.slots(STACKED).items()}
 
 
 def tensors(dtype=np.float32):
@@ -201,17 +201,17 @@ def test_expand_goes_layer_by_layer_through_a_stack():
 
 
 def test_paths():
-    assert trees.layer_path("layers/b", 3) == "layers_3/b"
-    assert trees.layer_path("players/layers/b", 3) == "players/layers_3/b"
+    assert param_tree.layer_path("layers/b", 3) == "layers_3/b"
+    assert param_tree.layer_path("players/layers/b", 3) == "players/layers_3/b"
     shapes = {"a/layers/b": (2, 5), "players/c": (7,), "a/layers_9/d": (3,)}
-    assert trees.slots(shapes) == {
-        "a/layers_0/b": trees.Slot("a/layers/b", 0, (5,)),
-        "a/layers_1/b": trees.Slot("a/layers/b", 1, (5,)),
-        "players/c": trees.Slot("players/c", None, (7,)),
-        "a/layers_9/d": trees.Slot("a/layers_9/d", None, (3,)),
+    assert param_tree.slots(shapes) == {
+        "a/layers_0/b": param_tree.Slot("a/layers/b", 0, (5,)),
+        "a/layers_1/b": param_tree.Slot("a/layers/b", 1, (5,)),
+        "players/c": param_tree.Slot("players/c", None, (7,)),
+        "a/layers_9/d": param_tree.Slot("a/layers_9/d", None, (3,)),
     }
     nested = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
-    assert trees.unflatten(trees.flatten(nested)) == nested
+    assert param_tree.unflatten(param_tree.flatten(nested)) == nested
 
 
 def test_numbers_too_large_for_the_dtype_are_refused():

@@ -25,13 +25,14 @@ from tiny_checkpoints import pop, put, read_safetensors, same_tensors
 from variants import reference
 
 import vivit_jax
-from checkpoints_convert import scenic, trees
 from checkpoints_convert.convert import convert_checkpoint
-from checkpoints_convert.flax_files import open_msgpack
-from checkpoints_convert.layouts import published
+from checkpoints_convert.files.flax_files import open_msgpack
+from checkpoints_convert.layouts import scenic
+from checkpoints_convert.layouts.registry import published
 from checkpoints_convert.rules import export_params
+from vivit_jax import param_tree
 from vivit_jax.errors import ConfigError
-from vivit_jax.pretrained import abstract_params, build_model
+from vivit_jax.models.build import abstract_params, build_model
 
 JOINT = "joint"
 FE, FSA, FDP = (f"factorised_{kind}" for kind in ("encoder", "self_attention", "dot_product"))
@@ -252,7 +253,7 @@ def preset(name):
 def test_exported_trees_are_the_published_ones(name):
     tree, leaves, parameters = TREES[name]
     model = build_model(preset(name), "classification")
-    shapes = trees.shapes_of(trees.flatten(abstract_params(model)))
+    shapes = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
     # A broadcast scalar has a shape and no data.
     params = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
     rules = published("vivit", "classification", name="scenic").rules(model.config)

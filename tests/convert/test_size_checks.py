@@ -3,8 +3,8 @@
 
 import pytest
 
+import checkpoints_convert.pretrained
 import vivit_jax
-import vivit_jax.pretrained
 from vivit_jax.errors import CheckpointError
 
 HUGE = 1_000_000_000
@@ -38,7 +38,7 @@ def test_a_config_of_another_size(damaged, monkeypatch, case, fields, told):
         fields = fields | {"model_type": "vivit_jax"}
     path = damaged(case, config=changed(**fields))
     # What takes the memory and the minutes.
-    monkeypatch.setattr(vivit_jax.pretrained, "abstract_params", None)
+    monkeypatch.setattr(checkpoints_convert.pretrained, "abstract_params", None)
     with pytest.raises(CheckpointError, match=told):
         vivit_jax.from_pretrained(path)
 

@@ -12,7 +12,7 @@ from helpers import mostly_slow
 from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
-from checkpoints_convert.io import open_checkpoint
+from checkpoints_convert.files.open import open_checkpoint
 
 CASES = ("vivit cls", "vivit base", "mae base", "mae pretraining")
 PREFIXES = (

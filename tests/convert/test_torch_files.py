@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints_convert.io import open_checkpoint
+from checkpoints_convert.files.open import open_checkpoint
 from vivit_jax.errors import CheckpointError, UserError
 
 DATA = "pytorch_model/data.pkl"

@@ -30,16 +30,17 @@ from tiny_authors import (
 from tiny_checkpoints import pop, put, read_safetensors, same_tensors
 
 import vivit_jax
-from checkpoints_convert import authors, trees
-from checkpoints_convert.config_json import transformers_notes
 from checkpoints_convert.convert import Container, convert_checkpoint
-from checkpoints_convert.layouts import published
+from checkpoints_convert.layouts import videomae_authors
+from checkpoints_convert.layouts.hf import transformers_notes
+from checkpoints_convert.layouts.registry import published
 from checkpoints_convert.rules import export_params
 from checkpoints_convert.source import FILE_LAYOUTS, open_source
+from vivit_jax import param_tree
 from vivit_jax.errors import CheckpointError, ConfigError, MissingExtra
-from vivit_jax.pretrained import abstract_params, build_model
+from vivit_jax.models.build import abstract_params, build_model
 
-CONTAINERS = tuple(authors.CONTAINERS)
+CONTAINERS = tuple(videomae_authors.CONTAINERS)
 
 
 def flags_of(case):
@@ -130,7 +131,7 @@ def test_published_trees_both_ways(key):
     tree = published_tree(*key)
     assert sum(int(np.prod(shape)) for shape in tree.values()) == PUBLISHED[key]
     tensors = {name: SimpleNamespace(shape=shape) for name, shape in tree.items()}
-    config, head, notes = authors.infer_config(Path("x.pth"), tensors, [], {})
+    config, head, notes = videomae_authors.infer_config(Path("x.pth"), tensors, [], {})
     assert (head, config.num_attention_heads) == (key[0], ENCODERS[key[1].split()[0]]["heads"])
     assert config.num_frames == 16 and config.image_size == 224
     (note,) = notes
@@ -150,13 +151,13 @@ def test_published_trees_both_ways(key):
         k: wanted[k] for k in wanted.keys() - decoder
     }
     model = build_model(config, head)
-    leaves = trees.shapes_of(trees.flatten(abstract_params(model)))
+    leaves = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
     # A broadcast scalar has a shape and no data.
     params = {path: np.broadcast_to(np.float32(0), shape) for path, shape in leaves.items()}
     rules = published("videomae", head, name="videomae").rules(config)
     exported = export_params(params, rules, leaves)
     assert {name: t.shape for name, t in exported.items()} == tree and list(exported) == list(tree)
-    authors.check_function(config, head)
+    videomae_authors.check_function(config, head)
 
 
 def test_names_of_the_base_models():
@@ -567,7 +568,7 @@ def test_a_tensor_of_one_number_is_never_training_state(run, tmp_path):
 def test_without_torch(tmp_path, monkeypatch):
     path = write(tmp_path / "x.pth", state("fine-tuned"))
     monkeypatch.setitem(sys.modules, "torch", None)
-    for use in (lambda: open_source(path), lambda: authors.write(tmp_path, {}, "model")):
+    for use in (lambda: open_source(path), lambda: videomae_authors.write(tmp_path, {}, "model")):
         with pytest.raises(MissingExtra, match=r"pip install 'vivit_jax\[torch\]'"):
             use()
 
@@ -602,16 +603,20 @@ def test_what_the_authors_code_would_compute_otherwise(run, checkpoints, tmp_pat
         hidden_size=384, num_attention_heads=16, num_labels=5, layer_norm_eps=1e-6
     )
     with pytest.raises(ConfigError, match="computes fc_norm_eps=1e-06, num_attention_heads=6"):
-        authors.check_function(small, "classification")
+        videomae_authors.check_function(small, "classification")
     with pytest.raises(ConfigError, match="use_mean_pooling=false"):
-        authors.check_function(expected_config("pretraining", use_mean_pooling=True), "pretraining")
+        videomae_authors.check_function(
+            expected_config("pretraining", use_mean_pooling=True), "pretraining"
+        )
     own = dict(image_mean=0.5, image_std=0.5, norm_pix_loss=False)
     with pytest.raises(ConfigError, match="--config image_mean=null image_std=null"):
-        authors.check_function(expected_config("pretraining", **own), "pretraining")
-    authors.check_function(expected_config("pretraining", **own), "none")
+        videomae_authors.check_function(expected_config("pretraining", **own), "pretraining")
+    videomae_authors.check_function(expected_config("pretraining", **own), "none")
     # They do not matter to normalised tubelets, and the authors have none for other channels.
     for change in ({"norm_pix_loss": True}, {"num_channels": 4}):
-        authors.check_function(expected_config("pretraining", **own | change), "pretraining")
+        videomae_authors.check_function(
+            expected_config("pretraining", **own | change), "pretraining"
+        )
 
 
 def test_statistics_of_other_channels_there_and_back(run, tmp_path):

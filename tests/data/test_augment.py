@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vivit_jax.data.augment import (
+from vivit_jax.data.settings import AugmentSettings
+from vivit_jax.data.transforms.augment import (
     center_crop,
     flip,
     jitter_scale,
@@ -21,7 +22,6 @@ from vivit_jax.data.augment import (
     train_transform,
 )
 from vivit_jax.errors import UserError, VideoError
-from vivit_jax.recipes.recipe import AugmentSettings
 
 
 def noise(*shape, seed=0):
@@ -294,7 +294,7 @@ def test_train_transform_augments_full_frames_in_timm_and_cropped_ones_in_scenic
         seen.append(clip.shape)
         return clip
 
-    monkeypatch.setattr("vivit_jax.data.augment.rand_augment", spy)
+    monkeypatch.setattr("vivit_jax.data.transforms.augment.rand_augment", spy)
     settings = AugmentSettings(resize=40, crop="random", rand_augment=family)
     train_transform(settings, (32, 24))(np.random.default_rng(0), noise(2, 48, 60, 3))
     assert seen == [(2, 40, 50, 3) if family.startswith("rand") else (2, 32, 24, 3)]

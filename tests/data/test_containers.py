@@ -10,10 +10,10 @@ import pytest
 from clips import every_frame, number_in, painted, write_clip
 from PIL import Image, ImageOps
 
-from vivit_jax.data.clip import read_clips
-from vivit_jax.data.decode import frame_times, probe_video, read_video
-from vivit_jax.data.stream import FrameStream
-from vivit_jax.data.windows import plan_windows, slide
+from vivit_jax.data.read_clip import read_clips
+from vivit_jax.data.sliding_window import plan_windows, slide
+from vivit_jax.data.video.decode import frame_times, probe_video, read_video
+from vivit_jax.data.video.frame_stream import FrameStream
 from vivit_jax.presets import PRESETS
 
 UNEVEN = [0.04 * round(k**1.3) for k in range(30)]

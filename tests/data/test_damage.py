@@ -9,13 +9,13 @@ from clips import every_frame, packet_spans, write_clip
 from helpers import mostly_slow
 
 import vivit_jax
-from vivit_jax.data.clip import read_clip
-from vivit_jax.data.dataset import Example, read_frames
-from vivit_jax.data.decode import frame_times, probe_video, read_video
-from vivit_jax.data.opened import packet_table
-from vivit_jax.data.packets import count_needed, divided
-from vivit_jax.data.sequence import decode_sparse
-from vivit_jax.data.stream import FrameStream
+from vivit_jax.data.datasets.dataset import Example, read_frames
+from vivit_jax.data.read_clip import read_clip
+from vivit_jax.data.video.decode import frame_times, probe_video, read_video
+from vivit_jax.data.video.frame_stream import FrameStream
+from vivit_jax.data.video.opened import packet_table
+from vivit_jax.data.video.packets import count_needed, divided
+from vivit_jax.data.video.sequence import decode_sparse
 from vivit_jax.errors import UserError, VideoError
 
 SIZE = (256, 192)
@@ -108,7 +108,7 @@ def test_damaged_videos_are_read_alike(tmp_path, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_threads_change_nothing_of_damaged_videos(tmp_path, monkeypatch, name):
     """Whether a machine has 2 cores or 16."""
-    from vivit_jax.data import packets
+    from vivit_jax.data.video import packets
 
     path = tmp_path / name
     whole = write_clip(path, size=SIZE, gop=12, frames=24, **KINDS[name]).read_bytes()
@@ -123,7 +123,7 @@ def test_threads_change_nothing_of_damaged_videos(tmp_path, monkeypatch, name):
                 if packets.uses_threads(stream):
                     stream.codec_context.thread_count = threads
 
-            monkeypatch.setattr("vivit_jax.data.opened.set_threads", chosen)
+            monkeypatch.setattr("vivit_jax.data.video.opened.set_threads", chosen)
             found.append(outcome(read_video, path))
         for other in found[1:]:
             assert_equal(other, found[0])
@@ -160,7 +160,7 @@ def test_frames_decoded_from_several_keyframes_at_a_time(tmp_path, monkeypatch, 
     path = write_clip(tmp_path / "clip.mkv", frames=120, gop=12, codec=codec, options=options)
     shown = every_frame(path)
     for cores in (1, 3, 64):
-        monkeypatch.setattr("vivit_jax.data.sequence.usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("vivit_jax.data.video.sequence.usable_cores", lambda cores=cores: cores)
         np.testing.assert_array_equal(read_video(path), shown)
         wanted = [119, 0, 60, 61, 60, 12, 11, 95]
         np.testing.assert_array_equal(read_video(path, indices=wanted), shown[wanted])
@@ -235,7 +235,7 @@ def test_a_damaged_keyframe_of_an_open_gop(tmp_path, caplog):
     table = packet_table(str(path))
     assert any((table.pts[key:] < table.pts[key]).any() for key in table.keys)  # open
     whole = path.read_bytes()
-    caplog.set_level("DEBUG", "vivit_jax.data.sequence")
+    caplog.set_level("DEBUG", "vivit_jax.data.video.sequence")
     read_video(path, indices=[20, 47])
     assert not caplog.messages  # not from the start
     position, size = packet_spans(path)[table.keys[-1]]

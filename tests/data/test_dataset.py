@@ -14,7 +14,7 @@ import pytest
 from clips import painted, write_clip
 from PIL import Image
 
-from vivit_jax.data.dataset import (
+from vivit_jax.data.datasets.dataset import (
     Example,
     count_frames,
     open_array,
@@ -24,12 +24,12 @@ from vivit_jax.data.dataset import (
     read_views,
     read_whole,
 )
-from vivit_jax.data.decode import read_video
-from vivit_jax.data.folders import by_number
+from vivit_jax.data.datasets.folders import by_number
+from vivit_jax.data.datasets.synthetic import write_mp4
 from vivit_jax.data.sampling import training_indices, view_indices
-from vivit_jax.data.synthetic import write_mp4
+from vivit_jax.data.video.decode import read_video
 from vivit_jax.errors import UserError, VideoError
-from vivit_jax.limits import VARIABLE
+from vivit_jax.files.limits import VARIABLE
 
 
 def listed(tmp_path, text, root="/data", name="train.csv", **options):

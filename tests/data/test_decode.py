@@ -22,9 +22,9 @@ from clips import (
 )
 from helpers import mostly_slow
 
-from vivit_jax.data import h264, opened, packets, pictures
-from vivit_jax.data.decode import frame_times, probe_video, read_video, read_video_pyav
 from vivit_jax.data.sampling import sample_frame_indices
+from vivit_jax.data.video import h264, opened, packets, pictures
+from vivit_jax.data.video.decode import frame_times, probe_video, read_video, read_video_pyav
 from vivit_jax.errors import UserError, VideoError
 
 H264_OPEN_GOP = {"preset": "medium", "x264-params": "open-gop=1:b-adapt=0:b-pyramid=normal"}
@@ -783,5 +783,5 @@ def test_vp9_packets_that_show_nothing(data, shows):
 
 
 def test_importing_needs_no_av():
-    code = "import sys; sys.modules['av'] = None; import vivit_jax.data.decode"
+    code = "import sys; sys.modules['av'] = None; import vivit_jax.data.video.decode"
     subprocess.run([sys.executable, "-c", code], check=True)

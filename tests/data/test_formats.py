@@ -11,8 +11,8 @@ from clips import number_in, write_clip
 from PIL import Image
 
 from vivit_jax import read_video
-from vivit_jax.data.decode import open_video, probe_video
-from vivit_jax.data.formats import SAFE_OPTIONS, VIDEO_FORMATS, open_container
+from vivit_jax.data.video.decode import open_video, probe_video
+from vivit_jax.data.video.formats import SAFE_OPTIONS, VIDEO_FORMATS, open_container
 from vivit_jax.errors import VideoError
 
 SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"

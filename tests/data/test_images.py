@@ -11,11 +11,11 @@ from clips import painted, write_clip
 from PIL import Image
 
 from vivit_jax import read_video
-from vivit_jax.data.dataset import Example, read_dataset, read_frames, read_views
-from vivit_jax.data.decode import frame_times, probe_video
-from vivit_jax.data.stream import open_stream
+from vivit_jax.data.datasets.dataset import Example, read_dataset, read_frames, read_views
+from vivit_jax.data.video.decode import frame_times, probe_video
+from vivit_jax.data.video.frame_stream import open_stream
 from vivit_jax.errors import UserError, VideoError
-from vivit_jax.limits import VARIABLE
+from vivit_jax.files.limits import VARIABLE
 
 # Milliseconds, whole hundredths of a second for gif. Browsers and FFmpeg take 0.01 s for 0.1 s.
 DURATIONS = [100, 40, 250, 20, 1000, 60]

@@ -6,12 +6,12 @@ import logging
 import numpy as np
 import pytest
 
-from vivit_jax.data import dataset as reading
-from vivit_jax.data.dataset import read_dataset
+from vivit_jax.data.datasets import dataset as reading
+from vivit_jax.data.datasets.dataset import read_dataset
 from vivit_jax.data.one_clip import UnforeseenError, each_of_clip, one_clip
 from vivit_jax.data.pipeline import Batches
+from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.errors import ConfigError, UserError, VideoError
-from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
 
 BAD = "3.npy"
 

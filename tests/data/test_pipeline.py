@@ -22,8 +22,7 @@ from clips import write_clip
 from PIL import Image
 
 from vivit_jax.data import pipeline
-from vivit_jax.data.augment import train_transform
-from vivit_jax.data.dataset import (
+from vivit_jax.data.datasets.dataset import (
     Dataset,
     Example,
     read_dataset,
@@ -31,8 +30,9 @@ from vivit_jax.data.dataset import (
     read_whole,
 )
 from vivit_jax.data.pipeline import Batches, Share
+from vivit_jax.data.settings import AugmentSettings, DataSettings
+from vivit_jax.data.transforms.augment import train_transform
 from vivit_jax.errors import UserError, VideoError
-from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
 
 COUNT, FRAMES, HEIGHT, WIDTH = 7, 9, 20, 24
 DATA = DataSettings(sampler="loop", stride=1)
@@ -374,7 +374,7 @@ def test_the_same_clips_are_known_wherever_they_lie(clips, tmp_path):
 SCRIPT = """
     import dataclasses, hashlib, json, multiprocessing, os, signal, sys, threading, time
 
-    from vivit_jax.data.dataset import Dataset, Example
+    from vivit_jax.data.datasets.dataset import Dataset, Example
     from vivit_jax.data.pipeline import Batches
     from vivit_jax.errors import UserError
     from vivit_jax.recipes.recipe import AugmentSettings, DataSettings

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import ConfigError, UserError
 
 FAMILIES = ("vivit", "videomae")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vivit_jax.data.frames import resized_to
-from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.data.transforms.frame_ops import resized_to
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import ConfigError, UserError
 
 SMALL = {"size": 20, "crop_size": 18}

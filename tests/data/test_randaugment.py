@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from vivit_jax.data import randaugment
-from vivit_jax.data.randaugment import (
+from vivit_jax.data.transforms import randaugment
+from vivit_jax.data.transforms.randaugment import (
     SCENIC_OPERATIONS,
     TIMM_OPERATIONS,
     RandAugment,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_processor import run_theirs, same_bits
 
-from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.data.transforms.processor import VideoProcessor
 
 ALWAYS, ALL = 100, 200  # a few milliseconds each
 # What files of the hub hold beside, which moves no pixel of these frames.

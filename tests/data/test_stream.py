@@ -11,8 +11,8 @@ import pytest
 from clips import every_frame, number_in, write_clip
 
 import vivit_jax
-from vivit_jax.data import packets, pictures
-from vivit_jax.data.stream import FrameStream, read_ahead
+from vivit_jax.data.video import packets, pictures
+from vivit_jax.data.video.frame_stream import FrameStream, read_ahead
 
 KINDS = {
     "h264 mp4": ("a.mp4", {}),

@@ -61,7 +61,7 @@ def digest(value: Any) -> str:
 
 
 def weights(path: Path) -> dict[str, np.ndarray]:
-    from checkpoints_convert.io import open_checkpoint
+    from checkpoints_convert.files.open import open_checkpoint
 
     read = {}
     for name, tensor in open_checkpoint(path).tensors.items():
@@ -73,8 +73,8 @@ def weights(path: Path) -> dict[str, np.ndarray]:
 
 def model(path: Path) -> dict[str, Any]:
     """All of a load but the drawing of fresh weights."""
+    from checkpoints_convert.pretrained import plan_load
     from vivit_jax.config import config_from_dict
-    from vivit_jax.pretrained import plan_load
 
     plan = plan_load(path.parent, None)
     config = plan.model.config
@@ -112,34 +112,34 @@ def video(path: Path) -> dict[str, Any]:
 
 
 def picture(path: Path) -> np.ndarray:
-    from vivit_jax.data.dataset import read_dataset, read_whole
+    from vivit_jax.data.datasets.dataset import read_dataset, read_whole
 
     (example,) = read_dataset(path.parent.parent).examples
     return read_whole(example)
 
 
 def array(path: Path) -> np.ndarray:
-    from vivit_jax.data.dataset import open_array
+    from vivit_jax.data.datasets.dataset import open_array
 
     return np.asarray(open_array(path))
 
 
 def clip_list(path: Path) -> list:
-    from vivit_jax.data.dataset import read_dataset
+    from vivit_jax.data.datasets.dataset import read_dataset
 
     found = read_dataset(path)
     return [repr(example) for example in found.examples]
 
 
 def label_map(path: Path) -> tuple:
-    from vivit_jax.heads import read_label_map
+    from checkpoints_convert.start.label_map import read_label_map
 
     return read_label_map(path)
 
 
 def recipe(path: Path) -> Any:
     from vivit_jax.recipes.settings import from_dict, to_dict
-    from vivit_jax.train.run import saved_recipe
+    from vivit_jax.train.run_directory import saved_recipe
 
     found = to_dict(saved_recipe(path.parent))
     assert to_dict(from_dict(json.loads(json.dumps(found)))) == found
@@ -147,9 +147,9 @@ def recipe(path: Path) -> Any:
 
 
 def run_model(path: Path) -> Any:
+    from vivit_jax.train.initial_model import described_model
     from vivit_jax.train.preprocessing import described_preprocessing
-    from vivit_jax.train.run import saved_recipe
-    from vivit_jax.train.starting import described_model
+    from vivit_jax.train.run_directory import saved_recipe
 
     found = described_model(path)
     described_preprocessing(path, saved_recipe(path.parent), found.config)
@@ -163,7 +163,7 @@ def report(path: Path) -> str:
 
 
 def features(path: Path) -> Any:
-    from vivit_jax.feature_file import read_metadata
+    from vivit_jax.inference.feature_file import read_metadata
 
     return read_metadata(path)
 
@@ -247,7 +247,7 @@ def _checkpoints(root: Path) -> None:
 
     import vivit_jax
     from checkpoints_convert.convert import convert_checkpoint
-    from vivit_jax.pretrained import abstract_params, build_model
+    from vivit_jax.models.build import abstract_params, build_model
 
     drawn = np.random.default_rng(0)
     draw = lambda leaf: drawn.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
@@ -288,7 +288,7 @@ def _checkpoints(root: Path) -> None:
 def _run(root: Path) -> None:
     from tiny_recipes import FINETUNE
 
-    from vivit_jax.feature_file import RowWriter
+    from vivit_jax.inference.feature_file import RowWriter
     from vivit_jax.recipes.checks import model_config
     from vivit_jax.recipes.settings import to_dict
     from vivit_jax.train.log import MetricLog

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import vivit_jax
-from checkpoints_convert import trees
-from checkpoints_convert.layouts import published
+from checkpoints_convert.layouts.registry import published
 from checkpoints_convert.rules import export_params, import_params
-from vivit_jax.pretrained import abstract_params, build_model
+from vivit_jax import param_tree
+from vivit_jax.models.build import abstract_params, build_model
 
 TINY = dict(
     image_size=12,
@@ -129,7 +129,7 @@ GOLDEN = {
 
 def draw_weights(model, config, head):
     """The recorded recipe: one draw per tensor in sorted order, norm weights shifted to 1."""
-    shapes = trees.shapes_of(trees.flatten(abstract_params(model)))
+    shapes = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
     pooler = head == "none" and config.model_type == "vivit"
     rules = published(config.model_type, head, pooler=pooler).rules(config)
     zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
@@ -138,7 +138,7 @@ def draw_weights(model, config, head):
         value = rng.standard_normal(tensor.shape) * 0.2
         shift = 1.0 if "norm" in name and name.endswith(".weight") else 0.0
         tensors[name] = (value + shift).astype(np.float32)
-    return tensors, trees.unflatten(import_params(tensors, rules, shapes))
+    return tensors, param_tree.unflatten(import_params(tensors, rules, shapes))
 
 
 @pytest.mark.parametrize("case", GOLDEN)

@@ -16,9 +16,9 @@ from helpers import CASES, bool_mask, clip, mostly_slow, to_torch, torch_model
 from safetensors.numpy import load_file
 
 import vivit_jax
-from checkpoints_convert import trees
-from checkpoints_convert.layouts import detect
+from checkpoints_convert.layouts.registry import detect
 from checkpoints_convert.rules import import_params
+from vivit_jax import param_tree
 from vivit_jax.layers import linear
 
 ALLOWED = 1.1  # times PyTorch's error
@@ -101,7 +101,7 @@ def error_ratios(case, dtype, directory, size="tiny", draws=2, batches=2) -> dic
                 inputs, torch_inputs = {"labels": labels}, {"labels": torch.from_numpy(labels)}
             logits, gradients = ours_of(params, jnp.asarray(x), inputs)
             assert logits.dtype == dtype
-            gradients, sides = trees.flatten(gradients), []
+            gradients, sides = param_tree.flatten(gradients), []
             for reference in (theirs, exact):
                 reference.zero_grad()
                 out = reference(to_torch(x).to(reference.dtype), **torch_inputs)
@@ -132,7 +132,7 @@ def named_gradients(exact, reference, path, config, ours):
     twin.save_pretrained(path)
     source = load_file(path / "model.safetensors")
     rules = detect(source, config).rules(config)
-    return import_params(source, rules, trees.shapes_of(ours), "float64")
+    return import_params(source, rules, param_tree.shapes_of(ours), "float64")
 
 
 PAIRS = [

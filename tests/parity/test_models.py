@@ -24,10 +24,10 @@ from helpers import (
 from safetensors.numpy import load_file
 
 import vivit_jax
-from checkpoints_convert import trees
-from checkpoints_convert.layouts import detect
+from checkpoints_convert.layouts.registry import detect
 from checkpoints_convert.rules import import_params
-from vivit_jax.pretrained import abstract_params
+from vivit_jax import param_tree
+from vivit_jax.models.build import abstract_params
 
 # The tolerances below were chosen from measurements: see helpers.TOLERANCE.
 PRETRAINING = [case for case in CASES if "pretraining" in case]
@@ -118,9 +118,9 @@ def _loss_and_gradients(case, flat, **execution):
     model = CASES[case][0](config_of(case, **execution))
     x, mask, labels = inputs_of(case)
     inputs = jax_inputs(case, mask, labels)
-    running = trees.flatten(abstract_params(model))
+    running = param_tree.flatten(abstract_params(model))
     params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in running.items()}
-    slots = trees.slots(trees.shapes_of(running))
+    slots = param_tree.slots(param_tree.shapes_of(running))
     for path, slot in slots.items():
         params[slot.leaf][... if slot.layer is None else slot.layer] = flat[path]
 
@@ -129,8 +129,8 @@ def _loss_and_gradients(case, flat, **execution):
     def run(params):
         return model.apply({"params": params}, x, **inputs).loss
 
-    loss, grads = run(trees.unflatten(params))
-    grads = trees.flatten(jax.device_get(grads))  # a jax array compiles each of these slices
+    loss, grads = run(param_tree.unflatten(params))
+    grads = param_tree.flatten(jax.device_get(grads))  # a jax array compiles each of these slices
     return float(loss), {
         path: grads[slot.leaf] if slot.layer is None else grads[slot.leaf][slot.layer]
         for path, slot in slots.items()
@@ -141,7 +141,7 @@ def _loss_and_gradients(case, flat, **execution):
 def _plain_run(case):
     """The loop without any execution flag: (parameters, loss, gradients)."""
     model = CASES[case][0](config_of(case, scan_layers=False))
-    flat = trees.flatten(random_params(model))
+    flat = param_tree.flatten(random_params(model))
     return flat, *_loss_and_gradients(case, flat, scan_layers=False, attention="xla")
 
 
@@ -205,9 +205,9 @@ def compare_gradients(case, reference, model, params, directory):
         out = model.apply({"params": params}, x, **inputs)
         return jax_objective(out)
 
-    ours = trees.flatten(gradients(params))
+    ours = param_tree.flatten(gradients(params))
     rules = detect(source, model.config).rules(model.config)
-    theirs = import_params(source, rules, trees.shapes_of(ours))
+    theirs = import_params(source, rules, param_tree.shapes_of(ours))
     measured = 0.0
     for path in ours:
         scale = max(1.0, float(np.abs(theirs[path]).max()))
@@ -339,19 +339,19 @@ def test_negative_controls_fail(case, tmp_path):
     wrong = type(model)(dataclasses.replace(model.config, hidden_act=other_gelu))
     assert error(forward(wrong, params, x).logits, theirs) > 2e-5
 
-    flat = trees.flatten(params)
+    flat = param_tree.flatten(params)
     for a, b in (("query", "key"), ("query", "value")):
         prefix = "backbone/layers/attention/"
         swapped = flat | {
             f"{prefix}{a}/kernel": flat[f"{prefix}{b}/kernel"],
             f"{prefix}{b}/kernel": flat[f"{prefix}{a}/kernel"],
         }
-        out = forward(model, trees.unflatten(swapped), x).logits
+        out = forward(model, param_tree.unflatten(swapped), x).logits
         assert error(out, theirs) > 1e-3
     for path in flat:
         if path.endswith("bias") and "key" not in path:  # a key bias cannot change the softmax
             zeroed = flat | {path: jnp.zeros_like(flat[path])}
-            out = forward(model, trees.unflatten(zeroed), x).logits
+            out = forward(model, param_tree.unflatten(zeroed), x).logits
             assert error(out, theirs) > 1e-3, path
 
 

@@ -202,8 +202,8 @@ def test_each_size_is_said_once(said, caplog):
 
 def test_maps_and_reconstructions_show_the_whole_tubelets():
     """What the model sees of a clip, and nothing drawn over what it does not."""
-    from vivit_jax.attention_maps import map_attention
-    from vivit_jax.reconstruction import reconstruct
+    from vivit_jax.inference.attention_maps import map_attention
+    from vivit_jax.inference.reconstruction import reconstruct
 
     config = config_of("mae pretraining", image_size=(25, 19), num_frames=7)
     model = VideoMAEForPreTraining(config)

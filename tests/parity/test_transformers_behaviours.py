@@ -22,8 +22,9 @@ from helpers import mostly_slow, to_torch
 from safetensors.numpy import load_file
 
 import vivit_jax
-from checkpoints_convert import trees
-from vivit_jax.pretrained import abstract_params, fresh_params, load_report
+from checkpoints_convert.pretrained import load_report
+from vivit_jax import param_tree
+from vivit_jax.models.build import abstract_params, fresh_params
 
 HERE = "tests/parity/test_transformers_behaviours.py"
 DROP_IN, SIZES = "tests/parity/test_drop_in.py", "tests/parity/test_sizes.py"
@@ -223,7 +224,7 @@ def close(ours, theirs):
 
 
 def same_params(one, other):
-    one, other = trees.flatten(one), trees.flatten(other)
+    one, other = param_tree.flatten(one), param_tree.flatten(other)
     assert one.keys() == other.keys()
     for path, leaf in one.items():
         np.testing.assert_array_equal(leaf, other[path], path)
@@ -307,7 +308,7 @@ def test_losses_of_every_problem_type(kind, count):
     import torch
     from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
-    from vivit_jax.train.losses import classification_loss
+    from vivit_jax.models.losses import classification_loss
 
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((4, count)).astype(np.float32)
@@ -405,8 +406,8 @@ def test_configs_survive_files_and_changes():
 def test_initial_values_are_transformers(pair):
     """Normal with the config's deviation, or the constant that transformers sets."""
     config = dataclasses.replace(pair.model.config, initializer_range=0.5)
-    drawn = trees.flatten(fresh_params(pair.model.clone(config=config), seed=0))
-    set_there = trees.flatten(pair.params)
+    drawn = param_tree.flatten(fresh_params(pair.model.clone(config=config), seed=0))
+    set_there = param_tree.flatten(pair.params)
     assert drawn.keys() == set_there.keys()
     for path, leaf in set_there.items():
         values, leaf = np.asarray(drawn[path]), np.asarray(leaf)
@@ -438,7 +439,7 @@ def test_every_parameter_learns_and_remat_changes_nothing(pair):
                 return sum((value**2).sum() for value in out.values())
             return out.loss
 
-        return trees.flatten(run(pair.params))
+        return param_tree.flatten(run(pair.params))
 
     plain, again = gradients("none"), gradients("block")
     for path, gradient in plain.items():

@@ -9,7 +9,7 @@ import pytest
 from helpers import clip, random_params
 
 import vivit_jax
-from vivit_jax.flops import forward_flops
+from vivit_jax.models.flops import forward_flops
 
 VARIANTS = {  # preset, and the paper's GFLOPs and milliseconds on a TPU v3 (its table 2)
     "joint": ("vivit-b-16x2-kinetics400", 455, 58.9),

@@ -14,10 +14,10 @@ from numpy_vivit import random_params
 from variants import FDP, FE, FSA, VARIANTS, reference, variant_config
 
 import vivit_jax
-from checkpoints_convert import trees
 from checkpoints_convert.rules import export_params, import_params
 from checkpoints_convert.tables import scenic_vivit
-from vivit_jax.pretrained import abstract_params
+from vivit_jax import param_tree
+from vivit_jax.models.build import abstract_params
 
 LABELS = np.array([1, 3])
 
@@ -42,9 +42,9 @@ def pixels_of(config, **size):
 def load(config, params):
     """The classifier of a config with parameters under scenic's names."""
     model = vivit_jax.VivitForVideoClassification(config)
-    shapes = trees.shapes_of(trees.flatten(abstract_params(model)))
+    shapes = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
     table = scenic_vivit.rules(config, head="classification")
-    return model, trees.unflatten(import_params(params, table, shapes))
+    return model, param_tree.unflatten(import_params(params, table, shapes))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_gradients_equal_finite_differences(case):
     def gradient(params):
         return model.apply({"params": params}, pixels, labels=jnp.asarray(LABELS)).loss
 
-    grads = trees.flatten(gradient(ours))
+    grads = param_tree.flatten(gradient(ours))
     named = export_params(grads, scenic_vivit.rules(config, head="classification"))
     first = [name for name in params if "encoderblock_" not in name or "encoderblock_1/" in name]
     params = {name: value.astype(np.float64) for name, value in params.items()}
@@ -193,7 +193,7 @@ def test_execution_flags_keep_the_gradient(case, flags):
     def gradient(**flags):
         model, ours = load(variant_config(case, **flags), params)
         loss = lambda p: model.apply({"params": p}, pixels, labels=jnp.asarray(LABELS)).loss  # noqa: E731
-        grads = trees.flatten(jax.jit(jax.grad(loss))(ours))
+        grads = param_tree.flatten(jax.jit(jax.grad(loss))(ours))
         table = scenic_vivit.rules(model.config, head="classification")
         return {name: tensor.read() for name, tensor in export_params(grads, table).items()}
 

@@ -18,10 +18,10 @@ import pytest
 from helpers import VIDEOMAE, assert_close, bool_mask, clip, error, forward, mostly_slow
 
 import vivit_jax
-from checkpoints_convert import trees
-from checkpoints_convert.layouts import published
+from checkpoints_convert.layouts.registry import published
 from checkpoints_convert.rules import export_params, import_params
-from vivit_jax.pretrained import abstract_params
+from vivit_jax import param_tree
+from vivit_jax.models.build import abstract_params
 
 EPS = ("layer_norm_eps", "fc_norm_eps", "decoder_norm_eps")
 SIZES = (
@@ -115,8 +115,8 @@ def load(config, params, head="pretraining"):
     """A model with parameters under the authors' names."""
     name = {"pretraining": "ForPreTraining", "classification": "ForVideoClassification"}[head]
     model = getattr(vivit_jax, f"VideoMAE{name}")(config)
-    shapes = trees.shapes_of(trees.flatten(abstract_params(model)))
-    return model, trees.unflatten(import_params(params, rules_of(config, head), shapes))
+    shapes = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
+    return model, param_tree.unflatten(import_params(params, rules_of(config, head), shapes))
 
 
 def run(config, params, pixels, hidden, dropped, **flags):
@@ -192,7 +192,7 @@ def test_gradients_equal_finite_differences():
     def gradient(params):
         return model.apply({"params": params}, pixels, mask).loss
 
-    grads = trees.flatten(gradient(ours))
+    grads = param_tree.flatten(gradient(ours))
     named = export_params(grads, rules_of(config, "pretraining"))
     assert named.keys() == params.keys()
     params = {name: value.astype(np.float64) for name, value in params.items()}

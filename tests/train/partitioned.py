@@ -10,12 +10,12 @@ from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 import vivit_jax
 from vivit_jax.layers.linear import projections_in
-from vivit_jax.pretrained import build_model
+from vivit_jax.models.build import build_model
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import HEADS, Recipe
-from vivit_jax.train.compiled import Collective, Program, read_program
 from vivit_jax.train.optim import trained
-from vivit_jax.train.setting import Setting, make_setting
+from vivit_jax.train.planning.compiled import Collective, Program, read_program
+from vivit_jax.train.setup import Setting, make_setting
 from vivit_jax.train.sharding import AXES, BATCH, make_mesh
 from vivit_jax.train.step import draw_mask
 from vivit_jax.train.stored_state import flat

@@ -558,7 +558,7 @@ CHILD = textwrap.dedent("""
     from pathlib import Path
     import jax
     import jax.numpy as jnp
-    from checkpoints_convert.save import replaced_directory
+    from checkpoints_convert.files.save import replaced_directory
     from vivit_jax.train.checkpoint import Checkpoints
 
     def export(path):

@@ -7,10 +7,10 @@ import pytest
 from compilers import needs_cuda_plugin, needs_libtpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vivit_jax.train.compiled import read_program
-from vivit_jax.train.hardware import compile_only_devices, parse_topology
-from vivit_jax.train.hlo import parse
-from vivit_jax.train.replica_groups import mesh_axes, replica_groups
+from vivit_jax.train.planning.compiled import read_program
+from vivit_jax.train.planning.hardware import compile_only_devices, parse_topology
+from vivit_jax.train.planning.hlo import parse
+from vivit_jax.train.planning.replica_groups import mesh_axes, replica_groups
 from vivit_jax.train.sharding import AXES, BATCH, make_mesh
 
 SIZES = dict(data=2, fsdp=2, tensor=2)

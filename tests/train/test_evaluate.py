@@ -14,11 +14,11 @@ import pytest
 from helpers import config_of, mostly_slow, random_params
 
 import vivit_jax
-from checkpoints_convert import trees
-from vivit_jax.data.augment import resize_shortest
-from vivit_jax.data.dataset import Dataset, Example, read_views
+from vivit_jax import param_tree
+from vivit_jax.data.datasets.dataset import Dataset, Example, read_views
+from vivit_jax.data.transforms.augment import resize_shortest
 from vivit_jax.errors import UserError
-from vivit_jax.pretrained import abstract_params
+from vivit_jax.models.build import abstract_params
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
 from vivit_jax.train import views as views_module
 from vivit_jax.train.evaluate import (
@@ -400,7 +400,7 @@ def test_reconstruction_is_the_model_s_own_loss_of_one_video_at_a_time(dataset, 
 
 def test_the_hash_is_of_the_weights_and_not_of_their_layout(classifier):
     model, params = classifier
-    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(params).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in param_tree.flatten(params).items()}
     assert any(leaf.shape[0] == 3 for path, leaf in flat.items() if "/layers/" in path)
     looped = {}
     for path, leaf in flat.items():
@@ -410,16 +410,18 @@ def test_the_hash_is_of_the_weights_and_not_of_their_layout(classifier):
         if not inside:
             looped[path] = leaf
     config = dataclasses.replace(model.config, scan_layers=False)
-    shapes = trees.flatten(abstract_params(vivit_jax.VideoMAEForVideoClassification(config)))
+    shapes = param_tree.flatten(abstract_params(vivit_jax.VideoMAEForVideoClassification(config)))
     assert {p: s.shape for p, s in shapes.items()} == {p: v.shape for p, v in looped.items()}
-    digest = trees.params_hash(params)
-    assert len(digest) == 64 and trees.params_hash(trees.unflatten(looped)) == digest
+    digest = param_tree.params_hash(params)
+    assert len(digest) == 64 and param_tree.params_hash(param_tree.unflatten(looped)) == digest
     path = "backbone/layers_1/mlp_in/bias"
     nudged = looped | {path: np.nextafter(looped[path], np.inf, dtype=np.float32)}
     cast = looped | {path: looped[path].astype(jnp.bfloat16)}
     swapped = looped | {path: looped["backbone/layers_2/mlp_in/bias"]}
     swapped["backbone/layers_2/mlp_in/bias"] = looped[path]
-    digests = {trees.params_hash(trees.unflatten(other)) for other in (nudged, cast, swapped)}
+    digests = {
+        param_tree.params_hash(param_tree.unflatten(other)) for other in (nudged, cast, swapped)
+    }
     assert len(digests | {digest}) == 4
 
 
@@ -432,7 +434,7 @@ def test_conditions_are_all_that_moves_the_number(classifier):
     assert (values["dtype"], values["param_dtype"]) == ("float32", "float32")
     assert values["matmul_precision"] == "highest" and values["attention"] == "auto"
     assert values["attention_chosen"] == "chunked"
-    assert values["params_sha256"] == trees.params_hash(classifier[1])
+    assert values["params_sha256"] == param_tree.params_hash(classifier[1])
     assert values["decoder"]["av"] == av.__version__
     assert values["decoder"]["libavcodec"] == list(av.library_versions["libavcodec"])
     assert values["processor"]["image_mean"] == [0.485, 0.456, 0.406]

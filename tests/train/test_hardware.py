@@ -8,7 +8,7 @@ import pytest
 from compilers import needs_cuda_plugin, needs_libtpu
 
 from vivit_jax.errors import MissingExtra, UserError
-from vivit_jax.train.hardware import CHIPS, compile_only_devices, parse_topology
+from vivit_jax.train.planning.hardware import CHIPS, compile_only_devices, parse_topology
 from vivit_jax.train.sharding import make_mesh, parse_mesh
 
 

@@ -14,11 +14,11 @@ from helpers import mostly_slow
 from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 import vivit_jax
-from checkpoints_convert import trees
-from vivit_jax import pretrained
-from vivit_jax.pretrained import _compiled_draw, abstract_params, fresh_params
-from vivit_jax.train.initial import papers_params
-from vivit_jax.train.starting import starting_model
+from checkpoints_convert import pretrained
+from vivit_jax import param_tree
+from vivit_jax.models.build import _compiled_draw, abstract_params, fresh_params
+from vivit_jax.train.initial_model import starting_model
+from vivit_jax.train.initial_params import papers_params
 
 D, MLP, TUBELET = 96, 160, (2, 8, 8)
 SIZES = dict(
@@ -48,9 +48,9 @@ SCENIC = vivit_jax.VivitForVideoClassification(VIVIT)
 
 def drawn(model, seed=0):
     """Per-layer name -> array."""
-    flat = trees.flatten(papers_params(model, abstract_params(model), seed))
+    flat = param_tree.flatten(papers_params(model, abstract_params(model), seed))
     found = {}
-    for name, slot in trees.slots(trees.shapes_of(flat)).items():
+    for name, slot in param_tree.slots(param_tree.shapes_of(flat)).items():
         found[name] = np.asarray(
             flat[slot.leaf] if slot.layer is None else flat[slot.leaf][slot.layer]
         )
@@ -198,8 +198,8 @@ def test_what_is_compared_tells_one_distribution_from_another():
 def test_a_scanned_and_a_looped_model_start_alike(params, model):
     looped = model.clone(config=dataclasses.replace(model.config, scan_layers=False))
     assert (
-        trees.flatten(abstract_params(looped)).keys()
-        != trees.flatten(abstract_params(model)).keys()
+        param_tree.flatten(abstract_params(looped)).keys()
+        != param_tree.flatten(abstract_params(model)).keys()
     )
     found = drawn(looped)
     assert found.keys() == params[model].keys()
@@ -263,10 +263,10 @@ def test_only_what_is_named_is_drawn(params):
     start = jax.tree.map(lambda leaf: np.full(leaf.shape, 7, np.float16), abstract_params(SCENIC))
     before = jax.tree.map(np.copy, start)
     only = ("head/kernel", "backbone/spatial/layers_1/mlp_in/kernel", "backbone/temporal/pos_embed")
-    found = trees.flatten(papers_params(SCENIC, start, 0, only))
+    found = param_tree.flatten(papers_params(SCENIC, start, 0, only))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, start, before)))
     assert {leaf.dtype for leaf in found.values()} == {np.dtype(np.float16)}
-    for name, slot in trees.slots(trees.shapes_of(found)).items():
+    for name, slot in param_tree.slots(param_tree.shapes_of(found)).items():
         value = np.asarray(found[slot.leaf] if slot.layer is None else found[slot.leaf][slot.layer])
         if name in only:
             np.testing.assert_array_equal(value, params[SCENIC][name].astype(np.float16))
@@ -303,9 +303,9 @@ def test_a_run_from_a_file_draws_what_the_file_has_not(tmp_path):
     more = FINETUNE.model.config | {"num_labels": 9}
     recipe = changed(FINETUNE, model__start=str(tmp_path / "model"), model__config=more)
     start = starting_model(recipe)
-    fresh = trees.flatten(papers_params(start.model, abstract_params(start.model), 0))
-    for name, value in trees.flatten(start.params).items():
-        expected = fresh[name] if name.startswith("head/") else trees.flatten(kept)[name]
+    fresh = param_tree.flatten(papers_params(start.model, abstract_params(start.model), 0))
+    for name, value in param_tree.flatten(start.params).items():
+        expected = fresh[name] if name.startswith("head/") else param_tree.flatten(kept)[name]
         np.testing.assert_array_equal(value, expected, err_msg=name)
     assert start.params["head"]["kernel"].shape == (16, 9)
 
@@ -315,11 +315,11 @@ def test_the_compiler_s_lower_level_draws_the_same_bits(scan_layers):
     """As its usual one, 3; as a part of another program it takes no options of its own."""
     config = dataclasses.replace(VIDEOMAE, scan_layers=scan_layers)
     model = vivit_jax.VideoMAEForPreTraining(config)
-    leaves, key = tuple(sorted(trees.flatten(abstract_params(model)))), jax.random.key(3)
+    leaves, key = tuple(sorted(param_tree.flatten(abstract_params(model)))), jax.random.key(3)
     options = {"xla_backend_optimization_level": 3, **AS_USERS}
     usual = jax.jit(pretrained._drawn, static_argnums=(0, 1, 2), compiler_options=options)
     usual, lower = (draw(model, leaves, "float32", key) for draw in (usual, _compiled_draw(True)))
-    inside = trees.flatten(jax.jit(lambda: fresh_params(model, 3))())
+    inside = param_tree.flatten(jax.jit(lambda: fresh_params(model, 3))())
     for path in leaves:
         np.testing.assert_array_equal(lower[path], usual[path])
         np.testing.assert_allclose(inside[path], usual[path], rtol=1e-5, atol=1e-7)

@@ -22,18 +22,18 @@ from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
 from tiny_runs import NAME, PLAIN, assert_same, lines, settings, state, write_clip
 
 import vivit_jax
-from checkpoints_convert import trees
+from vivit_jax import param_tree
 from vivit_jax.cli.__main__ import main
-from vivit_jax.data import dataset
-from vivit_jax.data.dataset import read_dataset
+from vivit_jax.data.datasets import dataset
+from vivit_jax.data.datasets.dataset import read_dataset
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import ModelSettings
-from vivit_jax.train import loop, setting
+from vivit_jax.train import loop, setup
 from vivit_jax.train.evaluate import evaluate
+from vivit_jax.train.initial_model import described_model, description, starting_model
 from vivit_jax.train.log import MetricLog, read_metrics
 from vivit_jax.train.sharding import make_mesh, parse_mesh
-from vivit_jax.train.starting import described_model, description, starting_model
 
 FOLDERS = ("blue", "green", "red", "white")
 STEPS = 12  # 4 epochs of 3 steps
@@ -73,7 +73,7 @@ def recipe(data):
 @pytest.fixture(scope="module", autouse=True)
 def equal_steps_are_compiled_once():
     """Runs of one recipe on one mesh share the compiled step, which takes seconds."""
-    made, make_step = {}, setting.make_step
+    made, make_step = {}, setup.make_step
 
     def remembered(model, optimizer, schedule, recipe, processor, mesh, shapes):
         free = dict(steps=None, checkpoint_every=None, keep=1, max_bad_steps=1)
@@ -86,7 +86,7 @@ def equal_steps_are_compiled_once():
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setting, "make_step", remembered)
+        patch.setattr(setup, "make_step", remembered)
         yield
 
 
@@ -227,7 +227,7 @@ def test_the_model_opens_in_transformers_with_the_folders_names(whole):
     assert_close(forward(model, params, clip).logits, expected, "logits")
     # It is the average that is exported, not what is trained.
     last = state(whole.model.parents[1], STEPS)
-    for path, value in trees.flatten(params).items():
+    for path, value in param_tree.flatten(params).items():
         np.testing.assert_array_equal(last[f"average/{path}"], value, err_msg=path)
     assert np.abs(last["params/head/kernel"] - last["average/head/kernel"]).max() > 1e-4
 
@@ -515,7 +515,7 @@ def test_steps_that_stay_without_finite_loss_stop_a_run(recipe, start, tmp_path)
     kept = state(out, 6)
     assert kept["bad_steps"] == kept["skipped"] == 6
     _, params = vivit_jax.from_pretrained(broken)
-    for path, value in trees.flatten(params).items():
+    for path, value in param_tree.flatten(params).items():
         np.testing.assert_array_equal(kept[f"params/{path}"], value, err_msg=path)
 
 
@@ -547,7 +547,7 @@ def test_fine_tuning_goes_on_where_pretraining_ended(recipe, tmp_path):
 
 
 def assert_encoder(params, expected, rtol=0.0):
-    ours, theirs = (trees.flatten(each["backbone"]) for each in (params, expected))
+    ours, theirs = (param_tree.flatten(each["backbone"]) for each in (params, expected))
     paths = [path for path in theirs if not path.startswith("ln_final")]
     assert len(paths) == 17
     for path in paths:
@@ -571,8 +571,8 @@ def test_fine_tuning_starts_from_an_autoencoder(autoencoder):
 def test_pretraining_starts_from_an_autoencoder_with_its_decoder(autoencoder):
     directory, pretrained = autoencoder
     found = starting_model(changed(PRETRAIN, model__start=directory))
-    for path, value in trees.flatten(pretrained).items():
-        np.testing.assert_array_equal(trees.flatten(found.params)[path], value, err_msg=path)
+    for path, value in param_tree.flatten(pretrained).items():
+        np.testing.assert_array_equal(param_tree.flatten(found.params)[path], value, err_msg=path)
 
 
 def test_fine_tuning_starts_from_a_classifier(whole, recipe):

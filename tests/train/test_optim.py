@@ -15,8 +15,7 @@ import pytest
 from helpers import clip, config_of, to_torch, torch_model
 
 import vivit_jax
-from checkpoints_convert import trees
-from vivit_jax import UserError
+from vivit_jax import UserError, param_tree
 from vivit_jax.recipes.recipe import OptimSettings
 from vivit_jax.train.optim import (
     decay_factors,
@@ -40,15 +39,17 @@ def golden(name):
 
 
 def of_shapes(sizes):
-    return trees.unflatten({k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in sizes.items()})
+    return param_tree.unflatten({k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in sizes.items()})
 
 
 def per_layer(values):
     """{path in the per-layer form: number}, whatever the layout."""
     found = {}
-    for path, value in trees.flatten(values).items():
+    for path, value in param_tree.flatten(values).items():
         if re.search(r"(^|/)layers/", path) and np.ndim(value):
-            found |= {trees.layer_path(path, i): float(v) for i, v in enumerate(np.ravel(value))}
+            found |= {
+                param_tree.layer_path(path, i): float(v) for i, v in enumerate(np.ravel(value))
+            }
         else:
             found[path] = float(value)
     return found
@@ -155,7 +156,7 @@ def test_layer_decay_by_hand():
     }
     factors = lr_factors(OptimSettings(lr=1, layer_decay=0.5), of_shapes(sizes))
     by_hand = [1 / 8, 1 / 4, 1 / 2, 1, 1, 1 / 8, 1, 1]
-    assert trees.flatten(factors) == dict(zip(sizes, by_hand, strict=True))
+    assert param_tree.flatten(factors) == dict(zip(sizes, by_hand, strict=True))
 
 
 def test_layer_decay_of_a_factorised_encoder():
@@ -182,8 +183,8 @@ def test_layer_decay_of_a_factorised_encoder():
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 def test_kernels_decay_and_nothing_else_does_in_every_model(path):
     shapes = golden(path.stem)
-    factors = trees.flatten(decay_factors(OptimSettings(lr=1), shapes))
-    assert factors.keys() == trees.flatten(shapes).keys()
+    factors = param_tree.flatten(decay_factors(OptimSettings(lr=1), shapes))
+    assert factors.keys() == param_tree.flatten(shapes).keys()
     assert {k for k, v in factors.items() if v} == {k for k in factors if k.endswith("/kernel")}
     assert set(factors.values()) == {0.0, 1.0}
 
@@ -191,12 +192,12 @@ def test_kernels_decay_and_nothing_else_does_in_every_model(path):
 def test_a_scanned_model_has_the_factors_of_a_looped_one():
     settings = OptimSettings(lr=1, layer_decay=0.7, lr_rules=((r".*layers_1/.*bias", 3.0),))
     scanned, looped = (golden(f"vivit_classifier{kind}") for kind in ("", "_loop"))
-    factors = trees.flatten(lr_factors(settings, scanned))
+    factors = param_tree.flatten(lr_factors(settings, scanned))
     leaf = factors["backbone/layers/attention/query/bias"]
     assert leaf.shape == (2, 1, 1) and leaf[1] == 3  # of 3 layers the last is apart
-    expected = trees.flatten(lr_factors(settings, looped))
+    expected = param_tree.flatten(lr_factors(settings, looped))
     found = {}
-    for name, slot in trees.slots(trees.shapes_of(trees.flatten(scanned))).items():
+    for name, slot in param_tree.slots(param_tree.shapes_of(param_tree.flatten(scanned))).items():
         value = np.asarray(factors[slot.leaf])
         found[name] = float(np.ravel(value)[slot.layer if value.ndim else 0])
     assert found == expected
@@ -207,7 +208,7 @@ SMALL = of_shapes({"layers/mlp_in/kernel": (3, 2, 2), "layers/mlp_in/bias": (3, 
 
 def test_the_first_rule_that_matches_counts():
     rules = ((r".*/bias", 2.0), (r"layers_[12]/.*", 3.0), (r"layers_1/.*", 4.0), (".*", 5.0))
-    values = trees.flatten(parameter_values(SMALL, rules, "test"))
+    values = param_tree.flatten(parameter_values(SMALL, rules, "test"))
     assert values["layers/mlp_in/bias"] == 2.0 and values["cls"] == 5.0
     np.testing.assert_array_equal(values["layers/mlp_in/kernel"][:, 0, 0], [5, 3, 3])
 
@@ -229,7 +230,7 @@ def test_rules_that_do_not_fit(rules, message):
 def test_defaults_need_not_match():
     defaults = ((r"decoder/.*", 0.0), (".*", 1.0))
     values = parameter_values(SMALL, (), "test", defaults)
-    assert set(trees.flatten(values).values()) == {1.0}
+    assert set(param_tree.flatten(values).values()) == {1.0}
 
 
 def test_layer_decay_needs_blocks():
@@ -263,7 +264,7 @@ def tiny_params():
         "head/bias": (2,),
     }
     draw = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    return trees.unflatten({path: draw(shape) for path, shape in shapes.items()})
+    return param_tree.unflatten({path: draw(shape) for path, shape in shapes.items()})
 
 
 def moved(settings, params, gradients, steps=1):
@@ -273,7 +274,7 @@ def moved(settings, params, gradients, steps=1):
     for _ in range(steps):
         updates, state = optimizer.update(gradients, state, new)
         new = optax.apply_updates(new, updates)
-    return trees.flatten(jax.tree.map(np.subtract, new, params)), state
+    return param_tree.flatten(jax.tree.map(np.subtract, new, params)), state
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "sgd"])
@@ -283,7 +284,7 @@ def test_without_gradients_kernels_shrink_by_their_factors(algorithm):
     )
     params = tiny_params()
     step, _ = moved(settings, params, jax.tree.map(jnp.zeros_like, params))
-    flat = trees.flatten(params)
+    flat = param_tree.flatten(params)
     halves = np.array([1 / 8, 1 / 4, 1 / 2]).reshape(3, 1, 1)
     shrunk = {
         "backbone/patch_embed/kernel": 0.1 / 16,
@@ -321,7 +322,7 @@ def test_what_is_frozen_does_not_move_and_has_no_state(algorithm):
         np.testing.assert_array_equal(step[path], again[path])
     # By hand: ones in 4 + 2 + 4 trained places, cut from a norm of sqrt(10) to 0.5.
     if algorithm == "sgd":
-        flat = trees.flatten(params)["head/kernel"]
+        flat = param_tree.flatten(params)["head/kernel"]
         first, _ = moved(settings, params, gradients)
         np.testing.assert_allclose(first["head/kernel"], -0.5 / 10**0.5 - 0.1 * flat, rtol=1e-5)
 
@@ -462,7 +463,7 @@ def our_steps(tiny, settings):
 
         for pixels, labels in batches():
             params, state = step(params, state, gradients(params, pixels, labels))
-    return trees.flatten(params)
+    return param_tree.flatten(params)
 
 
 def difference(ours, theirs, start):
@@ -477,7 +478,7 @@ def test_twenty_steps_equal_pytorchs(tiny, tmp_path, settings):
     rates = by_definition(settings, BATCH, 5, 4)
     assert rates.max() == pytest.approx(0.01 if settings is ADAMW else 0.05)
     torch_steps(tmp_path, settings, rates)
-    theirs, start = trees.flatten(load(tmp_path)[1]), trees.flatten(tiny[0])
+    theirs, start = param_tree.flatten(load(tmp_path)[1]), param_tree.flatten(tiny[0])
     measured = difference(our_steps(tiny, settings), theirs, start)
     assert measured < ALLOWED, f"measured {measured:.1e}"
     if settings is ADAMW:  # negative control

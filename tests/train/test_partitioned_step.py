@@ -17,7 +17,7 @@ from tiny_recipes import changed
 
 from vivit_jax.layers import chunked
 from vivit_jax.layers.chunked import Tile
-from vivit_jax.pretrained import fresh_params
+from vivit_jax.models.build import fresh_params
 from vivit_jax.train.state import new_state
 
 MESHES = (

@@ -13,7 +13,7 @@ from helpers import mostly_slow
 from partitioned import FAMILIES
 from tpu_compiler import FOUR_CHIPS
 
-from vivit_jax.train.hardware import CHIPS
+from vivit_jax.train.planning.hardware import CHIPS
 
 pytestmark = needs_libtpu
 CASES = [

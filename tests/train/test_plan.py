@@ -13,19 +13,20 @@ from compilers import needs_cuda_plugin, needs_libtpu
 from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
 
 from vivit_jax.errors import UserError
-from vivit_jax.flops import forward_flops, recomputed_flops, step_flops
 from vivit_jax.layers.pallas import cycles
-from vivit_jax.pretrained import abstract_params
+from vivit_jax.models.build import abstract_params
+from vivit_jax.models.flops import forward_flops, recomputed_flops, step_flops
 from vivit_jax.recipes import RECIPES, model_config, recipe_named
 from vivit_jax.recipes.recipe import ModelSettings
-from vivit_jax.train import plan as plan_module
-from vivit_jax.train.compiled import Operation
-from vivit_jax.train.hardware import CHIPS, parse_topology
-from vivit_jax.train.hlo import Array
-from vivit_jax.train.least_memory import least_memory, refused
-from vivit_jax.train.meshes import all_meshes, cost, sensible_meshes, sent
-from vivit_jax.train.parts import PARTS, part_of
-from vivit_jax.train.plan import (
+from vivit_jax.train.initial_model import planned_model
+from vivit_jax.train.planning import plan as plan_module
+from vivit_jax.train.planning.compiled import Operation
+from vivit_jax.train.planning.hardware import CHIPS, parse_topology
+from vivit_jax.train.planning.hlo import Array
+from vivit_jax.train.planning.least_memory import least_memory, refused
+from vivit_jax.train.planning.meshes import all_meshes, cost, sensible_meshes, sent
+from vivit_jax.train.planning.parts import PARTS, part_of
+from vivit_jax.train.planning.plan import (
     Moved,
     Part,
     Plan,
@@ -35,9 +36,8 @@ from vivit_jax.train.plan import (
     planned_setting,
     training_videos,
 )
-from vivit_jax.train.plan_text import describe, ranking
+from vivit_jax.train.planning.plan_text import describe, ranking
 from vivit_jax.train.sharding import AXES, make_mesh, mesh_text, parse_mesh
-from vivit_jax.train.starting import planned_model
 
 ONE = parse_topology("v5e:1x1")
 FOUR = parse_topology("v5e:2x2")

@@ -14,19 +14,19 @@ from helpers import mostly_slow, random_params
 from tiny_recipes import FINETUNE, PRETRAIN, SIZES, VIEWS, changed
 
 import vivit_jax
-from checkpoints_convert import trees
 from checkpoints_convert.__main__ import main as convert
+from checkpoints_convert.start.from_video import init_from_video_model
+from vivit_jax import param_tree
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import RECIPES, apply_settings, from_dict, recipe_named, to_dict
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import EvalSettings, ModelSettings
 from vivit_jax.train import loop
+from vivit_jax.train.initial_model import _FIXED, description, of_the_function, starting_model
 from vivit_jax.train.preprocessing import described_preprocessing
-from vivit_jax.train.run import RunDirectory, saved_recipe
+from vivit_jax.train.run_directory import RunDirectory, saved_recipe
 from vivit_jax.train.sharding import make_mesh, parse_mesh
-from vivit_jax.train.starting import _FIXED, description, of_the_function, starting_model
-from vivit_jax.video_init import init_from_video_model
 
 NAMES = ("blue", "green", "red", "white")
 LARGE = dict(
@@ -54,10 +54,10 @@ def saved(directory, config, processor=None):
 
 
 def by_layer(params):
-    flat = {path: np.asarray(value) for path, value in trees.flatten(params).items()}
+    flat = {path: np.asarray(value) for path, value in param_tree.flatten(params).items()}
     return {
         path: flat[slot.leaf] if slot.layer is None else flat[slot.leaf][slot.layer]
-        for path, slot in trees.slots(trees.shapes_of(flat)).items()
+        for path, slot in param_tree.slots(param_tree.shapes_of(flat)).items()
     }
 
 

@@ -10,9 +10,10 @@ from helpers import mostly_slow
 from tiny_recipes import CLASSES, FINETUNE, PRETRAIN, SIZES, changed
 
 import vivit_jax
-from checkpoints_convert import trees
+from vivit_jax import param_tree
 from vivit_jax.errors import UserError
-from vivit_jax.pretrained import abstract_params, fresh_params
+from vivit_jax.models.build import abstract_params, fresh_params
+from vivit_jax.train.initial_model import starting_model
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.sharding import (
     AXES,
@@ -22,7 +23,6 @@ from vivit_jax.train.sharding import (
     mesh_text,
     parse_mesh,
 )
-from vivit_jax.train.starting import starting_model
 from vivit_jax.train.state import new_state, state_shapes
 from vivit_jax.train.step import make_step
 
@@ -85,7 +85,9 @@ def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
     for i, batch in enumerate(batches(recipe, steps)):
         state, values = step(state, jax.device_put(change(i, batch), of_clips))
         losses.append(float(values["loss"]))
-    flat = trees.flatten(jax.device_get({"params": state.params, "average": state.average or {}}))
+    flat = param_tree.flatten(
+        jax.device_get({"params": state.params, "average": state.average or {}})
+    )
     return losses, flat, state
 
 
@@ -154,7 +156,7 @@ def test_fsdp_divides_what_a_device_holds(size):
     optimizer = make_optimizer(FINETUNE.optim, params, optax.constant_schedule(1e-3))
     shapes = state_shapes(model, optimizer, mesh)
     for tree, copies in ((shapes.params, 1), (shapes.optimizer, 2)):
-        leaves = trees.flatten(abstract_params(model))
+        leaves = param_tree.flatten(abstract_params(model))
         split = [leaf for path, leaf in leaves.items() if path.endswith("/kernel")]
         rest = sum(leaf.size for leaf in leaves.values()) - sum(leaf.size for leaf in split)
         expected = copies * 4 * (sum(leaf.size for leaf in split) // size + rest)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from vivit_jax import UserError
+from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.layers.dropout import clip_keys
-from vivit_jax.recipes.recipe import AugmentSettings
-from vivit_jax.train.augment import (
+from vivit_jax.models.losses import multi_head_loss
+from vivit_jax.train.augment_on_device import (
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
@@ -24,7 +25,6 @@ from vivit_jax.train.augment import (
     random_erasing,
     soft_targets,
 )
-from vivit_jax.train.losses import multi_head_loss
 
 MANY = 4000  # draws; the standard deviation of a share of them is 0.008 at most
 SIZE = (12, 10)

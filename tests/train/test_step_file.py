@@ -20,12 +20,12 @@ from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 import vivit_jax
 from vivit_jax.errors import CheckpointError, UserError
-from vivit_jax.pretrained import fresh_params
-from vivit_jax.train import export as file_module
-from vivit_jax.train.export import export_step, load_step
-from vivit_jax.train.setting import make_setting
+from vivit_jax.inference import export_step as file_module
+from vivit_jax.inference.export_step import export_step, load_step
+from vivit_jax.models.build import fresh_params
+from vivit_jax.train.initial_model import planned_model
+from vivit_jax.train.setup import make_setting
 from vivit_jax.train.sharding import batch_sharding, make_mesh
-from vivit_jax.train.starting import planned_model
 from vivit_jax.train.state import new_state
 from vivit_jax.train.stored_state import flat
 

@@ -2,9 +2,8 @@
 
 import dataclasses
 
+from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.recipes.recipe import (
-    AugmentSettings,
-    DataSettings,
     EvalSettings,
     MaskSettings,
     ModelSettings,

@@ -14,10 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.recipes import recipe_named, to_dict
-from vivit_jax.recipes.recipe import AugmentSettings
 from vivit_jax.train.log import read_metrics
-from vivit_jax.train.run import differences
+from vivit_jax.train.run_directory import differences
 
 # With what is random in data and model, without what only takes longer to compile.
 PLAIN = AugmentSettings(crop="random_resized", crop_scale=(0.5, 1.0), smoothing=0.1)

@@ -10,7 +10,7 @@ from vivit_jax import UserError, VideoMAEConfig
 from vivit_jax.benchmark import agreement as agreement_module
 from vivit_jax.benchmark.agreement import agreement, distance, is_rounded, telling
 from vivit_jax.benchmark.work import Work
-from vivit_jax.pretrained import abstract_params, build_model
+from vivit_jax.models.build import abstract_params, build_model
 
 RNG = np.random.default_rng(0)
 OUTPUT = RNG.standard_normal((2, 5)).astype(np.float32)

@@ -8,10 +8,10 @@ from helpers import VIDEOMAE, clip, config_of, forward, mostly_slow, random_para
 from variants import variant_config
 
 import vivit_jax
-from checkpoints_convert import trees
-from vivit_jax.attention_maps import AttentionMaps, choose
+from vivit_jax import param_tree
+from vivit_jax.inference.attention_maps import AttentionMaps, choose
 from vivit_jax.layers.embed import uniform_frames
-from vivit_jax.pretrained import build_model
+from vivit_jax.models.build import build_model
 
 GRID = (3, 3, 2)
 VIVIT_CASES = (
@@ -227,10 +227,10 @@ def test_the_last_layer_against_transformers(case, tmp_path):
 
 def changed(params, ending, value):
     """Parameters with the leaves of some names set to a value."""
-    flat = trees.flatten(params)
+    flat = param_tree.flatten(params)
     names = [name for name in flat if name.endswith(ending)]
     assert names
-    return trees.unflatten(flat | {name: np.full_like(flat[name], value) for name in names})
+    return param_tree.unflatten(flat | {name: np.full_like(flat[name], value) for name in names})
 
 
 @pytest.mark.parametrize("kind", ["map", "rollout"])
@@ -255,14 +255,14 @@ def test_a_head_that_looks_at_a_bright_patch():
     """
     config = vivit_jax.VideoMAEConfig(**VIDEOMAE | dict(num_hidden_layers=1))
     model = vivit_jax.VideoMAEModel(config)
-    flat = {k: np.zeros_like(v) for k, v in trees.flatten(random_params(model)).items()}
+    flat = {k: np.zeros_like(v) for k, v in param_tree.flatten(random_params(model)).items()}
     flat["patch_embed/kernel"][..., 0] = 1.0
     flat["layers/ln_attention/scale"][:] = 1.0
     flat["layers/attention/query/bias"][0, 1, 0] = 100.0  # [layers, heads, width]
     flat["layers/attention/key/kernel"][0, 0, 1, 0] = 10.0  # [layers, d, heads, width]
     pixels = np.zeros((1, 6, 24, 16, 3), np.float32)
     pixels[0, 2:4, 8:16, 8:16] = 10.0
-    params = trees.unflatten(flat)
+    params = param_tree.unflatten(flat)
     bright = np.zeros(GRID)
     bright[1, 1, 1] = 1
     one = vivit_jax.map_attention(model, params, pixels, head=1)
@@ -315,7 +315,7 @@ def test_half_precision_is_close():
 
 def test_no_more_than_one_blocks_attention_is_held():
     """The compiled step of a block needs memory for its own attention, not for all layers'."""
-    from vivit_jax.attention_maps import _through
+    from vivit_jax.inference.attention_maps import _through
     from vivit_jax.layers.encoder import Arrangement, Block
 
     config = config_of("mae base", num_hidden_layers=12)

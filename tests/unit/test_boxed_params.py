@@ -9,7 +9,7 @@ from flax.core import meta
 from helpers import VIDEOMAE
 
 import vivit_jax
-from vivit_jax.export import export_model
+from vivit_jax.inference.export import export_model
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from helpers import VIDEOMAE, VIVIT, random_params
 
 import vivit_jax
 from vivit_jax import UserError, VideoClassifier, VideoError
-from vivit_jax.data.clip import read_clips
+from vivit_jax.data.read_clip import read_clips
 from vivit_jax.data.sampling import view_indices
 
 LABELS = ("walk", "run", "jump", "fly", "sleep")
@@ -152,7 +152,7 @@ def test_what_is_averaged_by_default_is_the_familys(videos):
 
 
 def test_a_video_whose_error_is_not_foreseen(classifier, videos, monkeypatch):
-    from vivit_jax import classifier as module
+    from vivit_jax.inference import classifier as module
 
     def fails(video, config, **options):
         if video == videos[1]:

@@ -11,7 +11,7 @@ from vivit_jax import PRESETS, ConfigError, VideoMAEConfig, VivitConfig
 from vivit_jax.config import config_from_dict
 from vivit_jax.config_base import HIDDEN_ACTS
 from vivit_jax.layers.linear import ACTIVATIONS
-from vivit_jax.pretrained import abstract_params, build_model
+from vivit_jax.models.build import abstract_params, build_model
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -10,8 +10,8 @@ from helpers import CASES, bool_mask, clip, config_of, random_params
 from vivit_jax import Mask, UserError, VivitModel
 from vivit_jax.layers.embed import resize_positions, sincos_positions
 from vivit_jax.layers.tubelets import patchify
-from vivit_jax.pretrained import abstract_params
-from vivit_jax.train.losses import reconstruction_targets
+from vivit_jax.models.build import abstract_params
+from vivit_jax.models.losses import reconstruction_targets
 
 
 def test_patchify_order_is_time_height_width_channel():

@@ -18,7 +18,7 @@ import vivit_jax
 from vivit_jax.errors import UserError
 from vivit_jax.layers.axes import names_in
 from vivit_jax.layers.tubelets import ByteClips
-from vivit_jax.pretrained import abstract_params, boxed_params
+from vivit_jax.models.build import abstract_params, boxed_params
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 CLIPS = 8

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 
 from vivit_jax.errors import UserError
-from vivit_jax.files import check_directory, check_output, whole_file
+from vivit_jax.files.atomic import check_directory, check_output, whole_file
 
 
 def told(check, *args, **options):

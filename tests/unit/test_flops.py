@@ -11,15 +11,15 @@ from helpers import VIDEOMAE, VIVIT, mostly_slow
 from jax.extend.core import jaxprs_in_params
 
 from vivit_jax import PRESETS, Mask, UserError, VideoMAEConfig, VivitConfig
-from vivit_jax.flops import forward_flops, step_flops
 from vivit_jax.layers.chunked import TILES, Tile
+from vivit_jax.models.build import abstract_params
+from vivit_jax.models.flops import forward_flops, step_flops
 from vivit_jax.models.videomae import (
     VideoMAEForPreTraining,
     VideoMAEForVideoClassification,
     VideoMAEModel,
 )
 from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
-from vivit_jax.pretrained import abstract_params
 
 EXECUTION = dict(scan_layers=False, attention="xla", remat="none")
 

@@ -13,7 +13,7 @@ from vivit_jax.benchmark.work import Work, program
 from vivit_jax.layers import chunked, linear
 from vivit_jax.layers.linear import product
 from vivit_jax.layers.matrices import matrix_product
-from vivit_jax.train.hlo import parse
+from vivit_jax.train.planning.hlo import parse
 
 SIZES = dict(
     image_size=32,

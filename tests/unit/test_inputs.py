@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoints_convert.io import open_checkpoint
+from checkpoints_convert.files.open import open_checkpoint
 from vivit_jax import read_video
-from vivit_jax.data.dataset import Example, open_array, read_dataset, read_frames
-from vivit_jax.data.decode import frame_times, probe_video
-from vivit_jax.data.stream import FrameStream
+from vivit_jax.data.datasets.dataset import Example, open_array, read_dataset, read_frames
+from vivit_jax.data.video.decode import frame_times, probe_video
+from vivit_jax.data.video.frame_stream import FrameStream
 from vivit_jax.errors import UserError
-from vivit_jax.feature_file import read_metadata
-from vivit_jax.inputs import stand_in
+from vivit_jax.files.inputs import stand_in
+from vivit_jax.inference.feature_file import read_metadata
 
 POINTER = """version https://git-lfs.github.com/spec/v1
 oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from vivit_jax.errors import CheckpointError, ConfigError, UserError
-from vivit_jax.json_files import MAX_DEPTH, parse_json, read_json
+from vivit_jax.files.json_files import MAX_DEPTH, parse_json, read_json
 
 
 def test_values_as_the_json_module_reads_them(tmp_path):

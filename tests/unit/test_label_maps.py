@@ -10,12 +10,12 @@ import pytest
 from flax import linen as nn
 from helpers import VIDEOMAE, clip, random_params
 
-from checkpoints_convert import trees
 from vivit_jax import (
     UserError,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
     gather_classes,
+    param_tree,
     read_label_map,
 )
 
@@ -44,7 +44,7 @@ def test_logits_are_those_of_the_classes(params):
     _, unboxed = gather_classes(CONFIG, boxed, jnp.array(MAP))
     np.testing.assert_array_equal(unboxed["head"]["kernel"], fewer["head"]["kernel"])
     # A flat tree stays flat, and nothing but the classifier changes.
-    flat = trees.flatten(params)
+    flat = param_tree.flatten(params)
     _, gathered = gather_classes(CONFIG, flat, np.array(MAP))
     assert gathered.keys() == flat.keys()
     assert {k for k in flat if gathered[k] is not flat[k]} == {"head/kernel", "head/bias"}

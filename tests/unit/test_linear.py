@@ -9,8 +9,7 @@ import pytest
 from flax import linen as nn
 from helpers import assert_close, bool_mask, clip, config_of, mostly_slow, random_params
 
-from checkpoints_convert import trees
-from vivit_jax import Mask, VideoMAEForPreTraining, VivitForVideoClassification
+from vivit_jax import Mask, VideoMAEForPreTraining, VivitForVideoClassification, param_tree
 from vivit_jax.layers import linear
 from vivit_jax.layers.linear import (
     Projection,
@@ -250,7 +249,7 @@ def test_only_projections_are_rounded_beforehand():
     model, x = VideoMAEForPreTraining(config), clip(config)
     mask, params = Mask.from_bool(bool_mask(config)), random_params(model)
     rounded = projections_in(params, config.dtype)
-    kinds = {path: leaf.dtype.name for path, leaf in trees.flatten(rounded).items()}
+    kinds = {path: leaf.dtype.name for path, leaf in param_tree.flatten(rounded).items()}
     half = {path for path, dtype in kinds.items() if dtype == "bfloat16"}
     assert half == {
         path

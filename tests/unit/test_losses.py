@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vivit_jax import Mask, UserError, VideoMAEConfig
-from vivit_jax.train.losses import (
+from vivit_jax.models.losses import (
     classification_loss,
     multi_head_loss,
     reconstruction_loss,

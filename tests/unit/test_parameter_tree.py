@@ -14,8 +14,7 @@ from flax import linen as nn
 from helpers import CASES, clip, config_of
 from variants import VARIANTS, variant_config
 
-from checkpoints_convert import trees
-from vivit_jax import Mask, VivitForVideoClassification
+from vivit_jax import Mask, VivitForVideoClassification, param_tree
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 V2 = dict(cosine_attention=True, layer_scale_init=0.5)
@@ -47,8 +46,8 @@ def parameter_tree(case, changes):
 
         inputs["mask"] = Mask.from_bool(np.arange(config.num_tokens)[None] % 2 == 0)
     boxed = jax.eval_shape(model.init, jax.random.key(0), x, **inputs)["params"]
-    axes = trees.flatten(nn.get_partition_spec(boxed))
-    leaves = trees.flatten(nn.unbox(boxed))
+    axes = param_tree.flatten(nn.get_partition_spec(boxed))
+    leaves = param_tree.flatten(nn.unbox(boxed))
     assert axes.keys() == leaves.keys()
     return {
         path: [

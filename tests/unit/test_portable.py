@@ -27,12 +27,12 @@ for package in (vivit_jax, checkpoints_convert):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(found.name)
 
-from vivit_jax.benchmark.environment import environment
+from vivit_jax.benchmark.measure import environment
 from vivit_jax.cli import interrupt
 from vivit_jax.cli.__main__ import main
 from vivit_jax.processes import interrupts_held
 from vivit_jax.recipes import RECIPES
-from vivit_jax.train.run import RunDirectory
+from vivit_jax.train.run_directory import RunDirectory
 
 assert environment().cores >= 1
 with interrupts_held():

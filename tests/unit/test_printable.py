@@ -10,7 +10,7 @@ import pytest
 
 import vivit_jax
 from vivit_jax.cli.predict import _as_text
-from vivit_jax.cli.run import run
+from vivit_jax.console import run
 from vivit_jax.errors import CheckpointError, UserError, printable, quoted
 from vivit_jax.hub import HubId, hub_id
 from vivit_jax.progress import LiveLine

@@ -9,10 +9,11 @@ import pytest
 from helpers import VIDEOMAE, random_params
 
 import vivit_jax
-from vivit_jax import masking, reconstruction
-from vivit_jax.data.processor import VideoProcessor
-from vivit_jax.reconstruction import COLUMNS, ROWS, error_table, reconstruct, rmse
-from vivit_jax.train.losses import reconstruction_targets
+from vivit_jax import masking
+from vivit_jax.data.transforms.processor import VideoProcessor
+from vivit_jax.inference import reconstruction
+from vivit_jax.inference.reconstruction import COLUMNS, ROWS, error_table, reconstruct, rmse
+from vivit_jax.models.losses import reconstruction_targets
 
 TUBELET, GRID = (2, 8, 8), (3, 3, 2)
 IMAGENET = VideoProcessor.named("videomae-imagenet", do_resize=False, do_center_crop=False)

@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 from full_disk import file_size
 
-from checkpoints_convert.config_json import read_config
-from checkpoints_convert.io import open_checkpoint
-from checkpoints_convert.save import replaced_directory, write_weights
-from checkpoints_convert.tensors import LazyTensor
+from checkpoints_convert.files.open import open_checkpoint
+from checkpoints_convert.files.save import replaced_directory, write_weights
+from checkpoints_convert.files.tensors import LazyTensor
+from checkpoints_convert.layouts.hf import read_config
 from vivit_jax.errors import CheckpointError, ConfigError, UserError, WriteError
-from vivit_jax.files import whole_file, whole_files
-from vivit_jax.staging import Staging, clear_leftovers, leftovers, names_in
+from vivit_jax.files.atomic import whole_file, whole_files
+from vivit_jax.files.staging import Staging, clear_leftovers, leftovers, names_in
 
 # Writes once for each place where a writer can be killed: before and after every rename, and at
 # every file that is brought to the disk.
 KILLED = textwrap.dedent("""
     import json, os, signal, sys
     from pathlib import Path
-    from checkpoints_convert.save import replaced_directory
-    from vivit_jax.files import whole_file, whole_files
+    from checkpoints_convert.files.save import replaced_directory
+    from vivit_jax.files.atomic import whole_file, whole_files
 
     def model(target):
         with replaced_directory(target, overwrite=True) as new:
@@ -153,7 +153,7 @@ def test_what_a_living_writer_writes_stays(tmp_path, caplog):
 
 def test_a_writer_in_another_process_is_known_by_its_lock(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from vivit_jax.staging import Staging\n"
+        "import sys, time; from pathlib import Path; from vivit_jax.files.staging import Staging\n"
         "with Staging(Path(sys.argv[1])) as s: print(s.new, flush=True); time.sleep(600)"
     )
     child = subprocess.Popen(
@@ -249,7 +249,7 @@ def test_two_swaps_of_a_directory_do_not_mix(tmp_path, monkeypatch):
 
     held = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
-    monkeypatch.setattr("vivit_jax.staging._PATIENCE", 0.1)
+    monkeypatch.setattr("vivit_jax.files.staging._PATIENCE", 0.1)
     waited = pytest.raises(UserError, match="another process has been writing to it for 0.1 s")
     with waited, whole_files(tmp_path / "a", tmp_path / "b") as new:
         for path in new:

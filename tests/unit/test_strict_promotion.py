@@ -11,8 +11,8 @@ from variants import VARIANTS, variant_config
 import vivit_jax
 from vivit_jax.layers.attention import attention
 from vivit_jax.masking import MASKS
-from vivit_jax.pretrained import abstract_params
-from vivit_jax.train.losses import classification_loss, multi_head_loss, reconstruction_loss
+from vivit_jax.models.build import abstract_params
+from vivit_jax.models.losses import classification_loss, multi_head_loss, reconstruction_loss
 
 KINDS = {
     "float32": dict(attention="chunked"),

@@ -20,7 +20,7 @@ from vivit_jax.layers.tubelets import (
     reordered,
     tubelets,
 )
-from vivit_jax.train.losses import reconstruction_targets
+from vivit_jax.models.losses import reconstruction_targets
 from vivit_jax.train.pixels import hashable_arithmetic, normaliser
 
 # Of each axis a size that the tubelet does not divide; five channels are more than a word holds.

@@ -10,7 +10,8 @@ import numpy as np
 
 from vivit_jax.benchmark.work import Work
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import Config, platform
+from vivit_jax.layers.linear import Config
+from vivit_jax.layers.platform import platform
 
 # What a side computes: the output, and Adam's first moments by tensor, None for a forward pass.
 Computed = tuple[np.ndarray, dict[str, np.ndarray] | None]

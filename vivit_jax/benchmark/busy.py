@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vivit_jax.data.sequence import usable_cores
+from vivit_jax.data.video.sequence import usable_cores
 
 STAT, LOAD = "/proc/stat", "load average"
 # The share of the cores' time from which on it is told. On two cores spans of a quiet machine

@@ -18,7 +18,7 @@ from vivit_jax.benchmark.report import Comparison, Row
 from vivit_jax.benchmark.sides import OURS, JaxSide, Side, TorchSide, write_weights
 from vivit_jax.benchmark.work import Work, program
 from vivit_jax.errors import UserError, first_line
-from vivit_jax.layers.linear import platform
+from vivit_jax.layers.platform import platform
 
 _TELL = 10  # rounds, after which a line says how far --rounds-until has come
 

@@ -24,7 +24,7 @@ import jax
 from vivit_jax.benchmark.work import Work, program
 from vivit_jax.config_base import REMAT_POLICIES
 from vivit_jax.errors import UserError
-from vivit_jax.table import columns, readable
+from vivit_jax.progress import columns, readable
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}

@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from vivit_jax.benchmark.measure import Timing
-from vivit_jax.data import opened, packets
-from vivit_jax.data.decode import VideoInfo, probe_video, read_video
-from vivit_jax.data.frames import center_crop, resize
-from vivit_jax.data.processor import VideoProcessor
 from vivit_jax.data.sampling import clip_indices
+from vivit_jax.data.transforms.frame_ops import center_crop, resize
+from vivit_jax.data.transforms.processor import VideoProcessor
+from vivit_jax.data.video import opened, packets
+from vivit_jax.data.video.decode import VideoInfo, probe_video, read_video
 from vivit_jax.errors import UserError, VideoError, first_line
+from vivit_jax.train.pixels import normaliser
 
 SAMPLINGS = ("dense", "sparse")
 OURS, LOOP, TORCHCODEC = "vivit_jax", "read loop", "torchcodec"
@@ -399,10 +401,6 @@ class Pixels:
 
 def compare_pixels(frames: np.ndarray, repeats: int = 5) -> Pixels:
     """Prepare, send and normalise uint8 [t, h, w, 3] both ways, in turn."""
-    import jax
-
-    from vivit_jax.train.pixels import normaliser
-
     processor = VideoProcessor.named(PROCESSOR)
     height, width = processor.crop_size["height"], processor.crop_size["width"]
 

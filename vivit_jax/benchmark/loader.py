@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vivit_jax.benchmark.measure import Timing
-from vivit_jax.data.dataset import Dataset, Example
+from vivit_jax.data.datasets.dataset import Dataset, Example
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import model_config

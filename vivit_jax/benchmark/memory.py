@@ -12,10 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from vivit_jax.benchmark.sides import JaxSide, TorchSide
 from vivit_jax.benchmark.work import Work, work_of
+from vivit_jax.config import architecture
 from vivit_jax.errors import UserError, first_line
-from vivit_jax.layers.linear import platform
+from vivit_jax.layers.platform import platform
 
 _CLEAR = Path("/proc/self/clear_refs")  # writing 5 to it makes VmHWM start anew
 
@@ -75,8 +79,6 @@ def _alone(task: dict) -> Peak:
         import torch
         import transformers
 
-        from checkpoints_convert.layouts import architecture
-
         # transformers imports a model when it is first asked for, torch its compiler with the
         # first step of an optimizer.
         getattr(transformers, architecture(work.config.model_type, work.head))
@@ -85,11 +87,6 @@ def _alone(task: dict) -> Peak:
         torch.optim.AdamW([weights], fused=True).step()
         side = TorchSide(work, directory, task["side"].removeprefix("torch "))
     else:
-        import jax
-        import jax.numpy as jnp
-
-        import vivit_jax.pretrained  # noqa: F401
-
         jax.block_until_ready(jnp.ones((8, 8)) @ jnp.ones((8, 8)))
         side = JaxSide(work, directory)
     baseline = _resident("VmRSS")

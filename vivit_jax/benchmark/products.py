@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from vivit_jax.benchmark.measure import Timing
-from vivit_jax.layers.linear import platform
 from vivit_jax.layers.matrices import NAME, contracted, matrix_product
+from vivit_jax.layers.platform import platform
 
 CALLS = 1000  # to tell what one costs
 

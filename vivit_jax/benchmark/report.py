@@ -11,7 +11,7 @@ from vivit_jax.benchmark.measure import Rounds, Timing
 from vivit_jax.benchmark.memory import Peak
 from vivit_jax.benchmark.sides import Compilation
 from vivit_jax.benchmark.work import Work
-from vivit_jax.table import columns
+from vivit_jax.progress import columns
 
 MEBI = 2**20
 

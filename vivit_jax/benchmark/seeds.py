@@ -11,7 +11,7 @@ from vivit_jax.benchmark.measure import QUICK_LOOK, Rounds
 from vivit_jax.benchmark.report import MEBI, Comparison
 from vivit_jax.benchmark.sides import check_work
 from vivit_jax.benchmark.work import work_of
-from vivit_jax.table import columns
+from vivit_jax.progress import columns
 
 SEED_BATCHES = (1, 2, 4, 8)
 

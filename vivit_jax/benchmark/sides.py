@@ -16,11 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
+from safetensors.numpy import load_file
 
+from checkpoints_convert.pretrained import from_pretrained, save_pretrained
+from checkpoints_convert.verify import check_torch, load_transformers, quiet
+from vivit_jax.benchmark.agreement import telling
 from vivit_jax.benchmark.work import OPTIMIZER, Work, initial_state, inputs_of, program
+from vivit_jax.config import architecture
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import platform
+from vivit_jax.layers.platform import platform
+from vivit_jax.models.build import build_model, fresh_params
 
 OURS = "vivit_jax"
 PURPOSE = "vivit-jax benchmark --against torch"
@@ -62,9 +69,6 @@ class Side(Runnable, Protocol):
 
 def write_weights(work: Work, directory: Path, seed: int = 0) -> None:
     """Fresh float32 weights of the work's model as an HF directory, see `telling`."""
-    from vivit_jax.benchmark.agreement import telling
-    from vivit_jax.pretrained import build_model, fresh_params, save_pretrained
-
     config = dataclasses.replace(work.config, dtype="float32", param_dtype="float32")
     model = build_model(config, work.head)
     save_pretrained(directory, model, telling(fresh_params(model, seed), config, seed))
@@ -78,9 +82,6 @@ class JaxSide:
         self._state = None
 
     def warm_up(self) -> np.ndarray:
-        import jax
-
-        from vivit_jax.pretrained import from_pretrained
 
         config = self.work.config
         execution = ("dtype", "param_dtype", "attention", "scan_layers", "remat")
@@ -112,7 +113,6 @@ class JaxSide:
         return loss
 
     def run(self) -> None:
-        import jax
 
         jax.block_until_ready((self._run(), self._state))
 
@@ -122,7 +122,6 @@ class JaxSide:
     def moments(self) -> dict[str, np.ndarray] | None:
         if self.work.kind == "forward":
             return None
-        from vivit_jax.pretrained import save_pretrained
 
         (_, optimizer_state) = self._state
         return _as_tensors(
@@ -133,8 +132,6 @@ class JaxSide:
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[str]]:
     """What is loaded from the persistent compilation cache in the block."""
-    import jax
-
     hits = []
 
     def listen(event: str, **_):
@@ -159,9 +156,6 @@ class TorchSide:
 
     def warm_up(self) -> np.ndarray:
         import torch
-
-        from checkpoints_convert.layouts import architecture
-        from checkpoints_convert.verify import load_transformers
 
         work = self.work
         self.device = "cuda" if platform() == "gpu" else "cpu"  # where this library runs
@@ -239,8 +233,6 @@ class TorchSide:
         import torch
         import transformers
 
-        from checkpoints_convert.verify import quiet
-
         # save_pretrained renames, so moments take the way to the file that weights take.
         kept = {}
         with torch.no_grad():
@@ -258,8 +250,6 @@ class TorchSide:
 
 def _as_tensors(save) -> dict[str, np.ndarray]:
     """What `save(directory)` writes to model.safetensors, by name."""
-    from safetensors.numpy import load_file
-
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model"
         save(path)
@@ -269,8 +259,6 @@ def _as_tensors(save) -> dict[str, np.ndarray]:
 
 def check_work(work: Work) -> None:
     """MissingExtra or UserError where the work has no PyTorch side."""
-    from checkpoints_convert.verify import check_torch
-
     check_torch(PURPOSE)
     import torch
 

@@ -13,10 +13,10 @@ from flax import linen as nn
 
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.errors import UserError
-from vivit_jax.flops import forward_flops, step_flops
 from vivit_jax.masking import Mask, dual_mask, tube_mask
+from vivit_jax.models.build import abstract_params, build_model
+from vivit_jax.models.flops import forward_flops, step_flops
 from vivit_jax.presets import PRESETS, Preset
-from vivit_jax.pretrained import abstract_params, build_model
 from vivit_jax.train.step import gradient_step, jit_step
 
 KINDS = ("forward", "finetune", "pretrain")

@@ -1,39 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax`: every command is a function; heavy imports happen inside it."""
+"""`vivit-jax`: a command is one file in this folder and one entry here."""
 
 import sys
 from collections.abc import Sequence
 
-from vivit_jax.cli.attention import attention
-from vivit_jax.cli.benchmark import benchmark
-from vivit_jax.cli.benchmark_input import benchmark_input
-from vivit_jax.cli.demo import demo
-from vivit_jax.cli.evaluate import evaluate
-from vivit_jax.cli.export import export
-from vivit_jax.cli.extract import extract
-from vivit_jax.cli.plan import plan
-from vivit_jax.cli.predict import predict
-from vivit_jax.cli.presets import presets
-from vivit_jax.cli.recipes import recipes
-from vivit_jax.cli.reconstruct import reconstruct
-from vivit_jax.cli.run import run
-from vivit_jax.cli.train import finetune, pretrain
+from vivit_jax.console import run
 
 COMMANDS = {
-    "attention": attention,
-    "benchmark": benchmark,
-    "benchmark-input": benchmark_input,
-    "demo": demo,
-    "evaluate": evaluate,
-    "export": export,
-    "extract": extract,
-    "finetune": finetune,
-    "plan": plan,
-    "predict": predict,
-    "presets": presets,
-    "pretrain": pretrain,
-    "recipes": recipes,
-    "reconstruct": reconstruct,
+    "attention": "vivit_jax.cli.attention:attention",
+    "benchmark": "vivit_jax.cli.benchmark:benchmark",
+    "benchmark-input": "vivit_jax.cli.benchmark_input:benchmark_input",
+    "demo": "vivit_jax.cli.demo:demo",
+    "evaluate": "vivit_jax.cli.evaluate:evaluate",
+    "export": "vivit_jax.cli.export:export",
+    "extract": "vivit_jax.cli.extract:extract",
+    "finetune": "vivit_jax.cli.train:finetune",
+    "plan": "vivit_jax.cli.plan:plan",
+    "predict": "vivit_jax.cli.predict:predict",
+    "presets": "vivit_jax.cli.presets:presets",
+    "pretrain": "vivit_jax.cli.train:pretrain",
+    "recipes": "vivit_jax.cli.recipes:recipes",
+    "reconstruct": "vivit_jax.cli.reconstruct:reconstruct",
 }
 
 

@@ -5,14 +5,24 @@ import json as json_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
-from checkpoints_convert.settings import Settings, joined
+from checkpoints_convert.pretrained import from_pretrained
+from checkpoints_convert.processor import processor_of
+from vivit_jax.cli.attention_picture import Footer, blocks, mark, overlay, scale_top
+from vivit_jax.cli.model import open_model
+from vivit_jax.cli.panels import Panels, as_frames, channels_note, real_time
 from vivit_jax.cli.reconstruct import SUFFIXES
+from vivit_jax.console import ConfigOption, joined
+from vivit_jax.data.read_clip import parse_start, read_clip
+from vivit_jax.data.video.decode import frame_times
 from vivit_jax.errors import UserError
-from vivit_jax.files import check_output, whole_file
+from vivit_jax.files.atomic import check_output, whole_file
+from vivit_jax.inference.attention_maps import choose, map_attention
+from vivit_jax.train.pixels import arithmetic
 
-# What it is called, and how a block's attention is made one map (`vivit_jax.attention_maps`).
+# Its name, and how a block's attention becomes one map (`vivit_jax.inference.attention_maps`).
 _ARRANGEMENTS = {
     "joint": ("joint attention", None),
     "factorised_encoder": (
@@ -39,7 +49,7 @@ def attention(
     *,
     model: str,
     out: Path,
-    config: Settings = (),
+    config: ConfigOption = (),
     kind: Literal["map", "rollout"] = "map",
     query: str | None = None,
     layer: int | None = None,
@@ -96,16 +106,6 @@ def attention(
         temporal_layer=temporal_layer,
         head=parse_head(head),
     )
-    import numpy as np
-
-    import vivit_jax
-    from vivit_jax.attention_maps import choose
-    from vivit_jax.cli.model import open_model
-    from vivit_jax.cli.panels import real_time
-    from vivit_jax.data.clip import parse_start, read_clip
-    from vivit_jax.data.decode import frame_times
-    from vivit_jax.preprocessing import processor_of
-    from vivit_jax.train.pixels import arithmetic
 
     place = parse_start(start)
     # What is cheap to check comes before the weights.
@@ -115,8 +115,8 @@ def attention(
     processor = processor_of(source)
     read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
     pixel_values = read.pixel_values(processor)
-    module, params = vivit_jax.from_pretrained(source.checkpoint.path, config=changes)
-    found = vivit_jax.map_attention(module, params, pixel_values, **wanted)
+    module, params = from_pretrained(source.checkpoint.path, config=changes)
+    found = map_attention(module, params, pixel_values, **wanted)
 
     indices = read.indices[found.frames]
     seconds = None if read.fps is None else frame_times(clip, indices)
@@ -177,16 +177,11 @@ def parse_head(text: str) -> int | None:
 
 
 def picture_of(found, config, seen, indices: list[int], seconds, *, title: str, about: str):
-    """The picture of the first clip of a `vivit_jax.attention_maps.AttentionMaps`.
+    """The picture of the first clip of a `vivit_jax.inference.attention_maps.AttentionMaps`.
 
     `seen` [t, h, w, c] are the frames that the model embeds, in [0, 1], `indices` and `seconds`
     their places in the file.
     """
-    import numpy as np
-
-    from vivit_jax.cli.attention_picture import Footer, blocks, mark, overlay, scale_top
-    from vivit_jax.cli.panels import Panels, as_frames
-
     relative, (length, *patch) = found.relative[0], found.tubelet
     # Of frames that the patch does not divide the model sees the whole patches.
     height, width = (n * p for n, p in zip(relative.shape[1:], patch, strict=True))
@@ -248,7 +243,6 @@ def _subject(choice, config) -> str:
 
 
 def _notes(found, config, about: str, channels: int) -> list[str]:
-    from vivit_jax.cli.panels import channels_note
 
     (t, h, w), length = found.maps.shape[1:], found.tubelet[0]
     family = "VideoMAE" if config.model_type == "videomae" else "ViViT"
@@ -279,8 +273,6 @@ def _left_out(found) -> str:
 
 def _numbers(found, indices, seconds) -> dict[str, Any]:
     """The content of --save."""
-    import numpy as np
-
     of_tubelets = (len(found.maps[0]), found.tubelet[0])
     times = np.full(len(indices), np.nan) if seconds is None else seconds
     return {
@@ -293,7 +285,6 @@ def _numbers(found, indices, seconds) -> dict[str, Any]:
 
 
 def _summary(found, indices, clip: Path, out: Path, save: Path | None) -> dict[str, Any]:
-    import numpy as np
 
     relative, choice = found.relative[0], found.choice
     most = np.unravel_index(relative.argmax(), relative.shape)

@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from vivit_jax.benchmark import compare, fit, seeds
+from vivit_jax.benchmark.intervals import LEAST
+from vivit_jax.benchmark.measure import Rounds, environment
+from vivit_jax.benchmark.sides import check_work, share_the_gpu
+from vivit_jax.benchmark.work import has_pretraining, work_of
 from vivit_jax.config_base import REMAT_POLICIES
 from vivit_jax.errors import UserError, quoted
+from vivit_jax.files.atomic import check_output, write_json
 
 MODELS = ("videomae-base-kinetics400", "vivit-b-16x2-kinetics400")
 _OF_ROUNDS = ("repeats", "rounds_until", "most_rounds", "seed")
@@ -77,8 +83,6 @@ def benchmark(
         overwrite: Replace the file of --json.
     """
     given = locals()
-    from vivit_jax.benchmark.sides import check_work, share_the_gpu
-    from vivit_jax.files import check_output
 
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")
@@ -95,8 +99,6 @@ def benchmark(
         raise UserError("--variants is for --against torch; pass --against torch too")
     if against or preset or peak_memory:
         share_the_gpu()
-    from vivit_jax.benchmark import compare, seeds
-    from vivit_jax.benchmark.work import has_pretraining, work_of
 
     lists = dict(models=models, work=work, dtype=dtype, attention=attention, variants=variants)
     for flag, values in (lists | ({} if batch is None else {"batch": batch})).items():
@@ -142,9 +144,6 @@ _DEFAULTS = {name: value.default for name, value in inspect.signature(benchmark)
 
 def _rounds(least: int | None, until: str | None, most: int | None, seed: int):
     """The `Rounds` of the flags; UserError for what no rounds can be."""
-    from vivit_jax.benchmark.intervals import LEAST
-    from vivit_jax.benchmark.measure import Rounds
-
     least = Rounds.least if least is None else least
     if least < 1:
         raise UserError(f"--repeats must be at least 1, got {least}")
@@ -197,7 +196,6 @@ class Fits:
     agrees = True
 
     def __init__(self, work, memory: str | None, policies: Sequence[str]):
-        from vivit_jax.benchmark import fit
 
         available = fit.device_memory() if memory is None else fit.parse_bytes(memory)
         if available is None:
@@ -207,14 +205,11 @@ class Fits:
         self.rows = fit.alternatives(work, available, policies)
 
     def __str__(self) -> str:
-        from vivit_jax.benchmark import fit
 
         return fit.table(self.rows, self.memory)
 
     def to_dict(self) -> dict:
         """The work, the memory at hand and the rows as plain values."""
-        from vivit_jax.benchmark import fit
-
         return {
             "model": self.work.name,
             "work": self.work.kind,
@@ -230,9 +225,6 @@ class Fits:
 
 def _print(results, json: Path | None) -> int:
     """Print each result as soon as it is there; 1 if the sides of one disagree."""
-    from vivit_jax.benchmark.environment import environment
-    from vivit_jax.files import write_json
-
     where = environment()
     print(where.line)
     agree, values = True, dataclasses.asdict(where) | {"results": []}

@@ -11,8 +11,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from vivit_jax.benchmark import input as reading
+from vivit_jax.benchmark.input import one_core, write_video
+from vivit_jax.benchmark.loader import many_names, measure_loader
+from vivit_jax.benchmark.measure import cpu_name, environment
+from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.errors import UserError
-from vivit_jax.table import columns
+from vivit_jax.files.atomic import check_output, write_json
+from vivit_jax.progress import columns
+from vivit_jax.recipes import recipe_named
 
 _STEPS = ("prepare", "send", "normalise")
 _OF_READERS = ("frames", "stride", "start", "cores")
@@ -92,15 +99,10 @@ def benchmark_input(
             if loader
             else f"{', '.join(amiss)}: only for --loader"
         )
-    from vivit_jax.files import check_output, write_json
 
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")
     import av
-
-    from vivit_jax.benchmark import input as reading
-    from vivit_jax.benchmark.environment import cpu_name, environment
-    from vivit_jax.data.decode import read_video
 
     made = None if videos else reading.Video(minutes, fps, gop, width, height, scene_seconds)
     if loader:
@@ -168,11 +170,6 @@ def _loader(
     rounds: int,
 ) -> dict:
     """Measure and print the loader; the figures as plain values."""
-    from vivit_jax.benchmark.environment import cpu_name, environment
-    from vivit_jax.benchmark.loader import many_names, measure_loader
-    from vivit_jax.data.decode import probe_video
-    from vivit_jax.recipes import recipe_named
-
     recipe = recipe_named(name)
     where, known = environment(), [probe_video(path) for path in videos]
     print(f"{where.line}\nCPU: {cpu_name()}")
@@ -202,7 +199,6 @@ def _paths(videos: tuple[Path, ...], made) -> Iterator[tuple[Path, ...]]:
     if videos:
         yield videos
         return
-    from vivit_jax.benchmark.input import write_video
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "made.mp4"
@@ -214,8 +210,6 @@ def _paths(videos: tuple[Path, ...], made) -> Iterator[tuple[Path, ...]]:
 @contextlib.contextmanager
 def _cores(cores: str) -> Iterator[bool]:
     """Whether one core is all that the block can use."""
-    from vivit_jax.benchmark.input import one_core
-
     if cores == "all":
         yield False
         return

@@ -2,61 +2,25 @@
 """`vivit-jax demo`: the whole way of a model, on videos that it makes itself."""
 
 import contextlib
-import dataclasses
 import functools
 import os
-import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from vivit_jax.cli.run import keep_compiled
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from vivit_jax.cli import demo_stages
+from vivit_jax.cli.demo_run import CLIPS, FPS, MARKER, WRITTEN, Demo, say
+from vivit_jax.console import keep_compiled
+from vivit_jax.data.datasets.synthetic import CLASSES, write_dataset
 from vivit_jax.errors import UserError
-from vivit_jax.files import write_json
-from vivit_jax.staging import names_in
-
-# A demo directory is known by this file; it is written first and completed last.
-MARKER = "vivit-demo.json"
-PREDICTIONS, RECONSTRUCTIONS, MOVING = (
-    "predictions.png",
-    "reconstructions.png",
-    "reconstruction.gif",
-)
-RUNS = ("pretraining", "finetuning", "scratch")
-# What a demo writes besides, of any model.
-WRITTEN = ("data", "model", "pretrained", *RUNS, PREDICTIONS, RECONSTRUCTIONS, MOVING)
-FPS = 10
-CLIPS = {"train": 160, "test": 40}  # of each class
-
-
-@dataclasses.dataclass(frozen=True)
-class Demo:
-    """What the stages of a demo work with."""
-
-    out: Path
-    seed: int
-    quick: bool
-    epochs: int | None  # None: the recipes'
-    labelled: int  # clips a class
-    stage: Callable[[str], contextlib.AbstractContextManager]
-
-    @property
-    def test(self) -> Path:
-        """The folder of held-out clips."""
-        return self.out / "data" / "test"
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """Whether all checks passed, and what to write and say of the results."""
-
-    passed: bool
-    summary: dict[str, Any]
-    files: dict[str, str]  # name in `out` -> what it shows
-    commands: Sequence[str]  # to go on with
+from vivit_jax.files.atomic import write_json
+from vivit_jax.files.staging import names_in
 
 
 def demo(
@@ -117,11 +81,6 @@ def demo(
     seconds: dict[str, float] = {}
     stage = functools.partial(_timed, seconds)
     with stage("start"):
-        import jax
-
-        from vivit_jax.cli import demo_stages
-        from vivit_jax.data.synthetic import CLASSES, write_dataset
-
         device = jax.devices()[0].platform
     say(f"vivit-jax demo, seed {seed}, on {device} with {os.cpu_count()} processors")
     with stage("write clips"):
@@ -161,9 +120,6 @@ def demo(
 @contextlib.contextmanager
 def _programs_kept() -> Iterator[None]:
     """Compile what two stages share once, by a cache on disk that ends with the demo."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
     if jax.config.jax_compilation_cache_dir is not None:
         yield
         return
@@ -174,15 +130,6 @@ def _programs_kept() -> Iterator[None]:
         finally:
             jax.config.update("jax_compilation_cache_dir", None)
             compilation_cache.reset_cache()
-
-
-def say(text: str) -> None:
-    # Flushed, so that what is written to a pipe can be followed.
-    print(text, flush=True)
-
-
-def quoted(path: Path) -> str:
-    return shlex.quote(str(path))
 
 
 @contextlib.contextmanager

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-import vivit_jax
-from checkpoints_convert.save import replaced_directory
-from vivit_jax.cli.demo import (
+from checkpoints_convert.files.save import replaced_directory
+from checkpoints_convert.pretrained import from_pretrained
+from checkpoints_convert.verify import verify_checkpoint
+from vivit_jax.cli.demo_run import (
     CLIPS,
+    FPS,
     MOVING,
     PREDICTIONS,
     RECONSTRUCTIONS,
@@ -25,13 +28,15 @@ from vivit_jax.cli.demo import (
 from vivit_jax.cli.panels import RIGHT, WRONG, Panels
 from vivit_jax.cli.predict import predict
 from vivit_jax.cli.reconstruct import draw_mask, panels_of, reconstruct
-from vivit_jax.data.dataset import Dataset, read_dataset, read_frames
-from vivit_jax.data.synthetic import CLASSES
+from vivit_jax.data.datasets.dataset import Dataset, read_dataset, read_frames
+from vivit_jax.data.datasets.synthetic import CLASSES
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import MissingExtra
-from vivit_jax.files import whole_file
+from vivit_jax.files.atomic import whole_file
+from vivit_jax.inference import reconstruction
+from vivit_jax.inference.reconstruction import error_dict, error_table, rmse
 from vivit_jax.recipes.demo import demo_finetune, demo_pretrain, demo_vivit
 from vivit_jax.recipes.recipe import Recipe
-from vivit_jax.reconstruction import error_dict, error_table, rmse
 from vivit_jax.train.evaluate import Evaluation, evaluate
 from vivit_jax.train.loop import Outcome as Ended
 from vivit_jax.train.loop import train
@@ -208,23 +213,21 @@ def _use(demo: Demo, trained: Ended, recipe: Recipe) -> _Used:
 
 def _evaluate(demo: Demo, directory: Path, recipe: Recipe) -> Evaluation:
     """A saved model on the held-out clips."""
-    import jax
-
-    model, params = vivit_jax.from_pretrained(directory)
+    model, params = from_pretrained(directory)
     return evaluate(
         model,
         params,
         read_dataset(demo.test),
         recipe.evaluation,
-        vivit_jax.VideoProcessor.from_pretrained(directory),
+        VideoProcessor.from_pretrained(directory),
         mesh=make_mesh(parse_mesh(None, jax.device_count())),
     )
 
 
 def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recipe]:
     """Errors behind the masks of the training on held-out clips, and a picture of four of them."""
-    model, params = vivit_jax.from_pretrained(directory)
-    processor = vivit_jax.VideoProcessor.from_pretrained(directory)
+    model, params = from_pretrained(directory)
+    processor = VideoProcessor.from_pretrained(directory)
     recipe = demo_pretrain()
     kind, ratio = recipe.mask.kind, recipe.mask.ratio
     examples = read_dataset(demo.test).examples
@@ -237,7 +240,7 @@ def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recip
     for i in range(0, len(pixels), 64):
         batch = pixels[i : i + 64]
         masks = draw_mask(kind, i, len(batch), model.config.grid, ratio)
-        results.append(vivit_jax.reconstruct(model, params, batch, masks, processor))
+        results.append(reconstruction.reconstruct(model, params, batch, masks, processor))
     errors = rmse(results)
     say(
         f"\nRMSE on hidden patches of {len(pixels)} held-out clips, pixels in [0, 1], {kind} masks "
@@ -261,8 +264,6 @@ def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recip
 
 def agrees_with_pytorch(directory: Path, clip: Path) -> bool:
     """Compare the saved model with PyTorch on one file; True where there is no PyTorch."""
-    from checkpoints_convert.verify import verify_checkpoint
-
     try:
         result = verify_checkpoint(directory, clip=clip)
     except MissingExtra as missing:
@@ -290,8 +291,6 @@ def _draw_predictions(
     demo: Demo, dataset: Dataset, shown: Sequence[int], labels, scores, accuracy: float
 ) -> None:
     """A row for each clip shown, with what the model takes it for."""
-    from vivit_jax.cli.demo import FPS
-
     answers = []
     for i in shown:
         probabilities = np.exp(scores[i])  # averages of softmax come as logarithms

@@ -6,10 +6,22 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from checkpoints_convert.settings import Settings, joined
+import jax
+
+from checkpoints_convert.pretrained import from_pretrained
+from checkpoints_convert.processor import processor_of
+from vivit_jax.cli.model import open_model
 from vivit_jax.cli.train import join
+from vivit_jax.console import ConfigOption, joined
+from vivit_jax.data.datasets.dataset import read_dataset
+from vivit_jax.data.read_clip import RECIPE_STRIDE, VIEW_SAMPLER, default_average
 from vivit_jax.errors import UserError
-from vivit_jax.files import check_output, write_json
+from vivit_jax.files.atomic import check_output, write_json
+from vivit_jax.recipes import recipe_named
+from vivit_jax.recipes.recipe import EvalSettings
+from vivit_jax.train import evaluate as evaluation
+from vivit_jax.train.preprocessing import resize_for
+from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +30,7 @@ def evaluate(
     *,
     model: str,
     data: str,
-    config: Settings = (),
+    config: ConfigOption = (),
     root: str | None = None,
     frame_name: str = "img_{:05}.jpg",
     first_frame: int = 1,
@@ -75,16 +87,6 @@ def evaluate(
         check_output(out, (".json",), overwrite)
     join(coordinator, processes, process)
 
-    import jax
-
-    import vivit_jax
-    from vivit_jax.cli.model import open_model
-    from vivit_jax.data.dataset import read_dataset
-    from vivit_jax.preprocessing import processor_of
-    from vivit_jax.recipes import recipe_named
-    from vivit_jax.train import evaluate as evaluation
-    from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
-
     for flag, value in (
         *(("--clips", clips), ("--crops", crops), ("--stride", stride), ("--resize", resize)),
         *(("--views-at-once", views_at_once), ("--threads", threads)),
@@ -109,7 +111,7 @@ def evaluate(
     )
     dataset = evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)
-    net, params = vivit_jax.from_pretrained(
+    net, params = from_pretrained(
         source.checkpoint.path, "classification", config=changes, dtype=dtype
     )
     given = dict(
@@ -162,10 +164,6 @@ def evaluate(
 
 def _views(config, processor):
     """One central view, as the model's family takes it, resized as its processor says."""
-    from vivit_jax.data.clip import RECIPE_STRIDE, VIEW_SAMPLER, default_average
-    from vivit_jax.recipes.recipe import EvalSettings
-    from vivit_jax.train.preprocessing import resize_for
-
     return EvalSettings(
         sampler=VIEW_SAMPLER[config.model_type],
         stride=RECIPE_STRIDE[config.model_type],
@@ -175,7 +173,6 @@ def _views(config, processor):
 
 
 def _record(net, params, dataset, views, processor, result, model: str) -> dict:
-    from vivit_jax.train import evaluate as evaluation
 
     config = net.config
     videos = []

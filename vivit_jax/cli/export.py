@@ -9,9 +9,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from checkpoints_convert.settings import Settings, joined
-from vivit_jax.errors import UserError
-from vivit_jax.files import check_output, whole_files
+from checkpoints_convert.files.save import write_safetensors
+from checkpoints_convert.files.tensors import LazyTensor
+from checkpoints_convert.pretrained import from_pretrained
+from checkpoints_convert.processor import processor_of
+from vivit_jax.cli.model import open_model
+from vivit_jax.config import architecture
+from vivit_jax.console import ConfigOption, joined
+from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.files.atomic import check_output, whole_files
+from vivit_jax.inference.export import check_extra, export_model
 
 SUFFIX = ".stablehlo"
 
@@ -21,7 +28,7 @@ def export(
     /,
     *,
     out: Path,
-    config: Settings = (),
+    config: ConfigOption = (),
     head: Literal["classification", "none"] | None = None,
     preprocess: bool = False,
     input_size: str | None = None,
@@ -72,13 +79,8 @@ def export(
     size = None if input_size is None else parse_size(input_size)
     if batch is not None and batch < 1:
         raise UserError(f"--batch must be at least 1, got {batch}")
-    from vivit_jax.export import check_extra, export_model
 
     check_extra()
-    import vivit_jax
-    from checkpoints_convert.layouts import architecture
-    from vivit_jax.cli.model import open_model
-    from vivit_jax.preprocessing import processor_of
 
     changes = joined(config)
     source = open_model(model, changes)
@@ -93,10 +95,10 @@ def export(
     processor = None
     try:
         processor = processor_of(source)
-    except vivit_jax.UserError as error:  # without one, the file takes pixels as they are
-        if preprocess or isinstance(error, vivit_jax.ConfigError):
+    except UserError as error:  # without one, the file takes pixels as they are
+        if preprocess or isinstance(error, ConfigError):
             raise
-    module, weights = vivit_jax.from_pretrained(
+    module, weights = from_pretrained(
         source.checkpoint.path, head, config=changes, dtype=dtype, param_dtype=param_dtype
     )
     artefact = export_model(
@@ -147,9 +149,6 @@ def _files(out: Path, overwrite: bool) -> dict[str, Path]:
 
 def _write(artefact, about: dict, out: Path, files: dict[str, Path]) -> None:
     """All parts take their places together, and an old one that is not written again leaves."""
-    from checkpoints_convert.save import write_safetensors
-    from checkpoints_convert.tensors import LazyTensor
-
     beside = artefact.params is not None
     others = (files["about"], files["params"]) if beside else (files["about"],)
     removed = not beside and files["params"].exists()

@@ -9,11 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
+import numpy as np
 import tyro
 
-from checkpoints_convert.settings import Settings, joined
-from vivit_jax.errors import UserError, printable
-from vivit_jax.files import check_directory, check_output, whole_file
+from checkpoints_convert.pretrained import from_pretrained
+from checkpoints_convert.processor import processor_of
+from vivit_jax import __version__
+from vivit_jax.cli.model import open_model
+from vivit_jax.console import ConfigOption, joined
+from vivit_jax.data.read_clip import RECIPE_STRIDE
+from vivit_jax.data.sliding_window import plan_windows
+from vivit_jax.errors import UserError, VideoError, printable
+from vivit_jax.files.atomic import check_directory, check_output, whole_file
+from vivit_jax.inference.feature_file import SUFFIXES, RowWriter, changed, read_metadata
+from vivit_jax.inference.features import check_features, extract_features, has_head
+from vivit_jax.param_tree import params_hash
 from vivit_jax.progress import LiveLine, Pace
 
 # Whoever names such a file wants a file. Other endings may well be a directory's: run.v1.
@@ -26,7 +37,7 @@ def extract(
     *,
     model: str,
     out: Path,
-    config: Settings = (),
+    config: ConfigOption = (),
     layer: str = "last",
     pool: Literal["mean", "cls", "tokens", "head"] = "mean",
     frame_stride: int | None = None,
@@ -78,13 +89,6 @@ def extract(
     jobs = _outputs(videos, out, format)
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {batch_size}")
-    import jax
-
-    from vivit_jax.cli.model import open_model
-    from vivit_jax.data.windows import plan_windows
-    from vivit_jax.errors import VideoError
-    from vivit_jax.features import check_features, extract_features, has_head
-    from vivit_jax.preprocessing import processor_of
 
     source = open_model(model, changes, dtype=dtype)
     exact = exact or jax.default_backend() == "cpu"
@@ -101,10 +105,8 @@ def extract(
     to_head = has_head(layout.head, layout.family, layout.pooler)
     check_features(source.config, processor, layer, pool, has_head=to_head)
 
-    import vivit_jax
-
     # Blocks in a scan are computed all together, also those after the layer.
-    net, params = vivit_jax.from_pretrained(
+    net, params = from_pretrained(
         source.checkpoint.path, config=changes, dtype=dtype, scan_layers=layer == "last"
     )
     settings = _settings(net.config, params, processor, how | {"exact": exact})
@@ -184,7 +186,6 @@ class _Listing:
 
 
 def _suffixes() -> tuple[str, ...]:
-    from vivit_jax.feature_file import SUFFIXES
 
     return SUFFIXES
 
@@ -226,9 +227,6 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
 
 def _settings(config, params, processor, how: dict[str, Any]) -> dict[str, Any]:
     """All that the numbers depend on but the video and the device, as JSON values."""
-    from checkpoints_convert.trees import params_hash
-    from vivit_jax.data.clip import RECIPE_STRIDE
-
     named = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id")}
     frame_stride = how["frame_stride"] or RECIPE_STRIDE[config.model_type]
     stride = how["window_stride"] or config.num_frames * frame_stride
@@ -258,8 +256,6 @@ def _state(video: Path) -> dict[str, int]:
 
 def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
     """Whether the file is there and holds what would be written; UserError for something else."""
-    from vivit_jax.feature_file import changed, read_metadata
-
     if not path.exists() or not os.path.exists(video):
         return False
     try:
@@ -295,11 +291,6 @@ def _write(
     video: Path, path: Path, rows_of, made: dict[str, Any], progress: Callable[[int, int], None]
 ) -> str:
     """Write a video's file, whole or not at all, and say what it is."""
-    import numpy as np
-
-    import vivit_jax
-    from vivit_jax.feature_file import RowWriter
-
     started, done = time.monotonic(), 0
 
     def count(frames: int, announced: int) -> None:
@@ -320,7 +311,7 @@ def _write(
                 frame_seconds=row.frame_seconds,
             )
         about = {"path": str(video), "frames": done, "file": state}
-        file.finish(made | {"video": about, "vivit_jax": vivit_jax.__version__})
+        file.finish(made | {"video": about, "vivit_jax": __version__})
     seconds = time.monotonic() - started
     shape = "x".join(map(str, (file.rows, *features.shape)))
     return (

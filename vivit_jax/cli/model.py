@@ -4,6 +4,10 @@
 import logging
 from typing import Any
 
+from checkpoints_convert.layouts.hf import config_path, read_config
+from checkpoints_convert.source import open_source
+from vivit_jax.train.initial_model import of_the_function
+
 logger = logging.getLogger(__name__)
 
 
@@ -12,10 +16,6 @@ def open_model(model: str, changes: tuple[str, ...], **execution: Any):
 
     Warns where these contradict a config.json: the weights then compute another function.
     """
-    from checkpoints_convert.config_json import config_path, read_config
-    from checkpoints_convert.source import open_source
-    from vivit_jax.train.starting import of_the_function
-
     source = open_source(model, settings=changes, **execution)
     path, config = source.checkpoint.path, source.config
     if changes and config_path(path).is_file():

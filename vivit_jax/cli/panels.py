@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from vivit_jax.data.datasets.synthetic import write_mp4
+
 PAPER, INK, FAINT = "#ffffff", "#1f2328", "#6e7781"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 MARGIN, COLUMN_GAP, GUTTER, ROW_GAP = 28, 18, 6, 10
@@ -61,8 +63,6 @@ class Panels:
 
     def save_mp4(self, path: Path, holds: Sequence[float]) -> None:
         """The clips side by side."""
-        from vivit_jax.data.synthetic import write_mp4
-
         pages = np.stack([np.asarray(page) for page in self._moving()])
         # H.264 stores colour for 2x2 pixels, so both sides have to be even.
         odd = [(0, size % 2) for size in pages.shape[1:3]]

@@ -11,9 +11,20 @@ from typing import Annotated
 
 import tyro
 
-from checkpoints_convert.settings import KeyValues, in_order
+from vivit_jax.benchmark.input import Video, write_video
+from vivit_jax.benchmark.loader import many_names, measure_loader
+from vivit_jax.benchmark.measure import cpu_name
+from vivit_jax.console import KeyValues, in_order
 from vivit_jax.errors import UserError, printable
+from vivit_jax.files.atomic import check_output, whole_file, write_json
 from vivit_jax.processes import Apart, Ended
+from vivit_jax.progress import LiveLine
+from vivit_jax.recipes import apply_settings, recipe_named
+from vivit_jax.train.planning.hardware import parse_topology
+from vivit_jax.train.planning.meshes import sensible_meshes
+from vivit_jax.train.planning.plan import plan as compile_plan
+from vivit_jax.train.planning.plan_text import describe, ranking
+from vivit_jax.train.sharding import mesh_text, parse_mesh
 
 _BATCH, _ROUNDS = 4, 4  # of the loader that is timed
 _MOST = 4  # meshes that a search compiles
@@ -64,8 +75,6 @@ def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
     each host has to decode. Everything is an estimate: nothing is run, nothing is allocated, and
     this machine's accelerator is left alone. Minutes for a model of size B, on two cores.
     """
-    from vivit_jax.files import check_output, whole_file, write_json
-
     _check_numbers(options)
     for path, suffixes, flag in (
         (options.json, (".json",), "--json"),
@@ -74,12 +83,11 @@ def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
         if path is not None:
             check_output(path, suffixes, options.overwrite, flag=flag)
     try:
-        with Apart(_planned, ["vivit_jax.train.plan"]) as compiler:
+        with Apart(_planned, ["vivit_jax.train.planning.plan"]) as compiler:
             recipe, plans, refused = _plans(options, compiler)
     except Ended as error:
         print(printable(f"vivit-jax: error: {_end_told(error)}"), file=sys.stderr)
         return 1
-    from vivit_jax.train.plan_text import describe, ranking
 
     if options.search:
         print(ranking(plans, refused) + "\n")
@@ -112,11 +120,6 @@ def _check_numbers(options: PlanOptions) -> None:
 
 def _plans(options: PlanOptions, compiler: Apart):
     """The recipe, its plans, the fastest first, and why other meshes are out."""
-    from vivit_jax.recipes import apply_settings, recipe_named
-    from vivit_jax.train.hardware import parse_topology
-    from vivit_jax.train.meshes import sensible_meshes
-    from vivit_jax.train.sharding import mesh_text, parse_mesh
-
     recipe = apply_settings(recipe_named(options.recipe), in_order(options.set))
     topology = parse_topology(options.topology, options.slices)
     what = recipe, topology, options.clips
@@ -139,9 +142,6 @@ def _plans(options: PlanOptions, compiler: Apart):
 
 def _compiled(compiler: Apart, what, sizes, number: int = 1, total: int = 1):
     """One plan, with a line that tells for how long it has been compiled."""
-    from vivit_jax.progress import LiveLine
-    from vivit_jax.train.sharding import mesh_text
-
     recipe, topology, videos = what
     name, start = f"compiling for {topology}, {mesh_text(sizes)}", time.monotonic()
     compiler.begin(recipe, topology, sizes, videos)
@@ -153,8 +153,6 @@ def _compiled(compiler: Apart, what, sizes, number: int = 1, total: int = 1):
 
 def _planned(recipe, topology, sizes, videos):
     """A plan, in the process that compiles."""
-    from vivit_jax.train.plan import plan as compile_plan
-
     return compile_plan(recipe, topology, sizes, videos=videos)
 
 
@@ -176,9 +174,6 @@ def _reading(recipe, found, decode: bool) -> dict | None:
     """What reading a clip takes here, by the loader that trains: None where it is not timed."""
     if not decode:
         return None
-    from vivit_jax.benchmark.environment import cpu_name
-    from vivit_jax.benchmark.input import Video, write_video
-    from vivit_jax.benchmark.loader import many_names, measure_loader
 
     video = Video(minutes=1 / 6, width=340, height=256)
     with tempfile.TemporaryDirectory() as directory:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tqdm import tqdm
 
-from checkpoints_convert.settings import Settings, joined
+from vivit_jax.cli.model import open_model
+from vivit_jax.console import ConfigOption, joined
+from vivit_jax.data.read_clip import parse_start
 from vivit_jax.errors import UserError, printable
+from vivit_jax.inference.classifier import VideoClassifier
 
 
 def predict(
@@ -17,7 +21,7 @@ def predict(
     /,
     *,
     model: str,
-    config: Settings = (),
+    config: ConfigOption = (),
     top_k: int = 5,
     stride: int | None = None,
     start: str = "center",
@@ -65,11 +69,6 @@ def predict(
     for flag, value in counts.items():
         if value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
-    from tqdm import tqdm
-
-    from vivit_jax.classifier import VideoClassifier
-    from vivit_jax.cli.model import open_model
-    from vivit_jax.data.clip import parse_start
 
     place = parse_start(start)
     source = open_model(model, changes)
@@ -109,7 +108,7 @@ def predict(
 
 
 def _as_dict(result) -> dict:
-    """A `vivit_jax.classifier.Classified` as JSON values; of one clip the frames are one list."""
+    """A `classifier.Classified` as JSON values; the frames of a single clip are one list."""
     if result.error is not None:
         return {"clip": result.clip, "error": str(result.error)}
     frames = result.frames.tolist()

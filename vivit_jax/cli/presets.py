@@ -3,6 +3,12 @@
 
 import json as json_module
 
+import numpy as np
+
+from vivit_jax.masking import dual_mask, tube_mask
+from vivit_jax.models.flops import forward_flops
+from vivit_jax.presets import PRESETS
+
 
 def presets(*, json: bool = False) -> None:
     """List the named model configurations with their sizes and where weights are published.
@@ -10,12 +16,6 @@ def presets(*, json: bool = False) -> None:
     Args:
         json: Print one JSON object, name to config.json content and parameter count.
     """
-    import numpy as np
-
-    from vivit_jax.flops import forward_flops
-    from vivit_jax.masking import dual_mask, tube_mask
-    from vivit_jax.presets import PRESETS
-
     if json:
         listing = {
             name: {

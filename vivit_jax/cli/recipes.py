@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from vivit_jax.recipes import RECIPES, recipe_named, summary, to_dict
+
 
 def recipes(
     name: Annotated[str | None, tyro.conf.Positional] = None, /, *, json: bool = False
@@ -17,8 +19,6 @@ def recipes(
         name: The recipe to show.
         json: Print the fields as JSON, as a run's recipe.json holds them.
     """
-    from vivit_jax.recipes import RECIPES, recipe_named, summary, to_dict
-
     if name is None:
         width = max(map(len, RECIPES))
         print("\n".join(f"{known:{width}}  {summary(known)}" for known in RECIPES))

@@ -5,11 +5,28 @@ import json as json_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
-from checkpoints_convert.settings import Settings, joined
+from checkpoints_convert.pretrained import from_pretrained
+from checkpoints_convert.processor import processor_of
+from vivit_jax.cli.model import open_model
+from vivit_jax.cli.panels import Panels, as_frames, channels_note, real_time
+from vivit_jax.config import architecture
+from vivit_jax.console import ConfigOption, joined
+from vivit_jax.data.read_clip import parse_start, read_clip
+from vivit_jax.data.video.decode import frame_times
 from vivit_jax.errors import UserError
-from vivit_jax.files import check_output, whole_file
+from vivit_jax.files.atomic import check_output, whole_file
+from vivit_jax.inference.reconstruction import (
+    ROWS_OF_COLUMNS,
+    check_statistics,
+    error_dict,
+    error_table,
+    rmse,
+)
+from vivit_jax.inference.reconstruction import reconstruct as predict_hidden
+from vivit_jax.masking import MASKS
 
 SUFFIXES = (".png", ".mp4", ".gif")
 
@@ -20,7 +37,7 @@ def reconstruct(
     *,
     model: str,
     out: Path,
-    config: Settings = (),
+    config: ConfigOption = (),
     mask_ratio: float = 0.9,
     mask: Literal["tube", "random", "dual"] = "tube",
     seed: int = 0,
@@ -62,13 +79,6 @@ def reconstruct(
         raise UserError(f"--mask-ratio must be between 0 and 1, got {mask_ratio}")
     if seed < 0:
         raise UserError(f"--seed must not be negative, got {seed}")
-    import vivit_jax
-    from vivit_jax.cli.panels import channels_note, real_time
-    from vivit_jax.data.clip import parse_start, read_clip
-    from vivit_jax.data.decode import frame_times
-    from vivit_jax.preprocessing import processor_of
-    from vivit_jax.reconstruction import error_table, rmse
-    from vivit_jax.reconstruction import reconstruct as predict_hidden
 
     place = parse_start(start)
     changes = joined(config)
@@ -77,7 +87,7 @@ def reconstruct(
     processor = processor_of(source)
     read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
     pixel_values = read.pixel_values(processor)
-    module, params = vivit_jax.from_pretrained(source.checkpoint.path, config=changes)
+    module, params = from_pretrained(source.checkpoint.path, config=changes)
     result = predict_hidden(
         module, params, pixel_values, chosen, processor, true_statistics=true_statistics
     )
@@ -110,18 +120,11 @@ def reconstruct(
 
 def draw_mask(kind: str, seed: int, batch: int, grid, ratio: float):
     """A mask of `kind` (tube, random, dual) for every clip of a batch, a function of `seed`."""
-    import numpy as np
-
-    from vivit_jax.masking import MASKS
-
     return MASKS[kind](np.random.default_rng(seed), batch, grid, ratio)
 
 
 def panels_of(result, *, title: str, about: str, times: list[str]):
-    """The picture of a `vivit_jax.reconstruction.Reconstruction`, of every clip in it."""
-    from vivit_jax.cli.panels import Panels, as_frames, channels_note
-    from vivit_jax.reconstruction import ROWS_OF_COLUMNS, rmse
-
+    """The picture of a `vivit_jax.inference.reconstruction.Reconstruction`, of every clip in it."""
     column = int(result.statistics == "true")
     errors = zip(ROWS_OF_COLUMNS[column], rmse([result])[:, column], strict=True)
     named = "; ".join(f"{name} {error:.3f}" for name, error in errors)
@@ -154,10 +157,6 @@ def panels_of(result, *, title: str, about: str, times: list[str]):
 
 def _source(model: str, changes: tuple[str, ...], true_statistics: bool):
     """The opened checkpoint, once checked for what is cheap to check: the weights are not read."""
-    from checkpoints_convert.layouts import architecture
-    from vivit_jax.cli.model import open_model
-    from vivit_jax.reconstruction import check_statistics
-
     source = open_model(model, changes)
     held = source.layout
     if held.head != "pretraining":
@@ -192,7 +191,6 @@ def _statistics_note(result) -> tuple[str, bool]:
 
 
 def _summary(result, errors, clip: Path, out: Path, indices: list[int]) -> dict[str, Any]:
-    from vivit_jax.reconstruction import error_dict
 
     return {
         "clip": str(clip),

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from checkpoints_convert.settings import KeyValues, in_order
-from vivit_jax.cli.run import stopped_by
+from vivit_jax.console import KeyValues, in_order, stopped_by
 from vivit_jax.errors import UserError
+from vivit_jax.recipes import apply_settings, recipe_named
+from vivit_jax.train.loop import train
+from vivit_jax.train.run_directory import saved_recipe
+from vivit_jax.train.sharding import parse_mesh
 
 
 def _step(given: list[str]) -> bool | int:
@@ -96,8 +100,6 @@ def finetune(options: Options) -> int:
 
 
 def _run(task: str, options: RunOptions) -> int:
-    from vivit_jax.recipes import apply_settings, recipe_named
-    from vivit_jax.train.run import saved_recipe
 
     out, resume = options.out, options.resume is not False
     if options.recipe is None and not resume:
@@ -112,13 +114,8 @@ def _run(task: str, options: RunOptions) -> int:
     recipe = apply_settings(recipe, given)
     join(options.coordinator, options.processes, options.process)
 
-    import jax
-
-    from vivit_jax.train.loop import train
-
     # Of a save that fails Orbax's threads log stack traces, and the next step of the run the error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    from vivit_jax.train.sharding import parse_mesh
 
     with _late_answers_dropped():
         outcome = train(
@@ -176,6 +173,5 @@ def join(coordinator: str | None, processes: int, process: int) -> None:
         return
     if not 0 <= process < processes:
         raise UserError(f"--process {process} must be from 0 to {processes - 1} (--processes)")
-    import jax
 
     jax.distributed.initialize(coordinator, processes, process)

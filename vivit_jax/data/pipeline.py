@@ -18,18 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from vivit_jax.data.augment import train_transform
-from vivit_jax.data.dataset import (
-    Dataset,
-    Example,
-    read_training_clip,
-    read_whole,
-)
+from vivit_jax.data.datasets.dataset import Dataset, Example, read_training_clip, read_whole
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.sampling import training_indices
+from vivit_jax.data.settings import AugmentSettings, DataSettings
+from vivit_jax.data.transforms.augment import train_transform
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.processes import follow_the_main_process, interrupts_held
-from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
 
 # Elements there may be, skipped clips included: more than any run reads.
 _ENDLESS = 2**48

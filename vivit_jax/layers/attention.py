@@ -17,14 +17,10 @@ from vivit_jax.layers.axes import Placement, placement_of
 from vivit_jax.layers.chunked import SAVED
 from vivit_jax.layers.cudnn import cudnn_refusal, target_gpu
 from vivit_jax.layers.dropout import dropout
-from vivit_jax.layers.linear import (
-    Config,
-    Projection,
-    platform,
-    project_together,
-    wide_type,
-)
+from vivit_jax.layers.linear import Config, Projection, project_together, wide_type
+from vivit_jax.layers.pallas import worth_it
 from vivit_jax.layers.placed import PLACED, placed_attention
+from vivit_jax.layers.platform import platform
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +137,6 @@ def _choose(place: str, dtype: str, head_dim: int, length: int, gpu: jax.Device 
         refusal = cudnn_refusal(dtype, head_dim, length, gpu)
         chosen, why = ("chunked", f"; cuDNN refuses: {refusal}") if refusal else ("cudnn", "")
     elif place == "tpu" and dtype != "float64":
-        from vivit_jax.layers.pallas import worth_it  # for TPU only
-
         chosen = "pallas" if worth_it(length, head_dim) else "chunked"
     log.log(
         logging.WARNING if why else logging.INFO,

@@ -15,8 +15,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vivit_jax.layers.linear import platform, project, wide_type
+from vivit_jax.layers.linear import project, wide_type
 from vivit_jax.layers.matrices import eigen_is_faster, matrix_product, turned
+from vivit_jax.layers.platform import platform
 
 
 @dataclasses.dataclass(frozen=True)

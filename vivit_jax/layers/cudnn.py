@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+from jax._src.mesh import get_concrete_mesh
 from jax.sharding import SingleDeviceSharding
 
 from vivit_jax.errors import first_line
@@ -31,7 +32,6 @@ def target_gpu() -> jax.Device | None:
         return jax.local_devices(backend="gpu")[0]
     except RuntimeError:  # no such backend
         pass
-    from jax._src.mesh import get_concrete_mesh  # `jax.sharding.get_mesh` refuses while tracing
 
     mesh = get_concrete_mesh()
     return None if mesh.empty or mesh.devices.flat[0].platform != "gpu" else mesh.devices.flat[0]

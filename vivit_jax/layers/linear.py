@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.layers.matrices import matrix_product
 from vivit_jax.layers.parts import with_whole_kernels
+from vivit_jax.layers.platform import platform
 
 PROJECTED = "projection"  # the name of what a remat policy may keep
 
@@ -82,13 +83,6 @@ ACTIVATIONS = {
 
 
 PRECISE_TERMS = 256
-
-
-def platform() -> str:
-    """Where what is traced now will run: "cpu", "gpu" or "tpu", after `jax_default_device`."""
-    device = jax.config.jax_default_device
-    place = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return {"cuda": "gpu", "rocm": "gpu"}.get(place, place)
 
 
 def wide_type(dtype) -> np.dtype:

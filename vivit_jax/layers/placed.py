@@ -30,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from vivit_jax.layers import blocks, chunked
+from vivit_jax.layers import blocks, chunked, pallas
 from vivit_jax.layers.axes import Placement, partitions, placement_of
 from vivit_jax.layers.chunked import SAVED
 
@@ -52,10 +52,7 @@ PLACED = ("chunked", "pallas")  # what is known here
 
 
 def _local(implementation: str) -> Local:
-    if implementation == "pallas":
-        from vivit_jax.layers import pallas as kernels  # a third of a second, and for TPU only
-    else:
-        kernels = chunked
+    kernels = pallas if implementation == "pallas" else chunked
     return Local(kernels.forward, kernels.backward)
 
 

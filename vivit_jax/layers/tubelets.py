@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import platform
+from vivit_jax.layers.platform import platform
 
 Grid = tuple[int, int, int]
 

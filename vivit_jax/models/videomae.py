@@ -26,7 +26,8 @@ from vivit_jax.layers.tubelets import (
     take_tokens,
 )
 from vivit_jax.masking import Mask
-from vivit_jax.models.classifier import classify
+from vivit_jax.models.head import classify
+from vivit_jax.models.losses import reconstruction_loss, reconstruction_targets
 from vivit_jax.outputs import (
     ClassifierOutput,
     ModelOutput,
@@ -34,7 +35,6 @@ from vivit_jax.outputs import (
     asked_for,
     choose_states,
 )
-from vivit_jax.train.losses import reconstruction_loss, reconstruction_targets
 
 
 class VideoMAEModel(nn.Module):

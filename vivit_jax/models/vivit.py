@@ -30,7 +30,7 @@ from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positi
 from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.explicit import as_automatic
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
-from vivit_jax.models.classifier import classify
+from vivit_jax.models.head import classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, asked_for, choose_states
 
 _TIME, _SPACE = ("attention_time", TIME), ("attention_space", SPACE)

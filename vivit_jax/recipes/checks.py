@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.data.transforms.processor import VideoProcessor
+from vivit_jax.data.transforms.randaugment import parse_rand_augment
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.presets import PRESETS, Preset
 from vivit_jax.recipes.recipe import HEADS, Recipe
-from vivit_jax.recipes.typed import Misfit, expected, from_json
+from vivit_jax.typed import Misfit, expected, from_json, override
 
 # Values that are not None, by field.
 _RANGES = (
@@ -75,8 +77,6 @@ def model_config(recipe: Recipe) -> VivitConfig | VideoMAEConfig:
     given too. Raises UserError for an unknown preset, ConfigError for what the configuration
     refuses.
     """
-    from checkpoints_convert.config_json import override
-
     config = preset_named(recipe.model.preset).config
     running = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")}
     values = dict(recipe.model.config)
@@ -191,8 +191,6 @@ def _check_ranges(recipe: Recipe) -> None:
 
 
 def _check_names(recipe: Recipe) -> None:
-    from vivit_jax.data.processor import VideoProcessor
-    from vivit_jax.data.randaugment import parse_rand_augment
 
     if recipe.augment.rand_augment is not None:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.checks import check, closest, config_fields, wrong
 from vivit_jax.recipes.recipe import Given, Recipe
-from vivit_jax.recipes.typed import Misfit, expected, from_json, from_text
+from vivit_jax.typed import Misfit, expected, from_json, from_text
 
 _FIELDS = {field.name: field.type for field in dataclasses.fields(Recipe)}
 _DECIDED = typing.get_args(Given)

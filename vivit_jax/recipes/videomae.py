@@ -7,9 +7,8 @@ its videos included. The authors computed in half precision, which `model.config
 asks for.
 """
 
+from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.recipes.recipe import (
-    AugmentSettings,
-    DataSettings,
     EvalSettings,
     MaskSettings,
     ModelSettings,

@@ -22,9 +22,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.recipes.recipe import (
-    AugmentSettings,
-    DataSettings,
     EvalSettings,
     ModelSettings,
     OptimSettings,

@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from vivit_jax.errors import CheckpointError, UserError, WriteError, first_line
-from vivit_jax.files import writing
-from vivit_jax.json_files import read_json
-from vivit_jax.staging import clear_leftovers
+from vivit_jax.files.atomic import writing
+from vivit_jax.files.json_files import read_json
+from vivit_jax.files.staging import clear_leftovers
 from vivit_jax.train.checksums import damage, handlers
 from vivit_jax.train.stored_state import check_state, flat, storage, to_arrays
 
@@ -398,7 +399,6 @@ def _from_first(text: str) -> str:
     """The text of the first process, in all of them."""
     if jax.process_count() == 1:
         return text
-    from jax.experimental.multihost_utils import broadcast_one_to_all
 
     row = np.zeros(_LONGEST, np.uint8)
     data = text.encode()[:_LONGEST]

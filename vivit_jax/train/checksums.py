@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from vivit_jax.inputs import stand_in
-from vivit_jax.json_files import read_json
-from vivit_jax.staging import sync
+from vivit_jax.files.inputs import stand_in
+from vivit_jax.files.json_files import read_json
+from vivit_jax.files.staging import sync
 
 CHECKSUMS = "checksums.json"
 # Orbax writes this one afterwards; that it is there is all that is asked of it.

@@ -13,18 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
-from checkpoints_convert import trees
-from vivit_jax.data.dataset import Dataset
-from vivit_jax.data.processor import VideoProcessor
+from vivit_jax import __version__, param_tree
+from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import choose_implementation
 from vivit_jax.layers.explicit import without_types
-from vivit_jax.layers.linear import platform as platform_name
+from vivit_jax.layers.platform import platform as platform_name
+from vivit_jax.models.losses import reconstruction_targets
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
-from vivit_jax.train.losses import reconstruction_targets
 from vivit_jax.train.metrics import classification_metrics
 from vivit_jax.train.pixels import Arithmetic, hashable_arithmetic, scaled_and_shifted
 from vivit_jax.train.sharding import batch_sharding, batch_shards, gathered, replicated
@@ -138,8 +139,6 @@ def evaluate_reconstruction(
     totals = np.array([losses[: len(readable)][readable].sum(), readable.sum()], np.float64)
     errors = [error for _, error in views.found]
     if views.count > 1:
-        from jax.experimental.multihost_utils import process_allgather
-
         totals = process_allgather(totals.astype(np.float32)).sum(0)
         errors = _gathered_errors(errors, views)
     if not totals[1]:
@@ -246,8 +245,6 @@ def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor)
     import av
     import PIL
 
-    import vivit_jax
-
     config = model.config
     return {
         "views": dataclasses.asdict(settings),
@@ -260,11 +257,11 @@ def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor)
         "attention": config.attention,
         "attention_chosen": _attention(config),
         "matmul_precision": jax.config.jax_default_matmul_precision,
-        "params_sha256": trees.params_hash(params),
+        "params_sha256": param_tree.params_hash(params),
         "decoder": {"av": av.__version__, **{k: list(v) for k, v in av.library_versions.items()}},
         "pillow": PIL.__version__,
         "jax": jax.__version__,
-        "vivit_jax": vivit_jax.__version__,
+        "vivit_jax": __version__,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "python": platform.python_version(),
     }
@@ -341,8 +338,6 @@ def _local_rows(views: Views, forward: Callable, mesh: Mesh) -> np.ndarray:
 
 def _gathered(answers: list[Answer], views: Views, config) -> list[Answer]:
     """The answers of all processes, in the data set's order."""
-    from jax.experimental.multihost_utils import process_allgather
-
     most = views.videos
     scores = np.zeros((most, config.num_labels), np.float32)
     indices = np.zeros((most, views.settings.clips, config.num_frames), np.int32)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from vivit_jax.errors import MissingExtra, UserError
-from vivit_jax.files import whole_file, writing
-from vivit_jax.inputs import check_file
-from vivit_jax.json_files import parse_json
+from vivit_jax.files.atomic import whole_file, writing
+from vivit_jax.files.inputs import check_file
+from vivit_jax.files.json_files import parse_json
 from vivit_jax.progress import LiveLine, left
 
 METRICS = "metrics.jsonl"

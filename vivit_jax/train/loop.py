@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
-from vivit_jax.data.dataset import Dataset, read_dataset
+from checkpoints_convert.pretrained import save_pretrained
+from vivit_jax.data.datasets.dataset import Dataset, read_dataset
 from vivit_jax.data.pipeline import Batches, Share
 from vivit_jax.errors import UserError, WriteError
-from vivit_jax.pretrained import save_pretrained
 from vivit_jax.recipes.checks import check, model_config
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.checkpoint import Checkpoints
@@ -29,12 +30,13 @@ from vivit_jax.train.evaluate import (
     model_labels,
     unreadable_clips,
 )
+from vivit_jax.train.initial_model import Start, described_model, description, starting_model
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import leading_name
 from vivit_jax.train.preprocessing import described_preprocessing
 from vivit_jax.train.report import write_report
-from vivit_jax.train.run import BAD_CLIPS, RunDirectory
-from vivit_jax.train.setting import Setting, make_setting
+from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory
+from vivit_jax.train.setup import Setting, make_setting
 from vivit_jax.train.sharding import (
     batch_sharding,
     bytes_on_a_device,
@@ -43,7 +45,6 @@ from vivit_jax.train.sharding import (
     mesh_text,
     parse_mesh,
 )
-from vivit_jax.train.starting import Start, described_model, description, starting_model
 from vivit_jax.train.state import TrainState, new_state
 
 
@@ -367,7 +368,6 @@ def _whole(params: Any) -> Any:
     """The params as numpy arrays, in every process."""
     if jax.process_count() == 1:
         return jax.device_get(params)
-    from jax.experimental.multihost_utils import process_allgather
 
     return process_allgather(params, tiled=True)
 
@@ -386,7 +386,6 @@ def _agreed(received: list[str], failed: UserError | None) -> str | None:
         raise failed
     if jax.process_count() == 1:
         return received[0] if received else None
-    from jax.experimental.multihost_utils import process_allgather
 
     number = signal.Signals[received[0]].value if received else 0
     every = process_allgather(np.array([number, failed is not None], np.int32))

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import at_least_float32
-from vivit_jax.train.losses import IGNORE_INDEX, head_sizes, read_labels, split_labels, split_logits
+from vivit_jax.models.losses import (
+    IGNORE_INDEX,
+    head_sizes,
+    read_labels,
+    split_labels,
+    split_logits,
+)
 
 TOP_K = 5
 

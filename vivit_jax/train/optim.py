@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from flax.core import meta
 
-from checkpoints_convert import trees
 from checkpoints_convert.problems import collapse
+from vivit_jax import param_tree
 from vivit_jax.errors import UserError, quoted
 from vivit_jax.recipes.recipe import OptimSettings, Rules
 
@@ -96,8 +96,8 @@ def parameter_values(
     Raises UserError, naming `what`, for an expression that is not one, for a rule without any
     matching parameter, and for parameters that no rule matches.
     """
-    shapes = trees.shapes_of(trees.flatten(meta.unbox(params_or_shapes)))
-    slots = trees.slots(shapes)
+    shapes = param_tree.shapes_of(param_tree.flatten(meta.unbox(params_or_shapes)))
+    slots = param_tree.slots(shapes)
     compiled = [(_compiled(rule, what), float(value)) for rule, value in (*rules, *defaults)]
     unmatched = [
         rule.pattern
@@ -122,7 +122,7 @@ def parameter_values(
             f"{what}: no rule matches {', '.join(collapse(uncovered))}; add rules for them, or a "
             "last one for '.*'"
         )
-    return trees.unflatten({leaf: _stacked(found[leaf], shapes[leaf]) for leaf in shapes})
+    return param_tree.unflatten({leaf: _stacked(found[leaf], shapes[leaf]) for leaf in shapes})
 
 
 def layer_decay_rules(params_or_shapes: Mapping[str, Any], decay: float) -> Rules:
@@ -137,7 +137,7 @@ def layer_decay_rules(params_or_shapes: Mapping[str, Any], decay: float) -> Rule
     and the temporal stage's class token and positions, goes with the last spatial block. Raises
     UserError for parameters without blocks.
     """
-    paths = trees.slots(trees.shapes_of(trees.flatten(meta.unbox(params_or_shapes))))
+    paths = param_tree.slots(param_tree.shapes_of(param_tree.flatten(meta.unbox(params_or_shapes))))
     blocks: dict[str, set[int]] = {}
     for match in filter(None, map(_BLOCK.fullmatch, paths)):
         blocks.setdefault(match[1], set()).add(int(match[2]))

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.data.settings import AugmentSettings
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.layers.dropout import clip_keys
 from vivit_jax.layers.tubelets import ByteClips
-from vivit_jax.recipes.recipe import AugmentSettings
-from vivit_jax.train.augment import colour_jitter, random_erasing
+from vivit_jax.train.augment_on_device import colour_jitter, random_erasing
 
 
 def arithmetic(processor: VideoProcessor) -> tuple[np.ndarray, np.ndarray]:

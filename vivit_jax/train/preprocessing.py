@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vivit_jax.data.processor import VIDEOMAE, VideoProcessor, processor_file
-from vivit_jax.data.processor_keys import FILTERS
+from vivit_jax.data.transforms.processor import VIDEOMAE, VideoProcessor, processor_file
+from vivit_jax.data.transforms.processor_keys import FILTERS
 from vivit_jax.errors import UserError
-from vivit_jax.json_files import read_json
+from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes.checks import check_frames, model_config, preset_named
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.pixels import arithmetic

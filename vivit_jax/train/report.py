@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from vivit_jax.errors import UserError
-from vivit_jax.files import whole_file
-from vivit_jax.json_files import read_json
+from vivit_jax.files.atomic import whole_file
+from vivit_jax.files.json_files import read_json
 from vivit_jax.train.chart import CHART_STYLE, Curve, escape, figure
 from vivit_jax.train.log import METRICS, read_metrics
-from vivit_jax.train.run import BAD_CLIPS, RECIPE
+from vivit_jax.train.run_directory import BAD_CLIPS, RECIPE
 
 REPORT = "report.html"
 _OWN = ("kind", "step", "time")

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vivit_jax.errors import UserError, first_line, quoted
 from vivit_jax.layers.axes import AXES, BATCH, RULES
-from vivit_jax.pretrained import boxed_params
+from vivit_jax.models.build import boxed_params
 
 
 def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
@@ -184,7 +185,6 @@ def gathered(value: Any) -> list[Any]:
     """The JSON value that each process gives, in order of the processes, in all of them."""
     if jax.process_count() == 1:
         return [value]
-    from jax.experimental.multihost_utils import process_allgather
 
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     longest = int(process_allgather(np.array([len(text)], np.int32)).max())

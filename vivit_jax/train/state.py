@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from vivit_jax.pretrained import abstract_params
+from vivit_jax.models.build import abstract_params
 from vivit_jax.train.sharding import like_params, param_shardings, replicated
 
 

@@ -12,15 +12,16 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vivit_jax.data.processor import VideoProcessor
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.layers.explicit import without_types
-from vivit_jax.layers.linear import platform, projections_in
+from vivit_jax.layers.linear import projections_in
+from vivit_jax.layers.platform import platform
 from vivit_jax.masking import MASKS, Mask
+from vivit_jax.models.losses import multi_head_loss
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
-from vivit_jax.train.augment import mix, soft_targets
-from vivit_jax.train.losses import multi_head_loss
+from vivit_jax.train.augment_on_device import mix, soft_targets
 from vivit_jax.train.metrics import leading_accuracy
 from vivit_jax.train.optim import trained, update_average
 from vivit_jax.train.pixels import training_pixels

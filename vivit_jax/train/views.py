@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vivit_jax.data.augment import resize_shortest, three_crops
-from vivit_jax.data.clip import crop_rounding
-from vivit_jax.data.dataset import Dataset, Example, read_views
+from vivit_jax.data.datasets.dataset import Dataset, Example, read_views
 from vivit_jax.data.one_clip import one_clip
+from vivit_jax.data.read_clip import crop_rounding
+from vivit_jax.data.transforms.augment import resize_shortest, three_crops
 from vivit_jax.errors import VideoError
 from vivit_jax.recipes.recipe import EvalSettings
 

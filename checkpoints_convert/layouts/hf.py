@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json as a file."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from checkpoints_convert.layouts.hub_v2 import is_hub_form, read_hub_form
+from vivit_jax.config import (
+    ARCHITECTURES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Config,
+    VideoMAEConfig,
+    architecture,
+    config_from_dict,
+    head_of_architectures,
+)
+from vivit_jax.errors import ConfigError
+from vivit_jax.files.json_files import read_json
+from vivit_jax.files.staging import interrupted
+
+logger = logging.getLogger(__name__)
+NAME = "config.json"
+HF_FIXED_EPS = 1e-5  # of the norms outside the blocks of VideoMAE
+
+
+def config_path(checkpoint: str | Path) -> Path:
+    """Where the config.json of a checkpoint, a directory or a weight file, lies."""
+    checkpoint = Path(checkpoint)
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / NAME
+
+
+class StoredConfig(NamedTuple):
+    """What a config.json says: the config, the head, and whether it is VideoMAE V2's on the hub."""
+
+    config: Config
+    head: str | None
+    hub_form: bool = False
+
+
+def read_config(checkpoint: str | Path, **execution: Any) -> StoredConfig:
+    """Read the config of a checkpoint (a directory or a weight file) and the head it names.
+
+    `execution` sets execution fields. The head is None where `architectures` is absent or names a
+    class this library does not have. Keys that are not known are in `extra` of the config, whose
+    `kept_note` the caller tells. Raises ConfigError, naming the file, if it is missing, not JSON,
+    of another model_type, or sets what transformers computes with and this library does not.
+    """
+    path = config_path(checkpoint)
+    try:
+        values = read_json(path, ConfigError)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; a checkpoint needs its config.json{interrupted(path.parent)}"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+    try:
+        hub_form = is_hub_form(values)
+        if hub_form:
+            config, head = read_hub_form(values)
+        else:
+            config = config_from_dict(_with_model_type(values), warn=False)
+            head = head_of_architectures(values.get("architectures"), config.model_type)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+    except TypeError as error:
+        raise ConfigError(f"{path}: a value has the wrong type: {error}") from None
+    return StoredConfig(dataclasses.replace(config, **execution), head, hub_form)
+
+
+def _with_model_type(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values of a config.json; the class it names says the family where it does not.
+
+    transformers' own classes do not ask for a model_type.
+    """
+    named = values.get("architectures")
+    if values.get("model_type") is not None or not isinstance(named, list):
+        return values
+    families = (ARCHITECTURES[n][0] for n in named if isinstance(n, str) and n in ARCHITECTURES)
+    family = next(families, None)
+    return values if family is None else {**values, "model_type": family}
+
+
+def predicts_as_published(config: VideoMAEConfig) -> bool:
+    """Whether pre-training turns pixels back into [0, 1] as HuggingFace and the authors do."""
+    statistics = (config.image_mean, config.image_std)
+    return statistics in ((None, None), (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def runs_in_transformers(config: Config, head: str) -> bool:
+    """Whether transformers has this architecture and runs the model with this head."""
+    rgb = config.num_channels == 3
+    return config.in_transformers and (head != "pretraining" or config.norm_pix_loss or rgb)
+
+
+def transformers_notes(config: Config, head: str, pooler: bool = False) -> tuple[str, ...]:
+    """Where transformers does not compute what `config` says; `pooler` is of a headless model."""
+    if not config.in_transformers:
+        return (
+            "transformers does not have this model; its Auto classes refuse the model_type "
+            f"{config.own_model_type!r}",
+        )
+    if not runs_in_transformers(config, head):
+        return (
+            "transformers does not run pre-training with norm_pix_loss=False and "
+            f"{config.num_channels} channels: it has no loss for pixels other than RGB",
+        )
+    notes = []
+    if config.class_splits is not None:
+        notes.append("transformers computes the logits of class_splits, but has no loss for them")
+    if config.hidden_act == "selu":
+        notes.append("transformers documents hidden_act 'selu' but has no such activation")
+    if head == "pretraining" and not predicts_as_published(config):
+        notes.append(
+            f"image_mean is {config.image_mean} and image_std {config.image_std} here; "
+            "transformers takes pixels un-normalised with ImageNet's if they are RGB, else as they "
+            "are"
+        )
+    if pooler and isinstance(config, VideoMAEConfig):
+        notes.append(
+            "transformers' VideoMAEModel computes the tokens and has no pooler_output, the fc_norm "
+            "of their mean: it leaves fc_norm.weight and fc_norm.bias out"
+        )
+    norms = {"pretraining": "decoder_norm_eps"}
+    if getattr(config, "use_mean_pooling", False):
+        norms["classification"] = "fc_norm_eps"
+    eps = getattr(config, norms.get(head, ""), HF_FIXED_EPS)
+    if eps != HF_FIXED_EPS:
+        notes.append(
+            f"{norms[head]} is {eps:g} here; transformers computes with {HF_FIXED_EPS:g} whatever "
+            "config.json says"
+        )
+    return tuple(notes)
+
+
+def write_config(
+    directory: str | Path,
+    config: Config,
+    head: str,
+    dtype: str,
+    *,
+    pooler: bool = False,
+    warn: bool = True,
+) -> None:
+    """Write config.json for a model with this head whose weights are stored as `dtype`.
+
+    `pooler` is whether a headless model has one. Warns where transformers will not compute what
+    it says; `warn=False` is for whoever tells it in another way, and for files that are not for
+    transformers.
+    """
+    for note in transformers_notes(config, head, pooler) if warn else ():
+        logger.warning("%s", note)
+    values = config.to_dict()
+    values["architectures"] = [architecture(config.model_type, head)]
+    values["dtype"] = dtype
+    text = json.dumps(values, indent=2, sort_keys=True)
+    (Path(directory) / NAME).write_text(text + "\n", encoding="utf-8")

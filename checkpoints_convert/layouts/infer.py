@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs of checkpoints that hold none: what their tensors say, what they do not, what is wrong.
+
+Shared by the layouts of authors who keep the config in code, `scenic` and `authors`.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vivit_jax.config import Config
+from vivit_jax.errors import ConfigError
+
+
+def complete(
+    path: Path,
+    cls: type[Config],
+    found: Mapping[str, Any],
+    given: Mapping[str, Any],
+    asked: Mapping[str, tuple[str, ...]],
+    *,
+    assumed: Mapping[str, Any] | None = None,
+    free: Collection[str] = (),
+    hint: str = "",
+    **execution: Any,
+) -> Config:
+    """The config of the fields that tensors say (`found`) and users set (`given`).
+
+    `asked` are fields that only users can know, with examples of each; `assumed` ones that users
+    may set otherwise, as they may those of `found` that are `free`. Raises one ConfigError for all
+    that is missing, adding `hint`, and one for all that contradicts the tensors.
+    """
+    missing = {name: options for name, options in asked.items() if name not in given}
+    if missing:
+        listed = ", ".join(
+            f"{name} ({' or '.join(options)})" if len(options) > 1 else name
+            for name, options in missing.items()
+        )
+        flags = " ".join(f"{name}={options[0]}" for name, options in missing.items())
+        raise ConfigError(
+            f"{path}: the weights do not say {listed}; {hint}Give them, for "
+            f"example --config {flags}"
+        )
+    wrong = [
+        f"{name}={given[name]!r}, the weights say {value!r}"
+        for name, value in found.items()
+        if name in given and given[name] != value and name not in free
+    ]
+    if wrong:
+        raise ConfigError(f"{path}: {'; '.join(wrong)}. Leave these settings out (--config)")
+    try:
+        return cls(**{**(assumed or {}), **found, **given}, **execution)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def count_blocks(names: Iterable[str], block: str) -> int:
+    """The number of blocks whose names begin with the pattern `block`, which holds their number."""
+    found = (re.match(block, name) for name in names)
+    return max((int(match.group(1)) for match in found if match), default=-1) + 1

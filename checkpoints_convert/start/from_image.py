@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting a ViViT from an image model (section 3.4 of the paper, scenic's initialisation).
+
+The image model is read as a ViViT of one frame, through a weight table like any checkpoint. What
+makes a video model of it is in this file: the patch kernel is inflated over time, the position
+table is repeated or resized, and blocks go where the variant has them. Everything else starts
+fresh and is named in the report.
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from checkpoints_convert.layouts.image_vit import TIMM_HEADS, ImageModel, open_image_model
+from checkpoints_convert.pretrained import InitialisedModel, LoadReport
+from checkpoints_convert.rules import Rule, import_params, match_import, read_params
+from vivit_jax import param_tree
+from vivit_jax.config import VivitConfig
+from vivit_jax.errors import ConfigError
+from vivit_jax.layers.embed import resize_weights
+from vivit_jax.models.build import (
+    abstract_params,
+    build_model,
+    check_float64,
+    expected_shapes,
+    initialise,
+)
+
+logger = logging.getLogger(__name__)
+
+INFLATIONS = ("central_frame", "average", "rank_pooling")
+POSITIONS = ("tile", "resize", "resize_tile")
+TEMPORAL_ATTENTION = ("copy", "zero", "fresh")
+
+
+def init_from_image_model(
+    source: str | Path,
+    config: VivitConfig | Mapping[str, Any] | None = None,
+    *,
+    head: str = "classification",
+    inflation: str = "central_frame",
+    positions: str = "resize_tile",
+    temporal_attention: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> InitialisedModel:
+    """Make any ViViT variant from an image ViT: (model, params, report).
+
+    `source` is a HuggingFace ViT directory or hub id (google/vit-*), a safetensors file of timm, or
+    an npz or msgpack file of vision_transformer or scenic. `config` is the video model's; a mapping
+    changes fields of `video_config(image model)`: its sizes, 32 frames in tubelets of two.
+
+    * `inflation`: the kernel over time. "central_frame" puts it at frame t // 2 and zeros at the
+      others, so that a tubelet starts as its central frame; "average" spreads it over all frames;
+      "rank_pooling" weights them by approximate rank pooling, which sees change and, for two
+      frames, nothing in a still clip.
+    * `positions`: "tile" repeats the image's table for every frame; "resize" resizes it, for tables
+      of one frame; "resize_tile" does what of both is needed. Resizing is linear with aligned
+      corners, as in scenic. The class token keeps its position.
+    * `temporal_attention`, in factorised self-attention: "copy" takes the image model's attention,
+      as scenic does; "zero" takes it with an output projection of zero, so that the block starts as
+      the image model's; "fresh" draws it anew. Its norm starts fresh, as in scenic. The default is
+      "zero" where the config says `zero_init_temporal_attention`, else "copy".
+
+    The class token of a factorised encoder's spatial stage is taken too, so that a frame starts as
+    the image model sees it; scenic leaves it at zero and keeps its position.
+
+    The classifier, the temporal stage and whatever else the image model has not are drawn from
+    `seed`; the report names them and is logged. Raises ConfigError where the models do not fit.
+    """
+    found, _ = read_image_model(
+        source,
+        config,
+        head=head,
+        inflation=inflation,
+        positions=positions,
+        temporal_attention=temporal_attention,
+        revision=revision,
+        seed=seed,
+    )
+    logger.warning("%s", found.report)
+    return found
+
+
+def read_image_model(
+    source: str | Path,
+    config: VivitConfig | Mapping[str, Any] | None = None,
+    *,
+    head: str = "classification",
+    inflation: str = "central_frame",
+    positions: str = "resize_tile",
+    temporal_attention: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> tuple[InitialisedModel, ImageModel]:
+    """`init_from_image_model` for callers that show the report themselves, and the image model."""
+    changes = {} if config is None else config
+    if isinstance(config, VivitConfig):
+        changes = {"num_attention_heads": config.num_attention_heads}
+    _check_changes(changes)
+    heads = changes.get("num_attention_heads")
+    image = open_image_model(source, heads=heads, revision=revision)
+    if not isinstance(config, VivitConfig):
+        config = video_config(image, **changes)
+    _check_sizes(image, config)
+    check_float64(config)
+    if temporal_attention is None:
+        temporal_attention = "zero" if config.zero_init_temporal_attention else "copy"
+    for name, value, allowed in (
+        ("inflation", inflation, INFLATIONS),
+        ("positions", positions, POSITIONS),
+        ("temporal_attention", temporal_attention, TEMPORAL_ATTENTION),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{name} must be one of {list(allowed)}, got {value!r}")
+    expected = expected_shapes(image.config, "none", pooler=False)
+    rows = match_import(image.tensors, image.rules, expected, image.title)
+    entries = read_params(image.tensors, rows, expected, config.param_dtype)
+    video = _video_entries(entries, image.config, config, inflation, positions, temporal_attention)
+    model = build_model(config, head, add_pooling_layer=False)
+    prefix = "" if head == "none" else "backbone/"
+    video = {prefix + path: value for path, value in video.items()}
+    params, fresh = complete_params(model, video, seed, f"{image.title} inflated,")
+    # What is in no parameter: what the table leaves out, and a class token that has no place.
+    no_cls = config.pooling != "cls"
+    unread = {row.src for row in rows if not row.dst or (no_cls and row.dst == ("cls",))}
+    report = LoadReport(
+        source=str(source),
+        model=type(model).__name__,
+        dropped=tuple(sorted(unread | image.left_out.keys())),
+        fresh=fresh,
+        notes=tuple(_notes(image, config, inflation, positions, temporal_attention)),
+    )
+    return InitialisedModel(model, params, report), image
+
+
+def complete_params(
+    model: nn.Module, entries: Mapping[str, np.ndarray], seed: int, title: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The model's parameters, drawn from `seed` where there is no entry; the paths drawn.
+
+    `entries` go by per-layer path. Raises CheckpointError, which begins with `title`, for one that
+    has no place in the model or another shape.
+    """
+    leaves = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
+    slots = param_tree.slots(leaves)
+    fresh = tuple(path for path in slots if path not in entries)
+    drawn = initialise(model, {slots[path].leaf for path in fresh}, seed) if fresh else {}
+    drawn = {leaf: np.asarray(array) for leaf, array in drawn.items()}
+    entries = dict(entries)
+    for path in fresh:
+        slot = slots[path]
+        entries[path] = drawn[slot.leaf] if slot.layer is None else drawn[slot.leaf][slot.layer]
+    # Through the engine again: every entry must have its place and shape in the model.
+    rules = [Rule(path, path) for path in entries]
+    flat = import_params(entries, rules, leaves, model.config.param_dtype, title)
+    flat = {path: jax.device_put(array) for path, array in flat.items()}
+    return param_tree.unflatten(dict(sorted(flat.items()))), fresh
+
+
+def video_config(image: ImageModel, **changes: Any) -> VivitConfig:
+    """The ViViT of an image model's sizes: joint attention, 32 frames, tubelets of two frames."""
+    _, height, width = image.config.tubelet_size
+    # Left open where there is a class token, because not every variant can have one.
+    pooling = None if image.config.pooling == "cls" else image.config.pooling
+    defaults = dict(num_frames=32, tubelet_size=(2, height, width), pooling=pooling)
+    return dataclasses.replace(image.config, **{**defaults, **changes})
+
+
+def inflate_kernel(kernel: np.ndarray, frames: int, inflation: str) -> np.ndarray:
+    """A patch kernel [1, h, w, c, d] as a tubelet kernel [frames, h, w, c, d].
+
+    Approximate rank pooling (Bilen et al. 2016, as scenic scales it): frame t of T has the weight
+    (2 (T - t + 1) - (T + 1) (H_T - H_(t-1))) / T, H_t the harmonic numbers.
+    """
+    if inflation == "central_frame":
+        weights = np.arange(frames) == frames // 2
+    elif inflation == "average":
+        weights = np.full(frames, 1 / frames)
+    else:
+        t = np.arange(1, frames + 1)
+        harmonic = np.concatenate([[0], np.cumsum(1 / t)])
+        weights = 2 * (frames - t + 1) - (frames + 1) * (harmonic[-1] - harmonic[:-1])
+        weights = weights / frames
+    return (weights.reshape(-1, 1, 1, 1, 1) * kernel).astype(kernel.dtype)
+
+
+def inflate_positions(
+    table: np.ndarray, old: tuple[int, int], new: tuple[int, int, int], positions: str
+) -> np.ndarray:
+    """An image's position table [h*w, d] as that of a grid of (frames, height, width) tokens."""
+    frames, *size = new
+    if positions == "tile" and old != tuple(size):
+        raise ConfigError(
+            f"positions='tile' needs the image's grid of {old} tokens, the video model has "
+            f"{tuple(size)}; use positions='resize_tile'"
+        )
+    if positions == "resize" and frames > 1:
+        raise ConfigError(
+            f"positions='resize' fills the table of one frame, the video model's has {frames}; use "
+            "positions='resize_tile'"
+        )
+    return np.tile(resize_table(table, old, tuple(size)), (frames, 1))
+
+
+def resize_table(table: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
+    """A position table [tokens, d] of a grid as that of another grid of as many axes.
+
+    Linear along each axis with aligned corners, as scenic resizes (scipy.ndimage.zoom of order 1).
+    """
+    grid = table.astype(np.float64).reshape(*old, -1)
+    for axis, (before, after) in enumerate(zip(old, new, strict=True)):
+        if before != after:
+            weights = resize_weights(before, after, "aligned")
+            grid = np.moveaxis(np.tensordot(weights, grid, axes=(1, axis)), 0, axis)
+    return grid.reshape(-1, table.shape[-1]).astype(table.dtype)
+
+
+def _video_entries(
+    entries: Mapping[str, np.ndarray],
+    image: VivitConfig,
+    config: VivitConfig,
+    inflation: str,
+    positions: str,
+    temporal_attention: str,
+) -> dict[str, np.ndarray]:
+    """Parameters of the video model's backbone by path, for all that the image model gives."""
+    staged = config.attention_type == "factorised_encoder"
+    stage = "spatial/" if staged else ""
+    frames, height, width = config.grid
+    both_cls = image.pooling == config.pooling == "cls"
+    video = {"patch_embed/bias": entries["patch_embed/bias"]}
+    kernel = entries["patch_embed/kernel"]
+    video["patch_embed/kernel"] = inflate_kernel(kernel, config.tubelet_size[0], inflation)
+    table = entries["pos_embed"][0]
+    first = int(image.pooling == "cls")
+    grid = (1 if staged else frames, height, width)
+    patches = inflate_positions(table[first:], image.grid[1:], grid, positions)
+    if both_cls:
+        video[f"{stage}cls"] = entries["cls"]
+        patches = np.concatenate([table[:1], patches])
+    elif config.pooling == "cls":
+        patches = np.concatenate([np.zeros_like(table[:1]), patches])
+    video[f"{stage}pos_embed"] = patches[None]
+    place = _places(config, temporal_attention)
+    for path, value in entries.items():
+        if path.startswith(("layers_", "ln_final")):
+            for target, change in place(path):
+                video[stage + target] = change(value)
+    return video
+
+
+def _places(
+    config: VivitConfig, temporal_attention: str
+) -> Callable[[str], list[tuple[str, Callable[[np.ndarray], np.ndarray]]]]:
+    """Where an entry of the image model's blocks goes, and what is done to it on the way."""
+    same = lambda value: value  # noqa: E731
+    if config.attention_type != "factorised_self_attention":
+        return lambda path: [(path, same)]
+
+    def split(path: str):
+        found = re.fullmatch(r"(layers_\d+)/(ln_)?attention/(.+)", path)
+        if not found:
+            return [(path, same)]
+        layer, norm, rest = found.groups()
+        places = [(f"{layer}/{norm or ''}attention_space/{rest}", same)]
+        if not norm and temporal_attention != "fresh":
+            zero = temporal_attention == "zero" and rest.startswith("out/")
+            places.append((f"{layer}/attention_time/{rest}", np.zeros_like if zero else same))
+        return places
+
+    return split
+
+
+def _check_changes(changes: Any) -> None:
+    if not isinstance(changes, Mapping):
+        raise ConfigError(
+            f"config must be a VivitConfig, a mapping of its fields or None, got "
+            f"{type(changes).__name__}"
+        )
+    known = [field.name for field in dataclasses.fields(VivitConfig)]
+    unknown = [str(name) for name in changes if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"config: VivitConfig has no {', '.join(unknown)}; expected some of {', '.join(known)}"
+        )
+
+
+def _check_sizes(image: ImageModel, config: VivitConfig) -> None:
+    names = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+        "num_channels", "qkv_bias",
+    )  # fmt: skip
+    wrong = [
+        f"{name} is {getattr(config, name)}, the image model's is {getattr(image.config, name)}"
+        for name in names
+        if getattr(config, name) != getattr(image.config, name)
+    ]
+    if config.tubelet_size[1:] != image.config.tubelet_size[1:]:
+        wrong.append(
+            f"tubelet_size is {config.tubelet_size}, the image model's patches are "
+            f"{image.config.tubelet_size[1:]}"
+        )
+    if wrong:
+        raise ConfigError(
+            f"{image.path} does not fit the video model: {'; '.join(wrong)}. Leave these fields "
+            "out to take the image model's"
+        )
+
+
+def _notes(
+    model: ImageModel, config: VivitConfig, inflation: str, positions: str, temporal: str
+) -> list[str]:
+    """What was done, and where the two models compute differently."""
+    image = model.config
+    frames, height, width = config.grid
+    notes = [
+        f"patch kernel inflated to {config.tubelet_size[0]} frames: {inflation}",
+        f"positions {image.grid[1:]} to {(height, width)} for {frames} frames: {positions}",
+    ]
+    if config.attention_type == "factorised_self_attention":
+        notes.append(f"temporal attention: {temporal}")
+    if image.pooling == "cls" != config.pooling:
+        notes.append("the class token and its position are left out: the video model has none")
+    if image.pooling != "cls" == config.pooling:
+        notes.append("the position of the class token starts at zero: the image model has none")
+    for name in ("hidden_act", "layer_norm_eps"):
+        ours, theirs = getattr(config, name), getattr(image, name)
+        if ours != theirs:
+            notes.append(f"{name} is {ours}, the image model's is {theirs}")
+    usual = TIMM_HEADS.get(config.hidden_size)
+    if model.naming == "timm" and usual not in (None, config.num_attention_heads):
+        notes.append(
+            f"num_attention_heads is {config.num_attention_heads} as given; timm's plain ViTs of "
+            f"this width have {usual}, and the weights do not say"
+        )
+    return notes

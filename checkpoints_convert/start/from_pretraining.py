@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From masked pre-training to fine-tuning, as VideoMAE's authors hand the encoder over."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.layouts.videomae_authors import departures
+from checkpoints_convert.pretrained import InitialisedModel, plan_load
+from checkpoints_convert.source import open_source
+from vivit_jax import param_tree
+from vivit_jax.config import VideoMAEConfig, architecture
+from vivit_jax.errors import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
+_LABELS = ("num_labels", "id2label", "class_splits", "split_names")
+
+
+def init_from_pretraining(
+    source: str | Path,
+    config: Mapping[str, Any],
+    *,
+    init_scale: float = 0.001,
+    revision: str | None = None,
+    seed: int = 0,
+) -> InitialisedModel:
+    """Make a VideoMAE classifier from a pre-trained model: (model, params, report).
+
+    The encoder's patch embedding and blocks are taken. Its final norm is dropped, and `fc_norm`, on
+    the mean of all tokens, starts at scale 1 and bias 0. The classifier is drawn from `seed`,
+    normal with `initializer_range`, and multiplied by `init_scale`, its bias too. Decoder and mask
+    token are dropped. The report names all of it, and where the checkpoint's config departs from
+    the authors' (epsilons, heads), which is kept; it is logged.
+
+    `source` is a HuggingFace directory or hub id, or an authors' .pth file. `config` sets fields of
+    the classifier: `num_labels` (or `id2label`, `class_splits`), and whatever fine-tuning changes,
+    for example drop_path_rate, head_dropout, num_frames, image_size, dtype. Raises ConfigError for
+    other fields or sizes, UserError for a checkpoint that is no pre-trained VideoMAE.
+
+    Source: VideoMAE and VideoMAE V2, fine-tuning. Their classifier is drawn from a normal
+    distribution truncated at 100 standard deviations, which is this one.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            'config must be a mapping of fields, such as {"num_labels": 400}, got '
+            f"{type(config).__name__}"
+        )
+    known = {f.name: f.metadata.get("execution") for f in dataclasses.fields(VideoMAEConfig)}
+    unknown = [str(name) for name in config if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"config: VideoMAEConfig has no {', '.join(unknown)}; expected some of "
+            f"{', '.join(known)}"
+        )
+    if not any(config.get(name) is not None for name in _LABELS[:3]):
+        raise ConfigError(
+            "config says nothing of the classes to fine-tune on; give num_labels, id2label or "
+            "class_splits"
+        )
+    if config.get("use_mean_pooling") is False:
+        raise ConfigError(
+            "use_mean_pooling=False keeps the encoder's norm and reads the first token, which is "
+            "not what the authors do; load it with from_pretrained(source, 'classification')"
+        )
+    labels = {name: config[name] for name in _LABELS if name in config}
+    execution = {name: value for name, value in config.items() if known[name]}
+    settings = {k: v for k, v in config.items() if k not in (*labels, *execution)}
+    settings.pop("use_mean_pooling", None)
+    held = open_source(source, revision=revision, settings=settings).layout
+    if held.family != VideoMAEConfig.model_type or held.head == "classification":
+        raise UserError(
+            f"{source} holds {architecture(held.family, held.head)}, expected a pre-trained "
+            "VideoMAE; load it with from_pretrained(source, num_labels=...)"
+        )
+    plan = plan_load(
+        source,
+        "classification",
+        settings=settings,
+        changes={"use_mean_pooling": True},
+        revision=revision,
+        **labels,
+        **execution,
+    )
+    params = plan.read(plan.model.config.param_dtype, seed)
+    for path in ("head/kernel", "head/bias"):
+        params[path] = params[path] * init_scale
+    notes = [
+        f"the classifier is multiplied by {init_scale:g}",
+        "the encoder's norm is left out: fc_norm, on the mean of all tokens, starts at 1 and 0",
+        *plan.report.notes,
+    ]
+    differs = departures(plan.model.config, "classification")
+    if differs:
+        kept = ", ".join(f"{name}={getattr(plan.model.config, name)}" for name in differs)
+        theirs = ", ".join(f"{name}={value}" for name, value in differs.items())
+        notes.append(f"kept as the checkpoint has them: {kept}; the authors have {theirs} (config)")
+    report = dataclasses.replace(plan.report, notes=tuple(notes))
+    logger.warning("%s", report)
+    return InitialisedModel(plan.model, param_tree.unflatten(params), report)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting a ViViT from a ViViT of other clips, or with another depth in time."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_convert.pretrained import InitialisedModel, plan_load
+from checkpoints_convert.start.from_image import complete_params, resize_table
+from vivit_jax import param_tree
+from vivit_jax.config import VivitConfig
+from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.models.build import build_model
+
+logger = logging.getLogger(__name__)
+
+# The fields that may differ: how many learned positions there are, and blocks of the second stage.
+SIZES = ("image_size", "num_frames", "num_temporal_layers")
+_LABELS = ("num_labels", "id2label", "class_splits", "split_names")
+_TEMPORAL = re.compile(r"(?:backbone/)?temporal/layers_(\d+)/.+")
+
+
+def init_from_video_model(
+    source: str | Path,
+    config: Mapping[str, Any],
+    *,
+    source_config: Mapping[str, Any] | None = None,
+    head: str | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> InitialisedModel:
+    """Make a ViViT from one of another size: (model, params, report).
+
+    `source` is a HuggingFace directory or hub id, or a file of scenic. `config` changes fields of
+    its configuration: the sizes (`image_size`, `num_frames`, `num_temporal_layers`), labels, rates,
+    execution. `source_config` says sizes of the source that a file of scenic does not say itself.
+    `head` is as in `from_pretrained`.
+
+    Positions are resized separably along time, height and width, linearly with aligned corners, as
+    scenic resizes them (scipy.ndimage.zoom of order 1); the class tokens keep theirs. Of a joint
+    table scenic takes the square root of all tokens for the side of one frame, which is right for
+    images only; here it has its three axes.
+
+    Blocks of the temporal stage go by their number, as in scenic: block i is block i of the source.
+    Those beyond `num_temporal_layers` are left out, where scenic's public code stops at the first
+    one that its model lacks; those that the source lacks are drawn from `seed`. The stage's last
+    norm is the source's.
+
+    The report names what is left out, what is drawn, what was resized and which blocks were taken;
+    it is logged. Raises ConfigError for fields that do not exist, UserError for a source that is no
+    ViViT, CheckpointError for other sizes that do not fit.
+
+    Source: scenic, projects/vivit/model_utils.py, initialise_from_train_state.
+    """
+    known = {f.name: f.metadata.get("execution") for f in dataclasses.fields(VivitConfig)}
+    unknown = [str(name) for name in config if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"config: VivitConfig has no {', '.join(unknown)}; expected some of {', '.join(known)}"
+        )
+    labels = {name: config[name] for name in _LABELS if name in config}
+    execution = {name: value for name, value in config.items() if known[name]}
+    own = (*SIZES, *labels, *execution)
+    settings = {name: value for name, value in config.items() if name not in own}
+    settings = {**(source_config or {}), **settings}
+    plan = plan_load(
+        source, head, settings=settings, revision=revision, **labels, **execution
+    )  # fmt: skip
+    old = plan.model.config
+    if not isinstance(old, VivitConfig):
+        raise UserError(f"{source} holds a {old.model_type}, expected a ViViT")
+    new = dataclasses.replace(old, **{name: config[name] for name in SIZES if name in config})
+    head = "none" if type(plan.model).__name__ == "VivitModel" else "classification"
+    model = build_model(new, head, getattr(plan.model, "add_pooling_layer", False))
+    flat = plan.read(new.param_dtype, seed)
+    entries = {
+        path: np.asarray(flat[slot.leaf] if slot.layer is None else flat[slot.leaf][slot.layer])
+        for path, slot in param_tree.slots(param_tree.shapes_of(flat)).items()
+    }
+    entries, left_out = _resized(entries, old, new)
+    params, fresh = complete_params(model, entries, seed, f"{source} resized,")
+    dropped = [row.src for row in plan.rows if left_out.intersection(row.dst)]
+    report = dataclasses.replace(
+        plan.report,
+        fresh=(*plan.report.fresh, *fresh),
+        dropped=tuple(sorted((*plan.report.dropped, *dropped))),
+        notes=(*_notes(old, new), *plan.report.notes),
+    )
+    logger.warning("%s", report)
+    return InitialisedModel(model, params, report)
+
+
+def _resized(
+    entries: Mapping[str, np.ndarray], old: VivitConfig, new: VivitConfig
+) -> tuple[dict[str, np.ndarray], set[str]]:
+    """The entries that a model of the config `new` has, at its sizes, and the paths left out."""
+    left_out = {
+        path
+        for path in entries
+        if (block := _TEMPORAL.fullmatch(path)) and int(block[1]) >= new.temporal_layers
+    }
+    kept = {path: value for path, value in entries.items() if path not in left_out}
+    first = int(old.pooling == "cls")
+    staged = old.attention_type == "factorised_encoder"
+    # Which axes of the grid of tokens each table has.
+    axes = {"spatial/": slice(1, 3), "temporal/": slice(0, 1)} if staged else {"": slice(0, 3)}
+    for stage, which in axes.items():
+        for path in (f"backbone/{stage}pos_embed", f"{stage}pos_embed"):
+            if path in kept:
+                table = kept[path][0]
+                patches = resize_table(table[first:], old.grid[which], new.grid[which])
+                kept[path] = np.concatenate([table[:first], patches])[None]
+    return kept, left_out
+
+
+def _notes(old: VivitConfig, new: VivitConfig) -> list[str]:
+    """What was resized and which blocks were taken, in one line; nothing where sizes are equal."""
+    changed = [
+        f"{name} {getattr(new, name)} (there {getattr(old, name)})"
+        for name in SIZES
+        if getattr(new, name) != getattr(old, name)
+    ]
+    done = []
+    if old.grid != new.grid:
+        there, here = ("x".join(map(str, config.grid)) for config in (old, new))
+        done.append(f"positions of {there} tokens (t x h x w) resized to {here}, linearly")
+    before, after = old.temporal_layers, new.temporal_layers
+    if after < before:
+        done.append(f"temporal layers 0 to {after - 1} of {before} taken")
+    elif after > before:
+        done.append(f"temporal layers 0 to {before - 1} taken, {before} to {after - 1} drawn")
+    return [f"{', '.join(changed)}: {'; '.join(done)}"] if done else []

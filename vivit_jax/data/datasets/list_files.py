@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""List files: in each line a path, then whole numbers that say what is to be taken from it."""
+
+import logging
+import re
+from typing import NamedTuple
+
+from vivit_jax.errors import UserError
+from vivit_jax.files.inputs import check_file
+
+logger = logging.getLogger(__name__)
+
+SOURCES = (
+    "expected a list file with lines 'path label', a directory with a folder for each class, or "
+    "one of clips"
+)
+
+# Of a label, and of a clip's frames with those before them: batches hold labels as int32.
+LARGEST = 2**31 - 1
+
+Label = int | tuple[int, ...] | None
+
+# A field may hold several labels, "3,7"; where commas separate the fields, it cannot.
+_NUMBERS = re.compile(r"-?[0-9]+(?:,-?[0-9]+)*").fullmatch
+_NUMBER = re.compile(r"-?[0-9]+").fullmatch
+
+
+class Entry(NamedTuple):
+    """What a line says; `start` and `total` are None where it does not say them."""
+
+    path: str
+    label: Label = None
+    start: int | None = None
+    total: int | None = None
+
+
+def read_list(path: str, labels: int | None = None) -> list[Entry]:
+    """The clips of a text file, one a line; empty lines and those that begin with "#" are skipped.
+
+    `labels` is that of `parse_line`. A line that repeats an earlier one counts, with a warning.
+
+    Raises UserError for a file that cannot be read or holds no clip, a line that is malformed, some
+    clips labelled and others not, and a clip with two labels.
+    """
+    entries, numbers = [], []
+    check_file(path)
+    try:
+        # Paths need not be UTF-8: other bytes are kept as they are.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                line = line.strip()
+                if not line or line.startswith("#"):
+                    continue
+                if "\0" in line:
+                    raise UserError(f"{path}: not a text file; {SOURCES}")
+                try:
+                    entries.append(parse_line(line, labels))
+                except ValueError as error:
+                    raise UserError(f"{path}, line {number}: {line[:200]!r}: {error}") from None
+                numbers.append(number)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
+    if not entries:
+        raise UserError(f"{path}: a list without a clip; {SOURCES}")
+    _check(path, entries, numbers)
+    return entries
+
+
+def count_labels(label: Label) -> int:
+    """How many labels a clip has, 0 for None."""
+    return len(label) if isinstance(label, tuple) else int(label is not None)
+
+
+def parse_line(line: str, labels: int | None = None) -> Entry:
+    """Reads a line without the white space around it: `path [[start] total] label [label...]`.
+
+    Tabs separate the fields if there is one, else white space does, or commas, whichever stands
+    before the last field. A path may contain white space and commas, and be in double quotes.
+
+    Args:
+        line: not empty.
+        labels: how many end the line; the last field may be several, with commas between them.
+            0: none is wanted; lines are `path`, `path label` (dropped) or, as in VideoMAE's lists
+            for pre-training, `path start total`. None: those of the last field, and no other
+            fields, because `folder total label` and `folder start total` look alike.
+
+    A label of -1 is none. `path 0 -1` is a path and nothing else, whatever `labels` is. No number
+    is more than LARGEST.
+
+    Raises ValueError with the reason.
+    """
+    path, fields = _split(line, most=(labels or 1) + 2)
+    if len(path) > 1 and path[0] == path[-1] == '"':
+        path = path[1:-1].replace('""', '"')
+    if not path:
+        raise ValueError("there is no path before the numbers")
+    if fields == ["0", "-1"]:
+        return Entry(path)
+    if labels == 0:
+        if len(fields) < 2 or fields[1].startswith("-"):
+            return Entry(path)
+        return Entry(path, None, *_extent(fields[:2]))
+    if not fields:
+        raise ValueError(
+            "there is no label, a whole number, at its end; for lists of paths alone pass labels=0"
+        )
+    several = fields[-1].split(",")
+    count = labels or 1
+    found, rest = fields[-count:], fields[:-count]
+    if len(several) > 1:
+        found, rest = several, fields[:-1]
+    elif rest and labels is None:
+        raise ValueError(
+            "its numbers can be read in several ways: pass labels=0 for 'folder start total', "
+            "labels=1 for 'folder total label', labels=2 for 'path label label'"
+        )
+    if labels not in (None, len(found)):
+        raise ValueError(f"it has {len(found)} labels; expected {labels}")
+    return Entry(path, _label(found), *_extent(rest))
+
+
+def _check(path: str, entries: list[Entry], numbers: list[int]) -> None:
+    counts, seen, repeated = {}, {}, 0
+    for number, (clip, label, start, total) in zip(numbers, entries, strict=True):
+        counts.setdefault(count_labels(label), number)
+        first, other = seen.setdefault((clip, start, total), (number, label))
+        if other != label:
+            raise UserError(
+                f"{path}: {clip} has label {other} in line {first} and {label} in line {number}: "
+                "remove one of them"
+            )
+        repeated += first != number
+    if len(counts) > 1:
+        found = " and ".join(f"{count} in line {number}" for count, number in counts.items())
+        raise UserError(
+            f"{path}: differing numbers of labels: {found}; split the list, or pass labels=0 to "
+            "leave all unlabelled"
+        )
+    if repeated:
+        logger.warning("%s: %d lines repeat an earlier one, which counts again", path, repeated)
+
+
+def _split(line: str, most: int) -> tuple[str, list[str]]:
+    """The path and the fields of numbers after it, of which there are at most `most`."""
+    if "\t" in line:
+        path, *fields = (field.strip() for field in line.split("\t"))
+        wrong = [field for field in fields if not _NUMBERS(field)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no whole number")
+        if len(fields) > most:
+            raise ValueError(f"it has {len(fields)} numbers; expected at most {most}")
+        return path, fields
+    words, separator, is_field = line.rsplit(None, most), None, _NUMBERS
+    if not is_field(words[-1]) or words[-2:-1] and words[-2].endswith(","):
+        words, separator, is_field = line.rsplit(",", most), ",", _NUMBER
+    count = 0
+    while count < len(words) - 1 and is_field(words[-1 - count].strip()):
+        count += 1
+    if count < len(words) - 1:
+        # The words in front are the path's, and so is what stands between them.
+        words = line.rsplit(separator, count)
+    path, *fields = words
+    return path.strip(), [field.strip() for field in fields]
+
+
+def _label(found: list[str]) -> Label:
+    numbers = tuple(_number(text, "label") for text in found)
+    if set(numbers) == {-1}:
+        return None
+    if min(numbers) < 0:
+        raise ValueError(f"label {min(numbers)}; expected at least 0, or -1 for unlabelled clips")
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _number(text: str, what: str) -> int:
+    # Python refuses to read more than 4300 digits, in words of its own.
+    if len(text.lstrip("-").lstrip("0")) > len(str(LARGEST)) or int(text) > LARGEST:
+        short = text if len(text) <= 24 else f"{text[:24]}..."
+        raise ValueError(f"{what} {short}; expected at most {LARGEST}")
+    return int(text)
+
+
+def _extent(fields: list[str]) -> tuple[int | None, int | None]:
+    """Start and total."""
+    if not fields:
+        return None, None
+    if len(fields) > 2 or not all(_NUMBER(field) for field in fields):
+        raise ValueError(f"before the label are {' '.join(fields)}; expected '[start] total'")
+    start, total = (None, *(_number(field, "a number of frames") for field in fields))[-2:]
+    if total < 1 or start is not None and start < 0:
+        raise ValueError(
+            f"it says {total} frames from {start or 0}; expected at least 1, from at least 0"
+        )
+    if (start or 0) + total > LARGEST:
+        raise ValueError(f"it says {total} frames from {start}; expected at most {LARGEST} in all")
+    return start, total

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The clips that stand for a video: which frames, and the frames."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from vivit_jax.data.datasets.dataset import open_array
+from vivit_jax.data.sampling import clip_indices, view_indices
+from vivit_jax.data.transforms.augment import three_crops
+from vivit_jax.data.transforms.frame_ops import resize
+from vivit_jax.data.video.decode import probe_video, read_video
+from vivit_jax.data.video.opened import refuse_link
+from vivit_jax.errors import ConfigError, UserError, VideoError
+
+logger = logging.getLogger(__name__)
+
+# Frames between samples that the published recipes train with (Kinetics).
+RECIPE_STRIDE = {"vivit": 2, "videomae": 4}
+# How they place several clips of a test video along time.
+VIEW_SAMPLER = {"vivit": "loop", "videomae": "linspace"}
+_NEAREST = 0  # Pillow's filter that copies pixels and weights nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Frames of a file and where they lie in it."""
+
+    frames: np.ndarray  # [t, h, w, c], uint8 or float
+    indices: np.ndarray  # int64 [t]
+    fps: float | None  # of the file, None where it has no times
+
+    def pixel_values(self, processor, crops: int = 1, rounding: str = "floor") -> np.ndarray:
+        """The model's input, float32 [crops, t, h, w, c].
+
+        One crop is the processor's own, in the centre. Several of its `crop_size` are spread evenly
+        along the longer side, by `three_crops` with this `rounding`. Warns where a resize takes the
+        last channel for alpha.
+
+        Raises VideoError for frames that are smaller than one of several crops.
+        """
+        if self.mixes_channels(processor):
+            logger.warning(
+                "the last of %d channels was taken for alpha, which weights the others in the "
+                'resize; if it is data, set "independent_channels": true in '
+                "preprocessor_config.json",
+                self.frames.shape[-1],
+            )
+        process = functools.partial(processor, input_data_format="channels_last")
+        if self.frames.dtype != np.uint8:
+            # Floats are in [0, 1], and the processor's factor is one for bytes.
+            factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
+            process = functools.partial(process, do_rescale=True, rescale_factor=factor)
+        if crops == 1:
+            return process(self.frames)
+        resized = processor(
+            self.frames,
+            input_data_format="channels_last",
+            do_center_crop=False,
+            do_rescale=False,
+            offset=False,
+            do_normalize=False,
+        )[0].astype(self.frames.dtype)
+        size = processor.crop_size["height"], processor.crop_size["width"]
+        tall, wide = resized.shape[1:3]
+        if tall < size[0] or wide < size[1]:
+            raise VideoError(
+                f"frames of {tall} x {wide} pixels (h x w"
+                f"{', as resized' if processor.do_resize else ''}) are smaller than the crops of "
+                f"{size[0]} x {size[1]}, of which {crops} were asked for: take one crop, or let "
+                "the processor resize to more (its do_resize and size)"
+            )
+        cut = three_crops(resized, size, crops, rounding)
+        return process(cut, do_resize=False, do_center_crop=False)
+
+    def mixes_channels(self, processor) -> bool:
+        """Whether `pixel_values` weights channels by the last one: a resize takes it for alpha."""
+        if (
+            self.frames.shape[-1] not in (2, 4)
+            or not processor.do_resize
+            or processor.independent_channels
+            or processor.resample == _NEAREST
+        ):
+            return False
+        first = self.frames[0]
+        # Frames of the right size are not resized.
+        return resize(first, processor.size, processor.resample).shape != first.shape
+
+
+def read_clip(source: str | os.PathLike | np.ndarray, config, **options) -> Clip:
+    """Read the one clip that stands for a video: `read_clips` with `clips=1`."""
+    (clip,) = read_clips(source, config, **options)
+    return clip
+
+
+def read_clips(
+    source: str | os.PathLike | np.ndarray,
+    config,
+    *,
+    stride: int | None = None,
+    start: str | int = "center",
+    pad: str = "error",
+    clips: int = 1,
+    square_pixels: bool = False,
+) -> list[Clip]:
+    """Read clips of `config.num_frames` frames from a video file or an array of frames.
+
+    `stride` None is the recipe's (ViViT 2, VideoMAE 4), less where the video is too short for it.
+    One clip lies at `start`; `start` and `pad` are those of `vivit_jax.data.sampling.clip_indices`.
+    Several are spread over the video as the model's papers test (`view_indices` with the sampler of
+    the family). A file that ends in .npy holds the frames themselves, as an array is: [t, h, w, c],
+    of any channel count, uint8 or float in [0, 1]. `square_pixels` is `read_video`'s, for files.
+
+    Raises VideoError for a video that cannot be read, has too few frames, mostly
+    undecodable ones or other channels than the model takes, UserError for an argument that is
+    wrong.
+    """
+    check_reading(start, pad, clips)
+    name = "the array" if isinstance(source, np.ndarray) else os.fspath(source)
+    frames = _open_frames(source)
+    if frames is None:
+        info = probe_video(source)
+        total, fps = info.num_frames, info.fps if np.isfinite(info.fps) else None
+    else:
+        total, fps = len(frames), None
+    length = config.num_frames
+    if stride is None:
+        longest = (total - 1) // max(length - 1, 1)
+        stride = max(1, min(RECIPE_STRIDE[config.model_type], longest))
+    if clips == 1:
+        options = dict(num_frames=length, stride=stride, start=start, pad=pad)
+        indices = clip_indices(total, **options)[None]
+    else:
+        if (length - 1) * stride >= total:
+            raise VideoError(
+                f"{name}: {total} frames hold no clip of {length} frames at stride {stride}, of "
+                f"which {clips} were asked for; take one clip, with pad to fill it up"
+            )
+        sampler = VIEW_SAMPLER[config.model_type]
+        indices = view_indices(sampler, total, length, stride, clips)
+    flat = indices.reshape(-1)
+    if frames is None:
+        frames = read_video(source, indices=flat, square_pixels=square_pixels, lost="few")
+    else:
+        frames = np.array(frames[flat])
+    if frames.shape[-1] != config.num_channels:
+        raise VideoError(
+            f"{name} has {frames.shape[-1]} channels, the model takes {config.num_channels}; "
+            "other channels than RGB come as .npy, [t, h, w, c]"
+        )
+    frames = frames.reshape(*indices.shape, *frames.shape[1:])
+    return [Clip(some, places, fps) for some, places in zip(frames, indices, strict=True)]
+
+
+def check_reading(start: str | int, pad: str, clips: int) -> None:
+    """UserError for arguments of `read_clips` that are wrong for every video."""
+    with contextlib.suppress(VideoError):  # that of a start which some videos do have
+        clip_indices(sys.maxsize // 2, 1, start=start, pad=pad)
+    if clips > 1 and start != "center":
+        raise UserError(
+            f"start is {start!r} and clips is {clips}; several clips are spread over the whole "
+            "video: leave start out, or take one clip"
+        )
+
+
+def crop_rounding(sampler: str) -> str:
+    """Where the middle lies between two places VideoMAE takes the first, scenic the second."""
+    return "ceil" if sampler == "loop" else "floor"
+
+
+def default_average(config) -> str:
+    """What the family's papers average over views: "logits" (scenic) or "softmax" (VideoMAE).
+
+    Of several heads there is no joint softmax, so their logits are averaged.
+    """
+    return "logits" if config.model_type == "vivit" or config.class_splits else "softmax"
+
+
+def parse_start(text: str) -> str | int:
+    """The command lines' --start: begin, center, end or a frame index. Raises ConfigError."""
+    if text in ("begin", "center", "end"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise ConfigError(f"--start must be begin, center, end or a frame index, got {text!r}")
+
+
+def _open_frames(source: str | os.PathLike | np.ndarray) -> np.ndarray | None:
+    """The frames of an array or an .npy file, None for a video file."""
+    if isinstance(source, np.ndarray):
+        path, frames = "the array", source
+        if frames.ndim != 4 or not frames.size:
+            raise VideoError(f"an array of shape {frames.shape}; expected frames [t, h, w, c]")
+    elif Path(source).suffix.lower() != ".npy":
+        return None
+    else:
+        refuse_link(os.fsdecode(source))
+        path, frames = source, open_array(source)
+    if frames.dtype != np.uint8 and frames.dtype.kind != "f":
+        raise VideoError(f"{path}: an array of {frames.dtype}; expected uint8, or floats in [0, 1]")
+    if frames.dtype.kind == "f":
+        low, high = float(frames.min()), float(frames.max())
+        # Written so that NaN is refused.
+        if not (low >= 0 and high <= 1):
+            raise VideoError(
+                f"{path}: floats from {low:g} to {high:g}; expected pixels in [0, 1]: scale them, "
+                "or save uint8"
+            )
+    return frames

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows of frames that slide over a video which is decoded once."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Generator
+from typing import Literal, get_args
+
+import numpy as np
+
+from vivit_jax.config_base import positive_int
+from vivit_jax.data.read_clip import RECIPE_STRIDE
+from vivit_jax.data.video.frame_stream import FrameStream, StreamedFrame
+from vivit_jax.errors import UserError, VideoError
+
+Pad = Literal["drop", "repeat_last"]
+_SECONDS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)s")
+# Matroska's times are whole milliseconds; a little more, for sums of floats.
+_SAME_TIME = 1.01e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Where windows lie: one begins at frame s and has the frames s + j * frame_stride.
+
+    One begins at frame 0, and then every `stride` frames; or, `in_seconds`, at the first frame that
+    is shown at each multiple of `stride` seconds or later (or a millisecond before, which is what
+    containers round to), whatever the frame rate does in between, and at no frame twice.
+
+    A window is there where all its frames are. With `pad` "repeat_last" one more follows where the
+    others leave frames over that it reaches; past the end it repeats the video's last frame.
+    """
+
+    num_frames: int
+    frame_stride: int
+    stride: float
+    pad: Pad = "drop"
+    in_seconds: bool = False
+
+    @property
+    def span(self) -> int:
+        """Frames of the video from a window's first to its last."""
+        return (self.num_frames - 1) * self.frame_stride + 1
+
+    def frames(self, start: int) -> np.ndarray:
+        """int64 [num_frames], of the window that begins at a frame, with nothing repeated."""
+        return start + np.arange(self.num_frames, dtype=np.int64) * self.frame_stride
+
+    def place(self, frame: StreamedFrame) -> float:
+        """Where a frame is, in what `stride` counts."""
+        return frame.seconds + _SAME_TIME if self.in_seconds else frame.index
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The frames of one place."""
+
+    clip: np.ndarray  # uint8 [t, h, w, c]
+    indices: np.ndarray  # int64 [t]
+    seconds: np.ndarray  # float64 [t], from the video's first frame
+
+
+def plan_windows(
+    config, frame_stride: int | None, window_stride: str | int | None, pad: str
+) -> Windows:
+    """The windows of a model's clips; raises UserError for wrong arguments.
+
+    Defaults are the frame stride of the model's recipe, and windows that do not overlap.
+    """
+    if pad not in get_args(Pad):
+        raise UserError(f"pad must be one of {', '.join(get_args(Pad))} (--pad), got {pad!r}")
+    frame_stride = RECIPE_STRIDE[config.model_type] if frame_stride is None else frame_stride
+    if not positive_int(frame_stride):
+        raise UserError(
+            f"frame_stride must be an int of at least 1 (--frame-stride), got {frame_stride!r}"
+        )
+    text = str(config.num_frames * frame_stride if window_stride is None else window_stride)
+    seconds = _SECONDS.fullmatch(text)
+    whole = text.isascii() and text.isdecimal() and len(text) < 16
+    stride = float(seconds[1]) if seconds else int(text) if whole else 0
+    if not 0 < stride < math.inf:
+        raise UserError(
+            "window_stride must be frames, at least 1, or seconds such as 0.5s (--window-stride), "
+            f"got {window_stride!r}"
+        )
+    return Windows(config.num_frames, frame_stride, stride, pad, in_seconds=bool(seconds))
+
+
+def slide(
+    stream: FrameStream,
+    windows: Windows,
+    prepare: Callable[[np.ndarray], np.ndarray],
+    passed: Callable[[int], None] = lambda frames: None,
+) -> Generator[Window, None, None]:
+    """The windows of a video; each frame is prepared once, and held while it is needed.
+
+    `passed` is called with the number of frames that are behind. Raises VideoError where there is
+    no window, a frame of one cannot be shown, or windows by the second have no times to go by.
+    """
+    held: dict[int, tuple[np.ndarray | VideoError, float]] = {}
+    begun: collections.deque[int] = collections.deque()  # first frames of windows not yet whole
+    upcoming, covered, frame = 0, 0, None  # number of the place where a window begins next
+
+    def hold(frame: StreamedFrame) -> None:
+        try:
+            image = prepare(frame.image())
+        except VideoError as error:
+            image = error  # which matters where a window has the frame
+        held[frame.index] = image, frame.seconds
+
+    def cut(indices: np.ndarray) -> Window:
+        images, seconds = zip(*(held[int(k)] for k in indices), strict=True)
+        for image in images:
+            if isinstance(image, VideoError):
+                raise image
+        return Window(np.stack(images), indices, np.array(seconds, np.float64))
+
+    for frame in stream:
+        passed(frame.index + 1)
+        place = windows.place(frame)
+        if math.isnan(place) and frame.index == 0:  # and then all of them are
+            raise VideoError(
+                f"{stream.name}: states neither times nor a frame rate; give --window-stride in "
+                "frames"
+            )
+        if place >= upcoming * windows.stride:
+            begun.append(frame.index)
+            upcoming = max(upcoming, int(place / windows.stride)) + 1
+        if any((frame.index - start) % windows.frame_stride == 0 for start in begun):
+            hold(frame)
+        if begun and frame.index == begun[0] + windows.span - 1:
+            yield cut(windows.frames(begun.popleft()))
+            covered = frame.index + 1
+            for k in [k for k in held if not begun or k < begun[0]]:
+                del held[k]
+    total = frame.index + 1
+    if windows.pad == "repeat_last" and begun and covered < total:
+        if total - 1 not in held:
+            hold(frame)
+        yield cut(np.minimum(windows.frames(begun[0]), total - 1))
+    elif not covered:
+        raise VideoError(
+            f"{stream.name}: {total} frames, fewer than the {windows.span} of a window "
+            f"({windows.num_frames} frames, {windows.frame_stride} apart): use a smaller "
+            f"--frame-stride, or --pad repeat_last{stream.shortage(total)}"
+        )

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to decoded frames: processors, resizing, augmentation."""

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and animated WebP files, read by Pillow.
+
+The frames of an animated WebP are read here because FFmpeg below version 9 has no decoder of them.
+Frame k is the k-th that Pillow shows, whole, as RGB without its alpha; its time is the sum of the
+durations before it, in milliseconds.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from vivit_jax.data.video.formats import most_pixels, too_large
+from vivit_jax.errors import VideoError, first_line
+from vivit_jax.files.inputs import check_file
+from vivit_jax.files.limits import VARIABLE
+
+logger = logging.getLogger(__name__)
+
+_WEBP_HEAD = 21  # bytes, up to the flags of the extended form
+_ANIMATED = 0x02
+
+
+def read_picture(path: str) -> np.ndarray:
+    """uint8 [h, w, 3], RGB. Raises VideoError for what is no picture, one that would take more
+    pixels than `most_pixels` allows, one of more than 8 bits a channel, and an animation."""
+    check_file(path, VideoError)
+    try:
+        with _opened(path) as image:
+            if image.format == "WEBP" and image.is_animated:
+                raise ValueError(f"an animation of {image.n_frames} frames, expected one picture")
+            if image.mode[0] in "IF":  # which Pillow would cut off
+                raise ValueError(f"pixels of mode {image.mode}, expected 8 bits a channel")
+            return np.asarray(image.convert("RGB"))
+    except VideoError:
+        raise
+    except Exception as error:  # of many kinds, one or more for each format
+        raise VideoError(f"{path}: no readable image: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator:
+    from PIL import Image
+
+    most, own = most_pixels(path), Image.MAX_IMAGE_PIXELS
+    if own is not None and most > 2 * own:  # beyond which Pillow refuses
+        if VARIABLE in os.environ:
+            Image.MAX_IMAGE_PIXELS = most
+        else:
+            most = 2 * own
+    try:
+        image = Image.open(path)
+    except Image.DecompressionBombError:
+        raise too_large(path, most) from None
+    with image:
+        if image.width * image.height > most:
+            raise too_large(path, most, image.width, image.height)
+        yield image
+
+
+def is_webp(path: str | os.PathLike, animated: bool = False) -> bool:
+    """Whether a file begins as a WebP does (an animated one); False for what cannot be opened."""
+    if not os.path.isfile(path):
+        return False  # a FIFO is not opened
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_WEBP_HEAD)
+    except OSError:
+        return False
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return False
+    return not animated or (head[12:16] == b"VP8X" and bool(head[20:] and head[20] & _ANIMATED))
+
+
+@dataclasses.dataclass(frozen=True)
+class Animation:
+    """What an animated WebP holds.
+
+    Attributes:
+        name: path of the file.
+        announced: frames that its header counts; fewer may be decodable.
+        seconds: float64 [frames], when each that can be decoded is shown, from frame 0.
+        duration: seconds, of all of them.
+        height: pixels.
+        width: pixels.
+        mode: Pillow's name for the stored pixels, "RGB" or "RGBA".
+    """
+
+    name: str
+    announced: int
+    seconds: np.ndarray
+    duration: float
+    height: int
+    width: int
+    mode: str
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    @property
+    def fps(self) -> float:
+        """Average frames per second, nan for a picture that stands still."""
+        return len(self) / self.duration if self.duration else float("nan")
+
+    def shortage(self) -> str:
+        """Ends the message that there are too few frames, if that is because of damage."""
+        if len(self) == self.announced:
+            return ""
+        return (
+            f" (the file announces {self.announced} frames, decoding stops after {len(self)}: it "
+            "is damaged or truncated, get it again)"
+        )
+
+    def frames(self, last: int | None = None) -> Iterator[np.ndarray]:
+        """uint8 [h, w, 3] of each frame up to `last`, one at a time."""
+        wanted = len(self) if last is None else last + 1
+        for _, image in zip(range(wanted), _decoded(self.name), strict=False):
+            yield np.asarray(image.convert("RGB"))
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 [n, h, w, 3] of frames in any order."""
+        wanted = {int(k) for k in indices}
+        decoded = enumerate(self.frames(max(wanted)))
+        found = {k: image for k, image in decoded if k in wanted}
+        return np.stack([found[int(k)] for k in indices])
+
+
+def animation(name: str) -> Animation:
+    """What an animated WebP holds; all of it is decoded, once while the file stays as it is.
+
+    Raises VideoError for one without a frame, and logs a warning for one that is damaged.
+    """
+    file = os.stat(name)
+    state = file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns
+    return _scanned(name, state)
+
+
+@functools.lru_cache(maxsize=64)
+def _scanned(name: str, state: tuple[int, ...]) -> Animation:
+    durations, size, mode, announced = [], None, None, 0
+    for image in _decoded(name):
+        size, mode, announced = image.size, image.mode, image.n_frames
+        durations.append(image.info.get("duration", 0))
+    if not durations:
+        raise VideoError(f"{name}: none of its frames can be decoded: get the file again")
+    starts = np.cumsum([0, *durations], dtype=np.int64) / 1000
+    found = Animation(name, announced, starts[:-1], float(starts[-1]), *size[::-1], mode)
+    if len(found) < announced:
+        logger.warning("%s: %d of %d frames can be decoded", name, len(found), announced)
+    return found
+
+
+def _decoded(name: str) -> Iterator:
+    """Pillow's image at each frame, up to the first that cannot be decoded."""
+    try:
+        with _opened(name) as image:
+            for k in range(image.n_frames):
+                image.seek(k)
+                try:
+                    image.load()
+                except (EOFError, OSError, ValueError):
+                    return
+                yield image
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, VideoError):
+            raise
+        raise VideoError(f"{name}: no readable image: {first_line(error)}") from None
+
+
+class AnimationStream:
+    """The frames of an animated WebP in order, with the attributes of a `FrameStream`."""
+
+    def __init__(self, name: str):
+        self.name, self._animation = name, animation(name)
+        self.announced, self.fps = self._animation.announced, self._animation.fps
+
+    def __iter__(self) -> Iterator["AnimatedFrame"]:
+        times = self._animation.seconds.tolist()
+        for index, (seconds, image) in enumerate(zip(times, self._animation.frames(), strict=True)):
+            yield AnimatedFrame(index, seconds, image)
+
+    def shortage(self, total: int) -> str:
+        """Ends the message that its `total` frames are too few, if that is because of damage."""
+        return self._animation.shortage()
+
+
+@dataclasses.dataclass(frozen=True)
+class AnimatedFrame:
+    """A frame of an `AnimationStream`, with the attributes of a `StreamedFrame`."""
+
+    index: int
+    seconds: float
+    pixels: np.ndarray
+
+    def image(self) -> np.ndarray:
+        """uint8 [h, w, 3], RGB."""
+        return self.pixels

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are written: checked before the work, and never left half done."""
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vivit_jax.errors import UserError, WriteError
+from vivit_jax.files.staging import Staging
+
+
+def check_output(path: Path, suffixes: Sequence[str], overwrite: bool, flag: str = "--out") -> None:
+    """UserError where a command could not or should not write `path`; run it before the work."""
+    if path.suffix.lower() not in suffixes:
+        raise UserError(
+            f"{flag} {path} ends in {path.suffix!r}; expected one of {', '.join(suffixes)}"
+        )
+    _check_name(path, f"{flag} {path}")
+    if os.path.exists(path) and not overwrite:
+        raise UserError(f"{flag} {path} exists; choose another name, or pass --overwrite")
+    if not os.path.isdir(path.parent):
+        if os.path.exists(path.parent):
+            raise UserError(f"{flag} {path}: {path.parent} is a file; expected a directory")
+        raise UserError(f"{flag} {path}: there is no directory {path.parent}; make it first")
+    _check_takes_files(path.parent, f"{flag} {path}")
+
+
+def check_directory(path: Path, names: Sequence[str], flag: str = "--out") -> None:
+    """UserError where a command could not write files `names` in `path`, or could not make it."""
+    there = path
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    if not os.path.isdir(there):
+        raise UserError(f"{flag} {path}: {there} is a file; expected a directory")
+    # Names that are not there yet are tried where a directory is.
+    for part in path.relative_to(there).parts:
+        _check_name(there / part, f"{flag} {path}", is_file=False)
+    for name in names:
+        _check_name((path if there == path else there) / name, f"{flag} {path / name}")
+    _check_takes_files(there, f"{flag} {path}")
+
+
+def _check_name(path: Path, told: str, is_file: bool = True) -> None:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:  # too long, above all
+        raise UserError(f"{told}: {error.strerror}; choose another name") from error
+    if is_file and os.path.isdir(path):
+        raise UserError(f"{told} is a directory; expected a file name")
+
+
+def _check_takes_files(directory: Path, told: str) -> None:
+    # Permission bits do not say it: a file system may be read-only or take no files at all.
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{told}: no file can be made in {directory} ({error.strerror}); choose another place"
+        ) from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name like `path` in a hidden directory; its file takes its place once the block is done."""
+    with whole_files(path) as (partial,):
+        yield partial
+
+
+@contextlib.contextmanager
+def whole_files(key: Path, *others: Path, drop: Sequence[Path] = ()) -> Iterator[list[Path]]:
+    """`whole_file` of several in one directory, which take their places all together or not at all.
+
+    The `key` is the file by which the others are known: while they change it is not there. Files to
+    `drop` leave with those that are replaced. WriteError where the disk is full.
+    """
+    paths = [key, *others]
+    with writing(key), Staging(key.parent) as staging:
+        yield [staging.new / path.name for path in paths]
+        staging.move_in(key.name, outgoing=[path.name for path in (*paths, *drop)])
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full, in the block, as a WriteError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        told = write_error(path, error)
+        if told is error:
+            raise
+        raise told from error
+
+
+def write_error(path: Path, error: OSError) -> OSError | WriteError:
+    """The WriteError of a disk that is full or takes nothing more; any other error as it is."""
+    if error.errno not in _NO_ROOM:
+        return error
+    return WriteError(
+        f"{path} cannot be written: {os.strerror(error.errno)}; make room, or choose another place"
+    )
+
+
+# Of a file or an account that may not grow the error is another; what helps is the same.
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write plain values as a JSON file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model looks: attention of one layer, or its rollout, as maps over the token grid.
+
+A map is the row of a matrix T: how the choice of a query token spreads over the tokens it looks at.
+Rows of T sum to one. For `kind="map"` T is the attention of one block, for `kind="rollout"` the
+product of (A + I) / 2 over the blocks from the last to the first (Abnar and Zuidema 2020,
+https://arxiv.org/abs/2005.00928, section 4): I stands for the residual connection. Rows of A sum to
+one, so no normalisation is left to do. A is, with heads averaged,
+
+* joint ViViT, VideoMAE: the block's attention over all tokens;
+* factorised self-attention: the product of its two attentions, the second one first, because a
+  block's second attention reads what the first has mixed; in a rollout each is (A + I) / 2 by
+  itself, because each has a residual connection of its own;
+* factorised dot-product: half the attention over time and half that over space, because half of the
+  heads go each way and their results lie side by side;
+* factorised encoder: over time, that of the temporal stage between frames; over space, that of the
+  spatial stage inside each frame. The map is their product, weight of the frame times map of the
+  frame, because the temporal stage reads one token of each frame; a rollout is the product of the
+  two stages' rollouts. With `spatial_only` all frames weigh the same, as in the model.
+
+Only rows are propagated, from the last block to the first, and each block's attention is computed
+again from its hidden state. So no more than one block's attention is held, where
+`output_attentions=True` holds all: 5.7 GB for a clip of ViViT-B.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+
+from vivit_jax.config import VivitConfig
+from vivit_jax.errors import UserError
+from vivit_jax.layers.attention import HALVES, TIME
+from vivit_jax.layers.embed import Grid, check_clip, uniform_frames
+from vivit_jax.layers.encoder import Arrangement, Block
+from vivit_jax.layers.linear import Config
+from vivit_jax.models.build import headless
+from vivit_jax.models.vivit import arrangements
+
+KINDS = ("map", "rollout")
+Query = str | tuple[int, int, int]  # "cls", "mean" or the token at (t, y, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is looked at, with nothing left open; made by `choose`."""
+
+    kind: str  # one of KINDS
+    query: Query
+    layer: int  # the layer of a map, the last layer of a rollout; spatial in a factorised encoder
+    temporal_layer: int | None  # that of a factorised encoder's temporal stage, if it has one
+    head: int | None  # None: the mean of all
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMaps:
+    """Shares of the query's attention over the tubelets of clips, and what they are of.
+
+    `maps` sums to one over each clip. What the query pays to class tokens, which have no place in
+    it, is left out before; `class_share` says how much that was (0 where there is no class token).
+    """
+
+    maps: np.ndarray  # float64 [b, t, h, w], on the token grid
+    class_share: np.ndarray  # float64 [b]
+    choice: Choice
+    tubelet: Grid
+    frames: np.ndarray  # int [t * tubelet frames]: the clip's frames that the model embeds
+
+    @property
+    def time_weights(self) -> np.ndarray:
+        """The share of each time step, [b, t]; sums to one."""
+        return self.maps.sum((2, 3))
+
+    @property
+    def relative(self) -> np.ndarray:
+        """`maps` as multiples of uniform attention, [b, t, h, w]; the mean over a clip is 1."""
+        return self.maps * np.prod(self.maps.shape[1:])
+
+
+def map_attention(
+    model: nn.Module,
+    params: Any,
+    pixel_values,
+    *,
+    kind: str = "map",
+    query: Query | None = None,
+    layer: int | None = None,
+    temporal_layer: int | None = None,
+    head: int | None = None,
+    interpolate_pos_encoding: bool = False,
+) -> AttentionMaps:
+    """Attention of a model on pixel_values [b, t, h, w, c] as shares [b, t, h, w] of its tokens.
+
+    Takes every model of this library; a pre-trained VideoMAE's encoder sees the whole clip.
+    `kind` is "map", the attention of one `layer`, or "rollout", through all layers up to it; layers
+    count from 0, negative ones from the end, and the default is the last. A factorised encoder's
+    temporal layer is `temporal_layer`. `head` is one head of a map (of a factorised dot-product
+    model the first half of them looks over time), by default their mean.
+
+    `query` is "cls", the class token (of a factorised encoder, of each stage), the default where
+    there is one; "mean", the mean of all tubelets' attention, which is what each tubelet receives;
+    or (t, y, x), one tubelet. In a factorised encoder a tubelet is a token of the spatial stage,
+    where it looks at its own frame only.
+
+    Raises UserError for what the model does not have and for a clip that does not fit it.
+    Definitions and source: this module's docstring.
+
+    >>> import vivit_jax
+    >>> model, params = vivit_jax.from_pretrained("vivit-demo/model")
+    >>> clip = vivit_jax.read_video("vivit-demo/data/test/grow/0000.mp4")
+    >>> processor = vivit_jax.VideoProcessor.from_pretrained("vivit-demo/model")
+    >>> found = map_attention(model, params, processor(clip), kind="rollout")
+    >>> found.maps.shape[1:] == model.config.grid
+    True
+    """
+    config = model.config
+    grid = check_clip(config, np.shape(pixel_values), any_size=interpolate_pos_encoding)
+    choice = choose(
+        config,
+        kind=kind,
+        query=query,
+        layer=layer,
+        temporal_layer=temporal_layer,
+        head=head,
+        grid=grid,
+    )
+    backbone, params = headless(model, meta.unbox(params))
+    out = _hidden_states(backbone, params, jnp.asarray(pixel_values), interpolate_pos_encoding)
+    stages, with_cls, (t, h, w) = _stages(config), _with_cls(config), grid
+    batch = len(pixel_values)
+    if _attention_type(config) == "factorised_encoder":
+        shares = _staged_shares(config, stages, params, out, choice, (batch, *grid))
+    else:
+        shape = (batch, -1) if _attention_type(config) == "joint" else (batch, t, h * w)
+        row = np.tile(_query_row(choice.query, grid, with_cls), (batch, 1)).reshape(shape)
+        hidden = out.hidden_states.reshape(-1, *row.shape, config.hidden_size)
+        row = _back(config, stages[0], params, hidden, row, choice, choice.layer)
+        shares = row[..., with_cls:]
+    shares = shares.reshape(batch, t, h, w)
+    total = shares.sum((1, 2, 3), keepdims=True)
+    if not (np.isfinite(total).all() and (total > 0).all()):
+        raise UserError(
+            "the model's attention to the tubelets is not finite, or nothing at all; its weights "
+            "or the clip are damaged"
+        )
+    shape = np.shape(pixel_values)
+    frames = np.arange(shape[1] // config.tubelet[0] * config.tubelet[0])
+    sampled = getattr(config, "num_sampled_frames", None)
+    return AttentionMaps(
+        maps=shares / total,
+        class_share=np.maximum(0.0, 1 - total.reshape(-1)) if with_cls else np.zeros(batch),
+        choice=choice,
+        tubelet=config.tubelet,
+        frames=uniform_frames(len(frames), sampled) if sampled else frames,
+    )
+
+
+def choose(
+    config: Config,
+    *,
+    kind: str = "map",
+    query: Query | None = None,
+    layer: int | None = None,
+    temporal_layer: int | None = None,
+    head: int | None = None,
+    grid: Grid | None = None,
+) -> Choice:
+    """The arguments of `map_attention` with defaults filled in; UserError where one is wrong.
+
+    `grid` is the clip's, by default that of the configuration. Needs no weights.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind must be one of {list(KINDS)}, got {kind!r}")
+    with_cls, grid = _with_cls(config), grid or config.grid
+    query = ("cls" if with_cls else "mean") if query is None else query
+    if query == "cls" and not with_cls:
+        raise UserError(
+            "query 'cls' needs a class token, which this model does not have; expected 'mean' or a "
+            "tubelet's place (t, y, x)"
+        )
+    if isinstance(query, str) and query not in ("cls", "mean"):
+        raise UserError(f"query must be 'cls', 'mean' or a place (t, y, x), got {query!r}")
+    if not isinstance(query, str):
+        query = tuple(query)
+        if len(query) != 3 or not all(0 <= i < n for i, n in zip(query, grid, strict=True)):
+            last = tuple(n - 1 for n in grid)
+            raise UserError(
+                f"query {query} is not on the token grid: expected a place (t, y, x) from "
+                f"(0, 0, 0) to {last}"
+            )
+    layers, temporal = config.num_hidden_layers, getattr(config, "temporal_layers", 0)
+    if not layers:
+        raise UserError("the model has num_hidden_layers=0: it has no attention to show")
+    if temporal_layer is not None and not temporal:
+        raise UserError(
+            f"temporal_layer {temporal_layer} needs a factorised encoder with a temporal stage, "
+            "which this model is not; leave it out"
+        )
+    if temporal_layer is not None and not isinstance(query, str):
+        raise UserError(
+            f"temporal_layer {temporal_layer} has no effect on query {query}: a tubelet is a token "
+            "of the spatial stage; leave one of them out"
+        )
+    heads = config.num_attention_heads
+    if head is not None and not 0 <= head < heads:
+        raise UserError(f"head must be from 0 to {heads - 1}, got {head}")
+    if head is not None and kind == "rollout":
+        raise UserError(
+            f"head {head}: a rollout takes the mean of all heads, since head {head} of one layer "
+            f"has nothing to do with head {head} of the next; leave it out, or ask for kind 'map'"
+        )
+    return Choice(
+        kind=kind,
+        query=query,
+        layer=_place("layer", layer, layers),
+        temporal_layer=_place("temporal_layer", temporal_layer, temporal) if temporal else None,
+        head=head,
+    )
+
+
+def _place(name: str, index: int | None, count: int) -> int:
+    if index is None:
+        return count - 1
+    if not -count <= index < count:
+        raise UserError(
+            f"{name} must be from 0 to {count - 1}, or from -{count} to -1 to count from the end, "
+            f"got {index}"
+        )
+    return index % count
+
+
+def _attention_type(config: Config) -> str:
+    return getattr(config, "attention_type", "joint")  # VideoMAE has no other
+
+
+def _with_cls(config: Config) -> bool:
+    return getattr(config, "pooling", None) == "cls"
+
+
+def _stages(config: Config) -> tuple[Arrangement, ...]:
+    if isinstance(config, VivitConfig):
+        return arrangements(config)
+    return (Arrangement(config.num_hidden_layers),)
+
+
+def _query_row(query: Query, grid: Grid, with_cls: bool) -> np.ndarray:
+    """The weight of every token as a query, float32 [tokens]: sums to one."""
+    row = np.zeros(with_cls + int(np.prod(grid)), np.float32)
+    if query == "cls":
+        row[0] = 1
+    elif query == "mean":
+        row[with_cls:] = 1 / np.prod(grid)
+    else:
+        row[with_cls + np.ravel_multi_index(query, grid)] = 1
+    return row
+
+
+def _staged_shares(config, stages, params, out, choice: Choice, shape) -> np.ndarray:
+    """The tubelets' shares [b, t, s] in a factorised encoder, for shape [b, t, h, w]."""
+    (batch, t, h, w), with_cls = shape, _with_cls(config)
+    of_frame, place = choice.query, None
+    if not isinstance(choice.query, str):
+        place, of_frame = choice.query[0], (0, *choice.query[1:])
+    rows = np.tile(_query_row(of_frame, (1, h, w), with_cls), (batch, t, 1))
+    if place is not None:
+        rows[:, np.arange(t) != place] = 0
+    hidden, layer = out.hidden_states, choice.layer
+    rows = _back(config, stages[0], params["spatial"], hidden, rows, choice, layer)
+    shares = rows[..., with_cls:]
+    if place is not None:
+        return shares
+    weights = np.full((batch, t), 1 / t)
+    if choice.temporal_layer is not None:
+        row = np.tile(_query_row(choice.query, (t, 1, 1), with_cls), (batch, 1))
+        hidden, layer = out.temporal_hidden_states, choice.temporal_layer
+        row = _back(config, stages[1], params["temporal"], hidden, row, choice, layer)
+        weights = row[:, with_cls:]
+    return weights[..., None] * shares
+
+
+def _back(config, arrangement, params, hidden, row, choice: Choice, last: int) -> np.ndarray:
+    """The row [b, ..., l] of queries of block `last`, propagated to the tokens it looks at.
+
+    `hidden` [layers + 1, b, ..., l, d] has the input of every block. Float64, in numpy's hands.
+    """
+    block, heads = Block(config, arrangement), config.num_attention_heads
+    rollout = choice.kind == "rollout"
+    residual = jnp.float32(0.5 if rollout else 0.0)
+    weights = jnp.full(heads, 1 / heads) if choice.head is None else jnp.eye(heads)[choice.head]
+    row = jnp.asarray(row)
+    for i in range(last, -1 if rollout else last - 1, -1):
+        row = _through(block, _of_layer(params, i), hidden[i], row, weights, residual)
+    return np.asarray(row, np.float64)
+
+
+def _of_layer(params, i: int):
+    """The parameters of block i, which are stacked if the model scans its layers."""
+    if f"layers_{i}" in params:
+        return params[f"layers_{i}"]
+    return jax.tree.map(lambda leaf: leaf[i], params["layers"])
+
+
+# Equal blocks share the compiled function. What follows the attention is not computed.
+@functools.partial(jax.jit, static_argnums=0)
+def _through(block: Block, params, x, row, heads, residual):
+    """row [b, ..., l] times the block's transition, from the block's input x [b, ..., l, d].
+
+    `heads` [n] weighs the heads and sums to one, `residual` is the part that stays in its place.
+    """
+    _, found = block.apply({"params": params}, x, (None, None, None), False, True)
+
+    def over_space(row, heads):
+        return _times(row, found.space, heads)
+
+    def over_time(row, heads):
+        return _times(row.swapaxes(-1, -2), found.time, heads).swapaxes(-1, -2)
+
+    for _, along in reversed(block.arrangement.attention):
+        if along == HALVES:
+            of_time, of_space = jnp.split(heads, 2)
+            attended = over_time(row, of_time) + over_space(row, of_space)
+        else:
+            attended = (over_time if along == TIME else over_space)(row, heads)
+        row = residual * row + (1 - residual) * attended
+    return row
+
+
+def _times(row, weights, heads):
+    """row [..., q] times attention weights [..., n, q, k], heads weighted by `heads` [n]."""
+    by_head = jnp.einsum("...q,...nqk->...nk", row, weights.astype(row.dtype))
+    return jnp.einsum("...nk,n->...k", by_head, heads)
+
+
+# Equal models share the compiled function.
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _hidden_states(backbone: nn.Module, params, pixel_values, any_size: bool):
+    out = backbone.apply(
+        {"params": params},
+        pixel_values,
+        output_hidden_states=True,
+        output_attentions=False,
+        interpolate_pos_encoding=any_size,
+    )
+    # The rest is not computed.
+    return out.replace(last_hidden_state=None, pooler_output=None)

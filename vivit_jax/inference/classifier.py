@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From video files to labels and scores in one call."""
+
+import collections
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints_convert.pretrained import from_pretrained
+from checkpoints_convert.processor import processor_of
+from checkpoints_convert.source import open_source
+from vivit_jax.config import architecture
+from vivit_jax.data.one_clip import one_clip
+from vivit_jax.data.read_clip import (
+    VIEW_SAMPLER,
+    Clip,
+    check_reading,
+    crop_rounding,
+    default_average,
+    read_clips,
+)
+from vivit_jax.data.transforms.processor import VideoProcessor
+from vivit_jax.errors import UserError, VideoError
+from vivit_jax.layers.embed import check_clip
+from vivit_jax.models.losses import split_logits
+from vivit_jax.outputs import RESULTS_ONLY
+from vivit_jax.train.metrics import action_scores
+from vivit_jax.typed import reusable
+
+logger = logging.getLogger(__name__)
+
+FUNCTIONS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "none": lambda logits: logits}
+AVERAGES = ("softmax", "logits")
+# By problem_type, as transformers' pipeline chooses; softmax where it says nothing.
+_FUNCTION_OF = {"multi_label_classification": "sigmoid", "regression": "none"}
+
+# A video file, an .npy file, or the frames themselves.
+Video = str | os.PathLike | np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Classified:
+    """What became of one video: predictions from the best on, or why there are none."""
+
+    clip: str  # the path; "array 0" and so on for frames
+    frames: np.ndarray | None = None  # int64 [clips, t], which frames were looked at
+    predictions: list[dict[str, Any]] | None = None  # {"label", "index", "score"}
+    # Of a model of several heads: the predictions of each by its name.
+    heads: dict[str, list[dict[str, Any]]] | None = None
+    error: VideoError | None = None
+
+
+class VideoClassifier:
+    """A classifier with its preprocessing: `VideoClassifier.from_pretrained(dir)("clip.mp4")`.
+
+    The counterpart of transformers' `pipeline("video-classification")`, argument for argument:
+
+    | transformers | here |
+    |---|---|
+    | `pipeline(model=...)` | `VideoClassifier.from_pretrained(source)`: directory, file, hub id |
+    | `revision` | `revision` |
+    | `image_processor`, `video_processor` | `processor`; by default the one beside the weights |
+    | `dtype` (`torch_dtype`) | `dtype`: "float32", "bfloat16", "float16" |
+    | `device` | JAX's default device; `with jax.default_device(...)` chooses another |
+    | `inputs`: a path, an http link, a list | a path, an array of frames, a list or generator |
+    | `top_k=5` | `top_k=5` |
+    | `num_frames` | the model's own; other lengths are other models |
+    | `frame_sampling_rate=1` | `stride`; default ViViT 2, VideoMAE 4, less in a short video |
+    | the clip is the video's beginning | `start="center"`; `"begin"` is theirs |
+    | `function_to_apply` | `function_to_apply`: "softmax", "sigmoid", "none"; same defaults |
+    | `batch_size=1` | `batch_size=1`: clips that go through the model together |
+    | `num_workers` | `threads=2`, which read and prepare videos ahead of the model |
+    | - | `num_clips`, `num_crops`, `average`: several views of each video, averaged |
+    | - | `pad`: what to do with a video that is too short, "error" unless told otherwise |
+
+    With `stride=1, start="begin"` both look at the same frames where theirs has an image processor.
+    Their clip of a higher rate r is spaced a little wider than r, by `num_frames * r - 1` over
+    `num_frames - 1`. With a video processor (where torchvision is installed) transformers 5 spreads
+    the frames over the whole video, whatever the rate.
+
+    >>> classifier = VideoClassifier.from_pretrained("vivit-demo/model")
+    >>> best, *others = classifier("vivit-demo/data/test/grow/0000.mp4", top_k=3)
+    >>> sorted(best), len(others)
+    (['index', 'label', 'score'], 2)
+    """
+
+    def __init__(self, model, params: Any, processor: VideoProcessor):
+        """`model` is a `VivitForVideoClassification` or `VideoMAEForVideoClassification`."""
+        if not hasattr(model, "config") or not isinstance(params, Mapping) or "head" not in params:
+            raise UserError(
+                f"VideoClassifier takes a classifier and its params, got {type(model).__name__} "
+                "without a head"
+            )
+        self.model, self.params, self.processor = model, params, processor
+        self.config = model.config
+
+        def logits(params, pixels):
+            out = model.apply({"params": params}, pixels, **RESULTS_ONLY)
+            return out.logits.astype(jnp.float32)
+
+        self._logits = jax.jit(logits)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        config: Mapping[str, Any] | Iterable[str] | None = None,
+        revision: str | None = None,
+        processor: VideoProcessor | None = None,
+        dtype: str = "float32",
+        param_dtype: str | None = "float32",
+        attention: str = "auto",
+    ) -> "VideoClassifier":
+        """Load a directory, a weight file, a file of VideoMAE's authors or of scenic, or a hub id.
+
+        `config` is that of `vivit_jax.from_pretrained`: what a file without config.json lacks.
+        Raises UserError for a checkpoint without a classifier and where nothing says how frames are
+        prepared, and what `vivit_jax.from_pretrained` raises.
+        """
+        # What is cheap to check comes before the weights.
+        config = reusable(config)
+        held = open_source(source, revision=revision, settings=config)
+        if held.layout.head != "classification":
+            raise UserError(
+                f"{source} holds {architecture(held.layout.family, held.layout.head)}, which has "
+                "no classifier; use a model fine-tuned for classification"
+            )
+        processor = processor_of(held) if processor is None else processor
+        options = dict(config=config, dtype=dtype, param_dtype=param_dtype, attention=attention)
+        # The files that were opened: a push to the hub in between must not mix commits.
+        model, params = from_pretrained(held.checkpoint.path, **options)
+        return cls(model, params, processor)
+
+    def __call__(self, inputs: Video | Iterable[Video], **options: Any):
+        """Labels and scores: [{"label", "index", "score"}, ...] of one video, best first.
+
+        Of a list, a list of these; of another iterable, an iterator that reads as it is asked. In
+        both a video that cannot be read has its VideoError in the place of its predictions, with a
+        warning, and the others are still classified.
+        `options` are those of `classify`. Of a model of several heads the labels are of the best
+        combinations; `classify` also tells those of each head.
+
+        Raises VideoError for one video that cannot be read or is too short, UserError for options
+        that are wrong.
+        """
+        if isinstance(inputs, Video):
+            (result,) = self.classify([inputs], **options)
+            if result.error is not None:
+                raise result.error
+            return result.predictions
+        if not isinstance(inputs, Iterable) or isinstance(inputs, bytes | Mapping):
+            raise UserError(
+                f"inputs is {type(inputs).__name__}, expected a path, an array of frames "
+                "[t, h, w, c], or a list or generator of these"
+            )
+        found = _answers(self.classify(inputs, **options))
+        return list(found) if isinstance(inputs, list | tuple) else found
+
+    def classify(
+        self,
+        videos: Iterable[Video],
+        *,
+        top_k: int = 5,
+        stride: int | None = None,
+        start: str | int = "center",
+        pad: str = "error",
+        num_clips: int = 1,
+        num_crops: int = 1,
+        average: str | None = None,
+        function_to_apply: str | None = None,
+        batch_size: int = 1,
+        threads: int = 2,
+        square_pixels: bool = False,
+    ) -> Iterator[Classified]:
+        """Yields what becomes of each video, in order; one that cannot be read says why.
+
+        Args:
+            videos: paths of video files or .npy files, or uint8 frames [t, h, w, c]. What their
+                iterator raises comes after the results of those before.
+            top_k: how many classes.
+            stride, start, pad: which frames, see `vivit_jax.data.read_clip.read_clips`.
+            num_clips: clips along time, spread as the papers test.
+            num_crops: crops along the longer side, in place of the processor's centre crop.
+            average: what is averaged over these views, "softmax" (as VideoMAE's authors do; it
+                stands for `function_to_apply`) or "logits" (as scenic does). Default: the family's.
+            function_to_apply: from logits to scores, "softmax", "sigmoid" or "none"; by default
+                what the config's problem_type says.
+            batch_size: views that go through the model together; it changes scores by rounding.
+            threads: that read and prepare videos ahead of the model, at least 1.
+            square_pixels: whether files whose pixels are not square are read with square ones.
+
+        Raises UserError at once, before anything is read, for options that are wrong.
+        """
+        config = self.config
+        counts = dict(
+            top_k=top_k,
+            num_clips=num_clips,
+            num_crops=num_crops,
+            batch_size=batch_size,
+            threads=threads,
+        )
+        for name, value in counts.items():
+            if not _counts(value):
+                raise UserError(f"{name} is {value!r}, expected an int of at least 1")
+        if stride is not None and not _counts(stride):
+            raise UserError(f"stride is {stride!r}, expected an int of at least 1, or None")
+        check_reading(start, pad, num_clips)
+        average = default_average(config) if average is None else average
+        if average not in AVERAGES:
+            raise UserError(f"average is {average!r}, expected one of {', '.join(AVERAGES)}")
+        if function_to_apply is None:
+            function_to_apply = _FUNCTION_OF.get(config.problem_type, "softmax")
+        elif function_to_apply not in (*FUNCTIONS,):
+            raise UserError(
+                f"function_to_apply is {function_to_apply!r}, expected one of "
+                f"{', '.join(FUNCTIONS)}"
+            )
+        elif config.class_splits is not None and function_to_apply != "softmax":
+            raise UserError(
+                f"function_to_apply is {function_to_apply!r}; a model of several heads has scores "
+                "of combinations, which are products of softmax"
+            )
+        reading = dict(
+            stride=stride, start=start, pad=pad, clips=num_clips, square_pixels=square_pixels
+        )
+
+        def pixels(name: str, clips: list[Clip]) -> np.ndarray:
+            try:
+                return self._pixels(clips, num_crops)
+            except VideoError as error:  # knows frames, not where they are from
+                raise VideoError(f"{name}: {error}") from None
+
+        def read(name: str, video: Video) -> tuple[np.ndarray, np.ndarray] | VideoError:
+            try:
+                with one_clip(name):
+                    clips = read_clips(video, config, **reading)
+                    return pixels(name, clips), np.stack([clip.indices for clip in clips])
+            except VideoError as error:
+                return error
+
+        def finish(name: str, frames: np.ndarray, logits: list[np.ndarray]) -> Classified:
+            scores, heads = self._scores(np.stack(logits), average, function_to_apply)
+            best = _best(scores, top_k, config.labels, config.class_splits)
+            return Classified(name, frames, best, self._best_of_heads(heads, top_k))
+
+        def results() -> Iterator[Classified]:
+            for (name, found), logits in self._with_logits(videos, read, batch_size, threads):
+                if isinstance(found, VideoError):
+                    yield Classified(name, error=found)
+                else:
+                    yield finish(name, found, logits)
+
+        return results()
+
+    def _pixels(self, clips: list[Clip], crops: int) -> np.ndarray:
+        """The views of a video as the model takes them: float32 [clips * crops, t, h, w, c].
+
+        Raises VideoError where this video's size does not fit, UserError where none does.
+        """
+        processor, expected = self.processor, self.config.frame_size
+        rounding = crop_rounding(VIEW_SAMPLER[self.config.model_type])
+        pixels = np.concatenate([c.pixel_values(processor, crops, rounding) for c in clips])
+        size = pixels.shape[2:4]
+        stretched = processor.do_resize and "height" in processor.size
+        if size != expected and not (crops > 1 or processor.do_center_crop or stretched):
+            raise VideoError(
+                f"frames of {size[0]} x {size[1]} pixels (h x w"
+                f"{', as resized' if processor.do_resize else ''}), the model takes {expected[0]} "
+                f"x {expected[1]}: set the processor's do_center_crop, or its do_resize with a "
+                "height and width, or resize the video"
+            )
+        check_clip(self.config, pixels.shape, any_size=False)
+        return pixels
+
+    def _with_logits(self, videos, read, rows: int, threads: int) -> Iterator:
+        """((name, frames or error), logits of every view) of each video, in order.
+
+        Views of neighbouring videos share batches of `rows`; the last batch is filled up with
+        zeros, so that one shape is compiled.
+        """
+        waiting: collections.deque = collections.deque()  # [(name, frames or error), views, logits]
+        views: collections.deque = collections.deque()  # (pixels, logits to append to)
+        raised = None
+        for name, found in _read_ahead(videos, read, threads):
+            if name is None:
+                raised = found
+                break
+            if isinstance(found, VideoError):
+                waiting.append(((name, found), 0, []))
+            else:
+                pixels, frames = found
+                logits: list[np.ndarray] = []
+                waiting.append(((name, frames), len(pixels), logits))
+                views.extend((view, logits) for view in pixels)
+            while len(views) >= rows:
+                self._run([views.popleft() for _ in range(rows)], rows)
+            while waiting and waiting[0][1] == len(waiting[0][2]):
+                about, _, logits = waiting.popleft()
+                yield about, logits
+        if views:
+            self._run(list(views), rows)
+        for about, _, logits in waiting:
+            yield about, logits
+        if raised is not None:
+            raise raised
+
+    def _run(self, views: list, rows: int) -> None:
+        batch = np.stack([pixels for pixels, _ in views])
+        if len(batch) < rows:
+            batch = np.concatenate([batch, np.zeros((rows - len(batch), *batch.shape[1:]), "f4")])
+        logits = np.asarray(self._logits(self.params, batch))
+        for (_, found), values in zip(views, logits, strict=False):
+            found.append(values)
+
+    def _scores(self, logits: np.ndarray, average: str, function: str):
+        """Scores [classes], or of every combination of heads' classes; and those of each head."""
+        splits = self.config.class_splits
+        logits = logits.mean(0, keepdims=True) if average == "logits" else logits
+        if splits is None:
+            return np.asarray(FUNCTIONS[function](logits)).mean(0), ()
+        heads = [np.asarray(jax.nn.softmax(x)).mean(0) for x in split_logits(logits, splits)]
+        return np.asarray(action_scores(logits, splits)).mean(0), heads
+
+    def _best_of_heads(self, heads, top_k: int) -> dict[str, list[dict[str, Any]]] | None:
+        if not len(heads):
+            return None
+        config, labels = self.config, iter(self.config.labels)
+        named = zip(config.split_names, config.class_splits, heads, strict=True)
+        return {
+            name: _best(values, top_k, tuple(itertools.islice(labels, classes)))
+            for name, classes, values in named
+        }
+
+
+def _counts(value) -> bool:
+    """Whether it is a whole number of at least 1, of Python's or numpy's."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+
+
+def _answers(results: Iterator[Classified]) -> Iterator[list[dict[str, Any]] | VideoError]:
+    for result in results:
+        if result.error is not None:
+            logger.warning("left out: %s", result.error)
+        yield result.predictions if result.error is None else result.error
+
+
+def _named(number: int, video: Video) -> tuple[str, Video]:
+    if isinstance(video, np.ndarray | jax.Array):
+        return f"array {number}", np.asarray(video)
+    if not isinstance(video, str | os.PathLike):
+        raise UserError(
+            f"video {number} is {type(video).__name__}, expected a path or an array of frames "
+            "[t, h, w, c]"
+        )
+    return os.fspath(video), video
+
+
+def _read_ahead(videos: Iterable[Video], read, threads: int) -> Iterator[tuple[str | None, Any]]:
+    """(name, what `read` returns) of each video, in order, read in threads, a few ahead.
+
+    Ends with (None, what the videos' own iterator raised) where it raised something.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="read clips") as pool:
+        ahead: collections.deque = collections.deque()
+        raised, numbered = None, enumerate(videos)
+        try:
+            while True:
+                try:
+                    name, video = _named(*next(numbered))
+                except StopIteration:
+                    break
+                except Exception as error:
+                    raised = error
+                    break
+                ahead.append((name, pool.submit(read, name, video)))
+                if len(ahead) > threads:
+                    name, future = ahead.popleft()
+                    yield name, future.result()
+            while ahead:
+                name, future = ahead.popleft()
+                yield name, future.result()
+            if raised is not None:
+                yield None, raised
+        finally:
+            # Whoever stops early waits for what is being read, not for what is not begun.
+            for _, future in ahead:
+                future.cancel()
+
+
+def _best(values: np.ndarray, top_k: int, labels, splits=None) -> list[dict[str, Any]]:
+    """The largest scores with their labels; a combination has an index and a label per head."""
+    predictions = []
+    for place in np.argsort(-values, kind="stable")[:top_k]:
+        index = int(place)
+        if splits is None:
+            label = labels[index]
+        else:
+            index = [int(i) for i in np.unravel_index(place, splits)]
+            starts = np.cumsum((0, *splits[:-1]))
+            label = ", ".join(labels[s + i] for s, i in zip(starts, index, strict=True))
+        predictions.append({"label": label, "index": index, "score": float(values[place])})
+    return predictions

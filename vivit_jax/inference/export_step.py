@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step of a recipe as one file that `jax.export` runs, without this library and optax.
+
+The program is the whole step: masks, augmentation, dropout and all that is drawn (from the seed of
+the recipe and the number of the step, which is part of the state), the gradient, the optimiser, the
+moving average and the check that all of it is finite. It takes the state as a dict of arrays by
+path, `{"params/backbone/...": ..., "optimizer/...": ..., "step": ...}`, and returns one like it.
+jax.export would also write the nested state, once every class of optax in it were registered under
+a name by whoever writes and whoever reads; of a dict both need to know nothing, and the paths are
+those of a checkpoint.
+
+* Several devices: the file is for as many as the step's mesh has, of any kind, and knows how each
+  array is split over them.
+* Several platforms: the step is traced as for CPU, see `vivit_jax.inference.export`, so that no
+  kernel of one platform is in the file. For the mesh's own platform alone, it is traced as it runs
+  there. Pallas' kernels for TPU (tpu_custom_call) are among what jax promises to run for months to
+  come. cuDNN's attention is not: such a file, of "cuda" in half precision, is for the jaxlib that
+  wrote it.
+* Donation is no part of a file. `load_step` donates the state again, as `make_step` does.
+* There is no derivative of the step in the file (vjp_order is 0).
+* The precision of matrix products is that of jax_default_matmul_precision while it is written.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vivit_jax.errors import CheckpointError, UserError, first_line
+from vivit_jax.files.atomic import whole_file
+from vivit_jax.inference.export import PLATFORMS, check_extra, check_platforms, traced_for
+from vivit_jax.train.setup import Setting
+from vivit_jax.train.sharding import AXES, make_mesh, mesh_text, replicated
+from vivit_jax.train.step import jit_step
+from vivit_jax.train.stored_state import flat
+
+_CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+_EXPORTED_AS = {"gpu": "cuda"}  # platforms whose name in a file is another than a device's
+_NAME = "training_step"
+_SHOWN = 5  # names in a message
+
+
+def export_step(
+    setting: Setting, path: str | Path, *, platforms: Sequence[str] = PLATFORMS
+) -> None:
+    """Write the step of a setting, see `vivit_jax.train.setup`, for the setting's mesh.
+
+    Nothing is run or compiled, and the mesh may be of devices that are not there. Whoever reads the
+    file needs jax and flatbuffers:
+
+    step = jax.export.deserialize(bytearray(open("step.stablehlo", "rb").read()))
+    state, values = jax.jit(step.call, donate_argnums=0)(state, batch)
+
+    Raises UserError for platforms that are none, MissingExtra without flatbuffers.
+    """
+    check_extra("exporting a training step")
+    check_platforms(platforms)
+    tree, states = jax.tree.structure(setting.shapes), flat(setting.shapes)
+    paths = list(states)
+
+    def training_step(state, batch):
+        state = jax.tree.unflatten(tree, [state[path] for path in paths])
+        new, values = setting.step.function(state, batch)
+        return flat(new), values
+
+    out = {path: leaf.sharding for path, leaf in states.items()}, replicated(setting.mesh)
+    place = setting.mesh.devices.flat[0].platform
+    own = [_EXPORTED_AS.get(place, place)] == list(platforms)
+    with traced_for(place if own else "cpu"), setting.step.here():
+        exported = jax.export.export(
+            jax.jit(training_step, donate_argnums=0, out_shardings=out),
+            platforms=tuple(platforms),
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in _CUDNN],
+        )(states, setting.batch_shapes)
+    program = exported.serialize()
+    with whole_file(Path(path)) as partial:
+        partial.write_bytes(program)
+
+
+class ExportedStep:
+    """A step from a file: (state, batch) -> (new state, scalars by name).
+
+    The state is a TrainState, a dict of arrays by path, or any tree with the same paths; what comes
+    back is one like it. The old one is donated. `state` and `batch` say what is taken, as
+    ShapeDtypeStructs by name with the sharding of each on `mesh`; arrays that lie elsewhere, such
+    as NumPy's, are put there.
+    """
+
+    def __init__(self, program: jax.export.Exported, mesh: Mesh):
+        self.mesh, self.platforms = mesh, tuple(program.platforms)
+        wanted = [
+            jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+            for aval, sharding in zip(program.in_avals, program.in_shardings_jax(mesh), strict=True)
+        ]
+        (self.state, self.batch), _ = jax.tree.unflatten(program.in_tree, wanted)
+        out = jax.tree.unflatten(program.out_tree, program.out_shardings_jax(mesh))
+        with jax.default_device(mesh.devices.flat[0].platform):  # for what it is compiled
+            self._run = jit_step(
+                program.call,
+                pretraining="labels" not in self.batch,
+                devices=program.nr_devices,
+                out_shardings=out,
+            )
+
+    def __call__(self, state: Any, batch: Mapping[str, Any]) -> tuple[Any, dict[str, jax.Array]]:
+        states = flat(state)
+        placed = [
+            {name: jax.device_put(x, wanted[name].sharding) for name, x in given.items()}
+            for given, wanted in (
+                (_checked("state", states, self.state), self.state),
+                (_checked("batch", batch, self.batch), self.batch),
+            )
+        ]
+        new, values = self._run(*placed)
+        return jax.tree.unflatten(jax.tree.structure(state), [new[p] for p in states]), values
+
+    def lower(self) -> jax.stages.Lowered:
+        """As it would be compiled for its mesh, whose devices need not be there."""
+        return self._run.lower(self.state, self.batch)
+
+
+def load_step(path: str | Path, devices: Sequence[jax.Device] | None = None) -> ExportedStep:
+    """Read what `export_step` wrote, to run on `devices`, by default the first of all there are.
+
+    Raises CheckpointError for a file that is missing or no such step, UserError for too few devices
+    and for a platform that it was not exported for, MissingExtra without flatbuffers.
+    """
+    check_extra("reading an exported training step")
+    program = _read(Path(path))
+    sizes = dict(program.in_avals[0].sharding.mesh.shape)
+    found = list(jax.devices() if devices is None else devices)
+    if len(found) < program.nr_devices:
+        raise UserError(
+            f"{path} is a step on {program.nr_devices} devices ({mesh_text(sizes)}), there are "
+            f"{len(found)}; export it again for a mesh of them"
+        )
+    found = found[: program.nr_devices]
+    place = _EXPORTED_AS.get(found[0].platform, found[0].platform)
+    if place not in program.platforms:
+        raise UserError(
+            f"{path} is a step for {', '.join(program.platforms)}, and the devices are of {place}; "
+            f"export it again with platforms=[{place!r}, ...]"
+        )
+    return ExportedStep(program, make_mesh(sizes, found))
+
+
+def _read(path: Path) -> jax.export.Exported:
+    try:
+        content = bytearray(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        program = jax.export.deserialize(content)
+    except Exception as error:  # flatbuffers fails at whatever the wrong bytes lead it to
+        raise CheckpointError(
+            f"{path} is no program that this jax reads ({first_line(error)}); expected a file of "
+            "export_step that is whole and of a jax not much older or newer"
+        ) from error
+    mesh = program.in_avals[0].sharding.mesh if program.in_avals else None
+    if program.fun_name != _NAME or mesh is None or tuple(mesh.axis_names) != AXES:
+        raise CheckpointError(
+            f"{path} is the program {program.fun_name!r}, expected one that export_step wrote"
+        )
+    return program
+
+
+def _checked(what: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was given. UserError unless it has the names, shapes and dtypes of what is wanted."""
+    differs = [
+        f"{name} ({_array(given[name])} here, {_array(leaf)} there)"
+        for name, leaf in wanted.items()
+        if name in given and _array(given[name]) != _array(leaf)
+    ]
+    kinds = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unknown": sorted(given.keys() - wanted.keys()),
+        "different": differs,
+    }
+    problems = [f"{title}: {_some(names)}" for title, names in kinds.items() if names]
+    if problems:
+        raise UserError(
+            f"the {what} is not of the step that was exported; {'; '.join(problems)}. Give what "
+            f"its {what} lists"
+        )
+    return given
+
+
+def _array(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

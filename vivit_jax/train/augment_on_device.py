@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Augmentations that run on the device inside a training step: colour, erasing, mixing.
+
+All are functions of keys and safe under jit and over sharded batches. What concerns one clip is
+drawn from that clip's own key, and what concerns a group of clips from the group's, so that a
+batch computed in parts, or on several devices, equals the whole batch. Frames of a clip share
+every draw but the noise of random erasing. Draws are functions of their own. Give every
+augmentation keys of its own: equal keys draw equal numbers.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vivit_jax.data.settings import AugmentSettings
+from vivit_jax.errors import UserError
+from vivit_jax.layers.dropout import clip_keys
+from vivit_jax.models.losses import head_sizes
+
+# What TensorFlow's grayscale weighs red, green and blue with.
+_LUMA = (0.2989, 0.587, 0.114)
+_TRIES = 10  # for a box that fits, as in the papers' code
+
+
+def _uniform(keys: jax.Array, count: int) -> jax.Array:
+    """Numbers from [0, 1), [count, b]: a clip's or group's draws, from the first key of its own."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)), out_axes=1)(_fold(keys, 0))
+
+
+def _fold(keys: jax.Array, number: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+class Colours(NamedTuple):
+    """What `colour_jitter` does to each clip, all [b]."""
+
+    jittered: jax.Array  # bool: whether the four below apply
+    brightness: jax.Array  # added
+    saturation: jax.Array  # factor
+    contrast: jax.Array  # factor
+    hue: jax.Array  # added, in turns
+    grey: jax.Array  # bool
+
+
+def draw_colours(keys: jax.Array, probability: float, grayscale: float) -> Colours:
+    """Draw for each of keys [b]; the two coins are independent of each other."""
+    first, *amounts, last = _uniform(keys, 6)
+    ranges = ((-32 / 255, 32 / 255), (0.6, 1.4), (0.6, 1.4), (-0.2, 0.2))
+    amounts = [low + (high - low) * u for u, (low, high) in zip(amounts, ranges, strict=True)]
+    return Colours(first < probability, *amounts, last < grayscale)
+
+
+def colour_jitter(
+    keys: jax.Array, pixels: jax.Array, probability: float, grayscale: float = 0.1
+) -> jax.Array:
+    """scenic's colour augmentation; pixels float [b, t, h, w, 3] in [0, 1] -> the same.
+
+    With `probability` brightness, saturation, contrast and hue are changed in that order and the
+    result is cut to [0, 1]; with `grayscale` the clip, changed or not, turns grey. All frames get
+    the same draws. The definitions are TensorFlow's; contrast is about each frame's own mean.
+    Source: DMVR's default colours, with the probabilities of scenic's ViViT.
+    """
+    if pixels.ndim != 5 or pixels.shape[-1] != 3:
+        raise UserError(
+            f"colour_jitter takes RGB clips [b, t, h, w, 3], got {pixels.shape}; set "
+            "augment.colour=0 for other channels"
+        )
+    draws = Colours(
+        *(jnp.reshape(x, (-1, 1, 1, 1, 1)) for x in draw_colours(keys, probability, grayscale))
+    )
+    x = pixels + draws.brightness
+    x = adjust_contrast(adjust_saturation(x, draws.saturation), draws.contrast)
+    x = jnp.clip(adjust_hue(x, draws.hue), 0, 1)
+    x = jnp.where(draws.jittered, x, pixels)
+    grey = sum(weight * x[..., i : i + 1] for i, weight in enumerate(_LUMA))
+    return jnp.where(draws.grey, grey, x).astype(pixels.dtype)
+
+
+def adjust_contrast(pixels: jax.Array, factor) -> jax.Array:
+    """Distances [..., h, w, c] from each image's and channel's mean, times factor."""
+    mean = jnp.mean(pixels, axis=(-3, -2), keepdims=True)
+    return (pixels - mean) * factor + mean
+
+
+def adjust_saturation(pixels: jax.Array, factor) -> jax.Array:
+    """RGB pixels [..., 3] whose saturation in HSV is times factor, cut to [0, 1].
+
+    Also for values outside of [0, 1], which brightness leaves: as in TensorFlow the largest channel
+    stays and the saturation of a pixel without positive channels is 0.
+    """
+    high = jnp.max(pixels, axis=-1, keepdims=True)
+    spread = high - jnp.min(pixels, axis=-1, keepdims=True)
+    saturation = jnp.where(high > 0, spread / jnp.where(high > 0, high, 1), 0)
+    new_spread = jnp.clip(saturation * factor, 0, 1) * high
+    return high - (high - pixels) * new_spread / jnp.where(spread > 0, spread, 1)
+
+
+def adjust_hue(pixels: jax.Array, delta) -> jax.Array:
+    """RGB pixels [..., 3] whose hue is turned by delta, in turns; extreme channels stay."""
+    r, g, b = (pixels[..., i : i + 1] for i in range(3))
+    high = jnp.max(pixels, axis=-1, keepdims=True)
+    low = jnp.min(pixels, axis=-1, keepdims=True)
+    spread = high - low
+    unit = jnp.where(spread > 0, spread, 1)
+    # In sixths of a turn from red; the pure colours lie at 0, 2 and 4.
+    # Compared with each other, not with `high`: XLA may compute a channel twice, rounded otherwise,
+    # and what equals no channel would pass for blue.
+    hue = jnp.where(g >= b, 2 + (b - r) / unit, 4 + (r - g) / unit)
+    hue = jnp.where((r >= g) & (r >= b), (g - b) / unit, hue)
+    hue = jnp.mod(hue + 6 * delta, 6)
+    red = jnp.abs(hue - 3) - 1
+    green, blue = 2 - jnp.abs(hue - 2), 2 - jnp.abs(hue - 4)
+    return low + spread * jnp.clip(jnp.concatenate([red, green, blue], axis=-1), 0, 1)
+
+
+class Box(NamedTuple):
+    """A box in every frame of a clip, all int [b]: `top` <= row < `bottom`, and so on."""
+
+    top: jax.Array
+    bottom: jax.Array
+    left: jax.Array
+    right: jax.Array
+
+    def mask(self, height: int, width: int) -> jax.Array:
+        """bool [b, h, w], True inside."""
+        rows, columns = jnp.arange(height)[None, :, None], jnp.arange(width)[None, None]
+        top, bottom, left, right = (x[:, None, None] for x in self)
+        return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
+
+
+def draw_erased(
+    keys: jax.Array,
+    size: tuple[int, int],
+    probability: float,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> Box:
+    """The box that random erasing takes of each clip of keys [b], empty where it takes none.
+
+    `size` is (height, width). The box's share of the frame is uniform in `area`, its height over
+    its width log-uniform in `aspect`, its place uniform. Of ten such boxes the first that is
+    smaller than the frame both ways counts; if there is none, nothing is erased.
+    """
+    height, width = size
+    coin, down, across, *tries = _uniform(keys, 3 + 2 * _TRIES)
+    areas, aspects = jnp.stack(tries[:_TRIES]), jnp.stack(tries[_TRIES:])
+    pixels = height * width * (area[0] + (area[1] - area[0]) * areas)
+    low, high = map(math.log, aspect)
+    ratio = jnp.exp(low + (high - low) * aspects)
+    h, w = (jnp.round(jnp.sqrt(x)).astype(jnp.int32) for x in (pixels * ratio, pixels / ratio))
+    fits = (h < height) & (w < width)
+    erased = (coin < probability) & jnp.any(fits, axis=0)
+    first = jnp.argmax(fits, axis=0)[None]
+    h, w = (jnp.where(erased, jnp.take_along_axis(x, first, axis=0)[0], 0) for x in (h, w))
+    top = (down * (height - h + 1).astype(down.dtype)).astype(jnp.int32)
+    left = (across * (width - w + 1).astype(across.dtype)).astype(jnp.int32)
+    return Box(top, top + h, left, left + w)
+
+
+def random_erasing(
+    keys: jax.Array,
+    pixels: jax.Array,
+    probability: float,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> jax.Array:
+    """Replace a box by noise; pixels [b, t, h, w, c], normalised, -> the same.
+
+    The box, see `draw_erased`, is the same in all frames; every value in it is drawn from N(0, 1)
+    by itself. Source: VideoMAE's fine-tuning, after Zhong et al. 2020 as timm has it.
+    """
+    height, width = pixels.shape[2:4]
+    box = draw_erased(keys, (height, width), probability, area, aspect)
+    shape = pixels.shape[1:]
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape, pixels.dtype))(_fold(keys, 1))
+    inside = box.mask(height, width)[:, None, :, :, None]
+    return jnp.where(inside, noise, pixels)
+
+
+class Mixing(NamedTuple):
+    """How each group of clips is mixed, all [g]; `share` is the part of a clip that is its own."""
+
+    share: jax.Array
+    cut: jax.Array  # bool: cutmix, not mixup
+    box: Box  # that comes from the partner, for cutmix
+    drawn: jax.Array  # the share as drawn, before the box met the border and whole pixels
+
+
+def draw_mixing(keys: jax.Array, size: tuple[int, int], settings: AugmentSettings) -> Mixing:
+    """Draw for each group of keys [g]; `size` is (height, width)."""
+    height, width = size
+    on, which, down, across = _uniform(keys, 4)
+    both = settings.mixup > 0 and settings.cutmix > 0
+    cut = which < (settings.mix_switch if both else float(settings.cutmix > 0))
+    alpha = jnp.where(cut, settings.cutmix, settings.mixup)
+    drawn = jax.vmap(jax.random.beta)(_fold(keys, 1), alpha, alpha)
+    drawn = jnp.where(on < settings.mix_prob, drawn, 1.0)
+
+    def extent(place, whole):  # a centre anywhere; what sticks out over the border is cut off
+        half = jnp.floor(whole * jnp.sqrt(1 - drawn)).astype(jnp.int32) // 2
+        centre = (place * whole).astype(jnp.int32)
+        return jnp.clip(centre - half, 0, whole), jnp.clip(centre + half, 0, whole)
+
+    box = Box(*extent(down, height), *extent(across, width))
+    inside = (box.bottom - box.top) * (box.right - box.left)
+    share = jnp.where(cut, 1 - inside / (height * width), drawn)
+    return Mixing(share, cut, box, drawn)
+
+
+def mix(
+    key: jax.Array,
+    pixels: jax.Array,
+    targets: jax.Array,
+    settings: AugmentSettings,
+    rows: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) of clips and their targets.
+
+    pixels [b, t, h, w, c] and targets float [b, classes], see `soft_targets`, -> the same. In every
+    group of `mix_group` consecutive clips (None: all that are given) clip i is mixed with clip
+    -1 - i, by one share and one box for the whole group; for cutmix the targets are mixed by the
+    box's true area. `rows`, int [b], are the clips' numbers in the whole batch, where groups start
+    at multiples of their size: parts made of whole groups come out as the whole batch does.
+
+    Raises UserError for groups that are odd or do not divide the batch. Source: VideoMAE's and
+    scenic's training, whose groups are the clips of one device.
+    """
+    if not settings.mixes:
+        return pixels, targets
+    b, _, height, width, _ = pixels.shape
+    group = b if settings.mix_group is None else settings.mix_group
+    if group < 2 or group % 2 or b % group:
+        raise UserError(
+            f"augment.mix_group={settings.mix_group} makes groups of {group} of {b} clips; a group "
+            "must be even and divide them: change mix_group or the batch size, or turn mixup and "
+            "cutmix off"
+        )
+    if targets.shape[:1] != (b,) or not jnp.issubdtype(targets.dtype, jnp.floating):
+        raise UserError(
+            f"targets of shape {targets.shape} and dtype {targets.dtype} cannot be mixed with "
+            f"{b} clips; expected floats [{b}, classes], see soft_targets"
+        )
+    groups = jnp.asarray(rows)[::group] // group
+    mixing = draw_mixing(clip_keys(key, groups), (height, width), settings)
+    share = mixing.share[:, None, None]
+    kept = jnp.where(mixing.box.mask(height, width), 0.0, 1.0)
+    kept = jnp.where(mixing.cut[:, None, None], kept, share)
+
+    def blend(x, own):
+        """x [b, ...] with its partners, by own [g, ...] of the rank of a clip of x."""
+        x_by_group, own = x.reshape(-1, group, *x.shape[1:]), own[:, None]
+        mixed = own * x_by_group + (1 - own) * x_by_group[:, ::-1]
+        return mixed.astype(x.dtype).reshape(x.shape)
+
+    return blend(pixels, kept[:, None, :, :, None]), blend(targets, share[:, 0])
+
+
+def soft_targets(
+    labels: jax.Array,
+    classes: int,
+    smoothing: float = 0.0,
+    class_splits: tuple[int, ...] | None = None,
+) -> jax.Array:
+    """Smoothed one-hots, float32 [b, classes]: 1 - s + s / C on the label's class, s / C elsewhere.
+
+    labels int [b], or [b, heads] with `class_splits`, the class counts of the heads, whose targets
+    lie one after the other, each smoothed by its own count C. They are what `multi_head_loss` takes
+    without smoothing of its own; smoothing before mixing equals scenic's after it. Any other label,
+    -100 too, gives NaN: a soft target cannot leave a row out of a mean. Raises UserError for labels
+    and counts that do not fit.
+    """
+    sizes = (classes,) if class_splits is None else head_sizes(class_splits)
+    labels = jnp.asarray(labels)
+    by_head = labels[:, None] if class_splits is None and labels.ndim == 1 else labels
+    if (
+        sum(sizes) != classes
+        or by_head.ndim != 2
+        or by_head.shape[1] != len(sizes)
+        or not jnp.issubdtype(labels.dtype, jnp.integer)
+    ):
+        raise UserError(
+            f"labels of shape {labels.shape} and dtype {labels.dtype} do not fit {classes} classes "
+            f"in heads of {sizes}; expected integers "
+            + ("[b]" if class_splits is None else f"[b, {len(sizes)}]")
+        )
+    if not 0 <= smoothing < 1:
+        raise UserError(f"augment.smoothing must be in [0, 1), got {smoothing!r}")
+    heads = []
+    for i, size in enumerate(sizes):
+        label = by_head[:, i : i + 1]
+        on = label == jnp.arange(size)[None]
+        target = jnp.where(on, 1 - smoothing + smoothing / size, smoothing / size)
+        heads.append(jnp.where((label >= 0) & (label < size), target, jnp.nan))
+    return jnp.concatenate(heads, axis=1).astype(jnp.float32)

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a run trains, from its recipe, and back from a run's directory."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+
+from checkpoints_convert.files.open import Checkpoint, open_checkpoint
+from checkpoints_convert.layouts import scenic
+from checkpoints_convert.layouts.hf import config_path
+from checkpoints_convert.layouts.registry import IMAGE
+from checkpoints_convert.pretrained import InitialisedModel, from_pretrained, load_report
+from checkpoints_convert.source import layout_of, open_source
+from checkpoints_convert.start.from_image import init_from_image_model
+from checkpoints_convert.start.from_pretraining import init_from_pretraining
+from checkpoints_convert.start.from_video import SIZES, init_from_video_model
+from vivit_jax import param_tree
+from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
+from vivit_jax.errors import UserError
+from vivit_jax.files.json_files import read_json
+from vivit_jax.hub import resolve_checkpoint
+from vivit_jax.models.build import abstract_params, build_model, fresh_params, initialise
+from vivit_jax.recipes.checks import model_config, preset_named
+from vivit_jax.recipes.recipe import HEADS, Recipe
+from vivit_jax.train.initial_params import papers_params
+from vivit_jax.train.preprocessing import (
+    Preprocessing,
+    described,
+    differing,
+    preprocessing,
+    told,
+)
+
+logger = logging.getLogger(__name__)
+# Of a preset, what belongs to the data and not to the weights that training starts from.
+_OF_THE_DATA = ("num_labels", "class_splits", "split_names")
+_MOST_CLASSES = 1_000_000  # of numbers in a list, of which a wrong one may be any
+# What fixes the names and shapes of weights, or the function of weights of the same shapes. Learned
+# positions and the depth of ViViT's temporal stage change by `init_from_video_model`.
+_FIXED = (
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_channels", "patch_size",
+    "tubelet_size", "decoder_hidden_size", "decoder_num_hidden_layers",
+    "decoder_intermediate_size", "qkv_bias", "num_attention_heads", "head_dim",
+    "decoder_num_attention_heads",
+)  # fmt: skip
+# What no trained network computes with: labels, first values, rates of training, and the pooler,
+# which has no part in training. Dropout and execution are told by the config itself.
+_NO_FUNCTION = (
+    "drop_path_rate",
+    *_OF_THE_DATA, "id2label", "problem_type", "initializer_range", "zero_init_temporal_attention",
+    "drop_path_rescale", "pooler_output_size", "pooler_act",
+)  # fmt: skip
+# What only masked pre-training computes with, besides the decoder.
+_OF_PRETRAINING = ("norm_pix_loss", "image_mean", "image_std")
+
+
+class Start(NamedTuple):
+    """A model, its first parameters, what was taken from where, and what becomes of frames."""
+
+    model: nn.Module
+    params: dict[str, Any]
+    report: str
+    preprocessing: Preprocessing
+
+
+def starting_model(
+    recipe: Recipe, classes: tuple[str, ...] | None = None, labels: int | None = None
+) -> Start:
+    """The recipe's model with fresh parameters, or those of `model.start`.
+
+    `start` may hold the same kind of model (whose configuration then counts, with the recipe's
+    changes), for fine-tuning also a masked autoencoder, as its authors hand it over, or, for a
+    ViViT, an image ViT. A ViViT of other clips or of another depth in time is made to fit, see
+    `init_from_video_model`. What `start` does not hold is drawn as `model.initial` says
+    (`papers_params`). Other sizes or heads of the recipe that are not those of `start` are refused;
+    what else of its function or of its pixels differs is logged and stands in the report.
+    Frames are prepared as the processor beside `start` says, see `preprocessing`.
+
+    `classes` names what the data are labelled with, and so how many there are; `labels` is how many
+    there are where they are numbers. With `model.classes` "checkpoint" both are left aside. Raises
+    UserError where the recipe's `given` classes are others, ConfigError and CheckpointError as the
+    loaders do.
+    """
+    config, head = _config(recipe), HEADS[recipe.task]
+    kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
+    if kept and recipe.model.start is None:
+        raise _no_classes(recipe, "model.start is none")
+    if not kept and config.class_splits is None:
+        config = _labelled(recipe, config, classes, labels)
+    if recipe.model.start is None:
+        return _fresh(recipe, config, head)
+    changes = dict(recipe.model.config)
+    of_labels = (*_OF_THE_DATA, *(("id2label",) if classes is not None else ()))
+    if kept:
+        _of_the_checkpoint(recipe, changes)
+    elif recipe.task == "finetune":
+        for name in of_labels:
+            if getattr(config, name) is not None:
+                changes[name] = getattr(config, name)
+    return _loaded(recipe, config, head, changes, by_number=labels is not None)
+
+
+def planned_model(recipe: Recipe) -> tuple[nn.Module, Preprocessing]:
+    """The recipe's model as if it started from nothing, and what becomes of frames; no parameters.
+
+    A classifier has as many classes as the recipe says. UserError for what cannot be trained.
+    """
+    config = _config(recipe)
+    return build_model(config, HEADS[recipe.task]), preprocessing(recipe, config)
+
+
+def _config(recipe: Recipe) -> VivitConfig | VideoMAEConfig:
+    config = model_config(recipe)
+    if recipe.task == "pretrain" and not isinstance(config, VideoMAEConfig):
+        raise UserError(
+            f"model.preset {recipe.model.preset!r} is a ViViT, which has no masked pre-training; "
+            "use a videomae preset"
+        )
+    return config
+
+
+def _no_classes(recipe: Recipe, why: str) -> UserError:
+    return UserError(
+        f"model.classes is 'checkpoint', which keeps the classifier of model.start, but {why}; set "
+        "model.classes=data, which makes one for the data's classes"
+    )
+
+
+def _labelled(recipe: Recipe, config, classes: tuple[str, ...] | None, labels: int | None):
+    """The config with the data's classes, by folders or by numbers, where they say how many."""
+    data, given = recipe.data.train, recipe.given
+    if "model.config.id2label" in given:
+        return config  # names that folders and numbers are then compared with
+    number, set_by_hand = config.num_labels, "model.config.num_labels" in given
+    if classes is not None:
+        if set_by_hand and number != len(classes):
+            shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+            raise UserError(
+                f"model.config.num_labels is {number}, but {data} has folders of {len(classes)} "
+                f"classes ({shown}), and there is a class for each: leave model.config.num_labels "
+                "out, or make or remove folders, which may be empty"
+            )
+        return dataclasses.replace(config, num_labels=len(classes), id2label=classes)
+    if labels is None or set_by_hand or (config.id2label is not None and labels <= number):
+        return config
+    if labels > _MOST_CLASSES:
+        raise UserError(
+            f"{data}: its labels go up to {labels - 1}, which would make as many classes; expected "
+            f"numbers from 0, below {_MOST_CLASSES}, or set model.config.num_labels={labels}"
+        )
+    return dataclasses.replace(config, num_labels=labels, id2label=None)
+
+
+def _of_the_checkpoint(recipe: Recipe, changes: dict[str, Any]) -> None:
+    """Leave what the recipe says of classes out of `changes`. UserError where that is `given`."""
+    for name in (*_OF_THE_DATA, "id2label"):
+        value = changes.pop(name, None)
+        if f"model.config.{name}" in recipe.given:
+            raise UserError(
+                f"model.config.{name} is {value!r}, but model.classes 'checkpoint' keeps the "
+                f"classes of {recipe.model.start}: leave one of them out"
+            )
+
+
+def _fresh(recipe: Recipe, config, head: str) -> Start:
+    model, seed = build_model(config, head), recipe.train.seed
+    frames = preprocessing(recipe, config)
+    for note in frames.notes:
+        logger.warning("%s", note)
+    if recipe.model.initial == "huggingface":
+        params, values = fresh_params(model, seed), f"normal({config.initializer_range:g})"
+    else:
+        params, values = papers_params(model, abstract_params(model), seed), "the paper's values"
+    report = f"{type(model).__name__}, fresh, {values}, seed {seed}"
+    return Start(model, params, "\n  ".join((report, *frames.notes)), frames)
+
+
+def _completed(
+    recipe: Recipe, found: InitialisedModel, place: Path, held, notes: Sequence[str] = ()
+) -> Start:
+    """The start from a file, whose loader drew what is not in it as HuggingFace does.
+
+    `held` is the config of its model, None for an image model. `notes` are what the loader did not
+    log.
+    """
+    model, params, report = found
+    own_size = None if held is None else held.frame_size
+    frames = preprocessing(recipe, model.config, place, own_size, image=held is None)
+    notes = (*notes, *frames.notes)
+    for note in notes:
+        logger.warning("model.start %s: %s", recipe.model.start, note)
+    report = dataclasses.replace(report, notes=(*report.notes, *notes))
+    if recipe.model.initial == "paper":
+        params = papers_params(model, params, recipe.train.seed, report.fresh)
+    return Start(model, params, str(report), frames)
+
+
+def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_number: bool) -> Start:
+
+    source, seed = recipe.model.start, recipe.train.seed
+    kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
+    place = resolve_checkpoint(source, None)  # once: a push to the hub must not mix commits
+    checkpoint = open_checkpoint(place)
+    layout = layout_of(checkpoint)
+    if layout == IMAGE:
+        if not isinstance(config, VivitConfig) or head != "classification":
+            raise UserError(
+                f"model.start {source} holds an image model, from which only a ViViT classifier "
+                f"starts; model.preset is {recipe.model.preset!r}"
+            )
+        if kept:
+            raise _no_classes(recipe, f"{source} holds an image model")
+        found = init_from_image_model(place, config, seed=seed)
+        return _completed(recipe, found, place, None)
+    alone = not config_path(place).is_file()  # the recipe says what the file does not
+    assumed = _assumed_sizes(checkpoint, config) if alone and layout == "scenic" else {}
+    opened = open_source(place, settings=assumed)
+    held = opened.layout
+    if held.family != config.model_type:
+        raise UserError(
+            f"model.start {source} holds a {held.family}, model.preset {recipe.model.preset!r} is "
+            f"a {config.model_type}; use weights of that family"
+        )
+    if kept and held.head != "classification":
+        raise _no_classes(recipe, f"{source} holds no classifier")
+    handed_over = head == "classification" and held.head == "pretraining"
+    vivit = isinstance(config, VivitConfig)
+    notes = []
+    if assumed:
+        sizes = ", ".join(f"{name} {value}" for name, value in assumed.items())
+        notes.append(f"{sizes}: taken of square frames, since the file does not say")
+    if not alone:
+        skipped = ("use_mean_pooling",) if handed_over else ()
+        # What these change is told when the model is made to fit.
+        skipped += SIZES if vivit else ()
+        names = [name for name in of_the_function(config, head) if name in changes]
+        notes += _config_notes(
+            source, differing(config, opened.config, [n for n in names if n not in skipped])
+        )
+        notes += _preset_notes(recipe, opened.config, (*changes, *skipped[: int(handed_over)]))
+    if handed_over:
+        found = init_from_pretraining(place, changes, seed=seed)
+        return _completed(recipe, found, place, opened.config, notes)
+    fresh_head = False
+    if held.head == head == "classification" and not kept:
+        fresh_head, told_of_classes = _other_classes(opened.config, config, changes, by_number)
+        notes += told_of_classes
+    if vivit and _resized(opened.config, changes, SIZES):
+        found = init_from_video_model(place, changes, source_config=assumed, head=head, seed=seed)
+    else:
+        names = (*_OF_THE_DATA, "id2label")
+        labelled = {name: changes.pop(name) for name in names if name in changes}
+        execution = {
+            field.name: changes.pop(field.name)
+            for field in dataclasses.fields(config)
+            if field.metadata.get("execution") and field.name in changes
+        }
+        asked = dict(head=head, config=assumed | changes, **labelled)
+        report = load_report(place, **asked)
+        found = InitialisedModel(*from_pretrained(place, **asked, **execution, seed=seed), report)
+    if fresh_head:
+        found = _fresh_head(found, seed)
+    return _completed(recipe, found, place, opened.config, notes)
+
+
+def _assumed_sizes(checkpoint: Checkpoint, config) -> dict[str, int]:
+    """Sizes of the model in a file of scenic that has no config beside it: those of square frames.
+
+    The frames of a clip are as many as those of `config` where the file does not say.
+    """
+    tensors, _ = scenic.parameters(checkpoint.tensors)
+    return scenic.square_sizes(tensors, config.num_frames)
+
+
+def _resized(held: VivitConfig, changes: Mapping[str, Any], sizes: Sequence[str]) -> bool:
+    """Whether a ViViT of the config `held` has other positions or depth with the changes."""
+    wanted = dataclasses.replace(held, **{n: changes[n] for n in sizes if n in changes})
+    return (wanted.grid, wanted.temporal_layers) != (held.grid, held.temporal_layers)
+
+
+def _other_classes(
+    held, config, changes: dict[str, Any], by_number: bool
+) -> tuple[bool, list[str]]:
+    """Whether as many classes as the checkpoint's are others, for a fresh head, and what to tell.
+
+    Takes the checkpoint's names away from numbers, which say nothing of what they stand for.
+    """
+    unnamed = tuple(f"LABEL_{i}" for i in range(held.num_labels))
+    number, way_out = changes.get("num_labels"), "--set model.classes=checkpoint keeps them"
+    if by_number and number is not None and number < held.num_labels:
+        return False, [
+            f"the data's labels are numbers up to {number - 1}, so that the {held.num_labels} "
+            f"classes of the checkpoint's classifier are left out; {way_out}"
+        ]
+    if number != held.num_labels or held.labels == unnamed:
+        return False, []
+    names = changes.get("id2label")
+    if names is not None and config.labels != held.labels:
+        return True, [f"the data's classes are not the checkpoint's, in their order; {way_out}"]
+    if names is None and by_number:
+        changes["id2label"] = unnamed
+        return False, [
+            "the data's labels are numbers: the checkpoint's names of as many classes are left "
+            f"out, its classifier is kept; {way_out}"
+        ]
+    return False, []
+
+
+def _fresh_head(found: InitialisedModel, seed: int) -> InitialisedModel:
+    """The model with a classifier that is drawn anew."""
+    flat = param_tree.flatten(found.params)
+    leaves = [path for path in flat if path.startswith("head/")]
+    flat |= initialise(found.model, set(leaves), seed)
+    fresh = tuple(dict.fromkeys((*found.report.fresh, *leaves)))
+    report = dataclasses.replace(found.report, fresh=fresh)
+    return InitialisedModel(found.model, param_tree.unflatten(flat), report)
+
+
+def of_the_function(config, head: str) -> list[str]:
+    """The fields of a config that change what a trained network computes, without its decoder."""
+    left_out = {*_NO_FUNCTION, *config.probabilities}
+    left_out |= {"fc_norm_eps"} if head == "pretraining" else set(_OF_PRETRAINING)
+    return [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in left_out
+        and not field.metadata.get("execution")
+        and not (head != "pretraining" and field.name.startswith("decoder_"))
+    ]
+
+
+def _config_notes(source: str, fields: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """What to tell of fields that differ. UserError for those of _FIXED, before anything loads."""
+    refused = {name: both for name, both in fields.items() if name in _FIXED}
+    if refused:
+        of_heads = all(name.endswith("heads") for name in refused)
+        why = "other heads make another function of the same weights; " if of_heads else ""
+        values = {name: json.dumps(b, separators=(",", ":")) for name, (_, b) in refused.items()}
+        # As --set reads lists: without brackets.
+        way_out = " ".join(f"model.config.{name}={v.strip('[]')}" for name, v in values.items())
+        raise UserError(
+            f"model.start {source} does not fit the recipe's model.config: {told(refused)}; "
+            f"{why}take the checkpoint's: --set {way_out}"
+        )
+    return [f"config differs from the checkpoint's: {told(fields)}"] if fields else []
+
+
+def _preset_notes(recipe: Recipe, held, said: Collection[str]) -> list[str]:
+    """What to tell of a checkpoint's model, which counts, where the preset names another one.
+
+    `said` are the fields that are told of otherwise.
+    """
+    preset = preset_named(recipe.model.preset).config
+    names = [n for n in of_the_function(preset, HEADS[recipe.task]) if n not in said]
+    fields = differing(held, preset, names)
+    if not fields:
+        return []
+    return [
+        f"the model is the checkpoint's, not that of model.preset {recipe.model.preset}: "
+        f"{told(fields)}"
+    ]
+
+
+def description(start: Start, task: str) -> dict[str, Any]:
+    """What `described_model` needs to build the model again without its weights, as JSON values."""
+    config = start.model.config
+    fields = dataclasses.fields(config)
+    execution = {f.name: getattr(config, f.name) for f in fields if f.metadata.get("execution")}
+    values = {"head": HEADS[task], "config": config.to_dict(), "execution": execution}
+    return values | {"start": start.report, "preprocessing": described(start.preprocessing)}
+
+
+def described_model(path: Path) -> nn.Module:
+    """The model whose `description` a file holds. UserError for a file that was changed."""
+    hint = "put it back as it was written"
+    if not path.exists():
+        raise UserError(f"there is no {path}, which describes the model of the run; {hint}")
+    values = read_json(path, hint=hint)
+    parts = [values.get(name) for name in ("config", "execution")] if type(values) is dict else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} does not describe a model: expected config and execution; {hint}")
+    config, execution = parts
+    known = {f.name for f in dataclasses.fields(VivitConfig) if f.metadata.get("execution")}
+    if not execution.keys() <= known:
+        raise UserError(
+            f"{path}: execution sets {', '.join(execution)}, expected {', '.join(known)}; {hint}"
+        )
+    try:
+        return build_model(config_from_dict(config, warn=False, **execution), values.get("head"))
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path}: {error}; {hint}") from None

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First values of parameters as the papers' code draws them, where the models' own are HuggingFace.
+
+ViViT, scenic's: attention and MLP kernels are Glorot-uniform, an MLP's biases normal(1e-6),
+positions normal(0.02), class tokens, the classifier and other biases 0. The patch kernel is
+LeCun-normal over the whole tubelet, scenic's default. Its public configurations name
+"central_frame_initializer", whose values of a run from scratch are not used here: scenic sets all
+columns of the patch but one to zero, width taken for time, which no published run sees, since all
+start from an image model that overwrites the kernel. Its "average_frame_initializer" repeats one
+frame of the same distribution.
+
+VideoMAE's (V2 has the same) masked pre-training: Glorot-uniform kernels, of queries, keys and
+values as of one kernel three times as wide, biases 0; the mask token normal(0.02), cut at one
+standard deviation. The projection into the decoder and the patch embedding, its bias too, keep
+PyTorch's default, uniform up to 1 / sqrt(inputs). Fine-tuning from scratch: kernels normal(0.02),
+which the authors cut at 100 standard deviations, biases 0, the classifier a thousandth of that, the
+patch embedding as in pre-training.
+
+Where it says normal(0.02) it is `initializer_range` of the configuration, whose default that is.
+Norms start as 1 and 0 everywhere.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from vivit_jax import param_tree
+from vivit_jax.config import VivitConfig
+from vivit_jax.models.videomae import VideoMAEForPreTraining
+
+# (generator, shape of one layer's parameter) -> float32
+Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+# Full matches of per-layer names; the first one counts.
+Rules = tuple[tuple[str, Draw], ...]
+
+_ATTENTION, _LAYER = r"(.*/)?attention(_time|_space)?", r"(.*/)?"
+
+
+def papers_params(
+    model: nn.Module,
+    params: Mapping[str, Any],
+    seed: int,
+    only: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """The parameters of a model that is to be trained, drawn as its paper's code does.
+
+    Each is drawn from (seed, per-layer name), so that a scanned and a looped model start alike.
+
+    Args:
+        model: a classifier, or a VideoMAE for pre-training.
+        params: its parameters, or their shapes where all are drawn.
+        seed: of the draw.
+        only: per-layer names (`layers_3/mlp_in/kernel`) of those to draw; the others stay as they
+            are in `params`. None: all.
+
+    Raises:
+        ValueError: there is no rule for a name.
+    """
+    rules, flat = _rules(model), param_tree.flatten(params)
+    chosen: dict[str, list[tuple[str, param_tree.Slot]]] = {}
+    for name, slot in param_tree.slots(param_tree.shapes_of(flat)).items():
+        if only is None or name in only:
+            chosen.setdefault(slot.leaf, []).append((name, slot))
+    for path, places in chosen.items():
+        leaf, stacked = flat[path], places[0][1].layer is not None
+        whole = not stacked or len(places) == leaf.shape[0]
+        values = np.empty(leaf.shape, leaf.dtype) if whole else np.array(leaf)
+        for name, slot in places:
+            values[... if slot.layer is None else slot.layer] = _draw(rules, name, slot.shape, seed)
+        flat[path] = jax.device_put(values, may_alias=True)
+    return param_tree.unflatten(flat)
+
+
+def _draw(rules: Rules, name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    for pattern, draw in rules:
+        if re.fullmatch(pattern, name):
+            number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+            return draw(np.random.default_rng((seed, number)), shape)
+    raise ValueError(f"no initial values are known for {name} {shape}")
+
+
+def _rules(model: nn.Module) -> Rules:
+    config = model.config
+    constants: Rules = (
+        (rf"{_LAYER}(ln_\w+|fc_norm)/scale", _constant(1.0)),
+        (rf"{_LAYER}(ln_\w+|fc_norm)/bias", _constant(0.0)),
+        (rf"{_LAYER}scale_\w+", _constant(config.layer_scale_init)),
+        (rf"{_ATTENTION}/scale", _constant(math.log(10))),
+        (rf"{_ATTENTION}/\w+/bias", _constant(0.0)),
+    )
+    if isinstance(config, VivitConfig):
+        return constants + _scenic(config)
+    values = math.prod(config.tubelet) * config.num_channels
+    torch_default: Rules = (
+        (rf"{_LAYER}patch_embed/(kernel|bias)", _uniform(values**-0.5)),
+        (rf"{_LAYER}(mlp_in|mlp_out|head)/bias", _constant(0.0)),
+    )
+    if isinstance(model, VideoMAEForPreTraining):
+        return constants + torch_default + _pretraining(config.initializer_range)
+    return constants + torch_default + _fine_tuning(config.initializer_range)
+
+
+def _scenic(config: VivitConfig) -> Rules:
+    # Scenic's zeros are of all four projections, which no gradient ever leaves; the model's own are
+    # of the last one.
+    zero: Rules = ((r".*/attention_time/out/kernel", _constant(0.0)),)
+    return (
+        *(zero if config.zero_init_temporal_attention else ()),
+        (rf"{_ATTENTION}/\w+/kernel", _glorot()),
+        (rf"{_LAYER}mlp_(in|out)/kernel", _glorot()),
+        (rf"{_LAYER}mlp_(in|out)/bias", _normal(1e-6)),
+        (rf"{_LAYER}pos_embed", _normal(config.initializer_range)),
+        (rf"{_LAYER}cls", _constant(0.0)),
+        (r"head/(kernel|bias)", _constant(0.0)),
+        (rf"{_LAYER}patch_embed/kernel", _lecun),
+        (rf"{_LAYER}patch_embed/bias", _constant(0.0)),
+    )
+
+
+def _pretraining(std: float) -> Rules:
+    return (
+        (rf"{_ATTENTION}/(query|key|value)/kernel", _glorot(3)),
+        (rf"{_ATTENTION}/out/kernel", _glorot()),
+        (rf"{_LAYER}mlp_(in|out)/kernel", _glorot()),
+        (r"decoder/head/kernel", _glorot()),
+        (r"to_decoder/kernel", lambda rng, shape: _uniform(shape[0] ** -0.5)(rng, shape)),
+        (r"mask_token", _normal(std, cut=1)),
+    )
+
+
+def _fine_tuning(std: float) -> Rules:
+    return (
+        (r"head/kernel", _normal(std * 0.001)),
+        (rf"{_LAYER}\w+/kernel", _normal(std)),
+    )
+
+
+def _constant(value: float | None) -> Draw:
+    return lambda rng, shape: np.full(shape, value, np.float32)
+
+
+def _normal(std: float, cut: float = math.inf) -> Draw:
+    """`cut` is in standard deviations, of which there are fewer in what is left."""
+
+    def draw(rng, shape):
+        values = rng.standard_normal(shape, np.float32)
+        while (beyond := np.abs(values) > cut).any():
+            values[beyond] = rng.standard_normal(int(beyond.sum()), np.float32)
+        return values * np.float32(std)
+
+    return draw
+
+
+def _uniform(bound: float) -> Draw:
+    return lambda rng, shape: (2 * rng.random(shape, np.float32) - 1) * np.float32(bound)
+
+
+def _glorot(times: int = 1) -> Draw:
+    """Uniform up to sqrt(6 / (inputs + outputs)), of a kernel that is `times` as wide."""
+
+    def draw(rng, shape):
+        inputs, outputs = _fans(shape)
+        return _uniform(math.sqrt(6 / (inputs + times * outputs)))(rng, shape)
+
+    return draw
+
+
+def _lecun(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal of variance 1 / inputs after it was cut at two standard deviations."""
+    inputs, _ = _fans(shape)
+    return _normal(inputs**-0.5 / 0.87962566103423978, cut=2)(rng, shape)
+
+
+def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Inputs and outputs of a kernel [..., d], or [d, n, e] into heads."""
+    if len(shape) == 3 and shape[0] == shape[1] * shape[2]:
+        return shape[0], shape[1] * shape[2]
+    return math.prod(shape[:-1]), shape[-1]

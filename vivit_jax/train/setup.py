@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe and a model to the step that is run: what needs no clips and allocates nothing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.transforms.processor import VideoProcessor
+from vivit_jax.models.build import abstract_params
+from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.train.optim import learning_rate, make_optimizer
+from vivit_jax.train.sharding import batch_sharding
+from vivit_jax.train.state import TrainState, state_shapes
+from vivit_jax.train.step import OnMesh, draw_mask, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """All that a run works with and never changes."""
+
+    recipe: Recipe
+    mesh: Mesh
+    model: nn.Module
+    processor: VideoProcessor
+    validation: Dataset | None
+    optimizer: optax.GradientTransformation
+    shapes: TrainState  # with the sharding of each leaf
+    step: OnMesh  # (state, batch) -> (state, values)
+    per_epoch: int
+
+    @property
+    def rows(self) -> int:
+        """Clips of a step."""
+        return self.recipe.train.batch_size * self.recipe.data.repeats
+
+    @property
+    def steps(self) -> int:
+        """Of all epochs."""
+        return self.recipe.train.epochs * self.per_epoch
+
+    @property
+    def last(self) -> int:
+        """The step that the run ends with."""
+        return min(self.steps, self.recipe.train.steps or self.steps)
+
+    @property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A step's batch, with the sharding of its arrays."""
+        config, place = self.model.config, batch_sharding(self.mesh)
+        clips = (self.rows, config.num_frames, *config.frame_size, config.num_channels)
+        shapes = {"clips": jax.ShapeDtypeStruct(clips, np.uint8, sharding=place)}
+        if self.recipe.task == "finetune":
+            heads = len(config.class_splits or (1,))
+            labels = (self.rows,) if heads == 1 else (self.rows, heads)
+            shapes["labels"] = jax.ShapeDtypeStruct(labels, np.int32, sharding=place)
+        return shapes
+
+    @property
+    def token_counts(self) -> tuple[int | None, int | None]:
+        """Tokens of a clip that the encoder sees and that the decoder predicts, None for all."""
+        if self.recipe.task != "pretrain":
+            return None, None
+        mask, grid = self.recipe.mask, self.model.config.grid
+        drawn = jax.eval_shape(lambda: draw_mask(mask, jax.random.key(0), 1, grid))
+        return drawn.visible.shape[1], drawn.predicted.shape[1]
+
+
+def make_setting(
+    recipe: Recipe,
+    mesh: Mesh,
+    model: nn.Module,
+    processor: VideoProcessor,
+    per_epoch: int,
+    validation: Dataset | None = None,
+) -> Setting:
+    """The setting of a run of a model on a mesh, with `per_epoch` steps in an epoch.
+
+    Raises UserError for what does not divide and for a schedule that has no steps.
+    """
+    schedule = learning_rate(
+        recipe.optim,
+        batch_size=recipe.train.batch_size,
+        steps_per_epoch=per_epoch,
+        epochs=recipe.train.epochs,
+    )
+    optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
+    shapes = state_shapes(model, optimizer, mesh, averaged=recipe.optim.ema is not None)
+    step = make_step(model, optimizer, schedule, recipe, processor, mesh, shapes)
+    return Setting(recipe, mesh, model, processor, validation, optimizer, shapes, step, per_epoch)
