@@ -79,13 +79,13 @@ def _setting(family: str, mesh, **config):
     return build(recipe, mesh, **sizes | config)
 
 
-def _read(setting):
+def _read(setup):
     from partitioned import compiled, misplaced
 
     from vivit_jax.train.planning.compiled import read_program
 
-    found = compiled(setting)
-    wrong = misplaced(setting, read_program(found, setting.mesh))
+    found = compiled(setup)
+    wrong = misplaced(setup, read_program(found, setup.mesh))
     return {"wrong": wrong, "peak": found.memory_analysis().peak_memory_in_bytes}
 
 
@@ -102,13 +102,13 @@ def published(topology: str, recipe: str, mesh: dict[str, int], **fields):
 
     from vivit_jax.recipes import recipe_named
     from vivit_jax.train.planning.hardware import parse_topology
-    from vivit_jax.train.planning.plan import planned_setting
+    from vivit_jax.train.planning.plan import planned_setup
 
     recipe = recipe_named(recipe)
     config = dict(recipe.model.config) | {"dtype": "bfloat16"}
     recipe = changed(recipe, model__config=config, **fields)
-    setting = planned_setting(recipe, parse_topology(topology), mesh)
-    return _read(setting) | {"clips": setting.rows}
+    setup = planned_setup(recipe, parse_topology(topology), mesh)
+    return _read(setup) | {"clips": setup.rows}
 
 
 def attention(topology: str, tokens: int):

@@ -15,7 +15,7 @@ from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.train.optim import trained
 from vivit_jax.train.planning.compiled import Collective, Program, read_program
-from vivit_jax.train.setup import Setting, make_setting
+from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import AXES, BATCH, make_mesh
 from vivit_jax.train.step import draw_mask
 from vivit_jax.train.stored_state import flat
@@ -107,20 +107,20 @@ def mesh_of(text: str, devices=None):
     return make_mesh(sizes, devices[: math.prod(sizes.values())])
 
 
-def build(recipe: Recipe, mesh, **config) -> Setting:
-    """The recipe's setting on a mesh, with fields of the model's configuration changed."""
+def build(recipe: Recipe, mesh, **config) -> TrainSetup:
+    """The recipe's setup on a mesh, with fields of the model's configuration changed."""
     recipe = changed(recipe, model__config=dict(recipe.model.config) | config)
     model = build_model(model_config(recipe), HEADS[recipe.task])
-    return make_setting(recipe, mesh, model, PROCESSOR, per_epoch=2)
+    return make_setup(recipe, mesh, model, PROCESSOR, per_epoch=2)
 
 
-def compiled(setting: Setting) -> jax.stages.Compiled:
+def compiled(setup: TrainSetup) -> jax.stages.Compiled:
     """The real step, not run."""
-    return setting.step.lower(setting.shapes, setting.batch_shapes).compile()
+    return setup.step.lower(setup.shapes, setup.batch_shapes).compile()
 
 
-def program_of(setting: Setting) -> Program:
-    return read_program(compiled(setting), setting.mesh)
+def program_of(setup: TrainSetup) -> Program:
+    return read_program(compiled(setup), setup.mesh)
 
 
 # What may move
@@ -144,7 +144,7 @@ class Row:
         return found.kind in self.kinds and found.axes in self.axes and small
 
 
-def table(setting: Setting) -> list[Row]:
+def table(setup: TrainSetup) -> list[Row]:
     """What moves between the devices of a step, in bytes; nothing else may.
 
     Along data and fsdp: the gradients, once for each part of a batch. Along fsdp: the parameters
@@ -154,16 +154,16 @@ def table(setting: Setting) -> list[Row]:
 
     On CPU and TPU; on GPU queries, keys and values are one product.
     """
-    sizes = dict(setting.mesh.shape)
-    parts, params = setting.recipe.train.accumulate, flat(setting.shapes.params)
+    sizes = dict(setup.mesh.shape)
+    parts, params = setup.recipe.train.accumulate, flat(setup.shapes.params)
     along = lambda *names: tuple(name for name in names if sizes[name] > 1)  # noqa: E731
     held = lambda leaf, axis: sizes[axis] if axis in leaf.sharding.spec else 1  # noqa: E731
     # What a device has of a parameter as it is used, once fsdp's parts are together.
-    used = flat(jax.eval_shape(_used(setting), setting.shapes.params))
+    used = flat(jax.eval_shape(_used(setup), setup.shapes.params))
     size = lambda path: params[path].size * used[path].dtype.itemsize  # noqa: E731
     whole = {path: size(path) // held(leaf, "tensor") for path, leaf in params.items()}
     fsdp = [path for path, leaf in params.items() if held(leaf, "fsdp") > 1]
-    learns = flat(trained(setting.recipe.optim, setting.shapes.params))
+    learns = flat(trained(setup.recipe.optim, setup.shapes.params))
     learning = [path for path in params if np.any(learns[path])]
     gradients = sum(whole[path] for path in learning)
     if along("data"):  # those that fsdp splits are added up along data after it, a part of each
@@ -174,9 +174,9 @@ def table(setting: Setting) -> list[Row]:
     layers = {path: params[path].shape[0] if "layers/" in path else 1 for path in fsdp}
     batch_axes = tuple(filter(None, (along(*names) for names in (BATCH, ("data",), ("fsdp",)))))
     exact = not along("fsdp")
-    config = setting.model.config
+    config = setup.model.config
     frames = config.grid[0] if getattr(config, "spatial_only", None) is not None else 1
-    pooled = _rows(setting) * frames * config.hidden_size * 4
+    pooled = _rows(setup) * frames * config.hidden_size * 4
     rows = [
         Row(
             "gradients",
@@ -198,8 +198,8 @@ def table(setting: Setting) -> list[Row]:
             "activations",
             ("all-reduce",),
             (along("tensor"),),
-            activations(setting),
-            activations(setting) + SCALARS,
+            activations(setup),
+            activations(setup) + SCALARS,
         ),
     ]
     everywhere = tuple(tuple(a for i, a in enumerate(AXES) if n >> i & 1) for n in range(1, 8))
@@ -218,21 +218,21 @@ def table(setting: Setting) -> list[Row]:
     return rows
 
 
-def activations(setting: Setting) -> int:
+def activations(setup: TrainSetup) -> int:
     """Bytes that are added up along tensor: each block's after its projections, and backwards.
 
     Forward that is once for every attention and MLP. Backwards it is once for the MLP, and once for
     an attention's queries, keys and values, of which XLA on CPU adds up each by itself where fsdp
     does not split their kernels: products of such add up their gradients before.
     """
-    if setting.mesh.shape["tensor"] == 1:
+    if setup.mesh.shape["tensor"] == 1:
         return 0
-    config, recipe = setting.model.config, setting.recipe
-    rows = _rows(setting) * recipe.train.accumulate
+    config, recipe = setup.model.config, setup.recipe
+    rows = _rows(setup) * recipe.train.accumulate
 
     # Forward they are added to the residual before they are rounded.
     backward = np.dtype(config.dtype).itemsize
-    together = _place(setting) == "tpu" or setting.mesh.shape["fsdp"] > 1
+    together = _place(setup) == "tpu" or setup.mesh.shape["fsdp"] > 1
     products = 1 if together else 3
 
     def blocks(tokens: int, width: int, layers: int, attentions: int = 1, read: bool = False):
@@ -242,7 +242,7 @@ def activations(setting: Setting) -> int:
         if read:
             keys = 2 * tokens if products == 3 else tokens
             # The one query is added up by itself, but where all are products of the partitioner's.
-            query = 1 if products == 3 or setting.mesh.shape["fsdp"] > 1 else 0
+            query = 1 if products == 3 or setup.mesh.shape["fsdp"] > 1 else 0
             values += 4 * 2 + backward * (1 + query + keys)
         return rows * width * values
 
@@ -264,9 +264,9 @@ def activations(setting: Setting) -> int:
     return blocks(t * h * w + cls, width, layers, attentions, read=cls)
 
 
-def misplaced(setting: Setting, program: Program) -> list[str]:
+def misplaced(setup: TrainSetup, program: Program) -> list[str]:
     """What of the program's collectives is not as the table says, a line each."""
-    rows = table(setting)
+    rows = table(setup)
     total, wrong = dict.fromkeys((row.what for row in rows), 0), []
     for found in program.collectives:
         row = next((row for row in rows if row.holds(found)), None)
@@ -282,16 +282,16 @@ def misplaced(setting: Setting, program: Program) -> list[str]:
     return wrong
 
 
-def _used(setting: Setting):
-    return lambda params: projections_in(params, setting.model.config.dtype)
+def _used(setup: TrainSetup):
+    return lambda params: projections_in(params, setup.model.config.dtype)
 
 
-def _place(setting: Setting) -> str:
-    return setting.mesh.devices.flat[0].platform
+def _place(setup: TrainSetup) -> str:
+    return setup.mesh.devices.flat[0].platform
 
 
-def _rows(setting: Setting) -> int:
+def _rows(setup: TrainSetup) -> int:
     """Clips of a part on a device."""
-    sizes = setting.mesh.shape
+    sizes = setup.mesh.shape
     shards = math.prod(sizes[axis] for axis in BATCH)
-    return setting.recipe.train.batch_size // setting.recipe.train.accumulate // shards
+    return setup.recipe.train.batch_size // setup.recipe.train.accumulate // shards

@@ -48,8 +48,8 @@ QUICK = [
 
 @pytest.mark.parametrize(("family", "mesh", "backend"), mostly_slow(CASES, *QUICK))
 def test_what_moves_between_devices(family, mesh, backend):
-    setting = build(FAMILIES[family], mesh_of(mesh), attention=backend)
-    wrong = misplaced(setting, program_of(setting))
+    setup = build(FAMILIES[family], mesh_of(mesh), attention=backend)
+    wrong = misplaced(setup, program_of(setup))
     assert not wrong, "\n".join(wrong)
 
 
@@ -86,15 +86,15 @@ def _rounds(program):
     }
 
 
-def first_state(setting):
-    params, averaged = fresh_params(setting.model, 0), setting.recipe.optim.ema is not None
-    state = new_state(params, setting.optimizer, averaged=averaged)
-    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, setting.shapes))
+def first_state(setup):
+    params, averaged = fresh_params(setup.model, 0), setup.recipe.optim.ema is not None
+    state = new_state(params, setup.optimizer, averaged=averaged)
+    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, setup.shapes))
 
 
-def some_batch(setting):
+def some_batch(setup):
     rng = np.random.default_rng(0)
-    shapes = setting.batch_shapes
+    shapes = setup.batch_shapes
     batch = {k: rng.integers(0, 4, x.shape).astype(x.dtype) for k, x in shapes.items()}
     return jax.device_put(batch, {k: x.sharding for k, x in shapes.items()})
 
@@ -116,15 +116,15 @@ LONG_CLIPS = dict(
 def test_eight_devices_take_no_longer_than_one(mesh):
     """For the same work on the same cores, each step after one on one device."""
     recipe = changed(FAMILIES["videomae finetune"], train__batch_size=8)
-    settings = [build(recipe, mesh_of(m), **LONG_CLIPS) for m in ("data=1", mesh)]
-    states = [first_state(setting) for setting in settings]
+    setups = [build(recipe, mesh_of(m), **LONG_CLIPS) for m in ("data=1", mesh)]
+    states = [first_state(setup) for setup in setups]
     laps = [[], []]
     with jax.default_matmul_precision("default"):  # as users compute
         for _ in range(13):  # the first of them compiles
-            for i, setting in enumerate(settings):
-                batch = some_batch(setting)
+            for i, setup in enumerate(setups):
+                batch = some_batch(setup)
                 start = time.perf_counter(), time.process_time()
-                states[i], _ = jax.block_until_ready(setting.step(states[i], batch))
+                states[i], _ = jax.block_until_ready(setup.step(states[i], batch))
                 laps[i].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     (alone, work), (together, of_all) = (np.min(each[1:], axis=0) for each in laps)
     print(

@@ -33,7 +33,7 @@ from vivit_jax.train.planning.plan import (
     kernel_seconds,
     link_bandwidth,
     plan,
-    planned_setting,
+    planned_setup,
     training_videos,
 )
 from vivit_jax.train.planning.plan_text import describe, ranking
@@ -285,9 +285,9 @@ def test_a_plan_is_of_the_step_that_trains(mesh, on_cpu):
     assert found.topology.hosts == 1 and found.peak and found.temporaries
     assert "HloModule" in found.text
     assert json.loads(json.dumps(found.to_dict()))["mesh"] == sizes
-    setting = planned_setting(PRETRAIN, topology, sizes, 160)
-    assert setting.per_epoch == 10
-    least = least_memory(setting)
+    setup = planned_setup(PRETRAIN, topology, sizes, 160)
+    assert setup.per_epoch == 10
+    least = least_memory(setup)
     assert least["gradients"] == found.parameters and least["batch"] == 2 * 4 * 16 * 16 * 3 * 2 ** (
         0 if mesh == "data=8" else 1
     )
@@ -327,15 +327,15 @@ def test_sizes_are_checked_before_there_are_devices(slices, mesh, message, monke
     monkeypatch.setattr(plan_module, "compile_only_devices", never)
     topology = parse_topology("v5e:2x2", slices)
     with pytest.raises(UserError, match=message):
-        planned_setting(PRETRAIN, topology, parse_mesh(mesh, topology.count))
+        planned_setup(PRETRAIN, topology, parse_mesh(mesh, topology.count))
 
 
 def test_too_little_memory_is_told_before_compiling(on_cpu, monkeypatch):
     def never():
         raise AssertionError("it would be compiled")
 
-    setting = planned_setting(PRETRAIN, parse_topology("h100:8"), parse_mesh("data=8", 8), 100)
-    held = sum(least_memory(setting).values())
+    setup = planned_setup(PRETRAIN, parse_topology("h100:8"), parse_mesh("data=8", 8), 100)
+    held = sum(least_memory(setup).values())
     for memory, expected in (
         (held // 2, r"--mesh fsdp=8, which leaves 0\.\d MiB of state a device"),
         (held // 64, "more than [0-9]+ chips along fsdp"),
@@ -382,8 +382,8 @@ def test_what_meshes_send(clips, on_cpu):
         "tensor=2": 4 * 4 * clips * (encoder + decoder),
     }
     for mesh, size in expected.items():
-        setting = planned_setting(recipe, topology, parse_mesh(mesh, 2), 10**4)
-        found = sent(setting)
+        setup = planned_setup(recipe, topology, parse_mesh(mesh, 2), 10**4)
+        found = sent(setup)
         assert found.pop(mesh.split("=")[0]) == pytest.approx(size), mesh
         assert set(found.values()) == {0}
 
@@ -394,7 +394,7 @@ def test_the_cheapest_meshes_come_first(on_cpu):
     for clips, expected in ((8, "tensor=2"), (1024, "fsdp=2")):
         recipe = changed(PRETRAIN, train__batch_size=clips)
         meshes, _ = sensible_meshes(recipe, topology, 10**4)
-        costs = [cost(planned_setting(recipe, topology, s, 10**4), topology) for s in meshes]
+        costs = [cost(planned_setup(recipe, topology, s, 10**4), topology) for s in meshes]
         assert mesh_text(meshes[0]) == expected and costs == sorted(costs)
 
 
@@ -461,11 +461,11 @@ def test_what_would_fit_leaves_the_state_as_it_is(on_cpu):
     """With half the batch a step of twice the memory would not fit, for its state is no smaller."""
     recipe = changed(PRETRAIN, train__batch_size=64)
     topology = parse_topology("h100:8")
-    setting = planned_setting(recipe, topology, parse_mesh("data=8", 8), 100)
+    setup = planned_setup(recipe, topology, parse_mesh("data=8", 8), 100)
     said = "RESOURCE_EXHAUSTED: Used 2.00M of 1.00M hbm"
-    told = str(refused(jax.errors.JaxRuntimeError(said), setting, topology))
+    told = str(refused(jax.errors.JaxRuntimeError(said), setup, topology))
     parts, clips = (int(re.search(rf"{name}=(\d+)", told)[1]) for name in ("late", "batch_size"))
-    least = least_memory(setting)
+    least = least_memory(setup)
     held = least["state"] + least["gradients"]
     for fixed, rest in ((held, clips / 64), (held + least["batch"], 1 / parts)):
         assert fixed + (2 * 2**20 - fixed) * rest <= 2**20
@@ -536,19 +536,19 @@ def test_a_plan_for_gpus():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_planned_up_to_the_compiler(name, on_cpu):
-    setting = planned_setting(recipe_named(name), parse_topology("h100:4"), parse_mesh("fsdp=4", 4))
-    clips = setting.batch_shapes["clips"]
-    assert clips.shape[0] == setting.rows and clips.sharding.shard_shape(clips.shape)[0] * 4 == (
-        setting.rows
+    setup = planned_setup(recipe_named(name), parse_topology("h100:4"), parse_mesh("fsdp=4", 4))
+    clips = setup.batch_shapes["clips"]
+    assert clips.shape[0] == setup.rows and clips.sharding.shard_shape(clips.shape)[0] * 4 == (
+        setup.rows
     )
-    least = least_memory(setting)
+    least = least_memory(setup)
     assert min(least.values()) > 0
-    seen, predicted = setting.token_counts
-    assert (seen is None) == (setting.recipe.task == "finetune")
-    assert seen is None or seen + predicted <= setting.model.config.num_tokens
+    seen, predicted = setup.token_counts
+    assert (seen is None) == (setup.recipe.task == "finetune")
+    assert seen is None or seen + predicted <= setup.model.config.num_tokens
 
 
 def test_a_mesh_of_a_topology(on_cpu):
-    setting = planned_setting(FINETUNE, parse_topology("h100:4"), parse_mesh("fsdp=4", 4), 100)
-    assert setting.mesh == make_mesh(parse_mesh("fsdp=4", 4), jax.devices()[:4])
-    assert setting.batch_shapes["labels"].shape == (16,)
+    setup = planned_setup(FINETUNE, parse_topology("h100:4"), parse_mesh("fsdp=4", 4), 100)
+    assert setup.mesh == make_mesh(parse_mesh("fsdp=4", 4), jax.devices()[:4])
+    assert setup.batch_shapes["labels"].shape == (16,)

@@ -468,12 +468,12 @@ def clips(tmp_path_factory):
 
 
 def prepared(recipe, *settings):
-    """The setting of a run, before its first step, and what it starts from."""
+    """The setup of a run, before its first step, and what it starts from."""
     mesh = make_mesh(parse_mesh("data=1", 1))
     recipe = apply_settings(recipe, settings)
-    setting, batches, start = loop._prepare(recipe, mesh, None)
+    setup, batches, start = loop._prepare(recipe, mesh, None)
     batches.close()
-    return setting, start
+    return setup, start
 
 
 def data_recipe(clips, which, start=None):
@@ -490,8 +490,8 @@ def test_a_number_of_classes_that_folders_contradict_is_an_error(clips, small):
         message = str(caught.value)
         assert "model.config.num_labels is 3" in message and str(clips / "folders") in message
         assert "4 classes (blue, green, red, white)" in message and "\n" not in message
-        setting, _ = prepared(recipe, "model.config.num_labels=4")
-        assert setting.model.config.labels == NAMES
+        setup, _ = prepared(recipe, "model.config.num_labels=4")
+        assert setup.model.config.labels == NAMES
         # What a recipe says by itself of its data set is no such claim.
         three = changed(recipe, model__config=recipe.model.config | dict(num_labels=3))
         assert prepared(three)[0].model.config.labels == NAMES
@@ -501,15 +501,15 @@ def test_names_that_folders_contradict_are_an_error(clips):
     recipe = data_recipe(clips, "folders")
     with pytest.raises(UserError, match="none of the model's classes: white"):
         prepared(recipe, "model.config.id2label=red,blue,green,black")
-    setting, _ = prepared(recipe, "model.config.id2label=red,blue,green,white")
-    assert setting.model.config.labels == ("red", "blue", "green", "white")
+    setup, _ = prepared(recipe, "model.config.id2label=red,blue,green,white")
+    assert setup.model.config.labels == ("red", "blue", "green", "white")
 
 
 def test_numbers_make_as_many_classes_as_they_go_up_to(clips, small):
     for start in (None, small(square(16))):
         recipe = data_recipe(clips, "list.txt", start)
-        setting, found = prepared(recipe)
-        assert setting.model.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+        setup, found = prepared(recipe)
+        assert setup.model.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
         assert found.params["head"]["kernel"].shape == (16, 3)
         assert ("--set model.classes=checkpoint" in found.report) == (start is not None)
         more, _ = prepared(recipe, "model.config.num_labels=9")
@@ -537,8 +537,8 @@ def test_the_checkpoints_classes_are_kept_by_choice(clips, small):
     directory = small(square(16))
     _, theirs = vivit_jax.from_pretrained(directory)
     for which in ("list.txt", "folders"):
-        setting, found = prepared(data_recipe(clips, which, directory), "model.classes=checkpoint")
-        assert setting.model.config.labels == NAMES
+        setup, found = prepared(data_recipe(clips, which, directory), "model.classes=checkpoint")
+        assert setup.model.config.labels == NAMES
         np.testing.assert_array_equal(found.params["head"]["kernel"], theirs["head"]["kernel"])
     for settings, message in (
         (["model.config.num_labels=3"], "num_labels is 3, but model.classes 'checkpoint' keeps"),

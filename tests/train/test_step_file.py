@@ -24,7 +24,7 @@ from vivit_jax.inference import export_step as file_module
 from vivit_jax.inference.export_step import export_step, load_step
 from vivit_jax.models.build import fresh_params
 from vivit_jax.train.initial_model import planned_model
-from vivit_jax.train.setup import make_setting
+from vivit_jax.train.setup import make_setup
 from vivit_jax.train.sharding import batch_sharding, make_mesh
 from vivit_jax.train.state import new_state
 from vivit_jax.train.stored_state import flat
@@ -72,26 +72,26 @@ CASES = {
 
 
 @functools.cache
-def setting_of(name):
+def setup_of(name):
     """Compiled once for all tests."""
     recipe, sizes = CASES[name]
     mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    return make_setting(recipe, mesh, planned_model(recipe)[0], PROCESSOR, per_epoch=2)
+    return make_setup(recipe, mesh, planned_model(recipe)[0], PROCESSOR, per_epoch=2)
 
 
 def first_state(name):
-    setting = setting_of(name)
-    params, averaged = fresh_params(setting.model, 0), setting.recipe.optim.ema is not None
-    state = new_state(params, setting.optimizer, averaged=averaged)
-    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, setting.shapes))
+    setup = setup_of(name)
+    params, averaged = fresh_params(setup.model, 0), setup.recipe.optim.ema is not None
+    state = new_state(params, setup.optimizer, averaged=averaged)
+    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, setup.shapes))
 
 
 def steps_here(name, steps=STEPS):
     """The state and the values after the steps, in this process."""
-    setting, state = setting_of(name), first_state(name)
-    for batch in batches(setting.recipe, steps):
-        batch = jax.device_put(batch, batch_sharding(setting.mesh))
-        state, values = jax.block_until_ready(setting.step(state, batch))
+    setup, state = setup_of(name), first_state(name)
+    for batch in batches(setup.recipe, steps):
+        batch = jax.device_put(batch, batch_sharding(setup.mesh))
+        state, values = jax.block_until_ready(setup.step(state, batch))
     return state, values
 
 
@@ -101,7 +101,7 @@ def as_numpy(tree):
 
 def written(directory, name, **options):
     path = directory / "step.stablehlo"
-    export_step(setting_of(name), path, **options)
+    export_step(setup_of(name), path, **options)
     return path
 
 
@@ -133,16 +133,16 @@ def test_a_process_without_this_library_takes_the_same_steps(name, tmp_path):
 
 def test_a_state_of_any_kind_is_taken_and_donated(tmp_path):
     """A TrainState comes back as one, NumPy's arrays by path as a dict; both from the mesh."""
-    setting, step = setting_of("mesh"), load_step(written(tmp_path, "mesh"))
+    setup, step = setup_of("mesh"), load_step(written(tmp_path, "mesh"))
     assert step.platforms == ("cpu", "cuda", "tpu")
     assert dict(step.mesh.shape) == dict(data=2, fsdp=2, tensor=2)
     places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
-    assert places(step.state) == places(flat(setting.shapes))
-    state, batch = first_state("mesh"), next(batches(setting.recipe))
+    assert places(step.state) == places(flat(setup.shapes))
+    state, batch = first_state("mesh"), next(batches(setup.recipe))
     arrays = as_numpy(first_state("mesh"))  # views, of which nothing can be donated
     new, values = jax.block_until_ready(step(state, batch))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert places(new) == places(setting.shapes)
+    assert places(new) == places(setup.shapes)
     by_path, again = jax.block_until_ready(step(arrays, batch))
     expected, told = steps_here("mesh", steps=1)
     assert float(values["loss"]) == float(again["loss"]) == float(told["loss"])

@@ -12,29 +12,29 @@ from tiny_recipes import FINETUNE, changed
 
 from vivit_jax.recipes import recipe_named
 from vivit_jax.train.initial_model import planned_model
-from vivit_jax.train.setup import make_setting
+from vivit_jax.train.setup import make_setup
 from vivit_jax.train.sharding import AXES, make_mesh
 from vivit_jax.train.step import gradient_norm
 
 COPIED = re.compile(r" copy\(%state_(optimizer|average)")
 
 
-def setting_of(recipe):
+def setup_of(recipe):
     model, preprocessing = planned_model(recipe)
     mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
-    return make_setting(recipe, mesh, model, preprocessing.processor, 8)
+    return make_setup(recipe, mesh, model, preprocessing.processor, 8)
 
 
-def compiled(setting):
+def compiled(setup):
     with jax.default_matmul_precision("default"):  # as users compute
-        return setting.step.lower(setting.shapes, setting.batch_shapes).compile()
+        return setup.step.lower(setup.shapes, setup.batch_shapes).compile()
 
 
 @pytest.fixture(scope="module")
 def demo():
     """The demo's pre-training step: the parameters' leaves and the program's text."""
-    setting = setting_of(recipe_named("demo-pretrain"))
-    return jax.tree.leaves(setting.shapes.params), compiled(setting).as_text()
+    setup = setup_of(recipe_named("demo-pretrain"))
+    return jax.tree.leaves(setup.shapes.params), compiled(setup).as_text()
 
 
 def kernels(text, of=""):
@@ -58,7 +58,7 @@ def test_the_update_is_one_kernel_for_each_array_of_the_state(demo):
 @pytest.mark.parametrize("change", [{}, {"optim__algorithm": "sgd", "optim__ema": None}])
 def test_a_clipped_and_averaged_step_copies_nothing_either(change):
     """The norm that clips is the one the step reports: none is taken again in the branch."""
-    text = compiled(setting_of(changed(FINETUNE, **change))).as_text()
+    text = compiled(setup_of(changed(FINETUNE, **change))).as_text()
     assert not COPIED.search(text)
     assert not kernels(text, "cond/branch_1_fun/reduce_sum")
 
@@ -80,9 +80,9 @@ def test_the_demos_step_compiles_in_seconds():
     seconds = []
     for _ in range(3):
         jax.clear_caches()
-        setting = setting_of(recipe_named("demo-pretrain"))
+        setup = setup_of(recipe_named("demo-pretrain"))
         with jax.default_matmul_precision("default"):  # as users compute
-            lowered = setting.step.lower(setting.shapes, setting.batch_shapes)
+            lowered = setup.step.lower(setup.shapes, setup.batch_shapes)
         start = time.perf_counter()
         lowered.compile()
         seconds.append(time.perf_counter() - start)

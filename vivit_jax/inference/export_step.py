@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from vivit_jax.errors import CheckpointError, UserError, first_line
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.inference.export import PLATFORMS, check_extra, check_platforms, traced_for
-from vivit_jax.train.setup import Setting
+from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import AXES, make_mesh, mesh_text, replicated
 from vivit_jax.train.step import jit_step
 from vivit_jax.train.stored_state import flat
@@ -43,9 +43,9 @@ _SHOWN = 5  # names in a message
 
 
 def export_step(
-    setting: Setting, path: str | Path, *, platforms: Sequence[str] = PLATFORMS
+    setup: TrainSetup, path: str | Path, *, platforms: Sequence[str] = PLATFORMS
 ) -> None:
-    """Write the step of a setting, see `vivit_jax.train.setup`, for the setting's mesh.
+    """Write the step of a setup, see `vivit_jax.train.setup`, for the setup's mesh.
 
     Nothing is run or compiled, and the mesh may be of devices that are not there. Whoever reads the
     file needs jax and flatbuffers:
@@ -57,23 +57,23 @@ def export_step(
     """
     check_extra("exporting a training step")
     check_platforms(platforms)
-    tree, states = jax.tree.structure(setting.shapes), flat(setting.shapes)
+    tree, states = jax.tree.structure(setup.shapes), flat(setup.shapes)
     paths = list(states)
 
     def training_step(state, batch):
         state = jax.tree.unflatten(tree, [state[path] for path in paths])
-        new, values = setting.step.function(state, batch)
+        new, values = setup.step.function(state, batch)
         return flat(new), values
 
-    out = {path: leaf.sharding for path, leaf in states.items()}, replicated(setting.mesh)
-    place = setting.mesh.devices.flat[0].platform
+    out = {path: leaf.sharding for path, leaf in states.items()}, replicated(setup.mesh)
+    place = setup.mesh.devices.flat[0].platform
     own = [_EXPORTED_AS.get(place, place)] == list(platforms)
-    with traced_for(place if own else "cpu"), setting.step.here():
+    with traced_for(place if own else "cpu"), setup.step.here():
         exported = jax.export.export(
             jax.jit(training_step, donate_argnums=0, out_shardings=out),
             platforms=tuple(platforms),
             disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(name) for name in _CUDNN],
-        )(states, setting.batch_shapes)
+        )(states, setup.batch_shapes)
     program = exported.serialize()
     with whole_file(Path(path)) as partial:
         partial.write_bytes(program)

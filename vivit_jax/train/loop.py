@@ -36,7 +36,7 @@ from vivit_jax.train.metrics import leading_name
 from vivit_jax.train.preprocessing import described_preprocessing
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory
-from vivit_jax.train.setup import Setting, make_setting
+from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import (
     batch_sharding,
     bytes_on_a_device,
@@ -95,17 +95,17 @@ def train(
             checkpoints.check_step(resume_step)
         going_on = resume and checkpoints.latest() is not None
         model_file = run.model_file if going_on else None
-        setting, batches, start = _prepare(recipe, make_mesh(sizes), model_file)
+        setup, batches, start = _prepare(recipe, make_mesh(sizes), model_file)
         enter(batches)
         if start is not None:
-            state, taken = _first_state(setting, start.params), 0
+            state, taken = _first_state(setup, start.params), 0
         else:
-            state, data, taken = checkpoints.restore(setting.shapes, resume_step)
+            state, data, taken = checkpoints.restore(setup.shapes, resume_step)
             checkpoints.rewind(taken)
             # A process more than there were is told so by the batches.
             batches.restore(data.get(str(jax.process_index()), data["0"]))
         run.begin(None if start is None else description(start, recipe.task))
-        progress = enter(Progress(setting.last, taken, setting.rows, enabled=first_process))
+        progress = enter(Progress(setup.last, taken, setup.rows, enabled=first_process))
         log = enter(
             MetricLog(
                 run.path,
@@ -115,8 +115,8 @@ def train(
             )
         )
         if first_process:
-            say(_summary(setting, batches, run, taken))
-        stopped, metrics = _steps(setting, state, taken, batches, run, checkpoints, log, progress)
+            say(_summary(setup, batches, run, taken))
+        stopped, metrics = _steps(setup, state, taken, batches, run, checkpoints, log, progress)
         checkpoints.wait()
         best = checkpoints.best()
         step = checkpoints.latest()
@@ -126,13 +126,13 @@ def train(
             say(f"left out, as they could not be read: {bad}; {run.path / BAD_CLIPS} says why")
         write_report(run.path)
     model = run.path / "models" / str(step if best is None else best)
-    return Outcome(step, setting.steps, stopped, model, metrics)
+    return Outcome(step, setup.steps, stopped, model, metrics)
 
 
 def _prepare(
     recipe: Recipe, mesh: Mesh, model_file: Path | None
-) -> tuple[Setting, Batches, Start | None]:
-    """The setting, the batches, and what a run starts from, None for one that goes on.
+) -> tuple[TrainSetup, Batches, Start | None]:
+    """The setup, the batches, and what a run starts from, None for one that goes on.
 
     `model_file` describes the model of a run that goes on. Writes nothing.
     """
@@ -177,8 +177,8 @@ def _prepare(
         labelled=finetune,
     )
     per_epoch = batches.order.steps_per_epoch
-    setting = make_setting(recipe, mesh, model, processor, per_epoch, validation)
-    return setting, batches, start
+    setup = make_setup(recipe, mesh, model, processor, per_epoch, validation)
+    return setup, batches, start
 
 
 def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
@@ -194,7 +194,7 @@ def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
 
 
 def _steps(
-    setting: Setting,
+    setup: TrainSetup,
     state: TrainState,
     taken: int,
     batches: Batches,
@@ -204,7 +204,7 @@ def _steps(
     progress: Progress,
 ) -> tuple[str | None, dict[str, float]]:
     """Take the steps after `taken`; what stopped them early, and the last validation's metrics."""
-    recipe, per_epoch, last = setting.recipe, setting.per_epoch, setting.last
+    recipe, per_epoch, last = setup.recipe, setup.per_epoch, setup.last
     clock, metrics, unreadable = _Clock(), {}, None
     position = batches.state()
 
@@ -213,7 +213,7 @@ def _steps(
         params = _whole(state.params if state.average is None else state.average)
         if jax.process_index():
             return None
-        return lambda path: save_pretrained(path, setting.model, params, setting.processor)
+        return lambda path: save_pretrained(path, setup.model, params, setup.processor)
 
     def save(scores: dict[str, float] | None = None) -> None:
         data = _of_all_processes(position)
@@ -223,7 +223,7 @@ def _steps(
     def tell(step: int, values: dict[str, jax.Array]) -> None:
         numbers = {name: float(value) for name, value in values.items()}
         (seconds, waited), bad = clock.lap(), int(numbers.pop("bad_steps"))
-        rate = dict(clips_per_second=setting.rows / seconds, wait_share=waited / seconds)
+        rate = dict(clips_per_second=setup.rows / seconds, wait_share=waited / seconds)
         log.write("train", step, numbers | rate)
         progress.update(
             step, loss=numbers["loss"], lr=numbers["lr"], wait_seconds=waited, seconds=seconds
@@ -260,7 +260,7 @@ def _steps(
                     why = next(iter(batches.bad.values()))
                     progress.say(f"left out, as every clip that cannot be read will be: {why}")
                 stopped = _agreed(received, failed)
-                state, values = setting.step(state, _placed(batch, setting.mesh))
+                state, values = setup.step(state, _placed(batch, setup.mesh))
                 taken, position = taken + 1, batches.state()
                 # One step behind, so that the device has its next step before one is reported.
                 told, untold = untold, (taken, values)
@@ -270,7 +270,7 @@ def _steps(
                 epoch, within = divmod(taken, per_epoch)
                 ended = taken == last or stopped is not None
                 due = taken % (recipe.train.checkpoint_every or per_epoch) == 0
-                validate = setting.validation is not None and (
+                validate = setup.validation is not None and (
                     taken == last or (not within and epoch % recipe.train.evaluate_every == 0)
                 )
                 if not (ended or due or validate):
@@ -280,8 +280,8 @@ def _steps(
                 with clock.paused():
                     scores = None
                     if validate:
-                        metrics, unreadable = _validate(setting, state)
-                        scores = _scored(setting, metrics)
+                        metrics, unreadable = _validate(setup, state)
+                        scores = _scored(setup, metrics)
                         log.write("evaluate", taken, metrics)
                         text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
                         progress.say(f"step {taken}, after {taken / per_epoch:g} epochs: {text}")
@@ -302,58 +302,57 @@ def _steps(
     return stopped if taken < last else None, metrics
 
 
-def _first_state(setting: Setting, params: Any) -> TrainState:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, setting.shapes)
-    averaged = setting.recipe.optim.ema is not None
+def _first_state(setup: TrainSetup, params: Any) -> TrainState:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.shapes)
+    averaged = setup.recipe.optim.ema is not None
     place = jax.jit(
-        lambda params: new_state(params, setting.optimizer, averaged=averaged),
+        lambda params: new_state(params, setup.optimizer, averaged=averaged),
         out_shardings=shardings,
     )
     return place(jax.device_put(params, shardings.params))
 
 
-def _summary(setting: Setting, batches: Batches, run: RunDirectory, taken: int) -> str:
-    if taken >= setting.last:
+def _summary(setup: TrainSetup, batches: Batches, run: RunDirectory, taken: int) -> str:
+    if taken >= setup.last:
         return (
-            f"{run.path}: step {taken} is taken and the run ends with step {setting.last} of "
-            f"{setting.steps}; nothing is left to do"
+            f"{run.path}: step {taken} is taken and the run ends with step {setup.last} of "
+            f"{setup.steps}; nothing is left to do"
         )
     params, kept = (
-        bytes_on_a_device(tree) / 2**20
-        for tree in (setting.shapes.params, setting.shapes.optimizer)
+        bytes_on_a_device(tree) / 2**20 for tree in (setup.shapes.params, setup.shapes.optimizer)
     )
     clips = f"{len(batches.order.dataset)} clips"
-    if setting.recipe.task == "finetune":  # as many classes as folders name, whatever recipes say
-        clips += f" of {setting.model.config.num_labels} classes"
+    if setup.recipe.task == "finetune":  # as many classes as folders name, whatever recipes say
+        clips += f" of {setup.model.config.num_labels} classes"
     return (
-        f"{type(setting.model).__name__}, {clips}, "
-        f"{setting.per_epoch} steps an epoch, steps {taken + 1} to {setting.last} of "
-        f"{setting.steps}; mesh {mesh_text(setting.mesh.shape)}; on each device {params:.1f} MiB "
+        f"{type(setup.model).__name__}, {clips}, "
+        f"{setup.per_epoch} steps an epoch, steps {taken + 1} to {setup.last} of "
+        f"{setup.steps}; mesh {mesh_text(setup.mesh.shape)}; on each device {params:.1f} MiB "
         f"of parameters and {kept:.1f} MiB of optimiser state"
     )
 
 
-def _validate(setting: Setting, state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
+def _validate(setup: TrainSetup, state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics, and which clips could not be read: path -> why."""
-    recipe = setting.recipe
+    recipe = setup.recipe
     params = state.params if state.average is None else state.average
     one = dataclasses.replace(recipe.evaluation, clips=1, crops=1)
-    if setting.model.config.class_splits is not None:
+    if setup.model.config.class_splits is not None:
         one = dataclasses.replace(one, average="logits")
-    common = dict(mesh=setting.mesh, threads=recipe.data.threads)
-    what = (setting.model, params, setting.validation, one)
+    common = dict(mesh=setup.mesh, threads=recipe.data.threads)
+    what = (setup.model, params, setup.validation, one)
     if recipe.task == "pretrain":
-        found = evaluate_reconstruction(*what, recipe.mask, setting.processor, **common)
+        found = evaluate_reconstruction(*what, recipe.mask, setup.processor, **common)
     else:
-        found = evaluate(*what, setting.processor, **common)
-    return found.metrics, unreadable_clips(setting.validation, found)
+        found = evaluate(*what, setup.processor, **common)
+    return found.metrics, unreadable_clips(setup.validation, found)
 
 
-def _scored(setting: Setting, metrics: dict[str, float]) -> dict[str, float]:
+def _scored(setup: TrainSetup, metrics: dict[str, float]) -> dict[str, float]:
     """The metrics with the one by which checkpoints are compared."""
-    if setting.recipe.task == "pretrain":
+    if setup.recipe.task == "pretrain":
         return metrics | {"score": -metrics["loss"]}
-    return metrics | {"score": metrics[leading_name(setting.model.config)]}
+    return metrics | {"score": metrics[leading_name(setup.model.config)]}
 
 
 def _placed(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -20,7 +20,7 @@ from vivit_jax.train.step import OnMesh, draw_mask, make_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class TrainSetup:
     """All that a run works with and never changes."""
 
     recipe: Recipe
@@ -70,15 +70,15 @@ class Setting:
         return drawn.visible.shape[1], drawn.predicted.shape[1]
 
 
-def make_setting(
+def make_setup(
     recipe: Recipe,
     mesh: Mesh,
     model: nn.Module,
     processor: VideoProcessor,
     per_epoch: int,
     validation: Dataset | None = None,
-) -> Setting:
-    """The setting of a run of a model on a mesh, with `per_epoch` steps in an epoch.
+) -> TrainSetup:
+    """The setup of a run of a model on a mesh, with `per_epoch` steps in an epoch.
 
     Raises UserError for what does not divide and for a schedule that has no steps.
     """
@@ -91,4 +91,6 @@ def make_setting(
     optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
     shapes = state_shapes(model, optimizer, mesh, averaged=recipe.optim.ema is not None)
     step = make_step(model, optimizer, schedule, recipe, processor, mesh, shapes)
-    return Setting(recipe, mesh, model, processor, validation, optimizer, shapes, step, per_epoch)
+    return TrainSetup(
+        recipe, mesh, model, processor, validation, optimizer, shapes, step, per_epoch
+    )

@@ -9,85 +9,85 @@ import jax
 from vivit_jax.errors import UserError, first_line
 from vivit_jax.progress import readable
 from vivit_jax.train.planning.hardware import Topology
-from vivit_jax.train.setup import Setting
+from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import batch_shards, bytes_on_a_device
 
 
-def least_memory(setting: Setting) -> dict[str, int]:
+def least_memory(setup: TrainSetup) -> dict[str, int]:
     """Bytes that a device holds at least, by what: no compiler is asked.
 
     Gradients have the shapes and places of the parameters; of the activations only what a block
     takes is counted, which the backward pass of any `remat` finds kept.
     """
-    config, shards = setting.model.config, batch_shards(setting.mesh.shape)
-    rows = setting.rows // shards // setting.recipe.train.accumulate
-    visible, _ = setting.token_counts
+    config, shards = setup.model.config, batch_shards(setup.mesh.shape)
+    rows = setup.rows // shards // setup.recipe.train.accumulate
+    visible, _ = setup.token_counts
     tokens = config.num_tokens if visible is None else visible
     itemsize = jax.numpy.dtype(config.dtype).itemsize
     kept = rows * tokens * config.hidden_size * itemsize * config.num_hidden_layers
     return {
-        "state": bytes_on_a_device(setting.shapes),
-        "gradients": bytes_on_a_device(setting.shapes.params),
-        "batch": bytes_on_a_device(setting.batch_shapes),
+        "state": bytes_on_a_device(setup.shapes),
+        "gradients": bytes_on_a_device(setup.shapes.params),
+        "batch": bytes_on_a_device(setup.batch_shapes),
         "inputs of the encoder's blocks": kept,
     }
 
 
-def check_least_memory(setting: Setting, topology: Topology) -> None:
+def check_least_memory(setup: TrainSetup, topology: Topology) -> None:
     """UserError where what a step holds at least is more than there is."""
-    least = least_memory(setting)
+    least = least_memory(setup)
     needed, there = sum(least.values()), topology.chip.memory
     if needed <= there:
         return
     of_what = ", ".join(f"{readable(size)} of {name}" for name, size in least.items())
     raise UserError(
-        f"{setting.recipe.name} does not fit: a device needs at least {readable(needed)} "
+        f"{setup.recipe.name} does not fit: a device needs at least {readable(needed)} "
         f"({of_what}) and {topology.kind} has {readable(there)}; "
-        f"{_way_out(setting, topology, needed, there)}"
+        f"{_way_out(setup, topology, needed, there)}"
     )
 
 
-def refused(error: Exception, setting: Setting, topology: Topology) -> UserError:
+def refused(error: Exception, setup: TrainSetup, topology: Topology) -> UserError:
     """One line for a compiler's refusal; of what needs too much memory with what would fit."""
     message = str(error)
     if "RESOURCE_EXHAUSTED" not in message:
         return UserError(
-            f"the compiler for {topology.kind} refuses the step of {setting.recipe.name}: "
+            f"the compiler for {topology.kind} refuses the step of {setup.recipe.name}: "
             f"{first_line(error)[:300]}"
         )
     found = re.search(r"\(?([\d.]+)([KMGT])\)? exceeds available \w+ \(?([\d.]+)([KMGT])", message)
     used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message) or found
     if used is None:
         first = " ".join(message.split())[:300]
-        return UserError(f"{setting.recipe.name} does not fit: {first}")
+        return UserError(f"{setup.recipe.name} does not fit: {first}")
     needed, there = (float(used[i]) * 1024 ** ("KMGT".index(used[i + 1]) + 1) for i in (1, 3))
-    return too_large(setting, topology, needed, there)
+    return too_large(setup, topology, needed, there)
 
 
-def too_large(setting: Setting, topology: Topology, needed: float, there: float) -> UserError:
+def too_large(setup: TrainSetup, topology: Topology, needed: float, there: float) -> UserError:
     """One line for a program that needs more than a device has, with what would fit."""
     return UserError(
-        f"{setting.recipe.name} does not fit: the compiler needs {readable(int(needed))} of a "
+        f"{setup.recipe.name} does not fit: the compiler needs {readable(int(needed))} of a "
         f"device and {topology.kind} has {readable(int(there))}; "
-        f"{_way_out(setting, topology, needed, there)}"
+        f"{_way_out(setup, topology, needed, there)}"
     )
 
 
-def _way_out(setting: Setting, topology: Topology, needed: float, there: float) -> str:
+def _way_out(setup: TrainSetup, topology: Topology, needed: float, there: float) -> str:
     """What would make a step smaller that needs more than is there, the least change first.
 
     Fewer clips leave the state and its gradients as they are, more parts of a batch also the batch.
     """
-    recipe, mesh, config = setting.recipe, setting.mesh.shape, setting.model.config
-    least, memory = least_memory(setting), topology.chip.memory
+    recipe, mesh, config = setup.recipe, setup.mesh.shape, setup.model.config
+    least, memory = least_memory(setup), topology.chip.memory
     held, ways = least["state"] + least["gradients"], []
     if held < memory:
         if config.dtype == "float32":
             ways.append("model.config.dtype=bfloat16")
         if config.remat != "block":
             ways.append("model.config.remat=block")
-        parts, shards = recipe.train.accumulate, batch_shards(setting.mesh.shape)
-        rows, kept = setting.rows // shards, held + least["batch"]
+        parts, shards = recipe.train.accumulate, batch_shards(setup.mesh.shape)
+        rows, kept = setup.rows // shards, held + least["batch"]
         enough = [
             k
             for k in range(parts + 1, rows + 1)

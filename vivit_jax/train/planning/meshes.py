@@ -10,8 +10,8 @@ from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.planning.hardware import Topology
 from vivit_jax.train.planning.least_memory import check_least_memory
-from vivit_jax.train.planning.plan import link_bandwidth, planned_setting
-from vivit_jax.train.setup import Setting
+from vivit_jax.train.planning.plan import link_bandwidth, planned_setup
+from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import AXES, batch_shards, bytes_on_a_device, mesh_text
 
 _MOST_TENSOR = 8  # heads over more devices would send more than they compute
@@ -45,55 +45,55 @@ def sensible_meshes(
         if any(sizes[axis] & (sizes[axis] - 1) for axis in ("fsdp", "tensor")):
             continue
         try:
-            setting = planned_setting(recipe, topology, sizes, videos)
-            check_least_memory(setting, topology)
+            setup = planned_setup(recipe, topology, sizes, videos)
+            check_least_memory(setup, topology)
         except UserError as error:
             first = first or error
             refused[mesh_text(sizes)] = str(error)
             continue
-        found.append((cost(setting, topology), sizes))
+        found.append((cost(setup, topology), sizes))
     if not found:
         raise first
     return [sizes for _, sizes in sorted(found, key=lambda each: each[0])], refused
 
 
-def cost(setting: Setting, topology: Topology) -> float:
+def cost(setup: TrainSetup, topology: Topology) -> float:
     """Seconds of a step, roughly, in which meshes differ: what is sent, and the update.
 
     The optimiser reads and writes all that a device holds of the state, and reads its gradients:
     with fsdp that is a share, which on TPUs saves more than what fsdp sends costs.
     """
-    chip, devices, sends = topology.chip, setting.mesh.devices, sent(setting)
+    chip, devices, sends = topology.chip, setup.mesh.devices, sent(setup)
     on_tpu = chip.platform == "tpu"
-    a_slice = setting.mesh.shape["fsdp"] == topology.count // topology.slices
+    a_slice = setup.mesh.shape["fsdp"] == topology.count // topology.slices
     sends["fsdp"] *= _ALL_REDUCED if a_slice and chip.dimensions == 3 else _WAITED
     along = {"data": devices[:, 0, 0], "fsdp": devices[0, :, 0], "tensor": devices[0, 0, :]}
     slowest = chip.links / max(chip.dimensions, 1)  # also where a network's rate is not known
     seconds = [
         size / (link_bandwidth(along[axis], topology) or slowest) for axis, size in sends.items()
     ]
-    updated = 2 * bytes_on_a_device(setting.shapes) + bytes_on_a_device(setting.shapes.params)
+    updated = 2 * bytes_on_a_device(setup.shapes) + bytes_on_a_device(setup.shapes.params)
     return sum(seconds) + updated / chip.bandwidth * (_UPDATE if on_tpu else 1)
 
 
-def sent(setting: Setting) -> dict[str, float]:
+def sent(setup: TrainSetup) -> dict[str, float]:
     """Bytes that a device sends in a step along each axis, roughly.
 
     Gradients are reduced over data in the compute type; over fsdp parameters are gathered twice in
     it and gradients scattered; over tensor each block sums its two results, forward in float32, and
     their gradients, of the tokens that it sees of a device's clips.
     """
-    mesh: Mapping[str, int] = setting.mesh.shape
-    config = setting.model.config
+    mesh: Mapping[str, int] = setup.mesh.shape
+    config = setup.model.config
     share = lambda axis: (mesh[axis] - 1) / mesh[axis]  # noqa: E731
     itemsize = jax.numpy.dtype(config.dtype).itemsize
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setting.shapes.params))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.shapes.params))
     held = count / mesh["tensor"] * itemsize
-    rows = setting.rows / batch_shards(mesh)
-    seen, predicted = setting.token_counts
+    rows = setup.rows / batch_shards(mesh)
+    seen, predicted = setup.token_counts
     tokens = config.num_tokens if seen is None else seen
     sums = rows * tokens * config.hidden_size * config.num_hidden_layers
-    if setting.recipe.task == "pretrain":
+    if setup.recipe.task == "pretrain":
         width, layers = config.decoder_hidden_size, config.decoder_num_hidden_layers
         sums += rows * (seen + predicted) * width * layers
     return {

@@ -27,7 +27,7 @@ from vivit_jax.train.planning.compiled import Collective, Operation, Program, re
 from vivit_jax.train.planning.hardware import Topology, compile_only_devices
 from vivit_jax.train.planning.least_memory import check_least_memory, refused, too_large
 from vivit_jax.train.planning.parts import PARTS, part_of
-from vivit_jax.train.setup import Setting, make_setting
+from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import bytes_on_a_device, check_mesh, make_mesh
 from vivit_jax.train.step import check_division
 
@@ -210,35 +210,35 @@ def plan(
     refuses is a UserError of one line too. On some programs libtpu ends the process that it is in:
     `vivit_jax.processes.Apart` calls a function in another.
     """
-    setting = planned_setting(recipe, topology, mesh_sizes, videos)
-    check_least_memory(setting, topology)
+    setup = planned_setup(recipe, topology, mesh_sizes, videos)
+    check_least_memory(setup, topology)
     before_compiling()
     start = time.monotonic()
     try:
-        compiled = _compiled(setting.step.lower(setting.shapes, setting.batch_shapes))
+        compiled = _compiled(setup.step.lower(setup.shapes, setup.batch_shapes))
     except jax.errors.JaxRuntimeError as error:
-        raise refused(error, setting, topology) from error
+        raise refused(error, setup, topology) from error
     seconds = time.monotonic() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
     peak, there = memory.peak_memory_in_bytes, topology.chip.memory
     if peak > there:  # of which compilers for GPUs warn only
-        raise too_large(setting, topology, peak, there)
-    program = read_program(text, setting.mesh)
-    config, head = setting.model.config, HEADS[setting.recipe.task]
-    counts = setting.token_counts
-    on_one = setting.rows / topology.count
+        raise too_large(setup, topology, peak, there)
+    program = read_program(text, setup.mesh)
+    config, head = setup.model.config, HEADS[setup.recipe.task]
+    counts = setup.token_counts
+    on_one = setup.rows / topology.count
     kernels, uncounted = _kernels(program)
     return Plan(
         recipe=recipe.name,
         topology=topology,
         mesh=dict(mesh_sizes),
-        clips=setting.rows,
+        clips=setup.rows,
         videos=recipe.train.batch_size,
         versions=_versions(topology),
         compile_seconds=seconds,
         peak=peak,
-        parameters=bytes_on_a_device(setting.shapes.params),
-        optimizer=bytes_on_a_device(setting.shapes.optimizer),
+        parameters=bytes_on_a_device(setup.shapes.params),
+        optimizer=bytes_on_a_device(setup.shapes.optimizer),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         flops=round(step_flops(config, head, *counts) * on_one),
@@ -248,7 +248,7 @@ def plan(
         kernel_seconds=sum(kernel_seconds(each, topology) for each in program.operations),
         uncounted_kernels=uncounted,
         parts=_parts(program, topology),
-        moved=_moved(program, setting.mesh, topology),
+        moved=_moved(program, setup.mesh, topology),
         network_bytes=_sent_to_slices(program),
         bytes=program.bytes,
         unknown_loops=sum(loop.trips is None and loop.times > 0 for loop in program.loops),
@@ -272,9 +272,9 @@ def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
-def planned_setting(
+def planned_setup(
     recipe: Recipe, topology: Topology, mesh_sizes: Mapping[str, int], videos: int | None = None
-) -> Setting:
+) -> TrainSetup:
     """What `train` would run, on a mesh of compile-only devices. Takes a second or two."""
     check(recipe)
     if recipe.model.start is not None:
@@ -294,7 +294,7 @@ def planned_setting(
         )
     mesh = make_mesh(mesh_sizes, compile_only_devices(topology))
     model, frames = planned_model(recipe)
-    return make_setting(frames.recipe, mesh, model, frames.processor, per_epoch)
+    return make_setup(frames.recipe, mesh, model, frames.processor, per_epoch)
 
 
 def training_videos(name: str) -> int | None:
