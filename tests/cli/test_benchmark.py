@@ -194,7 +194,7 @@ def test_a_side_that_cannot_run_leaves_its_row_of_the_table_empty(monkeypatch, c
 
 def test_what_fits_is_said_before_anything_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(JaxSide, "warm_up", None)
-    # The search for it is tests/unit/test_memory_fit.py's.
+    # The search for it is tests/benchmark/test_memory_fit.py's.
     monkeypatch.setattr(fit, "largest_batch", lambda work, memory: 17)
     path = tmp_path / "fit.json"
     command = ["benchmark", "--models", SMALL, "--frames", "2", "--work", "finetune", "--fit"]

@@ -61,7 +61,7 @@ CHECKS = {
     "test_eager_matches_sdpa_inference": f"{HERE}::test_attention_can_be_set_afterwards",
     "test_can_set_attention_dynamically": f"{HERE}::test_attention_can_be_set_afterwards",
     "test_config_attn_implementation_setter": f"{HERE}::test_attention_can_be_set_afterwards",
-    "test_flash_attn*": "tests/unit/test_attention.py::test_cudnn_agrees_with_float64",
+    "test_flash_attn*": "tests/layers/test_attention.py::test_cudnn_agrees_with_float64",
     "test_flex_attention_with_grads": "jax has no such backend",
     "test_sdpa_can_dispatch*": "about the choice of PyTorch's kernels",
     "test_sdpa_can_compile_dynamic": (
@@ -89,9 +89,9 @@ CHECKS = {
     "test_from_pretrained_no_checkpoint": TORCH,
     "test_keep_in_fp32_modules*": "neither model keeps parts in float32",
     "test_bc_torch_dtype": f"{HERE}::test_the_old_name_of_dtype_is_read",
-    "test_*offload*": "devices hold arrays by sharding; see tests/unit/test_sharding.py",
-    "test_model_parallelism": "devices hold arrays by sharding; see tests/unit/test_sharding.py",
-    "test_tp_plan_matches_params": "tests/unit/test_parameter_tree.py::test_parameter_tree",
+    "test_*offload*": "devices hold arrays by sharding; see tests/models/test_sharding.py",
+    "test_model_parallelism": "devices hold arrays by sharding; see tests/models/test_sharding.py",
+    "test_tp_plan_matches_params": "tests/models/test_parameter_tree.py::test_parameter_tree",
     "test_can*device*": "arrays are put by jax.device_put",
     "test_cannot_load_with_meta_device_context_manager": "arrays are put by jax.device_put",
     # initial values and training
@@ -112,7 +112,7 @@ CHECKS = {
     "test_model_get_set_embeddings": TORCH,
     # pipelines
     "test_pipeline_video_classification*": (
-        "tests/unit/test_classifier.py::test_transformers_pipeline_gives_the_same"
+        "tests/inference/test_classifier.py::test_transformers_pipeline_gives_the_same"
     ),
     "test_pipeline_feature_extraction*": (
         "tests/cli/test_extract.py::test_command_equals_a_naive_loop"

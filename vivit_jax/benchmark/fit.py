@@ -7,7 +7,7 @@ are not: a CPU has no fused attention kernel and other tiles, and it widens bflo
 its matrix products, so that temporaries in bfloat16 are hardly smaller or even larger. No analysis
 sees what the process holds besides: XLA's own code and context, the scratch of its matrix products,
 the next batch on its way, holes between the buffers. On a CPU a step took 3 to 8 % more than
-predicted, see tests/unit/test_memory_fit.py; `alternatives` leaves RESERVE for it.
+predicted, see tests/benchmark/test_memory_fit.py; `alternatives` leaves RESERVE for it.
 """
 
 import dataclasses

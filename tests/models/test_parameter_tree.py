@@ -2,7 +2,7 @@
 """The parameter trees that checkpoints and other people's scripts depend on.
 
 A leaf is [dtype, axis=size, ...]; axes without a logical name are `_`. After a wanted change,
-`PYTHONPATH=tests:tests/parity python tests/unit/test_parameter_tree.py` writes the files anew.
+`PYTHONPATH=tests:tests/parity python tests/models/test_parameter_tree.py` writes the files anew.
 """
 
 import json
