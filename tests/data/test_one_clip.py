@@ -130,7 +130,7 @@ def test_an_error_in_augmentation_is_the_clips_too(folder):
             assert not any((frame == whole).all() for frame in frames for whole in bad)
             return frames[:, :16, :16]
 
-        object.__setattr__(batches._reader, "transform", transform)
+        object.__setattr__(batches._load_clip, "transform", transform)
         for _ in range(8):
             next(batches)
         assert list(batches.bad) == [str(folder / BAD)]
@@ -145,7 +145,7 @@ def test_a_wrong_setting_still_ends_the_run(folder):
         def transform(rng, frames):
             raise UserError("the crop is larger than everything")
 
-        object.__setattr__(batches._reader, "transform", transform)
+        object.__setattr__(batches._load_clip, "transform", transform)
         with pytest.raises(UserError, match="npy: the crop is larger") as raised:
             next(batches)
         assert not isinstance(raised.value, VideoError)

@@ -29,7 +29,7 @@ from vivit_jax.data.datasets.dataset import (
     read_training_clip,
     read_whole,
 )
-from vivit_jax.data.pipeline import Batches, Share
+from vivit_jax.data.pipeline import Batches, ProcessShard
 from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.data.transforms.augment import train_transform
 from vivit_jax.errors import UserError, VideoError
@@ -84,7 +84,7 @@ def are_same(found, expected):
 
 def test_every_clip_comes_once_an_epoch_in_another_order_each():
     examples = tuple(Example(f"{i}", i) for i in range(COUNT))
-    order = pipeline.Order(Dataset(examples, None, "x"), 3, 5, Share())
+    order = pipeline.EpochSampler(Dataset(examples, None, "x"), 3, 5, ProcessShard())
     assert order.steps_per_epoch == 2
     epochs = [[order[6 * epoch + i] for i in range(6)] for epoch in range(40)]
     labels = [tuple(example.label for example, _ in epoch) for epoch in epochs]
@@ -137,7 +137,7 @@ def test_a_restored_sequence_goes_on_bit_for_bit(clips, tmp_path, step):
 
 
 def test_another_number_of_processes_cannot_go_on(clips):
-    with batches(clips, batch_size=4, share=Share(0, 2)) as source:
+    with batches(clips, batch_size=4, shard=ProcessShard(0, 2)) as source:
         state = source.state()
     with pytest.raises(UserError, match="by 2 processes, .* now there are 1; go on with as many"):
         batches(clips, batch_size=4).restore(state)
@@ -161,7 +161,7 @@ def test_other_clips_labels_or_another_order_cannot_go_on(clips):
 def test_shares_put_together_are_the_whole_batch(clips):
     data = dataclasses.replace(DATA, repeats=2)
     whole = first(4, clips, data, batch_size=4)
-    halves = [first(4, clips, data, batch_size=4, share=Share(i, 2)) for i in range(2)]
+    halves = [first(4, clips, data, batch_size=4, shard=ProcessShard(i, 2)) for i in range(2)]
     joined = [
         {name: np.concatenate([one[name], other[name]]) for name in one}
         for one, other in zip(*halves, strict=True)
@@ -187,7 +187,7 @@ def test_a_clip_that_cannot_be_read_is_left_out_and_named(clips, tmp_path):
     """The next one takes its place, and the rest are those that would have come anyway."""
     bad = str(tmp_path / "3.npy")
     with batches(clips) as source:
-        order = source.order
+        order = source.sampler
         wanted = [order[i][1] for i in range(40) if order[i][0].path != bad]
     whole = {}
     for step, batch in enumerate(first(10, clips)):
@@ -338,7 +338,7 @@ def test_batches_that_cannot_be_made(clips):
     with pytest.raises(UserError, match="list.txt has 7 clips, train.batch_size is 8; "):
         batches(clips, batch_size=8)
     with pytest.raises(UserError, match="train.batch_size 5 is not a multiple of the 2 processes"):
-        batches(clips, batch_size=5, share=Share(1, 2))
+        batches(clips, batch_size=5, shard=ProcessShard(1, 2))
 
 
 def test_a_clip_that_is_too_small_for_the_crop_is_a_bad_clip(clips, tmp_path):
@@ -399,8 +399,8 @@ SCRIPT = """
         augment = AugmentSettings(crop="random", flip=0.0)
         options = dict(num_frames=4, size=(16, 16), batch_size=3, seed=5)
         with Batches(dataset, data, augment, **options) as source:
-            transform = probing(source._reader.transform)
-            source._reader = dataclasses.replace(source._reader, transform=transform)
+            transform = probing(source._load_clip.transform)
+            source._load_clip = dataclasses.replace(source._load_clip, transform=transform)
             digest = hashlib.sha256()
 
             def interrupt():  # Ctrl-C reaches them too, at once, and is not for them

@@ -33,7 +33,7 @@ _FEW = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class ProcessShard:
     """Which rows of each batch this process reads: part `index` of `count` equal parts."""
 
     index: int = 0
@@ -41,7 +41,7 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class EpochSampler:
     """A source for grain: place in this process's sequence -> (example, number of the element).
 
     The sequence begins at `first`, for a run that goes on.
@@ -50,7 +50,7 @@ class Order:
     dataset: Dataset
     batch_size: int  # of all processes
     seed: int
-    share: Share
+    shard: ProcessShard
     first: int = 0
 
     @property
@@ -62,9 +62,9 @@ class Order:
         return _ENDLESS
 
     def __getitem__(self, place: int) -> tuple[Example, int]:
-        rows = self.batch_size // self.share.count
+        rows = self.batch_size // self.shard.count
         batch, row = divmod(self.first + int(place), rows)
-        element = batch * self.batch_size + self.share.index * rows + row
+        element = batch * self.batch_size + self.shard.index * rows + row
         epoch, position = divmod(element, self.steps_per_epoch * self.batch_size)
         order = _permutation(len(self.dataset), self.seed, epoch)
         return self.dataset.examples[order[position]], element
@@ -146,7 +146,7 @@ class Cache:
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class LoadClip:
     """What is done with an element: read the example's clip, then augment it, `repeats` times.
 
     Returns {"clips": uint8 [repeats, t, h, w, c], "label"}, or {"bad": message, "path"} for a file
@@ -222,12 +222,12 @@ class Batches:
         num_channels: int = 3,
         batch_size: int,
         seed: int,
-        share: Share = Share(),
+        shard: ProcessShard = ProcessShard(),
         labelled: bool = True,
     ):
-        if batch_size % share.count:
+        if batch_size % shard.count:
             raise UserError(
-                f"train.batch_size {batch_size} is not a multiple of the {share.count} processes "
+                f"train.batch_size {batch_size} is not a multiple of the {shard.count} processes "
                 "that share it; use one that is"
             )
         if len(dataset) < batch_size:
@@ -237,14 +237,14 @@ class Batches:
             )
         if labelled and not dataset.labels_per_example:
             raise UserError(f"{dataset.source} has no labels, which batches with labels need")
-        self.order = Order(dataset, batch_size, seed, share)
+        self.sampler = EpochSampler(dataset, batch_size, seed, shard)
         self.bad: dict[str, str] = {}  # path -> why, of clips that could not be read
         self._read, self._left_out, self._in_a_row = 0, 0, 0
         self._settings, self._labelled = settings, labelled
-        self._rows = batch_size // share.count
+        self._rows = batch_size // shard.count
         self._cache = Cache(settings.cache_gib * 2**30)
         transform = train_transform(augment, size)
-        self._reader = Read(settings, transform, num_frames, num_channels, seed, self._cache)
+        self._load_clip = LoadClip(settings, transform, num_frames, num_channels, seed, self._cache)
         self._elements: Iterator[dict[str, Any]] | None = None
         self._first: list[dict[str, Any]] = []  # that came while processes were started
 
@@ -257,8 +257,8 @@ class Batches:
         # of it a step of the demo took 50 ms in place of 30, most of it waiting.
         ahead = -(-2 * self._rows // max(workers, 1)) + threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        order = dataclasses.replace(self.order, first=self._read)
-        elements = grain.MapDataset.source(order).map(self._reader).to_iter_dataset(options)
+        order = dataclasses.replace(self.sampler, first=self._read)
+        elements = grain.MapDataset.source(order).map(self._load_clip).to_iter_dataset(options)
         if workers:
             from absl import flags
 
@@ -268,7 +268,7 @@ class Batches:
             options = grain.MultiprocessingOptions(num_workers=workers)
             elements = elements.mp_prefetch(options, worker_init_fn=_start_worker)
         elif self._settings.cache_gib:
-            epoch = self.order.steps_per_epoch * self._rows
+            epoch = self.sampler.steps_per_epoch * self._rows
             # What grain reads at once is left to it.
             self._cache.fill(order[place][0] for place in range(ahead, epoch))
         return iter(elements)
@@ -302,8 +302,8 @@ class Batches:
     def state(self) -> dict[str, Any]:
         """Where the sequence stands, as JSON values; any `threads` and `workers` go on from it."""
         return {
-            "clips": self.order.dataset.fingerprint,
-            "processes": self.order.share.count,
+            "clips": self.sampler.dataset.fingerprint,
+            "processes": self.sampler.shard.count,
             "read": self._read,
             "left_out": self._left_out,
             "bad": dict(self.bad),
@@ -315,16 +315,16 @@ class Batches:
         Raises UserError for another number of processes, and for other clips or another order of
         them: what was read says nothing about those.
         """
-        if state["clips"] != self.order.dataset.fingerprint:
+        if state["clips"] != self.sampler.dataset.fingerprint:
             raise UserError(
-                f"{self.order.dataset.source} lists other clips or labels than when the run was "
+                f"{self.sampler.dataset.source} lists other clips or labels than when the run was "
                 "saved, or in another order; put it back as it was, or start another run from the "
                 "model so far (model.start)"
             )
-        if state["processes"] != self.order.share.count:
+        if state["processes"] != self.sampler.shard.count:
             raise UserError(
                 f"the clips were read by {state['processes']} processes, each with an order of its "
-                f"own, and now there are {self.order.share.count}; go on with as many as before"
+                f"own, and now there are {self.sampler.shard.count}; go on with as many as before"
             )
         self.close()
         self._read, self._left_out, self._in_a_row = state["read"], state["left_out"], 0
@@ -357,7 +357,7 @@ class Batches:
                 f"data.max_bad_share {limit:g}: {named}; mend or remove these files, or raise "
                 "data.max_bad_share"
             )
-        if self._in_a_row >= max(len(self.order.dataset), _FEW):
+        if self._in_a_row >= max(len(self.sampler.dataset), _FEW):
             raise UserError(
                 f"{self._in_a_row} clips in a row could not be read: {named}; mend or remove these "
                 "files"

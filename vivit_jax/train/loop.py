@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from checkpoints_convert.pretrained import save_pretrained
 from vivit_jax.data.datasets.dataset import Dataset, read_dataset
-from vivit_jax.data.pipeline import Batches, Share
+from vivit_jax.data.pipeline import Batches, ProcessShard
 from vivit_jax.errors import UserError, WriteError
 from vivit_jax.recipes.checks import check, model_config
 from vivit_jax.recipes.recipe import Recipe
@@ -173,10 +173,10 @@ def _prepare(
         num_channels=config.num_channels,
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
-        share=Share(jax.process_index(), jax.process_count()),
+        shard=ProcessShard(jax.process_index(), jax.process_count()),
         labelled=finetune,
     )
-    per_epoch = batches.order.steps_per_epoch
+    per_epoch = batches.sampler.steps_per_epoch
     setup = make_setup(recipe, mesh, model, processor, per_epoch, validation)
     return setup, batches, start
 
@@ -321,7 +321,7 @@ def _summary(setup: TrainSetup, batches: Batches, run: RunDirectory, taken: int)
     params, kept = (
         bytes_on_a_device(tree) / 2**20 for tree in (setup.shapes.params, setup.shapes.optimizer)
     )
-    clips = f"{len(batches.order.dataset)} clips"
+    clips = f"{len(batches.sampler.dataset)} clips"
     if setup.recipe.task == "finetune":  # as many classes as folders name, whatever recipes say
         clips += f" of {setup.model.config.num_labels} classes"
     return (
