@@ -201,7 +201,7 @@ def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, An
     return head, found
 
 
-def departures(config: VideoMAEConfig, head: str, pooler: bool = False) -> dict[str, Any]:
+def config_differences(config: VideoMAEConfig, head: str, pooler: bool = False) -> dict[str, Any]:
     """What the authors' code computes, by field, where this config says something else."""
     fixed = dict(_FUNCTION)
     if not pooler and (head != "classification" or not config.use_mean_pooling):
@@ -230,7 +230,7 @@ def check_function(
     `beside` is the config.json from which it was read with a checkpoint of theirs; without it the
     checkpoint is still to be written.
     """
-    wrong = departures(config, head, pooler)
+    wrong = config_differences(config, head, pooler)
     if wrong:
         listed = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
         computed = ", ".join(f"{name}={value!r}" for name, value in wrong.items())

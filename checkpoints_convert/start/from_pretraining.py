@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.layouts.videomae_authors import departures
+from checkpoints_convert.layouts.videomae_authors import config_differences
 from checkpoints_convert.pretrained import InitialisedModel, plan_load
 from checkpoints_convert.source import open_source
 from vivit_jax import param_tree
@@ -91,7 +91,7 @@ def init_from_pretraining(
         "the encoder's norm is left out: fc_norm, on the mean of all tokens, starts at 1 and 0",
         *plan.report.notes,
     ]
-    differs = departures(plan.model.config, "classification")
+    differs = config_differences(plan.model.config, "classification")
     if differs:
         kept = ", ".join(f"{name}={getattr(plan.model.config, name)}" for name in differs)
         theirs = ", ".join(f"{name}={value}" for name, value in differs.items())
