@@ -58,7 +58,9 @@ def test_conversion_core_needs_neither_jax_nor_torch():
         """
         import sys
         sys.modules["jax"] = sys.modules["torch"] = None
-        from checkpoints_convert import config_json, io, layouts, rules, save, trees
+        from checkpoints_convert import rules, source
+        from checkpoints_convert.files import open, save
+        from checkpoints_convert.layouts import hf, registry
         from checkpoints_convert.tables import hf_videomae, hf_vivit
         """
     )
