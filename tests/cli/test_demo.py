@@ -21,7 +21,7 @@ from vivit_jax.data.datasets.synthetic import CLASSES, MIRRORED, REVERSED
 from vivit_jax.inference.reconstruction import COLUMNS, ROWS, to_patches
 from vivit_jax.recipes.demo import demo_pretrain
 from vivit_jax.train.log import read_metrics
-from vivit_jax.train.pixels import normaliser
+from vivit_jax.train.normalise import normaliser
 
 
 def scenes(count: int, side: int = 48) -> list[synthetic.Scene]:

@@ -21,7 +21,7 @@ from vivit_jax.layers.tubelets import (
     tubelets,
 )
 from vivit_jax.models.losses import reconstruction_targets
-from vivit_jax.train.pixels import hashable_arithmetic, normaliser
+from vivit_jax.train.normalise import hashable_arithmetic, normaliser
 
 # Of each axis a size that the tubelet does not divide; five channels are more than a word holds.
 SIZE, TUBELET = (5, 9, 14), (2, 4, 3)

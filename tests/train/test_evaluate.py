@@ -20,7 +20,7 @@ from vivit_jax.data.transforms.augment import resize_shortest
 from vivit_jax.errors import UserError
 from vivit_jax.models.build import abstract_params
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
-from vivit_jax.train import views as views_module
+from vivit_jax.train import eval_views
 from vivit_jax.train.evaluate import (
     Answer,
     _gathered,
@@ -341,7 +341,7 @@ def test_an_error_that_is_not_foreseen_is_one_videos(classifier, dataset, monkey
             raise ValueError("31 is not a valid Type")
         return read_views(example, **how)
 
-    monkeypatch.setattr(views_module, "read_views", fails)
+    monkeypatch.setattr(eval_views, "read_views", fails)
     found = run(classifier, dataset)
     assert found.metrics["unreadable"] == 2 and found.metrics["videos"] == 4
     told = unreadable_clips(dataset, found)
@@ -353,7 +353,7 @@ def test_an_error_that_is_not_foreseen_is_one_videos(classifier, dataset, monkey
 
 
 def test_pixels_are_those_of_the_processor():
-    from vivit_jax.train.pixels import normaliser
+    from vivit_jax.train.normalise import normaliser
 
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     plain = dict(do_resize=False, do_center_crop=False)

@@ -25,7 +25,6 @@ from vivit_jax.train.planning.hardware import CHIPS, parse_topology
 from vivit_jax.train.planning.hlo import Array
 from vivit_jax.train.planning.least_memory import least_memory, refused
 from vivit_jax.train.planning.meshes import all_meshes, cost, sensible_meshes, sent
-from vivit_jax.train.planning.parts import PARTS, part_of
 from vivit_jax.train.planning.plan import (
     Moved,
     Part,
@@ -37,6 +36,7 @@ from vivit_jax.train.planning.plan import (
     training_videos,
 )
 from vivit_jax.train.planning.plan_text import describe, ranking
+from vivit_jax.train.planning.step_parts import PARTS, part_of
 from vivit_jax.train.sharding import AXES, make_mesh, mesh_text, parse_mesh
 
 ONE = parse_topology("v5e:1x1")

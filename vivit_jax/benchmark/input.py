@@ -26,7 +26,7 @@ from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.video import opened, packets
 from vivit_jax.data.video.decode import VideoInfo, probe_video, read_video
 from vivit_jax.errors import UserError, VideoError, first_line
-from vivit_jax.train.pixels import normaliser
+from vivit_jax.train.normalise import normaliser
 
 SAMPLINGS = ("dense", "sparse")
 OURS, LOOP, TORCHCODEC = "vivit_jax", "read loop", "torchcodec"

@@ -20,7 +20,7 @@ from vivit_jax.data.video.decode import frame_times
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, whole_file
 from vivit_jax.inference.attention_maps import choose, map_attention
-from vivit_jax.train.pixels import arithmetic
+from vivit_jax.train.normalise import arithmetic
 
 # Its name, and how a block's attention becomes one map (`vivit_jax.inference.attention_maps`).
 _ARRANGEMENTS = {

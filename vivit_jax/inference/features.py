@@ -29,7 +29,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import at_least_float32
 from vivit_jax.models.build import headless
 from vivit_jax.outputs import RESULTS_ONLY
-from vivit_jax.train.pixels import hashable_arithmetic, scaled_and_shifted
+from vivit_jax.train.normalise import hashable_arithmetic, scaled_and_shifted
 
 POOLS = ("mean", "cls", "tokens", "head")
 _AHEAD = 2  # batches

@@ -28,7 +28,7 @@ from vivit_jax.masking import Mask
 from vivit_jax.models.losses import TARGET_EPSILON, pixel_statistics
 from vivit_jax.models.videomae import VideoMAEForPreTraining
 from vivit_jax.outputs import RESULTS_ONLY
-from vivit_jax.train.pixels import arithmetic
+from vivit_jax.train.normalise import arithmetic
 
 Grid = tuple[int, int, int]
 

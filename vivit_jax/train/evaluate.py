@@ -26,11 +26,11 @@ from vivit_jax.layers.platform import platform as platform_name
 from vivit_jax.models.losses import reconstruction_targets
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
+from vivit_jax.train.eval_views import Views
 from vivit_jax.train.metrics import classification_metrics
-from vivit_jax.train.pixels import Arithmetic, hashable_arithmetic, scaled_and_shifted
+from vivit_jax.train.normalise import Arithmetic, hashable_arithmetic, scaled_and_shifted
 from vivit_jax.train.sharding import batch_sharding, batch_shards, gathered, replicated
 from vivit_jax.train.step import OnMesh, draw_mask
-from vivit_jax.train.views import Views
 
 logger = logging.getLogger(__name__)
 

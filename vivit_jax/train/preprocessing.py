@@ -19,7 +19,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes.checks import check_frames, model_config, preset_named
 from vivit_jax.recipes.recipe import Recipe
-from vivit_jax.train.pixels import arithmetic
+from vivit_jax.train.normalise import arithmetic
 
 NORMALISATION = (
     "do_rescale", "rescale_factor", "offset", "do_normalize", "image_mean", "image_std",

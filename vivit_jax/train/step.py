@@ -23,8 +23,8 @@ from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
 from vivit_jax.train.augment_on_device import mix, soft_targets
 from vivit_jax.train.metrics import leading_accuracy
+from vivit_jax.train.normalise import training_pixels
 from vivit_jax.train.optim import trained, update_average
-from vivit_jax.train.pixels import training_pixels
 from vivit_jax.train.sharding import BATCH, RULES, automatic, batch_shards, replicated
 from vivit_jax.train.state import TrainState
 

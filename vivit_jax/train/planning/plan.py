@@ -26,7 +26,7 @@ from vivit_jax.train.initial_model import planned_model
 from vivit_jax.train.planning.compiled import Collective, Operation, Program, read_program
 from vivit_jax.train.planning.hardware import Topology, compile_only_devices
 from vivit_jax.train.planning.least_memory import check_least_memory, refused, too_large
-from vivit_jax.train.planning.parts import PARTS, part_of
+from vivit_jax.train.planning.step_parts import PARTS, part_of
 from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import bytes_on_a_device, check_mesh, make_mesh
 from vivit_jax.train.step import check_division
@@ -52,7 +52,7 @@ _ANY_STEPS = 1000  # an epoch of a recipe whose number of clips is not known
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a part of the model takes in a step, one of `vivit_jax.train.planning.parts.PARTS`."""
+    """What one of `step_parts.PARTS` of the model takes in a step."""
 
     name: str
     seconds: float  # by the compiler's estimate and of kernels; 0 on GPU

@@ -4,8 +4,8 @@
 from collections.abc import Mapping, Sequence
 
 from vivit_jax.progress import columns, readable
-from vivit_jax.train.planning.parts import part_of
 from vivit_jax.train.planning.plan import Plan, operation_seconds
+from vivit_jax.train.planning.step_parts import part_of
 from vivit_jax.train.sharding import mesh_text
 
 _RING = "each as a ring at the links' nominal rate"
