@@ -31,9 +31,9 @@ from vivit_jax.train.initial_params import papers_params
 from vivit_jax.train.preprocessing import (
     Preprocessing,
     described,
+    differences_text,
     differing,
     preprocessing,
-    told,
 )
 
 logger = logging.getLogger(__name__)
@@ -344,10 +344,10 @@ def _config_notes(source: str, fields: Mapping[str, tuple[Any, Any]]) -> list[st
         # As --set reads lists: without brackets.
         way_out = " ".join(f"model.config.{name}={v.strip('[]')}" for name, v in values.items())
         raise UserError(
-            f"model.start {source} does not fit the recipe's model.config: {told(refused)}; "
-            f"{why}take the checkpoint's: --set {way_out}"
+            f"model.start {source} does not fit the recipe's model.config: "
+            f"{differences_text(refused)}; {why}take the checkpoint's: --set {way_out}"
         )
-    return [f"config differs from the checkpoint's: {told(fields)}"] if fields else []
+    return [f"config differs from the checkpoint's: {differences_text(fields)}"] if fields else []
 
 
 def _preset_notes(recipe: Recipe, held, said: Collection[str]) -> list[str]:
@@ -362,7 +362,7 @@ def _preset_notes(recipe: Recipe, held, said: Collection[str]) -> list[str]:
         return []
     return [
         f"the model is the checkpoint's, not that of model.preset {recipe.model.preset}: "
-        f"{told(fields)}"
+        f"{differences_text(fields)}"
     ]
 
 

@@ -220,7 +220,7 @@ def _steps(
         checkpoints.save(taken, state, data, scores, export())
         run.write_bad_clips(data, unreadable)
 
-    def tell(step: int, values: dict[str, jax.Array]) -> None:
+    def report(step: int, values: dict[str, jax.Array]) -> None:
         numbers = {name: float(value) for name, value in values.items()}
         (seconds, waited), bad = clock.lap(), int(numbers.pop("bad_steps"))
         rate = dict(clips_per_second=setup.rows / seconds, wait_share=waited / seconds)
@@ -245,27 +245,27 @@ def _steps(
 
     if taken and checkpoints.lacks_model(taken):
         checkpoints.write_model(taken, export())
-    untold = stopped = None
-    told_of_bad = bool(batches.bad)
+    pending = stopped = None
+    bad_reported = bool(batches.bad)
     with _signals() as received:
         try:
             while taken < last and stopped is None:
                 batch = failed = None
                 try:
-                    batch = clock.fetch(batches, untold and untold[1]["loss"])
+                    batch = clock.fetch(batches, pending and pending[1]["loss"])
                 except UserError as error:
                     failed = error
-                if batches.bad and not told_of_bad:
-                    told_of_bad = True
+                if batches.bad and not bad_reported:
+                    bad_reported = True
                     why = next(iter(batches.bad.values()))
                     progress.say(f"left out, as every clip that cannot be read will be: {why}")
                 stopped = _agreed(received, failed)
                 state, values = setup.step(state, _placed(batch, setup.mesh))
                 taken, position = taken + 1, batches.state()
                 # One step behind, so that the device has its next step before one is reported.
-                told, untold = untold, (taken, values)
-                if told is not None:
-                    tell(*told)
+                previous, pending = pending, (taken, values)
+                if previous is not None:
+                    report(*previous)
                 stopped = stopped or asked()
                 epoch, within = divmod(taken, per_epoch)
                 ended = taken == last or stopped is not None
@@ -275,8 +275,8 @@ def _steps(
                 )
                 if not (ended or due or validate):
                     continue
-                told, untold = untold, None
-                tell(*told)
+                previous, pending = pending, None
+                report(*previous)
                 with clock.paused():
                     scores = None
                     if validate:
@@ -292,9 +292,9 @@ def _steps(
             raise
         except UserError:
             # The state is good: steps without finite gradients change nothing.
-            if untold is not None:
+            if pending is not None:
                 with contextlib.suppress(UserError):
-                    tell(*untold)
+                    report(*pending)
             if checkpoints.latest() != taken and taken:
                 save()
             raise

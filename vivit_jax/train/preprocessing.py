@@ -151,7 +151,7 @@ def differing(ours: Any, theirs: Any, names: Any) -> dict[str, tuple[Any, Any]]:
     return {name: both for name, both in values.items() if _plain(both[0]) != _plain(both[1])}
 
 
-def told(fields: Mapping[str, tuple[Any, Any]]) -> str:
+def differences_text(fields: Mapping[str, tuple[Any, Any]]) -> str:
     """Fields that differ, in words."""
     return ", ".join(f"{name} {a!r} (there {b!r})" for name, (a, b) in fields.items())
 
@@ -193,15 +193,15 @@ def _normalisation(
     fields = differing(published, theirs, NORMALISATION)
     name = f"the recipe's processor={recipe.processor}"
     if "processor" in recipe.given:
-        note = f"pixels differ from those of the checkpoint's processor: {told(fields)}"
+        note = f"pixels differ from those of the checkpoint's processor: {differences_text(fields)}"
         return published, [] if agree else [f"{note}; {name} decides"]
     if image:
         values = {name: getattr(theirs, name) for name in NORMALISATION}
         theirs = published if agree else dataclasses.replace(published, **values)
     fields = {field: (b, a) for field, (a, b) in fields.items()}
     note = (
-        f"pixels differ from those of {name}: {told(fields)}; the checkpoint's processor decides, "
-        f"--set processor={recipe.processor} takes the recipe's"
+        f"pixels differ from those of {name}: {differences_text(fields)}; the checkpoint's "
+        f"processor decides, --set processor={recipe.processor} takes the recipe's"
     )
     return theirs, [] if agree else [note]
 
