@@ -31,7 +31,7 @@ from vivit_jax.errors import CheckpointError, MissingExtra, UserError
 from vivit_jax.hub import read_index, resolve_checkpoint
 from vivit_jax.masking import Mask
 from vivit_jax.models.build import expected_shapes
-from vivit_jax.progress import columns
+from vivit_jax.progress import format_table
 from vivit_jax.typed import reusable
 
 # Earlier releases from 5.6 on load published VideoMAE files with zero query and value biases.
@@ -93,7 +93,9 @@ class Verification:
             f"{self.tolerance:g} x max(1, max |value|)"
         )
         title = f"{self.source}: {self.model}, {self.inputs}"
-        return "\n".join([title, *columns(lines), *([self.note] if self.note else []), verdict])
+        return "\n".join(
+            [title, *format_table(lines), *([self.note] if self.note else []), verdict]
+        )
 
 
 def verify_checkpoint(

@@ -124,7 +124,7 @@ class Pace:
         return left(max(rest, 0) / self._rate) if self._rate > 0 else None
 
 
-def columns(table: Sequence[Sequence[str]]) -> list[str]:
+def format_table(table: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [

@@ -24,7 +24,7 @@ import jax
 from vivit_jax.benchmark.work import Work, program
 from vivit_jax.config_base import REMAT_POLICIES
 from vivit_jax.errors import UserError
-from vivit_jax.progress import columns, readable
+from vivit_jax.progress import format_table, readable
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
@@ -195,7 +195,7 @@ def table(rows: Sequence[Alternative], memory: int) -> str:
         f"{work.config.dtype}, attention {work.config.attention}, in {readable(memory)} less "
         f"{RESERVE:.0%}, compiled for {jax.default_backend()}"
     ]
-    return "\n".join([*lines, *columns(cells)])
+    return "\n".join([*lines, *format_table(cells)])
 
 
 def parse_bytes(memory: str | int) -> int:

@@ -11,7 +11,7 @@ from vivit_jax.benchmark.measure import Rounds, Timing
 from vivit_jax.benchmark.memory import Peak
 from vivit_jax.benchmark.sides import Compilation
 from vivit_jax.benchmark.work import Work
-from vivit_jax.progress import columns
+from vivit_jax.progress import format_table
 
 MEBI = 2**20
 
@@ -189,7 +189,7 @@ class Comparison:
                     "-" if row.peak is None else f"{row.peak.step / MEBI:,.0f}",
                 )
             )
-        return columns(table)
+        return format_table(table)
 
     def _ratios(self) -> list[str]:
         first, *others = self.rows
@@ -204,7 +204,7 @@ class Comparison:
                 figures = (f"{ratio.median:.3f}", str(ratio.rounds), f"{ratio.least:.3f}")
             memory = "-" if memory is None else f"{memory:.3f}"
             table.append((row.name, *figures, memory, str(row.agreement)))
-        return columns(table)
+        return format_table(table)
 
     def _bound(self) -> list[str]:
         bound = f"one large product: {self.rate / 1e12:.3g} TFLOP/s"

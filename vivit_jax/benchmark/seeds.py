@@ -11,7 +11,7 @@ from vivit_jax.benchmark.measure import QUICK_LOOK, Rounds
 from vivit_jax.benchmark.report import MEBI, Comparison
 from vivit_jax.benchmark.sides import check_work
 from vivit_jax.benchmark.work import work_of
-from vivit_jax.progress import columns
+from vivit_jax.progress import format_table
 
 SEED_BATCHES = (1, 2, 4, 8)
 
@@ -74,7 +74,7 @@ class SeedTable:
             for comparison in self.comparisons
             for text in comparison.notes
         ]
-        return "\n".join([self.title, *columns(table), *notes])
+        return "\n".join([self.title, *format_table(table), *notes])
 
 
 def seed_tables(

@@ -18,7 +18,7 @@ from vivit_jax.benchmark.measure import cpu_name, environment
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, write_json
-from vivit_jax.progress import columns
+from vivit_jax.progress import format_table
 from vivit_jax.recipes import recipe_named
 
 _STEPS = ("prepare", "send", "normalise")
@@ -253,7 +253,7 @@ def _reading_text(result, missing: str) -> str:
                 "unknown" if rate.decoded is None else f"{rate.decoded:.0f}",
             )
         )
-    lines += [f"  {line}" for line in columns(rows)]
+    lines += [f"  {line}" for line in format_table(rows)]
     for rate in result.rates:
         if rate.side == "torchcodec" and rate.apart:
             lines.append(f"  torchcodec differs by up to {rate.apart} of 255 grey levels")
@@ -286,7 +286,7 @@ def _pixels_text(pixels) -> str:
     return "\n".join(
         [
             f"pixels {shape} to {pixels.device}: normalised on the CPU, or in the jitted step",
-            *(f"  {line}" for line in columns(rows)),
+            *(f"  {line}" for line in format_table(rows)),
             f"  the two differ by up to {pixels.apart:.2e}",
         ]
     )

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from vivit_jax.progress import columns, readable
+from vivit_jax.progress import format_table, readable
 from vivit_jax.train.planning.plan import Plan, operation_seconds
 from vivit_jax.train.planning.step_parts import part_of
 from vivit_jax.train.sharding import mesh_text
@@ -32,7 +32,7 @@ def ranking(plans: Sequence[Plan], refused: Mapping[str, str]) -> str:
         )
         for each in plans
     ]
-    lines = columns(rows) if plans else []
+    lines = format_table(rows) if plans else []
     return "\n".join([*lines, *(f"{mesh}: {why}" for mesh, why in refused.items())])
 
 
@@ -76,7 +76,7 @@ def _parts(plan: Plan) -> list[str]:
         times = (_ms(part.seconds, 2), f"{part.seconds / whole:.1%}") if timed else ()
         rows.append((part.name, *times, readable(part.bytes)))
     note = "  (by the name of what was traced; a fusion by one of its, XLA's own copies as other)"
-    return ["", *columns(rows), note]
+    return ["", *format_table(rows), note]
 
 
 def _collectives(plan: Plan) -> list[str]:
@@ -96,7 +96,7 @@ def _collectives(plan: Plan) -> list[str]:
                 _ms(each.beside_seconds, 2) if known else "unknown",
             )
         )
-    return ["", *columns(rows)]
+    return ["", *format_table(rows)]
 
 
 def _step(plan: Plan) -> list[str]:
@@ -162,7 +162,7 @@ def _operations(plan: Plan, top: int) -> list[str]:
                 *((_ms(seconds, 2),) if timed else ()),
             )
         )
-    return ["", *columns(rows)]
+    return ["", *format_table(rows)]
 
 
 def _ms(seconds: float, places: int) -> str:
