@@ -97,8 +97,8 @@ def _run(
         # XLA has a word for it, in an error that may mean anything.
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        told = f"{prog}: error: not enough memory: {first_line(error)}"
-        print(printable(told), file=sys.stderr)
+        message = f"{prog}: error: not enough memory: {first_line(error)}"
+        print(printable(message), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # whoever reads it may have been interrupted too

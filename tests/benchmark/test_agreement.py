@@ -8,7 +8,7 @@ from helpers import VIDEOMAE
 
 from vivit_jax import UserError, VideoMAEConfig
 from vivit_jax.benchmark import agreement as agreement_module
-from vivit_jax.benchmark.agreement import agreement, distance, is_rounded, telling
+from vivit_jax.benchmark.agreement import agreement, distance, is_rounded, sensitive_params
 from vivit_jax.benchmark.work import Work
 from vivit_jax.models.build import abstract_params, build_model
 
@@ -107,7 +107,7 @@ def test_weights_that_tell():
     config = work().config
     model = build_model(config, "classification")
     ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract_params(model))
-    found = telling(ones, config)
+    found = sensitive_params(ones, config)
     block = found["backbone"]["layers"]
     narrow = (768 / config.hidden_size) ** 0.5
     for name, size in (("query", 3), ("key", 3), ("value", 1), ("out", 1)):
@@ -115,7 +115,7 @@ def test_weights_that_tell():
     assert 0.05 < block["mlp_in"]["bias"].std() < 0.2 and abs(block["mlp_in"]["bias"].mean()) < 0.1
     assert 0.05 < block["ln_mlp"]["scale"].std() < 0.2
     zeros = jax.tree.map(np.zeros_like, ones)
-    told = telling(zeros, config)
+    told = sensitive_params(zeros, config)
     silent = [path for path, x in jax.tree.leaves_with_path(told) if not x.any()]
     assert all(path[-1].key in ("kernel", "scale") for path in silent)
     assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, ones)

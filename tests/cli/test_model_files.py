@@ -187,7 +187,9 @@ def test_settings_against_a_config_are_told_and_recorded(clip, capsys, caplog, t
     for heads, told in ((4, None), (2, "num_attention_heads=2 (it says 4)")):
         caplog.clear()
         assert main(["reconstruct", *map(str, args), f"num_attention_heads={heads}"]) == 0
-        found = [text for text in caplog.messages if "--config makes another function" in text]
+        found = [
+            text for text in caplog.messages if "--config changes what the model computes" in text
+        ]
         assert len(found) == (told is not None) and all(told in text for text in found)
     hf = save(tmp_path / "cls", "classification", VIDEOMAE, processor=PROCESSOR)
     (tmp_path / "list.txt").write_text(f"{clip} 1\n")

@@ -17,7 +17,6 @@ from compilers import needs_libtpu
 from full_disk import file_size
 from signals import handled
 
-from vivit_jax.benchmark import loader
 from vivit_jax.cli import plan as plan_command
 from vivit_jax.cli.__main__ import main
 from vivit_jax.recipes import apply_settings, recipe_named
@@ -127,7 +126,7 @@ def test_the_cores_of_a_host_read_every_repeat(monkeypatch):
     recipe = apply_settings(recipe_named("demo-pretrain"), ["data.repeats=4"])
     found = types.SimpleNamespace(host_videos_per_second=3.0)
     rate = types.SimpleNamespace(cpu_per_clip=0.5)
-    monkeypatch.setattr(loader, "measure_loader", lambda *_, **__: rate)
+    monkeypatch.setattr(plan_command, "measure_loader", lambda *_, **__: rate)
     reading = plan_command._reading(recipe, found, decode=True)
     assert (reading["cpu_seconds_of_a_video"], reading["cores_of_a_host"]) == (2.0, 6.0)
 

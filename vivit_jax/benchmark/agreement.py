@@ -129,7 +129,7 @@ def _norm(x: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(x, np.float64).ravel()))
 
 
-def telling(params: Any, config: Config, seed: int = 0) -> Any:
+def sensitive_params(params: Any, config: Config, seed: int = 0) -> Any:
     """Fresh params changed so that every part of the model tells on its outputs.
 
     As they are drawn, queries and keys are so small that all tokens get almost the same weight:

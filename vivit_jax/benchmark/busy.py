@@ -51,7 +51,7 @@ class Busy:
     timed: int  # rounds
 
     @property
-    def told(self) -> bool:
+    def notable(self) -> bool:
         """Whether it is worth a warning."""
         return self.others > self.threshold or bool(self.rounds)
 

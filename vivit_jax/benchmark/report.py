@@ -89,7 +89,7 @@ class Comparison:
             rounds += f", to +-{100 * self.rounds.until:g}% of the median at 95 %: {width}"
         if self.narrow is False:
             rounds += f"; ended by --most-rounds {self.rounds.most}"
-        busy = (str(self.busy),) if self.busy is not None and self.busy.told else ()
+        busy = (str(self.busy),) if self.busy is not None and self.busy.notable else ()
         return (rounds, *busy, *self.failures)
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Comparison:
                 "reach": self.reach,
                 "narrow": self.narrow,
             },
-            "busy": self.busy and dataclasses.asdict(self.busy) | {"told": self.busy.told},
+            "busy": self.busy and dataclasses.asdict(self.busy) | {"told": self.busy.notable},
             "failures": list(self.failures),
             "rows": [self._row(row) for row in self.rows],
         }

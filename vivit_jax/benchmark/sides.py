@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from checkpoints_convert.pretrained import from_pretrained, save_pretrained
 from checkpoints_convert.verify import check_torch, load_transformers, quiet
-from vivit_jax.benchmark.agreement import telling
+from vivit_jax.benchmark.agreement import sensitive_params
 from vivit_jax.benchmark.work import OPTIMIZER, Work, initial_state, inputs_of, program
 from vivit_jax.config import architecture
 from vivit_jax.errors import UserError
@@ -68,10 +68,10 @@ class Side(Runnable, Protocol):
 
 
 def write_weights(work: Work, directory: Path, seed: int = 0) -> None:
-    """Fresh float32 weights of the work's model as an HF directory, see `telling`."""
+    """Fresh float32 weights of the work's model as an HF directory, see `sensitive_params`."""
     config = dataclasses.replace(work.config, dtype="float32", param_dtype="float32")
     model = build_model(config, work.head)
-    save_pretrained(directory, model, telling(fresh_params(model, seed), config, seed))
+    save_pretrained(directory, model, sensitive_params(fresh_params(model, seed), config, seed))
 
 
 class JaxSide:

@@ -199,9 +199,9 @@ def picture_of(found, config, seen, indices: list[int], seconds, *, title: str, 
     ticks = [f"{i}" for i in indices]
     times = [f"frame {i}" for i in indices]
     if seconds is not None:
-        told = ["no time" if np.isnan(s) else f"{s:.2f} s" for s in seconds]
-        ticks = [f"{tick}\n{s}" for tick, s in zip(ticks, told, strict=True)]
-        times = [f"{time}\n{s}" for time, s in zip(times, told, strict=True)]
+        shown = ["no time" if np.isnan(s) else f"{s:.2f} s" for s in seconds]
+        ticks = [f"{tick}\n{s}" for tick, s in zip(ticks, shown, strict=True)]
+        times = [f"{time}\n{s}" for time, s in zip(times, shown, strict=True)]
     return Panels(
         title=title,
         notes=_notes(found, config, about, seen.shape[-1]),

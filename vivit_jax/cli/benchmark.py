@@ -185,9 +185,9 @@ def _only(mode: str, given: dict, *flags: str) -> None:
     )
     for name, default in _DEFAULTS.items():
         if name not in known and given[name] != default:
-            told = ", ".join(f"--{flag}".replace("_", "-") for flag in flags)
+            allowed = ", ".join(f"--{flag}".replace("_", "-") for flag in flags)
             name = name.replace("_", "-")
-            raise UserError(f"{mode} has no use for --{name}; it takes {told} and --json")
+            raise UserError(f"{mode} has no use for --{name}; it takes {allowed} and --json")
 
 
 class Fits:

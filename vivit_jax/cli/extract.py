@@ -266,14 +266,14 @@ def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
     before = {**made.get("settings", {}), "video": made.get("video", {}).get("file")}
     others = [name for name in sorted(now.keys() | before) if now.get(name) != before.get(name)]
     if others:
-        told = ", ".join(
+        changes = ", ".join(
             name
             if isinstance(now.get(name), dict) or name == "params_sha256"
             else f"{name} ({before.get(name)}, now {now.get(name)})"
             for name in others
         )
         raise UserError(
-            f"{path} exists and was made with another {told}; pass --overwrite, or name another "
+            f"{path} exists and was made with another {changes}; pass --overwrite, or name another "
             "--out"
         )
     if damaged:

@@ -26,6 +26,6 @@ def open_model(model: str, changes: tuple[str, ...], **execution: Any):
             if (now := getattr(config, name)) != (was := getattr(stored, name))
         ]
         if differing:
-            told = "--config makes another function of the weights than %s does: %s"
-            logger.warning(told, config_path(path), ", ".join(differing))
+            message = "--config changes what the model computes compared with %s: %s"
+            logger.warning(message, config_path(path), ", ".join(differing))
     return source

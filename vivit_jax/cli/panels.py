@@ -54,11 +54,11 @@ class Panels:
         count = len(self.times)
         shown = [round(i) for i in np.linspace(0, count - 1, min(count, MOST_COLUMNS))]
         rows = [[clip[i] for i in shown] for clip in self.clips]
-        told = self
+        noted = self
         if len(shown) < count:
             note = f"{len(shown)} of {count} frames are drawn, evenly spaced from first to last."
-            told = dataclasses.replace(self, notes=[*self.notes, note])
-        page = told._page(rows, self.labels, [self.times[i] for i in shown], TILE, self.answers)
+            noted = dataclasses.replace(self, notes=[*self.notes, note])
+        page = noted._page(rows, self.labels, [self.times[i] for i in shown], TILE, self.answers)
         self._with_footer(page, shown).save(path, "PNG")
 
     def save_mp4(self, path: Path, holds: Sequence[float]) -> None:

@@ -86,7 +86,7 @@ def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
         with Apart(_planned, ["vivit_jax.train.planning.plan"]) as compiler:
             recipe, plans, refused = _plans(options, compiler)
     except Ended as error:
-        print(printable(f"vivit-jax: error: {_end_told(error)}"), file=sys.stderr)
+        print(printable(f"vivit-jax: error: {_compiler_ended(error)}"), file=sys.stderr)
         return 1
 
     if options.search:
@@ -131,8 +131,8 @@ def _plans(options: PlanOptions, compiler: Apart):
         try:
             plans.append(_compiled(compiler, what, sizes, number, len(meshes[:most])))
         except (UserError, Ended) as error:
-            told = _end_told(error) if isinstance(error, Ended) else str(error)
-            refused[mesh_text(sizes)], last = told, error
+            reason = _compiler_ended(error) if isinstance(error, Ended) else str(error)
+            refused[mesh_text(sizes)], last = reason, error
     if not plans:
         raise last
     for sizes in meshes[most:]:
@@ -156,7 +156,7 @@ def _planned(recipe, topology, sizes, videos):
     return compile_plan(recipe, topology, sizes, videos=videos)
 
 
-def _end_told(error: Ended) -> str:
+def _compiler_ended(error: Ended) -> str:
     """A compiler that ended its process, in one line with the way out."""
     if error.signal == "SIGKILL":
         return (

@@ -95,10 +95,10 @@ def predict(
             results.append(_as_dict(result))
             if result.error is not None:
                 failed = True
-                told = str(result.error)
+                reason = str(result.error)
                 # Most errors begin with the path.
-                named = told.startswith((f"{result.clip}:", f"{result.clip} "))
-                line = told if named else f"{result.clip}: {told}"
+                named = reason.startswith((f"{result.clip}:", f"{result.clip} "))
+                line = reason if named else f"{result.clip}: {reason}"
                 bar.write(printable(line, one_line=True), file=sys.stderr)
             elif not json:
                 bar.write(_as_text(results[-1]))
