@@ -313,7 +313,7 @@ def test_quick_takes_half_of_the_clips_and_a_sixth_of_the_steps(
 
     asked, written = {}, synthetic.write_dataset
     read = demo_stages.read_dataset
-    monkeypatch.setattr(synthetic, "write_dataset", write)
+    monkeypatch.setattr("vivit_jax.cli.demo.write_dataset", write)
     monkeypatch.setattr(demo_stages, "train", begin)
     monkeypatch.setattr(
         demo_stages, "read_dataset", lambda *a, **k: range(times * len(read(*a, **k)))

@@ -277,7 +277,7 @@ def test_a_part_that_cannot_be_written_leaves_the_old_files(tiny, tmp_path, caps
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("checkpoints_convert.files.save.write_safetensors", fail)
+    monkeypatch.setattr("vivit_jax.cli.export.write_safetensors", fail)
     args = ("--out", tmp_path / names[0], "--params", "beside", "--overwrite")
     status, _, err = run(capsys, directory, *args)
     assert status == 2 and len(err.splitlines()) == 1

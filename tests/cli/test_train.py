@@ -174,7 +174,7 @@ def test_where_a_run_goes_on(given, resume, step, data, tmp_path, monkeypatch):
         seen.update(options)
         return Outcome(20, 20, None, tmp_path / "models" / "20", {})
 
-    monkeypatch.setattr("vivit_jax.train.loop.train", train)
+    monkeypatch.setattr("vivit_jax.cli.train.train", train)
     args = ["--data", str(data / "clips"), "--out", str(tmp_path / "run")]
     assert main([*PRETRAIN, *given, *args]) == 0
     assert (seen["resume"], seen["resume_step"]) == (resume, step)
@@ -231,7 +231,7 @@ def test_a_model_of_an_earlier_step_is_said_to_be_the_best(
     kept, which, data, tmp_path, capsys, monkeypatch
 ):
     outcome = Outcome(20, 20, None, tmp_path / "models" / str(kept), {})
-    monkeypatch.setattr("vivit_jax.train.loop.train", lambda *args, **options: outcome)
+    monkeypatch.setattr("vivit_jax.cli.train.train", lambda *args, **options: outcome)
     args = [*PRETRAIN, "--data", str(data / "clips"), "--out", str(tmp_path / "run")]
     assert main(args) == 0
     assert capsys.readouterr().out.startswith(f"step 20 done; {which}")

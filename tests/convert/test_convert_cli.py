@@ -140,12 +140,10 @@ def test_a_checkpoint_that_does_not_fit_leaves_no_directory(run, damaged, tmp_pa
 
 
 def test_failure_while_writing_leaves_no_directory(run, checkpoints, tmp_path, monkeypatch):
-    import checkpoints_convert.layouts.hf as config_json
-
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(config_json, "write_config", full)
+    monkeypatch.setattr("checkpoints_convert.convert.write_config", full)
     status, _, err = run("convert", checkpoints.path("vivit cls"), tmp_path / "out")
     assert status == 2 and "No space left on device" in err
     assert list(tmp_path.iterdir()) == []

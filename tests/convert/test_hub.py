@@ -100,7 +100,7 @@ def test_a_hub_id_is_looked_up_once(cached, monkeypatch, tmp_path):
         sources.append(source)
         return resolve_checkpoint(source, revision)
 
-    monkeypatch.setattr("vivit_jax.hub.resolve_checkpoint", resolve)
+    monkeypatch.setattr("checkpoints_convert.source.resolve_checkpoint", resolve)
     vivit_jax.VideoClassifier.from_pretrained(ID)
     assert main(["export", ID, "--out", str(tmp_path / "model.stablehlo")]) == 0
     assert sources.count(ID) == 2 and len(sources) > 2
