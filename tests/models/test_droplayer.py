@@ -176,14 +176,16 @@ def test_a_batch_in_parts_drops_what_the_whole_one_does(family, scan_layers):
     x = np.random.default_rng(0).standard_normal((4, 4, 16, 16, 3)).astype(np.float32)
 
     @jax.jit
-    def logits(x, rows):
+    def logits(x, clip_ids):
         # The generator of numbers that do not depend on the shape they are drawn in.
         rngs = {"dropout": jax.random.key(0, impl="threefry2x32")}
-        return model.apply({"params": params}, x, deterministic=False, rows=rows, rngs=rngs).logits
+        return model.apply(
+            {"params": params}, x, deterministic=False, clip_ids=clip_ids, rngs=rngs
+        ).logits
 
-    rows = jnp.arange(4)
-    whole = logits(x, rows)
-    parts = jnp.concatenate([logits(x[:2], rows[:2]), logits(x[2:], rows[2:])])
+    clip_ids = jnp.arange(4)
+    whole = logits(x, clip_ids)
+    parts = jnp.concatenate([logits(x[:2], clip_ids[:2]), logits(x[2:], clip_ids[2:])])
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
     # Numbered from 0 both times, the second half would drop what the first does.
-    assert np.abs(logits(x[2:], rows[:2]) - whole[2:]).max() > 1e-3
+    assert np.abs(logits(x[2:], clip_ids[:2]) - whole[2:]).max() > 1e-3

@@ -251,7 +251,9 @@ class SelfAttention(nn.Module):
     zero_init: bool = False
 
     @nn.compact
-    def __call__(self, x, head_mask, output_attentions: bool, rows=None, read: int | None = None):
+    def __call__(
+        self, x, head_mask, output_attentions: bool, clip_ids=None, read: int | None = None
+    ):
         config = self.config
         n, d = config.num_attention_heads, config.hidden_size
         e = config.head_width
@@ -273,7 +275,7 @@ class SelfAttention(nn.Module):
             )
         if read is not None and self.along != SPACE:
             raise ValueError(f"read={read} needs along={SPACE!r}, got {self.along!r}")
-        dropped = config.attention_probs_dropout_prob > 0 and rows is not None
+        dropped = config.attention_probs_dropout_prob > 0 and clip_ids is not None
         explicit = output_attentions or head_mask is not None or dropped
 
         def attend(q, k, v, head_mask, axis):
@@ -282,7 +284,7 @@ class SelfAttention(nn.Module):
             names.pop(axis + 2)
             q, k, v = (jnp.moveaxis(y, axis, -3) for y in (q, k, v))
             if explicit:
-                out, weights = self._explicit(q, k, v, head_mask, rows)
+                out, weights = self._explicit(q, k, v, head_mask, clip_ids)
             else:
                 out = attention(q, k, v, implementation=config.attention, leading=names)
                 weights = None
@@ -309,13 +311,13 @@ class SelfAttention(nn.Module):
         y = out.unrounded(y)
         return y, ((over_space, over_time) if output_attentions else (None, None))
 
-    def _explicit(self, q, k, v, head_mask, rows):
+    def _explicit(self, q, k, v, head_mask, clip_ids):
         """Attention with its weights [..., n, q, k] in sight; q, k, v [..., l, n, e]."""
         wide = wide_type(q.dtype)
         scores = jnp.einsum("...qne,...kne->...nqk", q, k, preferred_element_type=wide)
         weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1)
         shared = (1,) if self.shared_dropout else ()
-        weights = dropout(self, weights, self.config.attention_probs_dropout_prob, rows, shared)
+        weights = dropout(self, weights, self.config.attention_probs_dropout_prob, clip_ids, shared)
         if head_mask is not None:
             scale = jnp.expand_dims(head_mask.astype(wide), (*range(weights.ndim - 3), -2, -1))
             weights = weights * scale

@@ -73,12 +73,12 @@ class Block(nn.Module):
         """
         config, arrangement = self.config, self.arrangement
         d, f = config.hidden_size, config.intermediate_size
-        head_mask, drop_rate, rows = layer
+        head_mask, drop_rate, clip_ids = layer
         shared = (1,) if arrangement.shared_dropout else ()
 
         def branch(name, y):
             """What is added to the residual stream: scaled, dropped in part or for a whole clip."""
-            y = dropout(self, y, config.hidden_dropout_prob, rows, shared)
+            y = dropout(self, y, config.hidden_dropout_prob, clip_ids, shared)
             if config.layer_scale_init:
                 init = nn.initializers.constant(config.layer_scale_init)
                 init = nn.with_logical_partitioning(init, ("embed",))
@@ -89,7 +89,7 @@ class Block(nn.Module):
             if drop_rate is None:
                 return y
             key, ones = self.make_rng("dropout"), (1,) * (y.ndim - 1)
-            keep = draw_kept(key, rows, 1 - drop_rate, ones).astype(wide)
+            keep = draw_kept(key, clip_ids, 1 - drop_rate, ones).astype(wide)
             return y * (keep / (1 - drop_rate).astype(wide) if config.drop_path_rescale else keep)
 
         x = nn.with_logical_constraint(x, ("batch", *("frames",) * (x.ndim - 3), "length", "embed"))
@@ -100,7 +100,7 @@ class Block(nn.Module):
             y = LayerNorm(config, config.layer_norm_eps, name=f"ln_{name}")(before)
             zero = name in arrangement.zero_init
             attend = SelfAttention(config, along, arrangement.shared_dropout, zero, name=name)
-            y, found = attend(y, head_mask, attention, rows, read)
+            y, found = attend(y, head_mask, attention, clip_ids, read)
             weights |= {
                 k: v for k, v in zip(("space", "time"), found, strict=True) if v is not None
             }
@@ -151,13 +151,13 @@ def run_blocks(
     *,
     output_hidden_states: bool = False,
     output_attentions: bool = False,
-    rows: jax.Array | None = None,
+    clip_ids: jax.Array | None = None,
     read: int | None = None,
 ) -> tuple[jax.Array, LayerOutput]:
     """Run the blocks of an arrangement; call inside a module's compact method.
 
     x [b, l, d] or [b, t, s, d] -> (x, what the layers report with a leading layer axis; `hidden`
-    starts with x itself and so has one entry more). `head_mask` is [layers, n]; `rows` are the
+    starts with x itself and so has one entry more). `head_mask` is [layers, n]; `clip_ids` are the
     clips' numbers [b], None where nothing is dropped. With `read` and nothing to report, only the
     first so many tokens leave the last block.
 
@@ -171,11 +171,11 @@ def run_blocks(
         return x, _no_blocks(config, x, *flags)
     read = None if output_hidden_states or output_attentions else read
     rates = None
-    if rows is not None:
+    if clip_ids is not None:
         if config.drop_path_rate:
             rates = jnp.asarray(np.linspace(0, config.drop_path_rate, layers), jnp.float32)
-        rows = jnp.broadcast_to(rows, (layers, len(rows)))
-    inputs = lambda at: jax.tree.map(lambda values: values[at], (head_mask, rates, rows))  # noqa: E731
+        clip_ids = jnp.broadcast_to(clip_ids, (layers, len(clip_ids)))
+    inputs = lambda at: jax.tree.map(lambda values: values[at], (head_mask, rates, clip_ids))  # noqa: E731
 
     def block(in_scan: bool):
         if config.remat == "none":

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import UserError
-from vivit_jax.layers.dropout import dropout, numbered
+from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions
 from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.explicit import as_automatic
@@ -60,24 +60,23 @@ class VideoMAEModel(nn.Module):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        rows=None,
+        clip_ids=None,
         return_dict: bool = True,
     ) -> ModelOutput | tuple:
         """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, l or visible, d].
 
-        They may be `vivit_jax.layers.tubelets.ByteClips` too. With `add_pooling_layer` there is
-        pooler_output [b, d] as well. `mask` is what HuggingFace calls bool_masked_pos:
-        `Mask.from_bool(bool_masked_pos)`.
-        `head_mask` [n] or [layers, n] scales attention weights per head (0 silences a head).
-        `interpolate_pos_encoding` accepts any frame count and resolution of at least one tubelet
-        and recomputes the position table for that many tokens, as the authors do.
-        `deterministic=False` turns dropout on and needs rngs={"dropout": key}; what is dropped is
-        drawn by `rows`, the numbers [b] of the clips (by default 0, 1, ...), so that a batch in
-        parts drops what the whole one does. `output_hidden_states` is a flag or, as in
-        transformers, indices of hidden states (a tuple under jit); it and `output_attentions` are
-        by default what the configuration says. `attention_mask` must be None: every token is
-        attended to. Raises UserError for a clip or a mask that does not fit, and for a clip that is
-        no floats, as frames are before the processor.
+        pixel_values may also be `vivit_jax.layers.tubelets.ByteClips`. `add_pooling_layer` adds
+        pooler_output [b, d]. `mask` is what HuggingFace calls bool_masked_pos:
+        `Mask.from_bool(bool_masked_pos)`. `head_mask` [n] or [layers, n] scales attention weights
+        per head (0 silences a head). `interpolate_pos_encoding` accepts any frame count and
+        resolution of at least one tubelet and recomputes the position table for that many tokens,
+        as the authors do. `deterministic=False` turns dropout on and needs rngs={"dropout": key}.
+        Each clip drops by its id in `clip_ids` [b], by default 0, 1, ..., so a batch computed in
+        parts drops what the whole batch does. `output_hidden_states` is a flag or, as in
+        transformers, indices of hidden states (a tuple under jit); it and `output_attentions`
+        default to the configuration's. `attention_mask` must be None: every token is attended to.
+        Raises UserError for a clip or a mask of the wrong size, and for pixels that are not floats,
+        such as frames before the processor.
         """
         config = self.config
         if self.add_pooling_layer and not config.use_mean_pooling:
@@ -101,7 +100,7 @@ class VideoMAEModel(nn.Module):
             per_layer(head_mask, config.num_hidden_layers, config.num_attention_heads),
             output_hidden_states=bool(states),
             output_attentions=attentions,
-            rows=numbered(rows, pixel_values.shape[0], deterministic),
+            clip_ids=dropout_ids(clip_ids, pixel_values.shape[0], deterministic),
         )
         if not config.use_mean_pooling:
             x = LayerNorm(config, config.layer_norm_eps, name="ln_final")(x)
@@ -124,7 +123,7 @@ class VideoMAEDecoder(nn.Module):
         x,
         num_predicted: int,
         output_hidden_states: bool,
-        rows=None,
+        clip_ids=None,
         order: str = FRAMES_FIRST,
     ):
         config = self.config.decoder()
@@ -133,7 +132,7 @@ class VideoMAEDecoder(nn.Module):
             Arrangement(config.num_hidden_layers),
             x,
             output_hidden_states=output_hidden_states,
-            rows=rows,
+            clip_ids=clip_ids,
         )
         x = x[:, x.shape[1] - num_predicted :]
         x = LayerNorm(config, config.decoder_norm_eps, name="ln_final")(x)
@@ -165,7 +164,7 @@ class VideoMAEForPreTraining(nn.Module):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        rows=None,
+        clip_ids=None,
         return_dict: bool = True,
     ) -> PreTrainingOutput | tuple:
         """As `VideoMAEModel`; logits [b, k, patch values] in the order of `mask.predicted`; loss.
@@ -185,7 +184,7 @@ class VideoMAEForPreTraining(nn.Module):
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
             deterministic=deterministic,
-            rows=rows,
+            clip_ids=clip_ids,
         )
         if not mask.masked.shape[1] or not mask.visible.shape[1]:
             raise UserError(
@@ -215,7 +214,7 @@ class VideoMAEForPreTraining(nn.Module):
             x,
             mask.predicted.shape[1],
             out.hidden_states is not None,
-            numbered(rows, pixel_values.shape[0], deterministic),
+            dropout_ids(clip_ids, pixel_values.shape[0], deterministic),
             order,
         )
         targets = reconstruction_targets(pixel_values, mask, config, order)
@@ -250,7 +249,7 @@ class VideoMAEForVideoClassification(nn.Module):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        rows=None,
+        clip_ids=None,
         return_dict: bool = True,
     ) -> ClassifierOutput | tuple:
         """As `VideoMAEModel`; logits [b, classes]; labels add `loss`, see `classification_loss`."""
@@ -264,13 +263,13 @@ class VideoMAEForVideoClassification(nn.Module):
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
             deterministic=deterministic,
-            rows=rows,
+            clip_ids=clip_ids,
         )
         if config.use_mean_pooling:
             x = _mean_pooled(config, out.last_hidden_state)
         else:
             x = out.last_hidden_state[:, 0]
-        x = dropout(self, x, config.head_dropout, numbered(rows, x.shape[0], deterministic))
+        x = dropout(self, x, config.head_dropout, dropout_ids(clip_ids, x.shape[0], deterministic))
         loss, logits = classify(config, x, labels)
         out = ClassifierOutput(loss, logits, out.hidden_states, out.attentions)
         return out if return_dict else out.to_tuple()

@@ -25,7 +25,7 @@ from flax import linen as nn
 
 from vivit_jax.config import VivitConfig
 from vivit_jax.layers.attention import HALVES, SPACE, TIME
-from vivit_jax.layers.dropout import dropout, numbered
+from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
 from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.explicit import as_automatic
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         frames = x.shape[1:-2] if grid[0] > 1 else (1,) * (x.ndim - 3)
         x = x + positions.reshape(1, *frames, -1, d)
         shared = (1,) if self.arrangement.shared_dropout else ()
-        x = dropout(self, x, config.hidden_dropout_prob, flags["rows"], shared)
+        x = dropout(self, x, config.hidden_dropout_prob, flags["clip_ids"], shared)
         x = x.astype(config.dtype)
         read = 1 if self.pooled_only and self.arrangement.last_apart else None
         x, layers = run_blocks(config, self.arrangement, x, head_mask, read=read, **flags)
@@ -138,22 +138,21 @@ class VivitModel(nn.Module):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        rows=None,
+        clip_ids=None,
         return_dict: bool = True,
     ) -> ModelOutput | tuple:
         """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, tokens, d].
 
         Tokens are the class token, if there is one, and the tubelets; in a factorised encoder the
         class token and the frames. `head_mask` [n] or [layers, n] scales attention weights per head
-        (0 silences a head); rows for temporal layers follow those for spatial ones.
+        (0 silences a head); its rows for temporal layers follow those for spatial ones.
         `interpolate_pos_encoding` accepts any frame count and resolution of at least one tubelet.
-        `deterministic=False` turns dropout on and needs rngs={"dropout": key}; what is dropped is
-        drawn by `rows`, the numbers [b] of the clips (by default 0, 1, ...), so that a batch in
-        parts drops what the whole one does. `output_hidden_states` is a flag or, as in
-        transformers, indices of hidden states (a tuple under jit); it and `output_attentions` are
-        by default what the configuration says. `attention_mask` must be None: every token is
-        attended to. Raises UserError for a clip that does not fit, and for one that is no floats,
-        as frames are before the processor.
+        `deterministic=False` turns dropout on and needs rngs={"dropout": key}. Each clip drops by
+        its id in `clip_ids` [b], by default 0, 1, ..., so a batch computed in parts drops what the
+        whole batch does. `output_hidden_states` is a flag or, as in transformers, indices of hidden
+        states (a tuple under jit); it and `output_attentions` default to the configuration's.
+        `attention_mask` must be None: every token is attended to. Raises UserError for a clip of
+        the wrong size, and for pixels that are not floats, such as frames before the processor.
         """
         config = self.config
         check_attention_mask(attention_mask)
@@ -163,7 +162,7 @@ class VivitModel(nn.Module):
         flags = dict(
             output_hidden_states=bool(states),
             output_attentions=attentions,
-            rows=numbered(rows, pixel_values.shape[0], deterministic),
+            clip_ids=dropout_ids(clip_ids, pixel_values.shape[0], deterministic),
         )
         stages = arrangements(config)
         depth = sum(stage.num_layers for stage in stages)
@@ -223,7 +222,7 @@ class VivitForVideoClassification(nn.Module):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        rows=None,
+        clip_ids=None,
         return_dict: bool = True,
     ) -> ClassifierOutput | tuple:
         """As `VivitModel`; logits [b, classes]; labels add `loss`, see `classification_loss`."""
@@ -237,7 +236,7 @@ class VivitForVideoClassification(nn.Module):
             output_hidden_states=output_hidden_states,
             interpolate_pos_encoding=interpolate_pos_encoding,
             deterministic=deterministic,
-            rows=rows,
+            clip_ids=clip_ids,
         )
         loss, logits = classify(config, pool(config, out.last_hidden_state), labels)
         out = ClassifierOutput(

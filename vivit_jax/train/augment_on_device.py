@@ -214,15 +214,15 @@ def mix(
     pixels: jax.Array,
     targets: jax.Array,
     settings: AugmentSettings,
-    rows: jax.Array,
+    clip_ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) of clips and their targets.
 
     pixels [b, t, h, w, c] and targets float [b, classes], see `soft_targets`, -> the same. In every
     group of `mix_group` consecutive clips (None: all that are given) clip i is mixed with clip
     -1 - i, by one share and one box for the whole group; for cutmix the targets are mixed by the
-    box's true area. `rows`, int [b], are the clips' numbers in the whole batch, where groups start
-    at multiples of their size: parts made of whole groups come out as the whole batch does.
+    box's true area. `clip_ids`, int [b], are the clips' numbers in the whole batch, in which groups
+    start at multiples of their size: parts made of whole groups equal the whole batch.
 
     Raises UserError for groups that are odd or do not divide the batch. Source: VideoMAE's and
     scenic's training, whose groups are the clips of one device.
@@ -242,7 +242,7 @@ def mix(
             f"targets of shape {targets.shape} and dtype {targets.dtype} cannot be mixed with "
             f"{b} clips; expected floats [{b}, classes], see soft_targets"
         )
-    groups = jnp.asarray(rows)[::group] // group
+    groups = jnp.asarray(clip_ids)[::group] // group
     mixing = draw_mixing(clip_keys(key, groups), (height, width), settings)
     share = mixing.share[:, None, None]
     kept = jnp.where(mixing.box.mask(height, width), 0.0, 1.0)

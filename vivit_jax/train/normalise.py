@@ -49,19 +49,19 @@ def scaled_and_shifted(scale, shift) -> Callable[[jax.Array], jax.Array]:
 def training_pixels(
     processor: VideoProcessor, settings: AugmentSettings
 ) -> Callable[[jax.Array, jax.Array, jax.Array], ByteClips | jax.Array]:
-    """(key, rows [b], uint8 [b, t, h, w, c]) -> what the model takes, augmented but for mixing.
+    """(key, clip_ids [b], uint8 [b, t, h, w, c]) -> what the model takes, augmented but for mixing.
 
     Bytes with the processor's arithmetic, where the settings change no pixel; else float32 pixels.
     Colour jitter comes before normalisation, as scenic's, which undoes it first; erasing after it,
-    as VideoMAE's. What happens to a clip is a function of the key and of its row.
+    as VideoMAE's. What happens to a clip is a function of the key and of its id.
     """
     values = hashable_arithmetic(processor)
     if not (settings.colour or settings.erase or settings.mixes):
-        return lambda key, rows, clips: ByteClips(clips, *values)
+        return lambda key, clip_ids, clips: ByteClips(clips, *values)
     normalise = scaled_and_shifted(*values)
 
-    def pixels(key, rows, clips):
-        colour, erase = (clip_keys(jax.random.fold_in(key, i), rows) for i in range(2))
+    def pixels(key, clip_ids, clips):
+        colour, erase = (clip_keys(jax.random.fold_in(key, i), clip_ids) for i in range(2))
         if settings.colour:
             clips = 255 * colour_jitter(colour, clips.astype(jnp.float32) / 255, settings.colour)
         clips = normalise(clips)

@@ -105,8 +105,8 @@ def make_step(
     The old state is donated. `shapes` is `state_shapes` of the same model, optimiser and mesh.
     Explicit axes of the mesh are taken as automatic; so is what is placed along them.
 
-    What is random (masks, dropout, augmentation) is drawn for each clip from (seed, step, row), so
-    that neither the mesh nor `train.accumulate` changes the result beyond rounding: of a batch in
+    Masks, dropout and augmentation are drawn for each clip from (seed, step, clip id), so that
+    neither the mesh nor `train.accumulate` changes the result beyond rounding: of a batch in
     parts the loss is the mean over all its clips, or, with masks of which not every token counts,
     over all its tokens. A step whose loss or gradients are not finite changes nothing but the
     counts of steps. Raises UserError where the batch does not divide, and for augmentations of
@@ -137,7 +137,7 @@ def make_step(
         # This generator's numbers do not depend on how an array is split over devices.
         seed = jax.random.key(recipe.train.seed, impl="threefry2x32")
         key = jax.random.fold_in(seed, state.step)
-        whole = dict(batch, rows=jnp.arange(rows, dtype=jnp.int32))
+        whole = dict(batch, clip_ids=jnp.arange(rows, dtype=jnp.int32))
         weights = jnp.full(parts, 1 / parts)
         if pretraining:
             whole["mask"] = draw_mask(recipe.mask, jax.random.fold_in(key, 0), rows, grid)
@@ -268,10 +268,10 @@ def _reconstruct(model, recipe: Recipe, processor) -> Callable:
         augment, dropout = jax.random.split(key)
         out = model.apply(
             {"params": params},
-            pixels(augment, part["rows"], part["clips"]),
+            pixels(augment, part["clip_ids"], part["clips"]),
             part["mask"],
             deterministic=False,
-            rows=part["rows"],
+            rows=part["clip_ids"],
             rngs={"dropout": dropout},
             **RESULTS_ONLY,
         )
@@ -288,16 +288,16 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
 
     def objective(params, key, part):
         augment, mixing, dropout = jax.random.split(key, 3)
-        rows, clips = part["rows"], pixels(augment, part["rows"], part["clips"])
+        clip_ids, clips = part["clip_ids"], pixels(augment, part["clip_ids"], part["clips"])
         targets = soft_targets(
             part["labels"], config.num_labels, settings.smoothing, config.class_splits
         )
-        clips, targets = mix(mixing, clips, targets, settings, rows)
+        clips, targets = mix(mixing, clips, targets, settings, clip_ids)
         out = model.apply(
             {"params": params},
             clips,
             deterministic=False,
-            rows=rows,
+            clip_ids=clip_ids,
             rngs={"dropout": dropout},
             **RESULTS_ONLY,
         )
