@@ -240,7 +240,7 @@ class SelfAttention(nn.Module):
     `output_attentions` need the weights themselves and take the explicit path; everything else
     goes through `attention`. With `shared_dropout` all frames of a clip lose the same weights.
     `zero_init` starts the output projection at zero, so that the layer at first adds nothing. With
-    `read` only the first so many tokens ask, of all, and come back; for SPACE. With
+    `num_queries` only the first so many tokens ask, of all, and come back; for SPACE. With
     `config.cosine_attention` scores are scaled cosines, see `cosine_scaled`, and `scale` [n] the
     logarithm of the factor.
     """
@@ -252,7 +252,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, head_mask, output_attentions: bool, clip_ids=None, read: int | None = None
+        self, x, head_mask, output_attentions: bool, clip_ids=None, num_queries: int | None = None
     ):
         config = self.config
         n, d = config.num_attention_heads, config.hidden_size
@@ -264,17 +264,17 @@ class SelfAttention(nn.Module):
 
         query = projection("query", config.qkv_bias)
         key, value = projection("key", config.key_bias), projection("value", config.qkv_bias)
-        if read is None:
+        if num_queries is None:
             q, k, v = project_together(x, (query, key, value))
         else:
-            q, (k, v) = query(x[..., :read, :]), project_together(x, (key, value))
+            q, (k, v) = query(x[..., :num_queries, :]), project_together(x, (key, value))
         if config.cosine_attention:
             init = nn.with_logical_partitioning(nn.initializers.constant(math.log(10)), ("heads",))
             q, k = cosine_scaled(
                 q, k, self.param("scale", init, (n,), jnp.dtype(config.param_dtype))
             )
-        if read is not None and self.along != SPACE:
-            raise ValueError(f"read={read} needs along={SPACE!r}, got {self.along!r}")
+        if num_queries is not None and self.along != SPACE:
+            raise ValueError(f"num_queries={num_queries} needs along={SPACE!r}, got {self.along!r}")
         dropped = config.attention_probs_dropout_prob > 0 and clip_ids is not None
         explicit = output_attentions or head_mask is not None or dropped
 

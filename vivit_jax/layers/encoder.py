@@ -64,11 +64,11 @@ class Block(nn.Module):
     arrangement: Arrangement
 
     @nn.compact
-    def __call__(self, x, layer, hidden: bool, attention: bool, read: int | None = None):
+    def __call__(self, x, layer, hidden: bool, attention: bool, num_queries: int | None = None):
         """The form `nn.scan` wants: (carry, layer input, flags) -> (carry, layer output).
 
-        `layer` is (head mask [n] or None, probability of leaving out a branch or None, the clips'
-        numbers [b] or None where nothing is dropped). With `read` only the first so many tokens are
+        `layer` is (head mask [n] or None, probability of dropping a branch or None, clip ids [b] or
+        None where nothing is dropped). With `num_queries` only the first so many tokens are
         computed.
         """
         config, arrangement = self.config, self.arrangement
@@ -100,11 +100,11 @@ class Block(nn.Module):
             y = LayerNorm(config, config.layer_norm_eps, name=f"ln_{name}")(before)
             zero = name in arrangement.zero_init
             attend = SelfAttention(config, along, arrangement.shared_dropout, zero, name=name)
-            y, found = attend(y, head_mask, attention, clip_ids, read)
+            y, found = attend(y, head_mask, attention, clip_ids, num_queries)
             weights |= {
                 k: v for k, v in zip(("space", "time"), found, strict=True) if v is not None
             }
-            before = before if read is None else before[..., :read, :]
+            before = before if num_queries is None else before[..., :num_queries, :]
             x = checkpoint_name((before + branch(name, y)).astype(x.dtype), PROJECTED)
 
         before = at_least_float32(x)
@@ -152,14 +152,14 @@ def run_blocks(
     output_hidden_states: bool = False,
     output_attentions: bool = False,
     clip_ids: jax.Array | None = None,
-    read: int | None = None,
+    num_queries: int | None = None,
 ) -> tuple[jax.Array, LayerOutput]:
     """Run the blocks of an arrangement; call inside a module's compact method.
 
-    x [b, l, d] or [b, t, s, d] -> (x, what the layers report with a leading layer axis; `hidden`
-    starts with x itself and so has one entry more). `head_mask` is [layers, n]; `clip_ids` are the
-    clips' numbers [b], None where nothing is dropped. With `read` and nothing to report, only the
-    first so many tokens leave the last block.
+    x [b, l, d] or [b, t, s, d] -> (x, the layers' outputs with a leading layer axis; `hidden`
+    starts with x itself and so has one entry more). `head_mask` is [layers, n]; `clip_ids` [b] is
+    None where nothing is dropped. With `num_queries`, and nothing to report, the last block returns
+    only the first so many tokens.
 
     Parameters live in the calling module, under `layers` with a leading layer axis if
     `config.scan_layers` (the last block apart where the arrangement says so), else under
@@ -169,7 +169,7 @@ def run_blocks(
     flags = (output_hidden_states, output_attentions)
     if not layers:
         return x, _no_blocks(config, x, *flags)
-    read = None if output_hidden_states or output_attentions else read
+    num_queries = None if output_hidden_states or output_attentions else num_queries
     rates = None
     if clip_ids is not None:
         if config.drop_path_rate:
@@ -200,7 +200,7 @@ def run_blocks(
         x, out = scanned(config, arrangement, name="layers")(x, first, *flags, None)
         outputs.append(out)
     for i in range(together, layers):
-        wanted = read if i == layers - 1 else None
+        wanted = num_queries if i == layers - 1 else None
         one = block(in_scan=False)(config, arrangement, name=f"layers_{i}")
         x, out = one(x, inputs(i), *flags, wanted)
         outputs.append(jax.tree.map(lambda value: value[None], out))

@@ -120,14 +120,15 @@ def _vivit_blocks(config: VivitConfig, head: str, all_tokens: bool) -> int:
     return _joint_blocks(config, layers, has_cls + tokens, of_clip)
 
 
-def _joint_blocks(config, layers: int, tokens: int, read: int | None = None) -> int:
+def _joint_blocks(config, layers: int, tokens: int, num_queries: int | None = None) -> int:
     d, a, f = config.hidden_size, _attended_width(config), config.intermediate_size
     block = _block(config, tokens, tokens * a)
-    if read is None or not layers:
+    if num_queries is None or not layers:
         return layers * block
     # Keys and values of all tokens; queries, output projection and MLP of those that are read.
-    last = 2 * _product(tokens, d, a) + 2 * _product(read, d, a) + 2 * _product(read, d, f)
-    return (layers - 1) * block + last + 2 * (2 * read * tokens * a)
+    last = 2 * _product(tokens, d, a)
+    last += 2 * _product(num_queries, d, a) + 2 * _product(num_queries, d, f)
+    return (layers - 1) * block + last + 2 * (2 * num_queries * tokens * a)
 
 
 def _attended_width(config) -> int:

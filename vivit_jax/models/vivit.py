@@ -95,8 +95,10 @@ class Encoder(nn.Module):
         shared = (1,) if self.arrangement.shared_dropout else ()
         x = dropout(self, x, config.hidden_dropout_prob, flags["clip_ids"], shared)
         x = x.astype(config.dtype)
-        read = 1 if self.pooled_only and self.arrangement.last_apart else None
-        x, layers = run_blocks(config, self.arrangement, x, head_mask, read=read, **flags)
+        num_queries = 1 if self.pooled_only and self.arrangement.last_apart else None
+        x, layers = run_blocks(
+            config, self.arrangement, x, head_mask, num_queries=num_queries, **flags
+        )
         return LayerNorm(config, config.layer_norm_eps, name="ln_final")(x), layers
 
 
