@@ -316,7 +316,7 @@ def test_half_precision_is_close():
 def test_no_more_than_one_blocks_attention_is_held():
     """The compiled step of a block needs memory for its own attention, not for all layers'."""
     from vivit_jax.inference.attention_maps import _through
-    from vivit_jax.layers.encoder import Arrangement, Block
+    from vivit_jax.layers.encoder import StackSpec, Block
 
     config = config_of("mae base", num_hidden_layers=12)
     params = random_params(vivit_jax.VideoMAEModel(config))
@@ -324,7 +324,7 @@ def test_no_more_than_one_blocks_attention_is_held():
     length = 512
     x = jax.ShapeDtypeStruct((1, length, config.hidden_size), np.float32)
     row = jax.ShapeDtypeStruct((1, length), np.float32)
-    block = Block(config, Arrangement(12))
+    block = Block(config, StackSpec(12))
     heads = jax.ShapeDtypeStruct((config.num_attention_heads,), np.float32)
     compiled = _through.lower(block, one, x, row, heads, np.float32(0.5)).compile()
     attention = config.num_attention_heads * length**2 * 4

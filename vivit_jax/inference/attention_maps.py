@@ -37,10 +37,10 @@ from vivit_jax.config import VivitConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import HALVES, TIME
 from vivit_jax.layers.embed import Grid, check_clip, uniform_frames
-from vivit_jax.layers.encoder import Arrangement, Block
+from vivit_jax.layers.encoder import StackSpec, Block
 from vivit_jax.layers.linear import Config
 from vivit_jax.models.build import headless
-from vivit_jax.models.vivit import arrangements
+from vivit_jax.models.vivit import stack_specs
 
 KINDS = ("map", "rollout")
 Query = str | tuple[int, int, int]  # "cls", "mean" or the token at (t, y, x)
@@ -242,10 +242,10 @@ def _with_cls(config: Config) -> bool:
     return getattr(config, "pooling", None) == "cls"
 
 
-def _stages(config: Config) -> tuple[Arrangement, ...]:
+def _stages(config: Config) -> tuple[StackSpec, ...]:
     if isinstance(config, VivitConfig):
-        return arrangements(config)
-    return (Arrangement(config.num_hidden_layers),)
+        return stack_specs(config)
+    return (StackSpec(config.num_hidden_layers),)
 
 
 def _query_row(query: Query, grid: Grid, with_cls: bool) -> np.ndarray:
@@ -283,12 +283,12 @@ def _staged_shares(config, stages, params, out, choice: Choice, shape) -> np.nda
     return weights[..., None] * shares
 
 
-def _back(config, arrangement, params, hidden, row, choice: Choice, last: int) -> np.ndarray:
+def _back(config, spec, params, hidden, row, choice: Choice, last: int) -> np.ndarray:
     """The row [b, ..., l] of queries of block `last`, propagated to the tokens it looks at.
 
     `hidden` [layers + 1, b, ..., l, d] has the input of every block. Float64, in numpy's hands.
     """
-    block, heads = Block(config, arrangement), config.num_attention_heads
+    block, heads = Block(config, spec), config.num_attention_heads
     rollout = choice.kind == "rollout"
     residual = jnp.float32(0.5 if rollout else 0.0)
     weights = jnp.full(heads, 1 / heads) if choice.head is None else jnp.eye(heads)[choice.head]
@@ -320,7 +320,7 @@ def _through(block: Block, params, x, row, heads, residual):
     def over_time(row, heads):
         return _times(row.swapaxes(-1, -2), found.time, heads).swapaxes(-1, -2)
 
-    for _, along in reversed(block.arrangement.attention):
+    for _, along in reversed(block.spec.attention):
         if along == HALVES:
             of_time, of_space = jnp.split(heads, 2)
             attended = over_time(row, of_time) + over_space(row, of_space)

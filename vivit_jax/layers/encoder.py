@@ -28,8 +28,8 @@ from vivit_jax.layers.parts import SUMMED
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrangement:
-    """How many blocks there are and what their tokens attend to.
+class StackSpec:
+    """A stack of equal blocks: how many, and what their tokens attend to.
 
     `attention` lists the attention layers of a block in order, parameter name and direction.
     """
@@ -40,8 +40,8 @@ class Arrangement:
     # encoder over the frames with one random key.
     shared_dropout: bool = False
     zero_init: tuple[str, ...] = ()  # the attention layers that contribute nothing at first
-    # The last block stays out of the scan, so that it can run for the tokens that are read only.
-    last_apart: bool = False
+    # The last block stays out of the scan, so that it can compute only the tokens that are read.
+    unscanned_last: bool = False
 
 
 @flax.struct.dataclass
@@ -61,7 +61,7 @@ class Block(nn.Module):
     """
 
     config: Config
-    arrangement: Arrangement
+    spec: StackSpec
 
     @nn.compact
     def __call__(self, x, layer, hidden: bool, attention: bool, num_queries: int | None = None):
@@ -71,10 +71,10 @@ class Block(nn.Module):
         None where nothing is dropped). With `num_queries` only the first so many tokens are
         computed.
         """
-        config, arrangement = self.config, self.arrangement
+        config, spec = self.config, self.spec
         d, f = config.hidden_size, config.intermediate_size
         head_mask, drop_rate, clip_ids = layer
-        shared = (1,) if arrangement.shared_dropout else ()
+        shared = (1,) if spec.shared_dropout else ()
 
         def branch(name, y):
             """What is added to the residual stream: scaled, dropped in part or for a whole clip."""
@@ -95,11 +95,11 @@ class Block(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", *("frames",) * (x.ndim - 3), "length", "embed"))
         wide = wide_type(x.dtype)
         weights = {}
-        for name, along in arrangement.attention:
+        for name, along in spec.attention:
             before = at_least_float32(x)
             y = LayerNorm(config, config.layer_norm_eps, name=f"ln_{name}")(before)
-            zero = name in arrangement.zero_init
-            attend = SelfAttention(config, along, arrangement.shared_dropout, zero, name=name)
+            zero = name in spec.zero_init
+            attend = SelfAttention(config, along, spec.shared_dropout, zero, name=name)
             y, found = attend(y, head_mask, attention, clip_ids, num_queries)
             weights |= {
                 k: v for k, v in zip(("space", "time"), found, strict=True) if v is not None
@@ -145,7 +145,7 @@ def remat_policy(config: Config) -> Callable | None:
 
 def run_blocks(
     config: Config,
-    arrangement: Arrangement,
+    spec: StackSpec,
     x: jax.Array,
     head_mask: jax.Array | None = None,
     *,
@@ -154,7 +154,7 @@ def run_blocks(
     clip_ids: jax.Array | None = None,
     num_queries: int | None = None,
 ) -> tuple[jax.Array, LayerOutput]:
-    """Run the blocks of an arrangement; call inside a module's compact method.
+    """Run a stack of blocks; call inside a module's compact method.
 
     x [b, l, d] or [b, t, s, d] -> (x, the layers' outputs with a leading layer axis; `hidden`
     starts with x itself and so has one entry more). `head_mask` is [layers, n]; `clip_ids` [b] is
@@ -162,10 +162,10 @@ def run_blocks(
     only the first so many tokens.
 
     Parameters live in the calling module, under `layers` with a leading layer axis if
-    `config.scan_layers` (the last block apart where the arrangement says so), else under
+    `config.scan_layers` (the last block apart with `spec.unscanned_last`), else under
     `layers_0`, `layers_1`, ...
     """
-    layers = arrangement.num_layers
+    layers = spec.num_layers
     flags = (output_hidden_states, output_attentions)
     if not layers:
         return x, _no_blocks(config, x, *flags)
@@ -186,7 +186,7 @@ def run_blocks(
 
     embedding, outputs, together = x, [], 0
     if config.scan_layers:
-        together = layers - arrangement.last_apart
+        together = layers - spec.unscanned_last
     if together:
         scanned = nn.scan(
             block(in_scan=True),
@@ -197,11 +197,11 @@ def run_blocks(
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         first = inputs(slice(together))
-        x, out = scanned(config, arrangement, name="layers")(x, first, *flags, None)
+        x, out = scanned(config, spec, name="layers")(x, first, *flags, None)
         outputs.append(out)
     for i in range(together, layers):
         wanted = num_queries if i == layers - 1 else None
-        one = block(in_scan=False)(config, arrangement, name=f"layers_{i}")
+        one = block(in_scan=False)(config, spec, name=f"layers_{i}")
         x, out = one(x, inputs(i), *flags, wanted)
         outputs.append(jax.tree.map(lambda value: value[None], out))
     out = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)

@@ -15,7 +15,7 @@ from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions
-from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
+from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.explicit import as_automatic
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
 from vivit_jax.layers.tubelets import (
@@ -95,7 +95,7 @@ class VideoMAEModel(nn.Module):
         x = (x + _positions(x, grid, visible)).astype(config.dtype)
         x, layers = run_blocks(
             config,
-            Arrangement(config.num_hidden_layers),
+            StackSpec(config.num_hidden_layers),
             x,
             per_layer(head_mask, config.num_hidden_layers, config.num_attention_heads),
             output_hidden_states=bool(states),
@@ -129,7 +129,7 @@ class VideoMAEDecoder(nn.Module):
         config = self.config.decoder()
         x, layers = run_blocks(
             config,
-            Arrangement(config.num_hidden_layers),
+            StackSpec(config.num_hidden_layers),
             x,
             output_hidden_states=output_hidden_states,
             clip_ids=clip_ids,

@@ -27,7 +27,7 @@ from vivit_jax.config import VivitConfig
 from vivit_jax.layers.attention import HALVES, SPACE, TIME
 from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
-from vivit_jax.layers.encoder import Arrangement, check_attention_mask, per_layer, run_blocks
+from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.explicit import as_automatic
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
 from vivit_jax.models.head import classify
@@ -36,21 +36,21 @@ from vivit_jax.outputs import ClassifierOutput, ModelOutput, asked_for, choose_s
 _TIME, _SPACE = ("attention_time", TIME), ("attention_space", SPACE)
 
 
-def arrangements(config: VivitConfig) -> tuple[Arrangement, ...]:
-    """The arrangement of the blocks of each stage: one, or two in a factorised encoder."""
+def stack_specs(config: VivitConfig) -> tuple[StackSpec, ...]:
+    """The stack of blocks of each stage: one, or two in a factorised encoder."""
     layers, cls = config.num_hidden_layers, config.pooling == "cls"
     if config.attention_type == "factorised_self_attention":
         order = (_TIME, _SPACE) if config.attention_order == "time_space" else (_SPACE, _TIME)
         # scenic's form of this sets all four projections to zero, which no gradient ever leaves.
         zero = ("attention_time",) if config.zero_init_temporal_attention else ()
-        return (Arrangement(layers, order, zero_init=zero),)
+        return (StackSpec(layers, order, zero_init=zero),)
     if config.attention_type == "factorised_dot_product":
-        return (Arrangement(layers, (("attention", HALVES),)),)
+        return (StackSpec(layers, (("attention", HALVES),)),)
     if config.attention_type == "factorised_encoder":
-        spatial = Arrangement(layers, shared_dropout=True, last_apart=cls)
-        temporal = Arrangement(config.temporal_layers, last_apart=cls)
+        spatial = StackSpec(layers, shared_dropout=True, unscanned_last=cls)
+        temporal = StackSpec(config.temporal_layers, unscanned_last=cls)
         return (spatial, temporal) if config.temporal_layers else (spatial,)
-    return (Arrangement(layers, last_apart=cls),)
+    return (StackSpec(layers, unscanned_last=cls),)
 
 
 class Encoder(nn.Module):
@@ -62,7 +62,7 @@ class Encoder(nn.Module):
     """
 
     config: VivitConfig
-    arrangement: Arrangement
+    spec: StackSpec
     table: Grid
     pooled_only: bool = False
 
@@ -92,13 +92,11 @@ class Encoder(nn.Module):
             x = jnp.concatenate([cls, x], axis=-2)
         frames = x.shape[1:-2] if grid[0] > 1 else (1,) * (x.ndim - 3)
         x = x + positions.reshape(1, *frames, -1, d)
-        shared = (1,) if self.arrangement.shared_dropout else ()
+        shared = (1,) if self.spec.shared_dropout else ()
         x = dropout(self, x, config.hidden_dropout_prob, flags["clip_ids"], shared)
         x = x.astype(config.dtype)
-        num_queries = 1 if self.pooled_only and self.arrangement.last_apart else None
-        x, layers = run_blocks(
-            config, self.arrangement, x, head_mask, num_queries=num_queries, **flags
-        )
+        num_queries = 1 if self.pooled_only and self.spec.unscanned_last else None
+        x, layers = run_blocks(config, self.spec, x, head_mask, num_queries=num_queries, **flags)
         return LayerNorm(config, config.layer_norm_eps, name="ln_final")(x), layers
 
 
@@ -166,7 +164,7 @@ class VivitModel(nn.Module):
             output_attentions=attentions,
             clip_ids=dropout_ids(clip_ids, pixel_values.shape[0], deterministic),
         )
-        stages = arrangements(config)
+        stages = stack_specs(config)
         depth = sum(stage.num_layers for stage in stages)
         head_mask = per_layer(head_mask, depth, config.num_attention_heads)
         x = TubeletEmbed(config, name="patch_embed")(pixel_values)
