@@ -11,7 +11,7 @@ from helpers import VIDEOMAE, VIVIT, mostly_slow
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vivit_jax import VideoMAEConfig, VivitConfig
-from vivit_jax.layers.attention import HALVES, SPACE, TIME, SelfAttention
+from vivit_jax.layers.attention import SPLIT_HEADS, SPACE, TIME, SelfAttention
 from vivit_jax.layers.axes import AXES, RULES
 
 HEADS = 12
@@ -21,8 +21,8 @@ LAYERS = {
     "all tokens": (SPACE, (14,), {}, False),
     "space": (SPACE, (3, 7), {}, False),
     "time": (TIME, (3, 7), {}, False),
-    "halves": (HALVES, (3, 7), {}, False),
-    "halves by XLA": (HALVES, (3, 7), dict(attention="xla"), False),
+    "halves": (SPLIT_HEADS, (3, 7), {}, False),
+    "halves by XLA": (SPLIT_HEADS, (3, 7), dict(attention="xla"), False),
     "by XLA": (TIME, (3, 7), dict(attention="xla"), False),
     "cosine": (SPACE, (14,), dict(cosine_attention=True), False),
     "weights": (SPACE, (14,), {}, True),

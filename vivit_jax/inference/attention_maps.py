@@ -35,7 +35,7 @@ from flax.core import meta
 
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import UserError
-from vivit_jax.layers.attention import HALVES, TIME
+from vivit_jax.layers.attention import SPLIT_HEADS, TIME
 from vivit_jax.layers.embed import Grid, check_clip, uniform_frames
 from vivit_jax.layers.encoder import StackSpec, Block
 from vivit_jax.layers.linear import Config
@@ -321,7 +321,7 @@ def _through(block: Block, params, x, row, heads, residual):
         return _times(row.swapaxes(-1, -2), found.time, heads).swapaxes(-1, -2)
 
     for _, along in reversed(block.spec.attention):
-        if along == HALVES:
+        if along == SPLIT_HEADS:
             of_time, of_space = jnp.split(heads, 2)
             attended = over_time(row, of_time) + over_space(row, of_space)
         else:

@@ -224,7 +224,7 @@ def _made_again(function: Callable, placed: Callable) -> Callable:
 # Where a token looks, for x [b, l, d] or [b, t, s, d].
 SPACE = "space"  # along the second axis from the right: all tokens, or those of its frame
 TIME = "time"  # along the third: those of its place in every frame
-HALVES = "halves"  # the first half of the heads along time, the second along space
+SPLIT_HEADS = "split_heads"  # the first half of the heads along time, the second along space
 
 
 class SelfAttention(nn.Module):
@@ -232,7 +232,7 @@ class SelfAttention(nn.Module):
 
     The result is in float32 or wider, for what is added to it before it is rounded.
 
-    `along` is SPACE, TIME or HALVES. The weights are a pair (over space, over time), each None if
+    `along` is SPACE, TIME or SPLIT_HEADS. The weights are a pair (over space, over time), each None if
     that way is not taken or `output_attentions` is off: over space [b, n, l, l] or [b, t, n, s, s],
     over time [b, s, n, t, t].
 

@@ -24,7 +24,7 @@ import numpy as np
 from flax import linen as nn
 
 from vivit_jax.config import VivitConfig
-from vivit_jax.layers.attention import HALVES, SPACE, TIME
+from vivit_jax.layers.attention import SPLIT_HEADS, SPACE, TIME
 from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
 from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
@@ -45,7 +45,7 @@ def stack_specs(config: VivitConfig) -> tuple[StackSpec, ...]:
         zero = ("attention_time",) if config.zero_init_temporal_attention else ()
         return (StackSpec(layers, order, zero_init=zero),)
     if config.attention_type == "factorised_dot_product":
-        return (StackSpec(layers, (("attention", HALVES),)),)
+        return (StackSpec(layers, (("attention", SPLIT_HEADS),)),)
     if config.attention_type == "factorised_encoder":
         spatial = StackSpec(layers, shared_dropout=True, unscanned_last=cls)
         temporal = StackSpec(config.temporal_layers, unscanned_last=cls)
