@@ -64,9 +64,9 @@ def gradient_step(
 
     `loss_of` takes the params and returns (loss, anything). The caller is for `jit_step`.
     """
-    (loss, aside), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+    (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-    return optax.apply_updates(params, updates), optimizer_state, loss, aside
+    return optax.apply_updates(params, updates), optimizer_state, loss, aux
 
 
 def gradient_norm(gradients: Any, *, together: bool = False) -> jax.Array:
@@ -147,20 +147,20 @@ def make_step(
             params = jax.tree.map(
                 lambda p, learn: p if np.any(learn) else jax.lax.stop_gradient(p), params, learns
             )
-            loss, aside = objective(params, jax.random.fold_in(key, 1), part)
-            return loss * weight, aside
+            loss, aux = objective(params, jax.random.fold_in(key, 1), part)
+            return loss * weight, aux
 
         # Rounded here, what the layers multiply with is rounded once, and its gradients, which are
         # rounded too, are stacked at half the size.
         rounded = projections_in(state.params, model.config.dtype)
 
         def gradient(part, weight):
-            """((loss, aside), gradients), these in the params' types."""
+            """((loss, aux), gradients), these in the params' types."""
             out, gradients = jax.value_and_grad(loss_of, has_aux=True)(rounded, part, weight)
             return out, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
 
         if parts == 1:
-            (loss, aside), gradients = gradient(whole, 1.0)
+            (loss, aux), gradients = gradient(whole, 1.0)
         else:
             divided = jax.tree.map(split, whole)
             if pretraining and divided["mask"].decoded is not None:
@@ -168,14 +168,14 @@ def make_step(
                 weights = counted / counted.sum()
 
             def add(total, part):
-                (loss, aside), gradients = gradient(*part)
-                both = (loss, jax.tree.map(lambda x: x / parts, aside)), gradients
+                (loss, aux), gradients = gradient(*part)
+                both = (loss, jax.tree.map(lambda x: x / parts, aux)), gradients
                 return jax.tree.map(jnp.add, total, both), None
 
             first = jax.tree.map(lambda x: x[0], (divided, weights))
             sums = jax.eval_shape(gradient, *first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-            ((loss, aside), gradients), _ = jax.lax.scan(add, zeros, (divided, weights))
+            ((loss, aux), gradients), _ = jax.lax.scan(add, zeros, (divided, weights))
 
         norm = gradient_norm(gradients, together=on_one_cpu)
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -206,7 +206,7 @@ def make_step(
             skipped=state.skipped + (~fine).astype(state.skipped.dtype),
         )
         rate = schedule(state.step - state.skipped)
-        return new, dict(aside, loss=loss, gradient_norm=norm, lr=rate, bad_steps=new.bad_steps)
+        return new, dict(aux, loss=loss, gradient_norm=norm, lr=rate, bad_steps=new.bad_steps)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     out = (shardings, replicated(mesh))
@@ -301,10 +301,10 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
             rngs={"dropout": dropout},
             **RESULTS_ONLY,
         )
-        aside = {}
+        aux = {}
         if not settings.mixes:
-            aside["accuracy"] = leading_accuracy(config, out.logits, part["labels"])
-        return multi_head_loss(out.logits, targets, splits), aside
+            aux["accuracy"] = leading_accuracy(config, out.logits, part["labels"])
+        return multi_head_loss(out.logits, targets, splits), aux
 
     return objective
 
