@@ -316,7 +316,7 @@ def test_half_precision_is_close():
 def test_no_more_than_one_blocks_attention_is_held():
     """The compiled step of a block needs memory for its own attention, not for all layers'."""
     from vivit_jax.inference.attention_maps import _through
-    from vivit_jax.layers.encoder import StackSpec, Block
+    from vivit_jax.layers.encoder import Block, StackSpec
 
     config = config_of("mae base", num_hidden_layers=12)
     params = random_params(vivit_jax.VideoMAEModel(config))

@@ -11,7 +11,7 @@ from helpers import VIDEOMAE, VIVIT, mostly_slow
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vivit_jax import VideoMAEConfig, VivitConfig
-from vivit_jax.layers.attention import SPLIT_HEADS, SPACE, TIME, SelfAttention
+from vivit_jax.layers.attention import SPACE, SPLIT_HEADS, TIME, SelfAttention
 from vivit_jax.layers.axes import AXES, RULES
 
 HEADS = 12

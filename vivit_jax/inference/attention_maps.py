@@ -37,7 +37,7 @@ from vivit_jax.config import VivitConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import SPLIT_HEADS, TIME
 from vivit_jax.layers.embed import Grid, check_clip, uniform_frames
-from vivit_jax.layers.encoder import StackSpec, Block
+from vivit_jax.layers.encoder import Block, StackSpec
 from vivit_jax.layers.linear import Config
 from vivit_jax.models.build import headless
 from vivit_jax.models.vivit import stack_specs

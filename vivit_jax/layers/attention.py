@@ -232,9 +232,9 @@ class SelfAttention(nn.Module):
 
     The result is in float32 or wider, for what is added to it before it is rounded.
 
-    `along` is SPACE, TIME or SPLIT_HEADS. The weights are a pair (over space, over time), each None if
-    that way is not taken or `output_attentions` is off: over space [b, n, l, l] or [b, t, n, s, s],
-    over time [b, s, n, t, t].
+    `along` is SPACE, TIME or SPLIT_HEADS. The weights are a pair (over space, over time), each None
+    if unused or if `output_attentions` is off: over space [b, n, l, l] or [b, t, n, s, s], over
+    time [b, s, n, t, t].
 
     `head_mask` [n] multiplies the weights of each head. It, attention dropout and
     `output_attentions` need the weights themselves and take the explicit path; everything else

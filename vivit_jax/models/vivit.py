@@ -24,7 +24,7 @@ import numpy as np
 from flax import linen as nn
 
 from vivit_jax.config import VivitConfig
-from vivit_jax.layers.attention import SPLIT_HEADS, SPACE, TIME
+from vivit_jax.layers.attention import SPACE, SPLIT_HEADS, TIME
 from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
 from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
