@@ -13,7 +13,7 @@ from vivit_jax.config import Config
 from vivit_jax.errors import ConfigError
 
 
-def complete(
+def build_config(
     path: Path,
     cls: type[Config],
     found: Mapping[str, Any],

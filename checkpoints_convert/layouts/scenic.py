@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.files.flax_files import write_msgpack
-from checkpoints_convert.layouts.infer import complete, count_blocks
+from checkpoints_convert.layouts.infer import build_config, count_blocks
 from vivit_jax.config import VivitConfig
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import CheckpointError, ConfigError
@@ -110,7 +110,7 @@ def infer_config(
     free = () if "cls" in (found["pooling"], given.get("pooling")) else ("pooling",)
     rows = tensors[f"{_stage(tensors)}Transformer/posembed_input/pos_embedding"].shape[1]
     hint = f"there are {rows} positions, for tubelets of {found['tubelet_size']}. "
-    config = complete(path, VivitConfig, found, given, asked, free=free, hint=hint, **execution)
+    config = build_config(path, VivitConfig, found, given, asked, free=free, hint=hint, **execution)
     _check_positions(path, tensors, config)
     return config, "classification" if "output_projection/kernel" in tensors else "none", notes
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoints_convert.files.torch_files import is_beside, write_state_dict
 from checkpoints_convert.layouts.hf import predicts_as_published
-from checkpoints_convert.layouts.infer import complete, count_blocks
+from checkpoints_convert.layouts.infer import build_config, count_blocks
 from checkpoints_convert.layouts.state_dicts import USUAL, left_out, unwrapped
 from checkpoints_convert.tables.videomae_authors import spelling
 from vivit_jax.config import VideoMAEConfig
@@ -101,7 +101,7 @@ def infer_config(
     known = {"layer_scale_init": _LAYER_SCALE}
     known |= {name: table[width] for name, (width, table) in heads.items() if width in table}
     examples = {name: _heads_of_64(width) for name, (width, _) in heads.items()}
-    config = complete(
+    config = build_config(
         path,
         VideoMAEConfig,
         found,
