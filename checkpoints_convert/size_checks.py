@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from checkpoints_convert.rules import Rule, expand
-from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config, VideoMAEConfig, VivitConfig
 from vivit_jax.errors import CheckpointError
 from vivit_jax.files.limits import check_unpacked
 
@@ -21,7 +21,7 @@ _CHEAP_AXIS = 2**14
 def check_sizes(
     title: str,
     tensors: Mapping[str, Any],
-    config: VivitConfig | VideoMAEConfig,
+    config: Config,
     rules: Iterable[Rule],
     head: str = "none",
 ) -> None:
@@ -46,7 +46,7 @@ def check_sizes(
         check_unpacked(f"{title} asks in its config for {what}: it", size, 0, CheckpointError)
 
 
-def _axes(config: VivitConfig | VideoMAEConfig, head: str) -> dict[str, int]:
+def _axes(config: Config, head: str) -> dict[str, int]:
     """Sizes that are the length of an axis of some tensor, by their names."""
     names = ["hidden_size", "intermediate_size", "num_channels"]
     if head == "classification":
@@ -62,7 +62,7 @@ def _axes(config: VivitConfig | VideoMAEConfig, head: str) -> dict[str, int]:
     return axes
 
 
-def _tables(config: VivitConfig | VideoMAEConfig, head: str) -> dict[str, int]:
+def _tables(config: Config, head: str) -> dict[str, int]:
     """What a model computes from its config alone, with its bytes."""
     if isinstance(config, VideoMAEConfig):
         widths = {"": config.hidden_size}

@@ -23,6 +23,7 @@ from vivit_jax.files.limits import check_unpacked
 ATTENTION_TYPES = (
     "joint", "factorised_encoder", "factorised_self_attention", "factorised_dot_product",
 )  # fmt: skip
+Config = TransformerConfig  # of any family
 POOLINGS = ("cls", "mean", "max", "sum")
 # Per channel, of pixels in [0, 1]: what VideoMAE was trained with.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -326,7 +327,7 @@ class VideoMAEConfig(TransformerConfig):
 FAMILIES = (VivitConfig, VideoMAEConfig)
 
 
-def config_from_dict(values: Mapping[str, Any], **options) -> VivitConfig | VideoMAEConfig:
+def config_from_dict(values: Mapping[str, Any], **options) -> Config:
     """Read the content of a config.json of either family, chosen by its `model_type`.
 
     `options` are those of `from_dict`.
@@ -338,9 +339,6 @@ def config_from_dict(values: Mapping[str, Any], **options) -> VivitConfig | Vide
             f"config.json: model_type is {model_type!r}, expected one of {sorted(known)}"
         )
     return known[model_type].from_dict(values, **options)
-
-
-Config = VivitConfig | VideoMAEConfig
 
 
 ARCHITECTURES = {

@@ -7,14 +7,14 @@
 import dataclasses
 from types import MappingProxyType
 
-from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config, VideoMAEConfig, VivitConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """A configuration, the head it is for and where weights of it are published."""
 
-    config: VivitConfig | VideoMAEConfig
+    config: Config
     head: str  # "classification" | "pretraining"
     num_params: int
     source: str | None  # HuggingFace hub id, None where no such weights are published

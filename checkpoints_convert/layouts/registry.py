@@ -7,7 +7,7 @@ from typing import Any
 
 from checkpoints_convert.rules import Rule
 from checkpoints_convert.tables import hf_videomae, hf_vivit, scenic_vivit, videomae_authors
-from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config
 from vivit_jax.errors import CheckpointError, UserError
 
 # Table modules by layout and family. The command line offers the layouts found here.
@@ -48,7 +48,7 @@ class Layout:
     pooler: bool = False
     dialect: str = "hub"
 
-    def rules(self, config: VivitConfig | VideoMAEConfig) -> list[Rule]:
+    def rules(self, config: Config) -> list[Rule]:
         """The weight table of this layout for a model of `config`."""
         return _table(self.name, self.family).rules(
             config,
@@ -85,7 +85,7 @@ def naming(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def detect(
     names: Collection[str],
-    config: VivitConfig | VideoMAEConfig,
+    config: Config,
     head: str | None = None,
     name: str = "hf",
 ) -> Layout:

@@ -11,11 +11,9 @@ import numpy as np
 from flax.core import meta
 
 from vivit_jax import param_tree
-from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
-
-Config = VivitConfig | VideoMAEConfig
 
 
 def read_label_map(path: str | Path) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vivit_jax.benchmark.work import Work
+from vivit_jax.config import Config
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import Config
 from vivit_jax.layers.platform import platform
 
 # What a side computes: the output, and Adam's first moments by tensor, None for a forward pass.

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config, VideoMAEConfig, VivitConfig
 from vivit_jax.errors import UserError
 from vivit_jax.masking import Mask, dual_mask, tube_mask
 from vivit_jax.models.build import abstract_params, build_model
@@ -35,7 +35,7 @@ class Work:
     """
 
     name: str
-    config: VivitConfig | VideoMAEConfig
+    config: Config
     kind: str = "forward"
     batch: int = 1
     dual_masks: bool = False

@@ -33,12 +33,12 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from vivit_jax.config import VivitConfig
+from vivit_jax.config import Config, VivitConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import SPLIT_HEADS, TIME
-from vivit_jax.layers.embed import Grid, check_clip, uniform_frames
+from vivit_jax.layers.embed import check_clip, uniform_frames
 from vivit_jax.layers.encoder import Block, StackSpec
-from vivit_jax.layers.linear import Config
+from vivit_jax.masking import Grid
 from vivit_jax.models.build import headless
 from vivit_jax.models.vivit import stack_specs
 

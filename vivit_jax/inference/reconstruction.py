@@ -24,13 +24,11 @@ from flax import linen as nn
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.layers.tubelets import whole_tubelets
-from vivit_jax.masking import Mask
+from vivit_jax.masking import Grid, Mask
 from vivit_jax.models.losses import TARGET_EPSILON, pixel_statistics
 from vivit_jax.models.videomae import VideoMAEForPreTraining
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.train.normalise import arithmetic
-
-Grid = tuple[int, int, int]
 
 ROWS = ("reconstruction", "patch mean", "nearest visible patch")
 COLUMNS = ("from visible patches", "true mean and variance")

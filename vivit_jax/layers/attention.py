@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from vivit_jax.config import Config
 from vivit_jax.config_base import ATTENTION_IMPLEMENTATIONS
 from vivit_jax.errors import ConfigError
 from vivit_jax.layers.axes import Placement, placement_of
 from vivit_jax.layers.chunked import SAVED
 from vivit_jax.layers.cudnn import cudnn_refusal, target_gpu
 from vivit_jax.layers.dropout import dropout
-from vivit_jax.layers.linear import Config, Projection, project_together, wide_type
+from vivit_jax.layers.linear import Projection, project_together, wide_type
 from vivit_jax.layers.pallas import worth_it
 from vivit_jax.layers.placed import PLACED, placed_attention
 from vivit_jax.layers.platform import platform

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vivit_jax.config import Config
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import Config, plus_bias, product
+from vivit_jax.layers.linear import plus_bias, product
 from vivit_jax.layers.parts import with_whole_kernels
-from vivit_jax.layers.tubelets import ByteClips, Grid, check_pixels, fastest_order, tubelets
+from vivit_jax.layers.tubelets import ByteClips, check_pixels, fastest_order, tubelets
+from vivit_jax.masking import Grid
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from vivit_jax.config import Config
 from vivit_jax.errors import UserError
 from vivit_jax.layers import matrices
 from vivit_jax.layers.attention import SPACE, SelfAttention
@@ -18,7 +19,6 @@ from vivit_jax.layers.chunked import SAVED
 from vivit_jax.layers.dropout import draw_kept, dropout
 from vivit_jax.layers.linear import (
     PROJECTED,
-    Config,
     LayerNorm,
     Projection,
     at_least_float32,

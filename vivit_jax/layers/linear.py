@@ -13,14 +13,12 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config
 from vivit_jax.layers.matrices import matrix_product
 from vivit_jax.layers.parts import with_whole_kernels
 from vivit_jax.layers.platform import platform
 
 PROJECTED = "projection"  # the name of what a remat policy may keep
-
-Config = VivitConfig | VideoMAEConfig
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:

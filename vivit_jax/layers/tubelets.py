@@ -11,8 +11,7 @@ import numpy as np
 
 from vivit_jax.errors import UserError
 from vivit_jax.layers.platform import platform
-
-Grid = tuple[int, int, int]
+from vivit_jax.masking import Grid
 
 # Orders of a tubelet's values: x its frame, y its row, z its column, c the channel.
 FRAMES_FIRST = "x y z c"  # that of kernels, targets and logits

@@ -3,14 +3,14 @@
 
 import math
 
-from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config, VideoMAEConfig, VivitConfig
 from vivit_jax.errors import UserError
 
 HEADS = ("classification", "pretraining", "none")
 
 
 def forward_flops(
-    config: VivitConfig | VideoMAEConfig,
+    config: Config,
     head: str = "classification",
     visible: int | None = None,
     decoded: int | None = None,
@@ -60,7 +60,7 @@ def forward_flops(
 
 
 def step_flops(
-    config: VivitConfig | VideoMAEConfig,
+    config: Config,
     head: str = "classification",
     visible: int | None = None,
     decoded: int | None = None,
@@ -76,7 +76,7 @@ def step_flops(
 
 
 def recomputed_flops(
-    config: VivitConfig | VideoMAEConfig,
+    config: Config,
     head: str = "classification",
     visible: int | None = None,
     decoded: int | None = None,

@@ -3,7 +3,8 @@
 
 import jax
 
-from vivit_jax.layers.linear import Config, Projection
+from vivit_jax.config import Config
+from vivit_jax.layers.linear import Projection
 from vivit_jax.models.losses import classification_loss
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import dropout, dropout_ids
-from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, sincos_positions
+from vivit_jax.layers.embed import TubeletEmbed, check_clip, sincos_positions
 from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.explicit import as_automatic
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
@@ -25,7 +25,7 @@ from vivit_jax.layers.tubelets import (
     reordered,
     take_tokens,
 )
-from vivit_jax.masking import Mask
+from vivit_jax.masking import Grid, Mask
 from vivit_jax.models.head import classify
 from vivit_jax.models.losses import reconstruction_loss, reconstruction_targets
 from vivit_jax.outputs import (

@@ -26,10 +26,11 @@ from flax import linen as nn
 from vivit_jax.config import VivitConfig
 from vivit_jax.layers.attention import SPACE, SPLIT_HEADS, TIME
 from vivit_jax.layers.dropout import dropout, dropout_ids
-from vivit_jax.layers.embed import Grid, TubeletEmbed, check_clip, resize_positions
+from vivit_jax.layers.embed import TubeletEmbed, check_clip, resize_positions
 from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.explicit import as_automatic
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
+from vivit_jax.masking import Grid
 from vivit_jax.models.head import classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, asked_for, choose_states
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.transforms.randaugment import parse_rand_augment
 from vivit_jax.errors import ConfigError, UserError
@@ -70,7 +70,7 @@ def config_fields(preset: str) -> dict[str, Any]:
     return {field.name: field.type for field in dataclasses.fields(preset_named(preset).config)}
 
 
-def model_config(recipe: Recipe) -> VivitConfig | VideoMAEConfig:
+def model_config(recipe: Recipe) -> Config:
     """The configuration of a recipe's model: the preset's with `model.config` on top.
 
     Another `num_labels` drops the preset's names of classes and its `class_splits`, unless they are
@@ -109,7 +109,7 @@ def check(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def check_frames(recipe: Recipe, config: VivitConfig | VideoMAEConfig) -> None:
+def check_frames(recipe: Recipe, config: Config) -> None:
     """UserError where views or training crops of the config's frames would be cut from less."""
     side = min(config.frame_size)
     if recipe.evaluation.resize < side:

@@ -20,7 +20,7 @@ from checkpoints_convert.start.from_image import init_from_image_model
 from checkpoints_convert.start.from_pretraining import init_from_pretraining
 from checkpoints_convert.start.from_video import SIZES, init_from_video_model
 from vivit_jax import param_tree
-from vivit_jax.config import VideoMAEConfig, VivitConfig, config_from_dict
+from vivit_jax.config import Config, VideoMAEConfig, VivitConfig, config_from_dict
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.hub import resolve_checkpoint
@@ -114,7 +114,7 @@ def planned_model(recipe: Recipe) -> tuple[nn.Module, Preprocessing]:
     return build_model(config, HEADS[recipe.task]), preprocessing(recipe, config)
 
 
-def _config(recipe: Recipe) -> VivitConfig | VideoMAEConfig:
+def _config(recipe: Recipe) -> Config:
     config = model_config(recipe)
     if recipe.task == "pretrain" and not isinstance(config, VideoMAEConfig):
         raise UserError(
