@@ -271,7 +271,7 @@ def _reconstruct(model, recipe: Recipe, processor) -> Callable:
             pixels(augment, part["clip_ids"], part["clips"]),
             part["mask"],
             deterministic=False,
-            rows=part["clip_ids"],
+            clip_ids=part["clip_ids"],
             rngs={"dropout": dropout},
             **RESULTS_ONLY,
         )
