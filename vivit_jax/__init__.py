@@ -9,9 +9,36 @@ Public names load on first use, so that `import vivit_jax` and `vivit-jax --help
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
+    from checkpoints_convert.pretrained import from_pretrained, save_pretrained
+    from checkpoints_convert.start.from_image import init_from_image_model
+    from checkpoints_convert.start.from_pretraining import init_from_pretraining
+    from checkpoints_convert.start.from_video import init_from_video_model
+    from checkpoints_convert.start.label_map import gather_classes, read_label_map
+    from vivit_jax.config import VideoMAEConfig, VivitConfig
+    from vivit_jax.data.sampling import sample_frame_indices
+    from vivit_jax.data.transforms.processor import VideoProcessor
+    from vivit_jax.data.video.decode import probe_video, read_video, read_video_pyav
+    from vivit_jax.errors import CheckpointError, ConfigError, MissingExtra, UserError, VideoError
+    from vivit_jax.inference.attention_maps import map_attention
+    from vivit_jax.inference.classifier import VideoClassifier
+    from vivit_jax.inference.export import export_model
+    from vivit_jax.inference.features import extract_features
+    from vivit_jax.inference.reconstruction import reconstruct
+    from vivit_jax.masking import Mask, dual_mask, random_mask, running_cell, tube_mask
+    from vivit_jax.models.videomae import (
+        VideoMAEForPreTraining,
+        VideoMAEForVideoClassification,
+        VideoMAEModel,
+    )
+    from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
+    from vivit_jax.presets import PRESETS
 
 __version__ = "0.1.0.dev0"
 
+# The module of each public name. tests/unit/test_public_names.py compares all three lists.
 _PUBLIC = {
     "VivitConfig": "vivit_jax.config",
     "VideoMAEConfig": "vivit_jax.config",
@@ -49,16 +76,54 @@ _PUBLIC = {
     "VideoError": "vivit_jax.errors",
     "MissingExtra": "vivit_jax.errors",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Mask",
+    "MissingExtra",
+    "PRESETS",
+    "UserError",
+    "VideoClassifier",
+    "VideoError",
+    "VideoMAEConfig",
+    "VideoMAEForPreTraining",
+    "VideoMAEForVideoClassification",
+    "VideoMAEModel",
+    "VideoProcessor",
+    "VivitConfig",
+    "VivitForVideoClassification",
+    "VivitModel",
+    "dual_mask",
+    "export_model",
+    "extract_features",
+    "from_pretrained",
+    "gather_classes",
+    "init_from_image_model",
+    "init_from_pretraining",
+    "init_from_video_model",
+    "map_attention",
+    "probe_video",
+    "random_mask",
+    "read_label_map",
+    "read_video",
+    "read_video_pyav",
+    "reconstruct",
+    "running_cell",
+    "sample_frame_indices",
+    "save_pretrained",
+    "tube_mask",
+]
 
 
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'vivit_jax' has no attribute {name!r}")
-    value = getattr(import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # with it, type checkers would take any name for a public one
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'vivit_jax' has no attribute {name!r}")
+        value = getattr(import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
