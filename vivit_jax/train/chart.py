@@ -1,32 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Curves over steps as inline SVG figures."""
+"""Curves over steps as inline SVG figures, drawn by matplotlib."""
 
 import dataclasses
 import html
-import math
+import io
+import re
 from collections.abc import Sequence
+from xml.etree import ElementTree
 
 import numpy as np
+from jaxtyping import Float
 
 _LISTED = 6  # steps in a note
-_VALUES = 1000  # of a curve that are all drawn; of more, the extremes of half as many stretches
-_DOTS = 60  # values that get a dot each, which tells its value
-_SMOOTHED = 100  # values from which on their running mean is drawn too
+_DOTS, _DOTTED = 60, 1000  # curves of at most as many values get a dot for each
+_SMOOTHED = 100  # a curve of at least as many values gets its running mean
 
-# Of a chart, in its own units: all of it, and the frame that the curves are in.
-_WIDTH, _HEIGHT = 520, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 490, 12, 226
+# What is drawn in the colours of a light page follows the page's own, which may be dark.
+_INK, _GRID = "#5f6670", "#dfe2e6"
+_COLOURS = ("#1f6fc4", "#c4500a", "#1a7f4b", "#9a3fb5", "#a37800", "#c02c5e")
+_VARIABLES = {_INK: "var(--dim)", _GRID: "var(--line)"} | {
+    colour: f"var(--c{i})" for i, colour in enumerate(_COLOURS)
+}
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _INK,
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.unicode_minus": False,
+    "font.sans-serif": ["DejaVu Sans"],
+    "grid.color": _GRID,
+    "lines.markersize": 4,
+    "path.simplify_threshold": 1.0,  # long curves keep their shape and extremes to a pixel
+    "svg.fonttype": "none",  # text stays text
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+_METADATA = ("Date", "Creator", "Format", "Type")  # left out: the same page for the same metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Values [n], some of which may not be finite, at steps [n], which do not fall."""
+    """Values [n] at non-decreasing steps [n]; values that are not finite leave a gap."""
 
     label: str
     steps: np.ndarray
     values: np.ndarray
-    dotted: bool = False  # a dot for each value, even where they are many
-    noisy: bool = True  # a running mean is drawn too, where values are many
+    dotted: bool = False  # a dot for each value, unless there are very many
+    noisy: bool = True  # long curves get a running mean
 
 
 def figure(
@@ -42,55 +66,48 @@ def figure(
     """A chart with axes, legend and notes as a <figure>.
 
     `first` and `last` are the steps at the ends of the x axis. `share`: values are parts of 1,
-    labelled in per cent; `from_zero`: the y axis includes 0. The page's style is to have
-    CHART_STYLE and the colours --line, --dim and --c0 to --c5.
+    labelled in per cent; `from_zero`: the y axis includes 0. The page's style needs CHART_STYLE
+    and the colours --line, --dim and --c0 to --c5.
     """
     unit = f" <small>{escape(unit)}</small>" if unit else ""
-    legend, notes, drawn = "", [], ""
-    finite = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in curves])
-    if from_zero:
-        finite = np.append(finite, 0.0)
-    x_range = (first, last) if last > first else (first - 1, first + 1)
-    y_range = _range(finite)
-    for i, curve in enumerate(curves):
-        x, y = _across(curve.steps, x_range), _up(curve.values, y_range)
-        drawn += f'<g class="c{i % 6}">{_drawn(curve, x, y, share)}</g>'
-        legend += f'<span><i class="c{i % 6}"></i>{escape(curve.label)}</span>'
-        notes += _notes(curve)
+    legend = "".join(
+        f'<span><i class="c{i % len(_COLOURS)}"></i>{escape(curve.label)}</span>'
+        for i, curve in enumerate(curves)
+    )
+    notes = [note for curve in curves for note in _notes(curve)]
+    svg = _drawn(curves, (first, last), share, from_zero, salt=_printable(title))
     note = f"<p>{escape('. '.join(notes))}.</p>" if notes else ""
     return (
         f"<figure><figcaption><b>{escape(title)}</b>{unit}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"{_axes(x_range, y_range, share)}{drawn}</svg>"
+        f"{_inline(svg, title, curves, share)}"
         f'<div class="legend">{legend}</div>{note}</figure>'
     )
 
 
 def escape(text: str) -> str:
     """Text for a page; characters that no page may hold are replaced."""
-    return html.escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+    return html.escape(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """Text with characters that XML may not hold replaced."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _notes(curve: Curve) -> list[str]:
     notes = []
     odd = [f"{step:,.0f}" for step in curve.steps[~np.isfinite(curve.values)]]
     if odd:
-        more = ", ..." if len(odd) > _LISTED else ""
-        at = ", ".join(odd[:_LISTED]) + more
+        at = ", ".join(odd[:_LISTED]) + (", ..." if len(odd) > _LISTED else "")
         values = "values are" if len(odd) > 1 else "value is"
         notes.append(f"{len(odd):,} {values} not finite ({curve.label}, step {at})")
-    if len(curve.values) > _VALUES:
-        notes.append(
-            f"Thinned: of {len(curve.values):,} values ({curve.label}) the lowest and the highest "
-            f"of each of {_VALUES // 2} stretches are drawn"
-        )
     if _has_mean(curve):
         notes.append(f"Bold: mean of {_window(curve):,} values ({curve.label})")
     return notes
 
 
 def _has_dots(curve: Curve) -> bool:
-    return len(curve.values) <= (_VALUES if curve.dotted else _DOTS)
+    return len(curve.values) <= (_DOTTED if curve.dotted else _DOTS)
 
 
 def _has_mean(curve: Curve) -> bool:
@@ -101,125 +118,88 @@ def _window(curve: Curve) -> int:
     return len(curve.values) // 100 * 2 + 1
 
 
-def _drawn(curve: Curve, x: np.ndarray, y: np.ndarray, share: bool) -> str:
-    """The marks of a curve whose values lie at x, y of the chart."""
-    if _has_dots(curve):
-        rows = zip(x, y, curve.steps, curve.values, strict=True)
-        dots = "".join(
-            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2.5"><title>step {step:,.0f}: '
-            f"{_label(value, share)}</title></circle>"
-            for cx, cy, step, value in rows
-            if math.isfinite(cy)
-        )
-        return f'<path d="{_path(x, y)}"/>{dots}'
-    thin = _path(*_thinned(x, y))
-    if not _has_mean(curve):
-        return f'<path d="{thin}"/>'
-    return f'<path class="faint" d="{thin}"/><path d="{_path(*_smoothed(x, y, _window(curve)))}"/>'
-
-
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_VALUES` points: the extremes of equal stretches, a gap where none is finite."""
-    if len(x) <= _VALUES:
-        return x, y
-    chosen = []
-    for stretch in np.array_split(np.arange(len(x)), _VALUES // 2):
-        finite = stretch[np.isfinite(y[stretch])]
-        ends = {finite[np.argmin(y[finite])], finite[np.argmax(y[finite])]} if len(finite) else {}
-        chosen += sorted(ends) or [stretch[0]]
-    return x[chosen], y[chosen]
-
-
-def _smoothed(x: np.ndarray, y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the finite values around each point, at no more than 300 points."""
-    finite = np.isfinite(y)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
+def _running_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
+    """Means of the finite values at most window // 2 away, NaN where there is none."""
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    centres = np.unique(np.linspace(0, len(x) - 1, 300).round().astype(int))
-    low, high = np.maximum(centres - window // 2, 0), np.minimum(centres + window // 2 + 1, len(x))
+    centres = np.arange(len(values))
+    low = np.maximum(centres - window // 2, 0)
+    high = np.minimum(centres + window // 2 + 1, len(values))
     count = counts[high] - counts[low]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return x[centres], (sums[high] - sums[low]) / np.where(count, count, np.nan)
+    return np.where(count, sums[high] - sums[low], np.nan) / np.maximum(count, 1)
 
 
-def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """Lines through the points, with gaps where y is not finite; a lone point is a dot."""
-    parts, pen = [], "M"
-    for px, py in zip(x, y, strict=True):
-        if not math.isfinite(py):
-            pen = "M"
-            continue
-        parts.append(f"{pen}{px:.1f} {py:.1f}" + ("h0" if pen == "M" else ""))
-        pen = "L"
-    return "".join(parts)
+def _drawn(
+    curves: Sequence[Curve], ends: tuple[float, float], share: bool, from_zero: bool, salt: str
+) -> str:
+    """The curves and their axes as matplotlib's SVG file; curve i has the id "curve<i>"."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-
-def _across(steps: np.ndarray, x_range: tuple[float, float]) -> np.ndarray:
-    return _LEFT + (steps - x_range[0]) / (x_range[1] - x_range[0]) * (_RIGHT - _LEFT)
-
-
-def _up(values: np.ndarray, y_range: tuple[float, float]) -> np.ndarray:
-    return _BOTTOM - (values - y_range[0]) / (y_range[1] - y_range[0]) * (_BOTTOM - _TOP)
-
-
-def _range(values: np.ndarray) -> tuple[float, float]:
-    """Lowest and highest, apart from each other, with a margin but at 0."""
-    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
-    if low == high == 0:
-        return 0.0, 1.0
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        return low - abs(low) / 2, high + abs(high) / 2
-    room = (high - low) / 25
-    return (low if low == 0 else low - room), (high if high == 0 else high + room)
-
-
-def _ticks(low: float, high: float, most: int) -> np.ndarray:
-    """Round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    apart = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-    return np.arange(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1) * apart
-
-
-def _labels(values: Sequence[float], share: bool = False) -> list[str]:
-    """Ticks as text, with as many digits as tell them apart."""
-    for digits in range(3, 12):
-        labels = [_label(value, share, digits) for value in values]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
-
-
-def _label(value: float, share: bool = False, digits: int = 4) -> str:
-    if share:
-        return f"{value * 100:.{digits}g}%"
-    whole = abs(value) >= 1000 and abs(value - round(value)) < 1e-9 * abs(value)
-    text = f"{value:,.0f}" if whole else f"{value:.{digits}g}"
-    return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-
-
-def _axes(x_range: tuple[float, float], y_range: tuple[float, float], share: bool) -> str:
-    """Grid, tick labels and the name of the x axis."""
-    marks = []
-    ticks = _ticks(*y_range, most=6)
-    for y, label in zip(_up(ticks, y_range), _labels(ticks, share), strict=True):
-        marks.append(
-            f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
-            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+    first, last = ends
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+        drawing = Figure(figsize=(5.2, 2.7), layout="constrained")
+        axes = drawing.subplots()
+        for i, curve in enumerate(curves):
+            values = np.where(np.isfinite(curve.values), curve.values, np.nan)
+            line = {"color": _COLOURS[i % len(_COLOURS)], "gid": f"curve{i}"}
+            if _has_mean(curve):
+                axes.plot(curve.steps, values, alpha=0.35, linewidth=0.8, **line)
+                axes.plot(curve.steps, _running_mean(values, _window(curve)), **line)
+            else:
+                axes.plot(curve.steps, values, marker="o" if _has_dots(curve) else "", **line)
+        if from_zero:
+            axes.update_datalim([(first, 0.0)])
+        for line in axes.lines:
+            line.sticky_edges.y.append(0.0)
+        axes.autoscale_view()
+        axes.set_xlim((first, last) if last > first else (first - 1, first + 1))
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        if share:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.6g}%")
+        file = io.StringIO()
+        drawing.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA, None)
         )
-    ticks = _ticks(*x_range, most=6)
-    ticks = ticks[np.abs(ticks - ticks.round()) < 1e-6]
-    for x, label in zip(_across(ticks, x_range), _labels(ticks), strict=True):
-        marks.append(
-            f'<path class="grid" d="M{x:.1f} {_BOTTOM}v4"/>'
-            f'<text x="{x:.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{label}</text>'
-        )
-    middle = (_LEFT + _RIGHT) / 2
-    return (
-        f"{''.join(marks)}"
-        f'<path class="axis" d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"/>'
-        f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">step</text>'
-    )
+    return file.getvalue()
+
+
+def _inline(svg: str, title: str, curves: Sequence[Curve], share: bool) -> str:
+    """An SVG file as part of a page: no namespaces, the page's colours, a tooltip at each dot.
+
+    Only ids that the drawing refers to stay, since a page may hold each id once.
+    """
+    used = set(re.findall(r"#(\w+)", svg))
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for name in [name for name in element.attrib if "}" in name]:
+            element.set(name.rpartition("}")[2], element.attrib.pop(name))
+        if element.get("id", "").startswith("curve"):
+            element.set("class", element.attrib.pop("id"))
+        elif element.get("id") not in used:
+            element.attrib.pop("id", None)
+    for i, curve in enumerate(curves):
+        finite = np.isfinite(curve.values)
+        dots = list(root.iterfind(f".//g[@class='curve{i}']//use"))
+        points = zip(curve.steps[finite], curve.values[finite], strict=True)
+        for dot, (step, value) in zip(dots, points if dots else (), strict=True):
+            number = f"{value * 100:.4g}%" if share else f"{value:.4g}"
+            ElementTree.SubElement(dot, "title").text = f"step {step:,.0f}: {number}"
+    root.attrib = {
+        "viewBox": root.attrib["viewBox"],
+        "role": "img",
+        "aria-label": _printable(title),
+    }
+    text = ElementTree.tostring(root, encoding="unicode")
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text
 
 
 CHART_STYLE = """
@@ -227,13 +207,6 @@ figure { margin: 0; padding: .8rem; border: 1px solid var(--line); border-radius
 figcaption small, figure p { color: var(--dim); }
 figure p { font-size: .8rem; margin: .3rem 0 0; }
 svg { width: 100%; display: block; }
-svg text { font-size: 12px; fill: var(--dim); }
-svg path { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linecap: round;
-  stroke-linejoin: round; }
-svg circle { fill: currentColor; }
-svg .faint { stroke-width: 1; opacity: .35; }
-svg .grid, svg .axis { stroke: var(--line); stroke-width: 1; }
-svg .axis { stroke: var(--dim); }
 .legend { font-size: .85rem; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 .legend i { display: inline-block; width: 1.1em; height: 3px; margin-right: .4em;
   vertical-align: middle; background: currentColor; }

@@ -49,9 +49,9 @@ _PANELS = (
 def write_report(directory: str | Path) -> Path:
     """Write report.html beside a run's metrics.jsonl and return its path.
 
-    Shows a curve of every number over steps, what training and evaluation both measure in one
-    chart, the settings in recipe.json if that is there, and tables of evaluations and events. Long
-    curves are thinned, and say so. Raises UserError for files that are missing or damaged.
+    Shows every number over steps (training and evaluation share a chart where both measure it), the
+    settings in recipe.json if that is there, and tables of evaluations and events. Raises UserError
+    for files that are missing or damaged.
     """
     directory = Path(directory)
     lines = read_metrics(directory / METRICS)
