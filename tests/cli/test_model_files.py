@@ -200,7 +200,7 @@ def test_settings_against_a_config_are_told_and_recorded(clip, capsys, caplog, t
     for command in (["predict"], ["extract", "--out", tmp_path / "f.npz"]):
         given = [*command, "--model", hf, "--config", "num_attention_heads=4", clip]
         assert main([*map(str, given)]) == 2
-        told = f"--config takes KEY=VALUE, got {str(clip)!r}; what is no setting goes before it"
+        told = f"--config takes KEY=VALUE, got {str(clip)!r}; put positional arguments before it"
         assert told in capsys.readouterr().err
 
 

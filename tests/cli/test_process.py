@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 
 import pytest
+from signals import handled
+
+from vivit_jax.console import run
 
 
 def python(code: str, *args: str) -> subprocess.CompletedProcess:
@@ -122,6 +126,16 @@ def test_a_stream_that_is_closed_is_no_error(closed):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == (closed == 1)
+
+
+def test_ctrl_c_is_one_line_and_status_130(capsys):
+    def go() -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(60)
+
+    with handled(signal.SIGINT, signal.default_int_handler):
+        assert run("tool", "A tool.", {"go": go, "stay": lambda: None}, ["go"]) == 130
+    assert capsys.readouterr().err == "tool: interrupted\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-import importlib, logging, os, pkgutil, signal, sys, tempfile, time
+import importlib, logging, os, pkgutil, signal, sys, tempfile
 from pathlib import Path
 
 import av, einops, flax.linen, grain.python, jax, optax, orbax.checkpoint, PIL.Image, tqdm, tyro
@@ -28,7 +28,6 @@ for package in (vivit_jax, checkpoints_convert):
         importlib.import_module(found.name)
 
 from vivit_jax.benchmark.measure import environment
-from vivit_jax.cli import interrupt
 from vivit_jax.cli.__main__ import main
 from vivit_jax.processes import interrupts_held
 from vivit_jax.recipes import RECIPES
@@ -44,17 +43,6 @@ for resume in (False, True):
     run.begin(None)
     run.close()
 
-interrupt.PATIENCE = 0.05
-try:
-    with interrupt.interrupts_told_again():
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except BaseException:  # as a library may
-            pass
-        while True:
-            time.sleep(0.05)  # nothing can end it early there
-except KeyboardInterrupt:
-    print("interrupted")
 sys.exit(main(["presets"]))
 """
 
@@ -63,6 +51,6 @@ def test_imports_and_runs_without_what_only_posix_systems_have():
     begin = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(begin, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("interrupted\n") and "vivit-b-16x2-kinetics400" in done.stdout
+    assert "vivit-b-16x2-kinetics400" in done.stdout
     warnings = [line for line in done.stderr.splitlines() if "cannot lock a directory" in line]
     assert len(warnings) == 2 and "let no other process train into it" in warnings[0]
