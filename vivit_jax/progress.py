@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long work gets on: a live line on a terminal, lines at intervals elsewhere."""
+"""Progress and tables as text: live on a terminal, plain lines elsewhere."""
 
 import contextlib
 import datetime
+import io
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Iterator, Sequence
+from typing import Literal, TextIO
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 from vivit_jax.errors import printable
 
+_REDRAW = 0.1  # seconds between two drawings of a live line
+_UNBOUNDED = 1_000_000  # columns: nothing is wrapped
+
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a live line can be shown there."""
+    """Whether the stream can show a live line."""
     if not stream.isatty():
         return False
     try:
-        # Some pseudo-terminals say they have no columns, in which a live line would be empty.
+        # Some pseudo-terminals report 0 columns, where a live line would be empty.
         return os.get_terminal_size(stream.fileno()).columns > 0
     except OSError:
         return True
@@ -31,13 +38,19 @@ def left(seconds: float) -> str:
     return f"{datetime.timedelta(seconds=round(seconds))} left"
 
 
-class LiveLine:
-    """One live line on a terminal, "name 3/10 |###     | text"; elsewhere a line every so often.
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Do nothing; by default rich would end the process."""
 
-    `every_seconds` is for streams that are no terminal. These get the first and the last update
-    too, unless `ends` is False: then nothing is told of what takes less time than that, counted
-    from `since` (of time.monotonic; default: now). What cannot be written is left out, and the work
-    goes on: nobody reads the stream after Ctrl-C in `2>&1 | tee log`, and a log's disk may be full.
+
+class LiveLine:
+    """One live line on a terminal, "name 3/10 ━━━━ text"; elsewhere a plain line now and then.
+
+    A stream that is not a terminal gets a line every `every_seconds`, and the first and last
+    update. With `ends` False it gets no first and last line, so that work shorter than
+    `every_seconds` since `since` (of time.monotonic; default: now) prints nothing, and the live
+    line is removed when it is closed. Write errors are ignored and the work goes on: after Ctrl-C
+    in `2>&1 | tee log` nobody reads the stream, and the disk of a log may be full.
     """
 
     def __init__(
@@ -51,56 +64,75 @@ class LiveLine:
         ends: bool = True,
         since: float | None = None,
     ):
-        self._name, self._total, self._ends = name, total, ends
+        self._name, self._total, self._ends = printable(name, one_line=True), total, ends
         self._stream = sys.stderr if stream is None else stream
         self._every = every_seconds
         self._printed = -math.inf if ends else time.monotonic() if since is None else since
-        self._bar = None
+        self._live = None
         if is_terminal(self._stream):
-            escaped = name.replace("{", "{{").replace("}", "}}")
-            self._bar = tqdm(
-                total=total,
-                initial=initial,
-                file=self._stream,
-                dynamic_ncols=True,
-                leave=ends,
-                bar_format=f"{escaped} {{n_fmt}}/{{total_fmt}} |{{bar:12}}| {{desc}}",
+            self._live = Progress(
+                # Names and texts may hold [brackets]: they are not markup.
+                TextColumn("{task.description} {task.completed}/{task.total}", markup=False),
+                BarColumn(bar_width=12),
+                TextColumn("{task.fields[text]}", markup=False),
+                console=_Console(file=self._stream, force_terminal=True),
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
+            self._live.add_task(self._name, total=total, completed=initial, text="")
+            self._every = _REDRAW
+            with contextlib.suppress(OSError):
+                self._live.start()
 
     def update(self, done: int, text: str) -> None:
-        """Show that `done` of the total are done, and a text beside it."""
+        """Show that `done` of the total are done, with a text."""
+        text = printable(text, one_line=self._live is not None)
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], completed=done, text=text)
+        now, last = time.monotonic(), done >= self._total
+        if now - self._printed < self._every and not (last and (self._ends or self._live)):
+            return
+        self._printed = now
         with contextlib.suppress(OSError):
-            if self._bar is not None:
-                self._bar.set_description_str(printable(text, one_line=True), refresh=False)
-                self._bar.update(done - self._bar.n)
-                return
-            now = time.monotonic()
-            if now - self._printed >= self._every or (self._ends and done >= self._total):
-                self._printed = now
-                line = f"{self._name} {done}/{self._total}  {text}"
-                print(printable(line).rstrip(), file=self._stream, flush=True)
+            if self._live is not None:
+                self._live.refresh()
+            else:
+                line = f"{self._name} {done}/{self._total}  {text}".rstrip()
+                print(line, file=self._stream, flush=True)
 
     def say(self, text: str) -> None:
-        """Print a line of its own, above the live line."""
-        text = printable(text)
-        with contextlib.suppress(OSError):
-            if self._bar is not None:
-                self._bar.write(text, file=self._stream)
-            else:
-                print(text, file=self._stream, flush=True)
+        """Print a line of its own above the live line."""
+        with contextlib.suppress(OSError), self.hidden():
+            print(printable(text), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """End the live line, which stays as it is or, with `ends` False, goes."""
-        if self._bar is not None:
-            for end in (self._bar.refresh, self._bar.close):
-                with contextlib.suppress(OSError):
-                    end()
+        """End the live line: it stays as it is or, with `ends` False, is removed."""
+        if self._live is None:
+            return
+        with contextlib.suppress(OSError):
+            self._live.stop()
+            if self._ends:
+                self._live.console.print(self._live.get_renderable())
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Hide the live line while the block prints, also to another stream of the terminal."""
+        if self._live is None:
+            yield
+            return
+        with contextlib.suppress(OSError):
+            self._live.stop()
+        yield
+        with contextlib.suppress(OSError):
+            self._live.start()
 
 
 class Pace:
-    """How long is left, by the time that what is done took since the first `update`.
+    """The time left, from the rate since the first `update`.
 
-    The first one does not count: programs are compiled before it.
+    The first update is left out, because programs are compiled before it.
     """
 
     def __init__(self):
@@ -116,23 +148,31 @@ class Pace:
 
     @property
     def rate(self) -> float:
-        """Done per second; 0 before it is known."""
+        """Work done per second; 0 while unknown."""
         return self._rate
 
     def left(self, rest: float) -> str | None:
-        """The time for the rest, as "0:02:39 left"; None before it is known."""
+        """The time for the rest, as "0:02:39 left"; None while unknown."""
         return left(max(rest, 0) / self._rate) if self._rate > 0 else None
 
 
-def format_table(table: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in table
-    ]
+def format_table(
+    rows: Sequence[Sequence[str]], align: Literal["left", "right"] = "right"
+) -> list[str]:
+    """Rows of cells as lines; columns are `align`ed, the first one always to the left."""
+    if not rows:
+        return []
+    table = Table.grid(padding=(0, 2))
+    for i in range(len(rows[0])):
+        table.add_column(justify=align if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))  # cells may hold [brackets]: they are not markup
+    console = Console(file=io.StringIO(), width=_UNBOUNDED, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
 def readable(size: int) -> str:
-    """Bytes as text: "12.0 MiB", from 1024 MiB on "1.00 GiB"."""
+    """Bytes as text, such as "12.0 MiB"; from 1024 MiB in GiB, such as "1.00 GiB"."""
     return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.2f} GiB"

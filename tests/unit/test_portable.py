@@ -8,7 +8,7 @@ PROGRAM = """
 import importlib, logging, os, pkgutil, signal, sys, tempfile
 from pathlib import Path
 
-import av, einops, flax.linen, grain.python, jax, optax, orbax.checkpoint, PIL.Image, tqdm, tyro
+import av, einops, flax.linen, grain.python, jax, optax, orbax.checkpoint, PIL.Image, rich, tyro
 
 jax.devices()  # what follows is about our own code: the libraries have started
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):

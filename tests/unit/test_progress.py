@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import re
 
 import pytest
 
 from vivit_jax import progress
-from vivit_jax.progress import LiveLine, Pace
+from vivit_jax.progress import LiveLine, Pace, format_table
 
 
 class Clock:
@@ -42,16 +43,51 @@ def test_what_is_no_terminal_gets_a_line_at_intervals(clock):
     ]
 
 
-def test_a_terminal_gets_one_line_whatever_the_name_holds(clock):
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_terminal_gets_one_live_line_whatever_its_texts_hold(clock, monkeypatch, ends):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    line = LiveLine("{0}{name}.mp4, frame", 4, stream=stream, ends=False)
+    line = LiveLine("{0}{name}[red]\x07.mp4, frame", 4, stream=stream, ends=ends)
     for k in range(1, 5):
-        line.update(k, f"text {k}")
-    line.say("told")
+        clock.now += 1
+        line.update(k, f"text [{k}]")
+    line.say("said [b]")
+    with line.hidden():
+        print("printed", file=stream)
     line.close()
-    text = stream.getvalue()
-    assert "{0}{name}.mp4, frame 4/4 |" in text and "text 4" in text
-    assert text.count("\n") == 1 and "told\n" in text  # the live line itself is gone
+    screen = shown(stream.getvalue())
+    assert screen[:2] == ["said [b]", "printed"] and len(screen) == 2 + ends
+    if ends:
+        assert screen[2].startswith(r"{0}{name}[red]\u0007.mp4, frame 4/4 ")
+        assert screen[2].endswith(" text [4]")
+
+
+def shown(text: str) -> list[str]:
+    """The lines above the cursor of a terminal after `text`."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", text):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[1A":
+            row -= 1
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif not part.startswith(("\x1b", "\r")):
+            lines[row] += part
+    return lines[:row]
+
+
+def test_tables_are_plain_text_of_any_width():
+    rows = [("", "[b]ms[/b]", "x"), ("名前", "1.5", "y" * 300), ("a", "22", "")]
+    assert format_table(rows) == [
+        "      [b]ms[/b]  " + "x".rjust(300),
+        "名前        1.5  " + "y" * 300,
+        "a            22",
+    ]
+    assert format_table(rows[::2], align="left") == ["   [b]ms[/b]  x", "a  22"]
+    assert format_table([]) == []
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax predict`: class scores of video files."""
 
+import contextlib
 import json as json_module
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tqdm import tqdm
 
 from vivit_jax.cli.model import open_model
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.data.read_clip import parse_start
 from vivit_jax.errors import UserError, printable
 from vivit_jax.inference.classifier import VideoClassifier
+from vivit_jax.progress import LiveLine, Pace
 
 
 def predict(
@@ -87,11 +87,9 @@ def predict(
         batch_size=batch_size,
         square_pixels=square_pixels,
     )
-    results, failed = [], False
-    bar = tqdm(total=len(clips), unit="clip", disable=None if len(clips) > 1 else True)
-    with bar:
-        for result in found:
-            bar.update()
+    results, failed, pace = [], False, Pace()
+    with contextlib.closing(LiveLine("clips", len(clips), ends=False)) as progress:
+        for number, result in enumerate(found, 1):
             results.append(_as_dict(result))
             if result.error is not None:
                 failed = True
@@ -99,9 +97,12 @@ def predict(
                 # Most errors begin with the path.
                 named = reason.startswith((f"{result.clip}:", f"{result.clip} "))
                 line = reason if named else f"{result.clip}: {reason}"
-                bar.write(printable(line, one_line=True), file=sys.stderr)
+                progress.say(printable(line, one_line=True))
             elif not json:
-                bar.write(_as_text(results[-1]))
+                with progress.hidden():
+                    print(_as_text(results[-1]), flush=True)
+            pace.update(number)
+            progress.update(number, pace.left(len(clips) - number) or "")
     if json:
         print(json_module.dumps(results, indent=2))
     return int(failed)

@@ -8,6 +8,7 @@ import numpy as np
 from vivit_jax.masking import dual_mask, tube_mask
 from vivit_jax.models.flops import forward_flops
 from vivit_jax.presets import PRESETS
+from vivit_jax.progress import format_table
 
 
 def presets(*, json: bool = False) -> None:
@@ -55,8 +56,5 @@ def presets(*, json: bool = False) -> None:
                 preset.source or ("scenic" if preset.scenic else "-"),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    print("\n".join(format_table(rows, align="left")))
     print("GFLOP: matrix products of one clip's forward pass, 2 per multiply-add")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from vivit_jax.progress import format_table
 from vivit_jax.recipes import RECIPES, recipe_named, summary, to_dict
 
 
@@ -20,8 +21,8 @@ def recipes(
         json: Print the fields as JSON, as a run's recipe.json holds them.
     """
     if name is None:
-        width = max(map(len, RECIPES))
-        print("\n".join(f"{known:{width}}  {summary(known)}" for known in RECIPES))
+        rows = [(known, summary(known)) for known in RECIPES]
+        print("\n".join(format_table(rows, align="left")))
         return
     values = to_dict(recipe_named(name))
     if json:
