@@ -108,11 +108,11 @@ def test_damaged_videos_are_read_alike(tmp_path, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_threads_change_nothing_of_damaged_videos(tmp_path, monkeypatch, name):
     """Whether a machine has 2 cores or 16."""
-    from vivit_jax.data.video import packets
+    from vivit_jax.data.video import decoder
 
     path = tmp_path / name
     whole = write_clip(path, size=SIZE, gop=12, frames=24, **KINDS[name]).read_bytes()
-    rng, set_threads = np.random.default_rng(1), packets.set_threads
+    rng, set_threads = np.random.default_rng(1), decoder.set_threads
     for trial in range(10):
         path.write_bytes(damaged(whole, rng, trial))
         found = []
@@ -120,7 +120,7 @@ def test_threads_change_nothing_of_damaged_videos(tmp_path, monkeypatch, name):
 
             def chosen(stream, several, threads=threads):
                 set_threads(stream, several and threads > 1)
-                if packets.uses_threads(stream):
+                if decoder.uses_threads(stream):
                     stream.codec_context.thread_count = threads
 
             monkeypatch.setattr("vivit_jax.data.video.opened.set_threads", chosen)
@@ -188,14 +188,14 @@ def test_a_file_whose_end_is_zeros(tmp_path, caplog):
     assert read_video(path, num_frames=8, start="begin").shape == (8, 48, 64, 3)
     config = vivit_jax.VivitConfig(num_frames=8, tubelet_size=(2, 16, 16))
     for _ in range(2):
-        with pytest.raises(VideoError, match="of 8 frames asked 8 cannot be decoded .frames 52,"):
+        with pytest.raises(VideoError, match="8 of the 8 frames asked cannot be .* .frames 52,"):
             read_video(path, num_frames=8, start="end", lost="few")
-        with pytest.raises(VideoError, match="of 8 frames asked 8 cannot be decoded .frames 52,"):
+        with pytest.raises(VideoError, match="8 of the 8 frames asked cannot be .* .frames 52,"):
             read_clip(path, config, stride=1, start=52)
-        with pytest.raises(VideoError, match="of 8 frames asked 8 cannot be decoded .frames 52,"):
+        with pytest.raises(VideoError, match="8 of the 8 frames asked cannot be .* .frames 52,"):
             read_frames(Example(str(path), 0), range(52, 60))
     assert len(caplog.messages) == 1
-    with pytest.raises(VideoError, match=r"of 60 frames asked \d+ cannot be decoded"):
+    with pytest.raises(VideoError, match=r"\d+ of the 60 frames asked cannot be decoded"):
         read_video(path, lost="error")
     with pytest.raises(UserError, match="lost is 'no'; expected 'repeat', 'few' or 'error'"):
         read_video(path, lost="no")

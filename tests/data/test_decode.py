@@ -23,7 +23,7 @@ from clips import (
 from helpers import mostly_slow
 
 from vivit_jax.data.sampling import sample_frame_indices
-from vivit_jax.data.video import h264, opened, packets, pictures
+from vivit_jax.data.video import decoder, h264, opened, packets, pictures
 from vivit_jax.data.video.decode import frame_times, probe_video, read_video, read_video_pyav
 from vivit_jax.errors import UserError, VideoError
 
@@ -111,12 +111,12 @@ def decoded(monkeypatch):
     frames = []
 
     def counted(context, packet):
-        new = packets_decode(context, packet)
+        new = decode_packet(context, packet)
         frames.extend(new)
         return new
 
-    packets_decode = packets.decode_packet
-    monkeypatch.setattr(packets, "decode_packet", counted)
+    decode_packet = decoder.decode_packet
+    monkeypatch.setattr(decoder, "decode_packet", counted)
     return frames
 
 
@@ -200,11 +200,11 @@ def test_packets_that_leave_nothing_behind(tmp_path):
         stored = [bytes(packet) for packet in container.demux(video=0) if packet.size]
 
     def passing(change=bytes, header=header):
-        """Of packets whose reference is said to be none, whether they pass, each changed."""
-        tell, found = h264.Passing(header), []
+        """Whether the packets marked as needed by no other pass, each of them changed."""
+        passing, found = h264.Passing(header), []
         for data in stored:
             last = data[4] & 0x60 == 0 and len(data) == 4 + int.from_bytes(data[:4], "big")
-            passes = tell(change(data) if last else data)
+            passes = passing(change(data) if last else data)
             found += [passes] if last else []
             assert last or not passes
         return found
@@ -306,18 +306,18 @@ def test_seeking_may_land_early(landing):
 
 @pytest.mark.parametrize("landing", [[3], [0, 1, 3], [1, 2, 4], [0, 9]], ids=str)
 def test_seeking_that_misses_packets_is_refused(landing):
-    with pytest.raises(packets.Distrusted, match="seeking to packet 2 gives packet"):
+    with pytest.raises(decoder.Distrusted, match="seeking to packet 2 gives packet"):
         fake_run(landing)
 
 
 def fake_run(landing: list[int]) -> list[int | None]:
-    """What packets._decode_run gives the decoder to decode packets 2 and 3 of 5."""
+    """What decoder._decode_run gives the decoder to decode packets 2 and 3 of 5."""
     read = [SimpleNamespace(pts=10 * position, size=1) for position in landing]
     context = SimpleNamespace(decode=lambda packet: [packet.pts // 10 if packet else None])
     container = SimpleNamespace(demux=lambda stream: read)
     position_at = {10 * position: position for position in range(5)}
     stream = SimpleNamespace(codec_context=context)
-    return list(packets._decode_run(container, stream, position_at, 2, 3))
+    return list(decoder._decode_run(container, stream, position_at, 2, 3))
 
 
 def test_edit_list_that_cuts_into_the_stream(tmp_path, log):
@@ -499,7 +499,7 @@ def test_damage_in_the_middle(tmp_path, caplog):
     np.testing.assert_allclose(frame_times(path, range(30)), np.arange(30) / 25)
     clip = read_video(path, num_frames=8, stride=2)
     np.testing.assert_array_equal(clip, video[7:23:2])
-    with pytest.raises(VideoError, match="damaged.mp4: of 1 frames asked 1 cannot .*frame 15"):
+    with pytest.raises(VideoError, match="damaged.mp4: 1 of the 1 frames asked cannot .*frame 15"):
         read_video(path, indices=[15], lost="few")
     assert len(caplog.messages) == 1
 

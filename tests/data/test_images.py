@@ -157,7 +157,7 @@ def test_folders_of_still_webp_images_are_clips(tmp_path):
     assert len(found) == 4 and found.classes == ("run", "walk")
     np.testing.assert_array_equal(read_frames(found.examples[0], [2]), [painted(2)])
     write_animation(tmp_path / "run" / "a" / "2.webp")
-    with pytest.raises(VideoError, match="2.webp: no readable image: an animation of 6 frames"):
+    with pytest.raises(VideoError, match="2.webp: not a readable image: an animation of 6 frames"):
         read_frames(found.examples[0], [2])
 
 

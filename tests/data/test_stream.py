@@ -11,7 +11,7 @@ import pytest
 from clips import every_frame, number_in, write_clip
 
 import vivit_jax
-from vivit_jax.data.video import packets, pictures
+from vivit_jax.data.video import decoder, pictures
 from vivit_jax.data.video.frame_stream import FrameStream, read_ahead
 
 KINDS = {
@@ -81,9 +81,9 @@ def test_pixels_are_converted_only_where_asked(tmp_path, monkeypatch):
 
 
 def test_closing_early_ends_decoding(tmp_path, monkeypatch):
-    calls, decode_packet = [], packets.decode_packet
+    calls, decode_packet = [], decoder.decode_packet
     monkeypatch.setattr(
-        packets, "decode_packet", lambda *args: calls.append(1) or decode_packet(*args)
+        decoder, "decode_packet", lambda *args: calls.append(1) or decode_packet(*args)
     )
     frames = iter(FrameStream(write_clip(tmp_path / "a.mp4", frames=200)))
     next(frames)

@@ -23,7 +23,7 @@ from vivit_jax.benchmark.measure import Timing
 from vivit_jax.data.sampling import clip_indices
 from vivit_jax.data.transforms.frame_ops import center_crop, resize
 from vivit_jax.data.transforms.processor import VideoProcessor
-from vivit_jax.data.video import opened, packets
+from vivit_jax.data.video import decoder, opened, packets
 from vivit_jax.data.video.decode import VideoInfo, probe_video, read_video
 from vivit_jax.errors import UserError, VideoError, first_line
 from vivit_jax.train.normalise import normaliser
@@ -209,18 +209,18 @@ def one_core() -> Iterator[bool]:
 @contextlib.contextmanager
 def _counted() -> Iterator[list[int]]:
     """The number of frames that `read_video` gets from the decoder inside the block, in a list."""
-    original, count = packets.decode_packet, [0]
+    original, count = decoder.decode_packet, [0]
 
     def counting(context, packet):
         frames = original(context, packet)
         count[0] += len(frames)
         return frames
 
-    packets.decode_packet = counting
+    decoder.decode_packet = counting
     try:
         yield count
     finally:
-        packets.decode_packet = original
+        decoder.decode_packet = original
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file formats that FFmpeg may read here, and what a file of another kind is called.
+"""The file formats that FFmpeg may read, and errors that name the others.
 
-FFmpeg takes a format from a file's content, whatever its name is, and some formats are lists of
-other files: a text that begins with "ffconcat version 1.0" or "#EXTM3U" opens what it names, here
-or on a network, waits at a FIFO, or never ends. Others are devices, or patterns of names
-(clip%03d.png). So formats are allowed by name, each of which is one file that holds its own frames,
-and the only protocol is `file`. Formats that a build of FFmpeg adds are refused until they are
-listed.
+FFmpeg recognises a format by a file's content, whatever its name, and some formats are lists of
+other files: a text that begins with "ffconcat version 1.0" or "#EXTM3U" opens what it names, also
+on a network, may wait at a FIFO or never end. Others are devices, or patterns of names
+(clip%03d.png). So only listed formats are allowed, in each of which one file holds its own frames,
+and the only protocol is `file`. Formats that a build of FFmpeg adds are refused until listed.
 """
 
 import functools
 import io
 import os
 import re
+from typing import Any
 
 from vivit_jax.errors import VideoError
 from vivit_jax.files.limits import VARIABLE, unpack_limit
@@ -20,7 +20,7 @@ from vivit_jax.files.limits import VARIABLE, unpack_limit
 EXPECTED = "expected a video file such as mp4, mkv, webm, mov or avi"
 
 # Names of FFmpeg's demuxers; one that the installed FFmpeg lacks does no harm.
-# Not mlv, which goes on in files beside the one named.
+# Not mlv, which continues in files beside the one named.
 _CONTAINERS = (
     "3g2,3gp,asf,asf_o,avi,dhav,dv,flv,gxf,ifv,ivf,kux,live_flv,lmlm4,lxf,"
     "matroska,mods,moflex,mov,mp4,mpeg,mpegts,mpjpeg,msnwctcp,mtv,mv,mxf,"
@@ -37,7 +37,7 @@ _GAMES = (
     "mgsts,mm,mvi,nc,paf,psxstr,r3d,rl2,roq,rpl,sga,siff,simbiosis_imx,smk,thp,"
     "tiertexseq,tmv,txd,usm,vmd,wc3movie,wsvqa,yop"
 )
-# Pictures, videos of one frame. Not image2, which reads a name as a pattern.
+# Pictures are videos of one frame. Not image2, which reads a name as a pattern.
 _PICTURES = (
     "alias_pix,bmp_pipe,brender_pix,cri_pipe,dds_pipe,dpx_pipe,exr_pipe,fits,"
     "gem_pipe,gif_pipe,hdr_pipe,ico,j2k_pipe,jpeg_pipe,jpegls_pipe,jpegxl_pipe,"
@@ -50,13 +50,13 @@ _SOUND = "aac,ac3,aiff,amr,ape,au,caf,eac3,flac,mp3,w64,wav"
 
 VIDEO_FORMATS = ",".join((_CONTAINERS, _STREAMS, _ANIMATIONS, _GAMES, _PICTURES))
 
-# For av.open(options=...), with which nothing but the file itself is opened.
+# For av.open(options=...), so that nothing but the file itself is opened.
 SAFE_OPTIONS = {
     "format_whitelist": f"{VIDEO_FORMATS},{_SOUND}",
     "protocol_whitelist": "file",
 }
 
-# What FFmpeg probes these by, and some that only players know.
+# How FFmpeg recognises playlists, and some that only players know.
 _PLAYLISTS = {
     "ffconcat": rb"\A\s*ffconcat version ",
     "hls": rb"\A\s*#EXTM3U",
@@ -71,28 +71,29 @@ _PLAYLISTS = {
     "concat": rb"\A(?:\s*#[^\n]*\n)*\s*file\s+['\"/.\w]",
     "redirector": rb"\A\s*(?:\[Reference\]|RTSPtext|rtsp://)",
 }
-_HEAD = 1 << 16  # bytes of a file that are looked at
+_HEAD = 1 << 16  # bytes of a file to inspect
 _TEXT = "a text file"
 _BYTES_PER_PIXEL = 8
 
 
 def open_container(name: str, options: dict[str, str] | None = None):
-    """The av container of a file of an allowed format, for reading, with further FFmpeg `options`.
+    """Opens a file of an allowed format for reading, with further FFmpeg `options`.
 
-    Raises VideoError for a playlist or text by that name, and for frames of more than
-    `most_pixels`; and what `av.open` raises for other files that are no video.
+    Raises VideoError for playlists and other texts, and for frames of more than `most_pixels`;
+    av's FFmpegError for other files that are not videos.
     """
     import av
+    from av.error import ArgumentError, FFmpegError
 
     most = most_pixels(name)
-    # FFmpeg counts the rows and columns with which decoders fill up their buffers.
+    # FFmpeg counts the padding of decoders' buffers too.
     bound = {"max_pixels": str(most + most // 4 + 2**16)}
     # The prefix keeps a colon in a file name from being read as a network protocol.
     file, options = "file:" + name, SAFE_OPTIONS | bound | (options or {})
     try:
         return _bounded(name, av.open(file, options=options, **_lenient()), most, bound)
-    except av.FFmpegError as error:
-        refused = isinstance(error, av.ArgumentError)  # not one of SAFE_OPTIONS, or damaged
+    except FFmpegError as error:
+        refused = isinstance(error, ArgumentError)  # not in the whitelists, or damaged
         kind = _kind_of_text(name)
         if kind is not None and (refused or kind != _TEXT):
             raise VideoError(f"{name}: {kind}; {EXPECTED}") from error
@@ -104,31 +105,31 @@ def open_container(name: str, options: dict[str, str] | None = None):
 
 
 @functools.cache
-def _lenient() -> dict[str, str]:
-    """Arguments of `av.open` with which titles and comments that are no UTF-8 are no error.
+def _lenient() -> dict[str, Any]:
+    """Arguments of `av.open` that accept titles and comments with invalid UTF-8.
 
     PyAV 19 has no such argument: it escapes those bytes by itself.
     """
-    import av
+    from av.container import InputContainer
 
-    takes = hasattr(av.container.InputContainer, "metadata_errors")
+    takes = hasattr(InputContainer, "metadata_errors")
     return {"metadata_errors": "replace"} if takes else {}
 
 
 def most_pixels(name: str | os.PathLike) -> int:
-    """How many pixels a picture or a video's frame in a file may have, 2**27 for small files.
+    """How many pixels a picture or a video's frame may have, 2**27 for small files.
 
-    At 8 bytes a pixel, of what decoders and RGB take together, that is `unpack_limit`.
+    At 8 bytes per pixel, for decoder and RGB together, that is `unpack_limit`.
     """
     try:
         held = os.path.getsize(name)
     except OSError:
-        held = 0  # whoever opens it says so
+        held = 0  # opening the file reports the error
     return unpack_limit(held) // _BYTES_PER_PIXEL
 
 
 def too_large(name: str, most: int, width: int = 0, height: int = 0) -> VideoError:
-    """The error for frames of more than `most` pixels, or of no size that can be told."""
+    """The error for frames of more than `most` pixels, or of unknown size."""
     size = f"frames of {width} x {height} (w x h)" if width else "frames of more, or of no size"
     return VideoError(
         f"{name}: {size}; expected at most {most:,} pixels: resize the file, or if "
@@ -138,14 +139,14 @@ def too_large(name: str, most: int, width: int = 0, height: int = 0) -> VideoErr
 
 
 def _bounded(name: str, container, most: int, bound: dict[str, str]):
-    """The container, whose decoders refuse frames that are too large, should their size change."""
+    """The container, with decoders that refuse frames that become too large later."""
     for stream in container.streams.video:
         context = stream.codec_context
         if context is None:
             continue
         context.options = {**context.options, **bound}
         pixels = context.width * context.height
-        # Of a picture FFmpeg tells no size where it is more than `most`.
+        # FFmpeg states no size for a picture of more than `most` pixels.
         if pixels > most or (not pixels and container.format.name.endswith("_pipe")):
             container.close()
             raise too_large(name, most, context.width, context.height)
@@ -153,7 +154,7 @@ def _bounded(name: str, container, most: int, bound: dict[str, str]):
 
 
 def _kind_of_text(name: str) -> str | None:
-    """What a text file is; None for anything else, and what cannot be read."""
+    """Describes a text file; None for anything else, and for a file that cannot be read."""
     try:
         with open(name, "rb") as file:
             head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
@@ -168,22 +169,23 @@ def _kind_of_text(name: str) -> str | None:
     try:
         head.decode()
     except UnicodeDecodeError as error:
-        if error.start < _HEAD - 4:  # else a character that is cut by the end of the head
+        if error.start < _HEAD - 4:  # otherwise the end of the head cuts a character
             return None
     return _TEXT
 
 
 def _format_by_content(name: str, options: dict[str, str]) -> str | None:
-    """FFmpeg's name for the format of a file, whatever it is called; None for one refused.
+    """FFmpeg's name for the format of a file, by its content alone; None if it is refused.
 
-    Of pictures whose name is a pattern, as clip%03d.png, FFmpeg does not look at the content.
+    If a picture's name is a pattern, as clip%03d.png, FFmpeg ignores the content otherwise.
     """
     import av
+    from av.error import FFmpegError
 
     try:
         with io.FileIO(name) as file:
-            file.name = "a file"  # which av tells FFmpeg
+            file.name = "a file"  # av passes this name to FFmpeg
             with av.open(file, options=options, **_lenient()) as container:
                 return container.format.name
-    except (av.FFmpegError, OSError):
+    except (FFmpegError, OSError):
         return None

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A video's frames in order, one at a time, of which few are held.
+"""A video's frames in order, one at a time, with few of them in memory.
 
-Frame k is that of `vivit_jax.data.video.decode`, bit for bit: what decoding the file from its start
-yields, turned as its display matrix says.
+Frame k is that of `vivit_jax.data.video.decode`, bit for bit.
 """
 
 import queue
@@ -11,17 +10,18 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from vivit_jax.data.video.decode import probe_video
 from vivit_jax.data.video.images import AnimationStream, is_webp
+from vivit_jax.data.video.log import warn_of_damage
 from vivit_jax.data.video.opened import checked_path, packet_table
-from vivit_jax.data.video.packets import warn_of_damage
 from vivit_jax.data.video.pictures import displayed, refuse_sizes
 from vivit_jax.data.video.sequence import FromStart, refuse_damaged, shortage
 
 
 class StreamedFrame:
-    """A frame of a `FrameStream`, decoded; its pixels are converted where they are asked for.
+    """A decoded frame of a `FrameStream`; its pixels are converted on demand.
 
     Attributes:
         index: number of the frame, from 0.
@@ -32,10 +32,10 @@ class StreamedFrame:
         self.index, self.seconds = index, seconds
         self._stream, self._frame = stream, frame
 
-    def image(self) -> np.ndarray:
-        """uint8 [h, w, 3], RGB, as `read_video` gives it.
+    def image(self) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels, RGB, as `read_video` returns them.
 
-        Raises VideoError for a frame that is damaged, or of another size than those before it.
+        Raises VideoError for a damaged frame, or one of another size than those before it.
         """
         name = self._stream.name
         if self._frame.is_corrupt:
@@ -50,24 +50,24 @@ class StreamedFrame:
 class FrameStream:
     """The frames of a video file in order: iterate to decode them, from the start each time.
 
-    Seconds are those of `vivit_jax.data.video.clock`, so they follow a variable frame rate. Frames
-    without a time, in a file that states no rate, are at nan.
+    Seconds are those of `vivit_jax.data.video.clock`, so they follow a variable frame rate. They
+    are nan if the file states neither times nor a rate.
 
-    Damaged files are treated as `vivit_jax.data.video.decode` says: one warning for what is lost,
-    another for damaged frames that were skipped.
+    Damaged files are treated as `vivit_jax.data.video.decode` says, with one warning for what is
+    lost and another for damaged frames that were skipped.
 
     Attributes:
         name: path of the file.
         announced: frames that its packets should give, for a progress bar; fewer may be decodable.
 
-    Raises VideoError where the path is not a readable video file, UserError where it is no path.
+    Raises VideoError if the path is not a readable video file, UserError if it is not a path.
     """
 
     def __init__(self, path):
         self.name = checked_path(path)
         self.table = packet_table(self.name)
         self.announced = self.table.packets - self.table.discarded
-        self.shapes: dict[tuple[int, ...], int] = {}  # of the frames seen: (h, w) -> the first
+        self.shapes: dict[tuple[int, ...], int] = {}  # (h, w) -> the first frame of that size
         self._cut = False
 
     @property
@@ -80,17 +80,17 @@ class FrameStream:
         done, damaged = 0, []
         decoding = FromStart(self.name, self.table)
         for index, frame, seconds in decoding:
-            if index < done:  # given before damage made the decoder begin again
+            if index < done:  # already given, before damage made the decoder start again
                 continue
             done = index + 1
             if frame.is_corrupt:
                 damaged.append(index)
             yield StreamedFrame(self, frame, index, seconds)
         self._cut = decoding.cut
-        warn_of_damage(self.name, damaged, shown=self.table.lossy)
+        warn_of_damage(self.name, damaged, returned=self.table.lossy)
 
     def shortage(self, total: int) -> str:
-        """Ends the message that its `total` frames are too few, if that is because of damage."""
+        """The end of the message about too few frames, if damage is the cause; else empty."""
         return shortage(self.table, total, self._cut)
 
 
@@ -101,10 +101,10 @@ def open_stream(path) -> FrameStream | AnimationStream:
 
 
 def read_ahead(items: Generator, ahead: int) -> Iterator[Any]:
-    """What a generator yields, made in a thread of its own, `ahead` of where it is taken at most.
+    """The items of a generator, which runs in a thread of its own, at most `ahead` items ahead.
 
-    What making them raises is raised here, after the items before it. The thread ends with the
-    iterator, also where that is closed early.
+    An exception of the generator is raised here, after the items before it. The thread ends with
+    the iterator, even if that is closed early.
     """
     waiting: queue.Queue = queue.Queue(ahead)
     stopped = threading.Event()
@@ -124,7 +124,7 @@ def read_ahead(items: Generator, ahead: int) -> Iterator[Any]:
                 if not put(item, None, True):
                     return
             put(None, None, False)
-        except BaseException as error:  # whatever it is, it belongs to who takes the items
+        except BaseException as error:  # any exception belongs to the consumer
             put(None, error, False)
         finally:
             items.close()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and animated WebP files, read by Pillow.
 
-The frames of an animated WebP are read here because FFmpeg below version 9 has no decoder of them.
-Frame k is the k-th that Pillow shows, whole, as RGB without its alpha; its time is the sum of the
-durations before it, in milliseconds.
+Animated WebP is read here because FFmpeg below version 9 cannot decode it. Frame k is the k-th
+complete picture that Pillow shows, as RGB without alpha; its time is the sum of the durations
+before it, which are in milliseconds.
 """
 
 import contextlib
@@ -12,10 +12,13 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, UInt8
 
 from vivit_jax.data.video.formats import most_pixels, too_large
+from vivit_jax.data.video.log import file_state
 from vivit_jax.errors import VideoError, first_line
 from vivit_jax.files.inputs import check_file
 from vivit_jax.files.limits import VARIABLE
@@ -26,29 +29,32 @@ _WEBP_HEAD = 21  # bytes, up to the flags of the extended form
 _ANIMATED = 0x02
 
 
-def read_picture(path: str) -> np.ndarray:
-    """uint8 [h, w, 3], RGB. Raises VideoError for what is no picture, one that would take more
-    pixels than `most_pixels` allows, one of more than 8 bits a channel, and an animation."""
+def read_picture(path: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads a picture as RGB.
+
+    Raises VideoError for a file that is not a picture, for more pixels than `most_pixels` allows,
+    for more than 8 bits per channel, and for an animation.
+    """
     check_file(path, VideoError)
     try:
         with _opened(path) as image:
             if image.format == "WEBP" and image.is_animated:
                 raise ValueError(f"an animation of {image.n_frames} frames, expected one picture")
-            if image.mode[0] in "IF":  # which Pillow would cut off
+            if image.mode[0] in "IF":  # Pillow would clip these
                 raise ValueError(f"pixels of mode {image.mode}, expected 8 bits a channel")
             return np.asarray(image.convert("RGB"))
     except VideoError:
         raise
-    except Exception as error:  # of many kinds, one or more for each format
-        raise VideoError(f"{path}: no readable image: {first_line(error)}") from None
+    except Exception as error:  # each format raises exceptions of its own
+        raise VideoError(f"{path}: not a readable image: {first_line(error)}") from None
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator:
+def _opened(path: str) -> Iterator[Any]:
     from PIL import Image
 
     most, own = most_pixels(path), Image.MAX_IMAGE_PIXELS
-    if own is not None and most > 2 * own:  # beyond which Pillow refuses
+    if own is not None and most > 2 * own:  # Pillow refuses more
         if VARIABLE in os.environ:
             Image.MAX_IMAGE_PIXELS = most
         else:
@@ -64,7 +70,7 @@ def _opened(path: str) -> Iterator:
 
 
 def is_webp(path: str | os.PathLike, animated: bool = False) -> bool:
-    """Whether a file begins as a WebP does (an animated one); False for what cannot be opened."""
+    """Whether a file begins like a WebP, or like an animated one; False if it cannot be opened."""
     if not os.path.isfile(path):
         return False  # a FIFO is not opened
     try:
@@ -79,13 +85,13 @@ def is_webp(path: str | os.PathLike, animated: bool = False) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Animation:
-    """What an animated WebP holds.
+    """The properties of an animated WebP.
 
     Attributes:
         name: path of the file.
         announced: frames that its header counts; fewer may be decodable.
-        seconds: float64 [frames], when each that can be decoded is shown, from frame 0.
-        duration: seconds, of all of them.
+        seconds: when each decodable frame is shown, from frame 0.
+        duration: seconds, of all frames.
         height: pixels.
         width: pixels.
         mode: Pillow's name for the stored pixels, "RGB" or "RGBA".
@@ -93,7 +99,7 @@ class Animation:
 
     name: str
     announced: int
-    seconds: np.ndarray
+    seconds: Float64[np.ndarray, " frames"]
     duration: float
     height: int
     width: int
@@ -104,11 +110,11 @@ class Animation:
 
     @property
     def fps(self) -> float:
-        """Average frames per second, nan for a picture that stands still."""
+        """Average frames per second, nan for a still picture."""
         return len(self) / self.duration if self.duration else float("nan")
 
     def shortage(self) -> str:
-        """Ends the message that there are too few frames, if that is because of damage."""
+        """The end of the message about too few frames, if damage is the cause; else empty."""
         if len(self) == self.announced:
             return ""
         return (
@@ -116,14 +122,14 @@ class Animation:
             "is damaged or truncated, get it again)"
         )
 
-    def frames(self, last: int | None = None) -> Iterator[np.ndarray]:
-        """uint8 [h, w, 3] of each frame up to `last`, one at a time."""
+    def frames(self, last: int | None = None) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Each frame up to `last`, one at a time."""
         wanted = len(self) if last is None else last + 1
         for _, image in zip(range(wanted), _decoded(self.name), strict=False):
             yield np.asarray(image.convert("RGB"))
 
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8 [n, h, w, 3] of frames in any order."""
+    def read(self, indices: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "n h w 3"]:
+        """Frames in any order."""
         wanted = {int(k) for k in indices}
         decoded = enumerate(self.frames(max(wanted)))
         found = {k: image for k, image in decoded if k in wanted}
@@ -131,25 +137,23 @@ class Animation:
 
 
 def animation(name: str) -> Animation:
-    """What an animated WebP holds; all of it is decoded, once while the file stays as it is.
+    """The properties of an animated WebP; it is decoded whole, once while the file is unchanged.
 
-    Raises VideoError for one without a frame, and logs a warning for one that is damaged.
+    Raises VideoError for one without frames, and logs a warning for one that is damaged.
     """
-    file = os.stat(name)
-    state = file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns
-    return _scanned(name, state)
+    return _scanned(name, file_state(name))
 
 
 @functools.lru_cache(maxsize=64)
 def _scanned(name: str, state: tuple[int, ...]) -> Animation:
-    durations, size, mode, announced = [], None, None, 0
+    durations, width, height, mode, announced = [], 0, 0, "", 0
     for image in _decoded(name):
-        size, mode, announced = image.size, image.mode, image.n_frames
+        (width, height), mode, announced = image.size, image.mode, image.n_frames
         durations.append(image.info.get("duration", 0))
     if not durations:
         raise VideoError(f"{name}: none of its frames can be decoded: get the file again")
     starts = np.cumsum([0, *durations], dtype=np.int64) / 1000
-    found = Animation(name, announced, starts[:-1], float(starts[-1]), *size[::-1], mode)
+    found = Animation(name, announced, starts[:-1], float(starts[-1]), height, width, mode)
     if len(found) < announced:
         logger.warning("%s: %d of %d frames can be decoded", name, len(found), announced)
     return found
@@ -169,7 +173,7 @@ def _decoded(name: str) -> Iterator:
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, VideoError):
             raise
-        raise VideoError(f"{name}: no readable image: {first_line(error)}") from None
+        raise VideoError(f"{name}: not a readable image: {first_line(error)}") from None
 
 
 class AnimationStream:
@@ -185,7 +189,7 @@ class AnimationStream:
             yield AnimatedFrame(index, seconds, image)
 
     def shortage(self, total: int) -> str:
-        """Ends the message that its `total` frames are too few, if that is because of damage."""
+        """The end of the message about too few frames, if damage is the cause; else empty."""
         return self._animation.shortage()
 
 
@@ -195,8 +199,8 @@ class AnimatedFrame:
 
     index: int
     seconds: float
-    pixels: np.ndarray
+    pixels: UInt8[np.ndarray, "h w 3"]
 
-    def image(self) -> np.ndarray:
-        """uint8 [h, w, 3], RGB."""
+    def image(self) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels, RGB."""
         return self.pixels

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens video files: which are refused, which stream is read, and what its packets are."""
+"""Opens video files: refuses unreadable ones, picks the stream, and scans its packets."""
 
 import contextlib
 import functools
@@ -8,30 +8,28 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-from vivit_jax.data.video.formats import EXPECTED as _EXPECTED
-from vivit_jax.data.video.formats import open_container
+from vivit_jax.data.video.decoder import set_threads
+from vivit_jax.data.video.formats import EXPECTED, open_container
+from vivit_jax.data.video.log import file_state, warn_once
 from vivit_jax.data.video.packets import (
     LOSSY_CONTAINERS,
     SPARSE_CODECS,
     TIMED_CONTAINERS,
     Table,
     codec_name,
-    file_state,
     reason_of,
     scan,
-    set_threads,
     videos_of,
-    warn_once,
 )
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.files.inputs import stand_in
 
-# Of two slashes a Path keeps one. One letter is a drive.
+# A Path keeps one of two slashes. A single letter is a drive.
 _LINK = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def checked_path(path) -> str:
-    """The name of a file that is there and not empty; VideoError or UserError otherwise."""
+    """The name of a file that exists and is not empty; else VideoError or UserError."""
     if not isinstance(path, str | bytes | os.PathLike):
         raise UserError(
             f"path is {path!r} ({type(path).__name__}); expected the path of a video file "
@@ -41,8 +39,8 @@ def checked_path(path) -> str:
     refuse_link(name)
     if os.path.isdir(name):
         found = "a directory"
-    elif stand_in(name):
-        found = stand_in(name)
+    elif special := stand_in(name):
+        found = special
     elif not os.path.exists(name):
         found = "no such file"
     elif not os.path.isfile(name):
@@ -51,41 +49,41 @@ def checked_path(path) -> str:
         found = "an empty file (0 bytes)"
     else:
         return name
-    raise VideoError(f"{name}: {found}; {_EXPECTED}")
+    raise VideoError(f"{name}: {found}; {EXPECTED}")
 
 
 def refuse_link(name: str) -> None:
-    """VideoError for a link such as https://x.org/a.mp4, also one that was made a Path."""
+    """VideoError for a link such as https://x.org/a.mp4, even if it was made a Path."""
     if _LINK.match(name) and not os.path.exists(name):
         raise VideoError(f"{name}: links are not opened; download the file and give its path")
 
 
 @contextlib.contextmanager
 def open_video(name: str, several_threads: bool = True) -> Iterator[tuple]:
-    """(container, its video stream); what FFmpeg refuses is a VideoError."""
-    import av
+    """(container, its video stream). Raises VideoError for a file that FFmpeg refuses."""
     from av.codec.context import Flags
+    from av.error import FFmpegError
 
     try:
         with _opened(name) as container:
             stream = video_stream(name, container)
             set_threads(stream, several_threads)
             if container.format.name in LOSSY_CONTAINERS and codec_name(stream) == "hevc":
-                # Its decoder, unlike others, keeps what refers to lost pictures to itself.
+                # Unlike others, its decoder withholds frames that refer to lost pictures.
                 stream.codec_context.flags |= Flags.output_corrupt
             yield container, stream
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise VideoError(
             f"{name}: no readable video ({reason_of(error)}): damaged, cut off, or another kind of "
-            f"file; {_EXPECTED}"
+            f"file; {EXPECTED}"
         ) from error
 
 
 def packet_table(name: str) -> Table:
     """The packets of a file; logs a warning if it ends before what it announces.
 
-    A long video has many, and the same file is often asked again: what it holds, then a clip, then
-    the next clip. So tables are kept while their file is the same one, unchanged.
+    A long video has many, and the same file is often read again: its properties, a clip, the next
+    clip. So tables are cached while the file is unchanged.
     """
     table = scanned(name, file_state(name))
     if table.incomplete:
@@ -97,19 +95,19 @@ def packet_table(name: str) -> Table:
 
 @functools.lru_cache(maxsize=64)  # about a megabyte for an hour of video
 def scanned(name: str, state: tuple[int, ...]) -> Table:
-    """The packets of a file in a state, which only tells a changed file from the one it was."""
+    """The packets of a file; `state` is part of the cache's key, so a changed file is scanned."""
     with open_video(name) as (container, stream):
         return scan(container, stream)
 
 
 def _opened(name: str):
-    """The container, its packets as they are stored where the numbering by packets is at home.
+    """The container, without FFmpeg's parsers if its packets number the frames.
 
-    FFmpeg's parsers look into every packet otherwise, for what these containers say themselves.
+    The parsers look into every packet for what these containers state themselves.
     """
-    import av
+    from av.error import FFmpegError
 
-    with contextlib.suppress(av.FFmpegError):
+    with contextlib.suppress(FFmpegError):
         container = open_container(name, {"fflags": "noparse"})
         codecs = [s.codec_context and codec_name(s) for s in container.streams.video]
         if container.format.name in TIMED_CONTAINERS and set(codecs) <= set(SPARSE_CODECS):
@@ -119,9 +117,9 @@ def _opened(name: str):
 
 
 def video_stream(name: str, container):
-    """The video stream that is read: the default one, or else the largest; named once of several.
+    """The video stream that is read: the default one, or else the largest; logs it if of several.
 
-    Raises VideoError where there is none, or none that can be decoded.
+    Raises VideoError if there is none, or none that can be decoded.
     """
     from av.stream import Disposition
 
@@ -129,7 +127,7 @@ def video_stream(name: str, container):
     if not videos:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
         cover = " (the video stream is a cover picture)" if container.streams.video else ""
-        raise VideoError(f"{name}: holds {kinds} streams but no video{cover}; {_EXPECTED}")
+        raise VideoError(f"{name}: holds {kinds} streams but no video{cover}; {EXPECTED}")
 
     def rank(stream) -> tuple[bool, bool, int]:
         default, context = bool(stream.disposition & Disposition.default), stream.codec_context
@@ -147,11 +145,11 @@ def video_stream(name: str, container):
         message = "%s: %d video streams: reading %s, not %s"
         warn_once(name, "streams", message, name, len(videos), kinds[0], ", ".join(kinds[1:]))
     if stream.codec_context is None:
-        raise VideoError(f"{name}: no decoder for its video stream; {_EXPECTED}")
+        raise VideoError(f"{name}: no decoder for its video stream; {EXPECTED}")
     return stream
 
 
 def pixel_aspect(stream) -> Fraction:
-    """A stored pixel's width over its height, 1 where it is unknown."""
+    """A stored pixel's width over its height, 1 if unknown."""
     stated = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio
     return Fraction(stated.numerator, stated.denominator) if stated else Fraction(1)

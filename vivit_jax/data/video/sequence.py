@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes the frames of a file by their numbers, a few or from the start, and refuses damaged ones.
+"""Decodes frames of a file by number, a few or all from the start, and refuses damaged ones.
 
-`vivit_jax.data.video.decode` says which frame has which number.
+`vivit_jax.data.video.decode` says how frames are numbered.
 """
 
 import functools
@@ -11,46 +11,44 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from vivit_jax.data.video.clock import Clock
-from vivit_jax.data.video.opened import open_video, scanned
-from vivit_jax.data.video.packets import (
+from vivit_jax.data.video.decoder import (
     FEW_PACKETS,
     Distrusted,
     Reported,
-    Table,
-    count_needed,
-    divided,
-    file_state,
     frames_of_packets,
-    named,
     refused_passing,
     sparse_frames,
-    warn_of_damage,
-    warn_once,
 )
+from vivit_jax.data.video.log import file_state, named, warn_of_damage, warn_once
+from vivit_jax.data.video.opened import open_video, scanned
+from vivit_jax.data.video.packets import Table, count_needed, divided
 from vivit_jax.errors import VideoError
 
 logger = logging.getLogger(__name__)
 
-# Fewer, and opening the file again takes longer than decoding them.
+# For fewer packets, opening the file again takes longer than decoding them.
 _PACKETS_OF_A_THREAD = 32
+
+Frame = TypeVar("Frame")  # what `convert` makes of a decoded frame
 
 
 def decode_sparse(
-    name: str, table: Table, wanted: np.ndarray, convert: Callable
-) -> dict[int, object]:
-    """The ascending frames `wanted`, converted, by number; none where the table cannot be kept.
+    name: str, table: Table, wanted: np.ndarray, convert: Callable[[Any], Frame]
+) -> dict[int, Frame]:
+    """The ascending frames `wanted`, converted, by number; empty if decoding contradicts the table.
 
-    Frames that are decoded from other keyframes are so at the same time, each by one thread: unlike
-    a decoder's own threads these cannot change what is seen of damage.
+    Frames that begin at different keyframes are decoded at the same time, by one thread each:
+    unlike a decoder's own threads, these cannot change how damage shows.
     """
     needed = count_needed(table, wanted)
     parts = divided(table, wanted, min(usable_cores(), 1 + needed // _PACKETS_OF_A_THREAD))
 
-    def decoded(part: np.ndarray) -> dict[int, object]:
+    def decoded(part: np.ndarray) -> dict[int, Frame]:
         several_threads = len(parts) == 1 and needed > FEW_PACKETS
         with open_video(name, several_threads) as (container, stream):
             found = sparse_frames(container, stream, table, part)
@@ -69,20 +67,20 @@ def decode_sparse(
 
 def usable_cores() -> int:
     """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux's
+    if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 @dataclass
-class Run:
+class Run(Generic[Frame]):
     """Frames decoded from the start."""
 
-    frames: dict[int, object] = field(default_factory=dict)  # wanted ones, converted, by number
+    frames: dict[int, Frame] = field(default_factory=dict)  # the wanted ones, converted, by number
     seconds: list[float] = field(default_factory=list)  # of all frames
     damaged: list[int] = field(default_factory=list)  # frames in which the decoder reports errors
     filled: list[int] = field(default_factory=list)  # frames that repeat another
-    cut: bool = False  # whether packets that cannot be decoded make it shorter
+    cut: bool = False  # whether undecodable packets make it shorter
     duration: float = float("nan")
 
     @property
@@ -93,18 +91,18 @@ class Run:
 class FromStart:
     """The frames of a file, numbered, decoded from its start, up to number `last`.
 
-    Yields (number, frame, seconds from frame 0). The numbers are those of the packets' times where
-    the table is trusted, and a frame that cannot be decoded is the one before it (the first ones,
-    the one after them), and listed in `filled`; else frames are counted as they come. Where several
-    threads report damage, or one of a trusted table, the numbers begin again at 0: the frames are
-    decoded anew, by one thread, and those given before come again, the same. Nothing but the
-    decoder's frames is held.
+    Yields (number, frame, seconds from frame 0). With a trusted table the packets' times give the
+    numbers, and an undecodable frame repeats the one before it (at the beginning, the one after)
+    and is listed in `filled`; otherwise frames are counted as they come. If damage is reported by
+    several threads, or with a trusted table, the numbers start again at 0: a single thread decodes
+    everything anew, and the frames given before come again unchanged. Only the decoder's frames are
+    held.
 
-    Of a trusted table a refused packet that no other needs is then left out: a decoder that has
-    seen it may give other frames after it, and frames that are sought are decoded without it.
+    With a trusted table, that second decoding leaves out a refused packet that no other needs: the
+    decoder might give other frames after seeing it, and seeking does not decode it either.
 
-    `cut` says at the end whether packets that cannot be decoded made it shorter; what is lost is
-    logged. Raises VideoError for a file that has no frame.
+    At the end `cut` says whether undecodable packets made it shorter; losses are logged. Raises
+    VideoError for a file without frames.
     """
 
     def __init__(self, name: str, table: Table, last: int | None = None):
@@ -127,10 +125,9 @@ class FromStart:
     ) -> Iterator[tuple]:
         table, lost, filled, done, decoded = self.table, [], [], 0, 0
         self.filled = filled
-        number_of = None
+        number_of = clock = frame = None
         if table.distrust is None:
             number_of = {int(time): k for k, time in enumerate(np.sort(table.pts))}
-        frame = None
         try:
             with open_video(self.name, several_threads) as (container, stream):
                 clock = Clock(table, stream)
@@ -146,7 +143,7 @@ class FromStart:
                 for new in new_frames:
                     number = done if number_of is None else number_of.get(new.pts, -1)
                     if done > self.last or number < done:
-                        continue  # not wanted, or a second picture for one time
+                        continue  # not wanted, or a second picture at one time
                     decoded += 1
                     frame = frame or new
                     for k in range(done, number):
@@ -168,10 +165,12 @@ class FromStart:
             self._report(None, lost, clock)
             raise
 
-    def _report(self, decoded: int | None, lost: list[tuple[int, str]], clock: Clock) -> None:
-        """Logs what is lost; `decoded` None: of the part that was decoded."""
+    def _report(
+        self, decoded: int | None, lost: list[tuple[int, str]], clock: Clock | None
+    ) -> None:
+        """Logs what is lost; `decoded` is None if decoding stopped early."""
         filled, expected = self.filled, self.table.packets - self.table.discarded
-        if clock.joins:
+        if clock and clock.joins:
             message = "%s: times go back or leap at %s: taken for streams that were joined there"
             warn_once(self.name, "joins", message, self.name, named(clock.joins))
         if not lost and not filled and (decoded is None or decoded >= expected):
@@ -188,9 +187,9 @@ class FromStart:
 
 @functools.lru_cache(maxsize=64)
 def _refused(name: str, state: tuple[int, ...]) -> frozenset[int]:
-    """Packets that the decoder refuses and no other needs, of a file whose table is trusted.
+    """Packets that the decoder refuses and no other needs, in a file whose table is trusted.
 
-    Each is looked for without those before it, which may be why others are refused.
+    Each is found by decoding without the ones before it, which may cause further refusals.
     """
     table, found, begin = scanned(name, state), set(), 0
     while True:
@@ -205,14 +204,15 @@ def _refused(name: str, state: tuple[int, ...]) -> frozenset[int]:
 def decode_from_start(
     name: str,
     table: Table,
-    convert: Callable,
+    convert: Callable[[Any], Frame],
     wanted: set[int],
     last: int | None = None,
-) -> Run:
+) -> Run[Frame]:
     """Decodes up to frame `last`, or all."""
     if table.distrust:
         logger.debug("%s: decoding from the start: %s", name, table.distrust)
-    run, decoding = Run(), FromStart(name, table, last)
+    run: Run[Frame] = Run()
+    decoding = FromStart(name, table, last)
     for k, frame, seconds in decoding:
         if k == 0:
             run = Run()
@@ -226,9 +226,9 @@ def decode_from_start(
 
 
 def refuse_damaged(name: str, damaged: list[int], wanted, lossy: bool = False) -> None:
-    """VideoError where a wanted frame is damaged, a warning where another is.
+    """VideoError if a wanted frame is damaged, a warning if another is.
 
-    In a `lossy` container a warning for all: what is made for lossy channels shows such frames.
+    In a `lossy` container a warning for all: players of such streams show damaged frames.
     """
     refused = sorted(set(damaged) & {int(k) for k in wanted})
     if refused and not lossy:
@@ -237,22 +237,22 @@ def refuse_damaged(name: str, damaged: list[int], wanted, lossy: bool = False) -
             "frames, get the file again, or accept the damage by re-encoding it: "
             "ffmpeg -i IN -c:v libx264 OUT.mp4"
         )
-    warn_of_damage(name, damaged, shown=bool(refused))
+    warn_of_damage(name, damaged, returned=bool(refused))
 
 
 def refuse_lost(name: str, filled: list[int], wanted, share: float) -> None:
-    """VideoError where more than a share of the wanted frames cannot be decoded."""
+    """VideoError if more than `share` of the wanted frames cannot be decoded."""
     asked = {int(k) for k in wanted}
     repeats = sorted(asked & set(filled))
     if len(repeats) > len(asked) * share:
         raise VideoError(
-            f"{name}: of {len(asked)} frames asked {len(repeats)} cannot be decoded "
+            f"{name}: {len(repeats)} of the {len(asked)} frames asked cannot be decoded "
             f"({named(repeats)}): ask for other frames, or get the file again"
         )
 
 
 def shortage(table: Table, total: int, cut: bool) -> str:
-    """Ends the message that a video has too few frames, if that is because it is damaged."""
+    """The end of the message about too few frames, if damage is the cause; else empty."""
     expected = max(table.announced, table.packets) - table.discarded
     if not (cut or table.damage or table.packets < table.announced) or expected < total:
         return ""
