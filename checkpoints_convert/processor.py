@@ -3,8 +3,10 @@
 
 import logging
 
+from vivit_jax.data.transforms.processor_files import processor_file
+
 from checkpoints_convert.source import FILE_LAYOUTS, Source
-from vivit_jax.data.transforms.processor import VideoProcessor, processor_file
+from vivit_jax.data.transforms.processor import VideoProcessor
 
 logger = logging.getLogger(__name__)
 

@@ -225,7 +225,9 @@ def test_without_any_processor_the_error_says_what_to_do(clip, capsys, tmp_path,
         status, out, err = run(capsys, *args, "--model", model)
         assert status == 2 and not out and err.count("\n") == 1
         directory = model if model.is_dir() else model.parent
-        assert f"{directory} holds no processor file, expected preprocessor_config.json: put" in err
+        assert (
+            f"{directory} holds no processor file, expected preprocessor_config.json: copy" in err
+        )
         assert "VideoProcessor.vivit() or .videomae()" in err and "JSON" not in err
     with pytest.raises(
         vivit_jax.ConfigError, match="is not valid JSON.*or the directory that holds one"

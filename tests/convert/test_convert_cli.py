@@ -9,10 +9,10 @@ import sys
 
 import pytest
 from tiny_checkpoints import DIALECTS, read_safetensors, same_tensors
+from vivit_jax.data.transforms.processor_files import CONFIG_FILES
 
 import vivit_jax
 from checkpoints_convert.inspect import content_hash
-from vivit_jax.data.transforms.processor import _CONFIG_FILES
 from vivit_jax.hub import PROCESSOR_FILES
 from vivit_jax.typed import override, parse_settings
 
@@ -116,7 +116,7 @@ def test_another_model_s_processor_does_not_stay(run, checkpoints, tmp_path, way
 
 
 def test_processors_are_looked_for_in_the_files_that_are_copied():
-    assert {name for name, _ in _CONFIG_FILES} == set(PROCESSOR_FILES)
+    assert {name for name, _ in CONFIG_FILES} == set(PROCESSOR_FILES)
 
 
 def test_destination_rules(run, checkpoints, tmp_path):

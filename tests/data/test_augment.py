@@ -335,7 +335,7 @@ def test_clips_that_cannot_be_augmented_are_named():
     rng = np.random.default_rng(0)
     with pytest.raises(UserError, match=r"a clip is float32 \[2, 9, 9, 3\], expected uint8"):
         train_transform(AugmentSettings(), (8, 8))(rng, np.zeros((2, 9, 9, 3), np.float32))
-    with pytest.raises(UserError, match=r"frames of 9 x 7 pixels .* crop of 8 x 8: set resize"):
+    with pytest.raises(UserError, match=r"frames of 9 x 7 pixels .* crop of 8 x 8: raise resize"):
         random_crop(rng, noise(2, 9, 7, 3), (8, 8))
     with pytest.raises(UserError, match="count is 0"):
         three_crops(noise(2, 9, 9, 3), (8, 8), 0)

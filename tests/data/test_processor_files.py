@@ -138,7 +138,7 @@ def test_a_filter_by_name(tmp_path, caplog):
     """VideoMAE's class resizes bilinearly then, ViViT's fails, so that the name can be taken."""
     write(tmp_path, "videomae", {"resample": "bicubic"})
     assert VideoProcessor.from_pretrained(tmp_path).resample == 2
-    assert "resample 'bicubic' is no number, and transformers" in caplog.text
+    assert "resample 'bicubic' is not a number, so transformers" in caplog.text
     write(tmp_path, "vivit", {"resample": "Bicubic"})
     assert VideoProcessor.from_pretrained(tmp_path).resample == 3
     with pytest.raises(ValueError, match="Unknown resampling filter"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clips that stand for a video: which frames, and the frames."""
+"""Reads the clips that a model evaluates a video by."""
 
 import contextlib
 import dataclasses
@@ -8,53 +8,59 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 
-from vivit_jax.data.datasets.dataset import open_array
+from vivit_jax.config import Config
+from vivit_jax.data.datasets.arrays import open_array
 from vivit_jax.data.sampling import clip_indices, view_indices
 from vivit_jax.data.transforms.augment import three_crops
 from vivit_jax.data.transforms.frame_ops import resize
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.opened import refuse_link
 from vivit_jax.errors import ConfigError, UserError, VideoError
 
 logger = logging.getLogger(__name__)
 
-# Frames between samples that the published recipes train with (Kinetics).
+# Frame stride of the published Kinetics recipes.
 RECIPE_STRIDE = {"vivit": 2, "videomae": 4}
 # How they place several clips of a test video along time.
 VIEW_SAMPLER = {"vivit": "loop", "videomae": "linspace"}
-_NEAREST = 0  # Pillow's filter that copies pixels and weights nothing
+Rounding = Literal["floor", "ceil"]
+_NEAREST = 0  # Pillow's filter that copies pixels without weighting them
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """Frames of a file and where they lie in it."""
 
-    frames: np.ndarray  # [t, h, w, c], uint8 or float
-    indices: np.ndarray  # int64 [t]
-    fps: float | None  # of the file, None where it has no times
+    frames: Shaped[np.ndarray, "t h w c"]  # uint8, or floats in [0, 1]
+    indices: Int64[np.ndarray, " t"]
+    fps: float | None  # of the file, None if it states no times
 
-    def pixel_values(self, processor, crops: int = 1, rounding: str = "floor") -> np.ndarray:
-        """The model's input, float32 [crops, t, h, w, c].
+    def pixel_values(
+        self, processor: VideoProcessor, crops: int = 1, rounding: Rounding = "floor"
+    ) -> Float32[np.ndarray, "crops t h w c"]:
+        """The model's input.
 
-        One crop is the processor's own, in the centre. Several of its `crop_size` are spread evenly
-        along the longer side, by `three_crops` with this `rounding`. Warns where a resize takes the
-        last channel for alpha.
+        One crop is the processor's own, in the centre. Several crops of its `crop_size` are spread
+        evenly along the longer side, by `three_crops` with this `rounding`. Warns if a resize takes
+        the last channel for alpha.
 
-        Raises VideoError for frames that are smaller than one of several crops.
+        Raises VideoError for several crops of frames that are smaller than a crop.
         """
         if self.mixes_channels(processor):
             logger.warning(
-                "the last of %d channels was taken for alpha, which weights the others in the "
-                'resize; if it is data, set "independent_channels": true in '
-                "preprocessor_config.json",
+                "the resize took the last of %d channels for alpha and weighted the others by it; "
+                'if it is data, set "independent_channels": true in preprocessor_config.json',
                 self.frames.shape[-1],
             )
         process = functools.partial(processor, input_data_format="channels_last")
         if self.frames.dtype != np.uint8:
-            # Floats are in [0, 1], and the processor's factor is one for bytes.
+            # Floats are in [0, 1], but the processor's factor is for bytes.
             factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
             process = functools.partial(process, do_rescale=True, rescale_factor=factor)
         if crops == 1:
@@ -72,15 +78,15 @@ class Clip:
         if tall < size[0] or wide < size[1]:
             raise VideoError(
                 f"frames of {tall} x {wide} pixels (h x w"
-                f"{', as resized' if processor.do_resize else ''}) are smaller than the crops of "
-                f"{size[0]} x {size[1]}, of which {crops} were asked for: take one crop, or let "
-                "the processor resize to more (its do_resize and size)"
+                f"{', resized' if processor.do_resize else ''}) are smaller than the {crops} crops "
+                f"of {size[0]} x {size[1]}: take one crop, or let the processor resize to more "
+                "(its do_resize and size)"
             )
         cut = three_crops(resized, size, crops, rounding)
         return process(cut, do_resize=False, do_center_crop=False)
 
-    def mixes_channels(self, processor) -> bool:
-        """Whether `pixel_values` weights channels by the last one: a resize takes it for alpha."""
+    def mixes_channels(self, processor: VideoProcessor) -> bool:
+        """Whether `pixel_values` resizes with the last channel as alpha, weighting the others."""
         if (
             self.frames.shape[-1] not in (2, 4)
             or not processor.do_resize
@@ -93,15 +99,15 @@ class Clip:
         return resize(first, processor.size, processor.resample).shape != first.shape
 
 
-def read_clip(source: str | os.PathLike | np.ndarray, config, **options) -> Clip:
-    """Read the one clip that stands for a video: `read_clips` with `clips=1`."""
+def read_clip(source: str | os.PathLike | np.ndarray, config: Config, **options) -> Clip:
+    """Read the one clip that represents a video: `read_clips` with `clips=1`."""
     (clip,) = read_clips(source, config, **options)
     return clip
 
 
 def read_clips(
     source: str | os.PathLike | np.ndarray,
-    config,
+    config: Config,
     *,
     stride: int | None = None,
     start: str | int = "center",
@@ -111,15 +117,15 @@ def read_clips(
 ) -> list[Clip]:
     """Read clips of `config.num_frames` frames from a video file or an array of frames.
 
-    `stride` None is the recipe's (ViViT 2, VideoMAE 4), less where the video is too short for it.
+    `stride` None is the recipe's (ViViT 2, VideoMAE 4), or less if the video is too short for it.
     One clip lies at `start`; `start` and `pad` are those of `vivit_jax.data.sampling.clip_indices`.
-    Several are spread over the video as the model's papers test (`view_indices` with the sampler of
-    the family). A file that ends in .npy holds the frames themselves, as an array is: [t, h, w, c],
-    of any channel count, uint8 or float in [0, 1]. `square_pixels` is `read_video`'s, for files.
+    Several clips are spread over the video as the model's paper does in tests (`view_indices` with
+    the sampler of the family). An array or .npy file holds the frames themselves, [t, h, w, c] with
+    any number of channels, uint8 or float in [0, 1]. `square_pixels` is that of `read_video`, for
+    video files.
 
-    Raises VideoError for a video that cannot be read, has too few frames, mostly
-    undecodable ones or other channels than the model takes, UserError for an argument that is
-    wrong.
+    Raises VideoError for a video that cannot be read, has too few frames, is mostly undecodable or
+    has another number of channels than the model takes; UserError for a wrong argument.
     """
     check_reading(start, pad, clips)
     name = "the array" if isinstance(source, np.ndarray) else os.fspath(source)
@@ -134,13 +140,12 @@ def read_clips(
         longest = (total - 1) // max(length - 1, 1)
         stride = max(1, min(RECIPE_STRIDE[config.model_type], longest))
     if clips == 1:
-        options = dict(num_frames=length, stride=stride, start=start, pad=pad)
-        indices = clip_indices(total, **options)[None]
+        indices = clip_indices(total, length, stride, start, pad)[None]
     else:
         if (length - 1) * stride >= total:
             raise VideoError(
-                f"{name}: {total} frames hold no clip of {length} frames at stride {stride}, of "
-                f"which {clips} were asked for; take one clip, with pad to fill it up"
+                f"{name}: {total} frames are too few for {clips} clips of {length} frames at "
+                f"stride {stride}; take one clip, with pad to fill it up"
             )
         sampler = VIEW_SAMPLER[config.model_type]
         indices = view_indices(sampler, total, length, stride, clips)
@@ -152,7 +157,7 @@ def read_clips(
     if frames.shape[-1] != config.num_channels:
         raise VideoError(
             f"{name} has {frames.shape[-1]} channels, the model takes {config.num_channels}; "
-            "other channels than RGB come as .npy, [t, h, w, c]"
+            "give frames other than RGB as .npy, [t, h, w, c]"
         )
     frames = frames.reshape(*indices.shape, *frames.shape[1:])
     return [Clip(some, places, fps) for some, places in zip(frames, indices, strict=True)]
@@ -160,7 +165,7 @@ def read_clips(
 
 def check_reading(start: str | int, pad: str, clips: int) -> None:
     """UserError for arguments of `read_clips` that are wrong for every video."""
-    with contextlib.suppress(VideoError):  # that of a start which some videos do have
+    with contextlib.suppress(VideoError):  # `start` may exist in some videos only
         clip_indices(sys.maxsize // 2, 1, start=start, pad=pad)
     if clips > 1 and start != "center":
         raise UserError(
@@ -169,21 +174,21 @@ def check_reading(start: str | int, pad: str, clips: int) -> None:
         )
 
 
-def crop_rounding(sampler: str) -> str:
-    """Where the middle lies between two places VideoMAE takes the first, scenic the second."""
+def crop_rounding(sampler: str) -> Rounding:
+    """How the papers round a crop's offset: VideoMAE down, scenic up."""
     return "ceil" if sampler == "loop" else "floor"
 
 
-def default_average(config) -> str:
+def default_average(config: Config) -> Literal["logits", "softmax"]:
     """What the family's papers average over views: "logits" (scenic) or "softmax" (VideoMAE).
 
-    Of several heads there is no joint softmax, so their logits are averaged.
+    Several heads have no joint softmax, so their logits are averaged.
     """
     return "logits" if config.model_type == "vivit" or config.class_splits else "softmax"
 
 
 def parse_start(text: str) -> str | int:
-    """The command lines' --start: begin, center, end or a frame index. Raises ConfigError."""
+    """Parses --start: begin, center, end or a frame index. Raises ConfigError."""
     if text in ("begin", "center", "end"):
         return text
     if text.isdecimal():
@@ -191,7 +196,9 @@ def parse_start(text: str) -> str | int:
     raise ConfigError(f"--start must be begin, center, end or a frame index, got {text!r}")
 
 
-def _open_frames(source: str | os.PathLike | np.ndarray) -> np.ndarray | None:
+def _open_frames(
+    source: str | os.PathLike | np.ndarray,
+) -> UInt8[np.ndarray, "t h w c"] | Float[np.ndarray, "t h w c"] | None:
     """The frames of an array or an .npy file, None for a video file."""
     if isinstance(source, np.ndarray):
         path, frames = "the array", source
@@ -201,12 +208,12 @@ def _open_frames(source: str | os.PathLike | np.ndarray) -> np.ndarray | None:
         return None
     else:
         refuse_link(os.fsdecode(source))
-        path, frames = source, open_array(source)
+        path, frames = os.fspath(source), open_array(source)
     if frames.dtype != np.uint8 and frames.dtype.kind != "f":
         raise VideoError(f"{path}: an array of {frames.dtype}; expected uint8, or floats in [0, 1]")
     if frames.dtype.kind == "f":
         low, high = float(frames.min()), float(frames.max())
-        # Written so that NaN is refused.
+        # This form refuses NaN.
         if not (low >= 0 and high <= 1):
             raise VideoError(
                 f"{path}: floats from {low:g} to {high:g}; expected pixels in [0, 1]: scale them, "

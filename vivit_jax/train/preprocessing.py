@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vivit_jax.data.transforms.processor import VIDEOMAE, VideoProcessor, processor_file
+from vivit_jax.data.transforms.processor import VIDEOMAE, VideoProcessor
+from vivit_jax.data.transforms.processor_files import processor_file
 from vivit_jax.data.transforms.processor_keys import FILTERS
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json

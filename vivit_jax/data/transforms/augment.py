@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometry of training and test clips: resize, crop and flip, alike in all frames of a clip.
+"""Geometry of training and test clips: resize, crop and flip, the same for all frames of a clip.
 
-Clips are uint8 [t, h, w, c] with any number of channels, which nothing here mixes; sizes are
-(height, width) in pixels. What is random is drawn from the `rng` that is passed, once per clip.
+Clips are uint8 [t, h, w, c] with any number of channels, which are never mixed; sizes are (height,
+width) in pixels. Random values are drawn from `rng`, once per clip.
 """
 
 import functools
@@ -11,38 +11,40 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float32, Int, Shaped, UInt8
 
 from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.data.transforms import frame_ops
 from vivit_jax.data.transforms.randaugment import RandAugment, parse_rand_augment, rand_augment
 from vivit_jax.errors import UserError, VideoError
 
+Size = tuple[int, int]  # height, width
 CROPS = ("multi_scale", "random_resized", "random", "center")
 _PIL_BILINEAR = 2
 _SCALES = (1, 0.875, 0.75, 0.66)
-# Quarters of the room that is left: corners, middles of the edges, centre, and the points between.
+# Quarters of the free room: corners, middles of the edges, centre, and the points between.
 _QUARTERS = tuple((y, x) for y in range(5) for x in range(5) if y % 2 == x % 2)
 
 
 def train_transform(
-    settings: AugmentSettings, size: tuple[int, int]
+    settings: AugmentSettings, size: Size
 ) -> Callable[[np.random.Generator, np.ndarray], np.ndarray]:
-    """The function that makes a training clip of a clip as it is read.
+    """Returns the function that turns a decoded clip into a training clip.
 
     It resizes, jitters the scale, crops and flips. RandAugment comes after the resize in the
     "timm" family (VideoMAE: full frames) and last in the "scenic" family (ViViT: cropped frames).
-    Colour jitter, erasing and mixing work on pixel values and are not done here.
+    Colour jitter, erasing and mixing act on pixel values, on the device.
 
     Args:
-        settings: what to do; only `resize`, `jitter_scale`, `crop*`, `flip` and `rand_augment`.
+        settings: `resize`, `jitter_scale`, `crop*`, `flip` and `rand_augment` are used.
         size: (height, width) of the result.
 
     Returns:
         A function (rng, uint8 [t, h, w, c]) -> uint8 [t, *size, c] that can be pickled.
 
     Raises:
-        UserError: a setting is outside its range; from the function, for a clip that is no uint8
-            [t, h, w, c], too small for its crop, or not of 3 channels for RandAugment.
+        UserError: a setting is out of range; from the function, for a clip that is not uint8
+            [t, h, w, c], is smaller than its crop, or lacks the 3 channels of RandAugment.
     """
     _check_settings(settings)
     spec = None if settings.rand_augment is None else parse_rand_augment(settings.rand_augment)
@@ -51,13 +53,13 @@ def train_transform(
 
 def _train_clip(
     settings: AugmentSettings,
-    size: tuple[int, int],
+    size: Size,
     spec: RandAugment | None,
     rng: np.random.Generator,
     clip: np.ndarray,
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "t h w c"]:
     _check_clip(clip)
-    wanted = clip.shape[1:3]  # of whole frames, up to the next step that needs them
+    wanted = _frame_size(clip)  # of whole frames; the next step that needs them resizes
     if settings.resize is not None:
         wanted = _shortest(wanted, settings.resize)
     if spec is not None and spec.family == "timm":
@@ -80,21 +82,21 @@ def _train_clip(
     return np.ascontiguousarray(clip)
 
 
-def resize(clip: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes bilinearly, without the smoothing that Pillow does when it shrinks.
+def resize(clip: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, "t h w c"]:
+    """Resizes bilinearly, without Pillow's antialiasing.
 
-    The same as torch's `interpolate(mode="bilinear", align_corners=False)` and TensorFlow's
-    `image.resize`, rounded to the nearest level where VideoMAE keeps floats and scenic rounds down.
+    Equal to torch's `interpolate(mode="bilinear", align_corners=False)` and TensorFlow's
+    `image.resize`, rounded to the nearest level; VideoMAE keeps floats and scenic rounds down.
     """
     _check_clip(clip)
     return _resize_part(clip, (height, width), (0, 0), (height, width))
 
 
 def _resize_part(
-    clip: np.ndarray, whole: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
-) -> np.ndarray:
+    clip: UInt8[np.ndarray, "t _ _ c"], whole: Size, corner: Size, size: Size
+) -> UInt8[np.ndarray, "t h w c"]:
     """Cuts `size` at `corner` (top, left) out of the clip resized to `whole`, computing no more."""
-    if clip.shape[1:3] == whole:
+    if _frame_size(clip) == whole:
         return _cut(clip, *corner, size)
     height, width = size
     tops, bottoms, down = _neighbours(clip.shape[1], whole[0], corner[0], height)
@@ -104,10 +106,10 @@ def _resize_part(
     lefts, rights = lefts - lefts[0], rights - lefts[0]
     t, h, w, c = clip.shape
     down = down[:, None]
-    # Rows as flat runs of channels: numpy copies single numbers faster than short runs of them.
+    # Rows as flat runs of channels: numpy copies single numbers faster than runs of three.
     lefts, rights = ((x[:, None] * c + np.arange(c)).ravel() for x in (lefts, rights))
     across = np.repeat(across, c)
-    # One frame at a time in buffers that stay in the processor's cache.
+    # One frame at a time, in buffers that stay in the processor's cache.
     source = np.empty((h, w * c), np.float32)
     upper, lower = np.empty((2, height, w * c), np.float32)
     left, right = np.empty((2, height, width * c), np.float32)
@@ -124,17 +126,17 @@ def _resize_part(
         right -= left
         right *= across
         right += left
-        right += 0.5  # the conversion rounds down
+        right += 0.5  # the conversion to uint8 rounds down
         out[:] = right
     return resized.reshape(t, height, width, c)
 
 
 def _neighbours(
     length: int, wanted: int, start: int, count: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For `count` of `wanted` pixels: the two of `length` each lies between, the second's weight.
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+    """For `count` of `wanted` pixels: their two neighbours among `length`, the second's weight.
 
-    Positions are those of pixel centres; beyond the first and last centre the edge pixel counts.
+    Positions are pixel centres; beyond the first and last centre the edge pixel is repeated.
     """
     place = (np.arange(start, start + count) + 0.5) * (length / wanted) - 0.5
     place = place.clip(0, length - 1)
@@ -142,46 +144,49 @@ def _neighbours(
     return first, np.minimum(first + 1, length - 1), (place - first).astype(np.float32)
 
 
-def resize_shortest(clip: np.ndarray, side: int) -> np.ndarray:
+def resize_shortest(clip: UInt8[np.ndarray, "t _ _ c"], side: int) -> UInt8[np.ndarray, "t h w c"]:
     """Resizes with `resize` so that the shorter side is `side`; the longer is rounded down.
 
-    Raises VideoError where the frames would become larger than frames may be that are read.
+    Raises VideoError if the result would exceed the limit on a decoded frame.
     """
-    target = _shortest(clip.shape[1:3], side)
-    frame_ops.check_resized(*clip.shape[1:3], target, {"shortest_edge": side})
+    frame = _frame_size(clip)
+    target = _shortest(frame, side)
+    frame_ops.check_resized(*frame, target, {"shortest_edge": side})
     return resize(clip, *target)
 
 
-def _shortest(frame: tuple[int, int], side: int) -> tuple[int, int]:
+def _frame_size(clip: np.ndarray) -> Size:
+    return clip.shape[1], clip.shape[2]
+
+
+def _shortest(frame: Size, side: int) -> Size:
     h, w = frame
     return h * side // min(h, w), w * side // min(h, w)
 
 
 def jitter_scale(
-    rng: np.random.Generator, clip: np.ndarray, bounds: tuple[float, float]
-) -> np.ndarray:
+    rng: np.random.Generator, clip: UInt8[np.ndarray, "t _ _ c"], bounds: tuple[float, float]
+) -> UInt8[np.ndarray, "t h w c"]:
     """Resizes height and width by two independent factors, each uniform in `bounds` (scenic)."""
-    return resize(clip, *_jittered(rng, clip.shape[1:3], bounds))
+    return resize(clip, *_jittered(rng, _frame_size(clip), bounds))
 
 
-def _jittered(
-    rng: np.random.Generator, frame: tuple[int, int], bounds: tuple[float, float]
-) -> tuple[int, int]:
+def _jittered(rng: np.random.Generator, frame: Size, bounds: tuple[float, float]) -> Size:
     h, w = frame
     return max(1, int(h * rng.uniform(*bounds))), max(1, int(w * rng.uniform(*bounds)))
 
 
 def multi_scale_crop(
-    rng: np.random.Generator, clip: np.ndarray, size: tuple[int, int]
-) -> np.ndarray:
+    rng: np.random.Generator, clip: UInt8[np.ndarray, "t _ _ c"], size: Size
+) -> UInt8[np.ndarray, "t h w c"]:
     """Cuts one of 10 shapes at one of 13 places and resizes it to `size` with Pillow's bilinear.
 
     The shapes' sides are 1, 0.875, 0.75 and 0.66 of the frames' shorter side (a side within 2
     pixels of `size` becomes that), at most one step apart; the places are the corners, the middles
     of the edges, the centre and the points halfway between it and the corners. From TSN (Wang et
-    al. 2016, arXiv:1608.00859); VideoMAE pre-trains with it and nothing else.
+    al. 2016, arXiv:1608.00859); it is VideoMAE's only augmentation in pre-training.
     """
-    h, w = clip.shape[1:3]
+    h, w = _frame_size(clip)
     if int(min(h, w) * min(_SCALES)) < 1:
         raise VideoError(f"frames of {h} x {w} pixels (h x w) are too small to crop")
     heights, widths = (_sides(min(h, w), target) for target in size)
@@ -206,30 +211,29 @@ def _sides(shorter: int, target: int) -> list[int]:
 
 def random_resized_crop(
     rng: np.random.Generator,
-    clip: np.ndarray,
-    size: tuple[int, int],
+    clip: UInt8[np.ndarray, "t _ _ c"],
+    size: Size,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "t h w c"]:
     """Cuts a box of random area and shape at a random place and resizes it to `size`.
 
-    The share of the area is uniform in `scale`, width / height log-uniform in `ratio`. After 10
-    boxes that do not fit, the largest box in the middle whose shape is in `ratio`. From Inception
-    (Szegedy et al. 2015, arXiv:1409.4842); VideoMAE fine-tunes with it.
+    The share of the area is uniform in `scale`, width / height log-uniform in `ratio`. If 10 boxes
+    do not fit, the largest central box with a shape in `ratio` is used. From Inception (Szegedy et
+    al. 2015, arXiv:1409.4842); VideoMAE fine-tunes with it.
     """
-    top, left, height, width = _box(rng, *clip.shape[1:3], scale, ratio)
+    top, left, height, width = _box(rng, _frame_size(clip), scale, ratio)
     return resize(_cut(clip, top, left, (height, width)), *size)
 
 
 def _box(
     rng: np.random.Generator,
-    h: int,
-    w: int,
+    frame: Size,
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
     """Returns top, left, height and width."""
-    low, high = ratio
+    (h, w), (low, high) = frame, ratio
     for _ in range(10):
         area = h * w * rng.uniform(*scale)
         shape = math.exp(rng.uniform(math.log(low), math.log(high)))
@@ -241,74 +245,78 @@ def _box(
     return (h - height) // 2, (w - width) // 2, height, width
 
 
-def random_crop(rng: np.random.Generator, clip: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Cuts `size` at a place that is uniform over all; a view."""
-    return _cut(clip, *_random_corner(rng, clip.shape[1:3], size), size)
+def random_crop(
+    rng: np.random.Generator, clip: UInt8[np.ndarray, "t _ _ c"], size: Size
+) -> UInt8[np.ndarray, "t h w c"]:
+    """Cuts `size` at a uniformly random place; a view."""
+    return _cut(clip, *_random_corner(rng, _frame_size(clip), size), size)
 
 
-def _random_corner(
-    rng: np.random.Generator, frame: tuple[int, int], size: tuple[int, int]
-) -> tuple[int, int]:
+def _random_corner(rng: np.random.Generator, frame: Size, size: Size) -> Size:
     down, across = _room(frame, size)
     return int(rng.integers(down + 1)), int(rng.integers(across + 1))
 
 
-def center_crop(clip: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def center_crop(clip: UInt8[np.ndarray, "t _ _ c"], size: Size) -> UInt8[np.ndarray, "t h w c"]:
     """Cuts `size` out of the middle, offsets rounded down; a view."""
-    return _cut(clip, *_center_corner(clip.shape[1:3], size), size)
+    return _cut(clip, *_center_corner(_frame_size(clip), size), size)
 
 
-def _center_corner(frame: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def _center_corner(frame: Size, size: Size) -> Size:
     down, across = _room(frame, size)
     return down // 2, across // 2
 
 
 def three_crops(
-    clip: np.ndarray,
-    size: tuple[int, int],
+    clip: Shaped[np.ndarray, "t _ _ c"],
+    size: Size,
     count: int = 3,
     rounding: Literal["floor", "ceil"] = "floor",
-) -> np.ndarray:
+) -> Shaped[np.ndarray, "count t h w c"]:
     """Cuts `count` evenly spread crops along the longer side, centred in the other.
 
-    One crop is the one in the middle. Offsets that are not whole are rounded down in VideoMAE
-    ("floor") and up in scenic ("ceil"). Square frames are cut along their width.
+    A single crop is the central one. Fractional offsets are rounded down in VideoMAE ("floor") and
+    up in scenic ("ceil"). Square frames are cut along their width.
 
-    Returns uint8 [count, t, *size, c]. Raises `VideoError` for frames smaller than `size`.
+    Returns [count, t, *size, c]. Raises `VideoError` for frames smaller than `size`.
     """
     if count < 1:
         raise UserError(f"count is {count}, expected at least 1 crop")
     if rounding not in ("floor", "ceil"):
         raise UserError(f"rounding is {rounding!r}, expected 'floor' or 'ceil'")
     whole = math.floor if rounding == "floor" else math.ceil
-    rooms = _room(clip.shape[1:3], size)
+    rooms = _room(_frame_size(clip), size)
     spread = 0 if clip.shape[1] > clip.shape[2] else 1
     crops = []
     for index in range(count):
-        offsets = [whole(room / 2) for room in rooms]
+        corner = [whole(room / 2) for room in rooms]
         if count > 1:
-            offsets[spread] = whole(index * rooms[spread] / (count - 1))
-        crops.append(_cut(clip, *offsets, size))
+            corner[spread] = whole(index * rooms[spread] / (count - 1))
+        crops.append(_cut(clip, corner[0], corner[1], size))
     return np.stack(crops)
 
 
-def flip(rng: np.random.Generator, clip: np.ndarray, probability: float = 0.5) -> np.ndarray:
+def flip(
+    rng: np.random.Generator, clip: UInt8[np.ndarray, "t h w c"], probability: float = 0.5
+) -> UInt8[np.ndarray, "t h w c"]:
     """Mirrors left to right with this probability; a view."""
     return clip[:, :, ::-1] if rng.random() < probability else clip
 
 
-def _cut(clip: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.ndarray:
+def _cut(
+    clip: Shaped[np.ndarray, "t _ _ c"], top: int, left: int, size: Size
+) -> Shaped[np.ndarray, "t h w c"]:
     return clip[:, top : top + size[0], left : left + size[1]]
 
 
-def _room(frame: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Pixels that a crop leaves in height and in width."""
+def _room(frame: Size, size: Size) -> Size:
+    """Pixels that a crop leaves free in height and in width."""
     room = (frame[0] - size[0], frame[1] - size[1])
     if min(room) < 0:
         raise VideoError(
             f"frames of {frame[0]} x {frame[1]} pixels (h x w) are smaller than the crop "
-            f"of {size[0]} x {size[1]}: set resize (augment.resize in training, evaluation.resize "
-            "in tests) to more, raise the lower bound of augment.jitter_scale, or crop by "
+            f"of {size[0]} x {size[1]}: raise resize (augment.resize in training, "
+            "evaluation.resize in tests) or the lower bound of augment.jitter_scale, or crop with "
             "'random_resized', which enlarges"
         )
     return room
@@ -317,8 +325,8 @@ def _room(frame: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
 def _check_clip(clip: np.ndarray) -> None:
     if clip.dtype != np.uint8 or clip.ndim != 4 or not clip.size:
         raise UserError(
-            f"a clip is {clip.dtype} {list(clip.shape)}, expected uint8 [t, h, w, c], none of them "
-            "0: augmentation works on frames as they are decoded"
+            f"a clip is {clip.dtype} {list(clip.shape)}, expected uint8 [t, h, w, c], not empty: "
+            "augmentation works on decoded frames"
         )
 
 
@@ -331,9 +339,9 @@ def _check_settings(settings: AugmentSettings) -> None:
         raise UserError(f"augment.flip is {settings.flip}, expected a probability, 0 to 1")
     for name, most in (("crop_scale", 1), ("crop_ratio", math.inf), ("jitter_scale", math.inf)):
         bounds = getattr(settings, name)
-        if bounds is None and name == "jitter_scale":
+        if name == "jitter_scale" and bounds is None:
             continue
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= most:
+        if bounds is None or len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= most:
             raise UserError(
                 f"augment.{name} is {bounds}, expected a lower and an upper bound above 0"
                 + (f" and at most {most}" if most < math.inf else "")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames as users hold them, and the two steps that Pillow defines: resize and centre crop.
+"""Frames in the forms that users pass, and the operations that Pillow defines: resize and crop.
 
-Every function gives the bytes that transformers' PIL path gives, see `VideoProcessor`.
+Every function gives the same bytes as transformers' PIL path, see `VideoProcessor`.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.files.limits import check_unpacked
@@ -17,9 +18,9 @@ from vivit_jax.files.limits import check_unpacked
 def as_clips(videos: Any, input_format: str | None = None) -> list[list]:
     """Returns a frame, a video or a batch as a list of videos, each a list of frames.
 
-    Frames come out as Pillow images or numpy arrays of two or three axes, without copying.
-    input_format: None, "channels_last", "channels_first" or "none", which is frames [h, w].
-    Raises `UserError` for anything that is none of the three.
+    Frames are Pillow images or numpy arrays of two or three axes, not copied.
+    input_format: None, "channels_last", "channels_first" or "none" (frames [h, w]).
+    Raises `UserError` for anything else.
     """
     if input_format not in (None, "channels_last", "channels_first", "none"):
         raise UserError(
@@ -38,7 +39,7 @@ def as_clips(videos: Any, input_format: str | None = None) -> list[list]:
 
 
 def _nested_frames(item: Any, frame_ndim: int) -> tuple[int, Any]:
-    """Returns how many levels lie above the frames, and the frames in lists of that depth."""
+    """Returns the number of levels above the frames, and the frames in lists of that depth."""
     from PIL import Image
 
     if isinstance(item, Image.Image):
@@ -74,7 +75,7 @@ def _array_frames(item: Any, frame_ndim: int) -> tuple[int, Any]:
         ) from error
     if array.dtype.kind not in "buif":
         raise UserError(f"frames have dtype {array.dtype}, expected uint8 (or other numbers)")
-    # A frame of two axes is grey whatever was declared for the others.
+    # A frame of two axes is grey, whatever format was declared.
     depth = 0 if array.ndim == 2 else array.ndim - frame_ndim
     if not 0 <= depth <= 2 or array.size == 0:
         raise UserError(
@@ -86,11 +87,13 @@ def _array_frames(item: Any, frame_ndim: int) -> tuple[int, Any]:
     return depth, list(array) if depth == 1 else [list(video) for video in array]
 
 
-def channels_last(frame: np.ndarray, input_format: str | None, channels: int | None) -> np.ndarray:
+def channels_last(
+    frame: np.ndarray, input_format: str | None, channels: int | None
+) -> Shaped[np.ndarray, "h w c"]:
     """Returns a view [h, w, c] of a frame [h, w, c], [c, h, w] or [h, w].
 
     Without an `input_format` the channel axis is the one of 1, 3 or 4 entries, the first if both
-    are, else the one of `channels` entries. Raises `UserError` if that finds none.
+    are, else the one of `channels` entries. Raises `UserError` if there is none.
     """
     if frame.ndim == 2:
         return frame[..., None]
@@ -111,11 +114,11 @@ def channels_last(frame: np.ndarray, input_format: str | None, channels: int | N
     return frame.transpose(1, 2, 0) if input_format == "channels_first" else frame
 
 
-def to_rgb(frame: Any) -> np.ndarray:
-    """Returns a Pillow image or an array [h, w, c] as [h, w, 3]: grey repeated, alpha on white.
+def to_rgb(frame: Any) -> Shaped[np.ndarray, "h w c"]:
+    """Returns a Pillow image or an array [h, w, c] as RGB: grey repeated, alpha over white.
 
-    Arrays of other than 1 and 4 channels come back as they are. Raises `UserError` for floats
-    outside [0, 1] with alpha, which then have no white.
+    Arrays of neither 1 nor 4 channels are returned unchanged. Raises `UserError` for floats
+    outside [0, 1] with alpha, for which white is undefined.
     """
     from PIL import Image
 
@@ -141,12 +144,12 @@ def to_rgb(frame: Any) -> np.ndarray:
 
 
 def resized_to(size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
-    """Height and width that a frame of `height` and `width` is resized to.
+    """The height and width to which a frame is resized.
 
     size: {"height", "width"}, {"max_height", "max_width"}, or {"shortest_edge"} with or without
-    "longest_edge", in pixels. Fractions are cut off, as transformers does.
-    Raises `VideoError` where no pixel would be left of a side, or more would be made of the frame
-    than may be: eight bytes for each are counted, as of frames that are read.
+    "longest_edge", in pixels. Fractions are truncated, as in transformers.
+    Raises `VideoError` if a side would have no pixel, or if the result, at eight bytes per pixel as
+    for decoded frames, would exceed the limit on memory.
     """
     short, long = min(height, width), max(height, width)
     if "height" in size:
@@ -160,7 +163,7 @@ def resized_to(size: Mapping[str, int], height: int, width: int) -> tuple[int, i
         if bounded and long / short * edge > size["longest_edge"]:
             exact = size["longest_edge"] * float(short) / long
             edge = round(exact)
-        # With a bound, a frame whose short side is right stays as it is, whatever its long side.
+        # With a bound, a frame whose short side fits is not resized, whatever its long side.
         other = long if bounded and short == edge else int(exact * long / short)
         target = (other, edge) if width <= height else (edge, other)
     check_resized(height, width, target, size)
@@ -170,20 +173,20 @@ def resized_to(size: Mapping[str, int], height: int, width: int) -> tuple[int, i
 def check_resized(
     height: int, width: int, target: tuple[int, int], size: Mapping[str, int]
 ) -> None:
-    """VideoError where a frame cannot be resized to `target`, by `size`, as `resized_to` says."""
-    told = f"a frame of {height}x{width} would be resized to {target[0]}x{target[1]} by size {size}"
+    """VideoError if a frame cannot be resized to `target`, which `size` gives; see `resized_to`."""
+    case = f"a frame of {height}x{width} would be resized to {target[0]}x{target[1]} by size {size}"
     if min(target) < 1:
-        raise VideoError(f"{told}: no pixel would be left")
-    check_unpacked(f"{told}, which", 8 * target[0] * target[1], error=VideoError)
+        raise VideoError(f"{case}: no pixel would be left")
+    check_unpacked(f"{case}, which", 8 * target[0] * target[1], error=VideoError)
 
 
 def resize(
     frame: Any, size: Mapping[str, int], resample: int, independent_channels: bool = False
-) -> np.ndarray:
+) -> Shaped[np.ndarray, "h w *c"]:
     """Resizes a Pillow image or an array [h, w, c] in uint8; one channel comes back as [h, w].
 
-    size: one that `resized_to` takes; resample: the number of a Pillow filter.
-    Of 2 and 4 channels the last weights the others as alpha, unless `independent_channels`.
+    size: as in `resized_to`; resample: the number of a Pillow filter.
+    The last of 2 or 4 channels is alpha, which weights the others, unless `independent_channels`.
     Floats in [0, 1] pass through uint8 and come back as float32 in [0, 1].
     Raises `UserError` for values that do not fit in 8 bits.
     """
@@ -191,7 +194,8 @@ def resize(
 
     is_array = isinstance(frame, np.ndarray)
     height, width = frame.shape[:2] if is_array else (frame.height, frame.width)
-    target = resized_to(size, height, width)[::-1]
+    tall, wide = resized_to(size, height, width)
+    target = wide, tall
     unit_floats = False
     if is_array:
         frame, unit_floats = _as_bytes(frame)
@@ -204,14 +208,14 @@ def resize(
         resized = np.asarray(image.resize(target, resample))
     else:
         planes = (Image.fromarray(plane) for plane in np.moveaxis(frame, -1, 0))
-        resized = np.stack([plane.resize(target, resample) for plane in planes], axis=-1)
+        resized = np.stack([np.asarray(p.resize(target, resample)) for p in planes], axis=-1)
     if unit_floats:
         resized = (resized.astype(np.float64) * (1 / 255)).astype(np.float32)
     return resized
 
 
-def _as_bytes(frame: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Returns the frame in uint8 and whether its floats had to be multiplied by 255 for that."""
+def _as_bytes(frame: np.ndarray) -> tuple[UInt8[np.ndarray, "h w c"], bool]:
+    """Returns the frame in uint8, and whether its floats were multiplied by 255 for that."""
     if frame.dtype == np.uint8:
         return frame, False
     if frame.dtype.kind == "f":
@@ -225,14 +229,16 @@ def _as_bytes(frame: np.ndarray) -> tuple[np.ndarray, bool]:
     if not integers and low >= 0 and high <= 1:
         return (frame.astype(np.float64) * 255).astype(np.float32).astype(np.uint8), True
     raise UserError(
-        f"frames of {frame.dtype} in [{low:.6g}, {high:.6g}] cannot be resized, which happens in 8 "
-        "bits: expected whole numbers in 0 to 255 or floats in [0, 1]; pass uint8 frames, or "
-        "do_resize=False for frames that are resized already"
+        f"frames of {frame.dtype} in [{low:.6g}, {high:.6g}] cannot be resized, which is done in 8 "
+        "bits: expected integers in 0 to 255 or floats in [0, 1]; pass uint8 frames, or "
+        "do_resize=False for frames that are already resized"
     )
 
 
-def center_crop(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cuts the middle [height, width] out of [h, w, c]; a side that is too short is zero-padded."""
+def center_crop(
+    frame: Shaped[np.ndarray, "_ _ c"], height: int, width: int
+) -> Shaped[np.ndarray, "height width c"]:
+    """Cuts the middle out of a frame; a side that is too short is padded with zeros."""
     source, target = [], []
     for length, wanted in zip(frame.shape[:2], (height, width), strict=True):
         start = max(0, (length - wanted) // 2)

@@ -1,29 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames to model input: resize, centre crop, rescale and normalise, to transformers' bytes.
+"""Frames to model input: resize, centre crop, rescale and normalise, bit for bit as transformers.
 
-Preprocessing belongs to the weights: a checkpoint read with another pixel range, resize or filter
-gives plausible and wrong logits. `VideoProcessor` therefore reads and writes the
-`preprocessor_config.json` that lies beside the weights and computes the bytes of transformers' PIL
-path (`VivitImageProcessor`, `VideoMAEImageProcessorPil`). With torchvision installed, transformers
-resizes VideoMAE frames through torchvision instead: up to one uint8 level away on under 0.5% of
-the values.
+Preprocessing belongs to the weights: with another pixel range, resize or filter a checkpoint gives
+plausible but wrong logits. `VideoProcessor` therefore reads and writes the
+`preprocessor_config.json` beside the weights and computes the bits of transformers' PIL path
+(`VivitImageProcessor`, `VideoMAEImageProcessorPil`). With torchvision installed, transformers
+resizes VideoMAE frames through torchvision instead: up to one uint8 level off in under 0.5% of the
+values.
 """
 
 import dataclasses
 import functools
 import json
 import logging
-import math
-import numbers
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, Shaped
 
 from vivit_jax.data.transforms.frame_ops import as_clips, center_crop, channels_last, resize, to_rgb
 from vivit_jax.data.transforms.pixel_values import pixel_writer
+from vivit_jax.data.transforms.processor_fields import (
+    checked_sides,
+    finite,
+    is_integer,
+    per_channel,
+)
+from vivit_jax.data.transforms.processor_files import (
+    candidate_files,
+    first_config,
+    processor_type_beside,
+)
 from vivit_jax.data.transforms.processor_keys import (
     DEFAULTS,
     FILTERS,
@@ -34,35 +44,14 @@ from vivit_jax.data.transforms.processor_keys import (
     VIVIT,
     read_keys,
     type_named,
-    type_of_model,
 )
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.files.atomic import whole_file
-from vivit_jax.files.json_files import read_json
-from vivit_jax.files.limits import check_unpacked
 from vivit_jax.hub import resolve_config, resolve_processor
 
 logger = logging.getLogger(__name__)
 
-# transformers 5 looks for a nested section first; its video processors save the video files.
-_CONFIG_FILES = (
-    ("processor_config.json", "image_processor"),
-    ("preprocessor_config.json", None),
-    ("processor_config.json", "video_processor"),
-    ("video_preprocessor_config.json", None),
-)
-
-# Forms of a size, and the classes of transformers that resize to them.
-_RESIZES = {
-    ("shortest_edge",): (VIVIT, VIDEOMAE),
-    ("height", "width"): (VIVIT, VIDEOMAE),
-    ("longest_edge", "shortest_edge"): (VIDEOMAE,),
-    ("max_height", "max_width"): (VIDEOMAE,),
-    ("longest_edge",): (),
-    ("max_pixels", "min_pixels"): (),
-}
-
-# Above this, rescale_factor is not meant for bytes, so floats in [0, 1] are what it expects.
+# Above this, rescale_factor is not for bytes but for floats in [0, 1].
 _LARGEST_BYTE_FACTOR = 0.5
 
 
@@ -78,30 +67,29 @@ class VideoProcessor:
     truncated), {"height": h, "width": w}, an int (shortest edge) or (h, w), and for VideoMAE
     {"shortest_edge": n, "longest_edge": m} (no side above m) or {"max_height": h, "max_width": w}
     (the largest that fits); `crop_size` is {"height", "width"}, an int (square) or (h, w).
-    `resample` is Pillow's filter number. For VideoMAE, `do_convert_rgb` repeats grey and lays
-    transparent frames on white, and `input_data_format` is that of arrays whose call names none.
+    `resample` is Pillow's filter number. For VideoMAE, `do_convert_rgb` repeats grey and blends
+    transparent frames over white, and `input_data_format` applies to calls that give none.
     `extra` holds the other keys of the file it was read from, which are written back.
 
-    transformers resizes 2 and 4 channels with the last as alpha that weights the others. With
-    `independent_channels`, which it does not have, channels that are data (depth, infrared, optical
-    flow) are resized each by itself.
+    transformers resizes 2 and 4 channels with the last as alpha, which weights the others. With
+    `independent_channels`, which transformers lacks, every channel is resized by itself, as suits
+    depth, infrared or optical flow.
 
-    The two ViViT ranges. Scenic trained ViViT on pixels in [-1, 1]. Rescaling by 1/127.5 with
-    `offset` gives exactly that; transformers' defaults and the hub file of
-    google/vivit-b-16x2-kinetics400 then also normalise by 0.5/0.5, which makes [-3, 1]. The hub
-    file of google/vivit-b-16x2 does not normalise. So `vivit()` reproduces what transformers
-    computes and `named("vivit-scenic")` what the weights were trained on: use the latter for
-    accuracy with scenic weights, the former to compare with transformers.
+    ViViT has two ranges. Scenic trained it on pixels in [-1, 1], which is what rescaling by 1/127.5
+    with `offset` gives; transformers' defaults and the hub file of google/vivit-b-16x2-kinetics400
+    then also normalise by 0.5/0.5, which gives [-3, 1]. The hub file of google/vivit-b-16x2 does
+    not normalise. So `vivit()` reproduces what transformers computes, for comparison with it, and
+    `named("vivit-scenic")` what scenic weights were trained on, for accuracy.
 
     Raises `ConfigError` for an invalid field or combination.
     """
 
     image_processor_type: str
     do_resize: bool
-    size: Mapping[str, int] | int | tuple[int, int]
+    size: Mapping[str, int]  # an int or a pair that is passed becomes one
     resample: int
     do_center_crop: bool
-    crop_size: Mapping[str, int] | int | tuple[int, int]
+    crop_size: Mapping[str, int]  # likewise
     do_rescale: bool
     rescale_factor: float
     offset: bool
@@ -123,23 +111,25 @@ class VideoProcessor:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ConfigError(f"{name} is {value!r}, expected True or False")
-        if not _is_integer(self.resample) or not 0 <= self.resample <= 5:
+        if not is_integer(self.resample) or not 0 <= self.resample <= 5:
             raise ConfigError(
                 f"resample is {self.resample!r}, expected a Pillow filter: "
                 + ", ".join(f"{number} {name}" for number, name in enumerate(FILTERS))
             )
         checked = {
             "size": self._checked_size(),
-            "crop_size": _size("crop_size", self.crop_size, self.do_center_crop, square=True),
+            "crop_size": checked_sides(
+                "crop_size", self.crop_size, self.do_center_crop, square=True
+            ),
             "resample": int(self.resample),
-            "rescale_factor": _number("rescale_factor", self.rescale_factor),
-            "image_mean": _per_channel("image_mean", self.image_mean),
-            "image_std": _per_channel("image_std", self.image_std),
+            "rescale_factor": finite("rescale_factor", self.rescale_factor),
+            "image_mean": per_channel("image_mean", self.image_mean),
+            "image_std": per_channel("image_std", self.image_std),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if 0.0 in np.atleast_1d(self.image_std):
-            raise ConfigError(f"image_std is {self.image_std}, expected no zero: it is a divisor")
+            raise ConfigError(f"image_std is {self.image_std}, expected no zero: it divides")
         formats = (None, "channels_last", "channels_first", "none")
         if self.input_data_format not in formats:
             raise ConfigError(
@@ -148,26 +138,26 @@ class VideoProcessor:
         for name in ("do_convert_rgb", "input_data_format"):
             if getattr(self, name) and self.image_processor_type == VIVIT:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}, which transformers' {VIVIT} does not "
-                    "have: prepare the frames before the call, or use VideoProcessor.videomae(...)"
+                    f"{name} is {getattr(self, name)!r}, which transformers' {VIVIT} lacks: "
+                    "prepare the frames before the call, or use VideoProcessor.videomae(...)"
                 )
         if self.offset and self.image_processor_type == VIDEOMAE:
             raise ConfigError(
-                "offset is True, which transformers' VideoMAEImageProcessor does not have: use "
-                "VideoProcessor.vivit(...) for rescaling with an offset"
+                "offset is True, which transformers' VideoMAEImageProcessor lacks: use "
+                "VideoProcessor.vivit(...) to rescale with an offset"
             )
         if self.offset and not self.do_rescale:
             raise ConfigError(
                 "offset is True but do_rescale is False: offset is part of rescaling, so set "
-                "offset=False as well or leave do_rescale on"
+                "offset=False too, or leave do_rescale on"
             )
 
     def _checked_size(self) -> dict[str, int]:
         size, kind = self.size, self.image_processor_type
         if isinstance(size, Mapping) and size.keys() == {"shortest_edge", "longest_edge"}:
-            # VivitImageProcessor resizes to the short edge whatever the long one may be.
+            # VivitImageProcessor resizes to the short edge, whatever the long one.
             size = {"shortest_edge": size["shortest_edge"]} if kind == VIVIT else size
-        return _size("size", size, self.do_resize, kind)
+        return checked_sides("size", size, self.do_resize, kind)
 
     @classmethod
     def vivit(cls, **overrides: Any) -> "VideoProcessor":
@@ -200,11 +190,11 @@ class VideoProcessor:
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> "VideoProcessor":
         """Builds a processor from the content of a preprocessor_config.json.
 
-        Missing keys take transformers' class default, as do null values of other than the flags,
-        which are off. Keys with which transformers' class does not compute are kept in `extra`,
-        with a warning that names them. `overrides` replace fields of the file,
-        `image_processor_type` included. Raises `ConfigError` for a value that transformers does
-        not take either, or that would make it compute what this library cannot.
+        Missing keys take transformers' class defaults, as do null values, except that a null flag
+        is off. Keys that transformers' class does not use are kept in `extra`, with a warning that
+        names them. `overrides` replace fields of the file, including `image_processor_type`. Raises
+        `ConfigError` for a value that transformers refuses too, or that would make it compute
+        something this library cannot.
         """
         return cls._read(config, "", overrides)
 
@@ -213,7 +203,7 @@ class VideoProcessor:
         if not isinstance(config, Mapping):
             raise ConfigError(f"a processor is a {type(config).__name__}, expected a JSON object")
         read = read_keys(config, overrides.pop("image_processor_type", None))
-        values = DEFAULTS[read.kind] | read.values | _known_options(overrides)
+        values = {**DEFAULTS[read.kind], **read.values, **_known_options(overrides)}
         notes = [*read.notes, *cls._without_unused(read.kind, values)]
         processor = cls(image_processor_type=read.kind, extra=read.extra, **values)
         if notes:
@@ -223,15 +213,16 @@ class VideoProcessor:
 
     @classmethod
     def _without_unused(cls, kind: str, values: dict[str, Any]) -> list[str]:
-        """Put defaults for what transformers would refuse in a step that is off; what to tell.
+        """Replaces values that transformers would refuse in a step that is off; returns notes.
 
-        What is nested is no value of any step: such a file is damaged, and refused.
+        No step takes a nested value: such a file is damaged, and refused.
         """
         notes, plain = [], DEFAULTS[kind] | {"offset": False}
         for flag, names in OF_A_STEP.items():
             for name in names if values[flag] is False else ():
+                tried: dict[str, Any] = {**plain, flag: False, name: values[name]}
                 try:
-                    cls(image_processor_type=kind, **plain | {flag: False, name: values[name]})
+                    cls(image_processor_type=kind, **tried)
                 except ConfigError:
                     value = values[name]
                     parts = value.values() if isinstance(value, Mapping) else value
@@ -251,36 +242,36 @@ class VideoProcessor:
 
         A directory may hold preprocessor_config.json, video_preprocessor_config.json or a
         processor_config.json with a nested section; of a hub id (`org/name`, `org/name@revision`)
-        the first of these that it holds is read, at `revision`. Where it names no type, the
-        config.json beside it does. `overrides` replace fields of it. Warns once of keys without
+        the first of these that exists is read, at `revision`. If the file names no type, the
+        config.json beside it decides. `overrides` replace its fields. Warns once of keys without
         effect, as `from_dict` does. Raises `UserError` if nothing is found, `ConfigError` if the
         file is wrong.
         """
         path = Path(source)
         try:
             is_dir, is_file = path.is_dir(), path.is_file()
-        except (OSError, ValueError):  # longer than a name may be, or with a zero byte
+        except (OSError, ValueError):  # a name that is too long, or has a zero byte
             is_dir = is_file = False
         if is_dir:
-            candidates = _candidates(path)
+            candidates = candidate_files(path)
         elif is_file:
             candidates = [(path, name) for name in ("image_processor", "video_processor", None)]
         else:
             path = resolve_processor(str(source), revision)
-            candidates = [each for each in _candidates(path.parent) if each[0] == path]
-        found = _first_config(candidates)
+            candidates = [each for each in candidate_files(path.parent) if each[0] == path]
+        found = first_config(candidates)
         if found is None:
             raise UserError(
                 f"{path if path.is_dir() else path.parent} holds no processor file, expected "
-                "preprocessor_config.json: put the one there that the weights were published with, "
-                "or save one with save_pretrained, of VideoProcessor.vivit() or .videomae() "
-                "(transformers' defaults) or, for published weights, of VideoProcessor.named(...)"
+                "preprocessor_config.json: copy there the one that was published with the weights, "
+                "or save one: VideoProcessor.vivit() or .videomae() (transformers' defaults), or "
+                ".named(...) for published weights, then .save_pretrained(directory)"
             )
         path, config = found
         if isinstance(config, Mapping) and not type_named(config):
             if not Path(source).exists():
-                resolve_config(str(source), revision)  # puts it beside
-            kind = _type_beside(path)
+                resolve_config(str(source), revision)  # downloads it beside `path`
+            kind = processor_type_beside(path)
             overrides = ({"image_processor_type": kind} if kind else {}) | overrides
         try:
             return cls._read(config, f"{path}: ", overrides)
@@ -289,7 +280,7 @@ class VideoProcessor:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the content of a preprocessor_config.json that transformers reads back."""
-        config = {
+        config: dict[str, Any] = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
@@ -305,13 +296,13 @@ class VideoProcessor:
         """Writes preprocessor_config.json into `directory` (created if missing), atomically.
 
         Returns the file's path. Warns of rescaling without an offset, which transformers' video
-        processor of ViViT does not have.
+        processor of ViViT cannot do.
         """
         if self.image_processor_type == VIVIT and self.do_rescale and not self.offset:
             logger.warning(
                 "offset is False: transformers' VivitImageProcessor reads it, but "
-                "AutoVideoProcessor, and with torchvision the pipeline, subtract 1 from what is "
-                "rescaled whatever the file says, and so give the model other pixels"
+                "AutoVideoProcessor, and with torchvision the pipeline, subtract 1 after rescaling "
+                "whatever the file says, and so give the model other pixels"
             )
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -328,7 +319,7 @@ class VideoProcessor:
         input_data_format: str | None = None,
         data_format: str = "channels_last",
         **overrides: Any,
-    ) -> np.ndarray:
+    ) -> Float32[np.ndarray, "b t _ _ _"]:
         """Returns the pixels of one video or a batch: float32 [b, t, h, w, c].
 
         videos: a video is a list of frames or an array [t, h, w, c]; a batch is a list of videos or
@@ -341,12 +332,12 @@ class VideoProcessor:
         data_format: "channels_first" returns [b, t, c, h, w], a view in PyTorch's layout.
         overrides: any field of the processor, for this call; None keeps the processor's own.
 
-        As in transformers, 2 and 4 channels are resized with the last one as alpha weighting the
-        others (unless `independent_channels`), and float frames in [0, 1] are resized in 8 bits
+        As in transformers, 2 and 4 channels are resized with the last one as alpha, which weights
+        the others (unless `independent_channels`), and float frames in [0, 1] are resized in 8 bits
         (do_resize=False keeps them exact).
-        Unlike it: float frames in [0, 1] are refused while `rescale_factor` is one for bytes
-        (transformers would scale them twice), the result is float32 whatever the steps, and
-        other channel counts are resized channel by channel.
+        Unlike transformers, float frames in [0, 1] are refused if `rescale_factor` is for bytes
+        (transformers would scale them twice), the result is always float32, and other channel
+        counts are resized channel by channel.
 
         Raises `UserError` for frames that cannot be processed or videos that cannot be stacked.
         """
@@ -360,7 +351,7 @@ class VideoProcessor:
 
     preprocess = __call__
 
-    def _process(self, videos: Any, input_format: str | None) -> np.ndarray:
+    def _process(self, videos: Any, input_format: str | None) -> Float32[np.ndarray, "b t h w c"]:
         clips = as_clips(videos, input_format)
         lengths = sorted({len(clip) for clip in clips})
         if len(lengths) > 1:
@@ -368,12 +359,12 @@ class VideoProcessor:
                 f"videos of {', '.join(map(str, lengths))} frames cannot be stacked into one "
                 "batch: sample the same number of frames from each, or process them one by one"
             )
-        out = None
+        out = write = None
         for b, clip in enumerate(clips):
             self._refuse_unit_floats(clip)
             for t, frame in enumerate(clip):
                 frame = self._resize_and_crop(frame, input_format)
-                if out is None:
+                if out is None or write is None:
                     out = np.empty((len(clips), lengths[0], *frame.shape), np.float32)
                     write = pixel_writer(self, *frame.shape[1:])
                 elif frame.shape != out.shape[2:]:
@@ -383,6 +374,7 @@ class VideoProcessor:
                         "resize to a fixed height and width, or process the videos one by one"
                     )
                 write(frame, out[b, t])
+        assert out is not None, "as_clips gives at least one frame"
         return out
 
     def _refuse_unit_floats(self, clip: list) -> None:
@@ -397,7 +389,7 @@ class VideoProcessor:
                 + ("" if self.offset else " or do_rescale=False")
             )
 
-    def _resize_and_crop(self, frame: Any, input_format: str | None) -> np.ndarray:
+    def _resize_and_crop(self, frame: Any, input_format: str | None) -> Shaped[np.ndarray, "h w c"]:
         if isinstance(frame, np.ndarray):
             channels = len(self.image_mean) if isinstance(self.image_mean, tuple) else None
             frame = channels_last(frame, input_format, channels)
@@ -415,11 +407,11 @@ class VideoProcessor:
 
 
 def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that are given, that is not None, after checking the names of all."""
+    """Returns the options that are not None, after checking all names."""
     allowed = DEFAULTS[VIVIT].keys()
     unknown = sorted(options.keys() - allowed)
     if unknown:
-        hint = "the result is one numpy array, whatever return_tensors says elsewhere"
+        hint = "the result is always a numpy array"
         raise ConfigError(
             f"{', '.join(unknown)}: no such processor option, expected {', '.join(allowed)}"
             + (f"; {hint}" if "return_tensors" in unknown else "")
@@ -429,90 +421,5 @@ def _known_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=256)
 def _warn_once(text: str) -> None:
-    """A warning of a file that is read several times."""
+    """Logs a warning about a file once, however often it is read."""
     logger.warning("%s", text)
-
-
-def _type_beside(path: Path) -> str | None:
-    """The processor's type that belongs to the model of the config.json beside a file."""
-    try:
-        return type_of_model(read_json(path.parent / "config.json"))
-    except (OSError, UserError):
-        return None  # whoever needs the model says what is wrong with its config
-
-
-def processor_file(directory: Path) -> Path | None:
-    """The file that `from_pretrained` reads in a directory, None if there is none.
-
-    Raises `ConfigError` for a file that is not JSON.
-    """
-    found = _first_config(_candidates(directory))
-    return found and found[0]
-
-
-def _candidates(directory: Path) -> list[tuple[Path, str | None]]:
-    return [(directory / name, section) for name, section in _CONFIG_FILES]
-
-
-def _first_config(candidates: list[tuple[Path, str | None]]) -> tuple[Path, Any] | None:
-    """Returns the first file, or section of a file, that exists, with its content."""
-    for path, section in candidates:
-        if not path.exists():
-            continue
-        hint = "expected a preprocessor_config.json, or the directory that holds one"
-        config = read_json(path, ConfigError, hint)
-        if section is None:
-            return path, config
-        if isinstance(config, dict) and section in config:
-            return path, config[section]
-    return None
-
-
-def _size(
-    name: str, value: Any, used: bool, kind: str | None = None, *, square: bool = False
-) -> dict[str, int]:
-    """A size in pixels by side; where its step is on (`used`), one that the class can make."""
-    forms = [form for form, kinds in _RESIZES.items() if kind in kinds or not used]
-    if square and used:
-        forms = [("height", "width")]
-    listed = ("{" + ", ".join(f"{side!r}: n" for side in form) + "}" for form in forms)
-    expected = f"{', '.join(listed)}, (h, w) or one int"
-    if isinstance(value, Mapping):
-        sides = dict(value)
-    elif isinstance(value, list | tuple) and len(value) == 2:
-        sides = {"height": value[0], "width": value[1]}
-    elif square:
-        sides = {"height": value, "width": value}
-    else:
-        sides = {"shortest_edge": value}
-    if sides.keys() not in [set(form) for form in forms] or not all(
-        _is_integer(side) and side > 0 for side in sides.values()
-    ):
-        raise ConfigError(f"{name} is {value!r}, expected {expected}, in pixels above 0")
-    sides = {key: int(side) for key, side in sides.items()}
-    pixels = math.prod(sides.values()) if len(sides) == 2 else next(iter(sides.values())) ** 2
-    # Three channels of float32.
-    check_unpacked(f"a frame of {name} {value!r}", 12 * pixels, error=ConfigError)
-    return sides
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        found = float(value) if isinstance(value, numbers.Real) else math.nan
-    except OverflowError:
-        found = math.inf
-    if not math.isfinite(found) or isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}, expected a finite number")
-    return found
-
-
-def _per_channel(name: str, value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list | tuple) and len(value):
-        return tuple(_number(name, entry) for entry in value)
-    return _number(name, value)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a `VideoProcessor` does to frames, as a function that jax can compile, to the same bits.
+"""A `VideoProcessor` as a function that jax compiles, bit for bit.
 
 Pillow resizes bytes along one axis, then along the other; each pass adds a few neighbours with
-whole weights of 22 bits, shifts and clips (libImaging/Resample.c, its nearest filter
-libImaging/Geometry.c). That is arithmetic of int32, which every device does alike. Which axis comes
-first depends on Pillow's version and on the sizes, so it is found by trying both on noise. What
-follows the crop has 256 results for each channel, so it is looked up.
+integer weights of 22 bits, shifts and clips (libImaging/Resample.c; its nearest filter is in
+libImaging/Geometry.c). That is int32 arithmetic, the same on every device. Which axis comes first
+depends on Pillow's version and on the sizes, so both are tried on noise. The steps after the crop
+have 256 possible results per channel, so they are looked up.
 """
 
 import functools
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int, UInt8
 
 from vivit_jax.data.transforms.frame_ops import center_crop, resize
 from vivit_jax.data.transforms.processor import VideoProcessor
@@ -22,6 +23,7 @@ from vivit_jax.errors import UserError
 
 _BITS = 22
 _ONE = 1 << _BITS
+Frames = UInt8[Array | np.ndarray, "b t _ _ c"]
 
 
 def pixels_inside(
@@ -29,35 +31,36 @@ def pixels_inside(
     frame_size: tuple[int, int],
     channels: int,
     input_size: tuple[int, int] | None = None,
-) -> Callable[[jax.Array], jax.Array]:
+) -> Callable[[Frames], jax.Array]:
     """A function uint8 [b, t, h, w, c] -> float32 [b, t, *frame_size, c], the processor's bits.
 
-    With `input_size` (height, width) frames of that size are resized, cropped and normalised;
-    without it they have the model's `frame_size` already and are normalised. Either is compared
-    with `processor` on noise before it is returned, and has to give its bits. Raises UserError
-    where it does not, where the processor does not make frames of `frame_size` of them, and for 2
-    and 4 channels that it resizes with the last as alpha.
+    With `input_size` (height, width) it resizes, crops and normalises frames of that size; without
+    it the frames already have the model's `frame_size` and are only normalised. A function that
+    resizes is compared with `processor` on noise before it is returned. Raises UserError if the
+    bits differ, if the processor's output is not of `frame_size`, and for 2 and 4 channels that are
+    resized with the last as alpha.
     """
     table = _lookup(processor, channels)
     if input_size is None or (not processor.do_resize and not processor.do_center_crop):
         if input_size not in (None, frame_size):
             raise UserError(
-                f"the processor neither resizes nor crops, so frames of {_text(input_size)} stay "
-                f"that; the model takes {_text(frame_size)}"
+                f"the processor neither resizes nor crops, so frames of {_text(input_size)} keep "
+                f"their size; the model takes {_text(frame_size)}"
             )
         return lambda clips: _looked_up(table, clips)
     if processor.do_resize and channels in (2, 4) and not processor.independent_channels:
         raise UserError(
-            f"the processor resizes {channels} channels with the last as alpha that weights the "
-            'others, which is not compiled; if it is data, set "independent_channels": true in '
-            "preprocessor_config.json, else resize outside and export without an input size"
+            f"the processor resizes {channels} channels with the last as alpha, which cannot be "
+            'compiled; if it is data, set "independent_channels": true in '
+            "preprocessor_config.json, otherwise resize before the model and export without an "
+            "input size"
         )
     rows, columns = _geometry(processor, input_size)
     size = len(rows[0]), len(columns[0])
     if size != tuple(frame_size):
         raise UserError(
-            f"of frames of {_text(input_size)} the processor makes {_text(size)}, the model takes "
-            f"{_text(frame_size)}; the processor's size and crop_size are "
+            f"the processor turns frames of {_text(input_size)} into {_text(size)}, the model "
+            f"takes {_text(frame_size)}; the processor's size and crop_size are "
             f"{dict(processor.size)} and {dict(processor.crop_size)}"
         )
 
@@ -70,22 +73,21 @@ def pixels_inside(
     import PIL
 
     raise UserError(
-        f"Pillow {PIL.__version__} resizes {_text(input_size)} otherwise than in two passes of "
-        "whole numbers, so its bits cannot be compiled; resize outside, and export without an "
-        "input size"
+        f"Pillow {PIL.__version__} does not resize {_text(input_size)} in two integer passes, so "
+        "its bits cannot be compiled; resize before the model, and export without an input size"
     )
 
 
-# Per output pixel the places [n, k] of what is added and their weights [n, k] in 1 / 2**22.
-Taps = tuple[np.ndarray, np.ndarray]
+# For each output pixel the input pixels to add, and their weights in 1 / 2**22.
+Taps = tuple[Int[np.ndarray, "n k"], Int[np.ndarray, "n k"]]
 
 
 def pillow_taps(size: int, wanted: int, resample: int) -> Taps:
-    """What Pillow adds up for each of `wanted` pixels of a line of `size`, by filter number."""
+    """What Pillow adds up for each of `wanted` pixels of a line of `size`; by filter number."""
     if size == wanted:
         return np.arange(size)[:, None], np.full((size, 1), _ONE)
     scale = size / wanted
-    if resample == 0:  # positions are summed up, as Pillow does, and cut off
+    if resample == 0:  # positions are accumulated, as in Pillow, then truncated
         places = np.cumsum(np.r_[scale * 0.5, np.full(wanted - 1, scale)])
         return np.minimum(places.astype(int), size - 1)[:, None], np.full((wanted, 1), _ONE)
     support, curve = _FILTERS[resample]
@@ -142,7 +144,7 @@ def _sinc(x: float) -> float:
     return math.sin(x * math.pi) / (x * math.pi) if x else 1.0
 
 
-# By Pillow's number: how far the filter reaches in output pixels, and its curve.
+# By Pillow's number: the filter's support in output pixels, and its curve.
 _FILTERS = {
     1: (3.0, _lanczos),
     2: (1.0, _bilinear),
@@ -153,7 +155,7 @@ _FILTERS = {
 
 
 def _geometry(processor: VideoProcessor, input_size: tuple[int, int]) -> tuple[Taps, Taps]:
-    """Taps of the rows and of the columns that are left after resize and crop."""
+    """Taps of the rows and the columns that remain after resize and crop."""
     resized = input_size
     if processor.do_resize:
         blank = np.zeros((*input_size, 1), np.uint8)
@@ -164,7 +166,7 @@ def _geometry(processor: VideoProcessor, input_size: tuple[int, int]) -> tuple[T
     ]
     if not processor.do_center_crop:
         return taps[0], taps[1]
-    # The number of each row and column from 1 on; 0 is what the crop pads with.
+    # Rows and columns are numbered from 1; the crop pads with 0.
     numbers = np.stack(np.meshgrid(*(np.arange(1, n + 1) for n in resized), indexing="ij"), -1)
     crop = processor.crop_size
     numbers = center_crop(numbers, crop["height"], crop["width"])
@@ -176,13 +178,15 @@ def _geometry(processor: VideoProcessor, input_size: tuple[int, int]) -> tuple[T
     return rows, columns
 
 
-def _resized(table: np.ndarray, passes: Sequence[tuple[int, Taps]], clips: jax.Array) -> jax.Array:
+def _resized(
+    table: np.ndarray, passes: Sequence[tuple[int, Taps]], clips: Frames
+) -> Float32[Array, "b t _ _ c"]:
     for axis, taps in passes:
         clips = _weighted(clips, taps, axis)
     return _looked_up(table, clips)
 
 
-def _weighted(clips: jax.Array, taps: Taps, axis: int) -> jax.Array:
+def _weighted(clips: Frames, taps: Taps, axis: int) -> Frames:
     """One of Pillow's passes along an axis of uint8 clips."""
     places, weights = taps
     if places.shape[1] == 1 and weights.min() == _ONE:
@@ -197,14 +201,16 @@ def _weighted(clips: jax.Array, taps: Taps, axis: int) -> jax.Array:
     return jnp.clip(total >> _BITS, 0, 255).astype(jnp.uint8)
 
 
-def _lookup(processor: VideoProcessor, channels: int) -> np.ndarray:
-    """The processor's result [256, channels] for each byte, without resize and crop."""
+def _lookup(processor: VideoProcessor, channels: int) -> Float32[np.ndarray, "256 channels"]:
+    """The processor's result for each byte, without resize and crop."""
     values = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], channels, axis=2)
-    steps = dict(do_resize=False, do_center_crop=False, input_data_format="channels_last")
-    return processor(values, **steps).reshape(256, channels)
+    pixels = processor(
+        values, input_data_format="channels_last", do_resize=False, do_center_crop=False
+    )
+    return pixels.reshape(256, channels)
 
 
-def _looked_up(table: np.ndarray, clips: jax.Array) -> jax.Array:
+def _looked_up(table: Float32[np.ndarray, "256 c"], clips: Frames) -> Float32[Array, "b t _ _ c"]:
     channels = table.shape[1]
     places = np.arange(channels).reshape((1,) * (clips.ndim - 1) + (channels,))
     if (table == table[:, :1]).all():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a preprocessor_config.json says, read as the class of transformers that it names reads it.
+"""Reads the keys of a preprocessor_config.json as the transformers class that it names does.
 
-transformers opens files with any keys. Its image processors compute with some of them, not all
-with the same, and pass over the rest.
+transformers opens files with any keys. Each of its image processors uses some of them and ignores
+the rest.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ NAMED = {
     "vivit-scenic": (VIVIT, {"do_normalize": False}),
     "videomae-imagenet": (VIDEOMAE, _IMAGENET),
 }
-# What a step reads, and not where its flag is off.
+# What a step reads while its flag is on.
 OF_A_STEP = {
     "do_resize": ("size", "resample"),
     "do_center_crop": ("crop_size",),
@@ -55,8 +55,8 @@ OF_A_STEP = {
 }
 
 _TYPE_KEYS = ("image_processor_type", "feature_extractor_type", "video_processor_type")
-# "ViViTImageProcessor" is what the file of google/vivit-b-16x2-kinetics400 says; Fast, Pil, the
-# feature extractor and the video processor are the same function under other releases' names.
+# google/vivit-b-16x2-kinetics400 says "ViViTImageProcessor"; Fast, Pil, the feature extractor and
+# the video processor are other releases' names of the same function.
 _TYPE_NAME = re.compile(
     r"(vivit|videomae)(ImageProcessor(Fast|Pil)?|VideoProcessor|FeatureExtractor)", re.IGNORECASE
 )
@@ -69,10 +69,10 @@ _READ = {
     VIDEOMAE: {*_STEPS, "do_convert_rgb", "input_data_format"},
 }
 _REWRITTEN = (*_TYPE_KEYS, "_valid_processor_keys")
-# What transformers' own files say that moves no pixel of an RGB frame. do_zero_centering said
-# "pixels in [-1, 1]", which `offset` has said since; it is read by nobody.
+# Keys in transformers' own files that change no pixel of an RGB frame. do_zero_centering meant
+# "pixels in [-1, 1]", as `offset` has since; nothing reads it.
 _COMMON = ("processor_class", "data_format", "do_convert_rgb", "do_zero_centering")
-# Keys of transformers that say nothing where they are null or false.
+# Keys of transformers that mean nothing if null or false.
 _OF_TRANSFORMERS = (
     "default_to_square", "device", "disable_grouping", "do_pad", "do_sample_frames", "fps",
     "image_seq_length", "input_data_format", "num_frames", "pad_size", "return_metadata",
@@ -82,7 +82,7 @@ _OF_TRANSFORMERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """Fields of a `VideoProcessor` that a file sets, its other keys, and what to tell of it."""
+    """The `VideoProcessor` fields that a file sets, its other keys, and notes for the user."""
 
     kind: str
     values: Mapping[str, Any]
@@ -91,9 +91,9 @@ class Reading:
 
 
 def read_keys(config: Mapping[str, Any], named: Any = None) -> Reading:
-    """Read the content of a processor's file; `named` is its type, whatever the file says.
+    """Read the content of a processor's file; `named` overrides the type that it names.
 
-    A flag of null is off, as in transformers; another value of null is that of the class. Raises
+    A null flag is off, as in transformers; any other null value takes the class default. Raises
     ConfigError for a type that is neither ViViT's nor VideoMAE's.
     """
     kind, video = _kind(type_named(config) if named is None else named)
@@ -117,9 +117,7 @@ def read_keys(config: Mapping[str, Any], named: Any = None) -> Reading:
         values["resample"] = _filter_named(resample)
     elif not isinstance(resample, int | None):
         values["resample"] = 2
-        notes.append(
-            f"resample {resample!r} is no number, and transformers resizes bilinearly then"
-        )
+        notes.append(f"resample {resample!r} is not a number, so transformers resizes bilinearly")
     if kind == VIDEOMAE and extra.get("default_to_square") and isinstance(size, int):
         values["size"] = {"height": size, "width": size}
     if kind == VIVIT and video:
@@ -128,18 +126,17 @@ def read_keys(config: Mapping[str, Any], named: Any = None) -> Reading:
         if isinstance(size, Mapping) and "longest_edge" in size:
             raise ConfigError(
                 f"size is {size!r}: VivitVideoProcessor keeps the long edge within longest_edge, "
-                "which ViViT's image processor does not have; expected {'shortest_edge': n} or "
+                "which ViViT's image processor cannot do; expected {'shortest_edge': n} or "
                 "{'height': h, 'width': w}"
             )
     elif kind == VIVIT and isinstance(size, Mapping) and size.keys() == {*_EDGES}:
         notes.append(f"size's longest_edge has no effect in {VIVIT}")
-    passed_over = sorted(key for key, value in extra.items() if not _means_nothing(key, value))
-    if kind == VIDEOMAE and isinstance(size, int) and "default_to_square" in passed_over:
-        passed_over.remove("default_to_square")
-    if passed_over:
+    unused = sorted(key for key, value in extra.items() if not _means_nothing(key, value))
+    if kind == VIDEOMAE and isinstance(size, int) and "default_to_square" in unused:
+        unused.remove("default_to_square")
+    if unused:
         notes.append(
-            f"{', '.join(passed_over)}: no effect on pixels in {kind}, kept and written back on "
-            "save"
+            f"{', '.join(unused)}: no effect on pixels in {kind}, kept and written back on save"
         )
     return Reading(kind, values, extra, tuple(notes))
 
@@ -153,7 +150,7 @@ def type_named(config: Mapping[str, Any]) -> Any:
 
 
 def type_of_model(config: Any) -> str | None:
-    """The type that belongs to the model of a config.json; None if it is none of ours."""
+    """The processor type of the model of a config.json; None if it is not one of ours."""
     model = config.get("model_type") if isinstance(config, Mapping) else None
     match = re.match("(vivit|videomae)", model, re.IGNORECASE) if isinstance(model, str) else None
     return match and {"vivit": VIVIT, "videomae": VIDEOMAE}[match[1].lower()]
@@ -165,14 +162,14 @@ def _kind(written: Any) -> tuple[str, bool]:
     if match is None:
         raise ConfigError(
             f"image_processor_type is {written!r}, expected {VIVIT} or {VIDEOMAE} (or an older "
-            "name of these); if the file says nothing, pass image_processor_type=..."
+            "name of these); if the file names none, pass image_processor_type=..."
         )
     kind = VIVIT if match[1].lower() == "vivit" else VIDEOMAE
     return kind, match[2].lower() == "videoprocessor"
 
 
 def _filter_named(resample: Any) -> Any:
-    """Pillow's number of a filter's name, as which transformers' ViViT fails; others as given."""
+    """Pillow's number of a filter's name, which transformers' ViViT refuses; others as given."""
     name = resample.lower() if isinstance(resample, str) else None
     return FILTERS.index(name) if name in FILTERS else resample
 
