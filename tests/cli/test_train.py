@@ -83,7 +83,7 @@ def refused(capsys, *args):
         (["finetune", "--recipe", "demo-fintune"], "did you mean demo-finetune"),
         ([*FINETUNE, *sets(optim__lrr=1)], "optim has no field 'lrr'; did you mean lr"),
         ([*FINETUNE, *sets(optim__clip="much")], "optim.clip is 'much', expected a number"),
-        ([*FINETUNE, "--set", "optim.lr"], "'optim.lr' is no setting"),
+        ([*FINETUNE, "--set", "optim.lr"], "'optim.lr' is not a setting"),
         ([*FINETUNE, *sets(data__train="x"), "--data", "y"], "data.train is set twice"),
         (["pretrain", *FINETUNE[1:]], "is to finetune; use vivit-jax finetune"),
         (["finetune", *PRETRAIN[1:]], "is to pretrain; use vivit-jax pretrain"),

@@ -103,8 +103,8 @@ def test_another_number_of_classes_drops_the_preset_s_heads():
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["optim.lr"], "'optim.lr' is no setting, expected section.field=value"),
-        (["=3"], "is no setting"),
+        (["optim.lr"], "'optim.lr' is not a setting, expected section.field=value"),
+        (["=3"], "is not a setting"),
         (["optim.lr=1", "optim.lr=2"], "optim.lr is set twice, to '1' and to '2'"),
         (["optim.lrr=1"], r"optim has no field 'lrr'; did you mean lr\?.* known: algorithm, lr,"),
         (["lr=1"], r"there is no field 'lr'; did you mean optim\.lr\?"),
@@ -115,7 +115,10 @@ def test_another_number_of_classes_drops_the_preset_s_heads():
         (["name.x=1"], "there is no field 'name.x'"),
         (["model.config=1"], r"set field by field, as in model\.config\.drop_path_rate"),
         (["model.config.drop_path=1"], "has no field 'drop_path'; did you mean drop_path_rate"),
-        (["model.preset=videomae-v1-bas"], r"'videomae-v1-bas', which is no preset; did you mean"),
+        (
+            ["model.preset=videomae-v1-bas"],
+            r"'videomae-v1-bas', which is not a preset; did you mean",
+        ),
         (["optim.lr=fast"], "optim.lr is 'fast', expected a number"),
         (["optim.lr=nan"], "optim.lr is 'nan', expected a number"),
         (["optim.lr=inf"], "optim.lr is 'inf', expected a number"),
@@ -149,7 +152,7 @@ def test_what_is_wrong_with_a_setting(assignments, message):
         (["optim.b2=1"], "optim.b2 is 1.0, expected in 0 to below 1"),
         (["optim.ema=1"], "optim.ema is 1.0, expected above 0 and below 1"),
         (["optim.min_lr=1"], "optim.min_lr 1 is above optim.lr 0.0005: set optim.min_lr too"),
-        (["optim.freeze=(x"], r"optim.freeze: '\(x' is no regular expression"),
+        (["optim.freeze=(x"], r"optim.freeze: '\(x' is not a regular expression"),
         (["optim.lr_rules=[['x', -1]]"], "optim.lr_rules: the factor of 'x' is -1.0"),
         (["train.epochs=0"], "train.epochs is 0, expected 1 or more"),
         (["train.epochs=5"], "warmup_epochs 5 leaves nothing of train.epochs 5: set optim.warmup"),
@@ -255,7 +258,7 @@ def test_json_brings_back_what_was_set():
         ("model.config.mlp_dim", 3, "model.config.mlp_dim: there is no such field"),
         ("model.config.num_labels", "3", "model.config.num_labels is '3', expected a whole number"),
         ("model.preset", None, "model.preset is None, expected a text"),
-        ("model.preset", "x", "model.preset is 'x', which is no preset"),
+        ("model.preset", "x", "model.preset is 'x', which is not a preset"),
         ("version", 1, "version: there is no such field"),
     ],
 )

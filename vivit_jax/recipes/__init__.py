@@ -30,7 +30,7 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
 
 
 def recipe_named(name: str) -> Recipe:
-    """The published recipe of this name. Raises UserError, which lists the closest, for another."""
+    """The published recipe of this name. Raises UserError with the closest names for another."""
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}{closest(name, RECIPES, short=True)}")
     return RECIPES[name]()
@@ -38,4 +38,4 @@ def recipe_named(name: str) -> Recipe:
 
 def summary(name: str) -> str:
     """The recipe of this name in one line. Raises KeyError for a name that is not in RECIPES."""
-    return inspect.getdoc(RECIPES[name]).splitlines()[0]
+    return (inspect.getdoc(RECIPES[name]) or "").partition("\n")[0]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a recipe makes sense before anything is read or built, and the model that it names."""
+"""Checks a recipe before anything is read or built, and gives the config of its model."""
 
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from vivit_jax.config import Config
@@ -15,7 +15,7 @@ from vivit_jax.presets import PRESETS, Preset
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.typed import Misfit, expected, from_json, override
 
-# Values that are not None, by field.
+# (condition, text, fields); None is not checked.
 _RANGES = (
     (
         lambda v: v >= 1,
@@ -60,21 +60,21 @@ def preset_named(name: str) -> Preset:
     """The preset that `model.preset` names. Raises UserError for another name."""
     if name not in PRESETS:
         raise UserError(
-            f"model.preset is {name!r}, which is no preset{closest(name, PRESETS, short=True)}"
+            f"model.preset is {name!r}, which is not a preset{closest(name, PRESETS, short=True)}"
         )
     return PRESETS[name]
 
 
 def config_fields(preset: str) -> dict[str, Any]:
-    """Names and types of what `model.config` may hold: the fields of the preset's configuration."""
+    """The fields that `model.config` may hold, those of the preset's configuration, with types."""
     return {field.name: field.type for field in dataclasses.fields(preset_named(preset).config)}
 
 
 def model_config(recipe: Recipe) -> Config:
-    """The configuration of a recipe's model: the preset's with `model.config` on top.
+    """The configuration of a recipe's model: the preset's, overridden by `model.config`.
 
-    Another `num_labels` drops the preset's names of classes and its `class_splits`, unless they are
-    given too. Raises UserError for an unknown preset, ConfigError for what the configuration
+    Another `num_labels` drops the preset's class names and `class_splits`, unless they are given
+    too. Raises UserError for an unknown preset, ConfigError for values that the configuration
     refuses.
     """
     config = preset_named(recipe.model.preset).config
@@ -88,17 +88,17 @@ def model_config(recipe: Recipe) -> Config:
 
 
 def check(recipe: Recipe) -> Recipe:
-    """The recipe, if every field is of its type and in its range, and the fields agree.
+    """The recipe, if every field has the right type and range, and the fields agree.
 
-    Raises UserError, which names the field, or the fields that disagree and which to set too. Does
-    not look at files: `data.train` may be empty.
+    Otherwise raises UserError, which names the field, or the fields that disagree and what to set.
+    Does not look at files: `data.train` may be empty.
     """
     _check_types(recipe)
     _check_ranges(recipe)
     _check_names(recipe)
     config = model_config(recipe)
     if recipe.model.start is None or "image_size" in recipe.model.config:
-        check_frames(recipe, config)  # else those of the model in `start` count, once it is read
+        check_frames(recipe, config)  # otherwise `start` decides the frame size, once it is read
     _check_batch(recipe)
     if recipe.task == "finetune":
         _check_labelled(recipe)
@@ -110,12 +110,12 @@ def check(recipe: Recipe) -> Recipe:
 
 
 def check_frames(recipe: Recipe, config: Config) -> None:
-    """UserError where views or training crops of the config's frames would be cut from less."""
+    """UserError if the config's frames exceed the frames that views or crops are cut from."""
     side = min(config.frame_size)
     if recipe.evaluation.resize < side:
         raise UserError(
-            f"evaluation.resize is {recipe.evaluation.resize}, but the model's frames have {side} "
-            f"pixels a side: set evaluation.resize={side} or more too, or model.config.image_size"
+            f"evaluation.resize is {recipe.evaluation.resize}, but the model's frames have a side "
+            f"of {side} pixels: set evaluation.resize={side} or more, or model.config.image_size"
         )
     augment = recipe.augment
     if augment.resize is not None and augment.crop in ("random", "center"):
@@ -128,9 +128,9 @@ def check_frames(recipe: Recipe, config: Config) -> None:
 
 
 def closest(name: str, known: Iterable[str], short: bool = False) -> str:
-    """The end of a message about an unknown name: what may be meant, and all that there are.
+    """The end of a message about an unknown name: similar names, and all known names.
 
-    `short` leaves out the second where there is the first.
+    `short` omits the second if there is the first.
     """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3)
@@ -140,7 +140,7 @@ def closest(name: str, known: Iterable[str], short: bool = False) -> str:
 
 
 def wrong(path: str, value: Any, wanted: str) -> UserError:
-    """A value that a field cannot have."""
+    """The error for a value that a field cannot have."""
     return UserError(f"{path} is {value!r}, expected {wanted}")
 
 
@@ -162,16 +162,17 @@ def _check_types(recipe: Recipe) -> None:
         _check_type(f"model.config.{key}", known[key], value)
 
 
-def _sections(recipe: Recipe):
-    """Prefix, dataclass and fields that are no dataclasses themselves, of each part."""
+def _sections(recipe: Recipe) -> Iterator[tuple[str, Any, Sequence[dataclasses.Field]]]:
+    """Prefix, dataclass, and fields that are not dataclasses themselves, of each part."""
     own = dataclasses.fields(recipe)
     yield "", recipe, [f for f in own if not dataclasses.is_dataclass(f.type)]
     for field in own:
-        if dataclasses.is_dataclass(field.type):
+        kind = field.type
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             section = getattr(recipe, field.name)
-            if not isinstance(section, field.type):
-                raise wrong(field.name, section, field.type.__name__)
-            yield f"{field.name}.", section, dataclasses.fields(section)
+            if not isinstance(section, kind):
+                raise wrong(field.name, section, kind.__name__)
+            yield f"{field.name}.", section, dataclasses.fields(kind)
 
 
 def _check_type(path: str, wanted: Any, value: Any) -> None:
@@ -191,7 +192,6 @@ def _check_ranges(recipe: Recipe) -> None:
 
 
 def _check_names(recipe: Recipe) -> None:
-
     if recipe.augment.rand_augment is not None:
         try:
             parse_rand_augment(recipe.augment.rand_augment)
@@ -221,8 +221,8 @@ def _check_labelled(recipe: Recipe) -> None:
         parts = f", {part} in each of train.accumulate {train.accumulate}," * (part < clips)
         raise UserError(
             f"train.batch_size {train.batch_size} x data.repeats {recipe.data.repeats} = {clips} "
-            f"clips{parts} are no whole groups of augment.mix_group {augment.mix_group}, which mix "
-            "in pairs: set augment.mix_group too, to an even number that divides them"
+            f"clips{parts} cannot be divided into groups of augment.mix_group {augment.mix_group}, "
+            "which mix in pairs: set augment.mix_group to an even number that divides them"
             + (", or none for all of them" if part == clips and clips % 2 == 0 else "")
         )
 
@@ -242,7 +242,7 @@ def _check_batch(recipe: Recipe) -> None:
     if train.batch_size % train.accumulate:
         raise UserError(
             f"train.batch_size {train.batch_size} does not divide into train.accumulate "
-            f"{train.accumulate} equal parts: set one of them to fit the other"
+            f"{train.accumulate} equal parts: change one of them"
         )
 
 
@@ -271,8 +271,8 @@ def _check_patterns(recipe: Recipe) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(
-                f"{path}: {pattern!r} is no regular expression ({error}); it must match paths of "
-                "parameters, such as backbone/patch_embed/.*"
+                f"{path}: {pattern!r} is not a regular expression ({error}); it must match "
+                "parameter paths, such as backbone/patch_embed/.*"
             ) from None
         if factor < 0:
             raise UserError(f"{path}: the factor of {pattern!r} is {factor}, expected 0 or more")

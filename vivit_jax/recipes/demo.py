@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipes of `vivit-jax demo`, of models that train in seconds on its clips."""
+"""The recipes of `vivit-jax demo`, whose models train in seconds on its clips."""
 
 import dataclasses
 
@@ -22,8 +22,8 @@ _SIZES = dict(
     intermediate_size=192,
     initializer_range=0.1,  # 0.02 suits widths near 768
 )
-# Four frames a token: the patch projection itself sees motion. On CPU the gradient of an MLP with
-# erf takes twice as long.
+# With four frames per token the patch projection itself sees motion. On CPU the gradient of an MLP
+# with erf takes twice as long as with tanh.
 _VIDEOMAE = _SIZES | dict(tubelet_size=4, patch_size=16, hidden_act="gelu_new")
 _DECODER = dict(
     decoder_hidden_size=64,
@@ -31,7 +31,7 @@ _DECODER = dict(
     decoder_num_attention_heads=4,
     decoder_intermediate_size=128,
 )
-# Every clip is seen whole, and no mirror image is: direction is what the classes are.
+# Clips are neither cropped nor mirrored: the classes are directions.
 _WHOLE = AugmentSettings(crop="center", flip=0.0)
 _CLIPS = DataSettings(sampler="loop", stride=1, cache_gib=1.0)
 _VIEWS = EvalSettings(sampler="loop", stride=1, resize=48)
@@ -41,7 +41,7 @@ def demo_pretrain() -> Recipe:
     """The demo's masked pre-training, on clips without labels.
 
     Starts from: nothing.
-    Source: this project; there is no such run in the papers.
+    Source: this project; the papers have no such run.
     Hardware: two CPU cores.
     Result: see docs/measurements.md.
     """
@@ -54,7 +54,7 @@ def demo_pretrain() -> Recipe:
         ),
         data=_CLIPS,
         augment=dataclasses.replace(_WHOLE, flip=0.5),
-        # Of 18 tokens a tenth is not enough to find a shape by.
+        # A tenth of 18 tokens is too little to find a shape.
         mask=MaskSettings(kind="random", ratio=0.5),
         optim=OptimSettings(lr=4e-3, lr_batch=None, warmup_epochs=5, b2=0.95, weight_decay=0.05),
         train=TrainSettings(epochs=44, batch_size=16),
@@ -65,8 +65,8 @@ def demo_pretrain() -> Recipe:
 def demo_finetune() -> Recipe:
     """The demo's fine-tuning, on few clips with labels.
 
-    Starts from: the demo's pre-training, or from nothing to compare.
-    Source: this project; there is no such run in the papers.
+    Starts from: the demo's pre-training, or nothing, for comparison.
+    Source: this project; the papers have no such run.
     Hardware: two CPU cores.
     Result: see docs/measurements.md.
     """
@@ -88,10 +88,10 @@ def demo_finetune() -> Recipe:
 
 
 def demo_vivit() -> Recipe:
-    """The demo's ViViT, trained from nothing on many clips with labels.
+    """The demo's ViViT, trained from scratch on many clips with labels.
 
     Starts from: nothing.
-    Source: this project; there is no such run in the papers.
+    Source: this project; the papers have no such run.
     Hardware: two CPU cores.
     Result: see docs/measurements.md.
     """

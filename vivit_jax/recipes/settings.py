@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes as text: `--set section.field=value`, and JSON both ways."""
+"""Recipes as text: `--set section.field=value`, and JSON in both directions."""
 
 import dataclasses
 import typing
@@ -11,34 +11,34 @@ from vivit_jax.recipes.checks import check, closest, config_fields, wrong
 from vivit_jax.recipes.recipe import Given, Recipe
 from vivit_jax.typed import Misfit, expected, from_json, from_text
 
-_FIELDS = {field.name: field.type for field in dataclasses.fields(Recipe)}
+_FIELDS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Recipe)}
 _DECIDED = typing.get_args(Given)
 _SECTIONS = {
     name: {field.name: field.type for field in dataclasses.fields(kind)}
     for name, kind in _FIELDS.items()
     if dataclasses.is_dataclass(kind)
 }
-# Of fields that came later, and that the files of older runs lack, the defaults.
+# Defaults of fields that the files of older runs lack.
 _LATER = {"given": (), "model.classes": "data"}
 
 
 def apply_settings(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     """The recipe with fields set as typed: "optim.lr=1e-4", "model.config.drop_path_rate=0.2".
 
-    Values are read by the type of their field, see `typed.from_text`; fields of the model's
-    configuration are those of the preset, also of one that is set here. All settings are applied
-    before the result is checked, so that fields which must agree can be set together. What is set
-    and could be decided otherwise by a checkpoint or by the data is added to `given`.
+    Values are read by the type of their field, see `typed.from_text`; the fields of the model's
+    configuration are those of the preset, including one that is set here. All settings are applied
+    before the result is checked, so fields that must agree can be set together. Fields that a
+    checkpoint or the data would decide are added to `given`.
 
-    Raises UserError for what is no assignment, for an unknown field, for one that is set twice, for
-    a value of another type, and as `check` does.
+    Raises UserError for text that is not an assignment, an unknown field, a field set twice, a
+    value of another type, and as `check` does.
     """
     texts: dict[str, str] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         path = path.strip()
         if not equals or not path:
-            raise UserError(f"{assignment!r} is no setting, expected section.field=value")
+            raise UserError(f"{assignment!r} is not a setting, expected section.field=value")
         if path in texts:
             raise UserError(f"{path} is set twice, to {texts[path]!r} and to {text!r}")
         texts[path] = text
@@ -61,17 +61,17 @@ def apply_settings(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """All fields of a recipe but `given`, as plain JSON values; `from_dict` reads them back."""
+    """All fields of a recipe except `given`, as plain JSON values; `from_dict` reads them back."""
     values = _plain(recipe)
     del values["given"]
     return values
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `to_dict` wrote, equal to it, checked; with `given` where it is there.
+    """The checked recipe that `to_dict` wrote, with `given` if it is there.
 
-    Raises UserError with the full name of the field for one that is unknown, that is missing or
-    whose value is of another type, and as `check` does.
+    Raises UserError with the full name of a field that is unknown, missing or of another type, and
+    as `check` does.
     """
     values = _check_keys("", values, _FIELDS)
     read = {
@@ -87,10 +87,8 @@ def _section(name: str, values: Any) -> Any:
     read = {}
     if name == "model":
         del known["config"]
-        config, fields = (
-            values["config"],
-            config_fields(_read("model.preset", str, values["preset"])),
-        )
+        config = values["config"]
+        fields = config_fields(_read("model.preset", str, values["preset"]))
         _check_keys("model.config.", config, fields, all_of_them=False)
         read["config"] = {k: _read(f"model.config.{k}", fields[k], v) for k, v in config.items()}
     read |= {key: _read(f"{name}.{key}", kind, values[key]) for key, kind in known.items()}
@@ -98,7 +96,7 @@ def _section(name: str, values: Any) -> Any:
 
 
 def _type_of(path: str, preset: str) -> Any:
-    """The annotation of a field by its full name. Raises UserError if there is no such field."""
+    """The type of a field, by its full name. Raises UserError if there is no such field."""
     section, _, name = path.partition(".")
     if section not in _SECTIONS:
         if path in _FIELDS:
@@ -123,7 +121,7 @@ def _type_of(path: str, preset: str) -> Any:
 
 
 def _meant(path: str) -> str:
-    """The end of a message about a name that is neither a section nor in one."""
+    """The end of a message about a name that is neither a section nor a field of one."""
     name = path.rpartition(".")[2]
     full = [f"{section}.{name}" for section, known in _SECTIONS.items() if name in known]
     if full:
@@ -155,7 +153,7 @@ def _plain(value: Any) -> Any:
 def _check_keys(
     prefix: str, values: Any, known: Mapping[str, Any], all_of_them: bool = True
 ) -> Mapping[str, Any]:
-    """The values, with those of `_LATER` that a file of an older version lacks."""
+    """The values, completed by those of `_LATER` that an older file lacks."""
     if not isinstance(values, Mapping):
         raise wrong(prefix.rstrip(".") or "a recipe", values, "an object of fields")
     for key in values:
@@ -166,7 +164,7 @@ def _check_keys(
     later = {key: _LATER[prefix + key] for key in known if prefix + key in _LATER}
     missing = [f"{prefix}{key}" for key in known if key not in values and key not in later]
     if missing:
-        raise UserError(f"{', '.join(missing)}: missing; a recipe's file has all fields")
+        raise UserError(f"{', '.join(missing)}: missing; a recipe's file must have all fields")
     return later | dict(values)
 
 

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """ViViT's recipes: the public configurations of scenic (Arnab et al. 2021), 32 frames each.
 
-In all of them: momentum SGD without weight decay, 64 clips, cosine to 0 after a linear warm-up of
-2.5 epochs, gradients clipped at norm 1, float32, no average of the params. A clip is looped where
-the video is too short, each frame's height and width are scaled by two factors in 0.9..1.33, and
-half of the clips are mirrored; Something-Something's too, since scenic's public code does not turn
-that off. Tests average the logits of 4 clips x 3 crops.
+All use momentum SGD without weight decay, 64 clips, a cosine to 0 after a linear warm-up of 2.5
+epochs, gradients clipped at norm 1, float32, and no average of the params. Short videos are looped,
+each frame's height and width are scaled by two factors in 0.9..1.33, and half of the clips are
+mirrored, also for Something-Something, since scenic's public code does not turn that off. Tests
+average the logits of 4 clips x 3 crops.
 
-The checkpoint that a run starts from is `model.start`: an ImageNet-21k ViT (its kernel goes to the
-second frame of a tubelet) or a ViViT of Kinetics, of which `init_from_video_model` makes one of the
-recipe's size: scenic's configurations of the large Kinetics models have 24 temporal layers, of
-which its code would not start the 4 of the others. Scenic names no number of devices. It clips each
-device's gradient by itself before the mean, and draws one mixup factor for each device; here both
-are of the whole batch, unless `augment.mix_group` says which clips share a factor.
+A run starts from `model.start`: an ImageNet-21k ViT (its kernel goes to the second frame of a
+tubelet) or a ViViT trained on Kinetics, which `init_from_video_model` adapts to the recipe's size:
+scenic's large Kinetics models have 24 temporal layers, from which its code cannot start the others'
+4. Scenic does not state the number of devices. It clips each device's gradient before the mean, and
+draws one mixup factor per device; here both apply to the whole batch, unless `augment.mix_group`
+says how many clips share a factor.
 
-The variants with factorised self-attention and factorised dot-product attention have presets, and
-no published recipe.
+The variants with factorised self-attention and factorised dot-product attention have presets but no
+published recipe.
 """
 
 from collections.abc import Mapping
@@ -31,6 +31,8 @@ from vivit_jax.recipes.recipe import (
     TrainSettings,
 )
 
+_COLOUR = MappingProxyType({"colour": 0.8})
+
 
 def _recipe(
     preset: str,
@@ -40,11 +42,8 @@ def _recipe(
     stride: int = 2,
     resize: int = 256,
     crops: int = 3,
-    colour: float = 0.0,
-    rand_augment: str | None = None,
-    mixup: float = 0.0,
-    smoothing: float = 0.0,
-    config: Mapping[str, Any] = MappingProxyType({}),  # of the preset's, what a start has otherwise
+    augment: Mapping[str, Any],  # further fields of AugmentSettings
+    config: Mapping[str, Any] = MappingProxyType({}),  # fields that override the preset's
 ) -> Recipe:
     return Recipe(
         name=preset,
@@ -57,10 +56,7 @@ def _recipe(
             crop="random",
             jitter_scale=(0.9, 1.33),
             flip=0.5,
-            rand_augment=rand_augment,
-            colour=colour,
-            mixup=mixup,
-            smoothing=smoothing,
+            **augment,
         ),
         optim=OptimSettings(
             algorithm="sgd",
@@ -86,7 +82,7 @@ def vivit_b_16x2_kinetics400() -> Recipe:
     Hardware: devices not named, 64 clips together.
     Result: 79.9 top-1, 4 x 3 views.
     """
-    return _recipe("vivit-b-16x2-kinetics400", lr=0.1, colour=0.8)
+    return _recipe("vivit-b-16x2-kinetics400", lr=0.1, augment=_COLOUR)
 
 
 def vivit_b_16x2_fe_kinetics400() -> Recipe:
@@ -97,7 +93,7 @@ def vivit_b_16x2_fe_kinetics400() -> Recipe:
     Hardware: devices not named, 64 clips together.
     Result: 78.4 top-1, 4 x 3 views.
     """
-    return _recipe("vivit-b-16x2-fe-kinetics400", lr=0.05, colour=0.8)
+    return _recipe("vivit-b-16x2-fe-kinetics400", lr=0.05, augment=_COLOUR)
 
 
 def vivit_l_16x2_fe_kinetics400() -> Recipe:
@@ -108,7 +104,7 @@ def vivit_l_16x2_fe_kinetics400() -> Recipe:
     Hardware: devices not named, 64 clips together.
     Result: 80.3 top-1, 4 x 3 views.
     """
-    return _recipe("vivit-l-16x2-fe-kinetics400", lr=0.1, colour=0.8)
+    return _recipe("vivit-l-16x2-fe-kinetics400", lr=0.1, augment=_COLOUR)
 
 
 def vivit_l_16x2_fe_kinetics600() -> Recipe:
@@ -119,7 +115,7 @@ def vivit_l_16x2_fe_kinetics600() -> Recipe:
     Hardware: devices not named, 64 clips together.
     Result: 81.6 top-1, 4 x 3 views.
     """
-    return _recipe("vivit-l-16x2-fe-kinetics600", lr=0.05, colour=0.8)
+    return _recipe("vivit-l-16x2-fe-kinetics600", lr=0.05, augment=_COLOUR)
 
 
 def vivit_l_16x2_fe_ssv2() -> Recipe:
@@ -127,11 +123,11 @@ def vivit_l_16x2_fe_ssv2() -> Recipe:
 
     35 epochs. Layers are dropped with probability 0.3.
 
-    Starts from: ViViT-L/16x2 of Kinetics, whose positions are resized and whose first 4 temporal
-    layers are taken, or ViT-L/16, ImageNet-21k, in the spatial stage, its positions resized.
+    Starts from: ViViT-L/16x2 of Kinetics, with resized positions and its first 4 temporal layers,
+    or ViT-L/16, ImageNet-21k, in the spatial stage, with resized positions.
     Source: scenic, projects/vivit/configs/something_something_v2/vivit_large_factorised_encoder.py.
     Hardware: devices not named, 64 clips together, more than one on each.
-    Result: none published; the views of the configuration are 4 x 3.
+    Result: none published; the configuration has 4 x 3 views.
     """
     return _recipe(
         "vivit-l-16x2-fe-ssv2",
@@ -139,9 +135,7 @@ def vivit_l_16x2_fe_ssv2() -> Recipe:
         epochs=35,
         stride=1,
         resize=288,
-        rand_augment="scenic-m20-n2",
-        mixup=0.3,
-        smoothing=0.3,
+        augment=dict(rand_augment="scenic-m20-n2", mixup=0.3, smoothing=0.3),
         config=dict(image_size=256, num_temporal_layers=4, drop_path_rate=0.3),
     )
 
@@ -151,12 +145,12 @@ def vivit_l_16x2_fe_epic_kitchens() -> Recipe:
 
     The preset has both heads; layers are dropped with probability 0.2.
 
-    Starts from: ViViT-L/16x2 of Kinetics, whose first 4 temporal layers are taken, or ViT-L/16,
+    Starts from: ViViT-L/16x2 of Kinetics, with its first 4 temporal layers, or ViT-L/16,
     ImageNet-21k, in the spatial stage.
     Source: scenic, projects/vivit/configs/epic_kitchens/vivit_large_factorised_encoder.py.
     Hardware: devices not named, 64 clips together, more than one on each.
-    Result: 43.6 (presumably of noun and verb together, top-1), 4 x 1 views, which are this
-    recipe's; the configuration asks for 4 x 3.
+    Result: 43.6 (presumably noun and verb together, top-1), 4 x 1 views, as in this recipe; the
+    configuration has 4 x 3.
     """
     return _recipe(
         "vivit-l-16x2-fe-epic-kitchens",
@@ -164,9 +158,7 @@ def vivit_l_16x2_fe_epic_kitchens() -> Recipe:
         epochs=50,
         stride=1,
         crops=1,
-        rand_augment="scenic-m15-n2",
-        mixup=0.1,
-        smoothing=0.2,
+        augment=dict(rand_augment="scenic-m15-n2", mixup=0.1, smoothing=0.2),
         config=dict(num_temporal_layers=4, drop_path_rate=0.2),
     )
 
