@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that work for the main one: Ctrl-C is not for them, and its end is theirs too."""
+"""Helper processes: they ignore Ctrl-C and end with the main process."""
 
 import contextlib
 import importlib
@@ -20,7 +20,7 @@ from vivit_jax.errors import UserError, printable
 
 
 class Ended(Exception):
-    """A process was ended by a signal in the middle of a call."""
+    """A signal ended the process during a call."""
 
     def __init__(self, signal_name: str):
         super().__init__(f"ended by {signal_name}")
@@ -28,13 +28,12 @@ class Ended(Exception):
 
 
 class Apart:
-    """A function that is called in a process of its own, where what it calls may end the process.
+    """A function that runs in a process of its own, which it may crash.
 
-    `modules` are imported there at once, while this process goes on with something else. After an
-    end the next call gets a new process. Both ways go pickles: arguments, and what is returned. To
-    leave the block ends the process, whatever it does. What it writes to standard error comes with
-    the result of the call, so that what a library says in the moment of its end, or beside a
-    UserError, is not heard.
+    `modules` are imported there at once, while this process continues. After a crash the next call
+    gets a new process. Arguments and results are pickled. Leaving the block kills the process. Its
+    standard error is printed with the result of a call, and dropped if the call crashes or raises
+    UserError.
     """
 
     def __init__(self, function: Callable[..., Any], modules: Sequence[str] = ()):
@@ -51,29 +50,30 @@ class Apart:
         self._directory.cleanup()
 
     def begin(self, *args: Any) -> None:
-        """Call the function. One call at a time: `result` ends it."""
+        """Start a call, one at a time: `result` completes it."""
         if not self._process.is_alive():
             self._end()
             self._start()
-        with contextlib.suppress(BrokenPipeError):  # told by `result`
+        with contextlib.suppress(BrokenPipeError):  # `result` reports it
             self._connection.send(args)
 
     def done(self, seconds: float) -> bool:
-        """Wait for so long at most; whether the call is over."""
+        """Wait at most this long; whether the call is complete."""
         ready = (self._connection, self._process.sentinel)
         return bool(multiprocessing.connection.wait(ready, seconds))
 
     def result(self) -> Any:
-        """What the function returned.
+        """The function's return value.
 
-        Raises what it raised as UserError, RuntimeError with the process's trace for any other
-        exception, and Ended where a signal has ended the process.
+        Raises the function's UserError, RuntimeError with the process's traceback for any other
+        exception, and Ended if a signal ended the process.
         """
         try:
             what, value = self._connection.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
             code = self._process.exitcode
+            assert code is not None, "the process has been joined"
             if code < 0:
                 raise Ended(signal.Signals(-code).name) from None
             raise RuntimeError(f"another process ended with {code}: {self._heard()}") from None
@@ -95,7 +95,7 @@ class Apart:
         )
         with interrupts_held(), stack_without_limit():
             self._process.start()
-        theirs.close()  # else its end would not be seen
+        theirs.close()  # so that the process's end closes the connection
 
     def _end(self) -> None:
         self._process.kill()
@@ -103,7 +103,7 @@ class Apart:
         self._connection.close()
 
     def _heard(self) -> str:
-        """What the process wrote to standard error since this was asked."""
+        """What the process has written to standard error since the last call."""
         said = self._said.read_text(encoding="utf-8", errors="replace")
         os.truncate(self._said, 0)
         return said
@@ -111,7 +111,7 @@ class Apart:
 
 def _serve(function: Callable[..., Any], modules: Sequence[str], connection, said: Path) -> None:
     """The other side of `Apart`."""
-    with open(said, "ab") as file:  # libraries write to the descriptor
+    with open(said, "ab") as file:  # libraries write to the file descriptor
         os.dup2(file.fileno(), 2)
     follow_the_main_process()
     for module in modules:
@@ -133,16 +133,15 @@ def _serve(function: Callable[..., Any], modules: Sequence[str], connection, sai
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back from this thread, and so for good from processes that are started here.
+    """Block Ctrl-C in this thread, and thereby in the processes that it starts.
 
-    Those take seconds until they can do so themselves, and Ctrl-C of a terminal reaches them at
-    once.
+    These take seconds until they can block it themselves, and a terminal sends it to them at once.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows: they may end with a trace of their own
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: they may end with a traceback
         yield
         return
 
-    resource_tracker.ensure_running()  # which would let interrupts through again
+    resource_tracker.ensure_running()  # starting it later would unblock interrupts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -152,11 +151,11 @@ def interrupts_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stack_without_limit() -> Iterator[None]:
-    """Start processes without a limit of their stack, where the system lets users lift it.
+    """Start processes without a stack limit, if the system lets users lift it.
 
-    libtpu 0.0.42.1 overflows a stack on some programs, in threads that it gives little. In a
-    process that begins with the limit "unlimited" it compiles those too; with 4 GiB, or where the
-    limit is lifted later, it does not.
+    libtpu 0.0.42.1 overflows the small stacks of its threads on some programs. It compiles these in
+    a process that starts with the limit "unlimited"; with 4 GiB, or if the limit is lifted later,
+    it does not.
     """
     try:
         import resource
@@ -173,10 +172,12 @@ def stack_without_limit() -> Iterator[None]:
 
 
 def follow_the_main_process() -> None:
-    """Leave Ctrl-C to the process that started this one, and end when it does."""
+    """Ignore Ctrl-C, and end when the process that started this one ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a process that multiprocessing started"
 
     def follow():
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -14,10 +14,10 @@ import pytest
 from clips import painted, write_clip
 from PIL import Image
 
+from vivit_jax.data.datasets.arrays import open_array
 from vivit_jax.data.datasets.dataset import (
     Example,
     count_frames,
-    open_array,
     read_dataset,
     read_frames,
     read_training_clip,
@@ -159,12 +159,12 @@ def test_a_part_of_a_video_with_two_labels(tmp_path):
         ("a.mp4 1\n\nb.mp4 swim\n", {}, "line 3: 'b.mp4 swim': there is no label"),
         ("a.mp4 1\nb.mp4\n", {}, "line 2: 'b.mp4': there is no label, .* pass labels=0"),
         ("a.mp4 1\nb.mp4 1.5\n", {}, "line 2: 'b.mp4 1.5': there is no label"),
-        ("a.mp4\t1\nb.mp4\tswim\n", {}, "line 2: .*'swim' is no whole number"),
-        ("a 1 58\n", {}, "line 1: 'a 1 58': its numbers can be read in several ways"),
+        ("a.mp4\t1\nb.mp4\tswim\n", {}, "line 2: .*'swim' is not an integer"),
+        ("a 1 58\n", {}, "line 1: 'a 1 58': its numbers are ambiguous"),
         ("a.mp4 3\n", {"labels": 2}, "line 1: .*it has 1 labels; expected 2"),
         ("a.mp4 3,4\n", {"labels": 1}, "line 1: .*it has 2 labels; expected 1"),
         ("a.mp4 -2\n", {}, "line 1: .*label -2; expected at least 0, or -1"),
-        ("a 0 5\n", {"labels": 1}, "line 1: .*it says 0 frames"),
+        ("a 0 5\n", {"labels": 1}, "line 1: .*it asks for 0 frames"),
         ("a -3 9 5\n", {"labels": 1}, "line 1: .*9 frames from -3"),
         (",3\n", {}, "line 1: .*there is no path"),
         ("a.mp4 1\nb.mp4 -1\n", {}, "differing numbers of labels: 1 in line 1 and 0 in line 2"),
@@ -172,7 +172,7 @@ def test_a_part_of_a_video_with_two_labels(tmp_path):
         ("a.mp4 1\nb.mp4 2\na.mp4 2\n", {}, "a.mp4 has label 1 in line 1 and 2 in line 3"),
         ("a.mp4 1\n", {"frame_name": "img.jpg"}, "frame_name is 'img.jpg': it is the same"),
         ("a.mp4 1\n", {"frame_name": "{x}"}, "frame_name is '{x}'"),
-        ("a.mp4 1\n", {"labels": -1}, "labels is -1; expected how many"),
+        ("a.mp4 1\n", {"labels": -1}, "labels is -1; expected the number"),
         (b"\x00\x01\x02", {}, "not a text file; expected a list file"),
         (f"a.mp4 {2**31}\n", {}, "line 1: .*label 2147483648; expected at most 2147483647"),
         (f"a.mp4 {10**23}\n", {}, "line 1: .*label 10{23}; expected at most"),
@@ -235,7 +235,7 @@ def test_a_folder_for_each_class(tmp_path, caplog):
         (str(tmp_path / "swim/a.AVI"), 2),
         (str(tmp_path / "swim/b.mp4"), 2),
     ]
-    assert "1 files are no clips, such as notes.txt" in caplog.text
+    assert "1 file is not a clip, such as notes.txt" in caplog.text
     unlabelled = read_dataset(tmp_path, labels=0)
     assert unlabelled.labels_per_example == 0 and len(unlabelled) == 3
 
@@ -282,7 +282,7 @@ def test_refused_directories(tmp_path, names, message):
 
 def test_folders_name_one_label(tmp_path):
     touched(tmp_path, "a/x.mp4")
-    with pytest.raises(UserError, match="folders name one label; for labels=2 write a list"):
+    with pytest.raises(UserError, match="folders give one label; for labels=2 write a list"):
         read_dataset(tmp_path, labels=2)
 
 
@@ -329,7 +329,7 @@ def test_a_folder_with_a_listed_total_is_read_by_name(tmp_path):
     with pytest.raises(VideoError, match="clip: no such frames: 5; there are 5"):
         read_frames(example, [5])
     longer = Example(folder, 0, start=3, total=50, frame_name="img_{:05}.png")
-    with pytest.raises(VideoError, match="img_00010.png: no readable image: .*No such file"):
+    with pytest.raises(VideoError, match="img_00010.png: not a readable image: .*No such file"):
         read_frames(longer, [7])
 
 
@@ -400,7 +400,7 @@ def test_frames_of_arrays(tmp_path, kind):
     np.testing.assert_array_equal(found, frames[[8, 0, 8]])
     part = Example(str(path), 0, start=4, total=3)
     np.testing.assert_array_equal(read_frames(part, [2]), frames[[6]])
-    with pytest.raises(VideoError, match="there are 9 frames; the list says 3 from frame 7 on"):
+    with pytest.raises(VideoError, match="9 frames; the list asks for 3 frames from frame 7"):
         count_frames(Example(str(path), 0, start=7, total=3))
 
 
@@ -456,9 +456,9 @@ GOOD = saved(np.zeros((3, 4, 4, 3), np.uint8))
         ("objects.npz", archive(a=saved(np.array([{}]), allow_pickle=True)), "not an array"),
         ("two.npz", archive(a=GOOD, b=GOOD), r"holds the arrays \['a', 'b'\]; expected one"),
         ("nothing.npz", archive(), r"holds the arrays \[\]; expected one"),
-        ("clip/1.jpg", jpeg()[:700], "clip/1.jpg: no readable image"),
-        ("clip/1.jpg", b"", "clip/1.jpg: no readable image"),
-        ("clip/1.png", png()[:45], "clip/1.png: no readable image"),
+        ("clip/1.jpg", jpeg()[:700], "clip/1.jpg: not a readable image"),
+        ("clip/1.jpg", b"", "clip/1.jpg: not a readable image"),
+        ("clip/1.png", png()[:45], "clip/1.png: not a readable image"),
         ("clip/1.png", png("I;16"), "clip/1.png: .*pixels of mode I;16, expected 8 bits"),
         ("clip/1.txt", b"", "clip: a folder without images"),
     ],
@@ -523,7 +523,7 @@ def test_a_list_that_says_far_more_frames_than_there_are(tmp_path):
     np.testing.assert_array_equal(read_frames(folder, [2, 0]), [painted(3), painted(1)])
     views = dict(num_frames=4, stride=2, sampler="loop", clips=2)
     for example, missing in (
-        (folder, "png: no readable image"),
+        (folder, "png: not a readable image"),
         (video, "no such frames: .*are 5"),
     ):
         assert count_frames(example) == many
@@ -549,8 +549,8 @@ def test_digits_of_other_scripts_sort_as_letters(tmp_path):
 @pytest.mark.parametrize(
     "member, content, message",
     [
-        ("frames.npy", b"no array", "frames in it is no array of numpy's"),
-        ("frames", b"no array", "frames in it is no array of numpy's"),
+        ("frames.npy", b"no array", "frames in it is not a numpy array"),
+        ("frames", b"no array", "frames in it is not a numpy array"),
         ("frames.npy", b"\x93NUMPY\x01\x00", "not an array in numpy's .npz format"),
         ("frames.npy", b"", "frames in it is no array"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from vivit_jax.data.datasets import dataset as reading
 from vivit_jax.data.datasets.dataset import read_dataset
 from vivit_jax.data.one_clip import UnforeseenError, each_of_clip, one_clip
-from vivit_jax.data.pipeline import Batches
+from vivit_jax.data.pipeline import Batches, ClipShape
 from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.errors import ConfigError, UserError, VideoError
 
@@ -109,7 +109,7 @@ def broken(monkeypatch):
 @pytest.mark.parametrize("cache", [0.0, 1.0])
 def test_training_goes_on_without_it(folder, broken, cache):
     settings = DataSettings(stride=1, sampler="loop", max_bad_share=0.5, cache_gib=cache)
-    how = dict(num_frames=4, size=(16, 16), batch_size=2, seed=0, labelled=False)
+    how = dict(shape=ClipShape(4, (16, 16)), batch_size=2, seed=0, labelled=False)
     with Batches(read_dataset(folder), settings, AugmentSettings(), **how) as batches:
         for _ in range(12):
             assert next(batches)["clips"].shape == (2, 4, 16, 16, 3)
@@ -122,7 +122,7 @@ def test_training_goes_on_without_it(folder, broken, cache):
 
 def test_an_error_in_augmentation_is_the_clips_too(folder):
     settings = DataSettings(stride=1, sampler="loop", max_bad_share=0.5)
-    how = dict(num_frames=4, size=(16, 16), batch_size=2, seed=0, labelled=False)
+    how = dict(shape=ClipShape(4, (16, 16)), batch_size=2, seed=0, labelled=False)
     with Batches(read_dataset(folder), settings, AugmentSettings(), **how) as batches:
         bad = np.load(folder / BAD)
 
@@ -139,7 +139,7 @@ def test_an_error_in_augmentation_is_the_clips_too(folder):
 
 def test_a_wrong_setting_still_ends_the_run(folder):
     settings = DataSettings(stride=1, sampler="loop")
-    how = dict(num_frames=4, size=(16, 16), batch_size=2, seed=0, labelled=False)
+    how = dict(shape=ClipShape(4, (16, 16)), batch_size=2, seed=0, labelled=False)
     with Batches(read_dataset(folder), settings, AugmentSettings(), **how) as batches:
 
         def transform(rng, frames):

@@ -21,7 +21,7 @@ import pytest
 from clips import write_clip
 from PIL import Image
 
-from vivit_jax.data import pipeline
+from vivit_jax.data import cache, pipeline
 from vivit_jax.data.datasets.dataset import (
     Dataset,
     Example,
@@ -29,12 +29,13 @@ from vivit_jax.data.datasets.dataset import (
     read_training_clip,
     read_whole,
 )
-from vivit_jax.data.pipeline import Batches, ProcessShard
+from vivit_jax.data.pipeline import Batches, ClipShape, ProcessShard
 from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.data.transforms.augment import train_transform
 from vivit_jax.errors import UserError, VideoError
 
 COUNT, FRAMES, HEIGHT, WIDTH = 7, 9, 20, 24
+SHAPE = ClipShape(num_frames=4, size=(16, 16))
 DATA = DataSettings(sampler="loop", stride=1)
 CROPS = AugmentSettings(crop="random", flip=0.0)
 
@@ -61,7 +62,7 @@ def labelled(paths):
 
 
 def batches(dataset, data=DATA, augment=CROPS, **options):
-    options = dict(num_frames=4, size=(16, 16), batch_size=3, seed=5) | options
+    options = dict(shape=SHAPE, batch_size=3, seed=5) | options
     return Batches(dataset, data, augment, **options)
 
 
@@ -139,7 +140,9 @@ def test_a_restored_sequence_goes_on_bit_for_bit(clips, tmp_path, step):
 def test_another_number_of_processes_cannot_go_on(clips):
     with batches(clips, batch_size=4, shard=ProcessShard(0, 2)) as source:
         state = source.state()
-    with pytest.raises(UserError, match="by 2 processes, .* now there are 1; go on with as many"):
+    with pytest.raises(
+        UserError, match="2 processes read the clips, .* now there are 1; resume with as many"
+    ):
         batches(clips, batch_size=4).restore(state)
 
 
@@ -212,7 +215,7 @@ def test_an_array_of_other_channels_is_a_bad_clip(clips, tmp_path):
             assert 0 not in next(source)["labels"]
     assert list(source.bad.values()) == [f"{tmp_path}/0.npy has 4 channels, the model takes 3"]
     four = labelled([tmp_path / "0.npy"] * 3)
-    assert first(1, four, num_channels=4)[0]["clips"].shape[-1] == 4
+    assert first(1, four, shape=ClipShape(4, (16, 16), 4))[0]["clips"].shape[-1] == 4
 
 
 def test_too_many_bad_clips_end_the_run_and_a_few_do_not(clips, tmp_path):
@@ -248,7 +251,7 @@ def test_a_cache_changes_nothing_of_a_damaged_video(clips, tmp_path):
     data[position : position + size] = b"\xff" * size
     path.write_bytes(data)
     example = Example(str(path), 0)
-    with pytest.raises(VideoError, match="of 60 frames asked 9 cannot be decoded"):
+    with pytest.raises(VideoError, match="9 of the 60 frames asked cannot be decoded"):
         read_whole(example)
     dataset = Dataset((example,) * 3, None, "list.txt")
     options = dict(data=dataclasses.replace(DATA, max_bad_share=1.0), batch_size=1)
@@ -299,8 +302,8 @@ def test_a_cache_changes_nothing_but_what_is_read_again(clips, tmp_path, monkeyp
 
 
 def test_a_cache_decodes_ahead_and_everything_once(clips, monkeypatch):
-    decoded, original = [], pipeline.read_whole
-    monkeypatch.setattr(pipeline, "read_whole", lambda e: (decoded.append(e), original(e))[1])
+    decoded, original = [], cache.read_whole
+    monkeypatch.setattr(cache, "read_whole", lambda e: (decoded.append(e), original(e))[1])
     data = dataclasses.replace(DATA, cache_gib=1.0, threads=1)
     alive = lambda: "decode ahead" in [thread.name for thread in threading.enumerate()]  # noqa: E731
     with batches(clips, data, batch_size=1) as source:
@@ -313,7 +316,7 @@ def test_a_cache_decodes_ahead_and_everything_once(clips, monkeypatch):
     assert sorted(e.path for e in decoded) == sorted(e.path for e in clips.examples)
     # One that is cut short ends with the batches.
     slow = lambda e: (time.sleep(0.2), original(e))[1]  # noqa: E731
-    monkeypatch.setattr(pipeline, "read_whole", slow)
+    monkeypatch.setattr(cache, "read_whole", slow)
     with batches(clips, data, batch_size=1) as source:
         next(source)
     assert not alive()
@@ -343,9 +346,12 @@ def test_batches_that_cannot_be_made(clips):
 
 def test_a_clip_that_is_too_small_for_the_crop_is_a_bad_clip(clips, tmp_path):
     words = r"could not be read, .*\.npy: frames of 20 x 24 pixels .* are smaller"
-    with batches(clips, size=(32, 32)) as source, pytest.raises(UserError, match=words):
+    large = ClipShape(num_frames=4, size=(32, 32))
+    with batches(clips, shape=large) as source, pytest.raises(UserError, match=words):
         next(source)
-    np.save(tmp_path / "2.npy", pixels(2)[:, :10])
+    # Another file by that name: grain's threads may still read the one before, which is mapped.
+    np.save(tmp_path / "small.npy", pixels(2)[:, :10])
+    (tmp_path / "small.npy").replace(tmp_path / "2.npy")
     data = dataclasses.replace(DATA, max_bad_share=0.5)
     with batches(clips, data) as source:
         for _ in range(4):
@@ -375,7 +381,7 @@ SCRIPT = """
     import dataclasses, hashlib, json, multiprocessing, os, signal, sys, threading, time
 
     from vivit_jax.data.datasets.dataset import Dataset, Example
-    from vivit_jax.data.pipeline import Batches
+    from vivit_jax.data.pipeline import Batches, ClipShape
     from vivit_jax.errors import UserError
     from vivit_jax.recipes.recipe import AugmentSettings, DataSettings
 
@@ -397,7 +403,7 @@ SCRIPT = """
         dataset = Dataset(tuple(Example(p, i) for i, p in enumerate(paths)), None, "list.txt")
         data = DataSettings(sampler="loop", stride=1, workers=2, threads=1, max_bad_share=0.5)
         augment = AugmentSettings(crop="random", flip=0.0)
-        options = dict(num_frames=4, size=(16, 16), batch_size=3, seed=5)
+        options = dict(shape=ClipShape(4, (16, 16)), batch_size=3, seed=5)
         with Batches(dataset, data, augment, **options) as source:
             transform = probing(source._load_clip.transform)
             source._load_clip = dataclasses.replace(source._load_clip, transform=transform)

@@ -119,7 +119,7 @@ def picture(path: Path) -> np.ndarray:
 
 
 def array(path: Path) -> np.ndarray:
-    from vivit_jax.data.datasets.dataset import open_array
+    from vivit_jax.data.datasets.arrays import open_array
 
     return np.asarray(open_array(path))
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from checkpoints_convert.files.open import open_checkpoint
 from vivit_jax import read_video
-from vivit_jax.data.datasets.dataset import Example, open_array, read_dataset, read_frames
+from vivit_jax.data.datasets.arrays import open_array
+from vivit_jax.data.datasets.dataset import Example, read_dataset, read_frames
 from vivit_jax.data.video.decode import frame_times, probe_video
 from vivit_jax.data.video.frame_stream import FrameStream
 from vivit_jax.errors import UserError

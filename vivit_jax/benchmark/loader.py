@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vivit_jax.benchmark.measure import Timing
 from vivit_jax.data.datasets.dataset import Dataset, Example
-from vivit_jax.data.pipeline import Batches
+from vivit_jax.data.pipeline import Batches, ClipShape
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import model_config
 from vivit_jax.recipes.recipe import Recipe
@@ -92,9 +92,7 @@ def measure_loader(
         Dataset(examples, None, "the videos"),
         data,
         recipe.augment,
-        num_frames=config.num_frames,
-        size=config.frame_size,
-        num_channels=config.num_channels,
+        shape=ClipShape(config.num_frames, config.frame_size, config.num_channels),
         batch_size=batch,
         seed=seed,
         labelled=False,

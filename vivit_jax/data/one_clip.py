@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one clip raises while it is read is that clip's, never the end of what reads many."""
+"""Turns anything that reading one clip raises into a VideoError, so that the others are read on."""
 
 import contextlib
 import logging
@@ -12,24 +12,25 @@ from vivit_jax.errors import UserError, VideoError
 
 logger = logging.getLogger(__name__)
 
-_told: set[tuple] = set()  # kinds of errors whose trace was logged by this process
-_telling = threading.Lock()
+_logged: set[tuple] = set()  # kinds of errors whose traceback this process has logged
+_log_lock = threading.Lock()
 
 
 class UnforeseenError(VideoError):
-    """Reading a clip raised what no reader foresees; the error itself is the `__cause__`."""
+    """Reading a clip raised an error that no reader foresees, given as `__cause__`."""
 
 
 @contextlib.contextmanager
 def one_clip(name: str | os.PathLike) -> Iterator[None]:
-    """Whatever the block raises of the clip `name` is a VideoError, so that others are read on.
+    """Makes any error that the block raises about the clip `name` a VideoError.
 
-    A VideoError passes as it is. So does another UserError: it is about an argument or a setting,
-    and the same for every clip. Everything else becomes an `UnforeseenError` of one line with the
-    error's type, whole message and place; it may be the file's damage, a disk's, or a mistake in
-    this library, so the first of each kind is logged with its trace. A MemoryError is among these:
-    one clip may ask for more than there is, and where the machine has no memory left all clips fail
-    and whoever counts them gives up. KeyboardInterrupt and SystemExit are no clip's and pass.
+    A VideoError passes unchanged, and so does any other UserError: it is about an argument or a
+    setting, the same for every clip. Everything else becomes an `UnforeseenError` of one line with
+    the error's type, full message and place. The cause may be a damaged file, a failing disk or a
+    bug in this library, so the first error of each kind is logged with its traceback. MemoryError
+    is included: one clip may need more memory than there is, and if the machine has none left all
+    clips fail and the caller, which counts failures, gives up. KeyboardInterrupt and SystemExit
+    pass.
     """
     try:
         yield
@@ -41,7 +42,7 @@ def one_clip(name: str | os.PathLike) -> Iterator[None]:
 
 
 def each_of_clip(name: str | os.PathLike, items: Generator) -> Generator:
-    """The items of a generator that reads a clip, whose errors are `one_clip`'s."""
+    """The items of a generator that reads a clip; errors are converted as by `one_clip`."""
     with one_clip(name), contextlib.closing(items):
         yield from items
 
@@ -54,7 +55,7 @@ def _described(error: Exception) -> str:
 
 
 def _place(error: Exception) -> str:
-    """Where it was raised, and from which line of this package where that is not the same."""
+    """Where it was raised, and the line of this package that led there if it is another one."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if f"{os.sep}vivit_jax{os.sep}" in frame.filename]
     places = dict.fromkeys(
@@ -66,13 +67,13 @@ def _place(error: Exception) -> str:
 
 def _log_first(name: str, error: Exception) -> None:
     kind = type(error), _place(error)
-    with _telling:
-        if kind in _told:
+    with _log_lock:
+        if kind in _logged:
             return
-        _told.add(kind)
+        _logged.add(kind)
     logger.warning(
-        "%s: reading this clip raised an error that is not foreseen, and the clip is left out. Its "
-        "file or its disk may be damaged; else please report it. The first of its kind:",
+        "%s: reading this clip raised an unforeseen error, and the clip is left out. The file or "
+        "the disk may be damaged; otherwise please report it. The first of its kind:",
         name,
         exc_info=error,
     )

@@ -3,8 +3,10 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int64
 
 from vivit_jax.errors import UserError, VideoError
 
@@ -20,15 +22,15 @@ def clip_indices(
     start: str | int = "center",
     pad: str = "error",
     rng: np.random.Generator | None = None,
-) -> np.ndarray:
+) -> Int64[np.ndarray, " num_frames"]:
     """Indices of `num_frames` frames, `stride` apart, in a video of `total` frames.
 
-    The clip spans `(num_frames - 1) * stride + 1` frames. Where it fits, `start` places its first
+    The clip spans `(num_frames - 1) * stride + 1` frames. If it fits, `start` places its first
     frame: "begin" at 0, "end" so that its last frame is the video's last, "center" midway
     between the two (rounded down), "random" uniformly over all places where it fits (drawn from
     `rng`), an int at that frame index.
 
-    Where it does not fit, `pad` decides: "error" raises; the others start the clip at frame 0 (at
+    If it does not fit, `pad` decides: "error" raises; the others start the clip at frame 0 (at
     `start` if that is an int) and map the indices past the end as `pad_indices` does.
 
     Args:
@@ -37,20 +39,20 @@ def clip_indices(
         stride: distance between neighbouring frames, in frames of the video, at least 1.
         start: "begin", "center", "end", "random" or a frame index.
         pad: "error", "repeat_last" or "loop".
-        rng: source of the draw for `start="random"`; unused by the others.
+        rng: source of the draw for `start="random"`; otherwise unused.
 
     Returns:
         int64 [num_frames], each in [0, total).
 
     Raises:
         VideoError: the video is too short and `pad` is "error", or `start` is past its end.
-        UserError: an argument is outside what is listed above.
+        UserError: an argument is not one of those listed above.
     """
     _check_counts(num_frames=num_frames, stride=stride)
     _check_pad(pad)
     offsets = np.arange(num_frames, dtype=np.int64) * stride
     room = total - (int(offsets[-1]) + 1)
-    if _is_int(start):
+    if not isinstance(start, str) and _is_int(start):
         if start < 0:
             raise UserError(f"start is {start}; expected a frame index of at least 0")
         if start >= total:
@@ -76,13 +78,15 @@ def clip_indices(
     return pad_indices(first + offsets, total, pad)
 
 
-def pad_indices(indices: np.ndarray, total: int, pad: str = "error") -> np.ndarray:
+def pad_indices(
+    indices: Sequence[int] | np.ndarray, total: int, pad: str = "error"
+) -> Int64[np.ndarray, " n"]:
     """Maps indices past the end of a video of `total` frames back into it.
 
     Args:
         indices: int [n], in any order, repeats allowed.
         total: frames in the video.
-        pad: "error" raises; "repeat_last" takes the video's last frame (`total - 1`) for each index
+        pad: "error" raises; "repeat_last" uses the video's last frame (`total - 1`) for each index
             past the end; "loop" starts again at frame 0 (`index % total`).
 
     Returns:
@@ -110,28 +114,27 @@ def sample_frame_indices(
     frame_sample_rate: float,
     seg_len: int,
     rng: np.random.Generator | np.random.RandomState | None = None,
-) -> np.ndarray:
+) -> Int64[np.ndarray, " clip_len"]:
     """Draws a clip as the Hugging Face video documentation does, index for index.
 
-    The clip covers `int(clip_len * frame_sample_rate)` consecutive frames. The frame after its last
-    is drawn uniformly, below `seg_len`, from those with room before them: the video's last frame is
-    never taken. The indices are evenly spaced over the clip, not exactly `frame_sample_rate` apart.
+    The clip covers `int(clip_len * frame_sample_rate)` consecutive frames. Its exclusive end is
+    drawn uniformly below `seg_len`, so the video's last frame is never taken. The indices are
+    evenly spaced over the clip, not exactly `frame_sample_rate` apart.
     `clip_indices(..., start="random")` has neither quirk.
 
     Args:
         clip_len: number of indices.
         frame_sample_rate: frames of the video per index.
         seg_len: frames in the video.
-        rng: source of the draw; None is NumPy's global state, so that `np.random.seed(0)` gives the
+        rng: source of the draw; None uses NumPy's global state, so `np.random.seed(0)` gives the
             documentation's clip.
 
     Returns:
         int64 [clip_len], increasing.
 
     Raises:
-        VideoError: `seg_len` is not greater than the frames covered.
-        UserError: an argument is no number, or `clip_len` or `frame_sample_rate` leaves nothing to
-            cover.
+        VideoError: `seg_len` does not exceed the number of frames covered.
+        UserError: an argument is not a number, or the clip would cover no frame.
     """
     for name, value in (("clip_len", clip_len), ("seg_len", seg_len)):
         if not _is_int(value):
@@ -158,22 +161,22 @@ def sample_frame_indices(
 
 def training_indices(
     sampler: str, total: int, num_frames: int, stride: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Draws the frames of a training clip as a paper does.
+) -> Int64[np.ndarray, " num_frames"]:
+    """Draws the frames of a training clip as the papers' code does.
 
     - "hold" (VideoMAE pre-training): frames exactly `stride` apart, the first uniform over
-      0..total - num_frames * stride. A video shorter than `num_frames * stride` starts at 0, and
-      the last frame that steps of `stride` reach is held; as in the authors' code, which counts
-      from 1, the video's very last frame is none of them.
+      0..total - num_frames * stride. In a video shorter than `num_frames * stride` the clip starts
+      at 0 and holds the last frame that steps of `stride` reach; as in the authors' code, which
+      counts from 1, it never reaches the video's very last frame.
     - "linspace" (VideoMAE fine-tuning): `sample_frame_indices`, whose spacing is a little over
-      `stride`; for 16 frames at stride 4 it is 4 or 5. Of a video of at most `num_frames * stride`
-      frames, `total // stride` ones evenly spread over all of it, then its last frame.
+      `stride`; for 16 frames at stride 4 it is 4 or 5. A video of at most `num_frames * stride`
+      frames gives `total // stride` frames spread evenly over all of it, then its last frame.
     - "loop" (ViViT): frames exactly `stride` apart, the first uniform over all places where the
-      clip fits; a video in which it fits nowhere starts at 0 and starts again at its end.
-    - "segments" (TSN; VideoMAE on Something-Something): one frame, uniform, of each of `num_frames`
-      parts of `total // num_frames` frames; `stride` means nothing. A video of fewer than
-      `num_frames` frames gives all of them after repeats of frame 0, as in VideoMAE V2 (V1 repeats
-      frame 0 only).
+      clip fits; a shorter video is read from frame 0 and starts again at its end.
+    - "segments" (TSN; VideoMAE on Something-Something): one uniformly drawn frame from each of
+      `num_frames` parts of `total // num_frames` frames; `stride` is ignored. A video of fewer than
+      `num_frames` frames gives repeats of frame 0, then all of its frames, as in VideoMAE V2 (V1
+      repeats frame 0 only).
 
     Args:
         sampler: one of `SAMPLERS`.
@@ -183,17 +186,17 @@ def training_indices(
         rng: source of the draw.
 
     Returns:
-        int64 [num_frames], each in [0, total), never decreasing but where "loop" starts again.
+        int64 [num_frames], each in [0, total), never decreasing except where "loop" starts again.
 
     Raises:
         VideoError: the video has no frame.
-        UserError: another argument is outside what is listed above.
+        UserError: another argument is not one of those listed above.
     """
     _check_sampler(sampler, total, num_frames=num_frames, stride=stride)
     span, steps = num_frames * stride, np.arange(num_frames, dtype=np.int64)
     if sampler == "hold":
         first = int(rng.integers(max(total - span, 0) + 1))
-        # The authors go on only where a frame would be left after the one they would go to.
+        # The authors take a step only if at least one frame follows the frame it leads to.
         return first + np.minimum(steps, max((total - 2 - first) // stride, 0)) * stride
     if sampler == "loop":
         first = int(rng.integers(max(total - span + stride, 1)))
@@ -212,20 +215,20 @@ def training_indices(
 
 def view_indices(
     sampler: str, total: int, num_frames: int, stride: int, clips: int = 1
-) -> np.ndarray:
+) -> Int64[np.ndarray, "clips num_frames"]:
     """The frames of a test video's `clips` clips along time: the test forms of `training_indices`.
 
-    - "hold", "linspace" (VideoMAE): of frames 0, stride, 2 * stride... the first clip takes the
-      first `num_frames`, the last the last, the others begin at equal distances between them
-      (rounded down). Too few are followed by repeats of the last of them.
+    - "hold", "linspace" (VideoMAE): among frames 0, stride, 2 * stride... the first clip takes the
+      first `num_frames`, the last clip the last, and the others begin at equal distances between
+      them (rounded down). If there are too few, the last one is repeated.
     - "loop" (ViViT): frames exactly `stride` apart; the first clip begins at 0, the last at
       `total - num_frames * stride`, the others at equal distances between (rounded down). A shorter
       video starts again at its end.
     - "segments" (TSN; VideoMAE on Something-Something): the video is divided into `num_frames`
-      parts and each of these into `clips`; clip k takes the first frame of part k of each.
+      parts and each part into `clips`; clip k takes the first frame of the k-th piece of each part.
 
-    One clip is the centre: it begins midway between first and last, or takes the frame in the
-    middle of each part.
+    A single clip is central: it begins midway between first and last, or takes the middle frame of
+    each part.
 
     Args:
         sampler, total, num_frames, stride: as in `training_indices`.
@@ -242,7 +245,7 @@ def view_indices(
     if sampler == "segments":
         if clips == 1:
             return (2 * steps[None] + 1) * total // (2 * num_frames)
-        # Whole numbers: in floating point an exact boundary may round to the frame before.
+        # In integers: in floating point an exact boundary may round to the frame before.
         return (views + clips * steps) * total // (clips * num_frames)
     reach = total if sampler == "loop" else -(-total // stride)
     room = max(reach - (num_frames * stride if sampler == "loop" else num_frames), 0)
@@ -261,7 +264,7 @@ def _check_sampler(sampler, total, **counts) -> None:
         raise UserError(f"sampler is {sampler!r}; expected one of {SAMPLERS}")
     _check_counts(**counts)
     if total < 1:
-        raise VideoError(f"a video of {total} frames has none to take: leave it out of the list")
+        raise VideoError(f"a video of {total} frames has nothing to read: leave it out of the list")
 
 
 def _check_counts(**counts) -> None:
@@ -275,7 +278,7 @@ def _check_pad(pad) -> None:
         raise UserError(f"pad is {pad!r}; expected one of {PADS}")
 
 
-def _as_indices(indices) -> np.ndarray:
+def _as_indices(indices: Sequence[int] | np.ndarray) -> Int64[np.ndarray, " n"]:
     array = np.asarray(indices)
     if array.ndim != 1 or not array.size:
         raise UserError(f"indices have shape {array.shape}; expected a list of at least one int")

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows of frames that slide over a video which is decoded once."""
+"""Windows of frames that slide over a video, which is decoded once."""
 
 import collections
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Generator
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
+from jaxtyping import Float64, Int64, Shaped
 
+from vivit_jax.config import Config
 from vivit_jax.config_base import positive_int
 from vivit_jax.data.read_clip import RECIPE_STRIDE
 from vivit_jax.data.video.frame_stream import FrameStream, StreamedFrame
@@ -17,20 +19,20 @@ from vivit_jax.errors import UserError, VideoError
 
 Pad = Literal["drop", "repeat_last"]
 _SECONDS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)s")
-# Matroska's times are whole milliseconds; a little more, for sums of floats.
+# Matroska's times are whole milliseconds; a little more, for rounding in sums of floats.
 _SAME_TIME = 1.01e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Where windows lie: one begins at frame s and has the frames s + j * frame_stride.
+    """Where windows lie: the window that begins at frame s has the frames s + j * frame_stride.
 
-    One begins at frame 0, and then every `stride` frames; or, `in_seconds`, at the first frame that
-    is shown at each multiple of `stride` seconds or later (or a millisecond before, which is what
-    containers round to), whatever the frame rate does in between, and at no frame twice.
+    A window begins at frame 0 and then every `stride` frames. If `in_seconds`, one begins at the
+    first frame shown at or after each multiple of `stride` seconds, whatever the frame rate (with a
+    millisecond of slack, to which containers round), and at most one begins at any frame.
 
-    A window is there where all its frames are. With `pad` "repeat_last" one more follows where the
-    others leave frames over that it reaches; past the end it repeats the video's last frame.
+    Only windows with all of their frames are given. With `pad` "repeat_last" one more follows if
+    the others leave frames over that it reaches; past the end it repeats the video's last frame.
     """
 
     num_frames: int
@@ -41,36 +43,36 @@ class Windows:
 
     @property
     def span(self) -> int:
-        """Frames of the video from a window's first to its last."""
+        """Number of frames from a window's first to its last."""
         return (self.num_frames - 1) * self.frame_stride + 1
 
-    def frames(self, start: int) -> np.ndarray:
-        """int64 [num_frames], of the window that begins at a frame, with nothing repeated."""
+    def frames(self, start: int) -> Int64[np.ndarray, " t"]:
+        """Frame indices of the window that begins at `start`, without padding."""
         return start + np.arange(self.num_frames, dtype=np.int64) * self.frame_stride
 
     def place(self, frame: StreamedFrame) -> float:
-        """Where a frame is, in what `stride` counts."""
+        """Where a frame lies, in the unit of `stride`."""
         return frame.seconds + _SAME_TIME if self.in_seconds else frame.index
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The frames of one place."""
+    """One window's frames and where they lie."""
 
-    clip: np.ndarray  # uint8 [t, h, w, c]
-    indices: np.ndarray  # int64 [t]
-    seconds: np.ndarray  # float64 [t], from the video's first frame
+    clip: Shaped[np.ndarray, "t h w c"]  # as `prepare` made them
+    indices: Int64[np.ndarray, " t"]
+    seconds: Float64[np.ndarray, " t"]  # from the video's first frame
 
 
 def plan_windows(
-    config, frame_stride: int | None, window_stride: str | int | None, pad: str
+    config: Config, frame_stride: int | None, window_stride: str | int | None, pad: str
 ) -> Windows:
-    """The windows of a model's clips; raises UserError for wrong arguments.
+    """The windows for a model's clips; raises UserError for wrong arguments.
 
     Defaults are the frame stride of the model's recipe, and windows that do not overlap.
     """
-    if pad not in get_args(Pad):
-        raise UserError(f"pad must be one of {', '.join(get_args(Pad))} (--pad), got {pad!r}")
+    if pad not in ("drop", "repeat_last"):
+        raise UserError(f"pad must be drop or repeat_last (--pad), got {pad!r}")
     frame_stride = RECIPE_STRIDE[config.model_type] if frame_stride is None else frame_stride
     if not positive_int(frame_stride):
         raise UserError(
@@ -92,22 +94,22 @@ def slide(
     stream: FrameStream,
     windows: Windows,
     prepare: Callable[[np.ndarray], np.ndarray],
-    passed: Callable[[int], None] = lambda frames: None,
+    on_progress: Callable[[int], None] = lambda frames: None,
 ) -> Generator[Window, None, None]:
     """The windows of a video; each frame is prepared once, and held while it is needed.
 
-    `passed` is called with the number of frames that are behind. Raises VideoError where there is
-    no window, a frame of one cannot be shown, or windows by the second have no times to go by.
+    `on_progress` is called with the number of frames decoded so far. Raises VideoError if there is
+    no window, if a frame of one cannot be shown, and if windows in seconds have no times to go by.
     """
     held: dict[int, tuple[np.ndarray | VideoError, float]] = {}
-    begun: collections.deque[int] = collections.deque()  # first frames of windows not yet whole
-    upcoming, covered, frame = 0, 0, None  # number of the place where a window begins next
+    begun: collections.deque[int] = collections.deque()  # first frames of incomplete windows
+    upcoming, covered, frame = 0, 0, None  # `upcoming` numbers the next window
 
     def hold(frame: StreamedFrame) -> None:
         try:
             image = prepare(frame.image())
         except VideoError as error:
-            image = error  # which matters where a window has the frame
+            image = error  # raised only if a window has the frame
         held[frame.index] = image, frame.seconds
 
     def cut(indices: np.ndarray) -> Window:
@@ -118,9 +120,9 @@ def slide(
         return Window(np.stack(images), indices, np.array(seconds, np.float64))
 
     for frame in stream:
-        passed(frame.index + 1)
+        on_progress(frame.index + 1)
         place = windows.place(frame)
-        if math.isnan(place) and frame.index == 0:  # and then all of them are
+        if math.isnan(place) and frame.index == 0:  # then no frame has a time
             raise VideoError(
                 f"{stream.name}: states neither times nor a frame rate; give --window-stride in "
                 "frames"
@@ -135,6 +137,7 @@ def slide(
             covered = frame.index + 1
             for k in [k for k in held if not begun or k < begun[0]]:
                 del held[k]
+    assert frame is not None, "a stream without frames raises VideoError"
     total = frame.index + 1
     if windows.pad == "repeat_last" and begun and covered < total:
         if total - 1 not in held:

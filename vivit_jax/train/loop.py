@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from checkpoints_convert.pretrained import save_pretrained
 from vivit_jax.data.datasets.dataset import Dataset, read_dataset
-from vivit_jax.data.pipeline import Batches, ProcessShard
+from vivit_jax.data.pipeline import Batches, ClipShape, ProcessShard
 from vivit_jax.errors import UserError, WriteError
 from vivit_jax.recipes.checks import check, model_config
 from vivit_jax.recipes.recipe import Recipe
@@ -168,9 +168,7 @@ def _prepare(
         dataset,
         recipe.data,
         recipe.augment,
-        num_frames=config.num_frames,
-        size=config.frame_size,
-        num_channels=config.num_channels,
+        shape=ClipShape(config.num_frames, config.frame_size, config.num_channels),
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
         shard=ProcessShard(jax.process_index(), jax.process_count()),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a data set on disk becomes a list of examples, and how the frames of one are read.
+"""Lists the examples of a data set on disk, and reads the frames of one.
 
-Nothing is opened while examples are listed: of half a million, a missing or damaged one is found
-when it is read, as a `VideoError` that names its path.
+Listing opens no clip: among half a million, a missing or damaged one is found when it is read, as a
+`VideoError` that names its path.
 """
 
 import dataclasses
@@ -10,12 +10,13 @@ import functools
 import hashlib
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64, UInt8
 
+from vivit_jax.data.datasets.arrays import open_array
 from vivit_jax.data.datasets.folders import (
     ARRAYS,
     IMAGES,
@@ -29,13 +30,7 @@ from vivit_jax.data.datasets.list_files import SOURCES, Label, count_labels, rea
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
-from vivit_jax.errors import UserError, VideoError, first_line
-from vivit_jax.files.inputs import check_file
-from vivit_jax.files.limits import check_unpacked
-
-# numpy reads a header by `ast`, which in CPython counts its depth for all threads together: where a
-# garbage collection lets another thread in, whole files fail with SystemError.
-_one_header = threading.Lock()
+from vivit_jax.errors import UserError, VideoError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,12 +39,11 @@ class Example:
 
     Attributes:
         path: a video file, a folder of frames, or an .npy or .npz file.
-        label: of its class; several, one for each head, as a tuple; None where it is unlabelled.
-        start: the first frame that belongs to the clip. Counted from 0, but where `frame_name` is
-            set it is the number in that frame's name.
-        total: frames of the clip; None: all there are from `start` on.
-        frame_name: for a folder of known `total`, what its images are called, as `str.format` takes
-            their number. None: its images are those it holds, in order of their names.
+        label: its class; a tuple of one per head if there are several; None if it is unlabelled.
+        start: the clip's first frame, counted from 0, or with `frame_name` the number in its name.
+        total: number of frames; None: all from `start` on.
+        frame_name: pattern of image names in a folder of known `total`, for `str.format` with the
+            number. None: the images in the folder, in order of their names.
     """
 
     path: str
@@ -64,10 +58,10 @@ class Dataset:
     """Clips in the order of their list, or of their names.
 
     Attributes:
-        examples: all labelled, with equally many labels, or all unlabelled; at least one.
-        classes: names by label, where folders name them.
+        examples: at least one; all labelled, with the same number of labels, or all unlabelled.
+        classes: names by label, if folders name them.
         source: the list file or directory that was read.
-        root: the directory that relative paths are of.
+        root: the directory that relative paths start from.
     """
 
     examples: tuple[Example, ...]
@@ -80,9 +74,9 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all examples in their order, for a run that goes on to know them again.
+        """A hash of all examples in order, by which a resumed run recognises them.
 
-        Wherever the data lie: paths count from `root`, but for those outside of it.
+        Paths under `root` are taken relative to it, so the data may move.
         """
         digest, root = hashlib.sha256(), os.path.join(self.root, "")
         for example in self.examples:
@@ -93,7 +87,7 @@ class Dataset:
 
     @property
     def labels_per_example(self) -> int:
-        """0 where the clips are unlabelled."""
+        """Number of labels of each clip, 0 if they are unlabelled."""
         return count_labels(self.examples[0].label)
 
 
@@ -105,33 +99,32 @@ def read_dataset(
     frame_name: str = "img_{:05}.jpg",
     first_frame: int = 1,
 ) -> Dataset:
-    """Lists the examples of a data set, of one of these kinds.
+    """Lists the examples of a data set, which is one of these:
 
-    - A text file with a clip in each line, `path label`, and the other forms of
+    - A text file with one clip per line, `path label`, or another form of
       `vivit_jax.data.datasets.list_files.parse_line`. Empty lines and lines that begin with "#"
       are skipped.
-    - A directory with a folder for each class, which holds its clips. Classes are numbered in order
-      of their names, those of empty folders too.
+    - A directory with a folder of clips for each class. Classes are numbered in order of their
+      names, including empty folders.
     - A directory of clips, which are unlabelled.
 
     In directories a clip is a file with one of the endings `VIDEOS` or `ARRAYS`, an animated .webp,
-    or a folder of images; hidden files are skipped, others too, with a warning.
+    or a folder of images; hidden files are skipped, and so are others, with a warning.
 
     Args:
         source: path of the file or directory.
-        root: of relative paths in a list; None is the directory that the list is in.
-        labels: of each line of a list (see `parse_line`); 0 leaves any clips unlabelled.
-        frame_name: of the images in folders whose list says how many there are; `str.format` puts
-            in the number.
-        first_frame: number of a folder's first image, where the list does not say it.
+        root: base of relative paths in a list; None: the list's own directory.
+        labels: number of labels per line of a list (see `parse_line`); 0 drops all labels.
+        frame_name: pattern of image names in folders whose list gives a count, for `str.format`.
+        first_frame: number of a folder's first image, if the list does not give it.
 
     Raises:
-        UserError: no such source, a line that cannot be read, no clip at all, some labelled and
-            others not, one clip with two labels.
+        UserError: the source does not exist, a line cannot be read, there are no clips, only some
+            are labelled, or one clip has two labels.
     """
     path = os.fspath(source)
     if labels is not None and (not isinstance(labels, int) or labels < 0):
-        raise UserError(f"labels is {labels!r}; expected how many a line has, or None")
+        raise UserError(f"labels is {labels!r}; expected the number of labels per line, or None")
     try:
         if frame_name.format(1) == frame_name.format(2):
             raise ValueError("it is the same for every number")
@@ -141,7 +134,7 @@ def read_dataset(
         ) from None
     if os.path.isdir(path):
         if labels is not None and labels > 1:
-            raise UserError(f"{path}: folders name one label; for labels={labels} write a list")
+            raise UserError(f"{path}: folders give one label; for labels={labels} write a list")
         entries, classes = read_directory(path)
         if labels == 0:
             entries = [entry._replace(label=None) for entry in entries]
@@ -161,47 +154,47 @@ def read_dataset(
 
 
 def count_frames(example: Example) -> int:
-    """How many frames a clip has, at least 1; decodes only what `probe_video` decodes.
+    """The number of frames of a clip, at least 1; decodes only what `probe_video` decodes.
 
     Raises VideoError as `read_frames` does.
     """
     return _count(example, _stored(example))
 
 
-def read_frames(example: Example, indices: Sequence[int]) -> np.ndarray:
-    """Reads frames of a clip by their indices, from 0, in any order, repeats allowed.
+def read_frames(
+    example: Example, indices: Sequence[int] | np.ndarray
+) -> UInt8[np.ndarray, "t h w c"]:
+    """Reads frames of a clip by index, from 0, in any order, repeats allowed.
 
-    Returns:
-        uint8 [t, h, w, c]; c is 3 but for arrays, which keep their channels.
+    Arrays keep their channels; otherwise there are 3.
 
     Raises:
-        VideoError: the path leads to nothing that can be read, to damaged or too few frames, mostly
-            to ones that cannot be decoded, to frames of several sizes, or to an array other than
-            uint8 [t, h, w, c].
-        UserError: `indices` is empty or has other than ints from 0.
+        VideoError: the path cannot be read, or gives damaged, too few or mostly undecodable frames,
+            frames of several sizes, or an array other than uint8 [t, h, w, c].
+        UserError: `indices` is empty or holds anything but ints from 0.
     """
     return _read(example, _stored(example), indices)
 
 
-def read_whole(example: Example) -> np.ndarray:
-    """Reads all frames of a clip: uint8 [t, h, w, c].
+def read_whole(example: Example) -> UInt8[np.ndarray, "t h w c"]:
+    """Reads all frames of a clip.
 
-    Raises VideoError as `read_frames` does, and for a video with frames that cannot be decoded.
+    Raises VideoError as `read_frames` does, and for a video with undecodable frames.
     """
     stored = _stored(example)
     if stored is None and example.start == 0 and example.total is None:
-        # It counts the frames as it decodes them.
+        # This counts the frames as it decodes them.
         return read_video(example.path, lost="error")
     total = _count(example, stored)
     if example.total is not None:
-        _read(example, stored, [total - 1])  # before room is made for all that the list says
+        _read(example, stored, [total - 1])  # fails early if the list overstates the frames
     return _read(example, stored, range(total), lost="error")
 
 
 def read_training_clip(
     example: Example, rng: np.random.Generator, *, num_frames: int, stride: int, sampler: str
-) -> np.ndarray:
-    """Reads one clip as `training_indices` draws it: uint8 [num_frames, h, w, c].
+) -> UInt8[np.ndarray, "num_frames h w c"]:
+    """Reads one clip as `training_indices` draws it.
 
     Raises VideoError as `read_frames` does, UserError as `training_indices` does.
     """
@@ -212,11 +205,8 @@ def read_training_clip(
 
 def read_views(
     example: Example, *, num_frames: int, stride: int, sampler: str, clips: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reads the clips of `view_indices`, each frame once.
-
-    Returns:
-        uint8 [clips, num_frames, h, w, c] and their indices, int64 [clips, num_frames].
+) -> tuple[UInt8[np.ndarray, "clips num_frames h w c"], Int64[np.ndarray, "clips num_frames"]]:
+    """Reads the clips of `view_indices`, each frame once. Returns them and their indices.
 
     Raises VideoError as `read_frames` does, UserError as `view_indices` does.
     """
@@ -226,67 +216,11 @@ def read_views(
     return frames.reshape(*indices.shape, *frames.shape[1:]), indices
 
 
-def open_array(path: str | os.PathLike) -> np.ndarray:
-    """The frames of an .npy file (mapped, so that only what is used is read) or .npz file.
-
-    An .npz file holds one array, or one called "frames".
-
-    Returns:
-        [t, h, w, c] of any type, none of them 0.
-
-    Raises:
-        VideoError: there is no such file, it is damaged or of another format (Python objects are
-            refused: unpickling runs code), holds other arrays, or an .npz would unpack to more than
-            `vivit_jax.files.limits` allows.
-    """
-    path = os.fspath(path)
-    check_file(path, VideoError)
-    if not os.path.isfile(path):
-        raise VideoError(f"{path}: no such file")
-    try:
-        with _one_header, np.errstate(over="ignore"):  # of a shape that no array has
-            frames = np.load(path, mmap_mode="r", allow_pickle=False)
-            if isinstance(frames, np.lib.npyio.NpzFile):
-                with frames as archive:
-                    names = archive.files
-                    name = names[0] if len(names) == 1 else "frames"
-                    frames = _unpacked(path, archive, name) if name in names else None
-    except (SystemError, UserError):  # which says nothing of the file, and says enough
-        raise
-    except Exception as error:  # of many kinds: zip files and headers may be damaged anywhere
-        why = first_line(error)
-        if "pickle" in why:  # numpy's words advise to allow it
-            why = "damaged, of another format, or with Python objects, which are not read"
-        raise VideoError(f"{path}: not an array in numpy's {ending(path)} format: {why}") from None
-    if frames is None:
-        names = names if len(names) <= 8 else [*names[:8], "..."]
-        raise VideoError(f"{path}: holds the arrays {names}; expected one, or one called 'frames'")
-    if frames.ndim != 4 or not frames.size:
-        raise VideoError(
-            f"{path}: an array of shape {frames.shape}; expected frames [t, h, w, c], none of "
-            "them 0"
-        )
-    return frames
-
-
-def _unpacked(path: str, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
-    """An array of an .npz file, if it is one and not too large."""
-    members = archive.zip.namelist()
-    member = archive.zip.getinfo(f"{name}.npy" if f"{name}.npy" in members else name)
-    # zipfile gives no more than this says.
-    held = os.path.getsize(path)
-    check_unpacked(f"{path}: {name} in it", member.file_size, held, VideoError)
-    frames = archive[name]
-    if not isinstance(frames, np.ndarray):  # but bytes
-        raise VideoError(f"{path}: {name} in it is no array of numpy's")
-    return frames
-
-
 @dataclasses.dataclass(frozen=True)
 class _NumberedImages:
-    """The paths of a folder's images by what a list says, made as they are asked for.
+    """The paths of a folder's images, by what a list says; each is made on demand.
 
-    A list may say that there are two thousand million.
+    A list may claim two billion of them.
     """
 
     folder: str
@@ -301,8 +235,11 @@ class _NumberedImages:
         return os.path.join(self.folder, self.frame_name.format(self.start + int(index)))
 
 
-def _stored(example: Example) -> np.ndarray | list[str] | _NumberedImages | None:
-    """The clip's frames as an array, the paths of its images, or None, for a video file."""
+_Stored = UInt8[np.ndarray, "t h w c"] | list[str] | _NumberedImages | None
+
+
+def _stored(example: Example) -> _Stored:
+    """The clip's frames as an array, the paths of its images, or None for a video file."""
     path, start, total = example.path, example.start, example.total
     if ending(path) in ARRAYS:
         frames = open_array(path)
@@ -310,7 +247,7 @@ def _stored(example: Example) -> np.ndarray | list[str] | _NumberedImages | None
             raise VideoError(f"{path}: an array of {frames.dtype}; expected uint8")
     elif not os.path.isdir(path):
         if example.frame_name is not None:
-            raise VideoError(f"{path}: no such folder of images, of which the list says {total}")
+            raise VideoError(f"{path}: no such folder of images; the list gives it {total}")
         return None
     elif example.frame_name is not None and total is not None:
         return _NumberedImages(path, example.frame_name, start, total)
@@ -324,14 +261,14 @@ def _stored(example: Example) -> np.ndarray | list[str] | _NumberedImages | None
         frames = [os.path.join(path, name) for name in sorted(names, key=by_number)]
     end = len(frames) if total is None else start + total
     if not 0 <= start < end <= len(frames):
+        claim = "a clip" if total is None else f"{total} frames"
         raise VideoError(
-            f"{path}: there are {len(frames)} frames; the list says "
-            f"{'those' if total is None else total} from frame {start} on"
+            f"{path}: there are {len(frames)} frames; the list asks for {claim} from frame {start}"
         )
     return frames[start:end]
 
 
-def _count(example: Example, stored) -> int:
+def _count(example: Example, stored: _Stored) -> int:
     total = example.total if stored is None else len(stored)
     if total is None:
         total = probe_video(example.path).num_frames - example.start
@@ -340,20 +277,25 @@ def _count(example: Example, stored) -> int:
     return total
 
 
-def _read(example: Example, stored, indices: Sequence[int], lost: str = "few") -> np.ndarray:
+def _read(
+    example: Example,
+    stored: _Stored,
+    indices: Sequence[int] | np.ndarray,
+    lost: str = "few",
+) -> UInt8[np.ndarray, "t h w c"]:
     path = example.path
     total = example.total if stored is None else len(stored)
     try:
-        # How long a video is, if the list does not say, is seen when it is read.
-        indices = pad_indices(indices, sys.maxsize if total is None else total)
+        # If the list does not give a video's length, reading it checks the indices.
+        places = pad_indices(indices, sys.maxsize if total is None else total)
     except VideoError as error:
         raise VideoError(f"{path}: {error}") from None
     if stored is None:
-        return read_video(path, indices=indices + example.start, lost=lost)
+        return read_video(path, indices=places + example.start, lost=lost)
     if isinstance(stored, np.ndarray):
-        return np.array(stored[indices])
-    # A held frame is decoded once.
-    distinct, places = np.unique(indices, return_inverse=True)
+        return np.array(stored[places])
+    # A repeated frame is decoded once.
+    distinct, order = np.unique(places, return_inverse=True)
     images = [read_picture(stored[k]) for k in distinct]
     sizes = {}
     for k, image in zip(distinct, images, strict=True):
@@ -361,4 +303,4 @@ def _read(example: Example, stored, indices: Sequence[int], lost: str = "few") -
     if len(sizes) > 1:
         named = ", ".join(f"{w}x{h} (frame {k})" for (h, w, _), k in sizes.items())
         raise VideoError(f"{path}: frames of different sizes: {named}; expected one size")
-    return np.stack(images)[places]
+    return np.stack(images)[order]

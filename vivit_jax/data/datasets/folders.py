@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clips in a directory: which of its files and folders are clips, which folders are classes."""
+"""Finds the clips in a directory, and whether its folders are classes or clips."""
 
 import logging
 import os
@@ -18,10 +18,9 @@ VIDEOS += (".ts", ".webm", ".wmv")
 
 
 def read_directory(path: str) -> tuple[list[Entry], tuple[str, ...] | None]:
-    """The clips in a directory, and where its folders are classes, their names.
+    """The clips in a directory, and the names of the classes if its folders are classes.
 
-    Raises UserError for one that holds no clips, or that is neither of one folder for each class
-    nor of clips only.
+    Raises UserError for a directory without clips, or with both folders and clips.
     """
     folders, clips = _entries(path)
     if folders and clips:
@@ -46,7 +45,7 @@ def read_directory(path: str) -> tuple[list[Entry], tuple[str, ...] | None]:
     examples = []
     for label, folder in enumerate(paths):
         inner, clips = _entries(folder)
-        # One stands for all: to look into each takes minutes for a large data set.
+        # One is inspected for all: inspecting each takes minutes for a large data set.
         if inner and not _holds_images(os.path.join(folder, inner[0])):
             raise UserError(
                 f"{folder}: its folder {inner[0]} holds no images; expected clips in the folder of "
@@ -65,19 +64,19 @@ def ending(path: str) -> str:
 
 
 def is_clip(path: str) -> bool:
-    """Whether a file is one clip: by its name, and of .webp files those that are animated."""
+    """Whether a file is a clip: by its name, or a .webp that is animated."""
     kind = ending(path)
     return kind in VIDEOS + ARRAYS or kind == ".webp" and is_webp(path, animated=True)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is called like a visible image."""
+    """Whether a file name is that of an image, and not hidden."""
     return not name.startswith(".") and ending(name) in IMAGES
 
 
 def by_number(name: str) -> list:
-    """A key that sorts names as people do, img_2 before img_10."""
-    # Every second part is of these digits, whatever else counts as one in other scripts.
+    """A sort key that compares numbers by value, so that img_2 comes before img_10."""
+    # Every second part consists of these digits; other scripts' digits stay text.
     parts = re.split("([0-9]+)", name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
@@ -101,12 +100,13 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
     if others and all(is_image(name) for name in others) and not folders + clips:
         raise UserError(f"{path}: a folder of images, which is one clip; {SOURCES}")
     if others:
-        logger.warning("%s: %d files are no clips, such as %s", path, len(others), min(others))
+        verb = "file is not a clip" if len(others) == 1 else "files are not clips"
+        logger.warning("%s: %d %s, such as %s", path, len(others), verb, min(others))
     return sorted(folders), sorted(clips)
 
 
 def _holds_images(path: str) -> bool | None:
-    """Whether a directory holds images and neither clips nor folders; None: none of the three."""
+    """Whether a directory holds images, but no clips or folders; None if none of them."""
     images = []
     try:
         with os.scandir(path) as entries:
@@ -119,5 +119,5 @@ def _holds_images(path: str) -> bool | None:
                     images.append(entry.name)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
-    # The first stands for all: to look into each takes minutes for a large data set.
+    # The first is inspected for all: inspecting each takes minutes for a large data set.
     return not is_clip(os.path.join(path, min(images))) if images else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List files: in each line a path, then whole numbers that say what is to be taken from it."""
+"""List files: each line has a path, then integers for its label and its range of frames."""
 
 import logging
 import re
@@ -15,18 +15,18 @@ SOURCES = (
     "one of clips"
 )
 
-# Of a label, and of a clip's frames with those before them: batches hold labels as int32.
+# The largest label, since batches hold int32, and the largest end of a clip's frames.
 LARGEST = 2**31 - 1
 
 Label = int | tuple[int, ...] | None
 
-# A field may hold several labels, "3,7"; where commas separate the fields, it cannot.
+# A field may hold several labels, as in "3,7", unless commas separate the fields.
 _NUMBERS = re.compile(r"-?[0-9]+(?:,-?[0-9]+)*").fullmatch
 _NUMBER = re.compile(r"-?[0-9]+").fullmatch
 
 
 class Entry(NamedTuple):
-    """What a line says; `start` and `total` are None where it does not say them."""
+    """A line's content; `start` and `total` are None if the line omits them."""
 
     path: str
     label: Label = None
@@ -35,17 +35,17 @@ class Entry(NamedTuple):
 
 
 def read_list(path: str, labels: int | None = None) -> list[Entry]:
-    """The clips of a text file, one a line; empty lines and those that begin with "#" are skipped.
+    """The clips of a text file, one per line; skips empty lines and those that begin with "#".
 
     `labels` is that of `parse_line`. A line that repeats an earlier one counts, with a warning.
 
-    Raises UserError for a file that cannot be read or holds no clip, a line that is malformed, some
-    clips labelled and others not, and a clip with two labels.
+    Raises UserError if the file cannot be read or has no clip, a line is malformed, only some clips
+    are labelled, or a clip has two labels.
     """
     entries, numbers = [], []
     check_file(path)
     try:
-        # Paths need not be UTF-8: other bytes are kept as they are.
+        # Paths need not be UTF-8: other bytes are preserved.
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 line = line.strip()
@@ -67,25 +67,27 @@ def read_list(path: str, labels: int | None = None) -> list[Entry]:
 
 
 def count_labels(label: Label) -> int:
-    """How many labels a clip has, 0 for None."""
+    """The number of labels of a clip, 0 for None."""
     return len(label) if isinstance(label, tuple) else int(label is not None)
 
 
 def parse_line(line: str, labels: int | None = None) -> Entry:
-    """Reads a line without the white space around it: `path [[start] total] label [label...]`.
+    """Parses a stripped line: `path [[start] total] label [label...]`.
 
-    Tabs separate the fields if there is one, else white space does, or commas, whichever stands
-    before the last field. A path may contain white space and commas, and be in double quotes.
+    Fields are separated by tabs if there are any, otherwise by white space or commas, whichever
+    stands before the last field. A path may contain white space and commas, and be in double
+    quotes.
 
     Args:
         line: not empty.
-        labels: how many end the line; the last field may be several, with commas between them.
-            0: none is wanted; lines are `path`, `path label` (dropped) or, as in VideoMAE's lists
-            for pre-training, `path start total`. None: those of the last field, and no other
-            fields, because `folder total label` and `folder start total` look alike.
+        labels: number of labels that end the line; the last field may hold several, separated by
+            commas. 0: none; lines are `path`, `path label` (dropped) or, as in VideoMAE's lists for
+            pre-training, `path start total`. None: the labels are those of the last field, and no
+            other fields are allowed, because `folder total label` and `folder start total` look
+            alike.
 
-    A label of -1 is none. `path 0 -1` is a path and nothing else, whatever `labels` is. No number
-    is more than LARGEST.
+    A label of -1 means unlabelled. `path 0 -1` is a bare path, whatever `labels` is. No number
+    exceeds LARGEST.
 
     Raises ValueError with the reason.
     """
@@ -102,7 +104,7 @@ def parse_line(line: str, labels: int | None = None) -> Entry:
         return Entry(path, None, *_extent(fields[:2]))
     if not fields:
         raise ValueError(
-            "there is no label, a whole number, at its end; for lists of paths alone pass labels=0"
+            "there is no label, an integer, at its end; for lists of bare paths pass labels=0"
         )
     several = fields[-1].split(",")
     count = labels or 1
@@ -111,8 +113,8 @@ def parse_line(line: str, labels: int | None = None) -> Entry:
         found, rest = several, fields[:-1]
     elif rest and labels is None:
         raise ValueError(
-            "its numbers can be read in several ways: pass labels=0 for 'folder start total', "
-            "labels=1 for 'folder total label', labels=2 for 'path label label'"
+            "its numbers are ambiguous: pass labels=0 for 'folder start total', labels=1 for "
+            "'folder total label', labels=2 for 'path label label'"
         )
     if labels not in (None, len(found)):
         raise ValueError(f"it has {len(found)} labels; expected {labels}")
@@ -134,19 +136,19 @@ def _check(path: str, entries: list[Entry], numbers: list[int]) -> None:
         found = " and ".join(f"{count} in line {number}" for count, number in counts.items())
         raise UserError(
             f"{path}: differing numbers of labels: {found}; split the list, or pass labels=0 to "
-            "leave all unlabelled"
+            "drop them all"
         )
     if repeated:
         logger.warning("%s: %d lines repeat an earlier one, which counts again", path, repeated)
 
 
 def _split(line: str, most: int) -> tuple[str, list[str]]:
-    """The path and the fields of numbers after it, of which there are at most `most`."""
+    """The path, and the fields of numbers after it, at most `most` of them."""
     if "\t" in line:
         path, *fields = (field.strip() for field in line.split("\t"))
         wrong = [field for field in fields if not _NUMBERS(field)]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no whole number")
+            raise ValueError(f"{wrong[0]!r} is not an integer")
         if len(fields) > most:
             raise ValueError(f"it has {len(fields)} numbers; expected at most {most}")
         return path, fields
@@ -157,7 +159,7 @@ def _split(line: str, most: int) -> tuple[str, list[str]]:
     while count < len(words) - 1 and is_field(words[-1 - count].strip()):
         count += 1
     if count < len(words) - 1:
-        # The words in front are the path's, and so is what stands between them.
+        # The words in front belong to the path, with the separators between them.
         words = line.rsplit(separator, count)
     path, *fields = words
     return path.strip(), [field.strip() for field in fields]
@@ -169,11 +171,12 @@ def _label(found: list[str]) -> Label:
         return None
     if min(numbers) < 0:
         raise ValueError(f"label {min(numbers)}; expected at least 0, or -1 for unlabelled clips")
-    return numbers if len(numbers) > 1 else numbers[0]
+    first, *others = numbers
+    return numbers if others else first
 
 
 def _number(text: str, what: str) -> int:
-    # Python refuses to read more than 4300 digits, in words of its own.
+    # Python itself refuses more than 4300 digits, with a message of its own.
     if len(text.lstrip("-").lstrip("0")) > len(str(LARGEST)) or int(text) > LARGEST:
         short = text if len(text) <= 24 else f"{text[:24]}..."
         raise ValueError(f"{what} {short}; expected at most {LARGEST}")
@@ -185,12 +188,15 @@ def _extent(fields: list[str]) -> tuple[int | None, int | None]:
     if not fields:
         return None, None
     if len(fields) > 2 or not all(_NUMBER(field) for field in fields):
-        raise ValueError(f"before the label are {' '.join(fields)}; expected '[start] total'")
-    start, total = (None, *(_number(field, "a number of frames") for field in fields))[-2:]
+        raise ValueError(f"{' '.join(fields)} before the label; expected '[start] total'")
+    *starts, total = (_number(field, "a number of frames") for field in fields)
+    start = starts[0] if starts else None
     if total < 1 or start is not None and start < 0:
         raise ValueError(
-            f"it says {total} frames from {start or 0}; expected at least 1, from at least 0"
+            f"it asks for {total} frames from {start or 0}; expected at least 1, from at least 0"
         )
     if (start or 0) + total > LARGEST:
-        raise ValueError(f"it says {total} frames from {start}; expected at most {LARGEST} in all")
+        raise ValueError(
+            f"it asks for {total} frames from {start}; expected at most {LARGEST} in all"
+        )
     return start, total

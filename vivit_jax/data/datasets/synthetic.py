@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small videos of one moving shape whose class only its motion tells.
+"""Small videos of one moving shape, whose class only the motion reveals.
 
 Eight classes: a shape moves in one of four directions, circles one way or the other, grows or
-shrinks. No still image tells them apart, because every single frame has the same distribution in
+shrinks. No still image distinguishes them, because a single frame has the same distribution in
 every class:
 
-* The frame is a torus, and the shape's centre in the middle of the clip is uniform on it. A frame
-  at any other time shifts that centre by an amount that does not depend on it, and a shifted
-  uniform position is uniform.
-* The size in the middle of the clip is uniform in one range. Growing adds to it modulo the range
-  (the largest size is followed by the smallest), which again leaves it uniform; in the other
-  classes it stays as it was drawn.
-* Shape, orientation, colours, background and noise are drawn without looking at the class, and
-  independently of position and size.
+* The frame is a torus, and the shape's centre at mid-clip is uniform on it. At any other time the
+  centre is shifted by an amount that does not depend on it, so it is still uniform.
+* The size at mid-clip is uniform in one range. Growing adds to it modulo the range (the largest
+  size is followed by the smallest), so it is still uniform; in the other classes it is constant.
+* Shape, orientation, colours, background and noise are drawn independently of the class, position
+  and size.
 
-So one frame says nothing, neither do its statistics, and a classifier that is right has seen
-motion. This holds for the frames as drawn; H.264 then codes most of them as differences to their
-neighbours. Played backwards, a clip is one of the class in `REVERSED`, of the same scene.
+So neither a frame nor its statistics say anything, and a classifier that is right has seen motion.
+This holds for the frames as drawn; H.264 then codes most of them as differences to their
+neighbours. Reversed in time, a clip shows the same scene in the class `REVERSED`.
 """
 
 import dataclasses
@@ -27,6 +25,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, Float32, Int, UInt8
 
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import writing
@@ -59,8 +58,8 @@ MIRRORED = REVERSED | {
 }
 SHAPES = ("disc", "square", "triangle", "cross")
 
-# Lengths are fractions of the frame's side, speeds are per clip: of the side for moves, of a turn
-# for circles, of the range of sizes for growth.
+# Lengths are fractions of the frame's side. Speeds are per clip, in fractions of the side for
+# moves, of a turn for circles, of the range of sizes for growth.
 SIZES = (0.10, 0.24)  # radius of the shape
 MOVE_SPEEDS = (0.6, 1.1)
 CIRCLE_SPEEDS = (0.8, 1.1)
@@ -79,12 +78,12 @@ _GROWTH = {"grow": 1.0, "shrink": -1.0}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scene:
-    """All of a clip but its class and its noise; `x`, `y`, `size` are those of mid-clip."""
+    """A clip except its class and its noise; `x`, `y` and `size` are those at mid-clip."""
 
     shape: str
     tilt: float  # radians
-    colour: np.ndarray  # [3], grey levels
-    background: np.ndarray  # [h, w, 3], grey levels
+    colour: Float[np.ndarray, "3"]  # grey levels
+    background: Float[np.ndarray, "side side 3"]  # grey levels
     x: float  # in [0, 1)
     y: float
     size: float  # place in SIZES, in [0, 1)
@@ -94,7 +93,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, image_size: int) -> Scene:
-    """Draw what does not depend on the class, for square frames of `image_size` pixels."""
+    """Draw everything that does not depend on the class, for square frames of `image_size`."""
     return Scene(
         shape=SHAPES[rng.integers(len(SHAPES))],
         tilt=rng.uniform(0, 2 * np.pi),
@@ -109,11 +108,13 @@ def draw_scene(rng: np.random.Generator, image_size: int) -> Scene:
     )
 
 
-def trajectory(scene: Scene, kind: str, num_frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """The shape's centre [t, 2] (x, y) and radius [t], in fractions of the frame's side.
+def trajectory(
+    scene: Scene, kind: str, num_frames: int
+) -> tuple[Float[np.ndarray, "t 2"], Float[np.ndarray, " t"]]:
+    """The shape's centre (x, y) and radius in each frame, in fractions of the frame's side.
 
-    Time runs from -1/2 to 1/2 around the middle of the clip and every motion is odd in it, which
-    is why a reversed clip is the same scene in the class `REVERSED[kind]`.
+    Time runs from -1/2 to 1/2 and every motion is odd in it, so a reversed clip is the same scene
+    in the class `REVERSED[kind]`.
     """
     time = (np.arange(num_frames) - (num_frames - 1) / 2) / num_frames
     centre = np.tile([scene.x, scene.y], (num_frames, 1))
@@ -121,7 +122,7 @@ def trajectory(scene: Scene, kind: str, num_frames: int) -> tuple[np.ndarray, np
     if kind in _DIRECTIONS:
         centre += _place(MOVE_SPEEDS, scene.speed) * time[:, None] * _DIRECTIONS[kind]
     elif kind in _TURNS:
-        # y points down, so a growing angle is a clockwise turn.
+        # y points down, so a growing angle turns clockwise.
         angle = scene.angle + 2 * np.pi * _place(CIRCLE_SPEEDS, scene.speed) * _TURNS[kind] * time
         radius = _place(CIRCLE_RADII, scene.radius)
         centre += radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -130,12 +131,12 @@ def trajectory(scene: Scene, kind: str, num_frames: int) -> tuple[np.ndarray, np
     return centre % 1, _place(SIZES, size)
 
 
-def render(scene: Scene, kind: str, num_frames: int) -> np.ndarray:
-    """The clip without noise: float32 [t, h, w, 3] in grey levels."""
+def render(scene: Scene, kind: str, num_frames: int) -> Float32[np.ndarray, "t side side 3"]:
+    """The clip without noise, in grey levels."""
     side = scene.background.shape[0]
     centre, radius = trajectory(scene, kind, num_frames)
     pixel = np.arange(side) + 0.5
-    # Distance on the torus: the shape that leaves on the right comes in on the left.
+    # Distance on the torus: a shape that leaves on the right enters on the left.
     dx, dy = ((pixel - side * centre[:, i, None] + side / 2) % side - side / 2 for i in (0, 1))
     dx, dy = dx[:, None, :], dy[:, :, None]
     cos, sin = np.cos(scene.tilt), np.sin(scene.tilt)
@@ -149,8 +150,8 @@ def render(scene: Scene, kind: str, num_frames: int) -> np.ndarray:
 
 def make_clip(
     kind: str, rng: np.random.Generator, num_frames: int = 8, image_size: int = 48
-) -> np.ndarray:
-    """One clip of the class `kind`, uint8 [t, h, w, 3]; a pure function of the state of `rng`."""
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """One clip of the class `kind`, a pure function of the state of `rng`."""
     frames = render(draw_scene(rng, image_size), kind, num_frames)
     frames += NOISE * rng.standard_normal(frames.shape, np.float32)
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
@@ -158,20 +159,20 @@ def make_clip(
 
 def write_mp4(
     path: Path,
-    frames: np.ndarray,
+    frames: UInt8[np.ndarray, "t h w 3"],
     fps: int | Fraction = 10,
     holds: Sequence[float] | None = None,
 ) -> None:
-    """Encode frames, uint8 [t, h, w, 3] with even h and w, as H.264 in mp4.
+    """Encode frames with even height and width as H.264 in mp4.
 
-    With `holds` frame i is shown for holds[i] seconds, at least one millisecond and to a
-    millisecond, whatever `fps` is.
+    With `holds` frame i is shown for holds[i] seconds whatever `fps` is, rounded to milliseconds
+    and at least one.
     """
     import av
     from av.codec.codec import UnknownCodecError
 
-    # With macroblock trees x264 gives the same small frames now these bytes, now others: of 300
-    # encodings of a clip of 48x48 beside other threads 64 differed, without them none.
+    # With macroblock trees x264 is not deterministic for small frames: of 300 encodings of a 48x48
+    # clip beside other threads 64 differed, without them none.
     options = {"preset": "veryfast", "crf": "18", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
         try:
@@ -197,7 +198,7 @@ def write_mp4(
                 frame.pts, frame.time_base = starts[i], _MILLISECOND
             packets += stream.encode(frame)
         packets += stream.encode()
-        if starts is not None:  # the encoder does not know how long the last frame stays
+        if starts is not None:  # the encoder does not know how long the last frame is shown
             last = max(packets, key=lambda packet: packet.pts)
             last.duration = starts[-1] - starts[-2]
         container.mux(packets)
@@ -214,8 +215,8 @@ def write_dataset(
 ) -> dict[str, list[tuple[Path, int]]]:
     """Write `directory`/<split>/<class>/<number>.mp4 and return (path, class index) per split.
 
-    `clips_per_class` counts per split. A clip is a function of (seed, split, class, number, sizes)
-    alone, so fewer clips are a subset of more.
+    `clips_per_class` is keyed by split. A clip is a function of (seed, split, class, number, sizes)
+    alone, so a smaller data set is a subset of a larger one.
     """
     jobs, splits = [], {}
     for split, count in clips_per_class.items():
@@ -237,19 +238,21 @@ def write_dataset(
             path.unlink(missing_ok=True)
             raise
 
-    # Threads, because the encoder works outside the interpreter's lock.
+    # Threads suffice, because the encoder releases the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write, jobs))
     return splits
 
 
 def augment(
-    rng: np.random.Generator, clips: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Shift, mirror and reverse clips at random, labels following; uint8 [b, t, h, w, 3], [b].
+    rng: np.random.Generator,
+    clips: UInt8[np.ndarray, "b t h w 3"],
+    labels: Int[np.ndarray, " b"],
+) -> tuple[UInt8[np.ndarray, "b t h w 3"], Int[np.ndarray, " b"]]:
+    """Shift, mirror and reverse clips at random, and adapt their labels.
 
-    These are symmetries of the data: a shift on the torus keeps the class, a mirror image is of the
-    class `MIRRORED`, a reversed clip of the class `REVERSED`.
+    These are symmetries of the data: a shift on the torus keeps the class, mirroring changes it to
+    `MIRRORED`, reversing to `REVERSED`.
     """
     out, new_labels = np.empty_like(clips), []
     for i, (clip, label) in enumerate(zip(clips, labels, strict=True)):
@@ -268,8 +271,8 @@ def _place(bounds: tuple[float, float], place):
     return low + (high - low) * place
 
 
-def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Three random waves that close on the torus, [side, side, 3] in grey levels."""
+def _texture(rng: np.random.Generator, side: int) -> Float[np.ndarray, "side side 3"]:
+    """Three random waves that are periodic on the torus, in grey levels."""
     at = 2 * np.pi * np.arange(side) / side
     waves = np.zeros((side, side, 3))
     for _ in range(3):
@@ -280,7 +283,7 @@ def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _depth(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """How far inside the shape the points (x, y) lie, in pixels; negative outside."""
+    """The distance of the points (x, y) from the shape's edge, in pixels; negative outside."""
     if shape == "disc":
         return radius - np.hypot(x, y)
     if shape == "square":
