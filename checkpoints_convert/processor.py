@@ -3,10 +3,9 @@
 
 import logging
 
-from vivit_jax.data.transforms.processor_files import processor_file
-
 from checkpoints_convert.source import FILE_LAYOUTS, Source
 from vivit_jax.data.transforms.processor import VideoProcessor
+from vivit_jax.data.transforms.processor_files import processor_file
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 from tiny_checkpoints import DIALECTS, read_safetensors, same_tensors
-from vivit_jax.data.transforms.processor_files import CONFIG_FILES
 
 import vivit_jax
 from checkpoints_convert.inspect import content_hash
+from vivit_jax.data.transforms.processor_files import CONFIG_FILES
 from vivit_jax.hub import PROCESSOR_FILES
 from vivit_jax.typed import override, parse_settings
 
