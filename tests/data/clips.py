@@ -50,7 +50,7 @@ def painted(number: int, width: int = 64, height: int = 48) -> np.ndarray:
 
 
 def number_in(image: np.ndarray) -> int:
-    """The number painted in a decoded [h, w, 3] image; ValueError if its two halves disagree."""
+    """The number painted in a decoded image [h, w, 3]; ValueError if its two halves disagree."""
     height, width = image.shape[:2]
     cells = image.mean(axis=2).reshape(2, height // 2, BITS, width // BITS).mean(axis=(1, 3))
     upper, lower = cells > 128
@@ -110,7 +110,7 @@ def write_clip(
 
 
 def stored(number: int, size: tuple[int, int], display: tuple[int, bool] | None) -> np.ndarray:
-    """The picture that, turned and mirrored as `display` says, is `painted(number)`."""
+    """The picture that becomes `painted(number)` when turned and mirrored as `display` says."""
     degrees, mirrored = display or (0, False)
     turned = degrees in (90, 270)
     image = painted(number, *(size[::-1] if turned else size))
@@ -134,6 +134,6 @@ def every_frame(path: Path) -> np.ndarray:
 
 
 def packet_spans(path: Path) -> list[tuple[int, int]]:
-    """Place and size in bytes of each packet of a file, in the order in which they are stored."""
+    """Offset and size in bytes of each packet of a file, in stored order."""
     with av.open(str(path)) as container:
         return [(p.pos, p.size) for p in container.demux(video=0) if p.size]

@@ -29,7 +29,7 @@ def noise(*shape, seed=0):
 
 
 def coordinates(height, width, frames=2):
-    """Each pixel states where it is: channel 0 its row, channel 1 its column, channel 2 neither."""
+    """Each pixel states its place: channel 0 its row, channel 1 its column."""
     rows, columns = np.indices((height, width), np.uint8)
     return np.repeat(np.stack([rows, columns, 0 * rows], axis=-1)[None], frames, axis=0)
 
@@ -84,7 +84,7 @@ def test_jitter_scale_draws_height_and_width_apart_from_each_other():
 
 
 def written_out_boxes(height, width):
-    """The 130 boxes (left, top, right, bottom) of TSN's crop, for a target of no such side."""
+    """The 130 boxes (left, top, right, bottom) of TSN's crop, for a target that equals no side."""
     base = min(height, width)
     steps = [base, int(0.875 * base), int(0.75 * base), int(0.66 * base)]
     shapes = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3)]
@@ -108,7 +108,7 @@ def test_multi_scale_crop_gives_each_of_its_10_shapes_at_13_places_equally_often
         picture.crop(box).resize((24, 20), Image.Resampling.BILINEAR).tobytes()
         for box in written_out_boxes(*frame)
     )
-    assert len(wanted) > 90  # a side of the full length has fewer places
+    assert len(wanted) > 90  # boxes as large as the frame have fewer places
     rng = np.random.default_rng(0)
     draws = 2500
     got = Counter(multi_scale_crop(rng, clip, (20, 24)).tobytes() for _ in range(draws))
@@ -130,7 +130,7 @@ def test_multi_scale_crop_takes_the_target_for_sides_within_2_pixels_of_it():
 
 
 def test_random_resized_crop_has_uniform_areas_and_log_uniform_ratios():
-    # Linear ramps stay linear, so that two inner pixels tell where the box begins and ends.
+    # Linear ramps stay linear, so two inner pixels give the box's borders.
     clip = coordinates(250, 250, frames=1)
     rng = np.random.default_rng(0)
     size, count = 96, 1000
@@ -245,8 +245,8 @@ def test_train_transform_treats_all_frames_alike_and_depends_on_the_seed_alone(s
         result = transform(np.random.default_rng(seed), clip)
         assert result.shape == (5, 32, 30, 3) and result.dtype == np.uint8
         assert result.flags.c_contiguous
-        # scenic's Sharpness mixes a frame's edge with that of its neighbours, which the first and
-        # the last have on one side only.
+        # scenic's Sharpness mixes a frame's edge with that of its neighbours; the first and the
+        # last frame have one neighbour.
         alike = result[1:-1] if settings is SCENIC else result
         np.testing.assert_array_equal(alike, np.stack([alike[0]] * len(alike)))
         np.testing.assert_array_equal(clip, before)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a container says besides pixels: times, rates, joins, streams, orientation, pixel shapes."""
+"""What containers state: times, rates, joins, streams, orientation, pixel shapes."""
 
 import io
 from fractions import Fraction
@@ -46,7 +46,7 @@ def assert_times(path, times, duration: float, atol: float = 1e-3) -> None:
 def test_times_of_a_variable_rate(tmp_path, caplog, name, options):
     path = write_clip(tmp_path / name, times=UNEVEN, **options)
     info = probe_video(path)
-    last = info.duration - UNEVEN[-1]  # stated, or as long as others
+    last = info.duration - UNEVEN[-1]  # stated, or as long as the others
     assert 0.03 < last < 0.12
     assert_times(path, UNEVEN, UNEVEN[-1] + last)
     assert not caplog.messages
@@ -54,7 +54,7 @@ def test_times_of_a_variable_rate(tmp_path, caplog, name, options):
 
 @pytest.mark.parametrize("codec, b_frames", [("mjpeg", 0), ("mpeg4", 2), ("libx264", 2)])
 def test_times_of_avi_with_dropped_frames(tmp_path, caplog, codec, b_frames):
-    """A tick without a frame shows the one before: it is announced, and nothing is missing."""
+    """A tick without a frame repeats the one before: it is announced, and nothing is missing."""
     dropped = {5, 6, 11, 20, 21, 22, 23}
     times = [k / 25 for k in range(37) if k not in dropped]
     pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
@@ -68,7 +68,7 @@ def test_times_of_avi_with_dropped_frames(tmp_path, caplog, codec, b_frames):
 
 
 def test_avi_with_two_ticks_a_frame(tmp_path, caplog):
-    """As h264 of 25 frames a second is that was copied into avi, whose ticks are fields."""
+    """Like 25 fps h264 that was copied into avi, whose ticks are fields."""
     path = write_clip(tmp_path / "copied.avi", times=[k / 25 for k in range(30)], clock=50)
     assert probe_video(path).announced_frames > 55
     assert_times(path, np.arange(30) / 25, 1.2)
@@ -88,7 +88,7 @@ def test_rate_of_dv(tmp_path, caplog):
 def test_a_stream_without_times_has_the_rate_it_states(tmp_path, name):
     codec = "libx265" if name.endswith("hevc") else "libx264"
     path = write_clip(tmp_path / name, codec=codec, fps=10)
-    rate = float(probe_video(path).fps)  # of a raw stream it is in the codec's headers, or a guess
+    rate = float(probe_video(path).fps)  # for a raw stream from the codec's headers, or guessed
     assert rate in (10, 25)
     assert_times(path, np.arange(30) / rate, 30 / rate)
 
@@ -106,12 +106,12 @@ def test_a_stream_without_times_has_the_rate_it_states(tmp_path, name):
     ],
 )
 def test_joined_files(tmp_path, caplog, name, codec):
-    """What a plain decode shows, numbered on; times go on where the second file begins."""
+    """The frames of a plain decode, numbered on; times continue where the second file begins."""
     one = write_clip(tmp_path / name, codec=codec)
     path = tmp_path / f"joined.{name}"
     path.write_bytes(one.read_bytes() * 2)
     plain = every_frame(path)
-    total = 30 if name == "a.flv" else 60  # of flv FFmpeg reads the first part only
+    total = 30 if name == "a.flv" else 60  # FFmpeg reads only the first part of flv
     assert [number_in(f) for f in plain] == [*range(30), *range(30)][:total]
     np.testing.assert_array_equal(read_video(path), plain)
     np.testing.assert_array_equal(read_video(path, indices=[total - 3, 4]), plain[[total - 3, 4]])
@@ -134,7 +134,7 @@ def test_a_leap_of_a_transport_stream_is_a_join(tmp_path, caplog):
 
 
 def test_lost_bytes_of_a_transport_stream(tmp_path, caplog):
-    """The frames and times of a plain decode, wherever one of the stream's packets is missing."""
+    """The frames and times of a plain decode, whichever packet of the stream is missing."""
     options = {"preset": "medium", "crf": "8"}
     whole = write_clip(tmp_path / "whole.ts", frames=40, size=(128, 96), options=options)
     data, counts = whole.read_bytes(), []
@@ -200,7 +200,7 @@ def mux(path, streams, **dispositions) -> None:
 )
 @pytest.mark.parametrize("name", ["several.mkv", "several.mp4"])
 def test_several_video_streams(tmp_path, caplog, name, defaults, read):
-    """The default one is read, of several or none the largest, and the choice is said once."""
+    """The default stream is read, else the largest, and the choice is logged once."""
     sizes = [(64, 48), (128, 96), (96, 64)]
     default = av.stream.Disposition.default
     sources = [
@@ -211,7 +211,7 @@ def test_several_video_streams(tmp_path, caplog, name, defaults, read):
     mux(path, sources)
     with av.open(str(path)) as container:
         stored = tuple(bool(s.disposition & default) for s in container.streams.video)
-    if stored != defaults:  # a muxer marks a first stream where none is marked
+    if stored != defaults:  # a muxer marks the first stream if none is marked
         read = stored.index(True)
     width, height = sizes[read]
     for _ in range(2):
@@ -267,7 +267,7 @@ def test_clips_with_square_pixels(tmp_path):
 
 
 def test_windows_by_the_second_of_a_transport_stream(tmp_path):
-    """They begin where the frames' own times are due, not where a constant rate puts them."""
+    """Windows begin by the frames' own times, not by a constant rate."""
     path = write_clip(tmp_path / "uneven.ts", times=UNEVEN)
     windows = plan_windows(PRESETS["videomae-base"].config, 1, "0.5s", "repeat_last")
     begun = [w.indices[0] for w in slide(FrameStream(path), windows, lambda image: image)]
@@ -312,7 +312,7 @@ def test_exif_of_motion_jpeg(tmp_path, name, orientation):
 
 
 def test_a_cover_picture_hides_no_missing_end(tmp_path, caplog):
-    """Its stream is no other video, whose length might be the one that the file states."""
+    """A cover picture is not a second video whose length the file might state."""
     path, picture = tmp_path / "cover.mkv", io.BytesIO()
     Image.new("RGB", (64, 64)).save(picture, "png")
     with av.open(str(path), "w") as container:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged videos give the same frames in every call, and as many as they are said to have."""
+"""Damaged videos give the same frames in every call, and as many as reported."""
 
 import itertools
 
@@ -44,7 +44,7 @@ KINDS = {
 
 
 def damaged(whole: bytes, rng: np.random.Generator, trial: int) -> bytes:
-    """Bytes changed, a piece left out, or the end cut off."""
+    """Changes bytes, removes a piece, or cuts off the end."""
     data = bytearray(whole)
     for place in rng.integers(len(data) // 8, len(data), rng.integers(1, 6)):
         data[place] = rng.integers(256)
@@ -86,7 +86,7 @@ def test_damaged_videos_are_read_alike(tmp_path, name):
         if isinstance(info, str):
             assert isinstance(video, str)
             continue
-        # A frame that is held keeps its buffer from the decoder, which may show in damaged ones.
+        # A held frame keeps its buffer from the decoder, which may show in damaged frames.
         streamed = [(outcome(frame.image), frame.seconds) for frame in FrameStream(path)]
         assert len(streamed) == info.num_frames
         images, seconds = zip(*streamed, strict=True)
@@ -107,7 +107,7 @@ def test_damaged_videos_are_read_alike(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_threads_change_nothing_of_damaged_videos(tmp_path, monkeypatch, name):
-    """Whether a machine has 2 cores or 16."""
+    """On machines with few and many cores."""
     from vivit_jax.data.video import decoder
 
     path = tmp_path / name
@@ -129,7 +129,7 @@ def test_threads_change_nothing_of_damaged_videos(tmp_path, monkeypatch, name):
             assert_equal(other, found[0])
 
 
-# Places and bits whose change frame threads reported in some of the calls.
+# Offsets and bits whose change frame threads reported in some of the calls.
 UNSTEADY = {
     "h264.flv": (
         dict(size=(320, 240)),
@@ -155,7 +155,7 @@ def test_damage_is_seen_in_every_call_or_in_none(tmp_path, name):
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "libvpx-vp9"])
 def test_frames_decoded_from_several_keyframes_at_a_time(tmp_path, monkeypatch, codec):
-    """Whatever the number of cores, and in open GOPs too, where pictures need the one before."""
+    """For any number of cores, also in open GOPs, where pictures need the GOP before."""
     options = {"x264-params": "open-gop=1:keyint=12"} if codec == "libx264" else None
     path = write_clip(tmp_path / "clip.mkv", frames=120, gop=12, codec=codec, options=options)
     shown = every_frame(path)
@@ -179,7 +179,7 @@ def test_parts_of_a_table(tmp_path):
 
 
 def test_a_file_whose_end_is_zeros(tmp_path, caplog):
-    """As of a download that has its room on disk already: clips there are refused, not still."""
+    """Like a preallocated download: clips in the missing part are refused, not frozen."""
     path = tmp_path / "zeros.mp4"
     write_clip(path, frames=60, b_frames=0, options=MEDIUM, container_options=FIRST_INDEX)
     data = path.read_bytes()
@@ -229,7 +229,7 @@ def test_a_changed_file_is_warned_of_anew(tmp_path, caplog):
 
 
 def test_a_damaged_keyframe_of_an_open_gop(tmp_path, caplog):
-    """Its damage is seen where decoding begins there, as it is from the start; else only it is."""
+    """Decoding from it and from the start show the same frames."""
     path = tmp_path / "clip.mp4"
     write_clip(path, frames=48, gop=12, codec="libx265", size=SIZE)
     table = packet_table(str(path))
@@ -249,7 +249,7 @@ def test_a_damaged_keyframe_of_an_open_gop(tmp_path, caplog):
 
 
 def test_a_refused_picture_that_no_other_needs(tmp_path):
-    """Pictures after it are the same whether it was passed over, when seeking, or refused."""
+    """Pictures after it are the same whether seeking skips it or the decoder refuses it."""
     path = tmp_path / "clip.mp4"
     write_clip(path, frames=12, gop=12, size=(128, 96), options=MEDIUM)
     whole, spans, refused = path.read_bytes(), packet_spans(path), 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lists and directories are taken to mean, and that an example's frames are its file's."""
+"""How lists and directories are read, and that an example's frames are those of its file."""
 
 import gc
 import io
@@ -41,7 +41,7 @@ def listed(tmp_path, text, root="/data", name="train.csv", **options):
 
 
 def numbered(count, height=6, width=8):
-    """uint8 [t, h, w, 3] whose every pixel states its frame."""
+    """uint8 [t, h, w, 3]; every pixel states its frame."""
     frames = np.zeros((count, height, width, 3), np.uint8)
     frames += (10 * np.arange(count, dtype=np.uint8))[:, None, None, None]
     frames[..., 1] += 1
@@ -58,7 +58,7 @@ def image_folder(folder, frames, name="img_{:05}.png", first=1):
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    """An mp4 of 30 frames, and those frames as they are decoded."""
+    """An mp4 of 30 frames, and its decoded frames."""
     path = tmp_path_factory.mktemp("video") / "clip.mp4"
     noise = np.random.default_rng(0).integers(0, 256, (30, 32, 48, 3))
     write_mp4(path, noise.astype(np.uint8))
@@ -124,7 +124,7 @@ def test_lists_of_frame_folders_with_labels(tmp_path):
     ]
     assert listed(tmp_path, "f 62 140\n", labels=1, first_frame=0) == [("/data/f", 140, 0, 62)]
     assert listed(tmp_path, "f 9 62 140\n", labels=1) == [("/data/f", 140, 9, 62)]
-    # Of a video, frames are counted from 0.
+    # A video's frames are counted from 0.
     assert listed(tmp_path, "f.mp4 62 140\n", labels=1) == [("/data/f.mp4", 140, 0, 62)]
 
 
@@ -367,19 +367,22 @@ def test_jpeg_grey_and_alpha_images_become_rgb(tmp_path):
 
 @pytest.mark.parametrize("name", ["clip.npy", "clip.npz"])
 def test_arrays_are_read_by_threads(tmp_path, name):
-    """Collections of garbage, which jax watches from Python, let one into another's header."""
+    """Garbage collections, which jax hooks from Python, switch threads inside a header."""
     save = np.save if name.endswith("npy") else np.savez
     save(tmp_path / name, numbered(3))
     example, before = Example(str(tmp_path / name), 0), gc.get_threshold()
-    letting_in = lambda *_: time.sleep(0)  # noqa: E731
-    gc.callbacks.append(letting_in)
+
+    def switch_threads(*_):
+        time.sleep(0)
+
+    gc.callbacks.append(switch_threads)
     gc.set_threshold(20)
     try:
         with ThreadPoolExecutor(4) as threads:
             counts = list(threads.map(count_frames, [example] * 1200))
     finally:
         gc.set_threshold(*before)
-        gc.callbacks.remove(letting_in)
+        gc.callbacks.remove(switch_threads)
     assert set(counts) == {3}
 
 
@@ -512,7 +515,7 @@ def test_the_largest_numbers_of_a_list(tmp_path):
 
 
 def test_a_list_that_says_far_more_frames_than_there_are(tmp_path):
-    """Nothing is made for frames that are only said; each reader says what is missing."""
+    """No memory is taken for frames that are only claimed; each reader says what is missing."""
     (tmp_path / "frames").mkdir()
     for k in (1, 2, 3):
         Image.fromarray(painted(k)).save(tmp_path / "frames" / f"{k}.png")

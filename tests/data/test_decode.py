@@ -28,7 +28,7 @@ from vivit_jax.data.video.decode import frame_times, probe_video, read_video, re
 from vivit_jax.errors import UserError, VideoError
 
 H264_OPEN_GOP = {"preset": "medium", "x264-params": "open-gop=1:b-adapt=0:b-pyramid=normal"}
-# Pictures stored after a keyframe, shown before it, and decodable without what precedes it.
+# Pictures stored after a keyframe, shown before it, and decodable without earlier ones.
 HEVC_LEADING = {
     "x265-params": "log-level=none:scenecut=0:open-gop=0:radl=2:keyint=10:min-keyint=10:b-adapt=0"
 }
@@ -107,7 +107,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """List to which every frame leaving the decoder is added."""
+    """A list that collects every frame leaving the decoder."""
     frames = []
 
     def counted(context, packet):
@@ -184,7 +184,7 @@ def test_seeking_decodes_only_what_is_needed(clip, decoded, name):
 
 @pytest.mark.parametrize("name", ["one-gop.mp4", "one-gop.mkv"])
 def test_pictures_that_no_other_needs_are_not_decoded(clip, decoded, log, name):
-    path = clip(name, gop=100, b_frames=3)  # every second picture refers to others only
+    path = clip(name, gop=100, b_frames=3)  # no other refers to every second picture
     reference = every_frame(path)
     for k in range(30):
         decoded.clear()
@@ -234,10 +234,10 @@ def test_packets_that_leave_nothing_behind(tmp_path):
 def test_decoding_from_the_start_stops_at_the_last_frame(clip, decoded):
     path = clip("mpeg4.avi", codec="mpeg4")
     read_video(path, indices=[5, 2])
-    assert len(decoded) <= 6 + 17  # FFmpeg's threads, at most 16, have frames on their way
+    assert len(decoded) <= 6 + 17  # FFmpeg's threads, at most 16, hold frames
     decoded.clear()
     read_video(path, num_frames=4)
-    assert len(decoded) == 30  # once: the packets tell how many frames to expect
+    assert len(decoded) == 30  # once: the packets say how many frames to expect
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "mpeg4.avi"])
@@ -258,7 +258,7 @@ def test_only_the_frames_asked_are_converted(clip, monkeypatch, name):
 
 
 def write_all_keyframes(path: Path, **arguments) -> None:
-    """An mp4 without its table of keyframes, which means that every packet is one."""
+    """An mp4 without its table of keyframes, so that every packet counts as one."""
     data = write_clip(path, **arguments).read_bytes()
     assert data.count(b"stss") == 1
     path.write_bytes(data.replace(b"stss", b"free"))
@@ -311,7 +311,7 @@ def test_seeking_that_misses_packets_is_refused(landing):
 
 
 def fake_run(landing: list[int]) -> list[int | None]:
-    """What decoder._decode_run gives the decoder to decode packets 2 and 3 of 5."""
+    """The packets that decoder._decode_run decodes for packets 2 and 3 of 5."""
     read = [SimpleNamespace(pts=10 * position, size=1) for position in landing]
     context = SimpleNamespace(decode=lambda packet: [packet.pts // 10 if packet else None])
     container = SimpleNamespace(demux=lambda stream: read)
@@ -401,7 +401,7 @@ def test_packets_are_listed_again_only_when_the_file_changes(tmp_path, monkeypat
     for k in (4, 17):
         assert number_in(read_video(path, indices=[k])[0]) == k
     assert len(scans) == 1
-    # At the same place other frames, at other times.
+    # Another file by the same name.
     write_clip(path, frames=20, gop=7, fps=10)
     assert [number_in(frame) for frame in read_video(path)] == list(range(20))
     assert len(scans) == 2
@@ -423,7 +423,7 @@ def test_a_wrong_announcement_is_not_believed(tmp_path, caplog, frames):
     assert [number_in(frame) for frame in read_video(path)] == list(range(30))
     assert [number_in(f) for f in read_video(path, num_frames=2, start="end")] == [28, 29]
     warned = [m for m in caplog.messages if "99 frames announced, 30 frames can be read" in m]
-    assert len(warned) == (1 if frames == 99 else 0)  # of three reads: once for a file
+    assert len(warned) == (1 if frames == 99 else 0)  # once per file, not per read
 
 
 def cut_in_packet(path: Path, number: int) -> None:
@@ -490,7 +490,7 @@ def test_damage_in_the_middle(tmp_path, caplog):
     assert "29 frames can be decoded from 30 packets (packet 15: Invalid data" in caplog.text
     assert "frame 15 repeats the one before" in caplog.text
     assert len(caplog.messages) == 1
-    # Every frame keeps the number that its packet gives it, however it is asked for.
+    # Every frame keeps its packet's number, however it is read.
     np.testing.assert_array_equal(video[15], video[14])
     kept = [*range(15), *range(20, 30)]
     assert [number_in(video[k]) for k in kept] == kept
@@ -530,7 +530,7 @@ def test_frames_marked_as_damaged_are_refused(tmp_path, caplog, name):
     assert not caplog.messages
     np.testing.assert_array_equal(read_video(path, indices=[12, 25]), whole[[12, 25]])
     assert probe_video(path).num_frames == 30
-    # Predicted from damaged frames, which the decoder does not mark: one warning for the file.
+    # The decoder does not mark frames predicted from damaged ones: one warning for the file.
     for k in (19, 19, 18):
         read_video(path, indices=[k])
     warned = [m for m in caplog.messages if f"decoder reports errors in frame {bad};" in m]
@@ -751,7 +751,7 @@ def test_read_video_pyav(clip):
     path = clip("h264.mp4")
     reference = every_frame(path)
     with av.open(str(path)) as container:
-        # Twice, as it rewinds; in increasing order and once each, as the documentation's function.
+        # Twice, as it rewinds; in increasing order without repeats, as in the documentation.
         for indices in ([7, 2, 7, 9], np.array([2, 7, 9])):
             video = read_video_pyav(container, indices)
             np.testing.assert_array_equal(video, reference[[2, 7, 9]])
@@ -769,7 +769,7 @@ def test_read_video_pyav(clip):
         (0b10_00_0_1_1_0, True),  # not key, shown
         (0b10_00_0_0_0_0, False),
         (0b10_00_0_1_0_1, False),
-        (0b10_00_1_000, True),  # shows a picture decoded before
+        (0b10_00_1_000, True),  # shows an earlier picture
         (0b10_10_0_1_0_0, False),  # profile 1
         (0b10_11_0_0_0_1, True),  # profile 3 has one bit more before these
         (0b10_11_0_1_0_0, True),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which formats FFmpeg may read, and what other files are called."""
+"""Which formats FFmpeg may read, and how other files are named in errors."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ SDP = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 50
 MPD = '<?xml version="1.0"?>\n<MPD profiles="urn:mpeg:dash"><BaseURL>{clip}</BaseURL></MPD>\n'
 IMF = '<?xml version="1.0"?>\n<CompositionPlaylist xmlns="x"></CompositionPlaylist>\n'
 HLS = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{clip}\n"
-# Kind -> a text of it that names {clip}, another video.
+# Kind -> a playlist of that kind that names {clip}, another video.
 PLAYLISTS = {
     "ffconcat": "ffconcat version 1.0\nfile {clip}\n",
     "hls": HLS + "#EXT-X-ENDLIST\n",
@@ -49,7 +49,7 @@ def demuxers():
     for name in sorted(av.formats_available):
         try:
             found[name] = av.ContainerFormat(name, "r")
-        except ValueError:  # of one that only writes
+        except ValueError:  # write-only formats
             continue
     return found
 
@@ -71,7 +71,7 @@ def test_a_playlist_is_refused_by_name(tmp_path, video, kind, name):
         "\n ffconcat version 1.0\nfile {clip}\n",
         "ffconcat version 1.0\n\0file {clip}\n",
         "\ufeff#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\nlist.mp4\n",  # names itself
-        HLS,  # which has no end
+        HLS,  # which never ends
         "some words\n" + SDP,
         "<!-- " + "x" * 5000 + " -->" + MPD,
     ],
@@ -91,7 +91,7 @@ def test_no_playlist_waits_for_what_it_names(tmp_path):
 
 
 def test_every_demuxer_that_is_not_listed_is_refused(video):
-    """Also where it is asked for by name, so that nothing depends on how FFmpeg probes."""
+    """Even if it is requested by name, so that nothing depends on how FFmpeg probes."""
     listed = set(SAFE_OPTIONS["format_whitelist"].split(","))
     refused = []
     for name in demuxers():
@@ -113,7 +113,7 @@ def test_no_listed_format_reads_anything_but_its_file():
 
 
 def asked_for(path, **arguments) -> list[str]:
-    """What FFmpeg opens beside the file that it reads."""
+    """The other files that FFmpeg opens."""
     asked = []
 
     def opened(url, flags, options):
@@ -135,7 +135,7 @@ def asked_for(path, **arguments) -> list[str]:
 def test_no_listed_format_opens_what_a_text_names(tmp_path, video, kind):
     path = tmp_path / "list.mp4"
     path.write_text(PLAYLISTS[kind].format(clip=video))
-    if kind == "hls":  # so it is seen where something is opened
+    if kind == "hls":  # a control: opening is noticed
         assert str(video) in asked_for(path, format=kind)
     listed = set(VIDEO_FORMATS.split(","))
     for name in demuxers():
@@ -154,7 +154,7 @@ def test_the_only_protocol_is_file(video):
 @pytest.mark.parametrize("name", ["clip%03d.png", "c?.png", "c*.png", "c{1}.png", "clip%d.jpg"])
 def test_a_pattern_is_the_file_named(tmp_path, name):
     if os.name == "nt" and set(name) & set("?*"):
-        name = "clip%03d.png"  # the others are no names there
+        name = "clip%03d.png"  # other names are not allowed there
     format = name.rsplit(".")[-1].replace("jpg", "jpeg")
     for number, other in enumerate(("clip001.png", "c1.png", "ca.png", "clip1.jpg", name)):
         image = Image.fromarray(np.full((16, 24, 3), 40 * number, np.uint8))

@@ -17,7 +17,7 @@ from vivit_jax.data.video.frame_stream import open_stream
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.files.limits import VARIABLE
 
-# Milliseconds, whole hundredths of a second for gif. Browsers and FFmpeg take 0.01 s for 0.1 s.
+# Milliseconds, whole hundredths of a second for gif. Browsers and FFmpeg read 0.01 s as 0.1 s.
 DURATIONS = [100, 40, 250, 20, 1000, 60]
 STARTS = [0, 0.1, 0.14, 0.39, 0.41, 1.41]
 
@@ -73,7 +73,7 @@ def test_an_animation_is_a_video(animation):
 
 
 def test_an_animation_with_alpha_and_parts_is_shown_whole(tmp_path):
-    """Frames that only hold what changes, some of them see-through."""
+    """Frames that only hold changes, some of them transparent."""
     path = tmp_path / "clip.webp"
     images = []
     for k in range(4):
@@ -98,7 +98,7 @@ def test_a_still_webp_is_a_video_of_one_frame(tmp_path):
 def test_a_webp_under_another_name_is_one(tmp_path):
     write_animation(tmp_path / "clip.webp").rename(tmp_path / "clip.mp4")
     assert probe_video(tmp_path / "clip.mp4").num_frames == 6
-    # And a video under a name of a picture is a video.
+    # A video named like a picture is still a video.
     write_clip(tmp_path / "clip.mkv", frames=5).rename(tmp_path / "other.webp")
     assert probe_video(tmp_path / "other.webp").num_frames == 5
 
@@ -166,7 +166,7 @@ def chunk(kind, data):
 
 
 def write_bomb(path, width, height):
-    """A png of black pixels, some kB for thousands of millions."""
+    """A png of black pixels, a few kB for billions."""
     packed = zlib.compressobj(9)
     line = bytes(1 + width * 3)
     rows = b"".join([packed.compress(line) for _ in range(height)] + [packed.flush()])
@@ -177,7 +177,7 @@ def write_bomb(path, width, height):
 
 @pytest.mark.parametrize("size", [(1000, 500), (5000, 40000), (30000, 30000)])
 def test_a_picture_of_more_pixels_than_allowed_is_refused(tmp_path, monkeypatch, size):
-    """The first by a limit that was lowered, the others by that of this library and of Pillow."""
+    """By a lowered limit, by this library's limit and by Pillow's."""
     path = tmp_path / "0.png"
     if size == (1000, 500):
         write_bomb(path, *size)
@@ -223,7 +223,7 @@ def test_a_video_of_more_pixels_than_allowed_is_refused(tmp_path, monkeypatch, n
 
 
 def test_a_video_that_grows_is_bounded_too(tmp_path, monkeypatch):
-    """After what FFmpeg looks at before it says a size."""
+    """A frame size that grows after the part that FFmpeg probes."""
     path = tmp_path / "both.h264"
     small = write_clip(tmp_path / "64.h264", frames=200, b_frames=0, size=(64, 64))
     large = write_clip(tmp_path / "512.h264", frames=4, b_frames=0, size=(512, 512))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One clip, whatever it raises, is counted and named, and what reads many goes on after it."""
+"""A clip that raises anything is counted and named, and the others are still read."""
 
 import logging
 
@@ -78,7 +78,7 @@ def test_a_generator_of_one_clip_is_closed_and_its_user_is_not_blamed():
 
     with pytest.raises(UnforeseenError, match="a.mp4: LookupError: no more"):
         list(each_of_clip("a.mp4", items(2)))
-    with pytest.raises(LookupError):  # of whoever takes the items
+    with pytest.raises(LookupError):  # raised by the consumer
         for _ in each_of_clip("a.mp4", items(9)):
             raise LookupError
     assert ended[0] == 2
@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Opening one of the clips raises what no reader foresees."""
+    """Opening one of the clips raises an error that no reader foresees."""
     opened = reading.open_array
 
     def fails(path):

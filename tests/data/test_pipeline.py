@@ -41,7 +41,7 @@ CROPS = AugmentSettings(crop="random", flip=0.0)
 
 
 def pixels(clip, frames=FRAMES, channels=3):
-    """uint8 [t, h, w, c]: clip and frame, row, column."""
+    """uint8 [t, h, w, c]; the channels state clip and frame, row, and column."""
     values = np.zeros((frames, HEIGHT, WIDTH, channels), np.uint8)
     values[..., 0] = 16 * clip + np.arange(frames)[:, None, None]
     values[..., 1] = np.arange(HEIGHT)[:, None]
@@ -95,7 +95,7 @@ def test_every_clip_comes_once_an_epoch_in_another_order_each():
 
 
 def test_a_batch_holds_what_its_clips_files_do(clips):
-    """The definition: an order for each epoch and a generator for each element."""
+    """The definition: a permutation per epoch and a generator per element."""
     read = train_transform(CROPS, (16, 16))
     for step, batch in enumerate(first(5, clips)):
         assert batch["clips"].dtype == np.uint8 and batch["clips"].shape == (3, 4, 16, 16, 3)
@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(clips):
 
 @pytest.mark.parametrize("step", [0, 1, 2, 5])
 def test_a_restored_sequence_goes_on_bit_for_bit(clips, tmp_path, step):
-    """At a clip that could not be read and across the end of an epoch too."""
+    """Also at an unreadable clip, and across the end of an epoch."""
     (tmp_path / "3.npy").write_bytes(b"no array")
     data = dataclasses.replace(DATA, max_bad_share=0.5)
     with batches(clips, data) as source, batches(clips, data) as other:
@@ -129,7 +129,7 @@ def test_a_restored_sequence_goes_on_bit_for_bit(clips, tmp_path, step):
             next(source)
         state = json.loads(json.dumps(source.state()))
         assert source.state() == state
-        next(other)  # what was read before counts no more
+        next(other)  # what it read before no longer counts
         other.restore(state)
         assert other.state() == state
         expected = [next(source) for _ in range(6)]
@@ -187,7 +187,7 @@ def test_repeats_are_neighbours_of_the_same_frames_augmented_differently(clips):
 
 
 def test_a_clip_that_cannot_be_read_is_left_out_and_named(clips, tmp_path):
-    """The next one takes its place, and the rest are those that would have come anyway."""
+    """The next clip takes its place, and the sequence is otherwise unchanged."""
     bad = str(tmp_path / "3.npy")
     with batches(clips) as source:
         order = source.sampler
@@ -225,7 +225,7 @@ def test_too_many_bad_clips_end_the_run_and_a_few_do_not(clips, tmp_path):
             next(source)
     assert "more than data.max_bad_share 0.05: " in str(error.value)
     assert "3.npy: not an array" in str(error.value)
-    # Counted from the start of the run, not from where it goes on.
+    # Counted from the start of the run, not from where it resumes.
     with batches(clips) as source:
         source.restore(source.state() | {"read": 990, "left_out": 5})
         for _ in range(20):
@@ -242,7 +242,7 @@ def test_a_data_set_without_a_readable_clip_ends_the_run(clips, share):
 
 
 def test_a_cache_changes_nothing_of_a_damaged_video(clips, tmp_path):
-    """Of which clips that have mostly frames that cannot be decoded are refused."""
+    """Clips with mostly undecodable frames are refused."""
     path = write_clip(tmp_path / "damaged.mp4", frames=60, b_frames=0, size=(WIDTH * 2, HEIGHT * 2))
     with av.open(str(path)) as container:
         spans = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
@@ -262,7 +262,7 @@ def test_a_cache_changes_nothing_of_a_damaged_video(clips, tmp_path):
 
 @pytest.mark.parametrize("gib", [2e-5, 1.0])
 def test_a_cache_changes_nothing_but_what_is_read_again(clips, tmp_path, monkeypatch, gib):
-    """Though one clip has a frame that is damaged, so that some of its parts can be read only."""
+    """Even if one video has a damaged frame, so that only parts of it can be read."""
     folder = tmp_path / "frames"
     folder.mkdir()
     for k, frame in enumerate(pixels(7, frames=12)):
@@ -291,9 +291,9 @@ def test_a_cache_changes_nothing_but_what_is_read_again(clips, tmp_path, monkeyp
     assert_same(cached, plain)
     assert cached_state == state
     direct = {example.path for example in again}
-    # A clip takes 9 * 20 * 24 * 3 = 12960 bytes, 2e-5 GiB are 21475: two fit, about.
+    # A clip takes 9 * 20 * 24 * 3 = 12960 bytes and 2e-5 GiB are 21475: about two fit.
     assert str(folder) in direct
-    if gib == 1.0:  # one that the cache had not decoded yet is read once
+    if gib == 1.0:  # a clip that the cache has not decoded yet is read once
         paths = [example.path for example in again]
         assert all(paths.count(path) == 1 for path in direct - {str(folder)})
     else:
@@ -305,7 +305,6 @@ def test_a_cache_decodes_ahead_and_everything_once(clips, monkeypatch):
     decoded, original = [], cache.read_whole
     monkeypatch.setattr(cache, "read_whole", lambda e: (decoded.append(e), original(e))[1])
     data = dataclasses.replace(DATA, cache_gib=1.0, threads=1)
-    alive = lambda: "decode ahead" in [thread.name for thread in threading.enumerate()]  # noqa: E731
     with batches(clips, data, batch_size=1) as source:
         next(source)
         end = time.monotonic() + 60
@@ -314,12 +313,11 @@ def test_a_cache_decodes_ahead_and_everything_once(clips, monkeypatch):
         for _ in range(12):
             next(source)
     assert sorted(e.path for e in decoded) == sorted(e.path for e in clips.examples)
-    # One that is cut short ends with the batches.
-    slow = lambda e: (time.sleep(0.2), original(e))[1]  # noqa: E731
-    monkeypatch.setattr(cache, "read_whole", slow)
+    # Filling ends with the batches.
+    monkeypatch.setattr(cache, "read_whole", lambda e: (time.sleep(0.2), original(e))[1])
     with batches(clips, data, batch_size=1) as source:
         next(source)
-    assert not alive()
+    assert "decode ahead" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_labels_of_several_heads(clips):
@@ -349,7 +347,7 @@ def test_a_clip_that_is_too_small_for_the_crop_is_a_bad_clip(clips, tmp_path):
     large = ClipShape(num_frames=4, size=(32, 32))
     with batches(clips, shape=large) as source, pytest.raises(UserError, match=words):
         next(source)
-    # Another file by that name: grain's threads may still read the one before, which is mapped.
+    # Replaced, not rewritten: grain's threads may still read the old file, which is mapped.
     np.save(tmp_path / "small.npy", pixels(2)[:, :10])
     (tmp_path / "small.npy").replace(tmp_path / "2.npy")
     data = dataclasses.replace(DATA, max_bad_share=0.5)
@@ -409,7 +407,7 @@ SCRIPT = """
             source._load_clip = dataclasses.replace(source._load_clip, transform=transform)
             digest = hashlib.sha256()
 
-            def interrupt():  # Ctrl-C reaches them too, at once, and is not for them
+            def interrupt():  # Ctrl-C reaches the workers too, and they must ignore it
                 while not over:
                     for worker in multiprocessing.active_children():
                         os.kill(worker.pid, signal.SIGINT)
@@ -437,7 +435,7 @@ SCRIPT = """
 
 
 def test_processes_read_the_same_batches_and_end_quietly(clips, tmp_path):
-    """They hold no device: grain imports jax, for its trees, but nothing starts a backend."""
+    """Workers hold no device: grain imports jax for its trees, but nothing starts a backend."""
     (tmp_path / "3.npy").write_bytes(b"no array")
     script, steps = tmp_path / "script.py", 7
     script.write_text(textwrap.dedent(SCRIPT))
@@ -455,7 +453,7 @@ def test_processes_read_the_same_batches_and_end_quietly(clips, tmp_path):
     with batches(clips, data) as source:
         for batch in (next(source) for _ in range(steps)):
             digest.update(batch["clips"].tobytes() + batch["labels"].tobytes())
-        # So that a run may go on with other workers, or none.
+        # A run may resume with other workers, or none.
         assert said["state"] == source.state()
     assert said["digest"] == digest.hexdigest()
     assert (said["imported jax"], said["workers"], said["left"]) == (False, 2, 0)

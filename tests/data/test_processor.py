@@ -245,7 +245,7 @@ def test_float_frames_without_rescaling(family, resize, dtype):
     unit = list(rng.uniform(0, 1, (3, 23, 31, 3)).astype(dtype))
     unit[1] = np.zeros_like(unit[1])  # transformers takes an all-black frame for bytes
     assert_same(family, unit, options)
-    # Zeros and ones are whole numbers, so transformers resizes them as bytes 0 and 1.
+    # Zeros and ones are integers, so transformers resizes them as bytes 0 and 1.
     assert_same(family, list((rng.uniform(size=(2, 23, 31, 3)) > 0.5).astype(dtype)), options)
     assert_same(family, frames(23, 31, 3, dtype=dtype), options)
     if not resize:

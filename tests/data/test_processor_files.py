@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processor files as people have them: what transformers opens, opened with the same bits."""
+"""Processor files in the wild: whatever transformers opens gives the same bits here."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import ConfigError, UserError
 
 SMALL = {"size": 20, "crop_size": 18}
-# Keys without effect in either class, and what the warning says of them.
+# Keys without effect in either class, and the warning about them.
 WITHOUT_EFFECT = {
     "num_frames": 16,
     "do_sample_frames": True,
@@ -107,7 +107,7 @@ def test_what_transformers_opens_gives_its_bits(tmp_path, family, values):
     for shape in ((23, 37, 3), (37, 23, 3), (21, 21, 3)):
         expected = theirs(reference, frames(*shape))
         assert same_bits(processor(frames(*shape)), expected), shape
-    # Written by us it is the same processor here and there, with the keys of others.
+    # What we write gives the same processor here and in transformers, and keeps foreign keys.
     (tmp_path / "again").mkdir()
     written = json.loads(processor.save_pretrained(tmp_path / "again").read_text())
     again = VideoProcessor.from_pretrained(tmp_path / "again")
@@ -135,7 +135,7 @@ def test_keys_without_effect_are_named_once(tmp_path, family, caplog):
 
 
 def test_a_filter_by_name(tmp_path, caplog):
-    """VideoMAE's class resizes bilinearly then, ViViT's fails, so that the name can be taken."""
+    """VideoMAE's class then resizes bilinearly; ViViT's fails, so the name can be honoured."""
     write(tmp_path, "videomae", {"resample": "bicubic"})
     assert VideoProcessor.from_pretrained(tmp_path).resample == 2
     assert "resample 'bicubic' is not a number, so transformers" in caplog.text

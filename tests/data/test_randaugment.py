@@ -21,7 +21,7 @@ from vivit_jax.errors import UserError
 
 
 def smooth_clip(frames=2, height=40, width=56, seed=0):
-    """Frames with edges, slopes and a range that is not the whole one; each differs."""
+    """Frames with edges and slopes that do not use the whole range; each differs."""
     rng = np.random.default_rng(seed)
     rough = rng.integers(20, 220, (frames, 5, 7, 3), np.uint8)
     large = [Image.fromarray(f).resize((width, height), Image.Resampling.BILINEAR) for f in rough]
@@ -78,14 +78,17 @@ def test_each_operation_is_pillows_on_each_frame(name, level, sign):
 def test_operations_go_the_way_their_names_say():
     clip = np.zeros((1, 21, 21, 3), np.uint8)
     clip[0, 10, 15] = 255
-    spot = lambda changed: np.argwhere(changed[0, ..., 0] > 250).tolist()  # noqa: E731
+
+    def spot(changed):
+        return np.argwhere(changed[0, ..., 0] > 250).tolist()
+
     assert spot(apply_timm(clip, "TranslateX", 5 / 21)) == [[10, 10]]
     assert spot(apply_timm(clip, "TranslateY", -5 / 21)) == [[15, 15]]
     assert (apply_timm(clip, "TranslateX", 5 / 21)[0, :, -5:] == 128).all()
     assert spot(apply_timm(clip, "Rotate", 90)) == [[5, 10]]  # against the clock
 
 
-# Written out from the ranges of the papers' code: at magnitude 10 a turn of 30 degrees, and so on.
+# By hand, from the ranges of the papers' code: 30 degrees at magnitude 10, and so on.
 TIMM_LEVELS = {  # increasing: at 0, 7 and 10; not increasing: the same
     "Rotate": ([0, 21, 30], [0, 21, 30]),
     "Posterize": ([4, 2, 0], [0, 2, 4]),
@@ -139,12 +142,12 @@ def test_scenic_levels_go_on_beyond_10(name):
 
 
 def only(monkeypatch, family, name):
-    """Makes `name` the one operation that a family draws."""
+    """Makes `name` the only operation of a family."""
     monkeypatch.setattr(randaugment, f"{family.upper()}_OPERATIONS", (name,))
 
 
 def scenic_once(monkeypatch, name, clip, magnitude, seed=0):
-    """`name` of the scenic family, drawn until it is not the one that does nothing."""
+    """Applies `name` of the scenic family, drawing until it is not the identity."""
     only(monkeypatch, "scenic", name)
     while np.random.default_rng(seed).integers(2) == 1:
         seed += 1
@@ -152,7 +155,7 @@ def scenic_once(monkeypatch, name, clip, magnitude, seed=0):
     return rand_augment(np.random.default_rng(seed), clip, spec)
 
 
-# What scenic's operations make of `tensorflow_clip()` in TensorFlow 2.21, by name and magnitude.
+# Results of scenic's operations on `tensorflow_clip()` in TensorFlow 2.21, by name and magnitude.
 TENSORFLOW = {
     ("AutoContrast", 7): (
         "005cc92280ee44a50266c92688ed4aaa006ecc2492ee48b6106dda"
@@ -226,7 +229,7 @@ TENSORFLOW = {
 
 
 def tensorflow_clip():
-    """Two frames of 3 x 3, where no sum of Sharpness is a whole level."""
+    """Two frames of 3 x 3, for which no sum of Sharpness is a whole level."""
     return (np.arange(54) * 91 % 241 + 7).astype(np.uint8).reshape(2, 3, 3, 3)
 
 
@@ -243,7 +246,7 @@ def test_scenic_operations_are_pillows_on_all_frames_as_one_tall_image(
     monkeypatch, name, magnitude
 ):
     clip = smooth_clip(3)
-    clip[1] //= 2  # so that frames by themselves would be equalised otherwise
+    clip[1] //= 2  # so that equalising each frame by itself differs
     argument = scenic_argument(name, magnitude)
     wanted = np.asarray(by_hand(Image.fromarray(clip.reshape(-1, 56, 3)), name, argument))
     changed = scenic_once(monkeypatch, name, clip, magnitude)
@@ -320,7 +323,7 @@ def test_cutout_blackens_one_square_alike_in_all_frames(monkeypatch):
         assert (black == black[:1, :, :, :1]).all()
         rows, columns = black[0, :, :, 0].any(1).nonzero()[0], black[0, :, :, 0].any(0).nonzero()[0]
         assert black[0, :, :, 0].sum() == len(rows) * len(columns)
-        # Towards the edges a part is cut off: the centre lies 20 after the start or before the end.
+        # Near the edges a part is clipped: the centre lies 20 after the start or before the end.
         centres.append(rows[0] + 20 if rows[0] else rows[-1] + 1 - 20)
         sizes[len(rows), len(columns)] += 1
     assert min(centres) < 10 and max(centres) > 60
@@ -328,7 +331,7 @@ def test_cutout_blackens_one_square_alike_in_all_frames(monkeypatch):
 
 
 def counted(monkeypatch, spec, draws, seed=0):
-    """How often each operation is applied in so many clips, and the arguments of all."""
+    """How often each operation is applied in `draws` clips, and all arguments."""
     names, arguments = Counter(), []
 
     def spy(clip, name, argument):
@@ -336,7 +339,7 @@ def counted(monkeypatch, spec, draws, seed=0):
         arguments.append(argument)
         return clip
 
-    monkeypatch.setattr(randaugment, "apply", spy)
+    monkeypatch.setattr(randaugment, "apply_timm", spy)
     rng = np.random.default_rng(seed)
     clip = np.zeros((1, 2, 2, 3), np.uint8)
     for _ in range(draws):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""200 random preprocessor files, read by transformers and here: the same bits of each frame."""
+"""200 random preprocessor files give the same bits in transformers and here."""
 
 import json
 
@@ -10,7 +10,7 @@ from test_processor import run_theirs, same_bits
 from vivit_jax.data.transforms.processor import VideoProcessor
 
 ALWAYS, ALL = 100, 200  # a few milliseconds each
-# What files of the hub hold beside, which moves no pixel of these frames.
+# Other keys of files on the hub, which change no pixel of these frames.
 OTHERS = {
     "do_pad": None, "do_sample_frames": False, "num_frames": 16, "default_to_square": False,
     "return_tensors": None, "processor_class": "AnyProcessor", "device": None, "my_note": "kept",
@@ -19,11 +19,18 @@ OTHERS = {
 
 
 def random_processor(number: int):
-    """(family, content of preprocessor_config.json, frames of one clip or two) of a number."""
+    """(family, content of preprocessor_config.json, frames of one clip or two) by number."""
     rng = np.random.default_rng([20261130, number])
-    pick = lambda *options: options[rng.integers(len(options))]  # noqa: E731
-    flag = lambda: pick(True, True, True, False, None)  # noqa: E731
-    side = lambda: int(rng.integers(4, 40))  # noqa: E731
+
+    def pick(*options):
+        return options[rng.integers(len(options))]
+
+    def flag():
+        return pick(True, True, True, False, None)
+
+    def side():
+        return int(rng.integers(4, 40))
+
     family = pick("vivit", "videomae")
     channels = pick(1, 2, 3, 3, 3, 4)
     values = {
@@ -44,17 +51,17 @@ def random_processor(number: int):
         "image_std": [float(v) for v in rng.uniform(0.1, 0.9, channels)],
     }
     if family == "vivit":
-        # transformers refuses an offset without rescaling; of null it has its default.
+        # transformers refuses an offset without rescaling; null takes its default.
         values["offset"] = bool(values["do_rescale"] and rng.random() < 0.6)
     else:
-        # Not so little that a side ends at no pixels, which transformers cannot do.
+        # Large enough to leave a pixel on each side, as transformers requires.
         values["size"] = pick(values["size"], {"max_height": side() + 8, "max_width": side() + 8})
     if rng.random() < 0.3:
         for name in ("image_mean", "image_std"):
             values[name] = values[name][0]
     for name in ("do_resize", "do_center_crop", "crop_size", "resample", "rescale_factor"):
         if rng.random() < 0.1:
-            del values[name]  # the class's own
+            del values[name]  # leaves the class default
     names = [name for name in OTHERS if rng.random() < 0.25]
     values |= {name: OTHERS[name] for name in names}
     height, width = side(), side()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The papers' samplers against plain enumerations of their definitions and numbers by hand."""
+"""The papers' samplers against enumerations of their definitions and numbers by hand."""
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ SIZES = [
 
 
 def hold(total, n, stride):
-    """Every clip that can be drawn."""
+    """All clips that can be drawn."""
     clips = set()
     for first in range(total - n * stride + 1) or [0]:
         clip, frame = [], first
         for _ in range(n):
             clip.append(frame)
-            # The authors count frames from 1 and go on while the number is below the count.
+            # The authors count frames from 1 and continue while the number is below the total.
             number = frame + 1
             frame += stride if number + stride < total else 0
         clips.add(tuple(clip))
@@ -89,14 +89,14 @@ def test_every_first_frame_is_equally_likely(sampler, firsts):
     assert len(counts) == len(firsts)
     expected = draws / len(firsts)
     chi2 = ((counts - expected) ** 2 / expected).sum()
-    assert chi2 < 38  # 15 degrees of freedom exceed it once in a thousand; fewer, more rarely
+    assert chi2 < 38  # exceeded once in a thousand with 15 degrees of freedom
 
 
 def test_the_frames_of_segments_are_drawn_independently():
     rng = np.random.default_rng(2)
     drawn = np.array([training_indices("segments", 23, 4, 9, rng) for _ in range(4000)])
     places = drawn - [0, 5, 10, 15]
-    assert places.min() == 0 and places.max() == 4  # the last 3 frames are of no part
+    assert places.min() == 0 and places.max() == 4  # the last 3 frames belong to no part
     pairs = np.bincount(places[:, 0] * 5 + places[:, 1], minlength=25)
     assert ((pairs - 160) ** 2 / 160).sum() < 52  # 24 degrees of freedom
 

@@ -35,7 +35,7 @@ def test_sample_frame_indices_with_a_generator_leaves_the_global_state_alone():
     ends = {
         sample_frame_indices(4, 2, 12, rng=np.random.default_rng(seed))[-1] for seed in range(40)
     }
-    assert ends == {7, 8, 9, 10}  # covers 8 frames, the frame after its last is 8 to 11
+    assert ends == {7, 8, 9, 10}  # covers 8 frames, so its exclusive end is 8 to 11
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 

@@ -61,7 +61,7 @@ def test_a_second_pass_decodes_anew(clip):
 
 
 def test_frames_are_not_held(tmp_path):
-    """Of 200 frames no more are alive than a decoder with its threads has on their way."""
+    """Of 200 frames no more are alive than a decoder with its threads holds."""
     path = write_clip(tmp_path / "long.mp4", frames=200)
     alive, most = weakref.WeakSet(), 0
     for frame in FrameStream(path):
@@ -104,7 +104,7 @@ def test_a_truncated_file_gives_the_frames_that_read_video_gives(tmp_path, caplo
 
 
 def packet_bytes(path, number: int) -> slice:
-    """Where a packet of an mp4 lies in the file."""
+    """The span of a packet of an mp4 in the file."""
     with av.open(str(path)) as container:
         packet = [p for p in container.demux(video=0) if p.size][number]
         return slice(packet.pos, packet.pos + packet.size)
@@ -112,7 +112,7 @@ def packet_bytes(path, number: int) -> slice:
 
 @pytest.mark.parametrize("frames", [30, 120])
 def test_decoding_goes_on_after_a_packet_that_cannot_be_decoded(tmp_path, caplog, frames):
-    """Also where the decoder's threads have given frames when the error surfaces."""
+    """Also if the decoder's threads have given frames before the error surfaces."""
     path = write_clip(tmp_path / "damaged.mp4", frames=frames, b_frames=2)
     data, place, half = bytearray(path.read_bytes()), packet_bytes(path, frames // 2), frames // 2
     data[place] = bytes(place.stop - place.start)
@@ -193,7 +193,7 @@ def test_read_ahead_keeps_order_and_is_bounded():
     for taken, item in enumerate(read_ahead(numbers(), 3)):
         most = max(most, len(made) - taken)
         found.append(item)
-    # Three wait, one is in the maker's hands, and one has just been taken.
+    # Three are queued, the generator holds one, and one has just been taken.
     assert found == list(range(50)) and 1 < most <= 5
 
 

@@ -31,7 +31,7 @@ VIDEOS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """The damaged file's place, its reader, and whether its checksums let no other result pass."""
+    """The damaged file's path, its reader, and whether checksums rule out any other result."""
 
     file: str
     read: Callable[[Path], Any]
@@ -39,7 +39,7 @@ class Kind:
 
 
 def digest(value: Any) -> str:
-    """A short text that tells results apart."""
+    """A digest of results."""
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -72,7 +72,7 @@ def weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def model(path: Path) -> dict[str, Any]:
-    """All of a load but the drawing of fresh weights."""
+    """A load except the drawing of fresh weights."""
     from checkpoints_convert.pretrained import plan_load
     from vivit_jax.config import config_from_dict
 
@@ -205,7 +205,7 @@ KINDS: dict[str, Kind] = {
 
 
 def _faulty(fault: Callable[[], Any]) -> Kind:
-    """A reader that does well once, of the undamaged input, and then never again."""
+    """A reader that succeeds once, on the undamaged input, and then never again."""
     calls = itertools.count()
     return Kind("labels/map.json", lambda path: fault() if next(calls) else None)
 
@@ -220,7 +220,7 @@ def _busy() -> None:
         pass
 
 
-# What the harness has to notice, for its own test.
+# What the harness must notice, for its own test.
 FAULTS = {
     "crash": _faulty(os.abort),
     "hang": _faulty(_busy),
@@ -250,7 +250,10 @@ def _checkpoints(root: Path) -> None:
     from vivit_jax.models.build import abstract_params, build_model
 
     drawn = np.random.default_rng(0)
-    draw = lambda leaf: drawn.standard_normal(leaf.shape).astype(np.float32)  # noqa: E731
+
+    def draw(leaf):
+        return drawn.standard_normal(leaf.shape).astype(np.float32)
+
     configs = {
         "hf": vivit_jax.VideoMAEConfig(**SIZES, num_labels=CLASSES),
         "vivit": vivit_jax.VivitConfig(
@@ -276,7 +279,7 @@ def _checkpoints(root: Path) -> None:
     for name, archive in (("bin", True), ("old", False)):
         (root / name).mkdir()
         torch.save(state, root / name / "pytorch_model.bin", _use_new_zipfile_serialization=archive)
-    # Damaged inside, with the checksums of what is damaged.
+    # Damaged inside, with checksums of the damaged content.
     (root / "pickle").mkdir()
     with zipfile.ZipFile(root / "bin" / "pytorch_model.bin") as archive:
         (root / "pickle" / "pytorch_model.bin").write_bytes(archive.read("pytorch_model/data.pkl"))
@@ -355,7 +358,7 @@ def _data(root: Path) -> None:
 
 
 def placed(kind: str, root: Path, work: Path, data: bytes) -> Path:
-    """A copy of an input with other bytes in the kind's file; returns that file's path."""
+    """Copies an input with other bytes in the kind's file; returns that file's path."""
     file = (KINDS | FAULTS)[kind].file
     top = Path(file).parts[0]
     shutil.rmtree(work, ignore_errors=True)
@@ -369,7 +372,7 @@ def placed(kind: str, root: Path, work: Path, data: bytes) -> Path:
 
 
 def repacked(root: Path, pickled: bytes) -> bytes:
-    """The .bin with another pickle in it."""
+    """The .bin with another pickle."""
     out = io.BytesIO()
     with (
         zipfile.ZipFile(root / "bin" / "pytorch_model.bin") as source,

@@ -14,7 +14,7 @@ _EDGES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1
 
 
 def mutated(data: bytes, kind: str, seed: int) -> tuple[bytes, str]:
-    """Changed bytes, and in words how. Text has its numbers and words changed as well."""
+    """Changed bytes, and a description. In text, numbers and words are changed as well."""
     drawn = random.Random(f"{kind} {seed}")
     changes = [_flip, _flip, _byte, _truncate, _insert, _delete, _double, _swap, _length, _length]
     if _is_text(data):
@@ -80,7 +80,7 @@ def _swap(data: bytes, drawn: random.Random) -> bytes:
 
 
 def _length(data: bytes, drawn: random.Random) -> bytes:
-    """A value at the edge of what fits where a length could be."""
+    """A boundary value where a length could be."""
     width = drawn.choice([1, 2, 4, 8])
     at = drawn.randrange(len(data))
     value = drawn.choice(_EDGES) % (1 << 8 * width)
@@ -88,7 +88,7 @@ def _length(data: bytes, drawn: random.Random) -> bytes:
 
 
 def _value(data: bytes, drawn: random.Random) -> bytes:
-    """Another value in the place of a number."""
+    """Another value in place of a number."""
     found = list(_NUMBER.finditer(data))
     if not found:
         return _byte(data, drawn)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers that may crash, hang or take all memory: what each input came to, whatever it did."""
+"""Workers that may crash, hang or take all memory, and the outcome of each input."""
 
 import collections
 import json
@@ -71,7 +71,7 @@ class _Worker:
 
 
 def run(root: Path, jobs: Sequence[tuple[str, int]], workers: int) -> list[Result]:
-    """What each (kind, seed) of inputs made below `root` came to, in any order."""
+    """The outcome of each (kind, seed), of inputs made below `root`, in any order."""
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)

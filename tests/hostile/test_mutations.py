@@ -22,7 +22,7 @@ from pool import timed  # noqa: E402
 
 
 def jobs(count: int, first: int = 0) -> list[tuple[str, int]]:
-    """So many (kind, seed), kind by kind in turn."""
+    """`count` pairs (kind, seed), cycling through the kinds."""
     turns = ((kind, seed) for seed in itertools.count(first) for kind in KINDS)
     return list(itertools.islice(turns, count))
 
@@ -44,7 +44,7 @@ def test_damaged_inputs(root, first, count, workers):
     assert len(results) == count
     assert all(result.good for result in results), told
     kinds = {kind: [r.outcome for r in results if r.kind == kind] for kind in KINDS}
-    # Damage that nobody notices is no damage.
+    # Some damage of each kind must have an effect.
     assert all(set(outcomes) - {"same"} for outcomes in kinds.values()), told
 
 

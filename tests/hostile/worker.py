@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads damaged inputs in a process of its own: a line of JSON for each line "kind<TAB>seed"."""
+"""Reads damaged inputs in its own process: one line of JSON per line "kind<TAB>seed"."""
 
 import json
 import logging
@@ -16,12 +16,12 @@ from vivit_jax.errors import UserError
 
 _READ = KINDS | FAULTS
 _STATUS = Path("/proc/self/status")
-# Lists of all that does not fit have a line for each tensor.
+# Errors that list tensors have one line for each.
 _LISTS = ("does not fit the model", "disagrees with its shards")
 
 
 def memory(name: str) -> int:
-    """VmRSS or VmHWM in bytes; where there is no /proc, the largest so far of either."""
+    """VmRSS or VmHWM in bytes; without /proc, the peak for both."""
     if not _STATUS.exists():
         import resource
 
@@ -37,13 +37,13 @@ def forget_peak() -> None:
 
 
 def whole(root: Path, work: Path, kind: str) -> tuple[bytes, str]:
-    """The undamaged bytes of a kind, and the digest of what is read of them."""
+    """The undamaged bytes of a kind, and the digest of the result of reading them."""
     data = (root / _READ[kind].file).read_bytes()
     return data, digest(_READ[kind].read(placed(kind, root, work, data)))
 
 
 def outcome(root: Path, work: Path, kind: str, data: bytes, expected: str) -> tuple[str, str]:
-    """What became of one input, and a message: "same", "other", "error", or what is wrong."""
+    """The outcome of one input ("same", "other", "error", or a fault), and a message."""
     path = placed(kind, root, work, data)
     read = _READ[kind].read
     try:
@@ -66,7 +66,7 @@ def outcome(root: Path, work: Path, kind: str, data: bytes, expected: str) -> tu
 def main() -> None:
     root = Path(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries' output is not an answer
     logging.disable()
     cache: dict[str, tuple[bytes, str]] = {}
     with tempfile.TemporaryDirectory() as directory:
