@@ -555,7 +555,7 @@ def test_digits_of_other_scripts_sort_as_letters(tmp_path):
         ("frames.npy", b"no array", "frames in it is not a numpy array"),
         ("frames", b"no array", "frames in it is not a numpy array"),
         ("frames.npy", b"\x93NUMPY\x01\x00", "not an array in numpy's .npz format"),
-        ("frames.npy", b"", "frames in it is no array"),
+        ("frames.npy", b"", "frames in it is not a numpy array"),
     ],
 )
 def test_an_npz_of_something_else(tmp_path, member, content, message):

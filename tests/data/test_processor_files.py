@@ -205,7 +205,7 @@ def test_the_files_own_channel_order(tmp_path):
 
 def test_what_vivit_does_not_have_is_refused():
     for name, value in {"do_convert_rgb": True, "input_data_format": "channels_first"}.items():
-        with pytest.raises(ConfigError, match=f"{name} is .*VivitImageProcessor does not"):
+        with pytest.raises(ConfigError, match=f"{name} is .*VivitImageProcessor lacks"):
             VideoProcessor.vivit(**{name: value})
     video = {"video_processor_type": "VivitVideoProcessor"}
     with pytest.raises(ConfigError, match="keeps the long edge within longest_edge"):

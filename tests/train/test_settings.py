@@ -158,9 +158,9 @@ def test_what_is_wrong_with_a_setting(assignments, message):
         (["train.epochs=5"], "warmup_epochs 5 leaves nothing of train.epochs 5: set optim.warmup"),
         (
             ["augment.mix_group=none", "train.batch_size=5", "data.repeats=1"],
-            "5 clips are no whole",
+            "5 clips are not whole",
         ),
-        (["train.accumulate=192"], "768 clips, 4 in each of train.accumulate 192, are no whole"),
+        (["train.accumulate=192"], "768 clips, 4 in each of train.accumulate 192, are not whole"),
         (["train.accumulate=5"], "384 does not divide into train.accumulate 5"),
         (["train.keep=0"], "train.keep is 0"),
         (["train.batch_size=5"], "5 x data.repeats 2 = 10 clips .* set augment.mix_group too"),

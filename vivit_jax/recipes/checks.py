@@ -115,7 +115,8 @@ def check_frames(recipe: Recipe, config: Config) -> None:
     if recipe.evaluation.resize < side:
         raise UserError(
             f"evaluation.resize is {recipe.evaluation.resize}, but the model's frames have a side "
-            f"of {side} pixels: set evaluation.resize={side} or more, or model.config.image_size"
+            f"of {side} pixels: set evaluation.resize={side} or more too, or change "
+            "model.config.image_size"
         )
     augment = recipe.augment
     if augment.resize is not None and augment.crop in ("random", "center"):
@@ -221,8 +222,8 @@ def _check_labelled(recipe: Recipe) -> None:
         parts = f", {part} in each of train.accumulate {train.accumulate}," * (part < clips)
         raise UserError(
             f"train.batch_size {train.batch_size} x data.repeats {recipe.data.repeats} = {clips} "
-            f"clips{parts} cannot be divided into groups of augment.mix_group {augment.mix_group}, "
-            "which mix in pairs: set augment.mix_group to an even number that divides them"
+            f"clips{parts} are not whole groups of augment.mix_group {augment.mix_group}, which "
+            "mix in pairs: set augment.mix_group too, to an even number that divides them"
             + (", or none for all of them" if part == clips and clips % 2 == 0 else "")
         )
 
