@@ -4,8 +4,6 @@
 import hashlib
 import itertools
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -498,8 +496,8 @@ def test_hub_id(tmp_path, monkeypatch):
         asked.append((source, revision))
         return file
 
-    hub = types.SimpleNamespace(resolve_processor=resolve_processor)
-    monkeypatch.setitem(sys.modules, "vivit_jax.hub", hub)
+    where = "vivit_jax.data.transforms.processor.resolve_processor"
+    monkeypatch.setattr(where, resolve_processor)
     processor = VideoProcessor.from_pretrained("google/vivit-b-16x2-kinetics400", revision="v1")
     assert processor == VideoProcessor.named("vivit-kinetics400")
     assert asked == [("google/vivit-b-16x2-kinetics400", "v1")]
