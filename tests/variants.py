@@ -2,20 +2,11 @@
 """Tiny configurations of every form of ViViT; frames, height, width and counts all differ."""
 
 from numpy_vivit import forward
+from tiny import VIVIT
 
 import vivit_jax
 
-SIZES = dict(
-    image_size=(24, 16),
-    num_frames=6,
-    tubelet_size=(2, 8, 8),
-    hidden_size=48,
-    num_hidden_layers=3,
-    num_temporal_layers=2,
-    num_attention_heads=4,
-    intermediate_size=80,
-    num_labels=5,
-)
+SIZES = VIVIT | dict(num_temporal_layers=2)
 FE, FSA, FDP = (f"factorised_{kind}" for kind in ("encoder", "self_attention", "dot_product"))
 VARIANTS = {
     "joint": dict(attention_type="joint"),

@@ -4,7 +4,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import VIDEOMAE
+from tiny import VIDEOMAE
 
 from vivit_jax import UserError, VideoMAEConfig
 from vivit_jax.benchmark import agreement as agreement_module

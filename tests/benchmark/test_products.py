@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import VIDEOMAE
+from tiny import VIDEOMAE
 
 from vivit_jax import VideoMAEConfig
 from vivit_jax.benchmark import products

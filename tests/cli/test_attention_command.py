@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import VIDEOMAE, mostly_slow, random_params
+from commands import run_command
+from helpers import mostly_slow, random_params
 from PIL import Image, ImageFont
+from tiny import VIDEOMAE
 from variants import variant_config
 
 import vivit_jax
 from vivit_jax.cli import attention_picture, panels
-from vivit_jax.cli.__main__ import main
 from vivit_jax.data.video.decode import frame_times
 from vivit_jax.data.video.frame_stream import FrameStream
 from vivit_jax.models.build import build_model
@@ -64,11 +65,6 @@ def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=40, size=(64, 96))
 
 
-def run(capsys, *args):
-    status = main(["attention", *map(str, args)])
-    return status, *capsys.readouterr()
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """The panels that a run drew."""
@@ -99,7 +95,7 @@ def test_every_model(models, clip, capsys, drawn, tmp_path, name):
     for kind in ("map", "rollout"):
         numbers, picture = tmp_path / f"{kind}.npz", tmp_path / f"{kind}.png"
         args = ("--kind", kind, "--out", picture, "--save", numbers, "--json")
-        status, out, err = run(capsys, clip, "--model", directory, *args)
+        status, out, err = run_command(capsys, "attention", clip, "--model", directory, *args)
         assert status == 0 and err == ""
         summary, saved, shown = json.loads(out), np.load(numbers), drawn[-1]
         with Image.open(picture) as image:
@@ -157,7 +153,7 @@ def test_options_choose_what_is_shown(models, clip, capsys, drawn, tmp_path):
     processor = vivit_jax.VideoProcessor.from_pretrained(directory)
     args = ("--query", "2,1,0", "--head", "3", "--layer", "-2", "--start", "begin", "--stride", "1")
     paths = ("--out", tmp_path / "a.png", "--save", tmp_path / "a.npz")
-    status, out, _ = run(capsys, clip, "--model", directory, *args, *paths)
+    status, out, _ = run_command(capsys, "attention", clip, "--model", directory, *args, *paths)
     assert status == 0
     assert "6 frames from 0 to 5" in out and "written to" in out
     assert "attention in layer 1 of 0 to 2, head 3 of 0 to 3; query: tubelet 2,1,0 (t,y,x)" in out
@@ -176,13 +172,13 @@ def test_options_choose_what_is_shown(models, clip, capsys, drawn, tmp_path):
 
 def test_the_temporal_layer_is_named(models, clip, capsys, drawn, tmp_path):
     args = ("--model", models("encoder"), "--temporal-layer", "0", "--out", tmp_path / "a.png")
-    assert run(capsys, clip, *args)[0] == 0
+    assert run_command(capsys, "attention", clip, *args)[0] == 0
     assert "layer 2 of 0 to 2, over time in layer 0 of 0 to 1," in drawn[0].title
 
 
 def test_a_tubelet_of_a_factorised_encoder_sees_its_frame(models, clip, capsys, drawn, tmp_path):
     args = ("--model", models("encoder"), "--query", "1,0,0", "--out", tmp_path / "a.png")
-    status, out, _ = run(capsys, clip, *args, "--json")
+    status, out, _ = run_command(capsys, "attention", clip, *args, "--json")
     np.testing.assert_allclose(json.loads(out)["time_weights"], [0, 3, 0], atol=1e-12)
     assert status == 0 and any("sees its own time step only" in note for note in drawn[0].notes)
     assert "over time" not in drawn[0].title
@@ -191,7 +187,7 @@ def test_a_tubelet_of_a_factorised_encoder_sees_its_frame(models, clip, capsys, 
 def test_movies_have_a_frame_for_each_of_the_clip(models, clip, capsys, drawn, tmp_path):
     for name in ("a.mp4", "a.GIF"):
         args = ("--model", models("mae"), "--stride", "5", "--out", tmp_path / name)
-        assert run(capsys, clip, *args)[0] == 0
+        assert run_command(capsys, "attention", clip, *args)[0] == 0
     shown = drawn[0]
     pages = [np.asarray(page) for page in shown._moving()]
     assert len(pages) == 6 and len({page.shape for page in pages}) == 1
@@ -216,7 +212,7 @@ def test_arrays_have_no_seconds(capsys, drawn, tmp_path):
     model = save_model(tmp_path / "m", "mae", num_channels=1)
     np.save(tmp_path / "c.npy", np.random.default_rng(0).random((6, 24, 16, 1), np.float32))
     paths = ("--out", tmp_path / "a.png", "--save", tmp_path / "a.npz")
-    status, _, err = run(capsys, tmp_path / "c.npy", "--model", model, *paths)
+    status, _, err = run_command(capsys, "attention", tmp_path / "c.npy", "--model", model, *paths)
     assert status == 0, err
     assert drawn[0].times[0] == "frame 0" and drawn[0].footer.ticks == list("012345")
     assert np.isnan(np.load(tmp_path / "a.npz")["seconds"]).all()
@@ -234,7 +230,7 @@ def test_seconds_follow_a_variable_rate(models, capsys, drawn, tmp_path, name, c
     times = None if step is None else [3 + 0.04 * k + step * max(0, k - 10) for k in range(40)]
     video = write_clip(tmp_path / name, frames=40, size=(64, 96), codec=codec, times=times)
     args = ("--model", models("mae"), "--stride", "4", "--start", "4", "--out", tmp_path / "a.png")
-    assert run(capsys, video, *args, "--save", tmp_path / "a.npz")[0] == 0
+    assert run_command(capsys, "attention", video, *args, "--save", tmp_path / "a.npz")[0] == 0
     frames = np.arange(4, 28, 4)
     expected = 0.04 * frames + (step or 0) * np.maximum(0, frames - 10)
     seconds = np.load(tmp_path / "a.npz")["seconds"].reshape(-1)
@@ -249,7 +245,7 @@ def test_movies_play_as_fast_as_a_file_of_variable_rate(models, capsys, tmp_path
     video = write_clip(tmp_path / "a.mp4", frames=40, size=(64, 96), times=times)
     args = ("--model", models("mae"), "--stride", "4", "--start", "4")
     for name in ("b.mp4", "b.gif"):
-        assert run(capsys, video, *args, "--out", tmp_path / name)[0] == 0
+        assert run_command(capsys, "attention", video, *args, "--out", tmp_path / name)[0] == 0
     shown = times[4:28:4] - times[4]
     np.testing.assert_allclose(frame_times(tmp_path / "b.mp4", range(6)), shown, atol=1e-3)
     holds = [*np.diff(shown), np.median(np.diff(shown))]
@@ -314,12 +310,14 @@ def test_files_are_not_overwritten_unless_asked(models, clip, capsys, tmp_path):
     args = (clip, "--model", models("mae"), "--out", tmp_path / "a.png")
     for name, flag in (("a.png", "--out"), ("a.npz", "--save")):
         (tmp_path / name).write_bytes(b"mine")
-        status, _, err = run(capsys, *args, "--save", tmp_path / "a.npz")
+        status, _, err = run_command(capsys, "attention", *args, "--save", tmp_path / "a.npz")
         assert status == 2 and f"{flag} {tmp_path / name} exists" in err
         assert (tmp_path / name).read_bytes() == b"mine"
         if flag == "--out":
             (tmp_path / name).unlink()
-    assert run(capsys, *args, "--save", tmp_path / "a.npz", "--overwrite")[0] == 0
+    assert (
+        run_command(capsys, "attention", *args, "--save", tmp_path / "a.npz", "--overwrite")[0] == 0
+    )
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
 
@@ -350,7 +348,7 @@ def test_wrong_input_is_one_line(models, clip, capsys, tmp_path, changes, told):
     values = {"clip": clip, "--model": models("mae"), "--out": tmp_path / "a.png"}
     values |= {key: text.format(tmp=tmp_path) for key, text in changes.items()}
     args = [values.pop("clip"), *(part for pair in values.items() for part in pair)]
-    status, out, err = run(capsys, *args)
+    status, out, err = run_command(capsys, "attention", *args)
     assert status == 2 and told.format(tmp=tmp_path) in err, err
     assert err.count("\n") == 1 and not out
     assert not list(tmp_path.iterdir())
@@ -358,7 +356,7 @@ def test_wrong_input_is_one_line(models, clip, capsys, tmp_path, changes, told):
 
 def test_suffixes_in_capitals(models, clip, capsys, tmp_path):
     paths = ("--out", tmp_path / "a.PNG", "--save", tmp_path / "a.NPZ")
-    status, _, err = run(capsys, clip, "--model", models("mae"), *paths)
+    status, _, err = run_command(capsys, "attention", clip, "--model", models("mae"), *paths)
     assert status == 0, err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.NPZ", "a.PNG"]
     np.testing.assert_allclose(np.load(tmp_path / "a.NPZ")["maps"].sum(), 1, rtol=1e-12)
@@ -433,7 +431,7 @@ def test_an_interrupted_run_leaves_the_old_file(models, clip, capsys, tmp_path, 
 
     monkeypatch.setattr(panels.Panels, "save_mp4", fail)
     args = (clip, "--model", models("mae"), "--out", out_file, "--overwrite")
-    status, _, err = run(capsys, *args)
+    status, _, err = run_command(capsys, "attention", *args)
     assert status == 2 and "disk full" in err
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     assert out_file.read_bytes() == b"mine"

@@ -10,9 +10,9 @@ import av
 import numpy as np
 import pytest
 from clips import every_frame, write_clip
+from commands import run_command
 
 from vivit_jax.benchmark import input as reading
-from vivit_jax.cli.__main__ import main
 from vivit_jax.errors import UserError, VideoError
 
 DEFAULT = "videomae-v1-base-kinetics400-finetune"
@@ -30,18 +30,13 @@ def no_torchcodec(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
 
 
-def run(capsys, *args):
-    status = main(["benchmark-input", *map(str, args)])
-    return status, *capsys.readouterr()
-
-
 def positive(value) -> bool:
     return isinstance(value, float | int) and value > 0
 
 
 def test_rows_and_file(clip, capsys, tmp_path):
     path = tmp_path / "figures.json"
-    status, out, err = run(capsys, clip, *SHORT, "--json", path)
+    status, out, err = run_command(capsys, "benchmark-input", clip, *SHORT, "--json", path)
     assert status == 0 and err == ""
     for line in ("dense clips of 4 frames", "sparse clips of 4 frames", "float32 ", "uint8 "):
         assert line in out
@@ -74,8 +69,8 @@ def test_rows_and_file(clip, capsys, tmp_path):
 
 def test_a_video_is_made_where_none_is_given(capsys):
     made = ("--minutes", "0.05", "--fps", "20", "--gop", "12", "--scene-seconds", "1.5")
-    status, out, err = run(
-        capsys, *made, *SHORT, "--start", "random", "--width", 64, "--height", 48
+    status, out, err = run_command(
+        capsys, "benchmark-input", *made, *SHORT, "--start", "random", "--width", 64, "--height", 48
     )
     assert status == 0 and err == "making 60 frames of video ...\n"
     assert out.count("made.mp4, 60 frames 64x48 h264") == 2
@@ -118,7 +113,7 @@ def test_frames_that_differ_give_no_ratio(clip, capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(reading, "read_ours", wrong)
     path = tmp_path / "wrong.json"
-    status, out, _ = run(capsys, clip, *SHORT, "--json", path)
+    status, out, _ = run_command(capsys, "benchmark-input", clip, *SHORT, "--json", path)
     assert status == 1
     assert out.count("of the read loop differ by up to 1 of 255: no ratio") == 2
     assert "time of" not in out and "bit-equal" not in out
@@ -128,7 +123,7 @@ def test_frames_that_differ_give_no_ratio(clip, capsys, monkeypatch, tmp_path):
 
 def test_other_shapes_differ(clip, capsys, monkeypatch):
     monkeypatch.setattr(reading, "read_ours", lambda path, k: reading.read_loop(path, k)[1:])
-    assert run(capsys, clip, *SHORT)[0] == 1
+    assert run_command(capsys, "benchmark-input", clip, *SHORT)[0] == 1
 
 
 def test_a_reader_that_fails_is_one_line(clip, capsys, monkeypatch):
@@ -136,7 +131,7 @@ def test_a_reader_that_fails_is_one_line(clip, capsys, monkeypatch):
         raise av.InvalidDataError(1, "Invalid data found", str(path))
 
     monkeypatch.setattr(reading, "read_loop", failing)
-    status, _, err = run(capsys, clip, *SHORT)
+    status, _, err = run_command(capsys, "benchmark-input", clip, *SHORT)
     assert status == 2 and err.count("\n") == 1
     assert "a b.mp4: the read loop fails: Invalid data found; pass a video that is whole" in err
 
@@ -158,7 +153,7 @@ def test_torchcodec_is_a_row_where_it_is_installed(clip, capsys, monkeypatch):
     decoders.VideoDecoder = VideoDecoder
     monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
-    status, out, _ = run(capsys, clip, *SHORT)
+    status, out, _ = run_command(capsys, "benchmark-input", clip, *SHORT)
     assert status == 0 and set(asked) == {(str(clip), "NHWC", 1)}
     assert out.count("\n  torchcodec ") == 4  # a row and a line for each kind of clip
     assert out.count("torchcodec differs by up to 1 of 255 grey levels") == 2
@@ -180,7 +175,7 @@ def test_the_loader_s_clips_per_second(clip, capsys, tmp_path):
     """A batch of a recipe's clips, repeats counted; of one video as of many."""
     path = tmp_path / "loader.json"
     flags = ("--loader", "--batch", "2", "--threads", "1", "--repeats", "2", "--json", path)
-    status, out, err = run(capsys, clip, *flags)
+    status, out, err = run_command(capsys, "benchmark-input", clip, *flags)
     assert status == 0 and err == ""
     figures = json.loads(path.read_text())
     rate = figures["loader"]
@@ -200,7 +195,7 @@ def test_the_loader_s_clips_per_second(clip, capsys, tmp_path):
 def test_the_loader_reads_a_made_video_by_many_names(capsys):
     recipe = ("--recipe", "videomae-v1-base-ssv2-pretrain", "--batch", "1", "--repeats", "1")
     made = ("--minutes", "0.05", "--fps", "10", "--width", "64", "--height", "48")
-    status, out, err = run(capsys, "--loader", *recipe, *made)
+    status, out, err = run_command(capsys, "benchmark-input", "--loader", *recipe, *made)
     assert status == 0 and err == "making 30 frames of video ...\n"
     assert "\n  --threads 2 --workers 0 --batch 1; 1 batches timed\n" in out and " clips/s, " in out
 
@@ -249,7 +244,7 @@ def test_bad_input_is_one_line(clip, capsys, tmp_path, monkeypatch, args, words)
     (tmp_path / "there.json").write_text("{}")
     (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
     write_clip(tmp_path / "turned.mp4", frames=20, display=(90, False))
-    status, _, err = run(capsys, *args)
+    status, _, err = run_command(capsys, "benchmark-input", *args)
     assert status == 2 and words in err and err.count("\n") == 1
 
 

@@ -8,8 +8,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import VIDEOMAE, VIVIT, config_of, forward, random_params
+from commands import run_command
+from helpers import forward, random_params
 from PIL import Image
+from tiny import VIDEOMAE, VIVIT, config_of
 
 import vivit_jax
 from vivit_jax.cli.__main__ import main
@@ -66,9 +68,8 @@ def videos(tmp_path_factory):
     return folder
 
 
-def run(capsys, model, data, *args):
-    status = main(["evaluate", "--model", str(model), "--data", str(data), *map(str, args)])
-    return status, *capsys.readouterr()
+def evaluated(capsys, model, data, *args):
+    return run_command(capsys, "evaluate", "--model", model, "--data", data, *args)
 
 
 def printed(out):
@@ -79,7 +80,7 @@ def test_one_central_view_of_a_vivit_as_scenic_takes_it(models, videos, capsys, 
     """Every figure of the file, from the model itself; a video that cannot be read is left out."""
     path = tmp_path / "result.json"
     args = ("--out", path, "--views-at-once", 8)
-    status, out, err = run(capsys, models / "vivit", videos / "all.txt", *args)
+    status, out, err = evaluated(capsys, models / "vivit", videos / "all.txt", *args)
     assert status == 1 and err == ""
     result = json.loads(path.read_text())
     model, params = vivit_jax.from_pretrained(models / "vivit")
@@ -125,7 +126,7 @@ def test_flags_change_the_views_of_a_recipe(models, videos, capsys, tmp_path):
     flags = ("--clips", 2, "--stride", 3, "--resize", 26, "--out", path, "--overwrite")
     recipe = ("--recipe", "videomae-v1-base-kinetics400-finetune")
     path.write_text("{}")
-    status, out, err = run(capsys, models / "videomae", videos / "good.txt", *recipe, *flags)
+    status, out, err = evaluated(capsys, models / "videomae", videos / "good.txt", *recipe, *flags)
     assert (status, err) == (0, "") and "left out" not in out
     result = json.loads(path.read_text())
     assert result["conditions"]["views"] == dict(
@@ -147,7 +148,7 @@ def test_frames_are_resized_as_the_processor_says(
     flags, resize, told, models, videos, capsys, caplog, tmp_path
 ):
     args = (*flags, "--clips", 1, "--crops", 1, "--stride", 2, "--out", tmp_path / "result.json")
-    status, _, _ = run(capsys, models / "vivit", videos / "good.txt", *args)
+    status, _, _ = evaluated(capsys, models / "vivit", videos / "good.txt", *args)
     views = json.loads((tmp_path / "result.json").read_text())["conditions"]["views"]
     assert (status, views["resize"], views["average"]) == (0, resize, "logits")
     lines = [text for text in caplog.messages if "shorter side" in text]
@@ -160,7 +161,7 @@ def test_folders_are_scored_by_their_names(models, videos, capsys, tmp_path):
     for name in ("good.txt", "folders"):
         path = tmp_path / f"{name}.json"
         args = ("--out", path, "--views-at-once", 8, "--mesh", "data=8")
-        assert run(capsys, models / "vivit", videos / name, *args)[0] == 0
+        assert evaluated(capsys, models / "vivit", videos / name, *args)[0] == 0
         results.append(json.loads(path.read_text()))
     assert results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["per_class"] == results[1]["per_class"]
@@ -185,7 +186,7 @@ def test_a_name_that_is_no_text_is_written_and_then_printed(
         usual(*words, **options)
 
     monkeypatch.setattr("builtins.print", after_the_file)
-    status, out, _ = run(capsys, models / "vivit", listed, *args)
+    status, out, _ = evaluated(capsys, models / "vivit", listed, *args)
     assert status == 1 and f"left out {tmp_path}/bad\\udcff.npy: not an array" in out
     found = [os.fsencode(video["path"]) for video in json.loads(path.read_text())["videos"]]
     assert found == [name + b".npy" for name in names]
@@ -204,7 +205,7 @@ def test_frames_in_folders_are_found_by_their_numbers(models, videos, capsys, tm
     for name, given in (("file.txt", ()), ("folder.txt", flags)):
         path = tmp_path / f"{name}.json"
         args = (*given, "--out", path, "--views-at-once", 8)
-        assert run(capsys, models / "vivit", tmp_path / name, *args)[0] == 0
+        assert evaluated(capsys, models / "vivit", tmp_path / name, *args)[0] == 0
         results.append(json.loads(path.read_text()))
     assert results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["videos"][0]["frames"] == results[1]["videos"][0]["frames"]
@@ -213,7 +214,7 @@ def test_frames_in_folders_are_found_by_their_numbers(models, videos, capsys, tm
 def test_several_heads_average_logits_by_themselves(models, videos, capsys, tmp_path):
     path = tmp_path / "result.json"
     args = ("--out", path, "--views-at-once", 8)
-    status, out, _ = run(capsys, models / "heads", videos / "two.txt", *args)
+    status, out, _ = evaluated(capsys, models / "heads", videos / "two.txt", *args)
     assert status == 0
     result = json.loads(path.read_text())
     assert {"noun_accuracy", "verb_accuracy", "noun-verb_accuracy"} < result["metrics"].keys()
@@ -256,7 +257,7 @@ def test_several_heads_average_logits_by_themselves(models, videos, capsys, tmp_
     ids=str,
 )
 def test_bad_input_is_one_line(models, videos, capsys, model, data, flags, words):
-    status, out, err = run(capsys, models / model, videos / data, *flags)
+    status, out, err = evaluated(capsys, models / model, videos / data, *flags)
     assert status == 2 and words in err and err.count("\n") == 1 and out == ""
 
 

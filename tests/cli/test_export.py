@@ -17,7 +17,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import CASES, clip, config_of, error, forward, random_params
+from commands import run_command
+from helpers import clip, error, forward, random_params
+from tiny import CASES, config_of
 from variants import variant_config
 
 import vivit_jax
@@ -61,18 +63,13 @@ FRAMES = {"cropped": SIZE, "wide": (27, 61)}
 HIGHEST = ("--precision", "highest", "--json")
 
 
-def run(capsys, *args):
-    status = main(["export", *map(str, args)])
-    return status, *capsys.readouterr()
-
-
 def processor(**changes):
     named = {"size": {"shortest_edge": 26}, "crop_size": SIZE} | changes
     return vivit_jax.VideoProcessor.named("videomae-imagenet", **named)
 
 
 def saved(directory, case, **changes):
-    """A tiny model in a directory: of `helpers.CASES`, or a form of ViViT."""
+    """A tiny model in a directory: of `tiny.CASES`, or a form of ViViT."""
     if case in CASES:
         model = CASES[case][0](config_of(case, **changes))
     else:
@@ -213,7 +210,9 @@ def test_independent_channels_inside():
 def test_what_the_json_says(tiny, tmp_path, capsys):
     directory, model, _ = tiny
     file = tmp_path / "model.stablehlo"
-    status, out, _ = run(capsys, directory, "--out", file, "--batch", "2", "--dtype", "bfloat16")
+    status, out, _ = run_command(
+        capsys, "export", directory, "--out", file, "--batch", "2", "--dtype", "bfloat16"
+    )
     about = json.loads((tmp_path / "model.stablehlo.json").read_text())
     assert status == 0 and about["config"] == model.config.to_dict()
     assert about["labels"] == list(model.config.labels) and about["dtype"] == "bfloat16"
@@ -241,9 +240,9 @@ def test_files_in_the_way_and_overwrite(tiny, tmp_path, capsys):
     directory, *_ = tiny
     file = tmp_path / "model.stablehlo"
     (tmp_path / "model.stablehlo.json").write_text("mine")
-    status, _, err = run(capsys, directory, "--out", file)
+    status, _, err = run_command(capsys, "export", directory, "--out", file)
     assert status == 2 and "model.stablehlo.json exists" in err and not file.exists()
-    status, *_ = run(capsys, directory, "--out", file, "--overwrite")
+    status, *_ = run_command(capsys, "export", directory, "--out", file, "--overwrite")
     assert status == 0 and json.loads((tmp_path / "model.stablehlo.json").read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "model.stablehlo",
@@ -254,12 +253,14 @@ def test_files_in_the_way_and_overwrite(tiny, tmp_path, capsys):
 def test_old_parameters_do_not_stay_beside_a_new_program(tiny, tmp_path, capsys):
     directory, *_ = tiny
     file, old = tmp_path / "model.stablehlo", tmp_path / "model.stablehlo.safetensors"
-    assert run(capsys, directory, "--out", file, "--params", "beside")[0] == 0
+    assert run_command(capsys, "export", directory, "--out", file, "--params", "beside")[0] == 0
     file.unlink()
     (tmp_path / "model.stablehlo.json").unlink()
-    status, _, err = run(capsys, directory, "--out", file)
+    status, _, err = run_command(capsys, "export", directory, "--out", file)
     assert status == 2 and f"{old} exists" in err
-    status, out, err = run(capsys, directory, "--out", file, "--overwrite", "--json")
+    status, out, err = run_command(
+        capsys, "export", directory, "--out", file, "--overwrite", "--json"
+    )
     assert status == 0 and f"removed {old}" in err and json.loads(out)["params"]["at"] == "inside"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "model.stablehlo",
@@ -279,7 +280,7 @@ def test_a_part_that_cannot_be_written_leaves_the_old_files(tiny, tmp_path, caps
 
     monkeypatch.setattr("vivit_jax.cli.export.write_safetensors", fail)
     args = ("--out", tmp_path / names[0], "--params", "beside", "--overwrite")
-    status, _, err = run(capsys, directory, *args)
+    status, _, err = run_command(capsys, "export", directory, *args)
     assert status == 2 and len(err.splitlines()) == 1
     assert f"{tmp_path / names[0]} cannot be written: No space left on device; make room" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == names
@@ -303,25 +304,27 @@ def test_a_part_that_cannot_be_written_leaves_the_old_files(tiny, tmp_path, caps
 def test_wrong_options_before_anything_is_read(options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = () if "--out" in options else ("--out", "model.stablehlo")
-    status, _, err = run(capsys, "no-such-model", *out, *options)
+    status, _, err = run_command(capsys, "export", "no-such-model", *out, *options)
     assert status == 2 and message in err and len(err.splitlines()) == 1
 
 
 def test_models_that_do_not_fit(tiny, tmp_path, capsys):
     directory, *_ = tiny
     args = ("--out", tmp_path / "a.stablehlo")
-    status, _, err = run(capsys, tmp_path / "missing", *args)
+    status, _, err = run_command(capsys, "export", tmp_path / "missing", *args)
     assert status == 2 and "does not exist" in err
     wrong = tmp_path / "wrong"
     model, _ = saved(wrong, "mae pretraining")
-    status, _, err = run(capsys, wrong, *args, "--head", "classification")
+    status, _, err = run_command(capsys, "export", wrong, *args, "--head", "classification")
     assert status == 2 and "VideoMAEForPreTraining, which has no classifier" in err
     processor(crop_size=(16, 16)).save_pretrained(wrong)
-    status, _, err = run(capsys, wrong, *args, "--preprocess", "--input-size", "40x40")
+    status, _, err = run_command(
+        capsys, "export", wrong, *args, "--preprocess", "--input-size", "40x40"
+    )
     assert status == 2 and "makes 16x16, the model takes 24x16" in err
     (wrong / "preprocessor_config.json").unlink()
     capsys.readouterr()
-    status, _, err = run(capsys, wrong, *args, "--preprocess")
+    status, _, err = run_command(capsys, "export", wrong, *args, "--preprocess")
     assert status == 2 and "holds no processor file" in err
     with pytest.raises(vivit_jax.UserError, match="needs a mask for each clip"):
         vivit_jax.export_model(model, {})
@@ -340,6 +343,8 @@ def test_parameters_that_do_not_fit_in_one_file(tiny, monkeypatch):
 
 def test_without_flatbuffers(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
-    status, _, err = run(capsys, "no-such-model", "--out", tmp_path / "model.stablehlo")
+    status, _, err = run_command(
+        capsys, "export", "no-such-model", "--out", tmp_path / "model.stablehlo"
+    )
     assert status == 2 and len(err.splitlines()) == 1
     assert "pip install 'vivit_jax[export]'" in err and "flatbuffers" in err

@@ -15,9 +15,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import VIDEOMAE, VIVIT, forward, mostly_slow, random_params
+from commands import run_command
+from helpers import forward, mostly_slow, random_params
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from tiny import VIDEOMAE, VIVIT
 
 import vivit_jax
 from vivit_jax import progress as progress_module
@@ -83,11 +85,6 @@ def video(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("videos") / "a.mp4", frames=FRAMES, size=(96, 64))
 
 
-def run(capsys, *args):
-    status = main(["extract", *map(str, args)])
-    return status, *capsys.readouterr()
-
-
 def load(path):
     with safe_open(path, "np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -113,7 +110,9 @@ def assert_rows(found, expected):
 
 def test_command_equals_a_naive_loop(models, model, video, capsys, tmp_path):
     out = tmp_path / "a.safetensors"
-    status, told, _ = run(capsys, video, "--model", model, "--out", out, "--window-stride", 7)
+    status, told, _ = run_command(
+        capsys, "extract", video, "--model", model, "--out", out, "--window-stride", 7
+    )
     assert status == 0 and "10x48 features of 90 frames" in told and str(out) in told
     arrays = load(out)
     # Six frames, four apart: 21 from the first to the last.
@@ -306,14 +305,16 @@ def test_the_encoder_with_a_pooling_layer_gives_what_a_head_would_read(video, ca
     vivit_jax.save_pretrained(tmp_path / "encoder", encoder, params, processor)
     how = ("--pool", "head", "--window-stride", 30)
     out = tmp_path / "a.npz"
-    status, *_ = run(capsys, video, "--model", tmp_path / "encoder", "--out", out, *how)
+    status, *_ = run_command(
+        capsys, "extract", video, "--model", tmp_path / "encoder", "--out", out, *how
+    )
     assert status == 0
     expected = loop(
         *(encoder, params, processor, video, [0, 30, 60], 4), lambda out: out.pooler_output
     )
     np.testing.assert_allclose(np.load(out)["features"], expected, atol=2e-5)
-    status, _, err = run(
-        capsys, video, "--model", tmp_path / "encoder", "--out", out, *how, "--layer", 1
+    status, _, err = run_command(
+        capsys, "extract", video, "--model", tmp_path / "encoder", "--out", out, *how, "--layer", 1
     )
     assert status == 2 and "got --layer 1: use --pool mean" in err
 
@@ -369,7 +370,7 @@ def test_stopping_early_leaves_no_thread(models, video):
 def test_seconds_progress_and_padding(model, video, capsys, tmp_path):
     out = tmp_path / "a.safetensors"
     args = ("--model", model, "--out", out, "--window-stride", "0.5s", "--pad", "repeat_last")
-    status, _, _ = run(capsys, video, *args, "--frame-stride", 5)
+    status, _, _ = run_command(capsys, "extract", video, *args, "--frame-stride", 5)
     assert status == 0
     # Half a second is 12.5 frames; 26 frames from a window's first to its last.
     starts = [0, 13, 25, 38, 50, 63, 75]
@@ -390,7 +391,7 @@ def test_progress_counts_frames(models, video):
 def test_half_precision(models, model, video, capsys, tmp_path, dtype, suffix):
     out = tmp_path / f"a.{suffix}"
     args = ("--model", model, "--pool", "tokens")
-    assert run(capsys, video, *args, "--out", out, "--dtype", dtype)[0] == 0
+    assert run_command(capsys, "extract", video, *args, "--out", out, "--dtype", dtype)[0] == 0
     found = load(out) if suffix == "safetensors" else np.load(out)
     features = found["features"]
     stored = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
@@ -406,7 +407,7 @@ def test_half_precision(models, model, video, capsys, tmp_path, dtype, suffix):
 def test_npz_and_safetensors_hold_the_same(model, video, capsys, tmp_path):
     for name in ("a.npz", "a.safetensors"):
         args = ("--model", model, "--out", tmp_path / name, "--pool", "tokens", "--layer", 1)
-        assert run(capsys, video, *args)[0] == 0
+        assert run_command(capsys, "extract", video, *args)[0] == 0
     with np.load(tmp_path / "a.npz") as arrays:
         first = {name: arrays[name] for name in arrays}
     text = json.loads(first.pop("metadata").item())
@@ -505,10 +506,10 @@ def test_arrays_that_were_changed_are_not_taken_for_done(
     assert changed(path) == [named]
     if change is not one_bit:
         return
-    status, told, errors = run(capsys, *args)
+    status, told, errors = run_command(capsys, "extract", *args)
     assert status == 2 and f"{path} is damaged: {named} not as it was written" in errors
     assert errors.count("\n") == 1 and "--overwrite" in errors
-    assert run(capsys, *args, "--overwrite")[0] == 0
+    assert run_command(capsys, "extract", *args, "--overwrite")[0] == 0
     assert path.read_bytes() == (feature_files / path.name).read_bytes()
 
 
@@ -516,7 +517,9 @@ def test_a_zip_that_is_damaged_itself_is_one_line(model, video, feature_files, c
     data = bytearray((feature_files / "a.npz").read_bytes())
     data[200] ^= 1  # of the first array, whose CRC no longer fits
     (tmp_path / "a.npz").write_bytes(data)
-    status, _, errors = run(capsys, video, "--model", model, "--out", tmp_path / "a.npz")
+    status, _, errors = run_command(
+        capsys, "extract", video, "--model", model, "--out", tmp_path / "a.npz"
+    )
     assert status == 2 and "is no file of features: Bad CRC-32" in errors
     assert "; pass --overwrite" in errors and errors.count("\n") == 1
 
@@ -528,7 +531,7 @@ def test_a_feature_file_of_an_earlier_version_has_no_checksums(
     path.write_bytes((feature_files / path.name).read_bytes())
     with zipfile.ZipFile(path, "a") as archive:
         archive.comment = b""
-    status, told, errors = run(capsys, video, "--model", model, "--out", path)
+    status, told, errors = run_command(capsys, "extract", video, "--model", model, "--out", path)
     assert status == 0 and "already in" in told
     assert errors == f"{path} has no checksums; damage in it goes unnoticed\n"
 
@@ -547,7 +550,7 @@ def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path, monkey
     args = ("--model", model, "--out", out)
     whole = videos[1].read_bytes()
     videos[1].write_bytes(b"not a video")
-    status, told, errors = run(capsys, *videos, *args)
+    status, told, errors = run_command(capsys, "extract", *videos, *args)
     assert status == 1 and "b.mp4: no readable video" in errors and errors.count("\n") == 1
     assert sorted(p.name for p in out.iterdir()) == ["a.safetensors", "c.safetensors"]
 
@@ -567,15 +570,15 @@ def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path, monkey
         (out / "a.safetensors").unlink()
         with monkeypatch.context() as patch:
             patch.setattr(features, place, fails)
-            status, told, errors = run(capsys, *videos, *args)
+            status, told, errors = run_command(capsys, "extract", *videos, *args)
         assert status == 1 and told.count("written to") == 1
         assert f"{videos[1]}: ValueError: 31 is not a valid Type (unforeseen, in test_" in errors
         assert sorted(p.name for p in out.iterdir()) == ["a.safetensors", "c.safetensors"]
     (out / "a.safetensors").unlink()
-    assert run(capsys, videos[0], *args)[0] == 0
+    assert run_command(capsys, "extract", videos[0], *args)[0] == 0
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
     # Neither the batch nor where the model lies moves a number.
-    status, told, errors = run(capsys, *videos, *args, "--batch-size", 2)
+    status, told, errors = run_command(capsys, "extract", *videos, *args, "--batch-size", 2)
     assert status == 0 and not errors
     assert told.count("already in") == 2 and told.count("written to") == 1
     for path, (time, content) in before.items():
@@ -602,7 +605,7 @@ def test_a_file_made_otherwise_is_not_taken(
     models, model, videos, capsys, tmp_path, change, message
 ):
     out, args = tmp_path / "features", ["--model", model]
-    assert run(capsys, videos[0], *args, "--out", out)[0] == 0
+    assert run_command(capsys, "extract", videos[0], *args, "--out", out)[0] == 0
     made = out / "a.safetensors"
     net, params, processor = models("mae")
     if change == "video":
@@ -619,10 +622,10 @@ def test_a_file_made_otherwise_is_not_taken(
     else:
         args += change
     before = made.read_bytes()
-    status, told, errors = run(capsys, *videos, *args, "--out", out)
+    status, told, errors = run_command(capsys, "extract", *videos, *args, "--out", out)
     assert status == 2 and message in errors and "--overwrite" in errors and not told
     assert made.read_bytes() == before and len(list(out.iterdir())) == 1
-    status, told, _ = run(capsys, videos[0], *args, "--out", out, "--overwrite")
+    status, told, _ = run_command(capsys, "extract", videos[0], *args, "--out", out, "--overwrite")
     assert status == 0 and "written to" in told and made.read_bytes() != before
 
 
@@ -630,25 +633,25 @@ def test_equal_settings_are_told_from_others(model, video, capsys, tmp_path, mon
     import jax
 
     args = (video, "--model", model, "--out", tmp_path / "a.safetensors", "--window-stride")
-    assert run(capsys, *args, ".5s")[0] == 0
+    assert run_command(capsys, "extract", *args, ".5s")[0] == 0
     settings = read_metadata(tmp_path / "a.safetensors")["settings"]
     assert settings["window_stride"] == "0.5s" and settings["exact"] is True
     for same in (["0.50s"], ["00.5s", "--exact"]):  # on a CPU, --exact changes nothing
-        status, told, err = run(capsys, *args, *same)
+        status, told, err = run_command(capsys, "extract", *args, *same)
         assert status == 0 and "already in" in told, err
-    status, _, err = run(capsys, *args, "5s")
+    status, _, err = run_command(capsys, "extract", *args, "5s")
     assert status == 2 and "window_stride (0.5s, now 5s)" in err
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    status, _, err = run(capsys, *args, "0.5s")
+    status, _, err = run_command(capsys, "extract", *args, "0.5s")
     assert status == 2 and "another exact (True, now False)" in err
-    status, told, err = run(capsys, *args, "0.5s", "--exact")
+    status, told, err = run_command(capsys, "extract", *args, "0.5s", "--exact")
     assert status == 0 and "already in" in told, err
 
 
 def test_a_video_of_the_longest_name(model, video, capsys, tmp_path):
     long = tmp_path / f"{'a' * 243}.mp4"
     long.write_bytes(video.read_bytes())
-    status, _, err = run(capsys, long, "--model", model, "--out", tmp_path / "f")
+    status, _, err = run_command(capsys, "extract", long, "--model", model, "--out", tmp_path / "f")
     assert status == 0, err
     assert [p.name for p in (tmp_path / "f").iterdir()] == [f"{'a' * 243}.safetensors"]
 
@@ -656,11 +659,11 @@ def test_a_video_of_the_longest_name(model, video, capsys, tmp_path):
 def test_a_video_shorter_than_a_window(model, capsys, tmp_path):
     short = write_clip(tmp_path / "short.mp4", frames=20)
     args = (short, "--model", model, "--out", tmp_path / "f.npz")
-    status, told, errors = run(capsys, *args)
+    status, told, errors = run_command(capsys, "extract", *args)
     assert status == 1 and not told and not (tmp_path / "f.npz").exists()
     assert "short.mp4: 20 frames, fewer than the 21 of a window" in errors
     assert "--pad repeat_last" in errors and errors.count("\n") == 1
-    assert run(capsys, *args, "--pad", "repeat_last")[0] == 0
+    assert run_command(capsys, "extract", *args, "--pad", "repeat_last")[0] == 0
     with np.load(tmp_path / "f.npz") as arrays:
         assert arrays["frame_indices"].tolist() == [[0, 4, 8, 12, 16, 19]]
 
@@ -707,7 +710,7 @@ def test_wrong_input_is_one_line(model, video, capsys, tmp_path, args, message):
     filled = [arg.format(video=video, tmp=tmp_path, long="a" * 256) for arg in args]
     if "--model" not in filled:
         filled += ["--model", str(model)]
-    status, out, err = run(capsys, *filled)
+    status, out, err = run_command(capsys, "extract", *filled)
     assert status == 2 and message in err and err.count("\n") == 1 and not out
     assert [p.name for p in tmp_path.iterdir()] == ["f.mp4"]
 
@@ -722,7 +725,7 @@ def test_outputs_are_checked_before_the_model(video, capsys, tmp_path):
         "/proc/f.npz": "no file can be made in /proc",
         video / "f": "is a file; expected a directory",
     }.items():
-        status, _, err = run(capsys, *args, out)
+        status, _, err = run_command(capsys, "extract", *args, out)
         assert status == 2 and message in err, err
 
 
@@ -760,7 +763,7 @@ def test_a_list_says_how_much_of_it_is_left(model, video, monkeypatch, capsys, t
     for path in (videos[0], videos[2]):
         path.write_bytes(video.read_bytes())
     args = ("--model", model, "--out", tmp_path / "out", "--window-stride", 4, "--batch-size", 2)
-    status, out, err = run(capsys, *videos, *args)
+    status, out, err = run_command(capsys, "extract", *videos, *args)
     assert status == 1 and "1.mp4" in err
     said = out.splitlines()
     assert len(said) == 2 and re.search(r"; 2 more, 0:00:0\d left$", said[0])

@@ -8,7 +8,9 @@ import shutil
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import VIDEOMAE, VIVIT, random_params
+from commands import run_command
+from helpers import random_params
+from tiny import VIDEOMAE, VIVIT
 
 import checkpoints_convert.__main__
 import vivit_jax
@@ -61,10 +63,8 @@ def authors_file(directory, head):
     return directory / "alone/x.pth"
 
 
-def run(capsys, *args):
-    capsys.readouterr()
-    status = main([*map(str, args), "--json"])
-    return status, *capsys.readouterr()
+def run_json(capsys, *args):
+    return run_command(capsys, *args, "--json")
 
 
 def command(head, clip, directory):
@@ -78,11 +78,11 @@ def test_an_authors_file_alone_is_read_as_its_conversion(clip, capsys, caplog, t
     file = authors_file(tmp_path, head)
     convert(file, tmp_path / "converted")
     args = command(head, clip, tmp_path)
-    status, converted, err = run(capsys, *args, "--model", tmp_path / "converted")
+    status, converted, err = run_json(capsys, *args, "--model", tmp_path / "converted")
     assert status == 0 and not err
     for model in (file, file.parent):
         caplog.clear()
-        status, alone, err = run(capsys, *args, "--model", model)
+        status, alone, err = run_json(capsys, *args, "--model", model)
         assert status == 0 and alone == converted and not err
         (told,) = [text for text in caplog.messages if "no preprocessor_config.json" in text]
         assert f"beside {file}" in told and TOLD in told
@@ -92,14 +92,15 @@ def test_an_authors_file_alone_is_read_as_its_conversion(clip, capsys, caplog, t
 def test_a_processor_beside_a_file_is_used(clip, capsys, tmp_path, head):
     file = authors_file(tmp_path, head)
     args = command(head, clip, tmp_path)
-    _, default, _ = run(capsys, *args, "--model", file)
+    _, default, _ = run_json(capsys, *args, "--model", file)
     vivit_jax.VideoProcessor.videomae(size=16, crop_size=16).save_pretrained(file.parent)
-    status, own, err = run(capsys, *args, "--model", file)
+    status, own, err = run_json(capsys, *args, "--model", file)
     assert status == 0 and not err and own != default
     shutil.copytree(tmp_path / "hf", tmp_path / "beside")
     shutil.copy(file.parent / "preprocessor_config.json", tmp_path / "beside")
     results = [
-        run(capsys, *args, "--model", tmp_path / "beside" / n) for n in ("", "model.safetensors")
+        run_json(capsys, *args, "--model", tmp_path / "beside" / n)
+        for n in ("", "model.safetensors")
     ]
     assert results[0] == results[1] and results[0][0] == 0
 
@@ -113,7 +114,7 @@ def test_a_scenic_file_is_read_as_its_conversion(clip, capsys, caplog, tmp_path)
     file = next((tmp_path / "scenic").glob("checkpoint*"))
     results = {}
     for model in (tmp_path / "converted", file):
-        status, out, _ = run(capsys, "predict", clip, "--model", model)
+        status, out, _ = run_json(capsys, "predict", clip, "--model", model)
         assert status == 0
         results[model] = np.array([p["score"] for p in json.loads(out)[0]["predictions"]])
     told = "to a shortest edge of 48, cropped to 24x16 and normalised to [-1, 1], as scenic"
@@ -222,7 +223,7 @@ def test_without_any_processor_the_error_says_what_to_do(clip, capsys, tmp_path,
     convert(grey, tmp_path / "pth", "--to", "videomae")
     for model in (hf, hf / "model.safetensors", tmp_path / "pth/checkpoint.pth"):
         args = command(head, clip, tmp_path)
-        status, out, err = run(capsys, *args, "--model", model)
+        status, out, err = run_json(capsys, *args, "--model", model)
         assert status == 2 and not out and err.count("\n") == 1
         directory = model if model.is_dir() else model.parent
         assert (

@@ -13,12 +13,12 @@ import types
 
 import jax
 import pytest
+from commands import run_command
 from compilers import needs_libtpu
 from full_disk import file_size
 from signals import handled
 
 from vivit_jax.cli import plan as plan_command
-from vivit_jax.cli.__main__ import main
 from vivit_jax.recipes import apply_settings, recipe_named
 from vivit_jax.train.planning import plan as plan_module
 
@@ -59,15 +59,10 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(plan_module, "_versions", lambda topology: {"jax": "0"})
 
 
-def run(capsys, *args):
-    status = main(["plan", *map(str, args)])
-    return status, *capsys.readouterr()
-
-
 def test_a_plan_is_printed_and_written(on_cpu, capsys, tmp_path):
     figures, text = tmp_path / "plan.json", tmp_path / "program.txt"
-    status, out, err = run(
-        capsys, *DEMO, "--topology", "h100:4", "--mesh", "data=2,fsdp=2", "--clips", 800,
+    status, out, err = run_command(
+        capsys, "plan", *DEMO, "--topology", "h100:4", "--mesh", "data=2,fsdp=2", "--clips", 800,
         "--json", figures, "--hlo", text, "--top", 3,
     )  # fmt: skip
     assert status == 0 and err == ""
@@ -89,7 +84,7 @@ def test_a_plan_is_printed_and_written(on_cpu, capsys, tmp_path):
         reading["cpu_seconds_of_a_video"] * values["host_videos_per_second"]
     )
     assert text.read_text().startswith("HloModule")
-    status, out, err = run(capsys, *DEMO, "--topology", "h100:4", "--json", figures)
+    status, out, err = run_command(capsys, "plan", *DEMO, "--topology", "h100:4", "--json", figures)
     assert status == 2 and "--overwrite" in err
 
 
@@ -99,7 +94,7 @@ def test_a_full_disk_leaves_the_files_that_were_there(name, on_cpu, capsys, tmp_
     (tmp_path / file).write_text("mine")
     args = ("--topology", "h100:1", "--no-decode", "--top", 0, "--overwrite")
     with file_size(60):
-        status, _, err = run(capsys, *DEMO, *args, flag, tmp_path / file)
+        status, _, err = run_command(capsys, "plan", *DEMO, *args, flag, tmp_path / file)
     told = "cannot be written: File too large; make room, or choose another place"
     assert (status, err) == (2, f"vivit-jax: error: {tmp_path / file} {told}\n")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
@@ -107,9 +102,9 @@ def test_a_full_disk_leaves_the_files_that_were_there(name, on_cpu, capsys, tmp_
 
 def test_a_search_ranks_what_it_compiles(on_cpu, capsys, tmp_path):
     figures = tmp_path / "plan.json"
-    status, out, err = run(
-        capsys, *DEMO, "--topology", "h100:2", "--search", "--most", 2, "--no-decode", "--top", 0,
-        "--json", figures,
+    status, out, err = run_command(
+        capsys, "plan", *DEMO, "--topology", "h100:2", "--search", "--most", 2, "--no-decode",
+        "--top", 0, "--json", figures,
     )  # fmt: skip
     assert status == 0 and err == ""
     lines = out.splitlines()
@@ -146,13 +141,13 @@ def test_the_cores_of_a_host_read_every_repeat(monkeypatch):
     ],
 )
 def test_bad_input_is_one_line(args, message, on_cpu, capsys):
-    status, out, err = run(capsys, *DEMO, *args)
+    status, out, err = run_command(capsys, "plan", *DEMO, *args)
     assert status == 2 and out == ""
     assert err.count("\n") == 1 and message in err
 
 
 def test_a_recipe_that_is_none(capsys):
-    status, _, err = run(capsys, "--recipe", "demo-train", "--topology", "v5e:2x2")
+    status, _, err = run_command(capsys, "plan", "--recipe", "demo-train", "--topology", "v5e:2x2")
     assert status == 2 and err.count("\n") == 1 and "demo-pretrain" in err
 
 
@@ -161,7 +156,7 @@ def test_a_compiler_that_is_missing(capsys, monkeypatch):
     missing = lambda name, *rest: None if name == "libtpu" else found(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     monkeypatch.setattr(plan_command, "Apart", Here)
-    status, _, err = run(capsys, *DEMO, "--topology", "v5e:2x2")
+    status, _, err = run_command(capsys, "plan", *DEMO, "--topology", "v5e:2x2")
     assert status == 2 and err.count("\n") == 1
     assert "pip install 'vivit_jax[plan]'" in err
 
@@ -175,8 +170,8 @@ def stubborn(recipe, topology, sizes, videos):
 def test_an_interrupt_waits_for_no_compiler(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(plan_command, "_planned", stubborn)
     with handled(signal.SIGINT, signal.default_int_handler):
-        status, out, err = run(
-            capsys, *DEMO, "--topology", "h100:4", "--json", tmp_path / "plan.json"
+        status, out, err = run_command(
+            capsys, "plan", *DEMO, "--topology", "h100:4", "--json", tmp_path / "plan.json"
         )
     assert (status, out, err) == (130, "", "vivit-jax: interrupted\n")
     assert not list(tmp_path.iterdir()) and not multiprocessing.active_children()
@@ -203,8 +198,8 @@ def overflowing(recipe, topology, sizes, videos):
 )
 def test_a_compiler_that_ends_its_process(mesh, message, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(plan_command, "_planned", overflowing)
-    status, out, err = run(
-        capsys, *DEMO, "--topology", "h100:2", "--mesh", mesh, "--clips", 1000,
+    status, out, err = run_command(
+        capsys, "plan", *DEMO, "--topology", "h100:2", "--mesh", mesh, "--clips", 1000,
         "--json", tmp_path / "plan.json", "--hlo", tmp_path / "plan.hlo",
     )  # fmt: skip
     assert (status, out) == (1, "") and err.startswith(f"vivit-jax: error: {message}")
@@ -215,8 +210,8 @@ def test_a_search_goes_on_after_a_compiler_ends(capsys, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")  # for the other process
     monkeypatch.setattr(plan_command, "_planned", overflowing)
     monkeypatch.setattr(plan_module, "compile_only_devices", lambda t: jax.devices()[: t.count])
-    status, out, err = run(
-        capsys, *DEMO, "--topology", "h100:2", "--search", "--no-decode", "--top", 0
+    status, out, err = run_command(
+        capsys, "plan", *DEMO, "--topology", "h100:2", "--search", "--no-decode", "--top", 0
     )
     assert (status, err) == (0, "")
     lines = out.splitlines()

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import VIVIT, random_params
+from commands import run_command
+from helpers import random_params
+from tiny import VIVIT
 
 import vivit_jax
 from vivit_jax.cli.__main__ import main
@@ -37,13 +39,10 @@ def clips(tmp_path_factory):
     }
 
 
-def run(capsys, *args):
-    status = main(["predict", *map(str, args)])
-    return status, *capsys.readouterr()
-
-
 def test_json_holds_frames_and_scores_that_the_model_gives(model, clips, capsys):
-    status, out, _ = run(capsys, clips["long"], "--model", model, "--json", "--top-k", "3")
+    status, out, _ = run_command(
+        capsys, "predict", clips["long"], "--model", model, "--json", "--top-k", "3"
+    )
     (result,) = json.loads(out)
     assert status == 0 and result["clip"] == str(clips["long"])
     assert result["frames"] == [14, 16, 18, 20, 22, 24]  # stride 2, centred in 40 frames
@@ -62,7 +61,7 @@ def test_a_clip_of_other_channels_is_reported_and_the_rest_classified(
 ):
     np.save(tmp_path / "grey.npy", np.zeros((40, 24, 16, 1), np.uint8))
     files = (tmp_path / "grey.npy", clips["long"])
-    status, out, err = run(capsys, *files, "--model", model, "--json")
+    status, out, err = run_command(capsys, "predict", *files, "--model", model, "--json")
     grey, long = json.loads(out)
     assert status == 1 and "predictions" in long and "predictions" not in grey
     assert "grey.npy has 1 channels, the model takes 3" in grey["error"] and grey["error"] in err
@@ -80,12 +79,16 @@ def test_a_clip_of_other_channels_is_reported_and_the_rest_classified(
     ],
 )
 def test_which_frames(model, clips, capsys, name, options, frames):
-    status, out, _ = run(capsys, clips[name], "--model", model, "--json", *options)
+    status, out, _ = run_command(
+        capsys, "predict", clips[name], "--model", model, "--json", *options
+    )
     assert status == 0 and json.loads(out)[0]["frames"] == frames
 
 
 def test_text_lists_labels(model, clips, capsys):
-    status, out, _ = run(capsys, clips["long"], clips["short"], "--model", model, "--top-k", "9")
+    status, out, _ = run_command(
+        capsys, "predict", clips["long"], clips["short"], "--model", model, "--top-k", "9"
+    )
     assert status == 0 and out.count("frames from") == 2
     assert all(out.count(f"  {label}\n") == 2 for label in LABELS)
 
@@ -95,7 +98,7 @@ def test_an_array_is_read_as_the_video_it_was(model, clips, capsys, tmp_path, sc
     frames = vivit_jax.read_video(clips["long"])
     np.save(tmp_path / "long.npy", frames if scale == 1 else frames / scale)
     files = (clips["long"], tmp_path / "long.npy")
-    status, out, _ = run(capsys, *files, "--model", model, "--json")
+    status, out, _ = run_command(capsys, "predict", *files, "--model", model, "--json")
     video, array = json.loads(out)
     assert status == 0 and video["frames"] == array["frames"]
     for ours, theirs in zip(array["predictions"], video["predictions"], strict=True):
@@ -109,7 +112,7 @@ def test_square_pixels_are_those_that_a_player_shows(model, capsys, tmp_path):
     np.save(stretched, vivit_jax.read_video(wide, square_pixels=True))
 
     def scores(*args):
-        status, out, _ = run(capsys, *args, "--model", model, "--json")
+        status, out, _ = run_command(capsys, "predict", *args, "--model", model, "--json")
         assert status == 0
         return {p["label"]: p["score"] for p in json.loads(out)[0]["predictions"]}
 
@@ -118,7 +121,7 @@ def test_square_pixels_are_those_that_a_player_shows(model, capsys, tmp_path):
 
 def test_a_broken_clip_does_not_stop_the_others(model, clips, capsys):
     files = [clips["broken"], clips["long"], clips["tiny"]]
-    status, out, err = run(capsys, *files, "--model", model, "--json")
+    status, out, err = run_command(capsys, "predict", *files, "--model", model, "--json")
     results = json.loads(out)
     assert status == 1 and "predictions" in results[1]
     assert "error" in results[0] and "error" in results[2]
@@ -128,7 +131,7 @@ def test_a_broken_clip_does_not_stop_the_others(model, clips, capsys):
 def test_an_error_names_the_file_once(model, clips, capsys, tmp_path):
     np.save(tmp_path / "grey.npy", np.zeros((40, 24, 16, 1), np.uint8))
     files = [clips["broken"], clips["tiny"], tmp_path / "grey.npy", "no.mp4", "no.npy"]
-    status, _, err = run(capsys, *files, "--model", model)
+    status, _, err = run_command(capsys, "predict", *files, "--model", model)
     assert status == 1 and err.count("\n") == len(files)
     for file, line in zip(files, err.splitlines(), strict=True):
         assert line.startswith(str(file)) and line.count(str(file)) == 1
@@ -146,14 +149,14 @@ def test_an_error_names_the_file_once(model, clips, capsys, tmp_path):
 )
 def test_wrong_input_is_one_line(model, clips, capsys, args, message):
     filled = [arg.format(model=model, **clips) for arg in args]
-    status, out, err = run(capsys, *filled)
+    status, out, err = run_command(capsys, "predict", *filled)
     assert status == 2 and message in err and err.count("\n") == 1 and not out
 
 
 def test_a_model_without_processor_says_what_is_missing(model, clips, capsys, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((model / name).read_bytes())
-    status, _, err = run(capsys, clips["long"], "--model", tmp_path)
+    status, _, err = run_command(capsys, "predict", clips["long"], "--model", tmp_path)
     assert status == 2 and "preprocessor_config.json" in err
 
 
@@ -163,7 +166,7 @@ def test_a_clip_of_another_size_than_the_model_takes(model, clips, capsys, tmp_p
         *vivit_jax.from_pretrained(model),
         vivit_jax.VideoProcessor.vivit(size=64, crop_size=64),
     )
-    status, _, err = run(capsys, clips["long"], "--model", tmp_path / "m")
+    status, _, err = run_command(capsys, "predict", clips["long"], "--model", tmp_path / "m")
     assert status == 2 and "configured for (6, 24, 16)" in err
 
 
@@ -172,7 +175,7 @@ def test_a_model_without_classifier_is_refused(clips, capsys, tmp_path):
     module = vivit_jax.VivitModel(config)
     processor = vivit_jax.VideoProcessor.vivit(size=28, crop_size=(24, 16))
     vivit_jax.save_pretrained(tmp_path / "m", module, random_params(module), processor)
-    status, out, err = run(capsys, clips["long"], "--model", tmp_path / "m")
+    status, out, err = run_command(capsys, "predict", clips["long"], "--model", tmp_path / "m")
     assert status == 2 and "holds VivitModel, which has no classifier" in err and not out
 
 
@@ -182,7 +185,7 @@ def test_multi_label_scores_are_independent(model, clips, capsys, tmp_path):
     config = json.loads((model / "config.json").read_text())
     config["problem_type"] = "multi_label_classification"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    _, out, _ = run(capsys, clips["long"], "--model", tmp_path, "--json")
+    _, out, _ = run_command(capsys, "predict", clips["long"], "--model", tmp_path, "--json")
     scores = [p["score"] for p in json.loads(out)[0]["predictions"]]
     assert abs(sum(scores) - 1) > 1e-3 and all(0 <= s <= 1 for s in scores)
 
@@ -197,7 +200,7 @@ def test_several_heads(clips, capsys, tmp_path):
     processor = vivit_jax.VideoProcessor.vivit(size=28, crop_size=(24, 16))
     vivit_jax.save_pretrained(tmp_path / "model", module, random_params(module), processor)
     args = (clips["long"], "--model", tmp_path / "model", "--top-k", "6")
-    status, out, _ = run(capsys, *args, "--json")
+    status, out, _ = run_command(capsys, "predict", *args, "--json")
     (result,) = json.loads(out)
     assert status == 0
     heads = {
@@ -215,7 +218,7 @@ def test_several_heads(clips, capsys, tmp_path):
         assert (labels[n], labels[3 + v]) == (noun, verb)
     best = [p["score"] for p in result["predictions"]]
     assert best == sorted(best, reverse=True)
-    status, out, _ = run(capsys, *args)
+    status, out, _ = run_command(capsys, "predict", *args)
     assert "  noun:\n" in out and "  verb:\n" in out
 
 

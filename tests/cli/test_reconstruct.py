@@ -7,12 +7,13 @@ import re
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import VIDEOMAE, random_params
+from commands import run_command
+from helpers import random_params
 from PIL import Image
+from tiny import VIDEOMAE
 
 import vivit_jax
 from vivit_jax.cli import panels
-from vivit_jax.cli.__main__ import main
 from vivit_jax.inference.reconstruction import COLUMNS, ROWS
 
 SIZES = VIDEOMAE | dict(
@@ -41,11 +42,6 @@ def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=40, size=(64, 32))
 
 
-def run(capsys, *args):
-    status = main(["reconstruct", *map(str, args)])
-    return status, *capsys.readouterr()
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """The panels that a run drew."""
@@ -67,7 +63,7 @@ def contains(page, tile) -> bool:
 
 def test_png_shows_frames_masks_and_predictions(model, clip, capsys, drawn, tmp_path):
     args = (clip, "--model", model, "--mask-ratio", "0.75", "--out", tmp_path / "a.png")
-    status, out, err = run(capsys, *args)
+    status, out, err = run_command(capsys, "reconstruct", *args)
     assert status == 0 and err == ""
     assert "6 frames from 9 to 29" in out and "18 of 24 patches hidden" in out
     assert all(name in out for name in (*ROWS, *COLUMNS, "patch mean, estimated or true"))
@@ -100,7 +96,7 @@ def test_png_shows_frames_masks_and_predictions(model, clip, capsys, drawn, tmp_
 def test_json_and_which_frames(model, clip, capsys, tmp_path, options, frames):
     out_file = tmp_path / "a.png"
     args = (clip, "--model", model, "--mask-ratio", "0.5", "--out", out_file, "--json", *options)
-    status, out, _ = run(capsys, *args)
+    status, out, _ = run_command(capsys, "reconstruct", *args)
     result = json.loads(out)
     assert status == 0 and result["frames"] == frames and result["out"] == str(out_file)
     assert (result["patches"], result["hidden"], result["predicted"]) == (24, 12, 12)
@@ -112,8 +108,10 @@ def test_json_and_which_frames(model, clip, capsys, tmp_path, options, frames):
 
 def test_true_statistics_are_told_on_the_picture(model, clip, capsys, drawn, tmp_path):
     args = (clip, "--model", model, "--mask-ratio", "0.75", "--json")
-    _, honest, _ = run(capsys, *args, "--out", tmp_path / "a.png")
-    _, leaky, _ = run(capsys, *args, "--out", tmp_path / "b.png", "--true-statistics")
+    _, honest, _ = run_command(capsys, "reconstruct", *args, "--out", tmp_path / "a.png")
+    _, leaky, _ = run_command(
+        capsys, "reconstruct", *args, "--out", tmp_path / "b.png", "--true-statistics"
+    )
     first, second = drawn
     assert "TRUE mean and variance" in second.warning and first.warning is None
     assert not np.array_equal(first.clips[2], second.clips[2])
@@ -133,7 +131,9 @@ def test_true_statistics_are_told_on_the_picture(model, clip, capsys, drawn, tmp
 def test_the_mask_is_a_function_of_its_seed(model, clip, capsys, drawn, tmp_path):
     for i, seed in enumerate((3, 3, 4)):
         args = ("--mask", "random", "--seed", seed, "--mask-ratio", "0.5")
-        run(capsys, clip, "--model", model, "--out", tmp_path / f"{i}.png", *args)
+        run_command(
+            capsys, "reconstruct", clip, "--model", model, "--out", tmp_path / f"{i}.png", *args
+        )
     masked = [shown.clips[1] for shown in drawn]
     np.testing.assert_array_equal(masked[0], masked[1])
     assert not np.array_equal(masked[0], masked[2])
@@ -143,7 +143,7 @@ def test_the_mask_is_a_function_of_its_seed(model, clip, capsys, drawn, tmp_path
 
 def test_a_dual_mask_says_what_was_not_predicted(model, clip, capsys, drawn, tmp_path):
     args = ("--mask", "dual", "--mask-ratio", "0.75", "--out", tmp_path / "a.png")
-    status, out, _ = run(capsys, clip, "--model", model, *args)
+    status, out, _ = run_command(capsys, "reconstruct", clip, "--model", model, *args)
     assert status == 0
     assert any("hidden and not predicted" in note for note in drawn[0].notes)
     hatch = round(255 * panels.HATCH)
@@ -156,7 +156,7 @@ def test_a_dual_mask_says_what_was_not_predicted(model, clip, capsys, drawn, tmp
 def test_mp4_and_gif_show_the_panels_side_by_side(model, clip, capsys, drawn, tmp_path):
     for name in ("a.mp4", "a.GIF"):
         args = ("--mask-ratio", "0.75", "--stride", "5", "--out", tmp_path / name)
-        assert run(capsys, clip, "--model", model, *args)[0] == 0
+        assert run_command(capsys, "reconstruct", clip, "--model", model, *args)[0] == 0
     shown = drawn[0]
     pages = [
         np.asarray(
@@ -196,7 +196,9 @@ def test_arrays_of_other_channels(capsys, drawn, tmp_path, channels, dtype, told
     frames = np.random.default_rng(0).integers(0, 256, (9, 16, 32, channels)).astype(np.uint8)
     np.save(tmp_path / "clip.npy", frames if dtype == np.uint8 else (frames / 255).astype(dtype))
     args = ("--mask-ratio", "0.5", "--out", tmp_path / "a.png")
-    status, out, err = run(capsys, tmp_path / "clip.npy", "--model", model, *args)
+    status, out, err = run_command(
+        capsys, "reconstruct", tmp_path / "clip.npy", "--model", model, *args
+    )
     assert status == 0, err
     assert told in out and told in drawn[0].notes
     expected = frames[1:7, ..., :1].repeat(3, -1) if channels == 1 else frames[1:7, ..., :3]
@@ -227,7 +229,7 @@ def test_a_resize_that_mixes_channels_is_told(
     np.save(tmp_path / "clip.npy", frames)
     args = (tmp_path / "clip.npy", "--model", model, "--mask-ratio", "0.5")
     caplog.clear()
-    status, _, err = run(capsys, *args, "--out", tmp_path / "a.png")
+    status, _, err = run_command(capsys, "reconstruct", *args, "--out", tmp_path / "a.png")
     assert status == 0 and not err
     told_of = [text for text in caplog.messages if "taken for alpha" in text]
     assert len(told_of) == told and all("independent_channels" in text for text in told_of)
@@ -240,12 +242,12 @@ def test_a_resize_that_mixes_channels_is_told(
 def test_a_model_of_pixels_needs_no_statistics(clip, capsys, drawn, tmp_path):
     model = save_model(tmp_path / "m", norm_pix_loss=False)
     args = (clip, "--model", model, "--mask-ratio", "0.75", "--out", tmp_path / "a.png")
-    status, out, _ = run(capsys, *args, "--json")
+    status, out, _ = run_command(capsys, "reconstruct", *args, "--json")
     result = json.loads(out)
     assert status == 0 and result["statistics"] == "none"
     assert result["rmse"]["reconstruction"][COLUMNS[1]] is None
     assert any("predicts pixels" in note for note in drawn[0].notes)
-    status, out, err = run(capsys, *args, "--overwrite", "--true-statistics")
+    status, out, err = run_command(capsys, "reconstruct", *args, "--overwrite", "--true-statistics")
     assert status == 2 and "norm_pix_loss=False" in err and err.count("\n") == 1 and not out
 
 
@@ -253,10 +255,10 @@ def test_files_are_not_overwritten_unless_asked(model, clip, capsys, tmp_path):
     out_file = tmp_path / "a.png"
     out_file.write_bytes(b"mine")
     args = (clip, "--model", model, "--mask-ratio", "0.5", "--out", out_file)
-    status, _, err = run(capsys, *args)
+    status, _, err = run_command(capsys, "reconstruct", *args)
     assert status == 2 and "exists" in err and "--overwrite" in err
     assert out_file.read_bytes() == b"mine"
-    assert run(capsys, *args, "--overwrite")[0] == 0
+    assert run_command(capsys, "reconstruct", *args, "--overwrite")[0] == 0
     assert out_file.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
@@ -272,7 +274,7 @@ def test_an_interrupted_run_leaves_the_old_file(model, clip, capsys, tmp_path, m
 
     monkeypatch.setattr(panels.Panels, f"save_{suffix}", fail)
     args = (clip, "--model", model, "--mask-ratio", "0.5", "--out", out_file, "--overwrite")
-    status, _, err = run(capsys, *args)
+    status, _, err = run_command(capsys, "reconstruct", *args)
     assert status == 2 and "disk full" in err
     assert [path.name for path in tmp_path.iterdir()] == [out_file.name]
     assert out_file.read_bytes() == b"mine"
@@ -321,7 +323,7 @@ def test_wrong_input_is_one_line(model, clip, capsys, tmp_path, changes, told):
     values = {"clip": clip, "--model": model, "--mask-ratio": "0.5", "--out": tmp_path / "a.png"}
     values |= {key: text.format(tmp=tmp_path) for key, text in changes.items()}
     args = [values.pop("clip"), *(part for pair in values.items() for part in pair)]
-    status, out, err = run(capsys, *args)
+    status, out, err = run_command(capsys, "reconstruct", *args)
     assert status == 2 and told in err, err
     assert err.count("\n") == 1 and not out
     assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -332,13 +334,17 @@ def test_a_model_without_decoder_is_refused(clip, capsys, tmp_path):
     vivit_jax.save_pretrained(
         tmp_path / "m", module, random_params(module), vivit_jax.VideoProcessor.videomae()
     )
-    status, out, err = run(capsys, clip, "--model", tmp_path / "m", "--out", tmp_path / "a.png")
+    status, out, err = run_command(
+        capsys, "reconstruct", clip, "--model", tmp_path / "m", "--out", tmp_path / "a.png"
+    )
     assert status == 2 and "holds VideoMAEForVideoClassification" in err and not out
     assert "needs a pre-trained VideoMAE with its decoder" in err
 
 
 def test_the_suffix_is_checked_before_the_model(clip, capsys, tmp_path):
-    status, _, err = run(capsys, clip, "--model", "/nowhere", "--out", tmp_path / "a.webp")
+    status, _, err = run_command(
+        capsys, "reconstruct", clip, "--model", "/nowhere", "--out", tmp_path / "a.webp"
+    )
     assert status == 2 and ".webp" in err and "/nowhere" not in err
 
 

@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+from tiny import SMALL, SMALL_DECODER
 
 import vivit_jax
 from vivit_jax.cli.__main__ import main
@@ -14,22 +15,6 @@ from vivit_jax.cli.train import _late_answers_dropped
 from vivit_jax.recipes import RECIPES, from_dict, recipe_named, to_dict
 from vivit_jax.train.log import read_metrics
 from vivit_jax.train.loop import Outcome
-
-SIZES = dict(
-    image_size=16,
-    num_frames=4,
-    patch_size=8,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-)
-DECODER = dict(
-    decoder_hidden_size=8,
-    decoder_num_hidden_layers=1,
-    decoder_num_attention_heads=2,
-    decoder_intermediate_size=16,
-)
 
 
 def sets(**fields):
@@ -41,14 +26,26 @@ def sizes(values):
     return {f"model__config__{name}": value for name, value in values.items()}
 
 
+VIDEOMAE = SMALL | dict(patch_size=8)
 COMMON = dict(data__stride=1, evaluation__resize=16, train__batch_size=8, train__epochs=6)
 FINETUNE = (
     ["finetune", "--recipe", "videomae-v1-base-kinetics400-finetune"]
-    + sets(**COMMON, **sizes(SIZES), augment__mixup=0, augment__cutmix=0, data__repeats=1)
+    + sets(
+        **COMMON,
+        **sizes(VIDEOMAE),
+        augment__mixup=0,
+        augment__cutmix=0,
+        data__repeats=1,
+    )
     + sets(augment__rand_augment="none")
 )
 PRETRAIN = ["pretrain", "--recipe", "videomae-v1-base-kinetics400-pretrain"]
-PRETRAIN += sets(**COMMON, **sizes(SIZES | DECODER), optim__warmup_epochs=1, mask__ratio=0.75)
+PRETRAIN += sets(
+    **COMMON,
+    **sizes(VIDEOMAE | SMALL_DECODER),
+    optim__warmup_epochs=1,
+    mask__ratio=0.75,
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from commands import run_command
 from tiny_checkpoints import Checkpoints, read_safetensors
 from tiny_image_models import ImageModels
-
-from checkpoints_convert.__main__ import main
 
 
 @pytest.fixture(scope="session")
@@ -22,14 +22,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def run(capsys):
-    """Run a command in this process: its exit status, stdout and stderr."""
-
-    def call(*args):
-        capsys.readouterr()  # progress bars of the fixtures
-        status = main([str(arg) for arg in args])
-        return status, *capsys.readouterr()
-
-    return call
+    return functools.partial(run_command, capsys)
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import logging
 import jax
 import numpy as np
 import pytest
-from helpers import VIDEOMAE, clip, config_of, mostly_slow, random_params
+from helpers import clip, mostly_slow, random_params
 from safetensors.numpy import load_file
+from tiny import VIDEOMAE, config_of
 from tiny_authors import DECODER, state, write
 
 import vivit_jax

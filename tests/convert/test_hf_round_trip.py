@@ -4,7 +4,8 @@
 import jax
 import numpy as np
 import pytest
-from helpers import CASES, assert_close, bool_mask, clip, config_of, to_torch, torch_model
+from helpers import assert_close, bool_mask, clip, to_torch, torch_model
+from tiny import CASES, config_of
 from tiny_checkpoints import DIALECTS, STORAGE, read_safetensors, same_tensors
 
 import vivit_jax

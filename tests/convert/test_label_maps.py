@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import VIDEOMAE, clip, random_params
+from helpers import clip, random_params
+from tiny import VIDEOMAE
 
 from vivit_jax import (
     UserError,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import CASES
+from tiny import CASES
 from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax

@@ -21,6 +21,7 @@ from flax.training.checkpoints import convert_pre_linen, restore_checkpoint
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import assert_close
 from numpy_vivit import forward, random_params
+from tiny import VIVIT
 from tiny_checkpoints import pop, put, read_safetensors, same_tensors
 from variants import reference
 
@@ -105,16 +106,9 @@ def expected_config(case):
     values = dict(setting.split("=") for setting in settings)
     sampled = drawn.get("sampled_frames")
     return vivit_jax.VivitConfig(
-        image_size=(24, 16),
-        num_frames=6,
-        tubelet_size=(1 if sampled else 2, 8, 8),
+        **VIVIT | dict(tubelet_size=(1 if sampled else 2, 8, 8)),
         num_sampled_frames=sampled,
-        hidden_size=48,
-        num_hidden_layers=3,
         num_temporal_layers=2 if drawn["attention_type"] == FE and "only" not in case else 4,
-        num_attention_heads=4,
-        intermediate_size=80,
-        num_labels=5,
         attention_type=drawn["attention_type"],
         spatial_only=drawn.get("spatial_only", False),
         attention_order=values.get("attention_order", "time_space"),

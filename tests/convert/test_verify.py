@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from helpers import CASES, torch_model
+from commands import run_command
+from helpers import torch_model
 from safetensors.numpy import load_file, save_file
-
-from checkpoints_convert.__main__ import main
+from tiny import CASES
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,6 @@ def saved(tmp_path_factory):
     return directory
 
 
-def run(capsys, *args):
-    capsys.readouterr()
-    status = main(["verify", *map(str, args)])
-    return status, *capsys.readouterr()
-
-
 def with_config(source, directory, **changes):
     directory.mkdir()
     (directory / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
@@ -43,7 +37,7 @@ def with_config(source, directory, **changes):
     "case", ["vivit base", "vivit cls", "mae base norm", "mae cls", "mae pretraining"]
 )
 def test_agreement(saved, case, capsys):
-    status, out, err = run(capsys, saved(case), "--json", "--batch", "2")
+    status, out, err = run_command(capsys, "verify", saved(case), "--json", "--batch", "2")
     result = json.loads(out)
     assert status == 0 and result["passed"] and result["model"] == CASES[case][1], err
     names = [row["name"] for row in result["rows"]]
@@ -59,7 +53,7 @@ def test_agreement(saved, case, capsys):
 def test_disagreement_is_status_1_and_says_where(saved, tmp_path, capsys):
     # transformers norms with its own epsilon whatever config.json says.
     directory = with_config(saved("mae cls"), tmp_path / "eps", fc_norm_eps=0.5)
-    status, out, _ = run(capsys, directory)
+    status, out, _ = run_command(capsys, "verify", directory)
     assert status == 1 and "fc_norm_eps is 0.5 here; transformers computes with 1e-05" in out
     lines = {line.split("  ")[0]: line for line in out.splitlines()}
     assert lines["block 2"].endswith("ok") and lines["logits"].endswith("DIFFERS")
@@ -67,11 +61,11 @@ def test_disagreement_is_status_1_and_says_where(saved, tmp_path, capsys):
 
 
 def test_tolerance(saved, capsys):
-    assert run(capsys, saved("vivit cls"), "--tolerance", "1e-12")[0] == 1
+    assert run_command(capsys, "verify", saved("vivit cls"), "--tolerance", "1e-12")[0] == 1
 
 
 def test_a_weight_file(saved, capsys):
-    status, out, _ = run(capsys, saved("vivit cls") / "model.safetensors")
+    status, out, _ = run_command(capsys, "verify", saved("vivit cls") / "model.safetensors")
     assert status == 0 and "agree" in out
 
 
@@ -81,19 +75,24 @@ def test_an_index_beside_another_model(saved, tmp_path, capsys):
     convert_checkpoint(saved("vivit cls"), tmp_path / "m", max_shard_size="60KB")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
     (tmp_path / "m" / "model.safetensors").write_bytes(b"another model")
-    status, out, err = run(capsys, tmp_path / "m" / "model.safetensors.index.json")
+    status, out, err = run_command(
+        capsys, "verify", tmp_path / "m" / "model.safetensors.index.json"
+    )
     assert status == 0 and "agree" in out, err
 
 
 @pytest.mark.parametrize("change", [{"return_dict": False}, {"output_attentions": True}])
 def test_output_options_of_the_config_do_not_matter(saved, tmp_path, capsys, change):
-    assert run(capsys, with_config(saved("vivit cls"), tmp_path / "m", **change))[0] == 0
+    assert (
+        run_command(capsys, "verify", with_config(saved("vivit cls"), tmp_path / "m", **change))[0]
+        == 0
+    )
 
 
 @pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
 def test_labels_of_every_problem_type(saved, tmp_path, capsys, problem_type):
     directory = with_config(saved("vivit cls"), tmp_path / "m", problem_type=problem_type)
-    status, out, _ = run(capsys, directory)
+    status, out, _ = run_command(capsys, "verify", directory)
     assert status == 0 and "loss" in out
 
 
@@ -103,7 +102,7 @@ def test_damage_is_listed_by_us_before_transformers_sees_it(saved, tmp_path, cap
     tensors["classifier.weight"] = np.zeros((5, 7), np.float32)
     tensors["extra"] = tensors.pop("vivit.layernorm.bias")
     save_file(tensors, directory / "model.safetensors")
-    status, out, err = run(capsys, directory)
+    status, out, err = run_command(capsys, "verify", directory)
     assert status == 2 and not out and "Traceback" not in err
     for name in ("classifier.weight", "vivit.layernorm.bias", "extra"):
         assert name in err
@@ -120,5 +119,5 @@ def test_damage_is_listed_by_us_before_transformers_sees_it(saved, tmp_path, cap
     ],
 )
 def test_wrong_arguments(saved, capsys, args, message):
-    status, _, err = run(capsys, saved("vivit cls"), *args)
+    status, _, err = run_command(capsys, "verify", saved("vivit cls"), *args)
     assert status == 2 and message in err and err.count("\n") == 1

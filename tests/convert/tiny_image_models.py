@@ -12,16 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from helpers import randomise
+from tiny import IMAGE
 from tiny_checkpoints import read_safetensors
 
-IMAGE = dict(
-    image_size=24,
-    patch_size=8,
-    hidden_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=80,
-)
 HEADS = IMAGE["num_attention_heads"]
 KINDS = ("hf", "hf memory", "hf base", "npz", "npz old", "npz big", "msgpack", "state", "timm")
 

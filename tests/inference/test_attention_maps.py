@@ -4,7 +4,8 @@
 import jax
 import numpy as np
 import pytest
-from helpers import VIDEOMAE, clip, config_of, forward, mostly_slow, random_params, torch_model
+from helpers import clip, forward, mostly_slow, random_params, torch_model
+from tiny import VIDEOMAE, config_of
 from variants import variant_config
 
 import vivit_jax

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import VIDEOMAE, VIVIT, random_params
+from helpers import random_params
+from tiny import VIDEOMAE, VIVIT
 
 import vivit_jax
 from vivit_jax import UserError, VideoClassifier, VideoError

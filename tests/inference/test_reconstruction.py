@@ -6,7 +6,8 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from helpers import VIDEOMAE, random_params
+from helpers import random_params
+from tiny import VIDEOMAE
 
 import vivit_jax
 from vivit_jax import masking

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 from attention_in_float64 import cotangent, largest_errors, plain, qkv, reference, with_gradients
-from helpers import VIDEOMAE, clip, config_of, random_params
+from helpers import clip, random_params
+from tiny import VIDEOMAE, config_of
 
 from vivit_jax import (
     ConfigError,

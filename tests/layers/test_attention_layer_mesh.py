@@ -7,8 +7,9 @@ import pytest
 from compiled_programs import collectives
 from flax import linen as nn
 from flax.core import meta
-from helpers import VIDEOMAE, VIVIT, mostly_slow
+from helpers import mostly_slow
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny import VIDEOMAE, VIVIT
 
 from vivit_jax import VideoMAEConfig, VivitConfig
 from vivit_jax.layers.attention import SPACE, SPLIT_HEADS, TIME, SelfAttention

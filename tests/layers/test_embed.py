@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, bool_mask, clip, config_of, random_params
+from helpers import bool_mask, clip, random_params
+from tiny import CASES, config_of
 
 from vivit_jax import Mask, UserError, VivitModel
 from vivit_jax.layers.embed import resize_positions, sincos_positions

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import assert_close, bool_mask, clip, config_of, mostly_slow, random_params
+from helpers import assert_close, bool_mask, clip, mostly_slow, random_params
+from tiny import config_of
 
 from vivit_jax import Mask, VideoMAEForPreTraining, VivitForVideoClassification, param_tree
 from vivit_jax.layers import linear

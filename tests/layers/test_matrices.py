@@ -5,8 +5,9 @@ import jax
 import jaxlib
 import numpy as np
 import pytest
-from helpers import bool_mask, clip, config_of
+from helpers import bool_mask, clip
 from jax.sharding import AxisType
+from tiny import config_of
 
 from vivit_jax.benchmark.products import products_of
 from vivit_jax.layers import chunked, matrices

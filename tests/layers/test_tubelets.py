@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import VIDEOMAE, config_of, random_params
+from helpers import random_params
+from tiny import VIDEOMAE, config_of
 
 import vivit_jax
 from vivit_jax import Mask, UserError, VideoMAEForPreTraining

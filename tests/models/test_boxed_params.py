@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from clips import write_clip
 from flax.core import meta
-from helpers import VIDEOMAE
+from tiny import VIDEOMAE
 
 import vivit_jax
 from vivit_jax.inference.export import export_model

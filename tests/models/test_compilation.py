@@ -6,7 +6,7 @@ import time
 
 import jax
 import pytest
-from helpers import VIDEOMAE
+from tiny import VIDEOMAE
 
 from vivit_jax import PRESETS, VideoMAEConfig
 from vivit_jax.benchmark.work import Work, program

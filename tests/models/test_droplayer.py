@@ -7,20 +7,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from helpers import mostly_slow, random_params
+from tiny import SMALL_VIVIT
 
 import vivit_jax
 
-SIZES = dict(
-    image_size=16,
-    num_frames=4,
-    tubelet_size=(2, 8, 8),
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_temporal_layers=2,
-    num_attention_heads=2,
-    intermediate_size=24,
-    num_labels=3,
-)
+SIZES = SMALL_VIVIT | dict(num_temporal_layers=2, num_labels=3)
 CLIPS = 256
 
 

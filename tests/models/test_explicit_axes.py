@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from compiled_programs import collectives, moved
 from flax import linen as nn
-from helpers import CASES, VIDEOMAE, bool_mask, clip, config_of, error, mostly_slow, random_params
+from helpers import bool_mask, clip, error, mostly_slow, random_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tiny import CASES, VIDEOMAE, config_of
 from variants import variant_config
 
 import vivit_jax

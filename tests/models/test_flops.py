@@ -7,8 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import VIDEOMAE, VIVIT, mostly_slow
+from helpers import mostly_slow
 from jax.extend.core import jaxprs_in_params
+from tiny import VIDEOMAE, VIVIT
 
 from vivit_jax import PRESETS, Mask, UserError, VideoMAEConfig, VivitConfig
 from vivit_jax.layers.chunked import TILES, Tile

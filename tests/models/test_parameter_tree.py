@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 from flax import linen as nn
-from helpers import CASES, clip, config_of
+from helpers import clip
+from tiny import CASES, config_of
 from variants import VARIANTS, variant_config
 
 from vivit_jax import Mask, VivitForVideoClassification, param_tree

@@ -6,7 +6,8 @@ import itertools
 import jax
 import pytest
 from flax import linen as nn
-from helpers import CASES, assert_close, bool_mask, clip, config_of, mostly_slow, random_params
+from helpers import assert_close, bool_mask, clip, mostly_slow, random_params
+from tiny import CASES, config_of
 from variants import VARIANTS, variant_config
 
 from vivit_jax import Mask, VivitForVideoClassification

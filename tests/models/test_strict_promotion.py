@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, VIDEOMAE, bool_mask, clip, config_of, mostly_slow
+from helpers import bool_mask, clip, mostly_slow
+from tiny import CASES, VIDEOMAE, config_of
 from variants import VARIANTS, variant_config
 
 import vivit_jax

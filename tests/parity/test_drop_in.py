@@ -7,16 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import (
-    CASES,
-    assert_close,
-    bool_mask,
-    clip,
-    config_of,
-    mostly_slow,
-    to_torch,
-    torch_model,
-)
+from helpers import assert_close, bool_mask, clip, mostly_slow, to_torch, torch_model
+from tiny import CASES, config_of
 
 import vivit_jax
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, bool_mask, clip, mostly_slow, to_torch, torch_model
+from helpers import bool_mask, clip, mostly_slow, to_torch, torch_model
 from safetensors.numpy import load_file
+from tiny import CASES
 
 import vivit_jax
 from checkpoints_convert.layouts.registry import detect

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
-    CASES,
     assert_close,
     bool_mask,
     clip,
-    config_of,
     error,
     forward,
     mostly_slow,
@@ -22,6 +20,7 @@ from helpers import (
     torch_model,
 )
 from safetensors.numpy import load_file
+from tiny import CASES, config_of
 
 import vivit_jax
 from checkpoints_convert.layouts.registry import detect

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import config_of, to_torch, torch_model
+from helpers import to_torch, torch_model
+from tiny import config_of
 
 import vivit_jax
 from checkpoints_convert.source import open_source

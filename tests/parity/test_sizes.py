@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, config_of, forward, random_params, to_torch, torch_model
+from helpers import assert_close, forward, random_params, to_torch, torch_model
+from tiny import config_of
 
 import vivit_jax
 from vivit_jax import Mask, UserError

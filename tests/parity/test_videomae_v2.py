@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import numpy_videomae as reference
 import pytest
-from helpers import VIDEOMAE, assert_close, bool_mask, clip, error, forward, mostly_slow
+from helpers import assert_close, bool_mask, clip, error, forward, mostly_slow
+from tiny import VIDEOMAE
 
 import vivit_jax
 from checkpoints_convert.layouts.registry import published

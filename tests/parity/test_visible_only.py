@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiler_flags import AS_USERS
-from helpers import VIDEOMAE, clip, mostly_slow, random_params
+from helpers import clip, mostly_slow, random_params
+from tiny import VIDEOMAE
 
 import vivit_jax
 from vivit_jax.layers.embed import TubeletEmbed

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import config_of, mostly_slow, random_params
+from helpers import mostly_slow, random_params
+from tiny import config_of
 
 import vivit_jax
 from vivit_jax import param_tree

@@ -10,7 +10,8 @@ import time
 
 import numpy as np
 import pytest
-from tiny_recipes import FINETUNE, SIZES, changed
+from tiny import SMALL_VIDEOMAE
+from tiny_recipes import FINETUNE, changed
 from tiny_runs import NAME, PLAIN, Parent, assert_same, free_port, lines, settings, write_clip
 
 EVERY = 3  # steps from one checkpoint to the next
@@ -19,7 +20,7 @@ EVERY = 3  # steps from one checkpoint to the next
 def tiny(data, steps, **fields):
     recipe = changed(
         FINETUNE,
-        model__config=SIZES | dict(num_labels=3, drop_path_rate=0.3),
+        model__config=SMALL_VIDEOMAE | dict(num_labels=3, drop_path_rate=0.3),
         data__train=str(data / "list.txt"),
         data__max_bad_share=0.5,
         **{f"augment__{name}": value for name, value in vars(PLAIN).items()},
@@ -135,7 +136,8 @@ def together(parent, tmp_path, args):
 def test_two_processes_train_as_one(tmp_path, parent, cache, data):
     """Of a device each."""
     simple = dict(optim__algorithm="sgd", optim__ema=None, optim__lr=0.1)
-    simple["model__config"] = SIZES | dict(num_labels=3, num_hidden_layers=1, head_dropout=0.0)
+    one_layer = dict(num_labels=3, num_hidden_layers=1, head_dropout=0.0)
+    simple["model__config"] = SMALL_VIDEOMAE | one_layer
     run = ["finetune", *tiny(data, 9, data__train=str(data / "good.txt"), **simple)]
     alone, both = tmp_path / "alone", tmp_path / "both"
     life = parent.start(tmp_path / "alone.log", [*cache, *run, "--out", alone])

@@ -6,7 +6,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
+from tiny import SMALL_VIDEOMAE, SMALL_VIVIT
+from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 from vivit_jax.recipes.recipe import ModelSettings
 from vivit_jax.train.log import read_metrics
@@ -42,14 +43,9 @@ def learnt(recipe, tmp_path, **fields):
 @pytest.mark.slow
 def test_two_heads_are_learnt(tmp_path):
     """By a factorised encoder, whose answers are averaged as scenic does."""
-    sizes = dict(
-        image_size=16,
-        num_frames=4,
-        tubelet_size=(2, 8, 8),
+    sizes = SMALL_VIVIT | dict(
         hidden_size=32,
-        num_hidden_layers=2,
         num_temporal_layers=1,
-        num_attention_heads=2,
         intermediate_size=64,
         num_labels=NOUNS + VERBS,
         class_splits=(NOUNS, VERBS),
@@ -70,7 +66,7 @@ def test_two_heads_are_learnt(tmp_path):
 
 @pytest.mark.slow
 def test_pixels_are_learnt(tmp_path):
-    config = SIZES | dict(norm_pix_loss=False, hidden_size=32, decoder_hidden_size=32)
+    config = SMALL_VIDEOMAE | dict(norm_pix_loss=False, hidden_size=32, decoder_hidden_size=32)
     fields = dict(
         model__config=config, mask__kind="random", mask__ratio=0.5, train__evaluate_every=16
     )

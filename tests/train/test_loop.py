@@ -18,7 +18,8 @@ import pytest
 from helpers import assert_close, forward, random_params, to_torch
 from helpers import clip as random_clip
 from signals import handled
-from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
+from tiny import SMALL_VIDEOMAE, SMALL_VIVIT
+from tiny_recipes import FINETUNE, PRETRAIN, changed
 from tiny_runs import NAME, PLAIN, assert_same, lines, settings, state, write_clip
 
 import vivit_jax
@@ -58,7 +59,7 @@ def data(tmp_path_factory):
 def recipe(data):
     return changed(
         dataclasses.replace(FINETUNE, augment=PLAIN),
-        model__config=SIZES | dict(num_labels=4, drop_path_rate=0.3, head_dropout=0.0),
+        model__config=SMALL_VIDEOMAE | dict(num_labels=4, drop_path_rate=0.3, head_dropout=0.0),
         optim__layer_decay=None,
         optim__clip=None,
         data__train=str(data / "train"),
@@ -523,7 +524,7 @@ def test_steps_that_stay_without_finite_loss_stop_a_run(recipe, start, tmp_path)
 def autoencoder(tmp_path_factory):
     """A pre-trained model's directory, and its params, which are large."""
     model = vivit_jax.VideoMAEForPreTraining(
-        vivit_jax.VideoMAEConfig(**SIZES, use_mean_pooling=False)
+        vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE, use_mean_pooling=False)
     )
     params, directory = random_params(model), tmp_path_factory.mktemp("start") / "autoencoder"
     vivit_jax.save_pretrained(directory, model, params)
@@ -592,16 +593,7 @@ def test_fine_tuning_starts_from_a_classifier(whole, recipe):
 
 VIVIT = ModelSettings(
     preset="vivit-b-16x2-fe-kinetics400",
-    config=dict(
-        image_size=16,
-        num_frames=4,
-        tubelet_size=(2, 8, 8),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_temporal_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-    ),
+    config=SMALL_VIVIT | dict(num_temporal_layers=1),
 )
 
 

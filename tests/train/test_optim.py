@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import clip, config_of, to_torch, torch_model
+from helpers import clip, to_torch, torch_model
+from tiny import SMALL, config_of
 
 import vivit_jax
 from vivit_jax import UserError, param_tree
@@ -203,12 +204,12 @@ def test_a_scanned_model_has_the_factors_of_a_looped_one():
     assert found == expected
 
 
-SMALL = of_shapes({"layers/mlp_in/kernel": (3, 2, 2), "layers/mlp_in/bias": (3, 2), "cls": (2,)})
+FEW = of_shapes({"layers/mlp_in/kernel": (3, 2, 2), "layers/mlp_in/bias": (3, 2), "cls": (2,)})
 
 
 def test_the_first_rule_that_matches_counts():
     rules = ((r".*/bias", 2.0), (r"layers_[12]/.*", 3.0), (r"layers_1/.*", 4.0), (".*", 5.0))
-    values = param_tree.flatten(parameter_values(SMALL, rules, "test"))
+    values = param_tree.flatten(parameter_values(FEW, rules, "test"))
     assert values["layers/mlp_in/bias"] == 2.0 and values["cls"] == 5.0
     np.testing.assert_array_equal(values["layers/mlp_in/kernel"][:, 0, 0], [5, 3, 3])
 
@@ -224,12 +225,12 @@ def test_the_first_rule_that_matches_counts():
 )
 def test_rules_that_do_not_fit(rules, message):
     with pytest.raises(UserError, match=f"optim.lr_rules: {message}"):
-        parameter_values(SMALL, rules, "optim.lr_rules")
+        parameter_values(FEW, rules, "optim.lr_rules")
 
 
 def test_defaults_need_not_match():
     defaults = ((r"decoder/.*", 0.0), (".*", 1.0))
-    values = parameter_values(SMALL, (), "test", defaults)
+    values = parameter_values(FEW, (), "test", defaults)
     assert set(param_tree.flatten(values).values()) == {1.0}
 
 
@@ -248,7 +249,7 @@ def test_layer_decay_needs_blocks():
 )
 def test_settings_that_make_no_optimiser(change, message):
     with pytest.raises(UserError, match=message):
-        make_optimizer(OptimSettings(**{"lr": 1.0, **change}), SMALL, optax.constant_schedule(1.0))
+        make_optimizer(OptimSettings(**{"lr": 1.0, **change}), FEW, optax.constant_schedule(1.0))
 
 
 # ---- steps
@@ -358,15 +359,7 @@ def test_the_average_is_exponential():
 # ---- PyTorch's steps
 
 STEPS, BATCH = 20, 2
-CHANGES = dict(
-    image_size=(16, 8),
-    num_frames=4,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=24,
-    num_labels=3,
-)
+CHANGES = SMALL | dict(image_size=(16, 8), intermediate_size=24, num_labels=3)
 ADAMW = OptimSettings(
     lr=1.28, min_lr=0.128, warmup_epochs=1, b2=0.95, weight_decay=0.3, layer_decay=0.6
 )

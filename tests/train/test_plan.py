@@ -10,7 +10,8 @@ import types
 import jax
 import pytest
 from compilers import needs_cuda_plugin, needs_libtpu
-from tiny_recipes import FINETUNE, PRETRAIN, SIZES, changed
+from tiny import SMALL_VIVIT
+from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 from vivit_jax.errors import UserError
 from vivit_jax.layers.pallas import cycles
@@ -46,8 +47,7 @@ VIVIT = dataclasses.replace(
     name="tiny-vivit",
     model=ModelSettings(
         preset="vivit-b-16x2-kinetics400",
-        config={k: v for k, v in SIZES.items() if not k.startswith(("decoder", "tubelet", "patch"))}
-        | dict(tubelet_size=(2, 8, 8), num_labels=4),
+        config=SMALL_VIVIT | dict(num_labels=4),
     ),
 )
 

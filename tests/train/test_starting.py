@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import scipy.ndimage
 from helpers import mostly_slow, random_params
-from tiny_recipes import FINETUNE, PRETRAIN, SIZES, VIEWS, changed
+from tiny import SMALL_VIDEOMAE, SMALL_VIVIT
+from tiny_recipes import FINETUNE, PRETRAIN, VIEWS, changed
 
 import vivit_jax
 from checkpoints_convert.__main__ import main as convert
@@ -29,15 +30,8 @@ from vivit_jax.train.run_directory import RunDirectory, saved_recipe
 from vivit_jax.train.sharding import make_mesh, parse_mesh
 
 NAMES = ("blue", "green", "red", "white")
-LARGE = dict(
-    image_size=48,
-    num_frames=8,
-    tubelet_size=(2, 8, 8),
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-)
+FIRST_TOKEN = VideoMAEConfig(**SMALL_VIDEOMAE, use_mean_pooling=False)
+LARGE = SMALL_VIVIT | dict(image_size=48, num_frames=8)
 FACTORISED = LARGE | dict(attention_type="factorised_encoder", num_temporal_layers=5)
 
 
@@ -249,7 +243,7 @@ def small(tmp_path_factory):
     def directory(processor):
         key = json.dumps(processor.to_dict(), sort_keys=True)
         if key not in made:
-            config = VideoMAEConfig(**SIZES, num_labels=4, id2label=NAMES)
+            config = VideoMAEConfig(**SMALL_VIDEOMAE, num_labels=4, id2label=NAMES)
             made[key] = saved(root / str(len(made)), config, processor)[0]
         return made[key]
 
@@ -411,7 +405,7 @@ def test_a_fresh_model_that_sees_little_is_told(caplog):
 
 
 def test_pretraining_goes_on_with_the_checkpoints_pixels(tmp_path):
-    model = vivit_jax.VideoMAEForPreTraining(VideoMAEConfig(**SIZES, use_mean_pooling=False))
+    model = vivit_jax.VideoMAEForPreTraining(FIRST_TOKEN)
     beside = square(16, image_mean=(0.4, 0.5, 0.6))
     vivit_jax.save_pretrained(tmp_path / "model", model, random_params(model), beside)
     found = starting_model(changed(PRETRAIN, model__start=str(tmp_path / "model")))
@@ -551,7 +545,7 @@ def test_the_checkpoints_classes_are_kept_by_choice(clips, small):
 
 
 def test_a_start_without_a_classifier_keeps_no_classes(clips, tmp_path):
-    model = vivit_jax.VideoMAEForPreTraining(VideoMAEConfig(**SIZES, use_mean_pooling=False))
+    model = vivit_jax.VideoMAEForPreTraining(FIRST_TOKEN)
     vivit_jax.save_pretrained(tmp_path / "model", model, random_params(model))
     recipe = data_recipe(clips, "list.txt", str(tmp_path / "model"))
     with pytest.raises(UserError, match="holds no classifier; set model.classes=data"):

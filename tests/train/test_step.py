@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 from helpers import mostly_slow
-from tiny_recipes import CLASSES, FINETUNE, PRETRAIN, SIZES, changed
+from tiny import SMALL_VIDEOMAE
+from tiny_recipes import CLASSES, FINETUNE, PRETRAIN, changed
 
 import vivit_jax
 from vivit_jax import param_tree
@@ -29,7 +30,7 @@ from vivit_jax.train.step import make_step
 PROCESSOR = vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16)
 STEPS = 4
 DUAL = changed(
-    PRETRAIN, mask__kind="dual", mask__ratio=0.5, model__config=SIZES | {"patch_size": 4}
+    PRETRAIN, mask__kind="dual", mask__ratio=0.5, model__config=SMALL_VIDEOMAE | {"patch_size": 4}
 )
 
 COLOURS_AND_SGD = changed(

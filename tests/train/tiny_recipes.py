@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from tiny import SMALL_VIDEOMAE
+
 from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.recipes.recipe import (
     EvalSettings,
@@ -13,20 +15,6 @@ from vivit_jax.recipes.recipe import (
 )
 
 CLASSES = 4
-SIZES = dict(
-    image_size=16,
-    num_frames=4,
-    tubelet_size=2,
-    patch_size=8,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    decoder_hidden_size=8,
-    decoder_num_hidden_layers=1,
-    decoder_num_attention_heads=2,
-    decoder_intermediate_size=16,
-)
 VIEWS = EvalSettings(clips=2, crops=1, sampler="loop", stride=1, resize=16)
 FINETUNE = Recipe(
     name="tiny-finetune",
@@ -34,7 +22,7 @@ FINETUNE = Recipe(
     processor="videomae-imagenet",
     model=ModelSettings(
         preset="videomae-base-kinetics400",
-        config=SIZES
+        config=SMALL_VIDEOMAE
         | dict(num_labels=CLASSES, drop_path_rate=0.3, head_dropout=0.2, hidden_dropout_prob=0.1),
     ),
     data=DataSettings(sampler="loop", stride=1),
@@ -63,7 +51,9 @@ PRETRAIN = dataclasses.replace(
     FINETUNE,
     name="tiny-pretrain",
     task="pretrain",
-    model=ModelSettings(preset="videomae-base", config=SIZES | dict(hidden_dropout_prob=0.1)),
+    model=ModelSettings(
+        preset="videomae-base", config=SMALL_VIDEOMAE | dict(hidden_dropout_prob=0.1)
+    ),
     augment=AugmentSettings(crop="multi_scale", flip=0.5),
     mask=MaskSettings(kind="tube", ratio=0.75),
     optim=dataclasses.replace(FINETUNE.optim, layer_decay=None, b2=0.95),

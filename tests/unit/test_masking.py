@@ -2,7 +2,8 @@
 import jax
 import numpy as np
 import pytest
-from helpers import VIDEOMAE, clip
+from helpers import clip
+from tiny import VIDEOMAE
 
 from vivit_jax import (
     Mask,
