@@ -235,7 +235,7 @@ class _NumberedImages:
         return os.path.join(self.folder, self.frame_name.format(self.start + int(index)))
 
 
-_Stored = UInt8[np.ndarray, "t h w c"] | list[str] | _NumberedImages | None
+_Stored = UInt8[np.ndarray, "total h w c"] | list[str] | _NumberedImages | None
 
 
 def _stored(example: Example) -> _Stored:

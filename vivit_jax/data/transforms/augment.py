@@ -56,7 +56,7 @@ def _train_clip(
     size: Size,
     spec: RandAugment | None,
     rng: np.random.Generator,
-    clip: np.ndarray,
+    clip: UInt8[np.ndarray, "t _ _ c"],
 ) -> UInt8[np.ndarray, "t h w c"]:
     _check_clip(clip)
     wanted = _frame_size(clip)  # of whole frames; the next step that needs them resizes
@@ -82,7 +82,9 @@ def _train_clip(
     return np.ascontiguousarray(clip)
 
 
-def resize(clip: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, "t h w c"]:
+def resize(
+    clip: UInt8[np.ndarray, "t _ _ c"], height: int, width: int
+) -> UInt8[np.ndarray, "t h w c"]:
     """Resizes bilinearly, without Pillow's antialiasing.
 
     Equal to torch's `interpolate(mode="bilinear", align_corners=False)` and TensorFlow's

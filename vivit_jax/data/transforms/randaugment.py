@@ -124,7 +124,7 @@ def parse_rand_augment(text: str) -> RandAugment:
 
 
 def rand_augment(
-    rng: np.random.Generator, clip: np.ndarray, spec: RandAugment
+    rng: np.random.Generator, clip: UInt8[np.ndarray, "t h w 3"], spec: RandAugment
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Applies `spec.layers` random operations, each with one argument for all frames.
 
