@@ -46,7 +46,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64, Int, UInt8
 
 from vivit_jax.data.sampling import clip_indices, pad_indices
 from vivit_jax.data.video.clock import Clock
@@ -293,7 +293,7 @@ def read_video(
 
 
 def _read_numbered(
-    name: str, table: Table, convert: Convert, wanted: np.ndarray, lost_share: float
+    name: str, table: Table, convert: Convert, wanted: Int[np.ndarray, " n"], lost_share: float
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Reads frames of a file whose packets number them."""
     frames = decode_sparse(name, table, np.unique(wanted), convert)

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from jaxtyping import Int
 
 from vivit_jax.data.video import h264
 from vivit_jax.data.video.packets import Table, codec_name, packets_of, reason_of, runs_of
@@ -50,7 +51,9 @@ def decode_packet(context, packet) -> list:
     return context.decode(packet)
 
 
-def sparse_frames(container, stream, table: Table, wanted: np.ndarray) -> Iterator[tuple]:
+def sparse_frames(
+    container, stream, table: Table, wanted: Int[np.ndarray, " n"]
+) -> Iterator[tuple]:
     """Yields (k, frame) for the ascending frames `wanted`; Distrusted makes all of them void."""
     from av.error import FFmpegError
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from vivit_jax.data.video.log import named
 
@@ -120,7 +120,7 @@ def scan(container, stream) -> Table:
     )
 
 
-def least_step(times: np.ndarray) -> int:
+def least_step(times: Int[np.ndarray, " n"]) -> int:
     """The smallest distance between neighbours in ascending times, 1 if there is none."""
     steps = np.diff(times)
     return int(steps[steps > 0].min()) if (steps > 0).any() else 1
@@ -191,7 +191,7 @@ def _disorder(pts: np.ndarray, keys: np.ndarray) -> str | None:
 def _run_starts(
     pts: Int64[np.ndarray, " packets"],
     keys: Int64[np.ndarray, " keyframes"],
-    positions: np.ndarray,
+    positions: Int[np.ndarray, " n"],
 ) -> Int64[np.ndarray, " n"]:
     """For packets at `positions`, the position of the latest keyframe that is shown no later.
 
@@ -200,12 +200,12 @@ def _run_starts(
     return keys[np.searchsorted(pts[keys], pts[positions], side="right") - 1]
 
 
-def count_needed(table: Table, wanted: np.ndarray) -> int:
+def count_needed(table: Table, wanted: Int[np.ndarray, " n"]) -> int:
     """How many packets have to be decoded, at most, for the ascending frames `wanted`."""
     return sum(last - first + 1 for first, last in runs_of(table, wanted))
 
 
-def divided(table: Table, wanted: np.ndarray, parts: int) -> list[np.ndarray]:
+def divided(table: Table, wanted: Int[np.ndarray, " n"], parts: int) -> list[Int[np.ndarray, " _"]]:
     """Divides the ascending frames `wanted` into at most `parts` parts of similar decoding work.
 
     Frames decoded from the same keyframe stay together, so only open GOPs are decoded twice.
@@ -219,7 +219,7 @@ def divided(table: Table, wanted: np.ndarray, parts: int) -> list[np.ndarray]:
     return np.split(wanted, firsts[np.flatnonzero(np.diff(part_of)) + 1])
 
 
-def runs_of(table: Table, wanted: np.ndarray) -> list[list[int]]:
+def runs_of(table: Table, wanted: Int[np.ndarray, " n"]) -> list[list[int]]:
     """Inclusive [first, last] ranges of packets to decode for the ascending frames `wanted`."""
     positions = np.argsort(table.pts)[wanted]
     runs: list[list[int]] = []

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from vivit_jax.data.video.clock import Clock
 from vivit_jax.data.video.decoder import (
@@ -38,7 +39,7 @@ Frame = TypeVar("Frame")  # what `convert` makes of a decoded frame
 
 
 def decode_sparse(
-    name: str, table: Table, wanted: np.ndarray, convert: Callable[[Any], Frame]
+    name: str, table: Table, wanted: Int[np.ndarray, " n"], convert: Callable[[Any], Frame]
 ) -> dict[int, Frame]:
     """The ascending frames `wanted`, converted, by number; empty if decoding contradicts the table.
 
