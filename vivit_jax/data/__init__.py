@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From video files to model input: decoding, frame sampling, preprocessing."""
+"""From files to model input.
+
+`datasets` lists clips, `video` decodes them, `sampling` chooses frames, `transforms` turns frames
+into pixels. `pipeline` puts these together for training, `read_clip` and `sliding_window` for
+evaluation. Workers import this package, so it imports neither jax nor av.
+"""

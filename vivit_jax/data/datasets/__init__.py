@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where clips come from: lists, class folders, made-up videos."""
+"""Data sets: `dataset` reads list files, folders and their clips; `synthetic` draws videos."""
