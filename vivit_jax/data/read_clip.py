@@ -54,7 +54,7 @@ class Clip:
         """
         if self.mixes_channels(processor):
             logger.warning(
-                "the resize took the last of %d channels for alpha and weighted the others by it; "
+                "the last of %d channels was taken for alpha and weighted the others in the resize; "
                 'if it is data, set "independent_channels": true in preprocessor_config.json',
                 self.frames.shape[-1],
             )
