@@ -54,8 +54,9 @@ class Clip:
         """
         if self.mixes_channels(processor):
             logger.warning(
-                "the last of %d channels was taken for alpha and weighted the others in the resize; "
-                'if it is data, set "independent_channels": true in preprocessor_config.json',
+                "the last of %d channels was taken for alpha, which weights the others in the "
+                'resize; if it is data, set "independent_channels": true in '
+                "preprocessor_config.json",
                 self.frames.shape[-1],
             )
         process = functools.partial(processor, input_data_format="channels_last")
