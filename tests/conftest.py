@@ -2,10 +2,14 @@
 import gc
 import os
 
+import array_types
 import compiler_flags
 import jax
 import pytest
-from tpu_compiler import Compiler
+
+array_types.install()  # before anything of the packages is imported
+
+from tpu_compiler import Compiler  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")

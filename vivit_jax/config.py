@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model configurations: frozen, with the field names of HuggingFace's config.json.
 
-Two kinds of fields. *Function* fields decide what is computed and are written to config.json.
-*Execution* fields (`dtype`, `param_dtype`, `attention`, `scan_layers`, `remat`) decide how; they
-never change the function beyond rounding and are not written.
+There are two kinds of fields. *Function* fields decide what is computed and are written to
+config.json. *Execution* fields (`dtype`, `param_dtype`, `attention`, `scan_layers`, `remat`) decide
+how; they never change the function beyond rounding and are not written.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from vivit_jax.files.limits import check_unpacked
 ATTENTION_TYPES = (
     "joint", "factorised_encoder", "factorised_self_attention", "factorised_dot_product",
 )  # fmt: skip
-Config = TransformerConfig  # of any family
 POOLINGS = ("cls", "mean", "max", "sum")
-# Per channel, of pixels in [0, 1]: what VideoMAE was trained with.
+Config = TransformerConfig  # of any family
+# Per channel, of pixels in [0, 1]; VideoMAE was trained with these.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -46,24 +46,32 @@ class VivitConfig(TransformerConfig):
       over space.
 
     `pooling` makes one vector of the tokens (of each stage, in a factorised encoder): "cls" adds a
-    class token and reads it, "mean", "max" and "sum" have no class token and reduce over all
-    others. Models 3 and 4 have no class token. None is "cls" where there can be one, else "mean";
-    it is resolved at once, so give `dataclasses.replace` pooling=None with another attention_type.
+    class token and reads it; "mean", "max" and "sum" reduce over all tokens, without a class token.
+    Models 3 and 4 have no class token. None is "cls" where there can be one, else "mean"; it is
+    resolved at once, so give `dataclasses.replace` pooling=None with another attention_type.
 
     `tubelet_size` is (frames, height, width) in pixels. With `num_sampled_frames` a clip is thinned
     to that many frames, uniformly, before it is cut into tubelets of one frame.
-    `drop_path_rate` is scenic's droplayer, in factorised self-attention too, where scenic accepts a
-    rate and ignores it. `hidden_dropout_prob` acts on what blocks add, as in transformers; scenic
-    drops between the layers of the MLP as well. `hidden_act="gelu_fast"` is the tanh approximation
-    that scenic trains with. The pooler belongs to the headless model only.
+    `drop_path_rate` is scenic's droplayer; it acts in factorised self-attention too, where scenic
+    accepts a rate and ignores it. `hidden_dropout_prob` acts on the outputs of residual branches,
+    as in transformers; scenic also drops between the layers of the MLP. `hidden_act="gelu_fast"` is
+    the tanh approximation that scenic trains with. Only the headless model has the pooler.
 
-    `head_dim` is the width of a head; together heads need not be as wide as `hidden_size`. A
-    config.json whose heads do not divide `hidden_size` is read with the width rounded down, which
-    is what transformers computes.
+    `head_dim` is the width of a head; all heads together need not be as wide as `hidden_size`. If
+    the heads of a config.json do not divide `hidden_size`, the width is rounded down as in
+    transformers.
     """
 
     model_type: ClassVar[str] = "vivit"
     own_model_type: ClassVar[str] = "vivit_jax"
+    title: ClassVar[str] = "ViViT"
+    heads: ClassVar[Mapping[str, str]] = {
+        "none": "VivitModel",
+        "classification": "VivitForVideoClassification",
+    }
+    view_sampler: ClassVar[str] = "loop"
+    view_average: ClassVar[str] = "logits"
+    initial_values: ClassVar[str] = "scenic"
 
     num_frames: int = 32
     tubelet_size: tuple[int, int, int] = (2, 16, 16)
@@ -170,19 +178,19 @@ class VivitConfig(TransformerConfig):
 
     @property
     def in_transformers(self):
-        """transformers has joint attention on tubelets, read from the class token, and no other."""
+        """transformers has only joint attention on tubelets, read from the class token."""
         joint = self.attention_type == "joint" and self.pooling == "cls"
         return joint and self.num_sampled_frames is None
 
     @property
-    def temporal_layers(self) -> int:
-        """Blocks of the temporal stage, 0 where there is none."""
+    def temporal_layers(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of blocks of the temporal stage, 0 without one."""
         staged = self.attention_type == "factorised_encoder" and not self.spatial_only
         return self.num_temporal_layers if staged else 0
 
     @classmethod
     def _modernise(cls, values):
-        # transformers reads a width of 0 as none, and rounds the width of heads down.
+        # transformers reads a width of 0 as None, and rounds the width of heads down.
         values["pooler_output_size"] = values.get("pooler_output_size") or None
         sizes = [values.get(k, getattr(cls, k)) for k in ("hidden_size", "num_attention_heads")]
         if all(map(positive_int, sizes)) and sizes[0] % sizes[1]:
@@ -193,8 +201,20 @@ class VivitConfig(TransformerConfig):
         """Tokens along time, height and width of a clip of this size."""
         return super().grid_of(self.num_sampled_frames or frames, height, width)
 
+    def learned_positions(self):
+        """The length of the longest table of learned positions, without the class token."""
+        time, height, width = self.grid
+        if self.attention_type == "factorised_encoder":
+            return max(time, height * width)
+        return time * height * width
+
+    def computed_tables(self, head):
+        """The indices of the sampled frames, with bytes."""
+        sampled, frames = self.num_sampled_frames, self.num_frames
+        return {f"{sampled} of {frames:,} frames": 8 * frames} if sampled else {}
+
     def to_dict(self):
-        """The content of config.json; what says how attention runs is always spelt out."""
+        """The content of config.json; the fields of attention are always written."""
         out = super().to_dict()
         if self.in_transformers:
             del out["pooling"]
@@ -211,23 +231,30 @@ class VivitConfig(TransformerConfig):
 class VideoMAEConfig(TransformerConfig):
     """VideoMAE; the defaults are the base model (Tong et al. 2022) as HuggingFace computes it.
 
-    `qkv_bias` adds biases to queries and values; there is no key bias, it could not change the
-    softmax. HuggingFace fixes the epsilon of the two norms outside the blocks at 1e-5 whatever
+    `qkv_bias` adds biases to queries and values; a key bias could not change the softmax, so there
+    is none. HuggingFace fixes the epsilon of the two norms outside the blocks at 1e-5 whatever
     `layer_norm_eps` says; `fc_norm_eps` and `decoder_norm_eps` make them visible (the authors'
     models use 1e-6 everywhere).
 
-    Of the authors' code: `head_dropout` acts before the classifier; `cosine_attention` compares
-    directions of queries and keys, times a learned factor per head, instead of their products;
-    `layer_scale_init`, where positive, is the value at which learned factors on every residual
-    branch start (VideoMAE V2; no published model uses either of the last two).
+    From the authors' code: `head_dropout` acts before the classifier. `cosine_attention` compares
+    the directions of queries and keys, times a learned factor per head. A positive
+    `layer_scale_init` puts learned factors with this initial value on every residual branch
+    (VideoMAE V2; no published model uses either of the last two).
 
     `image_mean` and `image_std`, a number per channel, are the processor's; they turn pixels back
-    into [0, 1] where pre-training predicts pixels. Without them RGB has ImageNet's, and other
+    into [0, 1] where pre-training predicts pixels. Without them RGB uses ImageNet's, and other
     channels stay as they are.
     """
 
     model_type: ClassVar[str] = "videomae"
     own_model_type: ClassVar[str] = "videomae_jax"
+    title: ClassVar[str] = "VideoMAE"
+    heads: ClassVar[Mapping[str, str]] = {
+        "none": "VideoMAEModel",
+        "pretraining": "VideoMAEForPreTraining",
+        "classification": "VideoMAEForVideoClassification",
+    }
+    frame_stride: ClassVar[int] = 4
 
     num_frames: int = 16
     tubelet_size: int = 2
@@ -281,7 +308,7 @@ class VideoMAEConfig(TransformerConfig):
 
     @property
     def key_bias(self):
-        """Never: it could not change the softmax, and the checkpoints have none."""
+        """Never: it could not change the softmax, and checkpoints have none."""
         return False
 
     @property
@@ -289,17 +316,29 @@ class VideoMAEConfig(TransformerConfig):
         """transformers has neither cosine attention nor layer scale."""
         return not self.cosine_attention and not self.layer_scale_init
 
+    def computed_tables(self, head):
+        """The fixed positions of the encoder and of pre-training's decoder, with bytes."""
+        widths = {"": self.hidden_size}
+        if head == "pretraining":
+            widths["the decoder's "] = self.decoder_hidden_size
+        return {
+            f"{whose}positions of {self.num_tokens:,} tokens of width {width:,}": (
+                8 * self.num_tokens * width
+            )
+            for whose, width in widths.items()
+        }
+
     @property
     def patch_values(self) -> int:
-        """Numbers in one tubelet, the width of a reconstructed token."""
+        """The number of values in a tubelet, the width of a reconstructed token."""
         t, h, w = self.tubelet
         return t * h * w * self.num_channels
 
     def decoder(self) -> "VideoMAEConfig":
-        """The same configuration with the decoder's sizes in the place of the encoder's.
+        """The same configuration with the decoder's sizes in place of the encoder's.
 
-        Raises ConfigError where the decoder's heads do not divide its width, which as in
-        transformers matters to no model without a decoder.
+        Raises ConfigError if the decoder's heads do not divide its width; as in transformers that
+        does not matter to models without a decoder.
         """
         self.check_heads("decoder_hidden_size", "decoder_num_attention_heads")
         return dataclasses.replace(
@@ -312,23 +351,43 @@ class VideoMAEConfig(TransformerConfig):
 
     def to_dict(self):
         """The content of config.json."""
-        # transformers 4 reads qkv_bias, transformers 5 writes qv_bias: say it in both spellings.
+        # transformers 4 reads qkv_bias, transformers 5 writes qv_bias: write both.
         return super().to_dict() | {"qv_bias": self.qkv_bias}
 
     @classmethod
     def _modernise(cls, values):
-        # Where both are present transformers lets qkv_bias win.
+        # If both are present, transformers uses qkv_bias.
         qv_bias = values.pop("qv_bias", None)
         if qv_bias is not None:
             values.setdefault("qkv_bias", qv_bias)
         return values
 
 
-FAMILIES = (VivitConfig, VideoMAEConfig)
+FAMILIES: list[type[Config]] = []
+ARCHITECTURES: dict[str, tuple[str, str]] = {}  # class name -> (family, head)
+
+
+def register_config(config: type[Config]) -> None:
+    """Add a family's config; `vivit_jax.models.family.register_family` adds the whole family.
+
+    Raises UserError if its model_type or the name of one of its classes is taken.
+    """
+    types = {name for each in FAMILIES for name in (each.model_type, each.own_model_type)}
+    names = (config.model_type, config.own_model_type, *config.heads.values())
+    taken = sorted({*names} & {*types, *ARCHITECTURES})
+    if taken:
+        raise UserError(f"{config.__name__}: {', '.join(taken)} is taken; choose another name")
+    FAMILIES.append(config)
+    for head, name in config.heads.items():
+        ARCHITECTURES[name] = (config.model_type, head)
+
+
+register_config(VivitConfig)
+register_config(VideoMAEConfig)
 
 
 def config_from_dict(values: Mapping[str, Any], **options) -> Config:
-    """Read the content of a config.json of either family, chosen by its `model_type`.
+    """Read the content of a config.json of any family, chosen by its `model_type`.
 
     `options` are those of `from_dict`.
     """
@@ -341,17 +400,8 @@ def config_from_dict(values: Mapping[str, Any], **options) -> Config:
     return known[model_type].from_dict(values, **options)
 
 
-ARCHITECTURES = {
-    "VivitModel": ("vivit", "none"),
-    "VivitForVideoClassification": ("vivit", "classification"),
-    "VideoMAEModel": ("videomae", "none"),
-    "VideoMAEForPreTraining": ("videomae", "pretraining"),
-    "VideoMAEForVideoClassification": ("videomae", "classification"),
-}
-
-
 def head_of_architectures(architectures: Any, family: str) -> str | None:
-    """The head that config.json's `architectures` names, None if it names no class of ours."""
+    """The head that config.json's `architectures` names; None if it names no class known here."""
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
@@ -364,7 +414,7 @@ def head_of_architectures(architectures: Any, family: str) -> str | None:
 
 
 def architecture(family: str, head: str) -> str:
-    """The class name that HuggingFace and this library give to a model."""
+    """The class name of a model, in HuggingFace and here."""
     return next(name for name, key in ARCHITECTURES.items() if key == (family, head))
 
 

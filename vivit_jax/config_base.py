@@ -1,34 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the configurations of both families share: fields, checks, config.json both ways."""
+"""What the configurations of all families share: fields, checks, config.json both ways."""
 
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vivit_jax.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-# Those of transformers' ACT2FN, and selu; `layers.linear.ACTIVATIONS` computes them.
+# transformers' ACT2FN, and selu; `layers.linear.ACTIVATIONS` computes them.
 HIDDEN_ACTS = (
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
     "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu",
     "relu", "relu2", "relu6", "selu", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
 )  # fmt: skip
-# transformers has them too; their parameters are trained, and a checkpoint would hold them.
+# These transformers has too; they have trained parameters, which a checkpoint would hold.
 PARAMETRIC_ACTS = ("prelu", "xielu")
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "pallas")
 REMAT_POLICIES = ("none", "dots", "block")  # from the most memory to the least
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Keys of config.json that every file says anew.
+# Keys of config.json that are written anew.
 _REWRITTEN = (
     "architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path",
     "_commit_hash", "dtype", "torch_dtype", "attn_implementation", "_attn_implementation",
     "_attn_implementation_internal", "_attn_implementation_autoset", "label2id",
 )  # fmt: skip
-# Keys of most files of transformers that no model here computes with. They are kept without a word.
+# Keys in most files of transformers that no model here uses. They are kept without a warning.
 _COMMON = (
     "return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss", "use_cache",
     "gradient_checkpointing", "finetuning_task", "task_specific_params", "video_size",
@@ -44,12 +44,12 @@ def execution_field(default):
 
 
 def optional_field(default):
-    """A field that HuggingFace does not know; it is written only where it is set."""
+    """A field that HuggingFace does not have; it is written only if set."""
     return dataclasses.field(default=default, metadata={"only_if_set": True})
 
 
 def positive_int(value) -> bool:
-    """Whether a value is a whole number of at least 1 that an array dimension can have."""
+    """Whether a value is an integer of at least 1 that can be an array's dimension."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
@@ -59,38 +59,58 @@ def number(value) -> bool:
 
 
 def pair(value) -> tuple[int, int]:
-    """Height and width of a size that may be one number for both."""
+    """Height and width of a size that may be one number."""
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Fields and checks that ViViT and VideoMAE share.
+    """Fields and checks that all families share.
 
     `drop_path_rate` is stochastic depth, scenic's droplayer: in training each residual branch of
-    block i of L is left out for a whole clip with probability rate * i / (L - 1). With
+    block i of L is dropped for a whole clip with probability rate * i / (L - 1). With
     `drop_path_rescale` a kept branch is divided by its probability of being kept.
 
     `class_splits` makes the classifier several classifiers in one projection, for example
     (300, 97) nouns and verbs with `split_names` ("noun", "verb"); they must sum to `num_labels`.
 
-    `id2label` is the names of classes 0, 1, ...; as in transformers it may skip indices, and its
-    length is the number of classes all the same: {1: "a", 2: "b"} names class 1 of two classes and
-    leaves class 0 its placeholder. It is then kept as pairs of index and name.
+    `id2label` names classes 0, 1, ... As in transformers it may skip indices, and its length is the
+    number of classes all the same: {1: "a", 2: "b"} names class 1 of two classes and leaves class 0
+    its placeholder. It is then kept as pairs of index and name.
 
-    `output_hidden_states` and `output_attentions` are what a model reports unless its call says.
+    `output_hidden_states` and `output_attentions` are what a model reports by default.
 
-    `extra` holds what else a config.json said, by key: it has no effect and is written back.
+    `extra` holds the other keys of a config.json: they have no effect and are written back.
     """
 
+    # What a family is called: in config.json, there if transformers cannot compute the function
+    # (so that it refuses the file), and in texts.
     model_type: ClassVar[str]
-    # Written instead where transformers cannot compute the function, so that it refuses the file.
     own_model_type: ClassVar[str]
-    # What only VideoMAE has; its fields of these names take their place.
-    cosine_attention: ClassVar[bool] = False
-    layer_scale_init: ClassVar[float] = 0.0
-    # Values of keys that transformers computes with and this library does not, where they change
-    # nothing; every other value is refused.
+    title: ClassVar[str]
+    # The class of the model with each head: "none", "classification", "pretraining".
+    heads: ClassVar[Mapping[str, str]]
+    # How the family's papers take clips from a video: frames from sample to sample, the placing of
+    # several test clips (`vivit_jax.data.sampling.view_indices`), what is averaged over them.
+    frame_stride: ClassVar[int] = 2
+    view_sampler: ClassVar[str] = "linspace"
+    view_average: ClassVar[str] = "softmax"
+    # The initial values of its papers, see `vivit_jax.train.initial_params`.
+    initial_values: ClassVar[str] = "videomae"
+    if TYPE_CHECKING:  # fields of every family, each with its own default
+        num_frames: int
+        hidden_act: str
+        layer_norm_eps: float
+    # What some families have as fields of these names.
+    cosine_attention = False
+    layer_scale_init = 0.0
+    attention_type = "joint"
+    pooling = None
+    spatial_only = False
+    num_sampled_frames = None
+    temporal_layers = 0
+    # Values that change nothing, by keys that transformers computes with and this library does not;
+    # every other value is refused.
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "quantization_config": (None,),
         "per_layer_config": (None, {}),
@@ -264,6 +284,32 @@ class TransformerConfig:
         return pair(self.image_size)
 
     @property
+    def has_pretraining(self) -> bool:
+        """Whether the family is pre-trained by masking."""
+        return "pretraining" in self.heads
+
+    @property
+    def average(self) -> str:
+        """What is averaged over a video's views: the papers' choice.
+
+        Several heads have no joint softmax, so their logits are averaged.
+        """
+        return "logits" if self.class_splits else self.view_average
+
+    @property
+    def split_sizes(self) -> tuple[int, ...]:
+        """The number of classes of each head of the classifier; one head without class_splits."""
+        return self.class_splits or (self.num_labels,)
+
+    def learned_positions(self) -> int:
+        """The length of the longest table of learned positions, 0 if positions are computed."""
+        return 0
+
+    def computed_tables(self, head: str) -> dict[str, int]:
+        """The tables that a model with this head computes from its config alone, with bytes."""
+        return {}
+
+    @property
     def tubelet(self) -> tuple[int, int, int]:
         """Frames, height and width, in pixels, of the block that becomes one token."""
         raise NotImplementedError
@@ -285,8 +331,8 @@ class TransformerConfig:
 
     def grid_of(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Tokens along time, height and width of a clip of this size; whole tubelets only."""
-        clip = (frames, height, width)
-        return tuple(n // p for n, p in zip(clip, self.tubelet, strict=True))
+        t, h, w = self.tubelet
+        return frames // t, height // h, width // w
 
     @property
     def num_tokens(self) -> int:
@@ -301,12 +347,12 @@ class TransformerConfig:
         return tuple(named.get(i, f"LABEL_{i}") for i in range(self.num_labels))
 
     def _names_by_id(self) -> dict[int, str]:
-        names = self.id2label or ()
-        return dict(names if names and isinstance(names[0], tuple) else enumerate(names))
+        names = enumerate(self.id2label or ())
+        return dict((i, name) if isinstance(name, str) else name for i, name in names)
 
     @property
     def kept_note(self) -> str | None:
-        """A line that names the keys of `extra`; None where all are common and mean nothing."""
+        """A line that names the keys of `extra`; None if all are common and mean nothing."""
         keys = sorted(self.extra.keys() - set(_COMMON))
         if not keys:
             return None
@@ -338,9 +384,9 @@ class TransformerConfig:
     def from_dict(cls, values: Mapping[str, Any], *, warn: bool = True, **execution):
         """Read the content of config.json; `execution` sets execution fields.
 
-        Keys that are not known here are kept in `extra`, with a warning that names them unless
-        `warn` is False, for whoever tells `kept_note` in another way. Raises ConfigError for
-        another model_type and for a key with which transformers would compute something else.
+        Unknown keys are kept in `extra`, with a warning that names them. `warn=False` is for
+        callers that report `kept_note` themselves. Raises ConfigError for another model_type and
+        for a key with which transformers would compute something else.
         """
         values = dict(values)
         found = values.get("model_type", cls.model_type)
@@ -351,12 +397,12 @@ class TransformerConfig:
             )
         values = cls._modernise(values)
         known = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
-        # null is transformers' way to leave these to itself, and nothing to it where it has none.
+        # null leaves these to transformers, and means nothing where transformers has no such key.
         null = ["num_labels", "output_hidden_states", "output_attentions"]
         if found == cls.model_type:
             null += [f.name for f in dataclasses.fields(cls) if f.metadata.get("only_if_set")]
         unset = [name for name in null if values.get(name, 0) is None]
-        fields = {k: v for k, v in values.items() if k in known and k not in unset}
+        fields: dict[str, Any] = {k: v for k, v in values.items() if k in known and k not in unset}
         extra = {k: v for k, v in values.items() if k not in known and k not in _REWRITTEN}
         refused = {
             k: v for k, v in extra.items() if k in cls.unsupported and v not in cls.unsupported[k]
@@ -372,7 +418,8 @@ class TransformerConfig:
             fields["num_labels"] = len(fields["id2label"])
         if placeholders(fields.get("id2label")):
             fields["id2label"] = None
-        config = cls(**fields, **({"extra": extra} | execution))
+        options: dict[str, Any] = {"extra": extra} | execution
+        config = cls(**fields, **options)
         if warn and config.kept_note:
             logger.warning("%s", config.kept_note)
         return config
@@ -388,7 +435,7 @@ def placeholders(id2label: tuple[str, ...] | None) -> bool:
 
 
 def _label_tuple(id2label) -> tuple[str, ...] | tuple[tuple[int, str], ...]:
-    """Names in order of their class where every class has one, else pairs of class and name."""
+    """Names in the order of classes if every class has one, else pairs of class and name."""
     if isinstance(id2label, list | tuple):
         if all(isinstance(label, str) for label in id2label):
             return tuple(id2label)

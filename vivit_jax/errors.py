@@ -7,8 +7,8 @@ its stack trace.
 
 import re
 
-# What a terminal obeys or a reader is misled by: control characters but tab and newline, marks that
-# turn the direction of a text, and separators that some take for line ends.
+# Characters that terminals obey or that mislead readers: control characters except tab and newline,
+# marks that change the direction of text, and separators that some take for line ends.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _ANY_CONTROL = re.compile(rf"[\t\n]|{_CONTROL.pattern}")
 _SHOWN = 200
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A model or processor configuration that is wrong or asks for what is not supported."""
+    """A model or processor configuration that is wrong or not supported."""
 
 
 class CheckpointError(UserError):
@@ -31,11 +31,11 @@ class VideoError(UserError):
 
 
 class WriteError(UserError):
-    """A file that cannot be written, as on a full disk; what was there before is as it was."""
+    """A file that cannot be written, as on a full disk; what was there before is unchanged."""
 
 
 class MissingExtra(UserError, ImportError):
-    """An optional dependency that is not installed; names the pip extra that supplies it."""
+    """An optional dependency that is not installed; names the pip extra that has it."""
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(
@@ -47,18 +47,18 @@ class MissingExtra(UserError, ImportError):
 def printable(text: str, one_line: bool = False) -> str:
     """A text with its control characters as \\u escapes, as JSON writes them.
 
-    Labels, paths and messages of libraries come from files, and a terminal would obey them. Tabs
-    and newlines stay, unless it has to be one line.
+    Labels, paths and libraries' messages may hold some, which a terminal would obey. Tabs and
+    newlines stay, unless the text has to be one line.
     """
     pattern = _ANY_CONTROL if one_line else _CONTROL
     return pattern.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def quoted(text: object) -> str:
-    """What was given, for a message: on one line, and the middle of what is long left out."""
-    told = printable(str(text), one_line=True)
+    """A user's input, for a message: on one line, without the middle if it is long."""
+    shown = printable(str(text), one_line=True)
     half = _SHOWN // 2
-    return told if len(told) <= _SHOWN else f"{told[:half]}...{told[-half:]}"
+    return shown if len(shown) <= _SHOWN else f"{shown[:half]}...{shown[-half:]}"
 
 
 def first_line(reason: BaseException | str) -> str:

@@ -7,16 +7,20 @@ numpy arrays without touching a device, for data loaders. Both count as the pape
 draw the same numbers.
 """
 
+import dataclasses
 from types import ModuleType
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jaxtyping import Bool, Int32
 
 from vivit_jax.errors import UserError
 
-Grid = tuple[int, int, int]
+Grid = tuple[int, int, int]  # tokens along time, height and width
+AnyArray = jax.Array | np.ndarray
 Random = jax.Array | np.random.Generator
 
 
@@ -28,9 +32,10 @@ class Mask:
     predicts fewer of them, and some that the encoder sees, which its loss leaves out.
     """
 
-    visible: jax.Array  # [b, v] int32
-    masked: jax.Array  # [b, m] int32
-    decoded: jax.Array | None = None  # [b, k] int32
+    # Fields of pytrees hold tracers, shapes and shardings too: no array types here.
+    visible: AnyArray  # [b, v] int32
+    masked: AnyArray  # [b, m] int32
+    decoded: AnyArray | None = None  # [b, k] int32
 
     @classmethod
     def from_bool(cls, bool_masked_pos, decode_masked_pos=None) -> "Mask":
@@ -55,11 +60,11 @@ class Mask:
             )
         return cls(visible, masked, decoded)
 
-    def to_bool(self) -> jax.Array:
-        """HuggingFace's form: bool [b, l], True = masked; an array of jax."""
+    def to_bool(self) -> Bool[jax.Array, "b l"]:
+        """HuggingFace's form, True = masked."""
         visible = jnp.zeros(self.num_tokens, bool)
-        # Row by row for the partitioner too, which for .at[rows, masked] has every device make the
-        # rows of the whole batch.
+        # vmap keeps clips apart for the partitioner too: with .at[rows, masked] every device would
+        # make the rows of the whole batch.
         return jax.vmap(lambda masked: visible.at[masked].set(True))(jnp.asarray(self.masked))
 
     @property
@@ -68,13 +73,13 @@ class Mask:
         return self.visible.shape[1] + self.masked.shape[1]
 
     @property
-    def predicted(self) -> jax.Array:
-        """Indices [b, k] of the tokens that the decoder predicts."""
+    def predicted(self) -> Int32[AnyArray, "b k"]:
+        """Indices of the tokens that the decoder predicts."""
         return self.masked if self.decoded is None else self.decoded
 
     @property
-    def counted(self) -> jax.Array | None:
-        """Which of the predicted tokens the loss counts, bool [b, k]; None for all of them."""
+    def counted(self) -> Bool[jax.Array, "b k"] | None:
+        """Which of the predicted tokens the loss counts; None for all of them."""
         if self.decoded is None:
             return None
         return jnp.take_along_axis(self.to_bool(), jnp.asarray(self.decoded), axis=1)
@@ -98,7 +103,7 @@ def tube_mask(key: Random, batch: int, grid: Grid, ratio: float = 0.9) -> Mask:
 
 
 def random_mask(key: Random, batch: int, grid: Grid, ratio: float = 0.9) -> Mask:
-    """Random masking: int(ratio * t * h * w) tokens of each clip, wherever they lie."""
+    """Random masking: int(ratio * t * h * w) tokens of each clip, anywhere in it."""
     t, h, w = _check("random_mask", key, batch, grid, ratio)
     hidden = _hidden(ratio, t * h * w, "tokens")
     order, xp = _permutations(key, batch, t * h * w)
@@ -108,13 +113,13 @@ def random_mask(key: Random, batch: int, grid: Grid, ratio: float = 0.9) -> Mask
     return Mask(visible=visible, masked=masked)
 
 
-def running_cell(key: Random, batch: int, grid: Grid, ratio: float = 0.5) -> jax.Array:
-    """Running cell masking (VideoMAE V2 section 3.2): the tokens [b, k] kept for the decoder.
+def running_cell(key: Random, batch: int, grid: Grid, ratio: float = 0.5) -> Int32[AnyArray, "b k"]:
+    """Running cell masking (VideoMAE V2 section 3.2): the tokens kept for the decoder.
 
     A cell of 2x2 tokens, of which int(4 * ratio) are dropped, tiles every frame; from frame to
     frame the pattern moves on by one place in row-major order. The first frame's place is drawn for
     each clip, so that there are four different patterns. Raises UserError for frames of an odd
-    number of tokens and for a ratio that drops none or all of a cell.
+    height or width in tokens and for a ratio that drops none or all of a cell.
     """
     t, h, w = _check("running_cell", key, batch, grid, ratio)
     dropped = int(4 * ratio)
@@ -128,8 +133,8 @@ def running_cell(key: Random, batch: int, grid: Grid, ratio: float = 0.5) -> jax
     return jnp.asarray(cell_patterns(grid, dropped))[jax.random.randint(key, (batch,), 0, 4)]
 
 
-def cell_patterns(grid: Grid, dropped: int) -> np.ndarray:
-    """The tokens [4, k] that a running cell keeps, by the place where the first frame starts."""
+def cell_patterns(grid: Grid, dropped: int) -> Int32[np.ndarray, "4 k"]:
+    """The tokens that a running cell keeps, by the place where the first frame starts."""
     t, h, w = grid
     place = 2 * (np.arange(h) % 2)[:, None] + (np.arange(w) % 2)[None]
     # The pointer moves on before every frame, the first one included.
@@ -145,7 +150,8 @@ def dual_mask(
     _check("dual_mask", key, batch, grid, ratio)
     first, second = (key, key) if isinstance(key, np.random.Generator) else jax.random.split(key)
     mask = tube_mask(first, batch, grid, ratio)
-    return mask.replace(decoded=running_cell(second, batch, grid, decoder_ratio))
+    decoded = running_cell(second, batch, grid, decoder_ratio)
+    return dataclasses.replace(mask, decoded=decoded)
 
 
 # Generators by name, of (key, batch, grid, ratio).
@@ -178,17 +184,17 @@ def _hidden(ratio: float, total: int, what: str) -> int:
     return hidden
 
 
-def _permutations(key: Random, batch: int, length: int) -> tuple[jax.Array, ModuleType]:
-    """A permutation of range(length) for every clip, and the array module that made it."""
+def _permutations(key: Random, batch: int, length: int) -> tuple[AnyArray, ModuleType]:
+    """A permutation of range(length) for every clip, and the module that made it."""
     if isinstance(key, np.random.Generator):
         return key.permuted(np.tile(np.arange(length), (batch, 1)), axis=1), np
     keys = jax.random.split(key, batch)
     return jax.vmap(lambda k: jax.random.permutation(k, length))(keys), jnp
 
 
-def _split_rows(name: str, values) -> tuple[jax.Array, jax.Array]:
+def _split_rows(name: str, values) -> tuple[Int32[jax.Array, "b k"], Int32[jax.Array, "b m"]]:
     """Indices of the False and of the True entries of each row of bool [b, l]."""
-    if isinstance(values, jax.core.Tracer):
+    if isinstance(values, Tracer):
         raise UserError(
             "Mask.from_bool needs concrete values: the number of masked tokens is a shape. "
             "Call it outside jax.jit and pass the Mask in"

@@ -1,35 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the models return: pytrees whose absent parts are None, read as transformers' are.
+"""What the models return: pytrees whose absent parts are None, read like transformers' outputs.
 
 `out.logits`, `out["logits"]`, `out[0]`, `out[:2]`, `out.keys()`, `dict(out)` and `out.to_tuple()`
-work as on transformers' ModelOutput: parts that are None are left out of all but the attributes,
-and so is what transformers does not return at all (`decoder_hidden_states`).
+work as on transformers' ModelOutput: only attributes show the parts that are None, and those that
+transformers does not return at all (`decoder_hidden_states`).
 
 `hidden_states` and `attentions` are one array with a leading layer axis; `tuple(out.hidden_states)`
 gives HuggingFace's form. Index 0 of `hidden_states` is the embedding (positions added, masked
-tokens removed), index i the output of block i; the last one precedes the final norm. Where some
-were asked for by index it is a tuple with None for the others.
+tokens removed), index i the output of block i; the last one precedes the final norm. If some were
+asked for by index, it is a tuple with None for the others.
 
-What a factorised ViViT does over time is in fields of its own. A factorised encoder has hidden
-states per stage: [layers + 1, b, t, tokens of a frame, d] and, over the class token and the frames,
+A factorised ViViT's work over time has fields of its own. A factorised encoder has hidden states
+per stage: [layers + 1, b, t, tokens of a frame, d] and, over the class token and the frames,
 `temporal_hidden_states`. Attention over space is [layers, b, t, n, s, s], over time
 [temporal layers, b, n, k, k] in a factorised encoder, [layers, b, s, n, t, t] in the others; in the
 dot-product model each holds half of the heads.
+
+Fields have their shapes in comments, not as array types: trees of these classes also hold tracers,
+shapes and shardings.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from vivit_jax.errors import UserError
 
 # One array with a leading layer axis, or the layers that were asked for and None for the others.
 Layers = jax.Array | tuple[jax.Array | None, ...]
-# For callers that read nothing but the results, whatever the configuration asks for.
+# For callers that read only the results, whatever the configuration asks for.
 RESULTS_ONLY = {"output_hidden_states": False, "output_attentions": False}
 
 
@@ -38,11 +42,11 @@ def asked_for(
     output_hidden_states: bool | int | Sequence[int] | None,
     output_attentions: bool | None,
 ) -> tuple[bool | tuple[int, ...], bool]:
-    """What a model is to report: all hidden states, some by index or none; attentions.
+    """What a model reports: all hidden states, some by index or none; attentions or not.
 
-    None is what the configuration says. As in transformers an index is from the end where it is
-    negative, one without a state selects nothing, and 0 alone asks for nothing. Raises UserError
-    for what is neither a flag nor an index.
+    None stands for the configuration's value. As in transformers, negative indices count from the
+    end, an index without a state selects nothing, and 0 alone asks for nothing. Raises UserError
+    for anything but a flag or indices.
     """
     states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
     attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -56,8 +60,10 @@ def asked_for(
     return tuple(map(int, chosen)) or False, bool(attentions)
 
 
-def choose_states(hidden: jax.Array | None, asked: bool | tuple[int, ...]) -> Layers | None:
-    """Of all hidden states [layers + 1, ...] those that were asked for, None for the others."""
+def choose_states(
+    hidden: Float[jax.Array, "layers_and_input ..."] | None, asked: bool | tuple[int, ...]
+) -> Layers | None:
+    """The hidden states that were asked for, None in place of the others."""
     if hidden is None or isinstance(asked, bool):
         return hidden
     count = len(hidden)
@@ -65,12 +71,14 @@ def choose_states(hidden: jax.Array | None, asked: bool | tuple[int, ...]) -> La
     return tuple(hidden[i] if i in wanted else None for i in range(count))
 
 
-def attribute_only():
-    """A field that transformers' output does not have; it is read by its name."""
+def attribute_only() -> Any:
+    """A field that transformers' output lacks; it is read by its name only."""
     return dataclasses.field(default=None, metadata={"attribute_only": True})
 
 
 class _Output(Mapping):
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # its subclasses are dataclasses
+
     def _parts(self) -> dict[str, Any]:
         fields = (f.name for f in dataclasses.fields(self) if "attribute_only" not in f.metadata)
         found = ((name, getattr(self, name)) for name in fields)

@@ -2,8 +2,8 @@
 """Parameter trees as flat {'a/b/kernel': leaf} dicts, and their two layouts.
 
 The interchange form has one entry per layer, `.../layers_{i}/rest`. The running form of a scanned
-model has one leaf `.../layers/rest` whose first axis is the layer. Weight tables are written
-against the interchange form; `slots` says where in a tree of either form each entry lives.
+model has one leaf `.../layers/rest` whose first axis is the layer. Weight tables use the
+interchange form; `slots` locates its entries in a tree of either form.
 """
 
 import dataclasses
@@ -75,9 +75,9 @@ def shapes_of(flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def params_hash(params: Any) -> str:
-    """SHA-256 of all parameters in the order of their per-layer names, dtype and shape included.
+    """SHA-256 of all parameters in the order of their per-layer names, with dtypes and shapes.
 
-    The same for both layouts of the same weights, scanned and looped.
+    Scanned and looped layouts of the same weights have the same hash.
     """
     flat = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
     digest = hashlib.sha256()

@@ -6,6 +6,7 @@
 
 import dataclasses
 from types import MappingProxyType
+from typing import Any
 
 from vivit_jax.config import Config, VideoMAEConfig, VivitConfig
 
@@ -24,7 +25,7 @@ class Preset:
 
 
 # Widths, depths and heads, the decoder's as V1 has them.
-_VIDEOMAE = {
+_VIDEOMAE: dict[str, dict[str, Any]] = {
     "small": dict(
         hidden_size=384,
         intermediate_size=1536,
@@ -65,17 +66,24 @@ _VIDEOMAE = {
         decoder_num_attention_heads=8,
     ),
 }
-# HuggingFace's small has 16 heads of width 24 where the authors' has 6 of 64, the same shapes and
-# another function, and a deeper decoder.
-_HF = {"small": dict(num_attention_heads=16, decoder_num_hidden_layers=12)}
+# HuggingFace's small has 16 heads of width 24 where the authors' has 6 of 64: the same shapes, but
+# another function. Its decoder is deeper.
+_HF: dict[str, dict[str, Any]] = {
+    "small": dict(num_attention_heads=16, decoder_num_hidden_layers=12)
+}
 # The decoder of V2 is 4 layers deep, and 512 wide in the huge model.
-_V2 = {size: dict(decoder_num_hidden_layers=4) for size in _VIDEOMAE}
+_V2: dict[str, dict[str, Any]] = {size: dict(decoder_num_hidden_layers=4) for size in _VIDEOMAE}
 _V2["huge"] = _V2["large"] | dict(decoder_hidden_size=512, decoder_intermediate_size=2048)
-_AUTHORS = dict(layer_norm_eps=1e-6, fc_norm_eps=1e-6, decoder_norm_eps=1e-6)
+_AUTHORS: dict[str, Any] = dict(layer_norm_eps=1e-6, fc_norm_eps=1e-6, decoder_norm_eps=1e-6)
 
 
 def _videomae(
-    num_params: int, num_labels: int | None, note: str, *, hub_name=None, **values
+    num_params: int,
+    num_labels: int | None,
+    note: str,
+    *,
+    hub_name: str | None = None,
+    **values: Any,
 ) -> Preset:
     if num_labels is None:
         head, values = "pretraining", values | dict(use_mean_pooling=False)
@@ -108,7 +116,13 @@ _LARGE = dict(
 
 
 def _vivit(
-    num_params: int, note: str, num_labels: int, *, source: str | None = None, scenic=True, **values
+    num_params: int,
+    note: str,
+    num_labels: int,
+    *,
+    source: str | None = None,
+    scenic=True,
+    **values: Any,
 ) -> Preset:
     config = VivitConfig(num_labels=num_labels, **values)
     return Preset(config, "classification", num_params, source, note, scenic)

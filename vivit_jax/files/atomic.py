@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written: checked before the work, and never left half done."""
+"""Written files: checked before the work, and never left half written."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from vivit_jax.files.staging import Staging
 
 
 def check_output(path: Path, suffixes: Sequence[str], overwrite: bool, flag: str = "--out") -> None:
-    """UserError where a command could not or should not write `path`; run it before the work."""
+    """UserError if a command could not or should not write `path`; call it before the work."""
     if path.suffix.lower() not in suffixes:
         raise UserError(
             f"{flag} {path} ends in {path.suffix!r}; expected one of {', '.join(suffixes)}"
@@ -31,13 +31,13 @@ def check_output(path: Path, suffixes: Sequence[str], overwrite: bool, flag: str
 
 
 def check_directory(path: Path, names: Sequence[str], flag: str = "--out") -> None:
-    """UserError where a command could not write files `names` in `path`, or could not make it."""
+    """UserError if a command could not create `path` or write files `names` in it."""
     there = path
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
     if not os.path.isdir(there):
         raise UserError(f"{flag} {path}: {there} is a file; expected a directory")
-    # Names that are not there yet are tried where a directory is.
+    # Names of directories that do not exist yet are tried in the one that does.
     for part in path.relative_to(there).parts:
         _check_name(there / part, f"{flag} {path}", is_file=False)
     for name in names:
@@ -45,41 +45,41 @@ def check_directory(path: Path, names: Sequence[str], flag: str = "--out") -> No
     _check_takes_files(there, f"{flag} {path}")
 
 
-def _check_name(path: Path, told: str, is_file: bool = True) -> None:
+def _check_name(path: Path, named: str, is_file: bool = True) -> None:
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return
-    except OSError as error:  # too long, above all
-        raise UserError(f"{told}: {error.strerror}; choose another name") from error
+    except OSError as error:  # mostly a name that is too long
+        raise UserError(f"{named}: {error.strerror}; choose another name") from error
     if is_file and os.path.isdir(path):
-        raise UserError(f"{told} is a directory; expected a file name")
+        raise UserError(f"{named} is a directory; expected a file name")
 
 
-def _check_takes_files(directory: Path, told: str) -> None:
-    # Permission bits do not say it: a file system may be read-only or take no files at all.
+def _check_takes_files(directory: Path, named: str) -> None:
+    # Permission bits do not tell: a file system may be read-only or take no files at all.
     try:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise UserError(
-            f"{told}: no file can be made in {directory} ({error.strerror}); choose another place"
+            f"{named}: no file can be made in {directory} ({error.strerror}); choose another place"
         ) from error
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name like `path` in a hidden directory; its file takes its place once the block is done."""
+    """A name like `path` in a hidden directory; its file moves to `path` after the block."""
     with whole_files(path) as (partial,):
         yield partial
 
 
 @contextlib.contextmanager
 def whole_files(key: Path, *others: Path, drop: Sequence[Path] = ()) -> Iterator[list[Path]]:
-    """`whole_file` of several in one directory, which take their places all together or not at all.
+    """`whole_file` for several files of one directory, which move all together or not at all.
 
-    The `key` is the file by which the others are known: while they change it is not there. Files to
-    `drop` leave with those that are replaced. WriteError where the disk is full.
+    The `key` file stands for the set: it is missing while the others change. Files to `drop` leave
+    with those that are replaced. WriteError if the disk is full.
     """
     paths = [key, *others]
     with writing(key), Staging(key.parent) as staging:
@@ -89,30 +89,30 @@ def whole_files(key: Path, *others: Path, drop: Sequence[Path] = ()) -> Iterator
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A disk that is full, in the block, as a WriteError that names `path`."""
+    """Turn a full disk, in the block, into a WriteError that names `path`."""
     try:
         yield
     except OSError as error:
-        told = write_error(path, error)
-        if told is error:
+        found = write_error(path, error)
+        if found is error:
             raise
-        raise told from error
+        raise found from error
 
 
 def write_error(path: Path, error: OSError) -> OSError | WriteError:
-    """The WriteError of a disk that is full or takes nothing more; any other error as it is."""
-    if error.errno not in _NO_ROOM:
+    """The WriteError for a disk that is full or takes no more; any other error as it is."""
+    if error.errno is None or error.errno not in _NO_ROOM:
         return error
     return WriteError(
         f"{path} cannot be written: {os.strerror(error.errno)}; make room, or choose another place"
     )
 
 
-# Of a file or an account that may not grow the error is another; what helps is the same.
+# A limit on a file or an account gives another error than a full disk; what helps is the same.
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write plain values as a JSON file, whole or not at all."""
+    """Write plain values as a JSON file, completely or not at all."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

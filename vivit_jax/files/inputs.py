@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are read: whether what has a file's name is one, seen before it is opened."""
+"""Input files: whether a path is a regular file, checked before it is opened."""
 
 import os
 import stat
@@ -17,11 +17,11 @@ _SPECIAL = (
 
 
 def stand_in(path: str | os.PathLike) -> str | None:
-    """What is there in the place of a file, and the way out; None where nothing is to be said.
+    """What is there in place of a file, and the way out; None if there is no such thing.
 
-    A FIFO, a socket or a device is not opened: that may wait for ever, or never end. A git-lfs
-    pointer is the few lines that git keeps in place of a large file. Nothing is said of directories
-    and missing files, of which every reader has its own to say.
+    A FIFO, a socket or a device is not opened: that may block, or never end. A git-lfs pointer is
+    the few lines that git keeps in place of a large file. Directories and missing files give None:
+    every reader reports those itself.
     """
     try:
         found = os.stat(path)
@@ -36,7 +36,7 @@ def stand_in(path: str | os.PathLike) -> str | None:
                 if file.read(len(_POINTER)) == _POINTER:
                     return "a git-lfs pointer, not the file itself; fetch that with: git lfs pull"
         except OSError:
-            return None  # its reader says so
+            return None  # its reader reports it
     return None
 
 

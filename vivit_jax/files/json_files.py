@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one reader of JSON: whatever a file holds, plain values of bounded size or one error."""
+"""The one reader of JSON: plain values of bounded size or one error, whatever a file holds."""
 
 import json
 import math
@@ -21,10 +21,10 @@ class _TooLarge(UserError):
 def read_json(path: str | Path, error: type[UserError] = UserError, hint: str = "") -> Any:
     """The value that a JSON file holds.
 
-    Raises `error`, with `hint` as the way out, for what is no file, for text that is not JSON or
-    whose values would take more than `unpack_limit`, for values nested deeper than MAX_DEPTH, for
-    integers of more than 64 bits and for numbers beyond float64; OSError where the file cannot be
-    opened.
+    Raises `error`, with `hint` as the way out, for a path that is not a file, for text that is not
+    JSON, for values that take more memory than `unpack_limit`, for values nested deeper than
+    MAX_DEPTH, for integers of more than 64 bits and for numbers beyond float64. Raises OSError if
+    the file cannot be opened.
     """
     path = Path(path)
     check_file(path, error)
@@ -37,7 +37,7 @@ def read_json(path: str | Path, error: type[UserError] = UserError, hint: str = 
 def parse_json(
     text: str | bytes, name: str, error: type[UserError] = UserError, hint: str = ""
 ) -> Any:
-    """The value of a JSON text, of which `name` says where it is; raises as `read_json`."""
+    """The value of a JSON text; `name` says where it is from. Raises as `read_json`."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
@@ -49,8 +49,8 @@ def parse_json(
         raise error(str(reason)) from None
     except (ValueError, RecursionError) as reason:
         deep = isinstance(reason, RecursionError)
-        told = f"nested deeper than {MAX_DEPTH} levels" if deep else first_line(reason)
-        raise error(f"{name} is not valid JSON: {told}{f'; {hint}' if hint else ''}") from None
+        why = f"nested deeper than {MAX_DEPTH} levels" if deep else first_line(reason)
+        raise error(f"{name} is not valid JSON: {why}{f'; {hint}' if hint else ''}") from None
     return value
 
 
@@ -73,7 +73,7 @@ def _short(text: str) -> str:
 
 
 def _check_depth(value: Any) -> None:
-    """RecursionError for what is nested too deep to be walked by whoever reads it."""
+    """RecursionError for values that are nested too deep for their readers to walk."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         level = [

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory a file may ask for beyond its own size.
 
-A few bytes can say that a tensor, a table of positions or a compressed entry is enormous. What a
-file asks for is compared with one limit before anything is allocated. It is 1 GiB, or 32 times the
-size of the file where that is more, and the environment's VIVIT_JAX_UNPACK_LIMIT (bytes) in its
-place.
+A few bytes can declare an enormous tensor, table of positions or compressed entry. What a file
+asks for is compared with one limit before anything is allocated: 1 GiB, or 32 times the size of the
+file if that is more, unless the environment's VIVIT_JAX_UNPACK_LIMIT (bytes) says otherwise.
 """
 
 import os
@@ -17,7 +16,7 @@ _TIMES = 32
 
 
 def unpack_limit(held: int = 0) -> int:
-    """The bytes that a file of `held` bytes may take; UserError for a variable that is no size."""
+    """The memory in bytes that a file of `held` bytes may take; UserError for a wrong variable."""
     text = os.environ.get(VARIABLE)
     if text is None:
         return max(_DEFAULT, _TIMES * held)
@@ -27,7 +26,7 @@ def unpack_limit(held: int = 0) -> int:
 
 
 def check_unpacked(what: str, size: int, held: int = 0, error: type[UserError] = UserError) -> None:
-    """Raise `error` if `what`, of a file of `held` bytes, takes more than the limit."""
+    """Raise `error` if `what`, in a file of `held` bytes, takes more than the limit."""
     limit = unpack_limit(held)
     if size > limit:
         raise error(

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that take their places together, once all of them are whole.
+"""Files that are moved into place together, once all of them are complete.
 
-They are written in a hidden directory inside the one they are for, so that this may be a mount
-point, belong to somebody else, or be the current one, and every move stays in one file system:
+They are written in a hidden directory inside their destination, so that the destination may be a
+mount point, belong to somebody else, or be the current directory, and every move stays in one file
+system:
 
     .vivit-jax.<random>.partial/   the writer's alone (mode 700), locked while the writer lives
-        new/                       what is being written
-        old/                       what it replaces, from the moment that the swap begins
-        swap.json                  which names leave and arrive, in their order
+        new/                       the files being written
+        old/                       the files they replace, once the swap has begun
+        swap.json                  the names that leave and arrive, in order
 
-Whoever is killed in a swap leaves no key file (config.json of a model), so that what is left cannot
-be taken for whole. The next writer to the directory finds what is left, says so, puts the old files
-back and removes the rest.
+A writer killed during a swap leaves no key file (a model's config.json), so that the remains cannot
+be taken for a complete set. The next writer to the directory reports them, puts the old files back
+and removes the rest.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"\.vivit-jax\.[0-9a-f]{16}\.partial")
 _PLAN = "swap.json"
-# What a file system answers that cannot do it at all, for directories above all.
+# Errors of file systems that cannot sync or lock, mostly directories.
 _NOT_DONE_HERE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _PATIENCE = 30.0  # seconds to wait for the swap of another writer
 
@@ -42,8 +43,8 @@ _PATIENCE = 30.0  # seconds to wait for the swap of another writer
 class Staging:
     """A hidden directory in `directory`, whose `new` takes files for it; for a `with` statement.
 
-    What killed writers left in `directory` is put right first. At the end of the block whatever was
-    not moved in is removed.
+    It first repairs what killed writers left in `directory`. At the end of the block it removes
+    whatever was not moved in.
     """
 
     def __init__(self, directory: Path):
@@ -52,14 +53,15 @@ class Staging:
 
     def __enter__(self) -> "Staging":
         while True:
-            # mkdir follows no link and takes nothing that is there; no other user writes in it.
+            # mkdir follows no link and reuses no directory; no other user can write in it.
             self._path = self._directory / f".vivit-jax.{secrets.token_hex(8)}.partial"
             try:
                 self._path.mkdir(0o700)
             except FileExistsError:
                 continue
-            self._lock = _Lock.of(self._path)
-            if self._lock is not None:  # else somebody took it for left over in this very moment
+            lock = _Lock.of(self._path)
+            if lock is not None:  # else another writer has just taken it for a leftover
+                self._lock = lock
                 break
         self.new, self._old, self._keep = self._path / "new", self._path / "old", False
         try:
@@ -76,11 +78,11 @@ class Staging:
             self._lock.remove_with(self._path)
 
     def move_in(self, key: str, outgoing: Sequence[str] = ()) -> None:
-        """Put the files of `new` in their places, on disk; or, where that fails, change nothing.
+        """Move the files of `new` into place, down to the disk; if that fails, change nothing.
 
         Files of the same names leave, and those named in `outgoing`. The `key` file is the first to
         leave and the last to arrive. A file keeps the mode, and where permitted the owner, of the
-        one that it replaces.
+        file it replaces.
         """
         incoming = sorted(os.listdir(self.new), key=lambda name: (name == key, name))
         if not incoming:
@@ -109,26 +111,26 @@ class Staging:
                         sync(self._directory)
                     os.replace(self.new / name, self._directory / name)
             except BaseException:
-                self._keep = True  # unless all goes back, the next writer has to
+                self._keep = True  # if this undo fails, the next writer has to do it
                 _undo(self._path, self._directory)
                 self._keep = False
                 raise
             sync(self._directory)
 
     def become(self, directory: Path) -> None:
-        """Make `new` itself the directory, which must not be there or be empty."""
+        """Make `new` the directory itself, which must be missing or empty."""
         sync_tree(self.new)
         os.replace(self.new, directory)
         sync(directory.parent)
 
 
 def names_in(directory: Path) -> list[str]:
-    """The names in a directory, without those of writers that are at work."""
+    """The names in a directory, without those of writers at work."""
     return [name for name in os.listdir(directory) if not _NAME.fullmatch(name)]
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """What writers of this user that were killed left in a directory."""
+    """What this user's killed writers left in a directory."""
     found = []
     for path in _candidates(directory):
         lock = _Lock.of(path)
@@ -139,7 +141,7 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def interrupted(directory: Path) -> str:
-    """The end of a message on a file that is missing: what a killed writer left there, or ""."""
+    """The end of a message about a missing file: what a killed writer left there, or ""."""
     found = leftovers(directory)
     if not found:
         return ""
@@ -150,9 +152,9 @@ def interrupted(directory: Path) -> str:
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Undo swaps that a kill cut off and remove what was left, with a warning that names it.
+    """Undo interrupted swaps and remove what killed writers left, with a warning that names it.
 
-    What belongs to a writer that is alive, or to somebody else, stays.
+    What belongs to a living writer, or to somebody else, stays.
     """
     for path in _candidates(directory):
         lock = _Lock.of(path)
@@ -172,20 +174,20 @@ def clear_leftovers(directory: Path) -> None:
                 *(path, error, path),
             )
             continue
-        told = f"; what it was replacing is back: {', '.join(back)}" if back else ""
-        logger.warning("removed %s, left by a writer that was killed%s", path, told)
+        restored = f"; what it was replacing is back: {', '.join(back)}" if back else ""
+        logger.warning("removed %s, left by a writer that was killed%s", path, restored)
 
 
 def _candidates(directory: Path) -> list[Path]:
     try:
         names = sorted(name for name in os.listdir(directory) if _NAME.fullmatch(name))
-    except OSError:  # not there yet, or readable by others only
+    except OSError:  # not there yet, or not readable
         return []
     found = []
     for name in names:
         with contextlib.suppress(FileNotFoundError):
             about = os.lstat(directory / name)
-            # What another user has put there may be a trap: its plan would move our files.
+            # Another user's directory may be a trap: its plan would move our files.
             own = not hasattr(os, "geteuid") or about.st_uid == os.geteuid()
             if stat.S_ISDIR(about.st_mode) and own:
                 found.append(directory / name)
@@ -193,27 +195,25 @@ def _candidates(directory: Path) -> list[Path]:
 
 
 def _undo(staging: Path, directory: Path) -> list[str]:
-    """Take back a swap that has not come to its end; the names that are in their places again."""
+    """Undo a swap that did not finish; returns the names that are back in place."""
     new, old = staging / "new", staging / "old"
     if not (staging / _PLAN).is_file():
         return []
     try:
         plan = read_json(staging / _PLAN)
     except ValueError:
-        if not os.listdir(old):  # killed while it was written, before anything moved
+        if not os.listdir(old):  # killed while writing the plan, before anything moved
             return []
         raise
     names = [plan["key"], *plan["out"], *plan["in"]]
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{_PLAN} names files elsewhere")
-    # The key is there if nothing has left, if all has arrived, or if somebody has made it whole.
+    # The key is there if nothing has left, if all has arrived, or if somebody has repaired it.
     if os.path.lexists(directory / plan["key"]) or not os.path.lexists(new / plan["key"]):
         return []
     for name, number in plan["in"].items():
         with contextlib.suppress(FileNotFoundError):
-            if (
-                os.lstat(directory / name).st_ino == number
-            ):  # what somebody else has put there stays
+            if os.lstat(directory / name).st_ino == number:  # others' files stay
                 os.replace(directory / name, new / name)
     back = [
         name
@@ -227,14 +227,15 @@ def _undo(staging: Path, directory: Path) -> list[str]:
 
 
 class _Lock:
-    """Says that the writer of a staging directory lives: it goes with the process that holds it."""
+    """The sign that the writer of a staging directory lives: it ends with the writer's process."""
 
     def __init__(self, held: int, sure: bool):
-        self._held, self.sure = held, sure  # not sure where the file system has no locks
+        self._held: int | None = held
+        self.sure = sure  # False if the file system has no locks
 
     @classmethod
     def of(cls, path: Path) -> "_Lock | None":
-        """The lock, or None where another holds it or the directory is gone."""
+        """The lock; None if another process holds it or the directory is gone."""
         try:
             import fcntl
         except ImportError:  # Windows, where a file that is open cannot be removed
@@ -266,7 +267,7 @@ class _Lock:
         """Remove the directory, and so the lock."""
         if os.name == "nt":
             self.close()
-        shutil.rmtree(path, ignore_errors=True)  # what stays, the next writer finds
+        shutil.rmtree(path, ignore_errors=True)  # the next writer finds what stays
         self.close()
 
 
@@ -277,7 +278,7 @@ def _keep_mode(old: Path, new: Path) -> None:
         return
     if not stat.S_ISREG(before.st_mode) or not stat.S_ISREG(now.st_mode):
         return
-    # Some file systems permit neither, and the group is permitted more often than the user.
+    # Some file systems permit neither; a new group is permitted more often than a new user.
     if before.st_gid != now.st_gid:
         with contextlib.suppress(PermissionError):
             os.chown(new, -1, before.st_gid)
@@ -300,7 +301,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
         return
     try:
         held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # files can be made in it, but not listed
+    except PermissionError:  # files can be created in it, but not listed
         yield
         return
     try:
@@ -325,7 +326,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 
 def sync_tree(path: Path) -> None:
-    """Bring what is in a directory to the disk, names and contents."""
+    """Flush a directory's names and contents to the disk."""
     for where, _, files in os.walk(path):
         for name in files:
             sync(Path(where, name))
@@ -333,16 +334,16 @@ def sync_tree(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
+    """Flush a file, or the names in a directory, to the disk."""
     about = os.lstat(path)
     is_directory = stat.S_ISDIR(about.st_mode)
     if stat.S_ISLNK(about.st_mode) or (os.name == "nt" and is_directory):
         return
     try:
-        # Windows writes back only what is open for writing.
+        # Windows flushes only files that are open for writing.
         held = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     except PermissionError:
-        if is_directory:  # files can be made in it, but not listed
+        if is_directory:  # files can be created in it, but not listed
             return
         raise
     try:
@@ -356,13 +357,13 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def made_parents(directory: Path) -> Iterator[None]:
-    """Make the directories above one that is to be written, and remove them again on failure."""
+    """Create the parents of a directory to be written, and remove them again on failure."""
     missing = [path for path in directory.parents if not path.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         for path in missing:
-            with contextlib.suppress(OSError):  # another has put something there meanwhile
+            with contextlib.suppress(OSError):  # somebody has put something there meanwhile
                 path.rmdir()
         raise

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which axes of a mesh split clips and heads: our table, and what is known of another's.
+"""Which mesh axes split clips and heads: our table, and what can be known of other meshes.
 
-A mesh of ours has three axes. Clips are split over "data" and "fsdp"; kernels, and what the
-optimiser keeps of them, over "fsdp" along the model's width; parameters over "tensor" along heads
-and MLP width.
+Our meshes have three axes. Clips are split over "data" and "fsdp"; kernels, and the optimiser's
+state of them, over "fsdp" along the model's width; parameters over "tensor" along heads and MLP
+width.
 """
 
 import dataclasses
@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-# The first rule whose mesh axes are still free in an array counts, so that activations, which have
+# The first rule whose mesh axes are still free in an array applies, so that activations, which have
 # both a batch and a width, are split by clips.
 RULES = (
     ("batch", BATCH),
@@ -32,11 +33,11 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How queries [..., l, n, e] lie on the mesh that they are traced on, as far as is known.
+    """How queries [..., l, n, e] are split on the mesh they are traced on, as far as is known.
 
-    `axes` are those of the mesh along which each device's share is known, `spec` says which of
-    them split what; no axis splits tokens or what is in a head. Where nothing is known, `axes` is
-    empty. `typed` is what the types of arrays have to say of it, None without explicit axes.
+    `axes` are the mesh axes along which each device's share is known, none where nothing is known.
+    `spec` says which axes they split; never tokens or the inside of a head. `typed` is the sharding
+    that the arrays' types must have, None without explicit axes.
     """
 
     mesh: AbstractMesh
@@ -46,12 +47,12 @@ class Placement:
 
     @property
     def free(self) -> set[str]:
-        """The axes of the mesh that no `shard_map` around has taken."""
+        """The axes of the mesh that no enclosing `shard_map` has taken."""
         return {name for name, _ in _free(self.mesh)}
 
     @property
     def inside_others(self) -> bool:
-        """Whether a `shard_map` around has taken some axes, and not all."""
+        """Whether an enclosing `shard_map` has taken some axes, but not all."""
         return 0 < len(self.free) < len(self.mesh.axis_names)
 
     @property
@@ -60,21 +61,21 @@ class Placement:
         return tuple(names_in(self.spec[-1])) if self.spec else ()
 
     def parts(self, names: Iterable[str]) -> int:
-        """Into how many parts these axes split something."""
+        """The number of parts that these axes split an array into."""
         return math.prod(self.mesh.shape[name] for name in names)
 
     def typed_alike(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """The arrays, whose types then say what `typed` does."""
+        """The arrays, with the sharding `typed` in their types."""
         if self.typed is None:
             return arrays
         return tuple(jax.reshard(x, self.typed) for x in arrays)
 
     def on_each(self, function: Callable, *, mentioned: bool = False, checked: bool = False):
-        """The function of arrays [..., l, n] or [..., l, n, e], on each device's share of them.
+        """The function, of arrays [..., l, n] or [..., l, n, e], applied to each device's share.
 
-        What JAX is to differentiate must be `mentioned`, over the axes that split something only:
-        over others it adds up gradients that are equal already; or `checked`, so that JAX knows
-        what is equal by its types, which kernels do not state.
+        If JAX differentiates it, give `mentioned`: a `shard_map` over the axes that split something
+        and no others, over which JAX would sum gradients that are equal already. Or give `checked`,
+        so that JAX knows by types what is equal; kernels do not state that.
         """
         names = frozenset(each for entry in self.spec for each in names_in(entry))
         names = names if mentioned else self.axes
@@ -85,7 +86,7 @@ class Placement:
             mesh=self.mesh,
             in_specs=self.spec,
             out_specs=self.spec,
-            # Of all axes none is named: those that `jax.vmap` maps over are then left out.
+            # To take all axes, name none: axes that `jax.vmap` maps over are then left out.
             axis_names=frozenset() if names == self.free else names,
             check_vma=checked,
         )
@@ -94,11 +95,11 @@ class Placement:
 def placement_of(q, leading: Sequence[str | None] | None) -> Placement:
     """The placement of q [..., l, n, e], whose leading axes have these logical names.
 
-    Explicit axes of the mesh are read from q's type. Automatic ones are known where flax has rules
-    for logical axes, or where the mesh's names are ours: "heads" and the leading axes then lie as
-    the rules say. An axis that does not divide what it is to split is as good as unknown: the
-    compiler may have split another along it, one that `jax.vmap` hides. With `leading` None no
-    automatic axis is known.
+    Explicit mesh axes are read from q's type. Automatic ones are known if flax has rules for
+    logical axes, or if the mesh has our axis names: "heads" and the leading axes are then split by
+    the rules. A mesh axis that does not divide its array axis counts as unknown: the compiler may
+    have split another axis along it, which `jax.vmap` hides. With `leading` None no automatic axis
+    is known.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -120,7 +121,7 @@ def placement_of(q, leading: Sequence[str | None] | None) -> Placement:
     for at in places:
         for name in wanted[at]:
             if name not in automatic:
-                continue  # split already, by the shard_map around
+                continue  # split already, by the enclosing shard_map
             parts = math.prod(mesh.shape[each] for each in (name, *split[at]))
             if q.shape[at] % parts == 0:
                 split[at].append(name)
@@ -131,7 +132,7 @@ def placement_of(q, leading: Sequence[str | None] | None) -> Placement:
 
 
 def partitions(context: mlir.AxisContext) -> int:
-    """Over how many devices a partitioner will split what is lowered here."""
+    """The number of devices over which a partitioner splits the program lowered here."""
     if isinstance(context, mlir.SPMDAxisContext):
         sizes = dict(context.mesh.shape)
         count = 1
@@ -142,7 +143,7 @@ def partitions(context: mlir.AxisContext) -> int:
 
 
 def _free(mesh: AbstractMesh) -> list[tuple[str, AxisType]]:
-    """The axes that no `shard_map` around has taken, with their types."""
+    """The axes that no enclosing `shard_map` has taken, with their types."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return [(name, kind) for name, kind in types if kind != AxisType.Manual]
 
@@ -152,11 +153,11 @@ def _wanted(mesh: AbstractMesh, logical: Sequence[str | None]) -> list[list[str]
     rules = rules_in_force(mesh)
     if not rules:
         return None
-    return [names_in(entry) for entry in nn.logical_to_mesh_axes(logical, rules)]
+    return [names_in(entry) for entry in logical_to_mesh_axes(logical, rules) or ()]
 
 
 def rules_in_force(mesh: AbstractMesh) -> Sequence[tuple[str, Any]]:
-    """flax's rules for logical axes; without, ours of clips and heads for a mesh of our names."""
+    """flax's rules for logical axes; without any, ours for clips and heads on meshes like ours."""
     rules = nn.get_logical_axis_rules()
     if not rules and set(mesh.axis_names) <= set(AXES):
         rules = [(name, _present(axes, mesh)) for name, axes in RULES if name in ("batch", "heads")]
@@ -164,7 +165,7 @@ def rules_in_force(mesh: AbstractMesh) -> Sequence[tuple[str, Any]]:
 
 
 def _present(axes, mesh: AbstractMesh):
-    """What a rule names of the axes that a mesh has; None for nothing."""
+    """The axes that a rule names and a mesh has; None if there are none."""
     return tuple(name for name in names_in(axes) if name in mesh.axis_names) or None
 
 

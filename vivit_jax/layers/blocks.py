@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact attention in a loop over blocks of queries, for a partitioner to split by clips and heads.
 
-All clips and heads are in every round, as batch axes of plain products, which the compiler of any
-platform splits without a rule, whatever a mesh's axes are called. The tiles are those of
+Every round has all clips and heads, as batch axes of plain products. The compiler of any platform
+splits those without a rule, whatever a mesh's axes are called. The tiles are those of
 `vivit_jax.layers.chunked`.
 """
 
@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from vivit_jax.layers.chunked import (
+    Keys,
+    LogSums,
+    Queries,
     Tile,
     backward_tile,
     by_platform,
@@ -20,16 +23,18 @@ from vivit_jax.layers.chunked import (
     mean_gradient,
 )
 
-FEWEST, MOST = 64, 512  # queries in a block, in whatever number of clips and heads
+FEWEST, MOST = 64, 512  # queries in a block, whatever the number of clips and heads
 
 
-def forward(q, k, v, *, devices: int):
-    """As that of `chunked`, over clips and heads of which each device is to have its part."""
+def forward(q: Queries, k: Keys, v: Keys, *, devices: int) -> tuple[Queries, LogSums]:
+    """As `chunked.forward`, for clips and heads that are split over so many devices."""
     return by_platform(functools.partial(_forward_blocks, devices=devices), q, k, v)
 
 
-def backward(q, k, v, out, log_sum, d_out, *, devices: int):
-    """As that of `chunked`."""
+def backward(
+    q: Queries, k: Keys, v: Keys, out: Queries, log_sum: LogSums, d_out: Queries, *, devices: int
+) -> tuple[Queries, Keys, Keys]:
+    """As `chunked.backward`."""
     function = functools.partial(_backward_blocks, devices=devices)
     return by_platform(function, q, k, v, out, log_sum, d_out)
 
@@ -62,17 +67,17 @@ def _backward_blocks(q, k, v, out, log_sum, d_out, tile, devices):
 
 
 def _over_heads(function, axes: int):
-    """The function of one head's tokens [l, e] over so many leading axes."""
+    """The function of one head's tokens [l, e], mapped over so many leading axes."""
     for _ in range(axes):
         function = jax.vmap(function)
     return function
 
 
 def _block(q, k, tile: Tile, devices: int) -> int:
-    """Queries in a block, so many that the tile of a device is about as large as `tile`.
+    """Queries in a block, so that the tile of a device is about as large as `tile`.
 
-    A device's share of clips and heads is supposed to be equal to the others'; in a batch of any
-    size it counts as one clip.
+    Devices are assumed to have equal shares of clips and heads; in a batch of symbolic size a
+    share counts as one clip.
     """
     *clips, length, heads, _ = q.shape
     share = heads

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact attention in tiles of scores, forward and backward, for every platform and length.
 
-The scores of all heads at once are never held: a tile is a block of one head's queries against all
+The scores of all heads are never held at once: a tile is a block of one head's queries against all
 of its keys, or several short heads together. The forward pass keeps the output and one number for
-each query, the logarithm of the sum of its exponentials, from which the backward pass makes the
-weights of a tile again (Dao et al. 2022, FlashAttention, section 3.1 and appendix B, with whole
-rows of scores in a tile, so that no running maximum is needed).
+each query, the logarithm of the sum of its exponentials; from these the backward pass recomputes
+the weights of a tile (Dao et al. 2022, FlashAttention, section 3.1 and appendix B). Tiles have
+whole rows of scores, so that no running maximum is needed.
 """
 
 import dataclasses
@@ -14,10 +14,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from vivit_jax.layers.linear import project, wide_type
 from vivit_jax.layers.matrices import eigen_is_faster, matrix_product, turned
 from vivit_jax.layers.platform import platform
+
+Queries = Float[jax.Array, "*b q n e"]
+Keys = Float[jax.Array, "*b k n e"]  # or values
+LogSums = Float[jax.Array, "*b q n"]  # logarithms of the sums of exponentials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,37 +32,39 @@ class Tile:
     queries: int  # of one head, at most
     rows: int  # queries of all heads of a tile, at most
     scores: int  # of a tile, at most
-    keys_in_rows: bool = False  # of bfloat16's tiles in the backward pass
+    keys_in_rows: bool = False  # whether the backward pass in bfloat16 has scores [k, q]
 
 
 # On CPU a tile should stay in cache: 523 queries of 1568 take 3.3 MB. Accelerators need more work
 # at a time: 16384 rows of scores, whose memory is linear in tokens, 98 MiB for 1568.
 TILES = {"cpu": Tile(576, 2**12, 2**21, True), "default": Tile(4096, 2**14, 2**27)}
-SAVED = "attention"  # the name of what a remat policy may keep
+SAVED = "attention"  # checkpoint name: a remat policy may keep these results
 
 
-def forward(q, k, v):
-    """softmax(q k^T / sqrt(e)) v of what one device holds, and the logarithms of the sums.
+def forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, LogSums]:
+    """softmax(q k^T / sqrt(e)) v on one device, and the logarithms of the sums of exponentials.
 
-    q [..., q, n, e], k and v [..., k, n, e] -> [..., q, n, e] and [..., q, n]. Scores and softmax
-    are in float32, in float64 for float64. Memory beside the operands is one tile.
+    Scores and softmax are in float32, or in float64 for float64. It needs the memory of one tile
+    besides the operands.
     """
     return by_platform(_forward_tiles, q, k, v)
 
 
-def backward(q, k, v, out, log_sum, d_out):
-    """The gradients to q, k and v, from what `forward` returned and the gradient to `out`."""
+def backward(
+    q: Queries, k: Keys, v: Keys, out: Queries, log_sum: LogSums, d_out: Queries
+) -> tuple[Queries, Keys, Keys]:
+    """The gradients to q, k and v, from the results of `forward` and the gradient to `out`."""
     return by_platform(_backward_tiles, q, k, v, out, log_sum, d_out)
 
 
 def by_platform(function, *operands):
-    """`function(*operands, tile)` with the tile of the platform that it is compiled for."""
+    """`function(*operands, tile)` with the tile of the platform it is compiled for."""
     with_tile = {name: functools.partial(function, tile=tile) for name, tile in TILES.items()}
     return jax.lax.platform_dependent(*operands, **with_tile)
 
 
 def forward_tile(q, k, v):
-    """One head's queries [q, e], keys and values [k, e] -> [q, e], logarithms of sums [q, 1]."""
+    """One head: queries [q, e], keys and values [k, e] -> [q, e], logarithms of sums [q, 1]."""
     q, scale = _scaled(q)
     scores = _scores(q, k, scale)
     largest = scores.max(-1, keepdims=True)
@@ -68,9 +75,9 @@ def forward_tile(q, k, v):
 
 
 def backward_tile(q, k, v, log_sum, d_out, mean):
-    """What one head's queries [q, e] give: d_q, and their part of d_k and d_v in log_sum's type.
+    """One head's queries [q, e] -> d_q, and their part of d_k and d_v in log_sum's type.
 
-    log_sum [q, 1] as from `forward_tile`, mean [q, 1] as from `mean_gradient`.
+    log_sum [q, 1] is from `forward_tile`, mean [q, 1] from `mean_gradient`.
     """
     wide = log_sum.dtype
     q, scale = _scaled(q)
@@ -80,7 +87,7 @@ def backward_tile(q, k, v, log_sum, d_out, mean):
     if scale is not None:
         d_scores = d_scores * scale
     kept = k.dtype
-    if kept == jnp.float16:  # which ends at 6e-8, and the scores' gradients do not
+    if kept == jnp.float16:  # its smallest number, 6e-8, is too large for the scores' gradients
         q, k = q.astype(wide), k.astype(wide)
     else:
         d_scores = d_scores.astype(kept)
@@ -93,9 +100,9 @@ def backward_tile(q, k, v, log_sum, d_out, mean):
 
 
 def keys_in_rows(turned_k, q, k, v, log_sum, d_out, mean):
-    """`backward_tile` by scores [k, q], where no product sums over the first axis of a tile.
+    """`backward_tile` with scores [k, q], so that no product sums over the first axis of a tile.
 
-    So that on CPU YNNPACK's kernel for bfloat16 takes all five, see `vivit_jax.layers.matrices`:
+    On CPU YNNPACK's bfloat16 kernel then takes all five products, see `vivit_jax.layers.matrices`:
     1568 tokens and 12 heads of 64 took 45 ms instead of 60 (2 cores, AVX512-BF16). turned_k [e, k].
     """
     wide, scale = log_sum.dtype, _scale(q)
@@ -111,7 +118,7 @@ def keys_in_rows(turned_k, q, k, v, log_sum, d_out, mean):
 
 
 def mean_gradient(out, d_out, wide):
-    """What the softmax's derivative takes off: the weighted mean of the gradient to the weights."""
+    """The softmax derivative subtracts this: the weighted mean of the gradient to the weights."""
     return jnp.sum(out.astype(wide) * d_out.astype(wide), -1, keepdims=True)
 
 
@@ -169,12 +176,12 @@ def _by_token(x, shape):
 
 
 def _plan(num_heads: int, num_queries: int, num_keys: int, tile: Tile) -> tuple[int, int]:
-    """Queries in a block, and heads that are computed together: as many each time."""
+    """Queries in a block, and heads computed together; the same numbers each time."""
     rows = min(tile.rows, tile.scores // num_keys)
     blocks = math.ceil(num_queries / max(1, min(tile.queries, rows)))
     block = math.ceil(num_queries / blocks)
     most = max(1, rows // block) if blocks == 1 else 1
-    if isinstance(num_heads, int):  # else a batch of any size, of which each clip has as many
+    if isinstance(num_heads, int):  # else a batch of symbolic size
         most = min(most, num_heads)
     return block, max(n for n in range(1, most + 1) if num_heads % n == 0)
 
@@ -191,11 +198,11 @@ def _scale(q) -> float:
 
 
 def _scaled(q):
-    """The queries times 1 / sqrt(e), and what is left to multiply scores with: None.
+    """(Queries times 1 / sqrt(e), None); or (queries, the factor left for the scores).
 
-    A row of e is scaled in less time than one of scores: 1568 tokens took 0.89 of the time forward
-    (float32, AMD EPYC with AVX-512). Half precision would round once more where the factor is no
-    power of two; there the queries stay as they are and it is left.
+    A row of e takes less time to scale than a row of scores: 1568 tokens took 0.89 of the time
+    forward (float32, AMD EPYC with AVX-512). In half precision, unless the factor is a power of
+    two, scaling queries would round once more; there the scores are scaled.
     """
     scale = _scale(q)
     if q.dtype == wide_type(q.dtype) or math.frexp(scale)[0] == 0.5:
@@ -204,13 +211,13 @@ def _scaled(q):
 
 
 def _scores(q, k, scale: float | None):
-    """q k^T of queries and what is left to do from `_scaled`, in float32 or wider."""
+    """Scaled q k^T in float32 or wider; q and `scale` as from `_scaled`."""
     scores = _products(q, k, wide_type(q.dtype))
     return scores if scale is None else scores * scale
 
 
 def _products(q, k, dtype):
-    """q k^T of [q, e] and [k, e]; Eigen wants k as [e, k], transposed once a head."""
+    """q k^T of [q, e] and [k, e]; Eigen takes k as [e, k], transposed once a head."""
     if platform() == "cpu" and eigen_is_faster():
         return matrix_product(q, k.T, dtype)
     return jnp.einsum("qe,ke->qk", q, k, preferred_element_type=dtype)
@@ -220,12 +227,12 @@ def _weighted_sum(weights, v):
     """[q, k] times [k, e]; the weights are not yet divided by their sum."""
     if weights.dtype == v.dtype:
         return project(weights, v)
-    # Kept wide: 3137 equal weights of 1 take values of 21 past 65504, the largest float16.
+    # Wide: 3137 weights of 1 and values of 21 exceed 65504, the largest float16.
     return jnp.dot(weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
 
 
 def _map(function, xs, together: int = 1):
-    """`jax.lax.map`, `together` at a time, and without a loop where one round is enough."""
+    """`jax.lax.map`, `together` at a time, without a loop if one round is enough."""
     count = jax.tree.leaves(xs)[0].shape[0]
     if count == 1:
         return jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda x: x[0], xs)))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether cuDNN can attend on the GPU that a program is traced for, one device asked alone."""
+"""Whether cuDNN can compute attention on the GPU that a program is traced for."""
 
 import functools
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +12,24 @@ from jax._src.mesh import get_concrete_mesh
 from jax.sharding import SingleDeviceSharding
 
 from vivit_jax.errors import first_line
+from vivit_jax.layers.platform import flag
 
-# What XLA and cuDNN say where no engine runs what is asked for.
+Device = Any  # jax.Device, which type checkers take for a variable
+
+# XLA's and cuDNN's messages where no engine runs the operation.
 _NO_ENGINE = re.compile(
     r"UNIMPLEMENTED|not supported|unsupported|no (valid )?(engine|execution plan)|NOT_SUPPORTED",
     re.IGNORECASE,
 )
 
 
-def target_gpu() -> jax.Device | None:
-    """A GPU of the kind that what is traced now will run on, None where there is none.
+def target_gpu() -> Device | None:
+    """A GPU of the kind that the program traced now will run on, None where there is none.
 
     It may be one that programs are only compiled for: a device given to `jax.default_device`, or
     the first of the mesh set by `jax.set_mesh`.
     """
-    default = jax.config.jax_default_device
+    default = flag("jax_default_device")
     if isinstance(default, jax.Device):
         return default if default.platform == "gpu" else None
     try:
@@ -38,14 +42,14 @@ def target_gpu() -> jax.Device | None:
 
 
 def cudnn_refusal(
-    dtype: str, head_dim: int, length: int, device: jax.Device | None = None
+    dtype: str, head_dim: int, length: int, device: Device | None = None
 ) -> str | None:
-    """Why cuDNN cannot attend forward and backward over so many tokens; None where it can.
+    """Why cuDNN cannot run attention forward and backward over so many tokens; None if it can.
 
-    Compiles both for one head, because what cuDNN lacks an engine for shows only then, and for one
-    device: in a thread of its own, where no mesh is set and nothing is traced, since cuDNN's
-    partitioner raises where a mesh is set and operands do not lie on it. All but a refusal raises.
-    `device` is by default `target_gpu()`.
+    Compiles both passes for one head, since only compiling shows whether cuDNN has an engine. It
+    does so for one device, in a thread of its own where no mesh is set and nothing is traced,
+    because cuDNN's partitioner raises if a mesh is set and operands do not lie on it. Raises
+    whatever is not a refusal. `device` defaults to `target_gpu()`.
     """
     device = device or target_gpu()
     if device is None:
@@ -54,10 +58,13 @@ def cudnn_refusal(
         return alone.submit(_ask, dtype, head_dim, length, device).result()
 
 
-def _ask(dtype: str, head_dim: int, length: int, device: jax.Device) -> str | None:
+def _ask(dtype: str, head_dim: int, length: int, device: Device) -> str | None:
     x = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
     attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    loss = lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum()  # noqa: E731
+
+    def loss(q, k, v):
+        return attend(q, k, v).astype(jnp.float32).sum()
+
     here = SingleDeviceSharding(device)
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), in_shardings=here, out_shardings=here)
     try:

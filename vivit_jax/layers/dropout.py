@@ -6,10 +6,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
+
+from vivit_jax.masking import AnyArray
 
 
-def clip_keys(key: jax.Array, clip_ids: jax.Array) -> jax.Array:
-    """One key for each clip, [b]: a function of `key` and of the clip's id, int [b].
+def clip_keys(key: PRNGKeyArray, clip_ids: Int[AnyArray, " b"]) -> jax.Array:
+    """One key for each clip: a function of `key` and of the clip's id.
 
     So a batch computed in parts, or on several devices, draws what the whole batch on one device
     does. The keys are threefry's whatever `key` is: under vmap the other generators draw from the
@@ -21,8 +24,10 @@ def clip_keys(key: jax.Array, clip_ids: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(clip_ids))
 
 
-def draw_kept(key, clip_ids, keep, shape: Sequence[int]) -> jax.Array:
-    """bool [b, *shape], True with probability `keep`, drawn from the key and each clip's id."""
+def draw_kept(
+    key: PRNGKeyArray, clip_ids: Int[AnyArray, " b"], keep, shape: Sequence[int]
+) -> Bool[jax.Array, "b ..."]:
+    """True with probability `keep`, of the given shape for each clip, drawn by the clip's id."""
 
     def draw(key):
         return jax.random.bernoulli(key, keep, tuple(shape))
@@ -31,11 +36,15 @@ def draw_kept(key, clip_ids, keep, shape: Sequence[int]) -> jax.Array:
 
 
 def dropout(
-    module: nn.Module, x, rate: float, clip_ids: jax.Array | None, shared: Sequence[int] = ()
-):
-    """Set values of x [b, ...] to 0 with probability `rate` and divide the others by 1 - rate.
+    module: nn.Module,
+    x: Float[jax.Array, "b ..."],
+    rate: float,
+    clip_ids: Int[AnyArray, " b"] | None,
+    shared: Sequence[int] = (),
+) -> Float[jax.Array, "b ..."]:
+    """Set values of x to 0 with probability `rate` and divide the others by 1 - rate.
 
-    A rate of 1 leaves zeros. Without `clip_ids` [b] nothing is dropped. All places along the axes
+    A rate of 1 leaves zeros. Without `clip_ids` nothing is dropped. All places along the axes
     `shared` are dropped or kept together. The key is the next one of `module`'s stream "dropout".
     """
     if clip_ids is None or not rate:
@@ -47,7 +56,9 @@ def dropout(
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
-def dropout_ids(clip_ids: jax.Array | None, batch: int, deterministic: bool) -> jax.Array | None:
+def dropout_ids(
+    clip_ids: Int[AnyArray, " b"] | None, batch: int, deterministic: bool
+) -> Int[AnyArray, " b"] | None:
     """The clip ids that layers drop by: 0, 1, ... unless given, None where nothing is dropped."""
     if deterministic:
         return None

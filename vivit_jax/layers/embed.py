@@ -9,23 +9,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Float, Int
 
 from vivit_jax.config import Config
 from vivit_jax.errors import UserError
-from vivit_jax.layers.linear import plus_bias, product
+from vivit_jax.layers.linear import plus_bias, product, with_axes
 from vivit_jax.layers.parts import with_whole_kernels
-from vivit_jax.layers.tubelets import ByteClips, check_pixels, fastest_order, tubelets
-from vivit_jax.masking import Grid
+from vivit_jax.layers.tubelets import (
+    ByteClips,
+    PixelValues,
+    check_pixels,
+    fastest_order,
+    tubelets,
+)
+from vivit_jax.masking import AnyArray, Grid
 
 logger = logging.getLogger(__name__)
 
 
 def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
-    """The token grid (t, h, w) of a clip [b, t, h, w, c]; UserError where it does not fit.
+    """The token grid (t, h, w) of a clip [b, t, h, w, c]; UserError if it does not fit.
 
-    What is left of an axis after its last whole tubelet is in no token, as after a convolution
-    without padding; that is logged once for each size. Frames may be more than the model is
-    configured for as long as no tubelet comes of them, as in transformers.
+    Pixels after the last whole tubelet of an axis are dropped, as by a convolution without padding;
+    that is logged once for each size. As in transformers, a clip may have more frames than
+    configured if they do not fill another tubelet.
     """
     if len(shape) != 5:
         raise UserError(
@@ -51,34 +58,35 @@ def check_clip(config: Config, shape: tuple[int, ...], any_size: bool) -> Grid:
             f"clip of {tuple(clip)} (frames, height, width), the model is configured for "
             f"{expected}; resize it, or pass interpolate_pos_encoding=True"
         )
-    sampled = getattr(config, "num_sampled_frames", None)
+    sampled = config.num_sampled_frames
     if sampled and sampled > clip[0]:
         raise UserError(
             f"pixel_values has {clip[0]} frames, the model picks num_sampled_frames={sampled} of "
             "them; give a longer clip"
         )
-    _say_what_is_left_out(tuple(clip), config.tubelet)
+    frames, height, width = clip
+    _log_dropped_pixels((frames, height, width), config.tubelet)
     return grid
 
 
 @functools.cache
-def _say_what_is_left_out(clip: Grid, tubelet: Grid) -> None:
+def _log_dropped_pixels(clip: Grid, tubelet: Grid) -> None:
     axes = zip(("frames", "rows", "columns"), clip, tubelet, strict=True)
     left_out = [f"{size % patch} of {size} {name}" for name, size, patch in axes if size % patch]
     if left_out:
         logger.warning(
-            "clips of %s (frames, height, width) are no multiple of the tubelet %s: the last %s "
-            "are left out, as in transformers",
+            "clips of %s (frames, height, width) are not a multiple of the tubelet %s: the last %s "
+            "are dropped, as in transformers",
             *(clip, tubelet, " and ".join(left_out)),
         )
 
 
-def uniform_frames(total: int, count: int) -> np.ndarray:
-    """Indices of `count` frames of `total` that cut the clip into count + 1 equal parts.
+def uniform_frames(total: int, count: int) -> Int[np.ndarray, " t"]:
+    """Indices of `count` of `total` frames that cut the clip into count + 1 equal parts.
 
-    All of them where they are no more than `count`; for 8 of 32: 4, 7, 11, 14, 18, 21, 25, 28.
-    Halves are rounded to the even index. scenic rounds a sum of floats, so that for some sizes
-    (2 of 8, 5 of 32) it returns one frame more than asked for; this returns `count`.
+    All frames if there are no more than `count`; 8 of 32 are 4, 7, 11, 14, 18, 21, 25, 28. Halves
+    are rounded to the even index. scenic rounds a sum of floats and so for some sizes (2 of 8, 5 of
+    32) returns one frame too many; this returns `count`.
     """
     if count >= total:
         return np.arange(total)
@@ -86,36 +94,37 @@ def uniform_frames(total: int, count: int) -> np.ndarray:
 
 
 class TubeletEmbed(nn.Module):
-    """Linear projection of tubelets, the same numbers as a convolution with stride = kernel.
+    """Linear projection of tubelets; equals a convolution with stride = kernel size.
 
-    pixel_values [b, t, h, w, c], floats or `ByteClips`, -> [b, l, d] in float32 or wider, for
-    positions to be added before it is rounded; with `visible` [b, v] only those tokens are
-    computed. With `num_sampled_frames` only those frames of the clip are used. Raises UserError for
-    pixels that are neither.
+    The result is in float32 or wider, so that positions are added before rounding. With `visible`
+    only those tokens are computed. With `num_sampled_frames` the clip is first thinned to that
+    many. Raises UserError for pixels that are neither floats nor `ByteClips`.
     """
 
     config: Config
 
     @nn.compact
-    def __call__(self, pixel_values, visible=None):
+    def __call__(
+        self, pixel_values: PixelValues, visible: Int[AnyArray, "b v"] | None = None
+    ) -> Float[jax.Array, "b l d"]:
         check_pixels(pixel_values)
         config = self.config
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         shape = (*config.tubelet, config.num_channels, config.hidden_size)
-        init = nn.with_logical_partitioning(
-            nn.initializers.normal(config.initializer_range),
-            (None, None, None, "channels", "embed"),
-        )
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
-        kernel = self.param("kernel", init, shape, param_dtype).astype(dtype)
-        bias = self.param("bias", zeros, shape[-1:], param_dtype).astype(dtype)
-        sampled = getattr(config, "num_sampled_frames", None)
+        init = nn.initializers.normal(config.initializer_range)
+        init = with_axes(init, (None, None, None, "channels", "embed"))
+        zeros = with_axes(nn.initializers.zeros, ("embed",))
+        kernel = jnp.asarray(self.param("kernel", init, shape, param_dtype), dtype)
+        bias = jnp.asarray(self.param("bias", zeros, shape[-1:], param_dtype), dtype)
+        sampled = config.num_sampled_frames
         if sampled:
             frames = uniform_frames(pixel_values.shape[1], sampled)
-            of_bytes = isinstance(pixel_values, ByteClips)
-            pixel_values = pixel_values.frames(frames) if of_bytes else pixel_values[:, frames]
+            if isinstance(pixel_values, ByteClips):
+                pixel_values = pixel_values.frames(frames)
+            else:
+                pixel_values = pixel_values[:, frames]
         if visible is None and not isinstance(pixel_values, ByteClips):
-            pixel_values = jnp.asarray(pixel_values, dtype)  # before they move, as all are used
+            pixel_values = jnp.asarray(pixel_values, dtype)  # all are used: cast before moving them
         order = fastest_order(pixel_values)
         patches = tubelets(pixel_values, config.tubelet, visible, order).astype(dtype)
         kernel = einops.rearrange(kernel, f"x y z c d -> ({order}) d")
@@ -124,24 +133,25 @@ class TubeletEmbed(nn.Module):
 
 
 @functools.cache
-def sincos_positions(length: int, width: int) -> np.ndarray:
-    """VideoMAE's fixed table [length, width] over the flattened token index.
+def sincos_positions(length: int, width: int) -> Float[np.ndarray, "l d"]:
+    """VideoMAE's fixed table over the flattened token index.
 
-    sin on even and cos on odd columns at angles pos / 10000^(2 (j // 2) / width); float64, because
-    float32 arithmetic is off by up to 1.4e-4 at 1568 tokens.
+    sin on even and cos on odd columns at angles pos / 10000^(2 (j // 2) / width); in float64,
+    because float32 arithmetic is off by up to 1.4e-4 at 1568 tokens.
     """
     column = np.arange(width)
     angle = np.arange(length)[:, None] / 10000.0 ** (2 * (column // 2) / width)
     return np.where(column % 2, np.cos(angle), np.sin(angle))
 
 
-def resize_positions(table: jax.Array, old: Grid, new: Grid) -> jax.Array:
-    """Resize learned positions [t*h*w, d] from one token grid to another, separably.
+def resize_positions(
+    table: Float[AnyArray, "l d"], old: Grid, new: Grid
+) -> Float[AnyArray, "l2 d"]:
+    """Resize learned positions from one token grid to another, separably.
 
     Time is linear, space bicubic with PyTorch's coefficient (a = -0.75), both with half-pixel
-    centres and no antialiasing: for one frame this is what HuggingFace's image models do.
-    HuggingFace's ViViT takes the square root of the space-time token count instead and fails on
-    real videos.
+    centres and no antialiasing: for one frame as in HuggingFace's image models. HuggingFace's ViViT
+    takes the square root of the space-time token count instead and fails on real videos.
     """
     if old == new:
         return table
@@ -154,11 +164,11 @@ def resize_positions(table: jax.Array, old: Grid, new: Grid) -> jax.Array:
 
 
 @functools.cache
-def resize_weights(old: int, new: int, kind: str) -> np.ndarray:
-    """Interpolation matrix [new, old], border values repeated.
+def resize_weights(old: int, new: int, kind: str) -> Float[np.ndarray, "new old"]:
+    """Interpolation matrix; border values are repeated.
 
-    "linear" and "cubic" sample at half-pixel centres; "aligned" is linear with the first and last
-    points of both on each other, as scenic resizes image tables (scipy.ndimage.zoom of order 1).
+    "linear" and "cubic" sample at half-pixel centres. "aligned" is linear with both ends aligned,
+    as scenic resizes image tables (scipy.ndimage.zoom of order 1).
     """
     centre = (np.arange(new) + 0.5) * old / new - 0.5
     if kind == "aligned":

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.spmd import with_logical_constraint
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int
 
 from vivit_jax.config import Config
 from vivit_jax.errors import UserError
@@ -23,8 +25,10 @@ from vivit_jax.layers.linear import (
     Projection,
     at_least_float32,
     wide_type,
+    with_axes,
 )
 from vivit_jax.layers.parts import SUMMED
+from vivit_jax.masking import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,30 +50,41 @@ class StackSpec:
 
 @flax.struct.dataclass
 class LayerOutput:
-    """What one block reports, stacked over layers by `run_blocks`; None where not asked for."""
+    """What a block reports, or all blocks, with a leading layer axis; None where not asked for."""
 
     hidden: jax.Array | None  # x after the block
     space: jax.Array | None  # attention weights over space, or over all tokens
     time: jax.Array | None  # attention weights over time
 
 
+# (head mask [n], probability of dropping a branch, clip ids [b]); None where there is none.
+BlockInput = tuple[
+    Float[AnyArray, " n"] | None, Float[AnyArray, ""] | None, Int[AnyArray, " b"] | None
+]
+
+
 class Block(nn.Module):
     """x + attention(norm(x)) for every attention layer, then x + mlp(norm(x)).
 
-    With `config.layer_scale_init` what is added is scaled by `scale_attention` and `scale_mlp` [d].
-    x is [b, l, d], or [b, t, s, d] where attention tells time and space apart.
+    With `config.layer_scale_init` the branches are scaled by `scale_attention` and `scale_mlp` [d].
+    x is [b, l, d], or [b, t, s, d] where attention distinguishes time and space.
     """
 
     config: Config
     spec: StackSpec
 
     @nn.compact
-    def __call__(self, x, layer, hidden: bool, attention: bool, num_queries: int | None = None):
-        """The form `nn.scan` wants: (carry, layer input, flags) -> (carry, layer output).
+    def __call__(
+        self,
+        x: Float[jax.Array, "b *l d"],
+        layer: BlockInput,
+        hidden: bool,
+        attention: bool,
+        num_queries: int | None = None,
+    ) -> tuple[Float[jax.Array, "b *q d"], LayerOutput]:
+        """As `nn.scan` calls it: (carry, layer input, flags) -> (carry, layer output).
 
-        `layer` is (head mask [n] or None, probability of dropping a branch or None, clip ids [b] or
-        None where nothing is dropped). With `num_queries` only the first so many tokens are
-        computed.
+        With `num_queries` only the first so many tokens are computed.
         """
         config, spec = self.config, self.spec
         d, f = config.hidden_size, config.intermediate_size
@@ -77,22 +92,22 @@ class Block(nn.Module):
         shared = (1,) if spec.shared_dropout else ()
 
         def branch(name, y):
-            """What is added to the residual stream: scaled, dropped in part or for a whole clip."""
+            """y as added to the residual stream: scaled, dropped in part or for a whole clip."""
             y = dropout(self, y, config.hidden_dropout_prob, clip_ids, shared)
             if config.layer_scale_init:
                 init = nn.initializers.constant(config.layer_scale_init)
-                init = nn.with_logical_partitioning(init, ("embed",))
+                init = with_axes(init, ("embed",))
                 scale = self.param(f"scale_{name}", init, (d,), jnp.dtype(config.param_dtype))
                 y = checkpoint_name(y.astype(x.dtype), PROJECTED)  # for the gradient to the scale
                 scale = scale.astype(wide).reshape((1,) * (y.ndim - 1) + (d,))
                 y = at_least_float32(y) * scale
-            if drop_rate is None:
+            if drop_rate is None or clip_ids is None:
                 return y
             key, ones = self.make_rng("dropout"), (1,) * (y.ndim - 1)
             keep = draw_kept(key, clip_ids, 1 - drop_rate, ones).astype(wide)
             return y * (keep / (1 - drop_rate).astype(wide) if config.drop_path_rescale else keep)
 
-        x = nn.with_logical_constraint(x, ("batch", *("frames",) * (x.ndim - 3), "length", "embed"))
+        x = with_logical_constraint(x, ("batch", *("frames",) * (x.ndim - 3), "length", "embed"))
         wide = wide_type(x.dtype)
         weights = {}
         for name, along in spec.attention:
@@ -116,18 +131,19 @@ class Block(nn.Module):
 
 
 def _save_attention(primitive, *_, **__) -> bool:
-    """Whether a result is one of cuDNN's forward attention, from which its backward pass starts."""
+    """Whether cuDNN's forward attention made this; its backward pass starts from it."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def remat_policy(config: Config) -> Callable | None:
-    """What the forward pass keeps for the backward pass beside each block's input.
+    """What the forward pass keeps for the backward pass besides each block's input.
 
-    "block" nothing, "dots" the results of matrix products and of attention, but no scores. Norms,
-    activations and residual sums, computed again, cost less than their memory's traffic. Of half
-    precision products are kept by name, rounded: as products return them they are in float32. By
-    name in float32 a step of the tests' small model took 644 MiB, by primitive 594. There what is
-    added up over devices after a product is kept too, not sent again.
+    "block" keeps nothing, "dots" the results of matrix products and of attention, but no scores.
+    Recomputing norms, activations and residual sums costs less than their memory traffic.
+
+    Half precision products are kept by name, rounded, since the products themselves return float32.
+    Float32 products are kept by primitive: a step of the tests' small model took 594 MiB, by name
+    644; sums over devices after a product are kept too, so that they are not sent again.
     """
     if config.remat == "block":
         return None
@@ -146,24 +162,23 @@ def remat_policy(config: Config) -> Callable | None:
 def run_blocks(
     config: Config,
     spec: StackSpec,
-    x: jax.Array,
-    head_mask: jax.Array | None = None,
+    x: Float[jax.Array, "b *l d"],
+    head_mask: Float[AnyArray, "layers n"] | None = None,
     *,
     output_hidden_states: bool = False,
     output_attentions: bool = False,
-    clip_ids: jax.Array | None = None,
+    clip_ids: Int[AnyArray, " b"] | None = None,
     num_queries: int | None = None,
-) -> tuple[jax.Array, LayerOutput]:
+) -> tuple[Float[jax.Array, "b *q d"], LayerOutput]:
     """Run a stack of blocks; call inside a module's compact method.
 
-    x [b, l, d] or [b, t, s, d] -> (x, the layers' outputs with a leading layer axis; `hidden`
-    starts with x itself and so has one entry more). `head_mask` is [layers, n]; `clip_ids` [b] is
-    None where nothing is dropped. With `num_queries`, and nothing to report, the last block returns
-    only the first so many tokens.
+    x is [b, l, d] or [b, t, s, d]. The layers' outputs have a leading layer axis; `hidden` starts
+    with x itself and so has one entry more. `clip_ids` is None where nothing is dropped. With
+    `num_queries`, and nothing to report, the last block returns only the first so many tokens.
 
     Parameters live in the calling module, under `layers` with a leading layer axis if
-    `config.scan_layers` (the last block apart with `spec.unscanned_last`), else under
-    `layers_0`, `layers_1`, ...
+    `config.scan_layers` (the last block apart with `spec.unscanned_last`), else under `layers_0`,
+    `layers_1`, ...
     """
     layers = spec.num_layers
     flags = (output_hidden_states, output_attentions)
@@ -175,12 +190,14 @@ def run_blocks(
         if config.drop_path_rate:
             rates = jnp.asarray(np.linspace(0, config.drop_path_rate, layers), jnp.float32)
         clip_ids = jnp.broadcast_to(clip_ids, (layers, len(clip_ids)))
-    inputs = lambda at: jax.tree.map(lambda values: values[at], (head_mask, rates, clip_ids))  # noqa: E731
+
+    def inputs(at):
+        return jax.tree.map(lambda values: values[at], (head_mask, rates, clip_ids))
 
     def block(in_scan: bool):
         if config.remat == "none":
             return Block
-        # A scan keeps XLA from merging the recomputation with the forward pass by itself.
+        # In a scan XLA cannot merge the recomputation with the forward pass anyway.
         policy, static = remat_policy(config), (3, 4, 5)
         return nn.remat(Block, prevent_cse=not in_scan, static_argnums=static, policy=policy)
 
@@ -192,7 +209,7 @@ def run_blocks(
             block(in_scan=True),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *(nn.broadcast,) * 3),
+            in_axes=(0, *(nn.broadcast,) * 3),  # pyright: ignore[reportArgumentType]  # or a tuple
             length=together,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -211,7 +228,7 @@ def run_blocks(
 
 
 def _no_blocks(config: Config, x, hidden: bool, attention: bool) -> LayerOutput:
-    """What no block reports of x [b, ..., l, d]: x itself as its only hidden state."""
+    """The output of no blocks for x [b, ..., l, d], which is its only hidden state."""
     weights = (0, *x.shape[:-2], config.num_attention_heads, x.shape[-2], x.shape[-2])
     return LayerOutput(
         x[None] if hidden else None, jnp.zeros(weights, x.dtype) if attention else None, None
@@ -219,7 +236,7 @@ def _no_blocks(config: Config, x, hidden: bool, attention: bool) -> LayerOutput:
 
 
 def check_attention_mask(attention_mask) -> None:
-    """UserError for an attention mask: clips are whole, so that there is nothing to mask."""
+    """UserError for an attention mask: clips are whole, there is nothing to mask."""
     if attention_mask is not None:
         raise UserError(
             f"attention_mask must be None, got {type(attention_mask).__name__}: every token of a "
@@ -227,7 +244,7 @@ def check_attention_mask(attention_mask) -> None:
         )
 
 
-def per_layer(head_mask, layers: int, heads: int) -> jax.Array | None:
+def per_layer(head_mask, layers: int, heads: int) -> Float[jax.Array, "layers n"] | None:
     """A head mask [heads] or [layers, heads] as [layers, heads]; UserError for another shape."""
     if head_mask is None:
         return None

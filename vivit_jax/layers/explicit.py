@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models on meshes whose axes are explicit, as those of `jax.make_mesh` are by default.
+"""Whole models on meshes with explicit axes, the default of `jax.make_mesh`.
 
-There every array's type says over which axes it is split, and each operation has to know the type
-of its result: an einops pattern that splits an axis and joins others does not, and constraints of
-flax's logical axes raise. So a model's `__call__` runs as if the axes were automatic. What types
-say of clips, heads and MLP width becomes rules for flax's logical axes, by which attention and
-products are placed as on any mesh; what is returned has types again.
+There every array's type says over which axes it is split, and each operation must know its result's
+type: an einops pattern that splits one axis and joins others does not, and flax's logical
+constraints raise. So a model's `__call__` runs as if the axes were automatic. The splits of clips,
+heads and MLP width become rules for flax's logical axes, by which attention and products are placed
+as on any mesh; results get types again.
 """
 
 import functools
@@ -22,17 +22,17 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from vivit_jax.errors import UserError
 from vivit_jax.layers.axes import names_in, rules_in_force
 
-# The kernels by whose types is known what splits a logical axis, and their axes from the right.
+# The kernels whose types tell how a logical axis is split, and their axes from the right.
 _KERNELS = {"query": ("embed", "heads", "kv"), "mlp_in": ("embed", "mlp")}
 
 
 def as_automatic(call: Callable) -> Callable:
-    """A model's `__call__`, on explicit axes of a mesh as on automatic ones.
+    """Let a model's `__call__` run on explicit mesh axes as on automatic ones.
 
-    Clips are split as the type of `pixel_values` says, heads and MLP width as those of kernels do,
-    which every attention layer of the model then follows. Results come with clips split as
-    pixel_values are and attention weights as heads are; what was sown, and fresh parameters, whole.
-    UserError for clips that are split along another axis than the first.
+    Clips are split as in the type of `pixel_values`, heads and MLP width as in those of kernels,
+    which every attention layer then follows. In the results clips are split as in pixel_values and
+    attention weights as heads are; sown values and fresh parameters are whole. UserError if clips
+    are split along any axis but the first.
     """
 
     @functools.wraps(call)
@@ -65,7 +65,7 @@ def explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
 
 
 def _on_automatic(mesh: AbstractMesh, call: Callable, scopes, *args, **kwargs):
-    """`call` of flax's scopes and the arguments: they come in without types, results have them."""
+    """`call` with flax's scopes and the arguments, all without types; results have types."""
     automatic = mesh.update_axis_types(dict.fromkeys(explicit_axes(mesh), AxisType.Auto))
 
     def inner(scope_fn, repack_fn, variables, rngs, pixel_values, *args, **kwargs):
@@ -77,7 +77,10 @@ def _on_automatic(mesh: AbstractMesh, call: Callable, scopes, *args, **kwargs):
             scopes = scope_fn(variables, rngs)
             out = call(scopes, pixel_values, *args, **kwargs)
             variables = repack_fn(scopes)
-        whole = lambda x: _typed(x, mesh, ()) if isinstance(x, jax.Array) else x  # noqa: E731
+
+        def whole(x):
+            return _typed(x, mesh, ()) if isinstance(x, jax.Array) else x
+
         return _results(out, mesh, split), jax.tree.map(whole, variables)
 
     run = lift.pack(inner, (True,), (True,), (True,), name="as_automatic", enable_kwargs=True)
@@ -89,9 +92,9 @@ def _arrays(tree) -> list[jax.Array]:
 
 
 def without_types(tree: Any) -> Any:
-    """The tree with arrays that are split along explicit axes typed for a mesh of automatic ones.
+    """The tree with its arrays typed for automatic axes instead of explicit ones.
 
-    That one has to be set. They stay where they are, and gradients come back with their types.
+    The mesh with automatic axes must be set. No array moves, and gradients get the old types.
     """
 
     def cast(x):
@@ -102,7 +105,7 @@ def without_types(tree: Any) -> Any:
 
 
 def _typed(x: jax.Array, mesh: AbstractMesh, axes) -> jax.Array:
-    """x split over the mesh axes of each of its own, where they divide it."""
+    """x with its axes split over the given mesh axes where these divide them."""
     spec = [
         names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
         for names, size in zip(axes, x.shape, strict=False)
@@ -111,7 +114,7 @@ def _typed(x: jax.Array, mesh: AbstractMesh, axes) -> jax.Array:
 
 
 def _results(out: Any, mesh: AbstractMesh, split: Mapping[str, tuple]) -> Any:
-    """A model's output with types by the names of its parts."""
+    """A model's output, its parts typed by their names."""
     clips, heads = split["batch"], split.get("heads", ())
 
     def typed(name, x):
@@ -121,14 +124,14 @@ def _results(out: Any, mesh: AbstractMesh, split: Mapping[str, tuple]) -> Any:
         elif name.endswith("attentions"):
             axes = ((), clips, *((),) * (x.ndim - 5), heads)
         elif name.endswith("hidden_states") and isinstance(x, jax.Array):
-            axes = ((), clips)  # of all layers; chosen ones are a tuple
+            axes = ((), clips)  # all layers are one array; chosen layers are a tuple
         return jax.tree.map(lambda x: _typed(x, mesh, axes), x)
 
     return out.replace(**{name: typed(name, x) for name, x in vars(out).items() if x is not None})
 
 
 def _split(pixel_values, variables) -> dict[str, tuple[str, ...]]:
-    """Logical axes with the explicit axes of the mesh that split them, as types say."""
+    """The explicit mesh axes that split each logical axis, read from types."""
     found = {"batch": _clip_axes(pixel_values)}
     for path, x in jax.tree.leaves_with_path(variables):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -137,14 +140,14 @@ def _split(pixel_values, variables) -> dict[str, tuple[str, ...]]:
         logical = _KERNELS[names[-2]]
         spec = jax.typeof(x).sharding.spec[-len(logical) :]
         for name, entry in zip(logical, spec, strict=True):
-            # Width that is split over others than clips is, is split in kernels only.
+            # If width is split over axes that do not split clips, it is split in kernels only.
             if name != "embed" or set(names_in(entry)) <= set(found["batch"]):
                 found[name] = found.get(name) or tuple(names_in(entry))
     return found
 
 
 def _rules(mesh: AbstractMesh, split: Mapping[str, tuple]) -> list[tuple[str, Any]]:
-    """The rules in force for automatic axes, with what types say of explicit ones."""
+    """The rules in force for automatic axes, and those read from types for explicit axes."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     rules = [
         (name, [axis for axis in names_in(axes) if types.get(axis) == AxisType.Auto])
@@ -155,7 +158,7 @@ def _rules(mesh: AbstractMesh, split: Mapping[str, tuple]) -> list[tuple[str, An
 
 
 def _clip_axes(pixel_values) -> tuple[str, ...]:
-    """The explicit axes that split clips; UserError where some split what is in a clip."""
+    """The explicit axes that split clips; UserError if some split the inside of a clip."""
     for x in _arrays(pixel_values):
         spec = jax.typeof(x).sharding.spec
         first = [name for entry in spec[:1] for name in names_in(entry)]

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact attention as two Pallas kernels for TPU, forward and backward; no score leaves the chip.
 
-Of its own because the kernels that come with jax have features last: flash in all arrays, splash
-in the result and the gradients. Then the 64 features of a head fill half of a register's 128 lanes,
-memory pads them to 128, XLA copies what goes in and out into that layout and to whole blocks, and
-the logarithm of each sum is written 128 times. Here tokens are last, as XLA itself lays out
-[b, l, n, 64]: the projections write what the kernels read, without a copy, and the scores of a
-query are a column, whose largest and whose sum are cheap. All of it is public in Pallas, while the
-backward pass of splash, apart from its forward pass, is private.
+The kernels that come with jax have features last: flash in all arrays, splash in the result and the
+gradients. Then the 64 features of a head fill half of a register's 128 lanes, memory pads them to
+128, XLA copies inputs and outputs into that layout and to whole blocks, and the logarithm of each
+sum is written 128 times. Here tokens are last, as XLA itself lays out [b, l, n, 64]: the kernels
+read what the projections write, without a copy, and the scores of a query are a column, whose
+maximum and sum are cheap. The kernels use only Pallas's public names; splash's backward pass,
+without its forward pass, is private.
 
 One chip of v5e, 8 clips x 1568 tokens x 12 heads of 64, bfloat16, forward and backward, as libtpu
-0.0.42.1 compiles it; nothing here was run on a TPU. Millions of cycles, at 1500 MHz: outside of the
+0.0.42.1 compiles it; nothing here was run on a TPU. Millions of cycles, at 1500 MHz: outside the
 kernels by XLA's estimate, in them by their scheduled instructions.
 
                  memory traffic   temporaries   outside   kernels
@@ -20,39 +20,41 @@ kernels by XLA's estimate, in them by their scheduled instructions.
     chunked           4.44 GiB        40 MiB       14.3
     xla               7.16 GiB      1434 MiB       23.0
 
-The matrix unit needs 1.6 for the arithmetic, and 2.6 for what it comes to: three of seven products
-are over 64 features, which is half of its depth, and tokens are padded to 1664.
+The matrix unit needs 1.6 for the arithmetic alone, and 2.6 in fact: three of seven products sum
+over 64 features, half of its depth, and tokens are padded to 1664.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float
 
 from vivit_jax.errors import ConfigError
+from vivit_jax.layers.chunked import Keys, Queries
+from vivit_jax.layers.platform import flag
 
 LANES = 128  # of a register, and the side of the matrix unit
 ROWS = 16  # of a register in half precision; float32 has 8
 CHUNK = 256  # keys whose scores are computed at a time
-# Scores of one program, which is unrolled: 1664 x 1664 are 18,000 instructions in the backward
-# pass. Blocks of many queries need fewer for each score; short heads share what a program costs.
+# Scores of one program, which is unrolled: 1664 x 1664 take 18,000 instructions in the backward
+# pass. Blocks of many queries need fewer for each score; short heads share a program's overhead.
 MOST_SCORES = 3 * 2**20
 SHORT_SCORES = 2**19
 MOST_HEADS = 16  # of one program
-VMEM = 14.5 * 2**20  # bytes of the 16 MiB that a kernel has on each of v4, v5e, v5p and v6e
-SHORTEST = 64  # queries and keys from which on the kernels win, see `worth_it`
-NARROWEST = 8  # a head: of 4 in bfloat16, which fill no sublane, Mosaic refuses to broadcast
+VMEM = 14.5 * 2**20  # bytes, of the 16 MiB that a kernel has on each of v4, v5e, v5p and v6e
+SHORTEST = 64  # queries and keys for which the kernels win, see `worth_it`
+NARROWEST = 8  # head width: Mosaic does not broadcast 4 in bfloat16, which do not fill a sublane
 
 
 def worth_it(length: int, width: int) -> bool:
     """Whether the kernels take less time than XLA's and the chunked form, by estimate.
 
-    `length` in tokens, `width` of a head.
+    `length` is in tokens, `width` that of a head.
 
     Millions of cycles of v5e, forward and backward, 12 heads of 64, bfloat16, copies included:
 
@@ -67,13 +69,13 @@ def worth_it(length: int, width: int) -> bool:
 
 
 def cycles(heads: int, num_queries: int, num_keys: int, head_width: int, *, backward: bool) -> int:
-    """What a kernel takes on one core of v5e or v5p in bfloat16, `heads` being b * n.
+    """A kernel's cycles on one core of v5e or v5p in bfloat16; `heads` is b * n.
 
-    XLA's own estimate of the compiled program has nothing of what is in a kernel. A product that
-    sums over features takes the unit's whole depth, the others as many rows as features; the rest
-    is fitted to the schedules of libtpu 0.0.42.1, within a quarter from 128 tokens on. Those of v6e
-    are 0.7 (forward) and 0.63 as long, those of v4 1.55 and 1.32 times at 1568 tokens; a chip of
-    v4 or v5p has two cores, which share the heads.
+    XLA's own estimate of a compiled program leaves kernels out. A product that sums over features
+    takes the unit's whole depth, the others as many rows as features; the rest is fitted to the
+    schedules of libtpu 0.0.42.1, within a quarter from 128 tokens on. v6e takes 0.7 (forward) and
+    0.63 (backward) of that, v4 1.55 and 1.32 times as long at 1568 tokens; a chip of v4 or v5p has
+    two cores, which share the heads.
     """
     deep = _up(head_width, LANES)
     features = 2 * deep + 3 * head_width if backward else deep + head_width
@@ -82,14 +84,15 @@ def cycles(heads: int, num_queries: int, num_keys: int, head_width: int, *, back
     return round(heads * (product + 80 if backward else 1.15 * product + 100))
 
 
-def forward(q, k, v):
-    """softmax(q k^T / sqrt(e)) v, and of the softmax what `backward` needs.
+LogSums = Float[jax.Array, "*b q n"]  # of type float32, as the softmax is
 
-    q [..., q, n, e], k and v [..., k, n, e] -> out as q, and log_sum [..., q, n], the logarithm of
-    the sum of each query's exponentials, in float32 as the softmax is. For one device, or its share
-    of clips and heads within `shard_map`. float16, which TPUs lack, is computed in float32.
-    Elsewhere than on TPU it runs under
-    `jax.experimental.pallas.tpu.force_tpu_interpret_mode()` only, for tests.
+
+def forward(q: Queries, k: Keys, v: Keys) -> tuple[Queries, LogSums]:
+    """softmax(q k^T / sqrt(e)) v, and for `backward` the logarithms of the sums of exponentials.
+
+    It is for one device, or for its share of clips and heads inside `shard_map`. float16, which
+    TPUs lack, is computed in float32. Without a TPU it runs only under
+    `jax.experimental.pallas.tpu.force_tpu_interpret_mode()`, for tests.
     """
     like = q
     q, k, v = _tokens_last(q, k, v)
@@ -110,8 +113,10 @@ def forward(q, k, v):
     return _heads_next_to_last(out, like), log_sum
 
 
-def backward(q, k, v, out, log_sum, d_out):
-    """Gradients to q, k and v, in their types, from what `forward` took and returned."""
+def backward(
+    q: Queries, k: Keys, v: Keys, out: Queries, log_sum: LogSums, d_out: Queries
+) -> tuple[Queries, Keys, Keys]:
+    """Gradients to q, k and v, in their types, from the operands and results of `forward`."""
     given = q, k, v
     q, k, v, out, d_out = _tokens_last(q, k, v, out, d_out)
     log_sum = jnp.moveaxis(log_sum, -1, -2).reshape(q.shape[0], 1, q.shape[-1])
@@ -130,17 +135,18 @@ def backward(q, k, v, out, log_sum, d_out):
             all_parts.append(one)
     d_q = d_q[0] if len(d_q) == 1 else sum(x.astype(jnp.float32) for x in d_q)
     d_k, d_v = (x[0] if len(x) == 1 else jnp.concatenate(x, -1) for x in (d_k, d_v))
-    return tuple(map(_heads_next_to_last, (d_q, d_k, d_v), given))
+    d_q, d_k, d_v = map(_heads_next_to_last, (d_q, d_k, d_v), given)
+    return d_q, d_k, d_v
 
 
 def _like(x, shape=None, dtype=None) -> jax.ShapeDtypeStruct:
-    """What a kernel returns: as x but for what is given, and in a `shard_map` varying as x does."""
+    """The type of a kernel's result: that of x unless given, varying in a `shard_map` as x does."""
     varying = jax.typeof(x).mat
     return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, manual_axis_type=varying)
 
 
 def _tokens_last(*arrays):
-    """[..., l, n, e] -> [h, e, l], h all heads, which XLA lays out so that nothing is moved."""
+    """[..., l, n, e] -> [h, e, l], h all heads; XLA lays them out so that nothing is moved."""
     kinds = {x.dtype.name for x in arrays}
     if len(kinds) > 1 or kinds <= {"float64"}:
         raise ConfigError(
@@ -153,13 +159,13 @@ def _tokens_last(*arrays):
 
 
 def _heads_next_to_last(x, like):
-    """[h, e, l] -> [..., l, n, e], of the shape and type of another."""
+    """[h, e, l] -> [..., l, n, e], with the shape and type of `like`."""
     *leading, length, n, e = like.shape
     return jnp.moveaxis(x.reshape(*leading, n, e, length), -1, -3).astype(like.dtype)
 
 
 def _join(one, other):
-    """Attention over the keys of two parts, each an output and the logarithms of its sums."""
+    """Attention over two parts of the keys, each given by its output and logarithms of sums."""
     (out, log_sum), (more, log_more) = one, other
     total = jnp.logaddexp(log_sum, log_more)
     out, more = out.astype(jnp.float32), more.astype(jnp.float32)
@@ -170,8 +176,8 @@ def _join(one, other):
 class _Plan:
     """What one program computes: blocks of queries of a few heads, against all of their keys.
 
-    Blocks end at whole registers, beyond the ends of the arrays, where what is copied into them
-    stops: there a block holds anything, and the kernels replace it.
+    Blocks are filled up to whole registers. Past the end of an array a block holds arbitrary
+    values, which the kernels replace.
     """
 
     num_heads: int
@@ -211,9 +217,9 @@ class _Plan:
         return [] if self.whole else [pltpu.VMEM(shape, jnp.float32)] * 2
 
     def bytes(self, arrays: int, sums: int) -> int:
-        """Of VMEM: two buffers for each of so many arrays of either length, sums, and values.
+        """VMEM for two buffers of each array, of both lengths, for sums, and for values.
 
-        Those are three of a chunk's scores, and six of features x queries, in float32.
+        Values are three chunks of scores, and six of features x queries, in float32.
         """
         one = self.heads * self.width
         size = self.dtype.itemsize
@@ -223,7 +229,7 @@ class _Plan:
         return blocks + kept + values
 
     def cost(self, products: int, arrays: int):
-        """For XLA, that schedules around it: so many matrix products, arrays of either length."""
+        """For XLA's schedule: so many matrix products, and arrays of both lengths."""
         if not isinstance(self.num_heads, int):
             return None
         scores = self.num_heads * self.num_queries * self.num_keys
@@ -245,13 +251,14 @@ class _Plan:
 
 
 def _plans(q, k, arrays: int, sums: int):
-    """A plan for each part of the keys: for one of all keys where VMEM holds them."""
+    """A plan for each part of the keys; one part if VMEM holds all keys."""
     h, e, num_queries = q.shape
     num_keys = k.shape[-1]
-    for count in itertools.count(1):
+    count = 0
+    while True:
+        count += 1
         size = _up(math.ceil(num_keys / count), LANES)
-        most = _Plan(h, num_queries, min(size, num_keys), e, q.dtype)
-        plan = _largest(most, arrays, sums)
+        plan = _largest(_Plan(h, num_queries, min(size, num_keys), e, q.dtype), arrays, sums)
         if plan is not None:
             break
         if size == LANES:
@@ -264,10 +271,10 @@ def _plans(q, k, arrays: int, sums: int):
 
 
 def _largest(plan: _Plan, arrays: int, sums: int) -> _Plan | None:
-    """The plan with as many queries, or heads, in a program as take the least time; None if none.
+    """The plan with the number of queries or heads in a program that is fastest; None if none fits.
 
-    A block takes about as long as its tiles of LANES queries and one more. Precise products of
-    float32 are sums of six, of parts of their operands, which need room.
+    A block takes about as long as its tiles of LANES queries and one more. Precise float32 products
+    are sums of six products of parts of their operands, which need room.
     """
     tiles = math.ceil(plan.num_queries / LANES)
     share = 2 if _precise(plan.dtype) else 1
@@ -298,7 +305,7 @@ def _up(x: int, step: int) -> int:
 
 
 def _within(x, rows, columns):
-    """x [rows, columns] of a block, zeros where it is beyond the array's own rows and columns."""
+    """x [rows, columns] of a block, with zeros past the array's own rows and columns."""
     for axis, size in enumerate((rows, columns)):
         if not isinstance(size, int) or size < x.shape[axis]:
             x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < size, x, 0)
@@ -306,8 +313,8 @@ def _within(x, rows, columns):
 
 
 def _precise(dtype) -> bool:
-    """Whether the user asks for products of float32 in more than one pass of bfloat16."""
-    asked = jax.config.jax_default_matmul_precision
+    """Whether float32 products are asked for in more than one pass of bfloat16."""
+    asked = flag("jax_default_matmul_precision")
     return dtype == jnp.float32 and asked not in (None, "default", "bfloat16", "fastest")
 
 
@@ -321,7 +328,7 @@ def _dot(x, y, x_axis: int, y_axis: int):
 
 
 def _scores(k, q, left: int, plan: _Plan):
-    """To base 2, [k, q], of which the first `left` rows are of keys and the others -inf."""
+    """Scores to base 2, [k, q]; rows from `left` on are not of keys and hold -inf."""
     scores = _dot(k, q, 0, 0) * (plan.head_width**-0.5 / math.log(2))
     if left < scores.shape[0]:
         inside = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < left
@@ -333,22 +340,23 @@ def _forward_kernel(q_ref, k_ref, v_ref, out_ref, log_sum_ref, *, plan: _Plan):
     """q [h, e, q], k and v [h, e, k] -> out [h, e, q] and log_sum [h, 1, q]."""
     for head in range(plan.heads):
         q = _within(q_ref[head], plan.head_width, plan.queries)
-        largest = total = out = None
+        kept = None  # the largest score, the sum and the output so far
         for chunk in plan.chunks:
             left = plan.num_keys - chunk.start
             k, v = (_within(ref[head, :, chunk], plan.head_width, left) for ref in (k_ref, v_ref))
             scores = _scores(k, q, left, plan)
             top = scores.max(0, keepdims=True)
-            if largest is not None:
-                top = jnp.maximum(largest, top)
+            if kept is not None:
+                top = jnp.maximum(kept[0], top)
             weights = jnp.exp2(scores - top)
             add, add_out = weights.sum(0, keepdims=True), _dot(v, weights.astype(v.dtype), 1, 0)
-            if largest is None:
-                total, out = add, add_out
-            else:
+            if kept is not None:
+                largest, total, out = kept
                 shrink = jnp.exp2(largest - top)
-                total, out = total * shrink + add, out * shrink + add_out
-            largest = top
+                add, add_out = total * shrink + add, out * shrink + add_out
+            kept = top, add, add_out
+        assert kept is not None  # there is a chunk
+        largest, total, out = kept
         out_ref[head] = (out / total).astype(out_ref.dtype)
         log_sum_ref[head] = (largest + jnp.log2(total)) * math.log(2)
 
@@ -374,7 +382,7 @@ def _backward_kernel(
             _within(ref[head], plan.head_width, queries) for ref in (q_ref, out_ref, d_out_ref)
         )
         log_sum = _within(log_sum_ref[head], 1, queries) * (1 / math.log(2))
-        # What the softmax's derivative takes off: the weighted mean of the gradient to the weights.
+        # The softmax derivative subtracts this: the weighted mean of the gradient to the weights.
         mean = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), 0, keepdims=True)
         d_q = jnp.zeros(q.shape, jnp.float32)
         for chunk in plan.chunks:

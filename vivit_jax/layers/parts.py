@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with kernels of which every device holds a part: gathered for one product at a time.
+"""Products with kernels split over devices: each kernel is gathered for one product at a time.
 
-The partitioner of XLA would find a program too. It chooses by the program around: it gathers
-through all-reduces, twice the wire, or passes parts around in rings, and adds up whole gradients on
-every device before each keeps its part. Said by hand it is one all-gather of a kernel, in the type
-that it is multiplied in, and one reduce-scatter of its gradient.
+XLA's partitioner would find a program too, but a worse one, which depends on the surrounding
+program: it gathers by all-reduces, twice the traffic, or passes parts around in rings, and sums
+whole gradients on every device before each keeps its part. Written by hand it is one all-gather of
+a kernel, in the type that it is multiplied in, and one reduce-scatter of its gradient.
 
-Over all chips of a v5p slice of 4x4x4 libtpu 0.0.42.1 makes all-reduces of these as well, whatever
-is gathered. It does not where "fsdp" is some of a slice's chips, as in data=4,fsdp=16.
+Over all chips of a v5p slice of 4x4x4 libtpu 0.0.42.1 makes all-reduces of these as well. It does
+not if "fsdp" takes only some of a slice's chips, as in data=4,fsdp=16.
 """
 
 import math
@@ -16,30 +16,35 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Float
 
 from vivit_jax.layers.axes import names_in
+from vivit_jax.masking import AnyArray
 
-SUMMED = "summed"  # the name of what a remat policy keeps, so as not to send it again
+SUMMED = "summed"  # checkpoint name: a remat policy keeps these sums, so as not to send them again
 
 
 def with_whole_kernels(
-    product: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
-    kernels: Sequence[jax.Array],
+    product: Callable[[AnyArray, AnyArray], jax.Array],
+    x: Float[AnyArray, "b ..."],
+    kernels: Sequence[Float[AnyArray, "*kernel"]],
     axes: tuple[str | None, ...],
     num_in: int = 1,
-) -> list[jax.Array]:
-    """[product(x, kernel) for kernel in kernels], over the last `num_in` axes of x [b, ...].
+) -> list[Float[jax.Array, "b ..."]]:
+    """[product(x, kernel) for kernel in kernels], over the last `num_in` axes of x.
 
-    The first `num_in` of the kernels are summed over; `axes` are the logical ones of each. Where
-    the rules in force split one of them over mesh axes that split clips too, each device multiplies
-    its own clips with the kernels that it has put together from all parts. What the rules split
-    over other axes, heads and MLP width, stays split: products over such axes are added up over
-    their devices. Where no part is held, or the rules split something that does not divide, or
-    parts over axes that do not split clips, or within a `shard_map`, the products are the
-    partitioner's business. The kernels have one shape.
+    The kernels have one shape, with the logical `axes`; their first `num_in` axes are summed over.
+    If the rules in force split one of the axes over mesh axes that also split clips, each device
+    gathers the whole kernels and multiplies its own clips with them. Axes that the rules split
+    over other mesh axes, heads and MLP width, stay split: sums over such an axis are added up over
+    its devices.
+
+    The products are left to the partitioner if kernels are not split, if something is split that
+    does not divide, if a kernel is split over axes that do not all split clips, and inside a
+    `shard_map`.
     """
     found = _split(x, kernels[0].shape, axes)
     if found is None:
@@ -56,9 +61,9 @@ def with_whole_kernels(
             x = jax.lax.pcast(x, spread, to="varying")
         found = []
         for part in kernels:
-            # Parts lie along a new first axis, whatever a device's tiles are, and are put back.
+            # Gathered along a new first axis, whatever the device's tiles, then moved back.
             part = jnp.moveaxis(part, dim, 0)
-            if others:  # before the gathering, so that gradients of parts are what is added up
+            if others:  # before gathering, so that gradients of parts are summed, not of wholes
                 part = jax.lax.pcast(part, others, to="varying")
             whole = jax.lax.all_gather(part, parts, axis=0)
             whole = jnp.moveaxis(whole.reshape(-1, *whole.shape[2:]), 0, dim)
@@ -79,7 +84,7 @@ def with_whole_kernels(
 
 
 def _split(x, shape, axes) -> tuple[tuple[str, ...], list[tuple[str, ...]], int] | None:
-    """The mesh axes that split clips, those of each axis of a kernel, and which are parts."""
+    """(Mesh axes that split clips, mesh axes of each kernel axis, the kernel axis to gather)."""
     mesh = jax.sharding.get_abstract_mesh()
     rules = nn.get_logical_axis_rules()
     if mesh.empty or not rules or set(mesh.axis_types) != {AxisType.Auto}:
@@ -88,7 +93,7 @@ def _split(x, shape, axes) -> tuple[tuple[str, ...], list[tuple[str, ...]], int]
     clips, *places = (
         tuple(name for name in names_in(entry) if name in large)
         for names in (("batch",), axes)
-        for entry in nn.logical_to_mesh_axes(names, rules)
+        for entry in logical_to_mesh_axes(names, rules) or ()
     )
     parts = [dim for dim, names in enumerate(places) if set(names) & set(clips)]
     if len(parts) != 1 or not set(places[parts[0]]) <= set(clips):

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that a mesh splits by clips and heads, whatever the mesh: each head once, none moved.
+"""Attention split by clips and heads on any mesh: each head is computed once, none is moved.
 
-A program for one device loops over heads. Over a loop whose axis it has split, a partitioner
-gathers all that the loop reads, in every round, and each device then computes every head; so a
-loop over heads must be inside of what is split, and no mechanism of JAX's puts it there on all
-platforms: libtpu refuses `custom_partitioning`, and `shard_map` has to know the axes. Hence
+A program for one device loops over heads. If a partitioner splits the loop's axis, it gathers all
+that the loop reads, in every round, and each device computes every head. So the loop over heads
+must be inside the split, and no mechanism of JAX puts it there on all platforms: libtpu refuses
+`custom_partitioning`, and `shard_map` has to know the axes. Hence
 
-* where the axes are known while tracing (`vivit_jax.layers.axes`), `jax.shard_map` over them, in
-  which the function of one device runs on its share;
-* where they are not, on another's automatic mesh without rules for logical axes, or for arrays
-  that are split with no mesh set, a primitive that looks when it is lowered. A program for one
-  device, or one in which all axes are manual, gets the function of one device; any other the one
-  in `vivit_jax.layers.blocks`, whose loop is over queries, which nobody splits, and whose products
+* if the axes are known while tracing (`vivit_jax.layers.axes`), `jax.shard_map` over them, in which
+  each device runs the one-device function on its share;
+* if not (an automatic mesh of other names without rules for logical axes, or arrays split with no
+  mesh set), a primitive that decides when it is lowered. A program for one device, or one in which
+  all axes are manual, gets the one-device function. Any other program gets
+  `vivit_jax.layers.blocks`, whose loop is over queries, which nobody splits, and whose products
   every partitioner splits by itself. On TPU that takes 1.8 times as long by the compiler's estimate
   (v5e, 8 clips of 1568 tokens, 12 heads of 64, bfloat16, both passes: 16.2 ms against 9.2).
 
-Both passes are placed by themselves, with the derivative's rule around them: no transposition of a
-`shard_map` then adds up what is on several devices.
+The two passes are placed separately, inside the derivative's rule: so no transposed `shard_map`
+sums values that several devices hold.
 """
 
 import logging
@@ -32,13 +32,13 @@ from jax.interpreters import ad, batching, mlir
 
 from vivit_jax.layers import blocks, chunked, pallas
 from vivit_jax.layers.axes import Placement, partitions, placement_of
-from vivit_jax.layers.chunked import SAVED
+from vivit_jax.layers.chunked import SAVED, Keys, Queries
 
 log = logging.getLogger(__name__)
 
 
 class Local(NamedTuple):
-    """Attention of what one device holds, for q [..., l, n, e], k and v [..., k, n, e].
+    """Attention on one device, for q [..., l, n, e], k and v [..., k, n, e].
 
     `forward(q, k, v)` -> out as q, log_sum [..., l, n], float32 or wider: the logarithm of the sum
     of each query's exponentials. `backward(q, k, v, out, log_sum, d_out)` -> d_q, d_k, d_v.
@@ -48,7 +48,7 @@ class Local(NamedTuple):
     backward: Callable
 
 
-PLACED = ("chunked", "pallas")  # what is known here
+PLACED = ("chunked", "pallas")  # the implementations that are placed here
 
 
 def _local(implementation: str) -> Local:
@@ -56,14 +56,16 @@ def _local(implementation: str) -> Local:
     return Local(kernels.forward, kernels.backward)
 
 
-SPLIT = Local(blocks.forward, blocks.backward)  # of the same shapes, with devices=
+SPLIT = Local(blocks.forward, blocks.backward)  # for several devices; both take devices=
 
 
-def placed_attention(q, k, v, implementation: str = "chunked", leading=("batch",)):
-    """softmax(q k^T / sqrt(e)) v; q [..., q, n, e], k and v [..., k, n, e] -> [..., q, n, e].
+def placed_attention(
+    q: Queries, k: Keys, v: Keys, implementation: str = "chunked", leading=("batch",)
+) -> Queries:
+    """softmax(q k^T / sqrt(e)) v.
 
-    `leading` has the logical names of the leading axes; by default there is one, the clips. Has a
-    derivative in reverse mode, of any order, and none in forward mode (`jax.jvp`): use "xla" for
+    `leading` has the logical names of the leading axes; by default there is one, the clips. It has
+    derivatives of any order in reverse mode and none in forward mode (`jax.jvp`): use "xla" for
     that.
     """
     placement = placement_of(q, leading)
@@ -91,13 +93,13 @@ _attend.defvjp(_forward, _backward)
 
 
 def _placed(placement: Placement, implementation: str, way: str, *arrays):
-    """One pass, on every device over its share as far as that is known."""
+    """One pass, on each device's share as far as that is known."""
     found = placement.on_each(partial(_bind, implementation, way))(*arrays)
     return _varying_alike(*found, *arrays)[: len(found)]
 
 
 def _varying_alike(*arrays):
-    """The arrays, typed to vary over each manual axis that one of them varies over."""
+    """The arrays, all typed as varying over each manual axis that one of them varies over."""
     axes = set().union(*(jax.typeof(x).mat.varying for x in arrays))
     missing = [tuple(sorted(axes - jax.typeof(x).mat.varying)) for x in arrays]
     return tuple(
@@ -110,16 +112,16 @@ _share_p.multiple_results = True
 
 
 def _bind(implementation, way, *arrays):
-    """The primitive; it carries the program of one device for all that looks into programs."""
+    """The primitive; it carries the one-device program, for code that inspects programs."""
     function = getattr(_local(implementation), way)
-    # Traced anew for each call, as what it reads of this module and `chunked` may have changed.
+    # Traced anew for each call: what it reads of this module and `chunked` may have changed.
     local = jax.make_jaxpr(lambda *arrays: function(*arrays))(*arrays)
     return tuple(_share_p.bind(*arrays, implementation=implementation, way=way, local=local))
 
 
 @_share_p.def_impl
 def _run(*arrays, implementation, way, local):
-    del local  # a new one each time, by which a program that is there would not be found
+    del local  # new each time: as part of the key it would hide the compiled program
     return list(_compiled(implementation, way)(*arrays))
 
 
@@ -148,7 +150,7 @@ def _lower(ctx, *arrays, implementation, way, local):
     return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays)
 
 
-# Not cached: the same call lies differently inside and outside of a `shard_map`.
+# Not cached: the same call is lowered differently inside and outside a `shard_map`.
 mlir.register_lowering(_share_p, _lower, cacheable=False)
 
 
@@ -167,7 +169,7 @@ batching.primitive_batchers[_share_p] = _batch
 
 
 def _differentiate(primals, tangents, *, way, **_):
-    """For derivatives of the second order and on: of the form that is split by itself."""
+    """Derivatives of second and higher order, of the form that partitioners split."""
     tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
     return jax.jvp(partial(getattr(SPLIT, way), devices=1), primals, tangents)
 
