@@ -29,8 +29,8 @@ from checkpoints_convert.source import open_source
 from vivit_jax import param_tree
 from vivit_jax.config import ARCHITECTURES, Config, check_head
 from vivit_jax.errors import ConfigError, UserError
-from vivit_jax.models import videomae, vivit
 from vivit_jax.models.build import abstract_params, build_model, check_float64, initialise
+from vivit_jax.models.family import head_of
 
 logger = logging.getLogger(__name__)
 
@@ -289,10 +289,10 @@ def _notes(model: nn.Module, held: Layout, stored: Config, fresh: bool) -> list[
     splits = model.config.class_splits
     if held.head == "classification" and splits != stored.class_splits:
         notes.append(f"class_splits is {splits}, the checkpoint's is {stored.class_splits}")
-    if isinstance(model, vivit.VivitModel) and not model.add_pooling_layer:
+    if getattr(type(model), "add_pooling_layer", False) and not model.add_pooling_layer:
         notes.append("the checkpoint holds no pooling layer: add_pooling_layer=False")
-    classifier = isinstance(model, videomae.VideoMAEForVideoClassification)
-    if classifier and fresh and not model.config.use_mean_pooling:
+    mean_pooled = getattr(model.config, "use_mean_pooling", True)
+    if head_of(model) == "classification" and fresh and not mean_pooled:
         notes.append(
             "use_mean_pooling is false: the classifier reads the first token, as in transformers; "
             "init_from_pretraining makes the authors' classifier, on the mean of all tokens"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from checkpoints_convert.rules import Rule, expand
-from vivit_jax.config import Config, VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config
 from vivit_jax.errors import CheckpointError
 from vivit_jax.files.limits import check_unpacked
 
@@ -42,7 +42,7 @@ def check_sizes(
                 f"{title} does not fit the model: wrong shape: its config says {name} {size:,}, "
                 f"and the longest axis of its tensors is {longest:,}"
             )
-    for what, size in _tables(config, head).items():
+    for what, size in config.computed_tables(head).items():
         check_unpacked(f"{title} asks in its config for {what}: it", size, 0, CheckpointError)
 
 
@@ -54,25 +54,5 @@ def _axes(config: Config, head: str) -> dict[str, int]:
     if head == "pretraining":
         names += ["decoder_hidden_size", "decoder_intermediate_size"]
     axes = {name: getattr(config, name) for name in names}
-    if isinstance(config, VivitConfig):
-        time, height, width = config.grid
-        if config.attention_type == "factorised_encoder":
-            return axes | {"positions": max(time, height * width)}
-        return axes | {"positions": time * height * width}
-    return axes
-
-
-def _tables(config: Config, head: str) -> dict[str, int]:
-    """What a model computes from its config alone, with its bytes."""
-    if isinstance(config, VideoMAEConfig):
-        widths = {"": config.hidden_size}
-        if head == "pretraining":
-            widths["the decoder's "] = config.decoder_hidden_size
-        return {
-            f"{whose}positions of {config.num_tokens:,} tokens of width {width:,}": (
-                8 * config.num_tokens * width
-            )
-            for whose, width in widths.items()
-        }
-    sampled = config.num_sampled_frames
-    return {f"{sampled} of {config.num_frames:,} frames": 8 * config.num_frames} if sampled else {}
+    positions = config.learned_positions()
+    return axes | {"positions": positions} if positions else axes

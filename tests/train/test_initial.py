@@ -14,8 +14,8 @@ from helpers import mostly_slow
 from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 import vivit_jax
-from checkpoints_convert import pretrained
 from vivit_jax import param_tree
+from vivit_jax.models import build
 from vivit_jax.models.build import _compiled_draw, abstract_params, fresh_params
 from vivit_jax.train.initial_model import starting_model
 from vivit_jax.train.initial_params import papers_params
@@ -317,7 +317,7 @@ def test_the_compiler_s_lower_level_draws_the_same_bits(scan_layers):
     model = vivit_jax.VideoMAEForPreTraining(config)
     leaves, key = tuple(sorted(param_tree.flatten(abstract_params(model)))), jax.random.key(3)
     options = {"xla_backend_optimization_level": 3, **AS_USERS}
-    usual = jax.jit(pretrained._drawn, static_argnums=(0, 1, 2), compiler_options=options)
+    usual = jax.jit(build._drawn, static_argnums=(0, 1, 2), compiler_options=options)
     usual, lower = (draw(model, leaves, "float32", key) for draw in (usual, _compiled_draw(True)))
     inside = param_tree.flatten(jax.jit(lambda: fresh_params(model, 3))())
     for path in leaves:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from vivit_jax.config import Config, VideoMAEConfig, VivitConfig
+from vivit_jax.config import Config
 from vivit_jax.errors import UserError
 from vivit_jax.masking import Mask, dual_mask, tube_mask
 from vivit_jax.models.build import abstract_params, build_model
@@ -45,10 +45,10 @@ class Work:
             raise UserError(f"work must be one of {list(KINDS)}, got {self.kind!r}")
         if self.batch < 1:
             raise UserError(f"batch must be at least 1, got {self.batch}")
-        if self.kind == "pretrain" and isinstance(self.config, VivitConfig):
+        if self.kind == "pretrain" and not self.config.has_pretraining:
             raise UserError(
-                f"work 'pretrain' needs a VideoMAE, got {self.name}, a ViViT, which has no masked "
-                "pre-training; use 'forward' or 'finetune'"
+                f"work 'pretrain' needs a VideoMAE, got {self.name}, a {self.config.title}, which "
+                "has no masked pre-training; use 'forward' or 'finetune'"
             )
 
     @property
@@ -105,7 +105,7 @@ def work_of(
 
 def has_pretraining(preset: str) -> bool:
     """Whether a preset's model is pre-trained by masking; UserError for an unknown preset."""
-    return isinstance(_preset(preset).config, VideoMAEConfig)
+    return _preset(preset).config.has_pretraining
 
 
 def _preset(name: str) -> Preset:

@@ -222,7 +222,7 @@ def picture_of(found, config, seen, indices: list[int], seconds, *, title: str, 
 
 def _subject(choice, config) -> str:
     """What is shown: kind, layers, heads, query."""
-    layers, temporal = config.num_hidden_layers, getattr(config, "temporal_layers", 0)
+    layers, temporal = config.num_hidden_layers, config.temporal_layers
     # A tubelet of a factorised encoder has no part in the temporal stage.
     temporal = temporal if isinstance(choice.query, str) else 0
     if choice.kind == "map":
@@ -245,22 +245,21 @@ def _subject(choice, config) -> str:
 def _notes(found, config, about: str, channels: int) -> list[str]:
 
     (t, h, w), length = found.maps.shape[1:], found.tubelet[0]
-    family = "VideoMAE" if config.model_type == "videomae" else "ViViT"
-    arranged = getattr(config, "attention_type", "joint")
+    arranged = config.attention_type
     name, combined = _ARRANGEMENTS[arranged]
     query = found.choice.query
     if arranged == "factorised_encoder" and not isinstance(query, str):
         combined = "The query is a token of the spatial stage, which sees its own time step only."
-    elif getattr(config, "spatial_only", False):
+    elif config.spatial_only:
         combined = _ALL_ALIKE
     shared = f"Each token is of {length} frames, which share a map. " if length > 1 else ""
     notes = [
-        f"{about}: {family}, {name} over {t}x{h}x{w} tokens (time, height, width).",
+        f"{about}: {config.title}, {name} over {t}x{h}x{w} tokens (time, height, width).",
         combined,
         f"{shared}Attention is drawn as a block for each token, and on the input interpolated "
         "between them (bilinear); colours mean the same in all frames.",
         None if isinstance(query, str) else "The query's tubelet is outlined.",
-        f"{_left_out(found)}." if getattr(config, "pooling", None) == "cls" else None,
+        f"{_left_out(found)}." if config.pooling == "cls" else None,
         channels_note(channels),
     ]
     return [note for note in notes if note]

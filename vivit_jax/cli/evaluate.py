@@ -14,7 +14,6 @@ from vivit_jax.cli.model import open_model
 from vivit_jax.cli.train import join
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.data.datasets.dataset import read_dataset
-from vivit_jax.data.read_clip import RECIPE_STRIDE, VIEW_SAMPLER, default_average
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, write_json
 from vivit_jax.recipes import recipe_named
@@ -105,7 +104,7 @@ def evaluate(
     dataset = read_dataset(
         data,
         root,
-        labels=len(source.config.class_splits or (1,)),
+        labels=len(source.config.split_sizes),
         frame_name=frame_name,
         first_frame=first_frame,
     )
@@ -165,10 +164,10 @@ def evaluate(
 def _views(config, processor):
     """One central view, as the model's family takes it, resized as its processor says."""
     return EvalSettings(
-        sampler=VIEW_SAMPLER[config.model_type],
-        stride=RECIPE_STRIDE[config.model_type],
+        sampler=config.view_sampler,
+        stride=config.frame_stride,
         resize=max(resize_for(processor, min(config.frame_size)), *config.frame_size),
-        average=default_average(config),
+        average=config.average,
     )
 
 

@@ -18,7 +18,6 @@ from checkpoints_convert.processor import processor_of
 from vivit_jax import __version__
 from vivit_jax.cli.model import open_model
 from vivit_jax.console import ConfigOption, joined
-from vivit_jax.data.read_clip import RECIPE_STRIDE
 from vivit_jax.data.sliding_window import plan_windows
 from vivit_jax.errors import UserError, VideoError, printable
 from vivit_jax.files.atomic import check_directory, check_output, whole_file
@@ -228,7 +227,7 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
 def _settings(config, params, processor, how: dict[str, Any]) -> dict[str, Any]:
     """All that the numbers depend on but the video and the device, as JSON values."""
     named = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id")}
-    frame_stride = how["frame_stride"] or RECIPE_STRIDE[config.model_type]
+    frame_stride = how["frame_stride"] or config.frame_stride
     stride = how["window_stride"] or config.num_frames * frame_stride
     return how | {
         "frame_stride": frame_stride,

@@ -35,7 +35,7 @@ def presets(*, json: bool = False) -> None:
     ]
     for name, preset in PRESETS.items():
         config = preset.config
-        temporal = getattr(config, "temporal_layers", 0)
+        temporal = config.temporal_layers
         masked = {}
         if preset.head == "pretraining":
             make = dual_mask if preset.dual_masks else tube_mask

@@ -25,10 +25,6 @@ from vivit_jax.errors import ConfigError, UserError, VideoError
 
 logger = logging.getLogger(__name__)
 
-# Frame stride of the published Kinetics recipes.
-RECIPE_STRIDE = {"vivit": 2, "videomae": 4}
-# How they place several clips of a test video along time.
-VIEW_SAMPLER = {"vivit": "loop", "videomae": "linspace"}
 Rounding = Literal["floor", "ceil"]
 _NEAREST = 0  # Pillow's filter that copies pixels without weighting them
 
@@ -139,7 +135,7 @@ def read_clips(
     length = config.num_frames
     if stride is None:
         longest = (total - 1) // max(length - 1, 1)
-        stride = max(1, min(RECIPE_STRIDE[config.model_type], longest))
+        stride = max(1, min(config.frame_stride, longest))
     if clips == 1:
         indices = clip_indices(total, length, stride, start, pad)[None]
     else:
@@ -148,8 +144,7 @@ def read_clips(
                 f"{name}: {total} frames are too few for {clips} clips of {length} frames at "
                 f"stride {stride}; take one clip, with pad to fill it up"
             )
-        sampler = VIEW_SAMPLER[config.model_type]
-        indices = view_indices(sampler, total, length, stride, clips)
+        indices = view_indices(config.view_sampler, total, length, stride, clips)
     flat = indices.reshape(-1)
     if frames is None:
         frames = read_video(source, indices=flat, square_pixels=square_pixels, lost="few")
@@ -178,14 +173,6 @@ def check_reading(start: str | int, pad: str, clips: int) -> None:
 def crop_rounding(sampler: str) -> Rounding:
     """How the papers round a crop's offset: VideoMAE down, scenic up."""
     return "ceil" if sampler == "loop" else "floor"
-
-
-def default_average(config: Config) -> Literal["logits", "softmax"]:
-    """What the family's papers average over views: "logits" (scenic) or "softmax" (VideoMAE).
-
-    Several heads have no joint softmax, so their logits are averaged.
-    """
-    return "logits" if config.model_type == "vivit" or config.class_splits else "softmax"
 
 
 def parse_start(text: str) -> str | int:

@@ -13,7 +13,6 @@ from jaxtyping import Float64, Int64, Shaped
 
 from vivit_jax.config import Config
 from vivit_jax.config_base import positive_int
-from vivit_jax.data.read_clip import RECIPE_STRIDE
 from vivit_jax.data.video.frame_stream import FrameStream, StreamedFrame
 from vivit_jax.errors import UserError, VideoError
 
@@ -73,7 +72,7 @@ def plan_windows(
     """
     if pad not in ("drop", "repeat_last"):
         raise UserError(f"pad must be drop or repeat_last (--pad), got {pad!r}")
-    frame_stride = RECIPE_STRIDE[config.model_type] if frame_stride is None else frame_stride
+    frame_stride = config.frame_stride if frame_stride is None else frame_stride
     if not positive_int(frame_stride):
         raise UserError(
             f"frame_stride must be an int of at least 1 (--frame-stride), got {frame_stride!r}"

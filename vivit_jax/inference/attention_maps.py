@@ -33,14 +33,14 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from vivit_jax.config import Config, VivitConfig
+from vivit_jax.config import Config
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import SPLIT_HEADS, TIME
 from vivit_jax.layers.embed import check_clip, uniform_frames
-from vivit_jax.layers.encoder import Block, StackSpec
+from vivit_jax.layers.encoder import Block
 from vivit_jax.masking import Grid
 from vivit_jax.models.build import headless
-from vivit_jax.models.vivit import stack_specs
+from vivit_jax.models.family import family_of
 
 KINDS = ("map", "rollout")
 Query = str | tuple[int, int, int]  # "cls", "mean" or the token at (t, y, x)
@@ -131,12 +131,12 @@ def map_attention(
     )
     backbone, params = headless(model, meta.unbox(params))
     out = _hidden_states(backbone, params, jnp.asarray(pixel_values), interpolate_pos_encoding)
-    stages, with_cls, (t, h, w) = _stages(config), _with_cls(config), grid
+    stages, with_cls, (t, h, w) = family_of(config).stacks(config), config.pooling == "cls", grid
     batch = len(pixel_values)
-    if _attention_type(config) == "factorised_encoder":
+    if config.attention_type == "factorised_encoder":
         shares = _staged_shares(config, stages, params, out, choice, (batch, *grid))
     else:
-        shape = (batch, -1) if _attention_type(config) == "joint" else (batch, t, h * w)
+        shape = (batch, -1) if config.attention_type == "joint" else (batch, t, h * w)
         row = np.tile(_query_row(choice.query, grid, with_cls), (batch, 1)).reshape(shape)
         hidden = out.hidden_states.reshape(-1, *row.shape, config.hidden_size)
         row = _back(config, stages[0], params, hidden, row, choice, choice.layer)
@@ -150,7 +150,7 @@ def map_attention(
         )
     shape = np.shape(pixel_values)
     frames = np.arange(shape[1] // config.tubelet[0] * config.tubelet[0])
-    sampled = getattr(config, "num_sampled_frames", None)
+    sampled = config.num_sampled_frames
     return AttentionMaps(
         maps=shares / total,
         class_share=np.maximum(0.0, 1 - total.reshape(-1)) if with_cls else np.zeros(batch),
@@ -176,7 +176,7 @@ def choose(
     """
     if kind not in KINDS:
         raise UserError(f"kind must be one of {list(KINDS)}, got {kind!r}")
-    with_cls, grid = _with_cls(config), grid or config.grid
+    with_cls, grid = config.pooling == "cls", grid or config.grid
     query = ("cls" if with_cls else "mean") if query is None else query
     if query == "cls" and not with_cls:
         raise UserError(
@@ -193,7 +193,7 @@ def choose(
                 f"query {query} is not on the token grid: expected a place (t, y, x) from "
                 f"(0, 0, 0) to {last}"
             )
-    layers, temporal = config.num_hidden_layers, getattr(config, "temporal_layers", 0)
+    layers, temporal = config.num_hidden_layers, config.temporal_layers
     if not layers:
         raise UserError("the model has num_hidden_layers=0: it has no attention to show")
     if temporal_layer is not None and not temporal:
@@ -234,20 +234,6 @@ def _place(name: str, index: int | None, count: int) -> int:
     return index % count
 
 
-def _attention_type(config: Config) -> str:
-    return getattr(config, "attention_type", "joint")  # VideoMAE has no other
-
-
-def _with_cls(config: Config) -> bool:
-    return getattr(config, "pooling", None) == "cls"
-
-
-def _stages(config: Config) -> tuple[StackSpec, ...]:
-    if isinstance(config, VivitConfig):
-        return stack_specs(config)
-    return (StackSpec(config.num_hidden_layers),)
-
-
 def _query_row(query: Query, grid: Grid, with_cls: bool) -> np.ndarray:
     """The weight of every token as a query, float32 [tokens]: sums to one."""
     row = np.zeros(with_cls + int(np.prod(grid)), np.float32)
@@ -262,7 +248,7 @@ def _query_row(query: Query, grid: Grid, with_cls: bool) -> np.ndarray:
 
 def _staged_shares(config, stages, params, out, choice: Choice, shape) -> np.ndarray:
     """The tubelets' shares [b, t, s] in a factorised encoder, for shape [b, t, h, w]."""
-    (batch, t, h, w), with_cls = shape, _with_cls(config)
+    (batch, t, h, w), with_cls = shape, config.pooling == "cls"
     of_frame, place = choice.query, None
     if not isinstance(choice.query, str):
         place, of_frame = choice.query[0], (0, *choice.query[1:])

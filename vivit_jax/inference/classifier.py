@@ -21,11 +21,9 @@ from checkpoints_convert.source import open_source
 from vivit_jax.config import architecture
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.read_clip import (
-    VIEW_SAMPLER,
     Clip,
     check_reading,
     crop_rounding,
-    default_average,
     read_clips,
 )
 from vivit_jax.data.transforms.processor import VideoProcessor
@@ -215,7 +213,7 @@ class VideoClassifier:
         if stride is not None and not _counts(stride):
             raise UserError(f"stride is {stride!r}, expected an int of at least 1, or None")
         check_reading(start, pad, num_clips)
-        average = default_average(config) if average is None else average
+        average = config.average if average is None else average
         if average not in AVERAGES:
             raise UserError(f"average is {average!r}, expected one of {', '.join(AVERAGES)}")
         if function_to_apply is None:
@@ -268,7 +266,7 @@ class VideoClassifier:
         Raises VideoError where this video's size does not fit, UserError where none does.
         """
         processor, expected = self.processor, self.config.frame_size
-        rounding = crop_rounding(VIEW_SAMPLER[self.config.model_type])
+        rounding = crop_rounding(self.config.view_sampler)
         pixels = np.concatenate([c.pixel_values(processor, crops, rounding) for c in clips])
         size = pixels.shape[2:4]
         stretched = processor.do_resize and "height" in processor.size

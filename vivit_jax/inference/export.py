@@ -29,7 +29,7 @@ from vivit_jax.config_base import positive_int
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.transforms.processor_in_jax import pixels_inside
 from vivit_jax.errors import MissingExtra, UserError
-from vivit_jax.models.videomae import VideoMAEForPreTraining
+from vivit_jax.models.family import head_of
 from vivit_jax.outputs import RESULTS_ONLY
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -165,9 +165,9 @@ OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
 
 
 def _check(model, processor, preprocess, input_size, batch, params_at, platforms, precision):
-    if isinstance(model, VideoMAEForPreTraining):
+    if head_of(model) == "pretraining":
         raise UserError(
-            "a VideoMAEForPreTraining needs a mask for each clip and cannot be exported; export "
+            f"a {type(model).__name__} needs a mask for each clip and cannot be exported; export "
             "its encoder: from_pretrained(..., head='none'), --head none"
         )
     if preprocess and processor is None:

@@ -159,14 +159,14 @@ def check_features(
     if pool == "cls" and not _class_tokens(config, field):
         raise UserError(
             "--pool cls: the model has no class token"
-            + (" there (its frames are averaged)" if getattr(config, "spatial_only", None) else "")
+            + (" there (its frames are averaged)" if config.spatial_only else "")
             + "; use --pool mean"
         )
 
 
 def _place(config, layer: str | int) -> tuple[str, int]:
     """The field of the output and the place in it. Raises UserError where there is none."""
-    staged, text = getattr(config, "temporal_layers", 0), str(layer)
+    staged, text = config.temporal_layers, str(layer)
     if text == "last":
         return "last_hidden_state", 0
     stage, _, number = text.rpartition(":")
@@ -182,7 +182,7 @@ def _place(config, layer: str | int) -> tuple[str, int]:
 
 def _class_tokens(config, field: str) -> bool:
     """Whether the first token of this output is a class token."""
-    if getattr(config, "pooling", None) != "cls":
+    if config.pooling != "cls":
         return False
     return not (field == "last_hidden_state" and config.spatial_only)
 

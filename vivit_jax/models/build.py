@@ -10,43 +10,31 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
+from jax.core import Tracer
 
 from vivit_jax import param_tree
-from vivit_jax.config import ARCHITECTURES, Config, architecture, check_head
+from vivit_jax.config import Config, check_head
 from vivit_jax.errors import ConfigError
-from vivit_jax.layers.platform import platform
-from vivit_jax.masking import Mask
-from vivit_jax.models import videomae, vivit
-
-_MODELS = {
-    cls.__name__: cls
-    for cls in (
-        vivit.VivitModel,
-        vivit.VivitForVideoClassification,
-        videomae.VideoMAEModel,
-        videomae.VideoMAEForPreTraining,
-        videomae.VideoMAEForVideoClassification,
-    )
-}
+from vivit_jax.layers.platform import flag, platform
+from vivit_jax.models.family import family_of, head_of
 
 
 def build_model(config: Config, head: str, add_pooling_layer: bool | None = None) -> nn.Module:
     """The module for a config and a head.
 
-    The pooling layer is that of a headless model, None: as its class has it, ViViT with one and
-    VideoMAE without.
+    `add_pooling_layer` is for a headless model; None is its class's default: ViViT has a pooling
+    layer, VideoMAE has none.
     """
     check_head(config.model_type, head)
-    cls = _MODELS[architecture(config.model_type, head)]
+    options: dict[str, Any] = {"config": config}
     if head == "none" and add_pooling_layer is not None:
-        return cls(config, add_pooling_layer=add_pooling_layer)
-    return cls(config)
+        options["add_pooling_layer"] = add_pooling_layer
+    return family_of(config).models[head](**options)
 
 
 def headless(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-    """The model without its head, which is what reports hidden states, and its parameters."""
-    _, head = ARCHITECTURES[type(model).__name__]
-    params = params if head == "none" else params["backbone"]
+    """The model without its head, which reports hidden states, and its parameters."""
+    params = params if head_of(model) == "none" else params["backbone"]
     return build_model(model.config, "none", add_pooling_layer=False), params
 
 
@@ -57,41 +45,40 @@ def abstract_params(model: nn.Module) -> dict[str, Any]:
 
 
 def boxed_params(model: nn.Module) -> dict[str, Any]:
-    """`abstract_params` in flax's boxes, which say the logical axes of each parameter."""
-    # As far as parameters go it is the same model, with less to trace.
+    """`abstract_params` in flax's boxes, which hold the logical axes of each parameter."""
+    # The same parameters, with less to trace.
     config = dataclasses.replace(model.config, remat="none", attention="xla", dtype="float32")
-    return _boxed(model.clone(config=config), jax.config.jax_enable_x64)
+    return _boxed(model.clone(config=config), flag("jax_enable_x64"))
 
 
 @functools.lru_cache(maxsize=64)  # tracing a model takes a good part of a second
 def _boxed(model: nn.Module, x64: bool) -> dict[str, Any]:
-    """`x64` is part of the key: dtypes depend on whether there are 64 bits."""
+    """`x64` is part of the cache's key: dtypes depend on it."""
     clip, inputs = _init_inputs(model)
-    init = lambda clip: model.init(jax.random.key(0), clip, **inputs)["params"]  # noqa: E731
+
+    def init(clip):
+        return model.init(jax.random.key(0), clip, **inputs)["params"]
+
     with _no_mesh():
         return jax.eval_shape(init, clip)
 
 
 def _no_mesh():
-    """No mesh is set in the block: shapes would name it, and constraints be put on them."""
+    """A block with no mesh set: with one, shapes would name it and get constraints."""
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def _init_inputs(model: nn.Module) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
     config = model.config
     shape = (1, config.num_frames, *config.frame_size, config.num_channels)
-    inputs = {}
-    if isinstance(model, videomae.VideoMAEForPreTraining):
-        tokens = np.arange(config.num_tokens, dtype=np.int32)[None]
-        half = config.num_tokens // 2
-        inputs["mask"] = Mask(visible=tokens[:, :half], masked=tokens[:, half:])
+    inputs = family_of(config).init_inputs(config, head_of(model))
     return jax.ShapeDtypeStruct(shape, np.float32), inputs
 
 
 def expected_shapes(
     config: Config, head: str, pooler: bool | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's parameters by path, one entry per layer; `pooler` of a headless one."""
+    """Shapes of a model's parameters by path, one entry per layer; `pooler`: if headless."""
     leaves = param_tree.flatten(abstract_params(build_model(config, head, pooler)))
     shapes = param_tree.shapes_of(leaves)
     return {path: slot.shape for path, slot in param_tree.slots(shapes).items()}
@@ -106,21 +93,21 @@ def fresh_params(model: nn.Module, seed: int) -> dict[str, Any]:
 def initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.Array]:
     """Freshly drawn values of some leaves of the running parameter tree, by path."""
     # Drawn in float32 and cast, so that a seed gives the same head in every dtype.
-    config, dtype = model.config, model.config.param_dtype
+    config = model.config
+    dtype = config.param_dtype
     model = model.clone(config=dataclasses.replace(config, dtype="float32", param_dtype="float32"))
     key = jax.random.key(seed)
-    # Options are for a program of its own, not for a part of one that is being traced.
-    draw = _compiled_draw(platform() == "cpu" and not isinstance(key, jax.core.Tracer))
+    # Compiler options are for a whole program, not for a part of one that is being traced.
+    draw = _compiled_draw(platform() == "cpu" and not isinstance(key, Tracer))
     return draw(model, tuple(sorted(leaves)), dtype, key)
 
 
 @functools.cache
 def _compiled_draw(once_on_cpu: bool) -> Callable[..., dict[str, jax.Array]]:
-    """`_drawn` compiled, so that what is not returned is not computed; equal models once.
+    """`_drawn`, compiled so that only the results are computed, and once for equal models.
 
-    It runs once, and LLVM's later passes make it no faster: on a CPU the default level took 7.3 s
-    to compile the demo's model and 6.4 s to compile VideoMAE-B's, this one 3.1 and 4.2 s, for the
-    same bits.
+    It runs once, so LLVM's later passes do not pay: on a CPU the default level took 7.3 s to
+    compile the demo's model and 6.4 s for VideoMAE-B's, this one 3.1 and 4.2 s, for the same bits.
     """
     options = {"xla_backend_optimization_level": 1} if once_on_cpu else None
     return jax.jit(_drawn, static_argnums=(0, 1, 2), compiler_options=options)
@@ -134,9 +121,9 @@ def _drawn(model: nn.Module, leaves: tuple[str, ...], dtype: str, key: jax.Array
 
 
 def check_float64(config: Config) -> None:
-    """ConfigError for float64 that jax would silently make float32."""
+    """ConfigError for float64 that jax would silently turn into float32."""
     for field, what in (("param_dtype", "parameters"), ("dtype", "computation")):
-        if getattr(config, field) == "float64" and not jax.config.jax_enable_x64:
+        if getattr(config, field) == "float64" and not flag("jax_enable_x64"):
             raise ConfigError(
                 f"{what} would be float64, which jax truncates to float32 by default; set "
                 f"jax_enable_x64 or pass {field}='float32'"

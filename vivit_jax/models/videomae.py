@@ -2,14 +2,17 @@
 """VideoMAE (Tong et al. 2022) and V2 (Wang et al. 2023): encoder, pre-training, classification.
 
 Tokens are the tubelets in (t, h, w) order; there is no class token, and positions are a fixed
-sin-cos table that no checkpoint holds. Parameters: `patch_embed`, `layers`, and `ln_final` where
+sin-cos table, which checkpoints do not hold. Parameters: `patch_embed`, `layers`, and `ln_final` if
 `use_mean_pooling` is off; the heads hold the encoder as `backbone`.
 """
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jaxtyping import Float, Int
 
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import UserError
@@ -17,17 +20,20 @@ from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import TubeletEmbed, check_clip, sincos_positions
 from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
 from vivit_jax.layers.explicit import as_automatic
-from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
+from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32, with_axes
 from vivit_jax.layers.tubelets import (
     CHANNELS_FIRST,
     FRAMES_FIRST,
+    PixelValues,
     fastest_order,
     reordered,
     take_tokens,
 )
-from vivit_jax.masking import Grid, Mask
-from vivit_jax.models.head import classify
+from vivit_jax.masking import AnyArray, Grid, Mask
+from vivit_jax.models import products
+from vivit_jax.models.head import Labels, classify
 from vivit_jax.models.losses import reconstruction_loss, reconstruction_targets
+from vivit_jax.models.record import Family
 from vivit_jax.outputs import (
     ClassifierOutput,
     ModelOutput,
@@ -38,10 +44,10 @@ from vivit_jax.outputs import (
 
 
 class VideoMAEModel(nn.Module):
-    """The encoder; with a mask it embeds and computes the visible tokens only.
+    """The encoder; with a mask it embeds and computes only the visible tokens.
 
-    `add_pooling_layer` adds `pooler_output`, the norm (`fc_norm`) of the mean of all tokens, which
-    VideoMAE V2 calls its feature and a classifier reads. It needs `use_mean_pooling`.
+    `add_pooling_layer` adds `pooler_output`, the norm (`fc_norm`) of the mean of all tokens:
+    VideoMAE V2's feature, and a classifier's input. It needs `use_mean_pooling`.
     """
 
     config: VideoMAEConfig
@@ -51,16 +57,16 @@ class VideoMAEModel(nn.Module):
     @nn.compact
     def __call__(
         self,
-        pixel_values,
+        pixel_values: PixelValues,
         *,
         mask: Mask | None = None,
-        head_mask=None,
+        head_mask: Float[AnyArray, "*layers n"] | None = None,
         attention_mask: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        clip_ids=None,
+        clip_ids: Int[AnyArray, " b"] | None = None,
         return_dict: bool = True,
     ) -> ModelOutput | tuple:
         """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, l or visible, d].
@@ -110,7 +116,7 @@ class VideoMAEModel(nn.Module):
 
 
 class VideoMAEDecoder(nn.Module):
-    """Blocks of the decoder's width over its tokens, pixels for the last `num_predicted`.
+    """Blocks of the decoder's width over its tokens; pixels of the last `num_predicted` tokens.
 
     The pixels of a token are in `order`, see `vivit_jax.layers.tubelets`.
     """
@@ -120,12 +126,12 @@ class VideoMAEDecoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x,
+        x: Float[jax.Array, "b l d"],
         num_predicted: int,
         output_hidden_states: bool,
-        clip_ids=None,
+        clip_ids: Int[AnyArray, " b"] | None = None,
         order: str = FRAMES_FIRST,
-    ):
+    ) -> tuple[Float[jax.Array, "b k p"], Float[jax.Array, "layers b l d"] | None]:
         config = self.config.decoder()
         x, layers = run_blocks(
             config,
@@ -138,7 +144,10 @@ class VideoMAEDecoder(nn.Module):
         x = LayerNorm(config, config.decoder_norm_eps, name="ln_final")(x)
         shape = (config.hidden_size, config.patch_values)
         head = Projection(config, shape, ("embed", "pixels"), name="head")
-        columns = lambda y: _values_in(config, y, FRAMES_FIRST, order)  # noqa: E731
+
+        def columns(y):
+            return _values_in(config, y, FRAMES_FIRST, order)
+
         return head(x, columns=columns), layers.hidden
 
 
@@ -155,21 +164,21 @@ class VideoMAEForPreTraining(nn.Module):
     @nn.compact
     def __call__(
         self,
-        pixel_values,
+        pixel_values: PixelValues,
         mask: Mask | None = None,
         *,
-        head_mask=None,
+        head_mask: Float[AnyArray, "*layers n"] | None = None,
         attention_mask: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        clip_ids=None,
+        clip_ids: Int[AnyArray, " b"] | None = None,
         return_dict: bool = True,
     ) -> PreTrainingOutput | tuple:
         """As `VideoMAEModel`; logits [b, k, patch values] in the order of `mask.predicted`; loss.
 
-        The loss is the mean squared error to `reconstruction_targets` on tokens that the encoder
+        The loss is the mean squared error to `reconstruction_targets` over tokens that the encoder
         did not see. `head_mask` acts on the encoder.
         """
         config = self.config
@@ -194,7 +203,7 @@ class VideoMAEForPreTraining(nn.Module):
         width = config.decoder_hidden_size
         mask_token = self.param(
             "mask_token",
-            nn.with_logical_partitioning(nn.initializers.zeros, (None, None, "embed")),
+            with_axes(nn.initializers.zeros, (None, None, "embed")),
             (1, 1, width),
             jnp.dtype(config.param_dtype),
         )
@@ -205,9 +214,9 @@ class VideoMAEForPreTraining(nn.Module):
         x = x + _positions(x, grid, mask.visible)
         blanks = jnp.broadcast_to(mask_token.astype(x.dtype), (*mask.predicted.shape, width))
         blanks = blanks + _positions(x, grid, mask.predicted)
-        # Visible tokens first, then blanks: attention does not see the order, the slice does.
+        # Visible tokens first, then blanks: attention ignores the order, the slice needs it.
         x = jnp.concatenate([x, blanks], axis=1).astype(config.dtype)
-        # Bytes are of a training step, where nothing but the loss reads the logits.
+        # Bytes come from a training step, where only the loss reads the logits.
         order = fastest_order(pixel_values)
         order = order if order == CHANNELS_FIRST else FRAMES_FIRST
         logits, decoder_hidden_states = VideoMAEDecoder(config, name="decoder")(
@@ -227,10 +236,10 @@ class VideoMAEForPreTraining(nn.Module):
 
 
 class VideoMAEForVideoClassification(nn.Module):
-    """Linear classifier on the mean of all tokens, normed (`fc_norm`).
+    """Linear classifier on the norm (`fc_norm`) of the mean of all tokens.
 
-    With `use_mean_pooling` off it reads the first tubelet's token after the final norm, which is
-    what HuggingFace does with a pre-training configuration.
+    With `use_mean_pooling` off it reads the first tubelet's token after the final norm, as
+    HuggingFace does with a pre-training configuration.
     """
 
     config: VideoMAEConfig
@@ -239,17 +248,17 @@ class VideoMAEForVideoClassification(nn.Module):
     @nn.compact
     def __call__(
         self,
-        pixel_values,
+        pixel_values: PixelValues,
         *,
-        labels=None,
+        labels: Labels | None = None,
         mask: Mask | None = None,
-        head_mask=None,
+        head_mask: Float[AnyArray, "*layers n"] | None = None,
         attention_mask: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        clip_ids=None,
+        clip_ids: Int[AnyArray, " b"] | None = None,
         return_dict: bool = True,
     ) -> ClassifierOutput | tuple:
         """As `VideoMAEModel`; logits [b, classes]; labels add `loss`, see `classification_loss`."""
@@ -280,13 +289,15 @@ def _values_in(config: VideoMAEConfig, x, old: str, new: str):
     return reordered(x, config.tubelet, config.num_channels, old, new)
 
 
-def _mean_pooled(config: VideoMAEConfig, x):
-    """The norm of the mean over the tokens of x [b, l, d]; called in a module, which holds it."""
+def _mean_pooled(config: VideoMAEConfig, x: Float[jax.Array, "b l d"]) -> Float[jax.Array, "b d"]:
+    """The norm of the mean over tokens; call inside a module, which then holds the norm."""
     return LayerNorm(config, config.fc_norm_eps, name="fc_norm")(at_least_float32(x).mean(1))
 
 
-def _positions(x, grid: Grid, indices):
-    """Rows of the fixed table for x [b, l, d] at token indices [b, l] (None: all of them)."""
+def _positions(
+    x: Float[jax.Array, "b ... d"], grid: Grid, indices: Int[AnyArray, "b k"] | None
+) -> Float[jax.Array, "... d"]:
+    """Positions of the tokens at `indices`, None: of all tokens, for tokens like x."""
     table = sincos_positions(grid[0] * grid[1] * grid[2], x.shape[-1])
     rows = take_tokens(jnp.asarray(table, x.dtype), indices)
     return rows[None] if indices is None else rows
@@ -305,3 +316,66 @@ def _check_mask(mask: Mask, batch: int, grid: Grid) -> None:
             f"mask is for {' or '.join(map(str, clips))} clips of {mask.num_tokens} tokens, "
             f"pixel_values holds {batch} of {tokens} (grid {grid}); make the mask with that grid"
         )
+
+
+def stack_specs(config: VideoMAEConfig) -> tuple[StackSpec, ...]:
+    """The encoder's stack of blocks."""
+    return (StackSpec(config.num_hidden_layers),)
+
+
+def init_inputs(config: VideoMAEConfig, head: str) -> dict[str, Mask]:
+    """A mask for pre-training, of half of the tokens."""
+    if head != "pretraining":
+        return {}
+    tokens = np.arange(config.num_tokens, dtype=np.int32)[None]
+    half = config.num_tokens // 2
+    return {"mask": Mask(visible=tokens[:, :half], masked=tokens[:, half:])}
+
+
+def flops(
+    config: VideoMAEConfig, head: str, visible: int | None, decoded: int | None, all_tokens: bool
+) -> products.Flops:
+    """The products of a forward pass; every token is read, so `all_tokens` changes nothing."""
+    _check_token_counts(config, head, visible, decoded)
+    tokens = config.num_tokens if visible is None else visible
+    blocks = products.joint_blocks(config, config.num_hidden_layers, tokens)
+    heads = products.classifier(config, head)
+    if head == "pretraining":
+        decoder = config.decoder()
+        decoded = config.num_tokens - tokens if decoded is None else decoded
+        blocks += products.joint_blocks(decoder, decoder.num_hidden_layers, tokens + decoded)
+        heads += products.product(tokens, config.hidden_size, decoder.hidden_size)
+        heads += products.product(decoded, decoder.hidden_size, config.patch_values)
+    return products.Flops(products.embedding(config, tokens), blocks, heads)
+
+
+def _check_token_counts(
+    config: VideoMAEConfig, head: str, visible: int | None, decoded: int | None
+) -> None:
+    if decoded is not None and (head != "pretraining" or not 1 <= decoded <= config.num_tokens):
+        raise UserError(
+            f"decoded must be from 1 to {config.num_tokens} tokens with head 'pretraining', got "
+            f"{decoded!r} with head {head!r}; it is mask.predicted.shape[1]"
+        )
+    if visible is None and head != "pretraining":
+        return
+    # Pre-training needs something to predict.
+    most = config.num_tokens - (head == "pretraining")
+    if visible is None or not 1 <= visible <= most:
+        raise UserError(
+            f"visible must be from 1 to {most} of {config.num_tokens} tokens for head {head!r}, "
+            f"got {visible!r}; it is mask.visible.shape[1]"
+        )
+
+
+FAMILY = Family(
+    config=VideoMAEConfig,
+    models={
+        "none": VideoMAEModel,
+        "pretraining": VideoMAEForPreTraining,
+        "classification": VideoMAEForVideoClassification,
+    },
+    stacks=stack_specs,
+    flops=flops,
+    init_inputs=init_inputs,
+)

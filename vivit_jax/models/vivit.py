@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ViViT (Arnab et al. 2021) in its four forms, as in scenic; the joint one also as in HuggingFace.
 
-Tokens are tubelets in (t, h, w) order. The four models are four arrangements of the same blocks
-(section 3.3 of the paper; x is what the blocks see):
+Tokens are tubelets in (t, h, w) order. The four models arrange the same blocks in four ways
+(section 3.3 of the paper; x is the input of the blocks):
 
     joint                      x [b, thw, d]   attention over all tokens
     factorised encoder         x [b, t, hw, d] attention over the frame, one token per frame;
@@ -12,26 +12,37 @@ Tokens are tubelets in (t, h, w) order. The four models are four arrangements of
 
 Parameters: `patch_embed`, then those of an `Encoder` (`cls`, `pos_embed`, `layers`, `ln_final`), at
 the top or, in a factorised encoder, under `spatial` and `temporal`; `pooler`. The classifier holds
-the model as `backbone` and adds `head`. With a class token the last block, which may run for that
-token alone, lies beside the scanned ones: `layers` has 11 of 12, and `layers_11` is the last.
+the model as `backbone` and adds `head`. With a class token the last block stays out of the scan,
+because it may run for that token alone: `layers` has 11 of 12 blocks, `layers_11` is the last.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Float, Int
 
 from vivit_jax.config import VivitConfig
 from vivit_jax.layers.attention import SPACE, SPLIT_HEADS, TIME
 from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import TubeletEmbed, check_clip, resize_positions
-from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
+from vivit_jax.layers.encoder import (
+    LayerOutput,
+    StackSpec,
+    check_attention_mask,
+    per_layer,
+    run_blocks,
+)
 from vivit_jax.layers.explicit import as_automatic
-from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32
-from vivit_jax.masking import Grid
-from vivit_jax.models.head import classify
+from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32, with_axes
+from vivit_jax.layers.tubelets import PixelValues
+from vivit_jax.masking import AnyArray, Grid
+from vivit_jax.models import products
+from vivit_jax.models.head import Labels, classify
+from vivit_jax.models.record import Family
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, asked_for, choose_states
 
 _TIME, _SPACE = ("attention_time", TIME), ("attention_space", SPACE)
@@ -42,7 +53,7 @@ def stack_specs(config: VivitConfig) -> tuple[StackSpec, ...]:
     layers, cls = config.num_hidden_layers, config.pooling == "cls"
     if config.attention_type == "factorised_self_attention":
         order = (_TIME, _SPACE) if config.attention_order == "time_space" else (_SPACE, _TIME)
-        # scenic's form of this sets all four projections to zero, which no gradient ever leaves.
+        # scenic sets all four projections to zero instead, which no gradient ever changes.
         zero = ("attention_time",) if config.zero_init_temporal_attention else ()
         return (StackSpec(layers, order, zero_init=zero),)
     if config.attention_type == "factorised_dot_product":
@@ -57,9 +68,9 @@ def stack_specs(config: VivitConfig) -> tuple[StackSpec, ...]:
 class Encoder(nn.Module):
     """Class token, learned positions, blocks and the final norm over the tokens of a grid.
 
-    x [b, l, d] or [b, t, s, d]. `table` is the grid of the learned positions, `grid` that of x;
-    where there is a frame axis and the grid has one frame, every frame gets the same positions and
-    its own class token. With `pooled_only` nothing but the class token is wanted, if there is one.
+    x is [b, l, d] or [b, t, s, d]. `table` is the grid of the learned positions, `grid` that of x;
+    if x has a frame axis and the grid one frame, every frame gets the same positions and its own
+    class token. `pooled_only` computes only the class token, if there is one, in the last block.
     """
 
     config: VivitConfig
@@ -68,14 +79,20 @@ class Encoder(nn.Module):
     pooled_only: bool = False
 
     @nn.compact
-    def __call__(self, x, grid: Grid, head_mask, flags: dict[str, Any]):
+    def __call__(
+        self,
+        x: Float[jax.Array, "b *l d"],
+        grid: Grid,
+        head_mask: Float[AnyArray, "layers n"] | None,
+        flags: dict[str, Any],
+    ) -> tuple[Float[jax.Array, "b *q d"], LayerOutput]:
         config, d = self.config, x.shape[-1]
         param_dtype = jnp.dtype(config.param_dtype)
         zeros = nn.initializers.zeros
         with_cls = config.pooling == "cls"
         positions = self.param(
             "pos_embed",
-            nn.with_logical_partitioning(zeros, (None, "length", "embed")),
+            with_axes(zeros, (None, "length", "embed")),
             (1, with_cls + int(np.prod(self.table)), d),
             param_dtype,
         )
@@ -85,7 +102,7 @@ class Encoder(nn.Module):
         if with_cls:
             cls = self.param(
                 "cls",
-                nn.with_logical_partitioning(zeros, (None, None, "embed")),
+                with_axes(zeros, (None, None, "embed")),
                 (1, 1, d),
                 param_dtype,
             )
@@ -101,15 +118,17 @@ class Encoder(nn.Module):
         return LayerNorm(config, config.layer_norm_eps, name="ln_final")(x), layers
 
 
-def pool(config: VivitConfig, x, stage: str = "temporal"):
-    """One vector [..., d] of the tokens [..., l, d] that a stage returns; means are not rounded."""
+def pool(
+    config: VivitConfig, x: Float[jax.Array, "*b l d"], stage: str = "temporal"
+) -> Float[jax.Array, "*b d"]:
+    """One vector of a stage's tokens; means are not rounded."""
     if stage == "temporal" and config.spatial_only:
         return at_least_float32(x).mean(-2)  # frames have no class token
     if config.pooling == "cls":
         return x[..., 0, :]
     if config.pooling == "max":
-        # The gradient of jnp.max looks for the maximum among values that XLA may have computed
-        # again with other rounding; where it finds none it is NaN.
+        # The gradient of jnp.max searches for the maximum among values that XLA may have recomputed
+        # with other rounding; if it finds none it is NaN.
         place = jnp.argmax(x, axis=-2, keepdims=True)
         return jnp.take_along_axis(x, place, axis=-2)[..., 0, :]
     x = at_least_float32(x)
@@ -119,8 +138,8 @@ def pool(config: VivitConfig, x, stage: str = "temporal"):
 class VivitModel(nn.Module):
     """ViViT without a head; `add_pooling_layer` adds a dense layer on the pooled token.
 
-    With `pooled_only` last_hidden_state has the class token alone, if there is one, and the last
-    block computes nothing else; the classifier asks for that.
+    With `pooled_only`, which the classifier sets, the last block computes only the class token, if
+    there is one, and last_hidden_state holds no other.
     """
 
     config: VivitConfig
@@ -131,15 +150,15 @@ class VivitModel(nn.Module):
     @nn.compact
     def __call__(
         self,
-        pixel_values,
+        pixel_values: PixelValues,
         *,
-        head_mask=None,
+        head_mask: Float[AnyArray, "*layers n"] | None = None,
         attention_mask: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        clip_ids=None,
+        clip_ids: Int[AnyArray, " b"] | None = None,
         return_dict: bool = True,
     ) -> ModelOutput | tuple:
         """pixel_values [b, t, h, w, c] float -> last_hidden_state [b, tokens, d].
@@ -159,7 +178,7 @@ class VivitModel(nn.Module):
         check_attention_mask(attention_mask)
         states, attentions = asked_for(config, output_hidden_states, output_attentions)
         grid = check_clip(config, pixel_values.shape, any_size=interpolate_pos_encoding)
-        (t, h, w), (table_t, *table_hw) = grid, config.grid
+        (t, h, w), (table_t, table_h, table_w) = grid, config.grid
         flags = dict(
             output_hidden_states=bool(states),
             output_attentions=attentions,
@@ -175,7 +194,8 @@ class VivitModel(nn.Module):
             masks = (None,) * 2
             if head_mask is not None:
                 masks = jnp.split(head_mask, [config.num_hidden_layers])
-            encoder = Encoder(config, stages[0], (1, *table_hw), pooled_only=True, name="spatial")
+            table = (1, table_h, table_w)
+            encoder = Encoder(config, stages[0], table, pooled_only=True, name="spatial")
             x, layers = encoder(x.reshape(b, t, h * w, d), (1, h, w), masks[0], flags)
             hidden, over_space, over_time = layers.hidden, layers.space, None
             x = pool(config, x, "spatial")
@@ -214,16 +234,16 @@ class VivitForVideoClassification(nn.Module):
     @nn.compact
     def __call__(
         self,
-        pixel_values,
+        pixel_values: PixelValues,
         *,
-        labels=None,
-        head_mask=None,
+        labels: Labels | None = None,
+        head_mask: Float[AnyArray, "*layers n"] | None = None,
         attention_mask: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         interpolate_pos_encoding: bool = False,
         deterministic: bool = True,
-        clip_ids=None,
+        clip_ids: Int[AnyArray, " b"] | None = None,
         return_dict: bool = True,
     ) -> ClassifierOutput | tuple:
         """As `VivitModel`; logits [b, classes]; labels add `loss`, see `classification_loss`."""
@@ -249,3 +269,40 @@ class VivitForVideoClassification(nn.Module):
             out.temporal_attentions,
         )
         return out if return_dict else out.to_tuple()
+
+
+def flops(
+    config: VivitConfig, head: str, visible: int | None, decoded: int | None, all_tokens: bool
+) -> products.Flops:
+    """The products of a forward pass; ViViT has no masks, so `visible` and `decoded` are None."""
+    return products.Flops(
+        products.embedding(config, config.num_tokens),
+        _block_flops(config, head, all_tokens),
+        products.classifier(config, head),
+    )
+
+
+def _block_flops(config: VivitConfig, head: str, all_tokens: bool) -> int:
+    t, h, w = config.grid
+    layers, tokens, has_cls = config.num_hidden_layers, config.num_tokens, config.pooling == "cls"
+    # The tokens that the last block of a stage is read at: a frame's class token, the classifier's.
+    of_frame = 1 if has_cls and not all_tokens else None
+    of_clip = of_frame if head == "classification" else None
+    if config.attention_type == "factorised_encoder":
+        found = t * products.joint_blocks(config, layers, has_cls + h * w, of_frame)
+        return found + products.joint_blocks(config, config.temporal_layers, has_cls + t, of_clip)
+    # Every token attends to those of its place in every frame and to those of its frame.
+    attended = (t + h * w) * products.attended_width(config)
+    if config.attention_type == "factorised_self_attention":
+        return layers * products.block(config, tokens, attended, attention_layers=2)
+    if config.attention_type == "factorised_dot_product":
+        return layers * products.block(config, tokens, attended // 2)
+    return products.joint_blocks(config, layers, has_cls + tokens, of_clip)
+
+
+FAMILY = Family(
+    config=VivitConfig,
+    models={"none": VivitModel, "classification": VivitForVideoClassification},
+    stacks=stack_specs,
+    flops=flops,
+)

@@ -167,7 +167,7 @@ def model_labels(dataset: Dataset, config) -> Dataset:
     that are missing, more or fewer than the model's heads, or none of its classes. Of a data set
     that it returned it returns the same.
     """
-    sizes = config.class_splits or (config.num_labels,)
+    sizes = config.split_sizes
     if dataset.labels_per_example != len(sizes):
         raise UserError(
             f"{dataset.source} has {dataset.labels_per_example or 'no'} labels for each clip, the "
@@ -272,8 +272,8 @@ def _attention(config) -> str:
     if config.attention != "auto":
         return config.attention
     t, h, w = config.grid
-    joint = getattr(config, "attention_type", "joint") == "joint"
-    length = (t if joint else 1) * h * w + (getattr(config, "pooling", None) == "cls")
+    joint = config.attention_type == "joint"
+    length = (t if joint else 1) * h * w + (config.pooling == "cls")
     return choose_implementation(platform_name(), config.dtype, config.head_width, length)
 
 

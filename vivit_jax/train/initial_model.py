@@ -20,7 +20,7 @@ from checkpoints_convert.start.from_image import init_from_image_model
 from checkpoints_convert.start.from_pretraining import init_from_pretraining
 from checkpoints_convert.start.from_video import SIZES, init_from_video_model
 from vivit_jax import param_tree
-from vivit_jax.config import Config, VideoMAEConfig, VivitConfig, config_from_dict
+from vivit_jax.config import Config, VivitConfig, config_from_dict
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.hub import resolve_checkpoint
@@ -116,9 +116,10 @@ def planned_model(recipe: Recipe) -> tuple[nn.Module, Preprocessing]:
 
 def _config(recipe: Recipe) -> Config:
     config = model_config(recipe)
-    if recipe.task == "pretrain" and not isinstance(config, VideoMAEConfig):
+    if recipe.task == "pretrain" and not config.has_pretraining:
         raise UserError(
-            f"model.preset {recipe.model.preset!r} is a ViViT, which has no masked pre-training; "
+            f"model.preset {recipe.model.preset!r} is a {config.title}, which has no masked "
+            "pre-training; "
             "use a videomae preset"
         )
     return config

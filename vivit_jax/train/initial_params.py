@@ -32,7 +32,7 @@ from flax import linen as nn
 
 from vivit_jax import param_tree
 from vivit_jax.config import VivitConfig
-from vivit_jax.models.videomae import VideoMAEForPreTraining
+from vivit_jax.models.family import head_of
 
 # (generator, shape of one layer's parameter) -> float32
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
@@ -94,14 +94,14 @@ def _rules(model: nn.Module) -> Rules:
         (rf"{_ATTENTION}/scale", _constant(math.log(10))),
         (rf"{_ATTENTION}/\w+/bias", _constant(0.0)),
     )
-    if isinstance(config, VivitConfig):
+    if config.initial_values == "scenic":
         return constants + _scenic(config)
     values = math.prod(config.tubelet) * config.num_channels
     torch_default: Rules = (
         (rf"{_LAYER}patch_embed/(kernel|bias)", _uniform(values**-0.5)),
         (rf"{_LAYER}(mlp_in|mlp_out|head)/bias", _constant(0.0)),
     )
-    if isinstance(model, VideoMAEForPreTraining):
+    if head_of(model) == "pretraining":
         return constants + torch_default + _pretraining(config.initializer_range)
     return constants + torch_default + _fine_tuning(config.initializer_range)
 

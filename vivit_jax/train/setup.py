@@ -55,7 +55,7 @@ class TrainSetup:
         clips = (self.rows, config.num_frames, *config.frame_size, config.num_channels)
         shapes = {"clips": jax.ShapeDtypeStruct(clips, np.uint8, sharding=place)}
         if self.recipe.task == "finetune":
-            heads = len(config.class_splits or (1,))
+            heads = len(config.split_sizes)
             labels = (self.rows,) if heads == 1 else (self.rows, heads)
             shapes["labels"] = jax.ShapeDtypeStruct(labels, np.int32, sharding=place)
         return shapes

@@ -284,7 +284,7 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
     """Soft cross entropy: (params, key, part of a batch) -> (loss, {"accuracy"} if unmixed)."""
     config, settings = model.config, recipe.augment
     pixels = training_pixels(processor, settings)
-    splits = config.class_splits or (config.num_labels,)
+    splits = config.split_sizes
 
     def objective(params, key, part):
         augment, mixing, dropout = jax.random.split(key, 3)
