@@ -119,8 +119,8 @@ def refused(capsys, *args):
             "4 channels: set augment.rand_augment=none",
         ),
         ([*FINETUNE, *sets(train__seed=2**32)], "train.seed is 4294967296, expected in 0 to below"),
-        (["finetune", "--resume"], "holds no run to go on with: there is no recipe.json in it"),
-        ([*FINETUNE, "--resume"], "holds no run to go on with: there is no recipe.json in it"),
+        (["finetune", "--resume"], "holds no run to resume: there is no recipe.json in it"),
+        ([*FINETUNE, "--resume"], "holds no run to resume: there is no recipe.json in it"),
     ],
 )
 def test_a_mistake_is_told_in_a_line_and_leaves_no_directory(args, message, data, tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_other_directories_are_left_alone(data, tmp_path, capsys):
     assert "/proc/run: no file can be made in /proc" in refused(capsys, *args, "/proc/run")
     assert "name too long; choose another" in refused(capsys, *args, tmp_path / ("a" * 300))
     assert "is not empty; choose a new directory" in refused(capsys, *args, tmp_path / "full")
-    assert "holds a run; go on with it by --resume" in refused(capsys, *args, tmp_path / "damaged")
+    assert "holds a run; continue it with --resume" in refused(capsys, *args, tmp_path / "damaged")
     for name, message in (
         ("full", "holds no run"),
         ("empty", "holds no run"),

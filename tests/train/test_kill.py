@@ -193,9 +193,11 @@ def test_damaged_clips_of_one_process_end_both(tmp_path, parent, cache, data):
     args = ["finetune", *tiny(data, 60, **fields), "--out", tmp_path / "run"]
     lives = together(parent, tmp_path, [*cache, *args])
     assert [life.end() for life in lives] == [2, 2], "\n".join(life.text for life in lives)
-    told_own, told_other = sorted((life.text for life in lives), key=lambda t: "cannot go on" in t)
+    told_own, told_other = sorted(
+        (life.text for life in lives), key=lambda t: "cannot continue" in t
+    )
     assert "data.max_bad_share 0: " in told_own and "3.npy" in told_own
-    assert "cannot go on, for what it says itself" in told_other
+    assert "cannot continue; its own message says why" in told_other
     taken = told(tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / str(taken)).is_dir() and taken >= 6
     bad = json.loads((tmp_path / "run" / "bad_clips.json").read_text())
@@ -214,4 +216,4 @@ def test_a_model_that_cannot_be_written_ends_both(tmp_path, parent, cache, data)
     lives = together(parent, tmp_path, [*run, "--out", both, "--set", "train.steps=9", "--resume"])
     assert [life.end() for life in lives] == [2, 2], "\n".join(life.text for life in lives)
     assert "File exists" in lives[0].text
-    assert "process 0 cannot go on: " in lives[1].text and "File exists" in lives[1].text
+    assert "process 0 cannot continue: " in lives[1].text and "File exists" in lives[1].text

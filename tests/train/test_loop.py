@@ -35,6 +35,7 @@ from vivit_jax.train.evaluate import evaluate
 from vivit_jax.train.initial_model import described_model, description, starting_model
 from vivit_jax.train.log import MetricLog, read_metrics
 from vivit_jax.train.sharding import make_mesh, parse_mesh
+from vivit_jax.train.stop_signals import stop_signals
 
 FOLDERS = ("blue", "green", "red", "white")
 STEPS = 12  # 4 epochs of 3 steps
@@ -336,7 +337,7 @@ def test_a_signal_within_a_validation_ends_the_run_without_another_step(recipe, 
 def test_a_second_signal_is_not_held(number):
     received = []
     second = lambda *_: received.append("second")  # noqa: E731
-    with handled(number, second), loop._signals() as first:
+    with handled(number, second), stop_signals() as first:
         signal.raise_signal(number)
         assert (first, received) == ([number.name], [])
         signal.raise_signal(number)
@@ -344,7 +345,7 @@ def test_a_second_signal_is_not_held(number):
 
 
 def test_a_signal_that_is_ignored_stays_so():
-    with handled(signal.SIGINT, signal.SIG_IGN), loop._signals() as received:
+    with handled(signal.SIGINT, signal.SIG_IGN), stop_signals() as received:
         signal.raise_signal(signal.SIGINT)
         assert not received
         signal.raise_signal(signal.SIGTERM)
@@ -370,7 +371,7 @@ def unread():
 )
 def test_a_signal_is_noted_where_nobody_can_be_told(stream, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream())
-    with loop._signals() as received:
+    with stop_signals() as received:
         signal.raise_signal(signal.SIGTERM)
     assert received == ["SIGTERM"]
 
@@ -394,9 +395,7 @@ def test_a_run_at_its_end_says_so_and_changes_nothing(whole, recipe):
     before = files(out)
     outcome, said = run(recipe, out, resume=True)
     assert (outcome.step, outcome.stopped, outcome.model) == (STEPS, None, whole.model)
-    assert said == [
-        f"{out}: step 12 is taken and the run ends with step 12 of 12; nothing is left to do"
-    ]
+    assert said == [f"{out}: the run has reached its last step, 12 of 12; nothing is left to do"]
     after = files(out)
     assert before.keys() == after.keys()
     assert {path for path in before if before[path] != after[path]} <= {"report.html"}
@@ -428,7 +427,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint(whole, recipe, tmp_path, caplo
     outcome, said = run(recipe, out, resume=True, resume_step=before if chosen else None)
     assert f"steps {before + 1} to {STEPS} of {STEPS}" in said[0] and outcome.step == STEPS
     warnings = [message for message in caplog.messages if str(out) in message]
-    told = [f"going on from step {before}: the next checkpoint takes the place of the later "]
+    told = [f"resuming from step {before}: the next checkpoint replaces the later "]
     if not chosen:
         told.insert(0, f"the checkpoint of step {latest}, {out}/checkpoints/{latest}, is damaged: ")
     assert len(warnings) == len(told) and all(map(str.startswith, warnings, told)), warnings
@@ -458,7 +457,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(whole, recipe, tmp
 @pytest.mark.parametrize(
     ("fields", "resume", "message"),
     [
-        ({}, False, "holds a run; go on with it by --resume, or choose another directory"),
+        ({}, False, "holds a run; continue it with --resume, or choose another directory"),
         (
             dict(optim__lr=1e-3, train__seed=5),
             True,

@@ -18,7 +18,7 @@ def test_two_runs_that_start_together_do_not_mix(tmp_path):
     with pytest.raises(UserError, match="another process is training into it"):
         RunDirectory(tmp_path / "run", FINETUNE, resume=True)
     first.close()
-    with pytest.raises(UserError, match="holds a run; go on with it by --resume"):
+    with pytest.raises(UserError, match="holds a run; continue it with --resume"):
         second.begin({"a": 2})
     second.close()
     assert (tmp_path / "run" / MODEL).read_text() == '{\n  "a": 1\n}\n'
@@ -41,7 +41,7 @@ def test_a_run_may_go_on_in_other_parts(tmp_path):
 
 def test_files_that_are_no_json(tmp_path):
     (tmp_path / RECIPE).write_bytes(b"\xff\xfe{")
-    with pytest.raises(UserError, match="recipe.json is not valid JSON: .* put it back"):
+    with pytest.raises(UserError, match="recipe.json is not valid JSON: .* restore it"):
         saved_recipe(tmp_path)
     with pytest.raises(UserError, match="there is no .*model.json, which describes the model of"):
         described_model(tmp_path / MODEL)

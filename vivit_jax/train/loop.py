@@ -3,10 +3,7 @@
 
 import contextlib
 import dataclasses
-import os
-import signal
-import sys
-import threading
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +43,7 @@ from vivit_jax.train.sharding import (
     parse_mesh,
 )
 from vivit_jax.train.state import TrainState, new_state
+from vivit_jax.train.stop_signals import agreed_stop, stop_of_one, stop_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Outcome:
 
     step: int  # the last one taken
     steps: int  # of all epochs
-    stopped: str | None  # the signal that ended it, None where it came to its end
+    stopped: str | None  # the signal that ended it early
     model: Path  # the best model's directory; without validation the last one's
     metrics: dict[str, float]  # of the last validation
 
@@ -69,32 +67,36 @@ def train(
     tensorboard: bool = False,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run a recipe into the directory `out`, or go on with the run that is there.
+    """Run a recipe into the directory `out`, or resume the run that is there.
 
-    The directory gets recipe.json, model.json, metrics.jsonl, checkpoints/ (all that is needed to
-    go on), models/ (the model of each kept checkpoint as a HuggingFace directory, of the average
-    where there is one), bad_clips.json where clips could not be read, and report.html. With
-    `resume` the run goes on as if it had never stopped, on as many devices or others; on the same
-    ones, in as many parts of a step, bit for bit. SIGINT and SIGTERM end a run after the step or
-    validation that is under way, with a checkpoint. A run goes on from its latest checkpoint that
-    is not damaged, or from that of `resume_step`; later ones are then replaced. `mesh_sizes` are
-    those of `vivit_jax.train.sharding.parse_mesh`, by default all devices along "data".
+    The directory gets recipe.json, model.json, metrics.jsonl, checkpoints/ (all that resuming
+    needs), models/ (each kept checkpoint's model as a HuggingFace directory, from the moving
+    average where there is one), bad_clips.json if clips could not be read, and report.html.
 
-    Raises UserError for what cannot be run, a directory that holds a run without `resume` among it,
-    with nothing written, and where steps keep having no finite loss or too many clips cannot be
-    read: then the last good state is saved first.
+    `resume` continues from the latest checkpoint that is not damaged, or from `resume_step`, and
+    replaces later ones. The run continues as if it had never stopped, on any number of devices; on
+    the same devices and with the same `train.accumulate` bit for bit. SIGINT and SIGTERM end a run
+    with a checkpoint after the current step or validation. `mesh_sizes` are those of
+    `vivit_jax.train.sharding.parse_mesh`, by default all devices along "data".
+
+    Raises UserError before anything is written for a recipe that cannot run, and for a directory
+    that holds a run if `resume` is not set. Also raises it, after saving the last good state, where
+    losses stay not finite or too many clips cannot be read.
     """
     check(recipe)
     sizes = mesh_sizes or parse_mesh(None, jax.device_count())
     first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        enter = lambda thing: stack.enter_context(contextlib.closing(thing))  # noqa: E731
+
+        def enter(thing):
+            return stack.enter_context(contextlib.closing(thing))
+
         run = enter(RunDirectory(Path(out), recipe, resume=resume))
         checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
         if resume_step is not None:
             checkpoints.check_step(resume_step)
-        going_on = resume and checkpoints.latest() is not None
-        model_file = run.model_file if going_on else None
+        saved = resume and checkpoints.latest() is not None
+        model_file = run.model_file if saved else None
         setup, batches, start = _prepare(recipe, make_mesh(sizes), model_file)
         enter(batches)
         if start is not None:
@@ -102,7 +104,7 @@ def train(
         else:
             state, data, taken = checkpoints.restore(setup.shapes, resume_step)
             checkpoints.rewind(taken)
-            # A process more than there were is told so by the batches.
+            # The batches refuse a number of processes that differs.
             batches.restore(data.get(str(jax.process_index()), data["0"]))
         run.begin(None if start is None else description(start, recipe.task))
         progress = enter(Progress(setup.last, taken, setup.rows, enabled=first_process))
@@ -116,51 +118,48 @@ def train(
         )
         if first_process:
             say(_summary(setup, batches, run, taken))
-        stopped, metrics = _steps(setup, state, taken, batches, run, checkpoints, log, progress)
+        loop = _Loop(setup, run, checkpoints, batches, log, progress, state, taken)
+        stopped = loop.take_steps()
         checkpoints.wait()
-        best = checkpoints.best()
-        step = checkpoints.latest()
+        best, step = checkpoints.best(), checkpoints.latest()
+        assert step is not None  # a run ends with a checkpoint
     if first_process:
         bad = run.bad_clips()
         if bad and step > taken:
             say(f"left out, as they could not be read: {bad}; {run.path / BAD_CLIPS} says why")
         write_report(run.path)
     model = run.path / "models" / str(step if best is None else best)
-    return Outcome(step, setup.steps, stopped, model, metrics)
+    return Outcome(step, setup.steps, stopped, model, loop.metrics)
 
 
 def _prepare(
     recipe: Recipe, mesh: Mesh, model_file: Path | None
 ) -> tuple[TrainSetup, Batches, Start | None]:
-    """The setup, the batches, and what a run starts from, None for one that goes on.
+    """The setup, the batches, and what a new run starts from (None for a resumed one).
 
-    `model_file` describes the model of a run that goes on. Writes nothing.
+    `model_file` describes the model of a resumed run. Writes nothing.
     """
     if not recipe.data.train:
         raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
     finetune = recipe.task == "finetune"
-    heads = len(model_config(recipe).split_sizes) if finetune else 0
-    listed = lambda source: read_dataset(  # noqa: E731
-        source,
-        recipe.data.root,
+    heads = len(model_config(recipe).class_splits or (1,)) if finetune else 0
+    listed = functools.partial(
+        read_dataset,
+        root=recipe.data.root,
         labels=heads,
         frame_name=recipe.data.frame_name,
         first_frame=recipe.data.first_frame,
     )
     dataset = listed(recipe.data.train)
     validation = None if recipe.data.validation is None else listed(recipe.data.validation)
-    start = None
     if model_file is None:
         classes = dataset.classes if finetune else None
         start = starting_model(recipe, classes, _numbers(dataset, validation))
-    model = described_model(model_file) if start is None else start.model
-    config = model.config
-    frames = (
-        described_preprocessing(model_file, recipe, config)
-        if start is None
-        else start.preprocessing
-    )
-    recipe, processor = frames.recipe, frames.processor
+        model, frames = start.model, start.preprocessing
+    else:
+        start, model = None, described_model(model_file)
+        frames = described_preprocessing(model_file, recipe, model.config)
+    config, recipe, processor = model.config, frames.recipe, frames.processor
     if finetune:
         dataset = model_labels(dataset, config)
         validation = None if validation is None else model_labels(validation, config)
@@ -180,124 +179,142 @@ def _prepare(
 
 
 def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
-    """How many classes there are where each clip's one label is a number, up to the largest.
+    """The number of classes of clips with one numeric label: the largest plus one.
 
-    None where one number is all that there is, which says nothing of how many there are.
+    None for named classes, for several labels, and where all labels are equal.
     """
     both = [dataset] if validation is None else [dataset, validation]
     if any(each.classes is not None or each.labels_per_example != 1 for each in both):
         return None
-    found = {example.label for each in both for example in each.examples}
+    found = {label for each in both for e in each.examples if isinstance(label := e.label, int)}
     return 1 + max(found) if len(found) > 1 else None
 
 
-def _steps(
-    setup: TrainSetup,
-    state: TrainState,
-    taken: int,
-    batches: Batches,
-    run: RunDirectory,
-    checkpoints: Checkpoints,
-    log: MetricLog,
-    progress: Progress,
-) -> tuple[str | None, dict[str, float]]:
-    """Take the steps after `taken`; what stopped them early, and the last validation's metrics."""
-    recipe, per_epoch, last = setup.recipe, setup.per_epoch, setup.last
-    clock, metrics, unreadable = _Clock(), {}, None
-    position = batches.state()
+@dataclasses.dataclass
+class _Loop:
+    """The steps of a run: what they use, and how far they are."""
 
-    def export() -> Callable[[Path], None] | None:
-        """What writes the model, in the first process; all have a part in putting it together."""
-        params = _whole(state.params if state.average is None else state.average)
-        if jax.process_index():
-            return None
-        return lambda path: save_pretrained(path, setup.model, params, setup.processor)
+    setup: TrainSetup
+    run: RunDirectory
+    checkpoints: Checkpoints
+    batches: Batches
+    log: MetricLog
+    progress: Progress
+    state: TrainState
+    taken: int  # steps
 
-    def save(scores: dict[str, float] | None = None) -> None:
-        data = _of_all_processes(position)
-        checkpoints.save(taken, state, data, scores, export())
-        run.write_bad_clips(data, unreadable)
+    def __post_init__(self):
+        self.metrics: dict[str, float] = {}  # of the last validation
+        self._unreadable: dict[str, str] | None = None  # clips of the last validation: path -> why
+        self._clock, self._position = _Clock(), self.batches.state()
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None  # not reported yet
+        self._bad_reported = bool(self.batches.bad)
 
-    def report(step: int, values: dict[str, jax.Array]) -> None:
+    def take_steps(self) -> str | None:
+        """Take the steps that are left. The signal that ended them early, None where none did."""
+        last, stopped = self.setup.last, None
+        if self.taken and self.checkpoints.lacks_model(self.taken):
+            self.checkpoints.write_model(self.taken, self._model_writer())
+        with stop_signals() as received:
+            try:
+                while self.taken < last and stopped is None:
+                    stopped = self._step(received) or stop_of_one(received)
+                    validate = self._validation_due()
+                    if stopped or validate or self._checkpoint_due():
+                        self._report_pending()
+                        with self._clock.paused():
+                            # A validated step is saved: it may turn out to be the best.
+                            self._save(self._validated() if validate else None)
+                        stopped = stopped or stop_of_one(received)
+            except WriteError:  # a disk that takes no log takes no checkpoint either
+                raise
+            except UserError:
+                # The state is good: steps without finite gradients change nothing.
+                with contextlib.suppress(UserError):
+                    self._report_pending()
+                if self.taken and self.checkpoints.latest() != self.taken:
+                    self._save()
+                raise
+            self.checkpoints.wait()
+        return stopped if self.taken < last else None
+
+    def _step(self, received: list[str]) -> str | None:
+        """Take a step and report the one before. The signal after which all processes end."""
+        batch = failed = None
+        try:
+            batch = self._clock.fetch(self.batches, self._pending and self._pending[1]["loss"])
+        except UserError as error:
+            failed = error
+        if self.batches.bad and not self._bad_reported:
+            self._bad_reported = True
+            why = next(iter(self.batches.bad.values()))
+            self.progress.say(f"left out, as every clip that cannot be read will be: {why}")
+        stopped = agreed_stop(received, failed)
+        assert batch is not None  # else agreed_stop raised
+        self.state, values = self.setup.step(self.state, _placed(batch, self.setup.mesh))
+        self.taken, self._position = self.taken + 1, self.batches.state()
+        # One step behind, so that the device has its next step before one is reported.
+        previous, self._pending = self._pending, (self.taken, values)
+        if previous is not None:
+            self._report(*previous)
+        return stopped
+
+    def _checkpoint_due(self) -> bool:
+        every = self.setup.recipe.train.checkpoint_every or self.setup.per_epoch
+        return self.taken == self.setup.last or self.taken % every == 0
+
+    def _validation_due(self) -> bool:
+        epoch, within = divmod(self.taken, self.setup.per_epoch)
+        every = self.setup.recipe.train.evaluate_every
+        due = self.taken == self.setup.last or (not within and epoch % every == 0)
+        return due and self.setup.validation is not None
+
+    def _report_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._report(*pending)
+
+    def _report(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Log a step's values. UserError after `max_bad_steps` in a row that are not finite."""
         numbers = {name: float(value) for name, value in values.items()}
-        (seconds, waited), bad = clock.lap(), int(numbers.pop("bad_steps"))
-        rate = dict(clips_per_second=setup.rows / seconds, wait_share=waited / seconds)
-        log.write("train", step, numbers | rate)
-        progress.update(
+        (seconds, waited), bad = self._clock.lap(), int(numbers.pop("bad_steps"))
+        rate = dict(clips_per_second=self.setup.rows / seconds, wait_share=waited / seconds)
+        self.log.write("train", step, numbers | rate)
+        self.progress.update(
             step, loss=numbers["loss"], lr=numbers["lr"], wait_seconds=waited, seconds=seconds
         )
         if not bad:
             return
         what = f"loss {numbers['loss']:g}, gradient norm {numbers['gradient_norm']:g}"
-        progress.say(f"step {step}: {what}; this step changed nothing")
-        if bad >= recipe.train.max_bad_steps:
+        self.progress.say(f"step {step}: {what}; this step changed nothing")
+        if bad >= self.setup.recipe.train.max_bad_steps:
             raise UserError(
                 f"{bad} steps in a row, up to step {step}, had no finite loss and gradients "
                 f"({what}) and changed nothing; the last good state is saved: lower optim.lr, set "
                 "optim.clip, or compute in float32"
             )
 
-    def asked() -> str | None:
-        """The signal that ends this process, if it need not ask others, without another step."""
-        return received[0] if received and jax.process_count() == 1 else None
+    def _validated(self) -> dict[str, float]:
+        """Validate and log the metrics; returns them with the score of the checkpoint."""
+        self.metrics, self._unreadable = _validate(self.setup, self.state)
+        self.log.write("evaluate", self.taken, self.metrics)
+        text = ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items())
+        epochs = self.taken / self.setup.per_epoch
+        self.progress.say(f"step {self.taken}, after {epochs:g} epochs: {text}")
+        return _scored(self.setup, self.metrics)
 
-    if taken and checkpoints.lacks_model(taken):
-        checkpoints.write_model(taken, export())
-    pending = stopped = None
-    bad_reported = bool(batches.bad)
-    with _signals() as received:
-        try:
-            while taken < last and stopped is None:
-                batch = failed = None
-                try:
-                    batch = clock.fetch(batches, pending and pending[1]["loss"])
-                except UserError as error:
-                    failed = error
-                if batches.bad and not bad_reported:
-                    bad_reported = True
-                    why = next(iter(batches.bad.values()))
-                    progress.say(f"left out, as every clip that cannot be read will be: {why}")
-                stopped = _agreed(received, failed)
-                state, values = setup.step(state, _placed(batch, setup.mesh))
-                taken, position = taken + 1, batches.state()
-                # One step behind, so that the device has its next step before one is reported.
-                previous, pending = pending, (taken, values)
-                if previous is not None:
-                    report(*previous)
-                stopped = stopped or asked()
-                epoch, within = divmod(taken, per_epoch)
-                ended = taken == last or stopped is not None
-                due = taken % (recipe.train.checkpoint_every or per_epoch) == 0
-                validate = setup.validation is not None and (
-                    taken == last or (not within and epoch % recipe.train.evaluate_every == 0)
-                )
-                if not (ended or due or validate):
-                    continue
-                previous, pending = pending, None
-                report(*previous)
-                with clock.paused():
-                    scores = None
-                    if validate:
-                        metrics, unreadable = _validate(setup, state)
-                        scores = _scored(setup, metrics)
-                        log.write("evaluate", taken, metrics)
-                        text = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-                        progress.say(f"step {taken}, after {taken / per_epoch:g} epochs: {text}")
-                    # What was validated too: else the best of them might be lost.
-                    save(scores)
-                stopped = stopped or asked()
-        except WriteError:  # what could not be written now cannot be saved either
-            raise
-        except UserError:
-            # The state is good: steps without finite gradients change nothing.
-            if pending is not None:
-                with contextlib.suppress(UserError):
-                    report(*pending)
-            if checkpoints.latest() != taken and taken:
-                save()
-            raise
-        checkpoints.wait()
-    return stopped if taken < last else None, metrics
+    def _save(self, scores: dict[str, float] | None = None) -> None:
+        data = _of_all_processes(self._position)
+        self.checkpoints.save(self.taken, self.state, data, scores, self._model_writer())
+        self.run.write_bad_clips(data, self._unreadable)
+
+    def _model_writer(self) -> Callable[[Path], None] | None:
+        """What writes the model, in the first process; all take part in gathering it."""
+        state, setup = self.state, self.setup
+        params = _whole(state.params if state.average is None else state.average)
+        if jax.process_index():
+            return None
+        return lambda path: save_pretrained(path, setup.model, params, setup.processor)
 
 
 def _first_state(setup: TrainSetup, params: Any) -> TrainState:
@@ -313,8 +330,8 @@ def _first_state(setup: TrainSetup, params: Any) -> TrainState:
 def _summary(setup: TrainSetup, batches: Batches, run: RunDirectory, taken: int) -> str:
     if taken >= setup.last:
         return (
-            f"{run.path}: step {taken} is taken and the run ends with step {setup.last} of "
-            f"{setup.steps}; nothing is left to do"
+            f"{run.path}: the run has reached its last step, {taken} of {setup.steps}; nothing is "
+            "left to do"
         )
     params, kept = (
         bytes_on_a_device(tree) / 2**20 for tree in (setup.shapes.params, setup.shapes.optimizer)
@@ -332,18 +349,21 @@ def _summary(setup: TrainSetup, batches: Batches, run: RunDirectory, taken: int)
 
 def _validate(setup: TrainSetup, state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics, and which clips could not be read: path -> why."""
-    recipe = setup.recipe
+    recipe, dataset = setup.recipe, setup.validation
+    assert dataset is not None
     params = state.params if state.average is None else state.average
     one = dataclasses.replace(recipe.evaluation, clips=1, crops=1)
     if setup.model.config.class_splits is not None:
         one = dataclasses.replace(one, average="logits")
-    common = dict(mesh=setup.mesh, threads=recipe.data.threads)
-    what = (setup.model, params, setup.validation, one)
+    what = (setup.model, params, dataset, one)
+    mesh, threads = setup.mesh, recipe.data.threads
     if recipe.task == "pretrain":
-        found = evaluate_reconstruction(*what, recipe.mask, setup.processor, **common)
+        found = evaluate_reconstruction(
+            *what, recipe.mask, setup.processor, mesh=mesh, threads=threads
+        )
     else:
-        found = evaluate(*what, setup.processor, **common)
-    return found.metrics, unreadable_clips(setup.validation, found)
+        found = evaluate(*what, setup.processor, mesh=mesh, threads=threads)
+    return found.metrics, unreadable_clips(dataset, found)
 
 
 def _scored(setup: TrainSetup, metrics: dict[str, float]) -> dict[str, float]:
@@ -370,85 +390,29 @@ def _whole(params: Any) -> Any:
 
 
 def _of_all_processes(state: dict[str, Any]) -> dict[str, Any]:
-    """What each process says, by the number of the process."""
+    """The state of each process by its number."""
     return {str(i): each for i, each in enumerate(gathered(state))}
 
 
-def _agreed(received: list[str], failed: UserError | None) -> str | None:
-    """The signal that any process got, so that all stop after the same step.
-
-    Raises `failed`, and in the other processes a UserError that says which one it was.
-    """
-    if failed is not None and jax.process_count() == 1:
-        raise failed
-    if jax.process_count() == 1:
-        return received[0] if received else None
-
-    number = signal.Signals[received[0]].value if received else 0
-    every = process_allgather(np.array([number, failed is not None], np.int32))
-    if every[:, 1].any():
-        which = int(every[:, 1].argmax())
-        raise failed or UserError(f"process {which} cannot go on, for what it says itself")
-    largest = int(every[:, 0].max())
-    return signal.Signals(largest).name if largest else None
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Names of the SIGINT and SIGTERM that come while the block runs; a second one is not held.
-
-    One that is ignored, as SIGINT by what a script starts with `&`, stays so.
-    """
-    received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: old for n in numbers if (old := signal.getsignal(n)) is not signal.SIG_IGN}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number, _):
-        name = signal.Signals(number).name
-        received.append(name)
-        restore()
-        text = f"{name}: ending after this step or validation, with a checkpoint; again: at once\n"
-        # Past print and the live line, which the signal may have interrupted. Where stderr is no
-        # file, closed, or read by nobody the line is left out, and the run is saved all the same.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            start = "\n" if sys.stderr.isatty() else ""
-            os.write(sys.stderr.fileno(), (start + text).encode())
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        restore()
-
-
 class _Clock:
-    """Seconds a step takes, and how many of them the device had nothing to do for want of data."""
+    """How long a step takes, and for how much of it the device waits for data."""
 
     def __init__(self):
         self._last, self._waited = time.perf_counter(), 0.0
 
     def fetch(self, batches: Batches, running: jax.Array | None) -> dict:
-        """The next batch; how long it kept the device waiting is part of the lap.
+        """The next batch. The lap counts how long the device waited for it.
 
-        `running` is a result of the step before. While that is not there the device is busy and
-        waits for nothing.
+        `running` is a result of the previous step; until it is ready the device is busy.
         """
         start = time.perf_counter()
         batch = next(batches)
-        if running is None or running.is_ready():
+        if running is None or running.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
             self._waited += time.perf_counter() - start
         return batch
 
     def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and those of them that the device waited."""
+        """Seconds since the last lap, and how many of them the device waited."""
         now = time.perf_counter()
         lap = now - self._last, self._waited
         self._last, self._waited = now, 0.0
@@ -456,7 +420,7 @@ class _Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in the block is no part of a lap."""
+        """The time spent in the block does not count."""
         start = time.perf_counter()
         yield
         self._last += time.perf_counter() - start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory of a training run: what is in it, who may write to it, and how one goes on."""
+"""The directory of a training run: its files, its lock, and what resuming checks."""
 
 import logging
 import os
@@ -21,18 +21,17 @@ from vivit_jax.recipes.settings import from_dict, to_dict
 logger = logging.getLogger(__name__)
 
 RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
-_BAD_CLIPS = {"training": "clips", "validation": "validation"}  # of which videos, by key
-# What a run that goes on may have otherwise: nothing of it changes what a step computes, but for
-# rounding in float32.
+_BAD_CLIPS = {"training": "clips", "validation": "validation"}  # kind of videos: key
+# Fields that may change on resume: none changes what a step computes, except by rounding.
 CHANGEABLE = (
-    "data.train",  # that the clips are the same is seen when they are listed
+    "data.train",  # the batches check that the clips are the same
     "data.validation",
     "data.root",
     "data.threads",
     "data.workers",
     "data.cache_gib",
     "data.max_bad_share",
-    "train.accumulate",  # what fits on many devices may not fit on few
+    "train.accumulate",  # a batch that fits many devices may not fit a few
     "train.steps",
     "train.checkpoint_every",
     "train.keep",
@@ -42,12 +41,12 @@ _SHOWN = 8  # fields in a message
 
 
 class RunDirectory:
-    """A directory that holds one run: `recipe.json` first, and what the parts of a run write.
+    """A directory that holds one run.
 
-    Without `resume` it must be new or empty; with it, it must hold a run of `recipe`, but for
-    CHANGEABLE. Raises UserError. Nothing is written before `begin`, so that a run that cannot be
-    set up leaves no trace. From then on, or with `resume` from the start, and until `close` the
-    directory is this process's alone.
+    Without `resume` it must be new or empty; with it, it must hold a run of `recipe`, except for
+    CHANGEABLE fields. Raises UserError. Nothing is written before `begin`, so that a run that
+    cannot be set up leaves no trace. The directory is locked from `begin` (with `resume` from the
+    start) until `close`.
     """
 
     def __init__(self, path: Path, recipe: Recipe, *, resume: bool):
@@ -55,7 +54,7 @@ class RunDirectory:
         self._first, self._resumed = jax.process_index() == 0, resume
         self._lock: int | None = None
         held = path / RECIPE
-        # Else one of several processes might see what another tries in a directory that is empty.
+        # Several processes do not probe an empty directory, or one might see another's probe.
         if resume or jax.process_count() == 1 or not os.path.isdir(path):
             check_directory(path, (RECIPE, MODEL))
         if resume:
@@ -65,8 +64,8 @@ class RunDirectory:
                 each = [f"{name} {a!r} there, {b!r} now" for name, (a, b) in fixed.items()]
                 more = f"; and {len(each) - _SHOWN} more" if len(each) > _SHOWN else ""
                 raise UserError(
-                    f"{held} is of another recipe: {'; '.join(each[:_SHOWN])}{more}; leave these "
-                    "as they were, or train into another directory"
+                    f"{held} differs from this recipe: {'; '.join(each[:_SHOWN])}{more}; leave "
+                    "these as they were, or train into another directory"
                 )
             self._hold()
         else:
@@ -75,14 +74,14 @@ class RunDirectory:
     def _check_new(self) -> None:
         if (self.path / RECIPE).exists():
             raise UserError(
-                f"--out {self.path} holds a run; go on with it by --resume, or choose another "
+                f"--out {self.path} holds a run; continue it with --resume, or choose another "
                 "directory"
             )
         if self.path.is_dir() and names_in(self.path):
             raise UserError(f"--out {self.path} is not empty; choose a new directory")
 
     def _hold(self) -> None:
-        """Lock the directory, of all processes of a run by the first; the lock ends with it."""
+        """Lock the directory, in the first process of a run; the lock ends with that process."""
         if not self._first:
             return
         try:
@@ -106,13 +105,13 @@ class RunDirectory:
         self._lock = lock
 
     def close(self) -> None:
-        """Leave the directory to others."""
+        """Unlock the directory."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def begin(self, model: Mapping[str, Any] | None) -> None:
-        """Write down the recipe, and what the model is, but for a run that goes on (None).
+        """Write recipe.json, and model.json unless the run is resumed (`model` is None).
 
         `model` is a `vivit_jax.train.initial_model.description`.
         """
@@ -122,26 +121,25 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         if not self._resumed:
             self._hold()
-            self._check_new()  # another run may have begun while this one was set up
-        # What is given decides again where the run is killed before its first checkpoint.
+            self._check_new()  # another run may have begun during the setup
+        # Needed again if the run is killed before its first checkpoint.
         given = {"given": list(self._recipe.given)} if self._recipe.given else {}
         write_json(self.path / RECIPE, to_dict(self._recipe) | given)
         if model is not None:
-            write_json(self.model_file, model)
+            write_json(self.model_file, dict(model))
 
     def write_bad_clips(
         self, states: Mapping[str, Any], validation: Mapping[str, str] | None = None
     ) -> None:
-        """Name the clips that could not be read, of all processes' `Batches.state()`.
+        """Write the clips that could not be read, from `Batches.state()` of all processes.
 
-        `validation` is path -> why of the last validation, None where there was none yet: then what
-        the file says of one before stays.
+        `validation` is path -> why of the last validation; None (no validation yet) keeps what the
+        file says.
         """
         if not self._first:
             return
         held = self._held_bad_clips()
-        if validation is None:
-            validation = held.get("validation", {})
+        validation = dict(held.get("validation", {}) if validation is None else validation)
         found = {path: why for state in states.values() for path, why in state["bad"].items()}
         if not (found or validation or held):
             return
@@ -149,37 +147,40 @@ class RunDirectory:
             "read": sum(state["read"] for state in states.values()),
             "left_out": sum(state["left_out"] for state in states.values()),
             "clips": found,
-            "validation": dict(validation),
+            "validation": validation,
         }
         write_json(self.path / BAD_CLIPS, values)
 
     def _held_bad_clips(self) -> dict[str, Any]:
-        """What the file of bad clips says, {} if there is none; UserError if it was changed."""
+        """The contents of bad_clips.json, {} if there is none. UserError if it was changed."""
         path = self.path / BAD_CLIPS
         found = read_json(path, hint="remove it") if path.exists() else {}
         sound = isinstance(found, dict)
         if not sound or not all(isinstance(found.get(n, {}), dict) for n in _BAD_CLIPS.values()):
-            raise UserError(f"{path} is not as it was written; remove it")
+            raise UserError(f"{path} has changed since it was written; remove it")
         return found
 
     def bad_clips(self) -> str:
-        """How many clips could not be read, in words; "" where all could."""
+        """The number of clips that could not be read, in words; "" if all could."""
         found = self._held_bad_clips()
-        counts = {f"of {of}": found.get(name, {}) for of, name in _BAD_CLIPS.items()}
-        named = lambda count: f"{count} clip{'s' if count > 1 else ''}"  # noqa: E731
-        return " and ".join(f"{named(len(each))} {of}" for of, each in counts.items() if each)
+        counts = {kind: len(found.get(name, {})) for kind, name in _BAD_CLIPS.items()}
+        return " and ".join(
+            f"{count} clip{'s' if count > 1 else ''} of {kind}"
+            for kind, count in counts.items()
+            if count
+        )
 
 
 def saved_recipe(path: Path) -> Recipe:
-    """The recipe of the run in a directory. UserError where there is none."""
+    """The recipe of the run in a directory. UserError if there is none."""
     file = path / RECIPE
     if not file.is_file():
-        raise UserError(f"{path} holds no run to go on with: there is no {RECIPE} in it")
-    return from_dict(read_json(file, hint="put it back as it was written"))
+        raise UserError(f"{path} holds no run to resume: there is no {RECIPE} in it")
+    return from_dict(read_json(file, hint="restore it as it was written"))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """name -> (old, new) of the fields in which two recipes, as dicts, differ."""
+    """name -> (old, new) of the fields that differ between two recipes, given as dicts."""
     found = {}
     for name in [*old, *(name for name in new if name not in old)]:
         a, b = old.get(name), new.get(name)
@@ -191,6 +192,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _together(what: str) -> None:
-    """Wait until all processes are here, so that none looks at what another has just written."""
+    """Wait for all processes, so that none sees what another has just written."""
     if jax.process_count() > 1:
         sync_global_devices(what)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graceful end of a run: SIGINT and SIGTERM stop all its processes after the same step."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from vivit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Collects the names of SIGINT and SIGTERM while the block runs; a second one acts at once.
+
+    Ignored signals (SIGINT in shell background jobs) stay ignored.
+    """
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {n: old for n in numbers if (old := signal.getsignal(n)) is not signal.SIG_IGN}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number, _):
+        name = signal.Signals(number).name
+        received.append(name)
+        restore()
+        text = f"{name}: ending after this step or validation, with a checkpoint; again: at once\n"
+        # Not by print or the live line, which the signal may have interrupted. Where stderr is
+        # closed or nobody reads it the line is dropped; the run is saved all the same.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            start = "\n" if sys.stderr.isatty() else ""
+            os.write(sys.stderr.fileno(), (start + text).encode())
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def agreed_stop(received: list[str], failed: UserError | None) -> str | None:
+    """The signal that any process received, so that all stop after the same step.
+
+    Raises `failed`; the other processes raise a UserError that names the one that failed.
+    """
+    if failed is not None and jax.process_count() == 1:
+        raise failed
+    if jax.process_count() == 1:
+        return received[0] if received else None
+
+    number = signal.Signals[received[0]].value if received else 0
+    every = process_allgather(np.array([number, failed is not None], np.int32))
+    if every[:, 1].any():
+        which = int(every[:, 1].argmax())
+        raise failed or UserError(f"process {which} cannot continue; its own message says why")
+    largest = int(every[:, 0].max())
+    return signal.Signals(largest).name if largest else None
+
+
+def stop_of_one(received: list[str]) -> str | None:
+    """The signal that ends a run of one process, which need not ask others first."""
+    return received[0] if received and jax.process_count() == 1 else None
