@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step: the same function on one device and on a mesh, whole or in parts."""
+"""The training step: one function for a device and for a mesh, with or without accumulation."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.explicit import without_types
 from vivit_jax.layers.linear import projections_in
 from vivit_jax.layers.platform import platform
-from vivit_jax.masking import MASKS, Mask
+from vivit_jax.masking import MASKS, Grid, Mask
 from vivit_jax.models.losses import multi_head_loss
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
@@ -28,25 +28,26 @@ from vivit_jax.train.optim import trained, update_average
 from vivit_jax.train.sharding import BATCH, RULES, automatic, batch_shards, replicated
 from vivit_jax.train.state import TrainState
 
-_SMALL = 2**16  # elements of a bias or a norm of all layers, where kernels have more
+_SMALL = 2**16  # elements: biases and norms, stacked over layers, are smaller; kernels larger
 _LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def jit_step(
     step: Callable, *, pretraining: bool, devices: int = 1, out_shardings: Any = None
 ) -> Callable:
-    """`jax.jit` of a training step, for the platform that computes now.
+    """`jax.jit` of a training step, for the current platform.
 
-    `step` takes the whole state first, which is donated: the new state takes its place in memory.
+    The first argument of `step` is the whole state; it is donated, so that the new state takes its
+    place in memory.
 
-    On a CPU XLA orders operations for concurrency, so that what needs no operand, as the zeros in
-    which a loop collects its gradients, is made first and kept. With a decoder's loop before the
-    encoder's that is dear: a pre-training step of VideoMAE-B on 2 clips has 773 MiB of temporaries,
-    and 519 where XLA orders for memory, which takes 4 % longer. Fine-tuning would save 3 % of its
-    temporaries and take 7 % longer.
+    On a CPU XLA schedules for concurrency: operations without operands, such as the zeros in which
+    a loop sums gradients, run first and stay in memory. That is costly where a decoder's loop
+    precedes the encoder's: a pre-training step of VideoMAE-B on 2 clips takes 773 MiB of
+    temporaries, against 519 MiB when XLA schedules for memory, which takes 4 % longer. Fine-tuning
+    would save 3 % of its temporaries and take 7 % longer.
 
-    Several CPU devices keep XLA's own order: in the other one they wait for each other for ever at
-    collectives along different axes (pre-training on data=2,fsdp=2,tensor=2).
+    Several CPU devices keep XLA's default: scheduled for memory they deadlock at collectives along
+    different axes (pre-training on data=2,fsdp=2,tensor=2).
     """
     least = pretraining and devices == 1 and platform() == "cpu"
     options = {} if out_shardings is None else {"out_shardings": out_shardings}
@@ -60,9 +61,9 @@ def gradient_step(
     params: Any,
     optimizer_state: Any,
 ) -> tuple[Any, Any, jax.Array, Any]:
-    """(new params, new optimizer state, loss, what `loss_of` returns beside the loss).
+    """(new params, new optimizer state, loss, aux): one plain step, to be called inside `jit_step`.
 
-    `loss_of` takes the params and returns (loss, anything). The caller is for `jit_step`.
+    `loss_of` takes the params and returns (loss, aux).
     """
     (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
@@ -70,11 +71,11 @@ def gradient_step(
 
 
 def gradient_norm(gradients: Any, *, together: bool = False) -> jax.Array:
-    """The norm of all leaves as one vector, by `together` with the small ones laid side by side.
+    """The global norm of all leaves; `together` concatenates the small ones first.
 
-    That is for one CPU device, for which XLA compiles three kernels for the sum of each small leaf:
-    76 of 531 in the demo's pre-training step. On a mesh leaves that lie differently would be moved,
-    and side by side large ones would take longer than their sum.
+    That is for one CPU device, where XLA compiles three kernels for the sum of each small leaf: 76
+    of 531 in the demo's pre-training step. On a mesh it would move leaves that are sharded
+    differently, and concatenating large leaves takes longer than summing them.
     """
     leaves = jax.tree.leaves(gradients)
     small = [x.ravel() for x in leaves if together and x.size <= _SMALL]
@@ -83,8 +84,8 @@ def gradient_norm(gradients: Any, *, together: bool = False) -> jax.Array:
     return optax.tree.norm(leaves)
 
 
-def draw_mask(settings: MaskSettings, key: jax.Array, batch: int, grid) -> Mask:
-    """One mask for each clip, as the settings say."""
+def draw_mask(settings: MaskSettings, key: jax.Array, batch: int, grid: Grid) -> Mask:
+    """A mask for each clip."""
     dual = {"decoder_ratio": settings.decoder_ratio} if settings.kind == "dual" else {}
     return MASKS[settings.kind](key, batch, grid, settings.ratio, **dual)
 
@@ -100,111 +101,36 @@ def make_step(
 ) -> "OnMesh":
     """The jitted step of a recipe: (state, batch) -> (new state, scalars by name).
 
-    A batch holds "clips", uint8 [b, t, h, w, c], and to fine-tune "labels", int [b] or [b, heads];
-    to trace or lower the step, shapes with shardings do for both.
-    The old state is donated. `shapes` is `state_shapes` of the same model, optimiser and mesh.
-    Explicit axes of the mesh are taken as automatic; so is what is placed along them.
+    A batch holds "clips", uint8 [b, t, h, w, c], and for fine-tuning "labels", int [b] or
+    [b, heads]; shapes with shardings will do to trace or lower the step. The old state is donated.
+    `shapes` is `state_shapes` of the same model, optimiser and mesh. Explicit axes of the mesh, and
+    arrays placed along them, are treated as automatic.
 
     Masks, dropout and augmentation are drawn for each clip from (seed, step, clip id), so that
-    neither the mesh nor `train.accumulate` changes the result beyond rounding: of a batch in
-    parts the loss is the mean over all its clips, or, with masks of which not every token counts,
-    over all its tokens. A step whose loss or gradients are not finite changes nothing but the
-    counts of steps. Raises UserError where the batch does not divide, and for augmentations of
-    colours where clips are not RGB.
+    neither the mesh nor `train.accumulate` changes the result beyond rounding: the loss of an
+    accumulated batch is the mean over all its clips, or over all its tokens for masks that leave
+    tokens out of the loss. A step whose loss or gradients are not finite changes only the counts
+    of steps. Raises UserError where the batch does not divide, and for colour augmentation of clips
+    that are not RGB.
     """
-    mesh, parts = automatic(mesh), recipe.train.accumulate
-    rows = recipe.train.batch_size * recipe.data.repeats
+    mesh = automatic(mesh)
     check_division(recipe, mesh.shape)
     _check_colours(recipe, model.config.num_channels)
     pretraining = recipe.task == "pretrain"
-    if pretraining:  # a mask that cannot be is told before a step is traced
+    if pretraining:  # an impossible mask is refused before a step is traced
         grid = model.config.grid
         jax.eval_shape(lambda: draw_mask(recipe.mask, jax.random.key(0), 1, grid))
-    objective = (_reconstruct if pretraining else _classify)(model, recipe, processor)
-    learns = trained(recipe.optim, shapes.params)
-    update = optax.with_extra_args_support(optimizer).update
-    on_one_cpu = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    shards, constraint = batch_shards(mesh.shape), NamedSharding(mesh, PartitionSpec(None, BATCH))
+    gradients_of = _accumulated(model, recipe, processor, mesh, shapes.params)
+    update = _guarded_update(optimizer, recipe.optim.ema, mesh)
 
-    def split(x):
-        """[b, ...] -> [parts, b / parts, ...]; every device keeps its own rows."""
-        x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
-        x = x.reshape(parts, -1, *x.shape[3:])
-        return jax.lax.with_sharding_constraint(x, constraint)
-
-    def step(state: TrainState, batch):
+    def step(state: TrainState, batch: dict[str, jax.Array]):
         state, batch = without_types((state, batch))
         # This generator's numbers do not depend on how an array is split over devices.
         seed = jax.random.key(recipe.train.seed, impl="threefry2x32")
-        key = jax.random.fold_in(seed, state.step)
-        whole = dict(batch, clip_ids=jnp.arange(rows, dtype=jnp.int32))
-        weights = jnp.full(parts, 1 / parts)
-        if pretraining:
-            whole["mask"] = draw_mask(recipe.mask, jax.random.fold_in(key, 0), rows, grid)
-
-        def loss_of(params, part, weight):
-            # No gradient for what is frozen, so that none is computed.
-            params = jax.tree.map(
-                lambda p, learn: p if np.any(learn) else jax.lax.stop_gradient(p), params, learns
-            )
-            loss, aux = objective(params, jax.random.fold_in(key, 1), part)
-            return loss * weight, aux
-
-        # Rounded here, what the layers multiply with is rounded once, and its gradients, which are
-        # rounded too, are stacked at half the size.
-        rounded = projections_in(state.params, model.config.dtype)
-
-        def gradient(part, weight):
-            """((loss, aux), gradients), these in the params' types."""
-            out, gradients = jax.value_and_grad(loss_of, has_aux=True)(rounded, part, weight)
-            return out, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, state.params)
-
-        if parts == 1:
-            (loss, aux), gradients = gradient(whole, 1.0)
-        else:
-            divided = jax.tree.map(split, whole)
-            if pretraining and divided["mask"].decoded is not None:
-                counted = jax.vmap(lambda mask: mask.counted.sum())(divided["mask"])
-                weights = counted / counted.sum()
-
-            def add(total, part):
-                (loss, aux), gradients = gradient(*part)
-                both = (loss, jax.tree.map(lambda x: x / parts, aux)), gradients
-                return jax.tree.map(jnp.add, total, both), None
-
-            first = jax.tree.map(lambda x: x[0], (divided, weights))
-            sums = jax.eval_shape(gradient, *first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-            ((loss, aux), gradients), _ = jax.lax.scan(add, zeros, (divided, weights))
-
-        norm = gradient_norm(gradients, together=on_one_cpu)
-        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
-
-        def changed(gradients, params, optimizer_state, average):
-            updates, optimizer_state = update(gradients, optimizer_state, params, norm=norm)
-            params = optax.apply_updates(params, updates)
-            if average is not None:
-                average = update_average(average, params, recipe.optim.ema)
-            return params, optimizer_state, average
-
-        old = state.params, state.optimizer, state.average
-        # XLA for CPU has no fusion of several results. Where `where` is around them it computes the
-        # new moments for themselves and again for the params, from copies of the old ones; in a
-        # branch the params are made of what was stored, everything in place.
-        if on_one_cpu:
-            found = jax.lax.cond(fine, changed, lambda _, *old: old, gradients, *old)
-        else:
-            keep = lambda new, old: jnp.where(fine, new, old)  # noqa: E731
-            found = jax.tree.map(keep, changed(gradients, *old), old)
-        params, optimizer_state, average = found
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            optimizer=optimizer_state,
-            average=average,
-            bad_steps=jnp.where(fine, 0, state.bad_steps + 1),
-            skipped=state.skipped + (~fine).astype(state.skipped.dtype),
+        (loss, aux), gradients = gradients_of(
+            state.params, jax.random.fold_in(seed, state.step), batch
         )
+        new, norm = update(state, loss, gradients)
         rate = schedule(state.step - state.skipped)
         return new, dict(aux, loss=loss, gradient_norm=norm, lr=rate, bad_steps=new.bad_steps)
 
@@ -217,13 +143,119 @@ def make_step(
     return OnMesh(jitted, mesh)
 
 
-class OnMesh:
-    """A jitted function with the mesh and our table for the logical axes that its models name.
+def _accumulated(
+    model: nn.Module, recipe: Recipe, processor: VideoProcessor, mesh: Mesh, shapes: Any
+) -> Callable:
+    """(params, key, batch) -> ((loss, aux), gradients), summed over `train.accumulate` parts.
 
-    Explicit axes of the mesh are taken as automatic; the function does that for its arguments.
+    `shapes` are those of the params.
+    """
+    pretraining, parts = recipe.task == "pretrain", recipe.train.accumulate
+    rows = recipe.train.batch_size * recipe.data.repeats
+    objective = (_reconstruct if pretraining else _classify)(model, recipe, processor)
+    learns = trained(recipe.optim, shapes)
+    shards, constraint = batch_shards(mesh.shape), NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+    def split(x):
+        """[b, ...] -> [parts, b / parts, ...]; every device keeps its own rows."""
+        x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(parts, -1, *x.shape[3:])
+        return jax.lax.with_sharding_constraint(x, constraint)
+
+    def gradients_of(params, key, batch):
+        whole: dict[str, Any] = dict(batch, clip_ids=jnp.arange(rows, dtype=jnp.int32))
+        weights = jnp.full(parts, 1 / parts)
+        if pretraining:
+            drawn = jax.random.fold_in(key, 0)
+            whole["mask"] = draw_mask(recipe.mask, drawn, rows, model.config.grid)
+
+        def loss_of(params, part, weight):
+            # Frozen parameters get no gradient, so that none is computed.
+            params = jax.tree.map(
+                lambda p, learn: p if np.any(learn) else jax.lax.stop_gradient(p), params, learns
+            )
+            loss, aux = objective(params, jax.random.fold_in(key, 1), part)
+            return loss * weight, aux
+
+        # Rounded here, what the layers multiply with is rounded once, and its gradients, which are
+        # rounded too, are stacked at half the size.
+        rounded = projections_in(params, model.config.dtype)
+
+        def gradient(part, weight):
+            """((loss, aux), gradients), these in the params' types."""
+            out, gradients = jax.value_and_grad(loss_of, has_aux=True)(rounded, part, weight)
+            return out, jax.tree.map(lambda g, p: g.astype(p.dtype), gradients, params)
+
+        if parts == 1:
+            return gradient(whole, 1.0)
+        divided = jax.tree.map(split, whole)
+        if pretraining and divided["mask"].decoded is not None:
+            counted = jax.vmap(lambda mask: mask.counted.sum())(divided["mask"])
+            weights = counted / counted.sum()
+
+        def add(total, part):
+            (loss, aux), gradients = gradient(*part)
+            both = (loss, jax.tree.map(lambda x: x / parts, aux)), gradients
+            return jax.tree.map(jnp.add, total, both), None
+
+        first = jax.tree.map(lambda x: x[0], (divided, weights))
+        sums = jax.eval_shape(gradient, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+        return jax.lax.scan(add, zeros, (divided, weights))[0]
+
+    return gradients_of
+
+
+def _guarded_update(
+    optimizer: optax.GradientTransformation, ema: float | None, mesh: Mesh
+) -> Callable:
+    """(state, loss, gradients) -> (new state, norm); what is not finite changes counts alone."""
+    update = optax.with_extra_args_support(optimizer).update
+    on_one_cpu = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
+
+    def guarded(state: TrainState, loss, gradients) -> tuple[TrainState, jax.Array]:
+        norm = gradient_norm(gradients, together=on_one_cpu)
+        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def changed(gradients, params, optimizer_state, average):
+            updates, optimizer_state = update(gradients, optimizer_state, params, norm=norm)
+            params = optax.apply_updates(params, updates)
+            if average is not None:
+                assert ema is not None  # a state has an average where the recipe has this
+                average = update_average(average, params, ema)
+            return params, optimizer_state, average
+
+        old = state.params, state.optimizer, state.average
+        # XLA for CPU has no fusion of several results. Where `where` is around them it computes the
+        # new moments for themselves and again for the params, from copies of the old ones; in a
+        # branch the params are made of what was stored, everything in place.
+        if on_one_cpu:
+            found = jax.lax.cond(fine, changed, lambda _, *old: old, gradients, *old)
+        else:
+            found = jax.tree.map(
+                lambda new, old: jnp.where(fine, new, old), changed(gradients, *old), old
+            )
+        params, optimizer_state, average = found
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            optimizer=optimizer_state,
+            average=average,
+            bad_steps=jnp.where(fine, 0, state.bad_steps + 1),
+            skipped=state.skipped + (~fine).astype(state.skipped.dtype),
+        )
+        return new, norm
+
+    return guarded
+
+
+class OnMesh:
+    """A jitted function, called with the mesh and our table of logical axes in scope.
+
+    Explicit axes of the mesh are treated as automatic; the function does that for its arguments.
     """
 
-    def __init__(self, function: Callable, mesh: Mesh):
+    def __init__(self, function: Any, mesh: Mesh):  # what jax.jit returns
         self._function, self.mesh = function, automatic(mesh)
 
     def __call__(self, *args):
@@ -231,30 +263,30 @@ class OnMesh:
             return self._function(*args)
 
     def trace(self, *args) -> jax.stages.Traced:
-        """As the function's own `trace`; the mesh may be of devices that are only compiled for."""
+        """The function's own `trace`; the mesh's devices need not exist here."""
         with self.here(), _platform_of(self.mesh):
             return self._function.trace(*args)
 
     def lower(self, *args) -> jax.stages.Lowered:
-        """As the function's own `lower`; the mesh may be of devices that are only compiled for."""
+        """The function's own `lower`; the mesh's devices need not exist here."""
         with self.here(), _platform_of(self.mesh):
             return self._function.lower(*args)
 
     @property
     def function(self) -> Callable:
-        """What was jitted, for a program that it is a part of and that is traced `here`."""
+        """The function that was jitted, for use inside another program traced `here`."""
         return self._function.__wrapped__
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
-        """The mesh and the table, for what is traced in the block."""
+        """Puts the mesh and the table in scope."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(RULES):
             yield
 
 
 @contextlib.contextmanager
 def _platform_of(mesh: Mesh) -> Iterator[None]:
-    """`platform()` is that of the mesh, also where its devices are only compiled for."""
+    """Makes `platform()` that of the mesh, even if its devices do not exist here."""
     place = mesh.devices.flat[0].platform
     with contextlib.nullcontext() if place == platform() else jax.default_device(place):
         yield
@@ -310,7 +342,7 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
 
 
 def check_division(recipe: Recipe, sizes: Mapping[str, int]) -> None:
-    """UserError where a mesh of these sizes does not divide the recipe's batch."""
+    """Raises UserError if a mesh of these sizes does not divide the recipe's batch."""
     shards, parts = batch_shards(sizes), recipe.train.accumulate
     rows = recipe.train.batch_size * recipe.data.repeats
     if rows % (shards * parts):
@@ -321,7 +353,7 @@ def check_division(recipe: Recipe, sizes: Mapping[str, int]) -> None:
         )
     augment, part = recipe.augment, rows // (shards * parts)
     group = augment.mix_group or rows
-    # Groups may reach over devices, not over parts, which see each other's clips no more.
+    # A group may span devices but not parts, since a part does not see the clips of another.
     if recipe.task == "finetune" and augment.mixes and parts > 1 and part % group:
         raise UserError(
             f"augment.mix_group {group} does not divide the {part} clips of a part on a device; "
