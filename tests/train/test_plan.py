@@ -129,7 +129,7 @@ def test_the_text_has_the_figures():
         "kernels 4.0 ms",
         "attention 12",
         "waiting 12.0 ms",
-        "2 loops do not tell their rounds",
+        "2 loops of unknown length",
         "MFU 11.0%, 1391 clips/s; 0.01 days for 100 epochs of 3,200 videos",
         "fusion.1: jit(step)/mul",
     ):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiler made of a program: its collectives, its loops and its operations.
+"""The collectives, loops and operations of a compiled program.
 
 `read_program(jax.jit(f).lower(...).compile(), mesh)` reads the compiled text of CPU, TPU and GPU;
-nothing is run. Everything is of one device, and how often a thing runs is counted over the loops
-around it.
+nothing is run. All figures are per device; counts include the loops around an operation.
 """
 
 import dataclasses
@@ -26,14 +25,14 @@ KINDS = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-# What takes no time and moves nothing: names, views, and what is counted inside.
+# Names, views, and calls whose bodies are counted: they take no time and move nothing themselves.
 _NOTHING = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
     "conditional", "async-start", "after-all", "partition-id", "replica-id", "opt-barrier",
 }  # fmt: skip
 _PASSED_ON = ("bitcast", "copy", "reshape", "convert", "custom-call")
 _SLICES = ("slice", "dynamic-slice", "gather")
-# A TPU spreads a transfer over the fusions beside it; the call to this is in the first of them.
+# A TPU spreads a transfer over neighbouring fusions; the first of them calls this.
 _STARTS, _ENDS = "AsyncCollectiveStart", "AsyncCollectiveDone"
 _NO_WORK = (_STARTS, _ENDS, "AllocateBuffer")
 _COUNTS = ("s32", "u32", "s64", "u64")
@@ -45,9 +44,9 @@ class Collective:
 
     kind: str  # one of KINDS
     axes: tuple[str, ...]  # of the mesh, along which the devices of a group differ
-    devices: tuple[int, ...]  # of one group, as `mesh.devices.flat` has them
-    bytes: int  # what a device has of it: the larger of what it gives and of what it gets
-    times: int  # that it runs
+    devices: tuple[int, ...]  # of one group, as indices into `mesh.devices.flat`
+    bytes: int  # on a device: the larger of its operands and its results
+    times: int  # how often it runs
     beside: bool  # other operations may run between its start and its end
     channel: int | None
     op_name: str
@@ -55,12 +54,12 @@ class Collective:
 
     @property
     def group(self) -> int:
-        """How many devices take part together."""
+        """The number of devices in a group."""
         return len(self.devices)
 
     @property
     def sent(self) -> int:
-        """Bytes that a device sends each time, in a ring of the group."""
+        """Bytes that a device sends each time, with the group as a ring."""
         n = self.group
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
@@ -69,22 +68,21 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A `while`. `trips` is None where the program does not say how often its body runs."""
+    """A `while`. `trips` is None if the program does not say how often its body runs."""
 
     name: str
     trips: int | None
-    times: int  # that the loop is entered
+    times: int  # how often the loop is entered
     op_name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One instruction that the device runs, a fusion as one.
+    """One instruction that the device runs; a fusion counts as one.
 
-    `bytes` is what a run reads and writes of the main memory, by the shapes: a slice counts as
-    what is sliced, an update in place as what is updated. `cycles` is the TPU compiler's estimate,
-    None where it has none, as inside of Pallas kernels; of these `flops` is what their own
-    `pl.CostEstimate` says, 0 without one.
+    `bytes` is the main memory traffic of one run, by the shapes: a slice counts what is sliced, an
+    update in place what is updated. `cycles` is the TPU compiler's estimate; it has none for Pallas
+    kernels, whose `flops` come from their own `pl.CostEstimate` (0 without one).
     """
 
     name: str
@@ -101,7 +99,7 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """All of a compiled program that runs, in the order of its text."""
+    """Everything in a compiled program that runs, in the order of its text."""
 
     collectives: tuple[Collective, ...]
     loops: tuple[Loop, ...]
@@ -109,27 +107,29 @@ class Program:
 
     @property
     def cycles(self) -> int:
-        """Estimated cycles of all operations, as often as they run; 0 but on TPU."""
+        """Estimated cycles of all runs of all operations; 0 except on TPU."""
         return sum((each.cycles or 0) * each.times for each in self.operations)
 
     @property
     def bytes(self) -> int:
-        """Traffic of the main memory, as often as the operations run."""
+        """Main memory traffic of all runs of all operations."""
         return sum(each.bytes * each.times for each in self.operations)
 
 
 def read_program(compiled: Any, mesh: Mesh) -> Program:
-    """The program of a `jax.stages.Compiled`, or of its text, that was compiled for a mesh.
+    """The program of a `jax.stages.Compiled`, or of its text, compiled for a mesh.
 
-    Of a loop whose count is unknown the body counts once. Of a conditional the costliest branch
-    runs, and what is in the others has `times` 0. Raises ValueError for a text that is not
+    The body of a loop with an unknown count counts once. Only the costliest branch of a conditional
+    counts; operations in the others have `times` 0. Raises ValueError for text that is not
     understood.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     module = hlo.parse(text)
     collectives, loops, operations = [], [], []
     for each, within, times in _run(module, module.entry, 1, loops):
-        parts = _fused(module, each.named("calls")) if each.opcode == "fusion" else [(each, within)]
+        parts = [(each, within)]
+        if each.opcode == "fusion":
+            parts = _fused(module, each.required("calls"))
         for part, place in parts:
             if part.opcode.removesuffix("-start") in KINDS and _begins(module, part, place):
                 collectives.append(_collective(module, part, place, each.op_name, mesh, times))
@@ -141,18 +141,18 @@ def read_program(compiled: Any, mesh: Mesh) -> Program:
 def _run(
     module: Module, computation: str, times: int, loops: list[Loop]
 ) -> Iterator[tuple[Instruction, str, int]]:
-    """Instructions that run, fusions as one, with the computation that holds each and how often."""
+    """(instruction, computation that holds it, times) of all that runs; a fusion counts as one."""
     for each in module.computations[computation].values():
         yield each, computation, times
         if each.opcode == "while":
             trips = _trips(module, each, module.computations[computation])
             loops.append(Loop(each.name, trips, times, each.op_name))
             rounds = 1 if trips is None else trips
-            # A condition asks once more than the body runs, and may ask other devices.
-            yield from _run(module, each.named("condition"), times * (rounds + 1), loops)
-            yield from _run(module, each.named("body"), times * rounds, loops)
+            # The condition runs once more than the body, and may hold collectives.
+            yield from _run(module, each.required("condition"), times * (rounds + 1), loops)
+            yield from _run(module, each.required("body"), times * rounds, loops)
         elif each.opcode in ("call", "async-start"):
-            called = each.named("to_apply") or each.named("calls")
+            called = each.named("to_apply") or each.required("calls")
             yield from _run(module, called, times, loops)
         elif each.opcode == "conditional":
             branches = _branches(each)
@@ -163,7 +163,7 @@ def _run(
 
 
 def _cost(module: Module, computation: str) -> tuple[int, int]:
-    """By which branches of a conditional compare: estimated cycles, then bytes that they move."""
+    """The cost of a conditional's branch: estimated cycles, then bytes moved."""
     cycles = moved = 0
     for each, within, times in _run(module, computation, 1, []):
         if each.opcode not in _NOTHING:
@@ -177,31 +177,31 @@ def _branches(conditional: Instruction) -> list[str]:
     listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
     if listed:
         return re.findall(r"%([\w.\-]+)", listed[1])
-    return [conditional.named("true_computation"), conditional.named("false_computation")]
+    return [conditional.required(f"{case}_computation") for case in ("true", "false")]
 
 
 def _fused(module: Module, computation: str) -> Iterator[tuple[Instruction, str]]:
-    """The instructions of a fusion and of fusions in it, with the computation that holds each."""
+    """(instruction, computation that holds it) of a fusion and of the fusions inside it."""
     for each in module.computations[computation].values():
         yield each, computation
         if each.opcode == "fusion":
-            yield from _fused(module, each.named("calls"))
+            yield from _fused(module, each.required("calls"))
 
 
 def _trips(module: Module, loop: Instruction, around: Mapping[str, Instruction]) -> int | None:
-    """How often a body runs: as CPU and GPU say; on TPU the number below which its counter stays.
+    """How often a body runs: CPU and GPU say so; on TPU it is the limit of the loop's counter.
 
     The counters of jax's loops go up by one.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    condition = loop.named("condition")
+    condition = loop.required("condition")
     local, compared = module.computations[condition], module.root(condition)
     constants = list(local.values())
     operands = [local[name] for name in compared.operands]
     if compared.opcode == "fusion":
-        fused = compared.named("calls")
+        fused = compared.required("calls")
         compared = module.root(fused)
         constants += module.computations[fused].values()
     limits = {
@@ -215,21 +215,21 @@ def _trips(module: Module, loop: Instruction, around: Mapping[str, Instruction])
         return None
     first = around[loop.operands[0]]
     if first.opcode == "tuple":
-        first = _source(around[first.operands[int(counters[0].named("index"))]], around)
-    # XLA may hand the first number in from outside, where jax's own loops have 0.
+        first = _source(around[first.operands[int(counters[0].required("index"))]], around)
+    # XLA may pass the start in from outside the loop; jax's own loops start at 0.
     start = int(first.literal) if first.opcode == "constant" else 0
     return max(limits.pop() - start, 0)
 
 
 def _source(each: Instruction, local: Mapping[str, Instruction]) -> Instruction:
-    """What an instruction is a view or a copy of."""
+    """The instruction that this one is a view or a copy of."""
     while each.opcode in _PASSED_ON and each.operands and each.operands[0] in local:
         each = local[each.operands[0]]
     return each
 
 
 def _begins(module: Module, each: Instruction, within: str) -> bool:
-    """Whether a transfer begins with this instruction, rather than going on with one."""
+    """Whether this instruction begins a transfer, rather than continuing one."""
     if each.quoted("chain_id") is None:
         return True
     beside = module.computations[within].values()
@@ -252,7 +252,7 @@ def _collective(
     given = [array.bytes for name in each.operands for array in local[name].arrays]
     got = [array.bytes for array in _results(each, local)]
     channel = each.named("channel_id")
-    told = [op_name, *(local[name].op_name for name in each.operands)]
+    fallbacks = [op_name, *(local[name].op_name for name in each.operands)]
     return Collective(
         kind=kind,
         axes=mesh_axes(groups, mesh.shape),
@@ -261,19 +261,19 @@ def _collective(
         times=times,
         beside=_beside(each),
         channel=None if channel is None else int(channel),
-        op_name=each.op_name or next(filter(None, told), ""),
+        op_name=each.op_name or next(filter(None, fallbacks), ""),
         name=each.name,
     )
 
 
 def _beside(each: Instruction) -> bool:
-    """Whether it has a start and an end: a GPU's pair, a TPU's that fusions have a part in."""
+    """Whether it is asynchronous: a start and an end on GPU, a chain of fusions on TPU."""
     pair = each.opcode.endswith("-start") and '"is_sync":true' not in each.attributes
     return pair or each.quoted("chain_id") is not None
 
 
 def _scatters(module: Module, each: Instruction, within: str) -> bool:
-    """Whether the device keeps only slices of an all-reduce, in one fusion, as on TPU."""
+    """Whether a fusion keeps only a slice of its all-reduce: TPU's form of a reduce-scatter."""
     local, root = module.computations[within], module.root(within)
     kept = [local[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for one in kept:
@@ -289,7 +289,7 @@ def _scatters(module: Module, each: Instruction, within: str) -> bool:
 
 
 def _results(each: Instruction, local: Mapping[str, Instruction]) -> tuple[hlo.Array, ...]:
-    """What an instruction gives; of one that only starts, what the end of it does."""
+    """The results of an instruction; those of its end if it only starts."""
     if each.opcode.endswith("-start"):
         done = each.opcode.removesuffix("-start") + "-done"
         for other in local.values():
@@ -306,7 +306,7 @@ def _operation(
     cost = re.search(r'"cost_estimate":\{"flops":"(\d+)"', each.attributes)
     parts = [each]
     if each.opcode == "fusion":
-        parts += [part for part, _ in _fused(module, each.named("calls"))]
+        parts += [part for part, _ in _fused(module, each.required("calls"))]
     targets = [part.quoted("custom_call_target") for part in parts]
     targets = [target for target in targets if target and target not in _NO_WORK]
     return Operation(
@@ -329,12 +329,12 @@ def _traffic(
     local: Mapping[str, Instruction],
     results: Sequence[hlo.Array],
 ) -> int:
-    """Bytes that one run reads and writes of the main memory."""
+    """Main memory traffic of one run, in bytes."""
     if each.quoted("custom_call_target") in _NO_WORK:
         return 0
     given = [local[name].arrays for name in each.operands]
     if each.opcode == "fusion":
-        fused = each.named("calls")
+        fused = each.required("calls")
         read = sum(min(_read(module, fused, i), _main(arrays)) for i, arrays in enumerate(given))
         return read + _fusion_writes(module, fused, results)
     if each.opcode.removesuffix("-start") in _SLICES:
@@ -347,12 +347,12 @@ def _traffic(
 
 
 def _main(arrays: Sequence[hlo.Array]) -> int:
-    """Bytes of what lies in the main memory."""
+    """Bytes of the arrays that lie in main memory."""
     return sum(array.bytes for array in arrays if not array.space)
 
 
 def _read(module: Module, computation: str, index: int) -> int:
-    """Bytes that a fusion reads of an operand: of one that is only sliced, the slices."""
+    """Bytes that a fusion reads of an operand; only the slices if it is only sliced."""
     local = module.computations[computation]
     whole = next(
         each for each in local.values() if each.opcode == "parameter" and int(each.literal) == index
@@ -367,7 +367,7 @@ def _read(module: Module, computation: str, index: int) -> int:
         elif each.opcode in _SLICES and places == [0]:
             total += sum(array.bytes for array in each.arrays)
         elif each.opcode == "fusion":
-            total += sum(_read(module, each.named("calls"), place) for place in places)
+            total += sum(_read(module, each.required("calls"), place) for place in places)
         elif each.opcode == "dynamic-update-slice" and places == [0]:
             pass  # in place
         elif not (each.opcode == "tuple" or _goes_on(module, each, computation)):
@@ -376,10 +376,10 @@ def _read(module: Module, computation: str, index: int) -> int:
 
 
 def _fusion_writes(module: Module, computation: str, results: Sequence[hlo.Array]) -> int:
-    """Bytes of the main memory that a fusion with these results writes."""
+    """Bytes of main memory that a fusion with these results writes."""
     local, root = module.computations[computation], module.root(computation)
     if root.quoted("custom_call_target") == _STARTS:
-        return _main(results[1:])  # the first is what is sent
+        return _main(results[1:])  # the first is the operand
     parts = [local[name] for name in root.operands] if root.opcode == "tuple" else [root]
     if len(parts) != len(results):
         return _main(results)
@@ -390,12 +390,13 @@ def _fusion_writes(module: Module, computation: str, results: Sequence[hlo.Array
 
 
 def _written(module: Module, each: Instruction, within: str) -> int:
-    """Bytes of one result that a fusion writes: of an update in place, the update."""
+    """Bytes that a fusion writes of one result; only the update if it updates in place."""
     local = module.computations[within]
     while each.opcode == "bitcast":
         each = local[each.operands[0]]
     if each.opcode == "fusion" and len(each.arrays) == 1:
-        return _written(module, module.root(each.named("calls")), each.named("calls"))
+        called = each.required("calls")
+        return _written(module, module.root(called), called)
     if each.opcode == "dynamic-update-slice":
         return sum(array.bytes for array in local[each.operands[1]].arrays)
     if each.opcode == "parameter" or _goes_on(module, each, within):
@@ -404,7 +405,7 @@ def _written(module: Module, each: Instruction, within: str) -> int:
 
 
 def _goes_on(module: Module, each: Instruction, within: str) -> bool:
-    """Whether it belongs to a transfer that another fusion began, and moves nothing itself."""
+    """Whether it continues a transfer that another fusion began, and moves nothing itself."""
     if each.quoted("custom_call_target") == _ENDS:
         return True
     return each.opcode in KINDS and not _begins(module, each, within)

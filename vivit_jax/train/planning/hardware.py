@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accelerators that programs are compiled for where none is there: figures, topologies, devices.
+"""Accelerators to compile for without having one: figures, topologies and devices.
 
-TPU programs are compiled by libtpu, GPU programs by jax's CUDA plugin. Both are given a description
-of the hardware, and neither has to find any.
+libtpu compiles TPU programs and jax's CUDA plugin GPU programs, both from a description of the
+hardware.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one jax device is, by its maker's figures; a second is one at the nominal clock.
+    """The maker's figures of one jax device, at the nominal clock.
 
-    `flops` is of dense bfloat16 products; `links` is what a chip sends at once over all its links
-    to others, in one direction. `dimensions`, `megacore` and `most` are of a TPU's torus.
+    `flops` are dense bfloat16 products; `links` is the bandwidth of all links to other chips
+    together, in one direction. `dimensions`, `megacore` and `most` describe a TPU's torus.
     """
 
     platform: str  # "tpu" or "gpu", as jax names it
     flops: float  # a second
-    bandwidth: float  # of its main memory, bytes a second
-    memory: int  # bytes, of which a program may use a little less
+    bandwidth: float  # of the main memory, bytes a second
+    memory: int  # bytes; a program may use a little less
     links: float  # bytes a second
     clock: float  # cycles a second
-    name: str = ""  # as its compiler knows it
+    name: str = ""  # what its compiler calls it
     dimensions: int = 0
-    megacore: bool = False  # two cores that are one device
+    megacore: bool = False  # two cores act as one device
     most: int = 0  # chips in a slice
     config: str = ""  # of a GPU, a GpuTargetConfigProto as text
 
@@ -95,11 +95,11 @@ _EXAMPLES = "v4:4x4x4, v5e:8x8, v5p:4x4x4, v6e:4x4, a100:8, h100:8 or h200:8"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices of one kind and how they lie, as in "v5e:8x8" or "h100:8"."""
+    """The kind and the arrangement of devices, such as "v5e:8x8" or "h100:8"."""
 
     text: str
     kind: str  # a key of CHIPS
-    sizes: tuple[int, ...]  # of the torus; of GPUs their number
+    sizes: tuple[int, ...]  # the sides of the torus; the number of GPUs
     slices: int = 1
 
     @property
@@ -109,18 +109,18 @@ class Topology:
 
     @property
     def count(self) -> int:
-        """How many devices there are, in all slices."""
+        """The number of devices in all slices."""
         return math.prod(self.sizes) * self.slices
 
     @property
     def hosts(self) -> int:
-        """Machines that the devices belong to: 4 chips of a TPU each, or 8 GPUs."""
+        """The number of machines, each with 4 TPU chips or 8 GPUs."""
         each = math.prod(self.host) if self.chip.platform == "tpu" else min(8, self.count)
         return self.count // each
 
     @property
     def host(self) -> tuple[int, int, int]:
-        """The chips of one machine, along each side of the torus."""
+        """The chips of one machine along each side of the torus."""
         return (min(2, self.sizes[0]), min(2, self.sizes[1]), 1)
 
     def __str__(self):
@@ -128,9 +128,9 @@ class Topology:
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """Read "v5e:8x8" or "h100:8"; `slices` of them, where TPUs are joined by a network.
+    """Parse "v5e:8x8" or "h100:8"; `slices` is the number of TPU slices joined by a network.
 
-    Raises UserError for one that there is not, before anything is loaded.
+    Raises UserError for a topology that does not exist, before a compiler is loaded.
     """
     kind, _, shape = text.partition(":")
     if kind not in CHIPS:
@@ -140,7 +140,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     parts = shape.split("x")
     if not all(re.fullmatch("0*[1-9][0-9]{0,5}", part) for part in parts):
         raise UserError(
-            f"--topology {quoted(text)}: {quoted(shape)!r} is no shape; expected {_EXAMPLES}"
+            f"--topology {quoted(text)}: {quoted(shape)!r} is not a shape; expected {_EXAMPLES}"
         )
     sizes, chip = tuple(map(int, parts)), CHIPS[kind]
     if slices < 1:
@@ -174,12 +174,11 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     return found
 
 
-def compile_only_devices(topology: Topology) -> list[jax.Device]:
-    """Devices to compile for, which need not be there and hold no arrays.
+def compile_only_devices(topology: Topology) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
+    """Devices to compile for, which need not exist and hold no arrays.
 
-    jax is told to use the CPU of this machine and no accelerator, for the rest of the process.
-    Raises MissingExtra without the compiler, UserError where this process has an accelerator
-    already and for what the compiler refuses.
+    jax uses only the CPU of this machine for the rest of the process. Raises MissingExtra without
+    the compiler, UserError if this process already uses an accelerator or the compiler refuses.
     """
     gpu = topology.chip.platform == "gpu"
     if gpu and importlib.util.find_spec("jax_cuda13_plugin") is None:
@@ -189,8 +188,8 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     if jax.default_backend() != "cpu":
         raise UserError(
-            f"this process computes on {jax.default_backend()} already, and a plan is compiled "
-            "beside the CPU alone; start it anew with JAX_PLATFORMS=cpu in its environment"
+            f"this process already computes on {jax.default_backend()}, and a plan needs a process "
+            "that uses the CPU alone; start it again with JAX_PLATFORMS=cpu in its environment"
         )
     try:
         return list((_gpus if gpu else _tpus)(topology))
@@ -198,10 +197,10 @@ def compile_only_devices(topology: Topology) -> list[jax.Device]:
         raise UserError(f"--topology {topology}: its compiler says: {error}") from error
 
 
-def _tpus(topology: Topology) -> list[jax.Device]:
+def _tpus(topology: Topology) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     answer_libtpu()
-    # Nor does it ask a server of the cloud; and other processes may use it at the same time, since
-    # none of them uses a TPU by it. Below level 3 it leaves a log among all temporary files.
+    # It must not query a cloud server, nor lock out other processes, since none of them uses a TPU
+    # through it. Below level 3 it leaves a log in the temporary directory.
     answers = {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -219,7 +218,7 @@ def _tpus(topology: Topology) -> list[jax.Device]:
     ).devices
 
 
-def _gpus(topology: Topology) -> list[jax.Device]:
+def _gpus(topology: Topology) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     per_host = topology.count // topology.hosts
     return topologies.get_topology_desc(
         topology.kind,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a compiled program (HLO), as XLA prints it for CPU, TPU and GPU, read into records.
+"""Parses the text of a compiled program (HLO), as XLA prints it for CPU, TPU and GPU.
 
-Only what `vivit_jax.train.planning.compiled` asks for is kept. XLA promises nothing about this
-text: what is not as expected raises ValueError instead of being left out.
+Only what `vivit_jax.train.planning.compiled` uses is kept. XLA does not promise this format: text
+that is not understood raises ValueError instead of being skipped.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
-_BITS = re.compile(r"\d+")
+_BITS = re.compile(r"[a-z]+(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array, or a part of a tuple, as one device has it."""
+    """An array, or an element of a tuple, on one device."""
 
     dtype: str
     shape: tuple[int, ...]
-    # Where it lies: 0 is the device's main memory, others are smaller and nearer, or the host's.
+    # The memory space: 0 is the device's main memory; others are smaller and faster, or the host's.
     space: int = 0
 
     @property
@@ -35,7 +35,10 @@ class Array:
         """Without the padding of tiles."""
         bits = {"pred": 8, "token": 0, "opaque": 0}.get(self.dtype)
         if bits is None:
-            bits = int(_BITS.search(self.dtype)[0])  # s32, bf16, f8e4m3fn, c64
+            sized = _BITS.match(self.dtype)  # s32, bf16, f8e4m3fn, c64
+            if sized is None:
+                raise ValueError(f"dtype {self.dtype!r} is not understood")
+            bits = int(sized[1])
         return math.ceil(math.prod(self.shape) * bits / 8)
 
 
@@ -45,49 +48,57 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[Array, ...]  # of the result, a tuple's one after the other
+    arrays: tuple[Array, ...]  # the result, or the elements of a tuple
     operands: tuple[str, ...]
-    literal: str  # what stands between the parentheses; a constant's value
+    literal: str  # the text between the parentheses; a constant's value
     attributes: str
     root: bool
 
     @property
     def op_name(self) -> str:
-        """Where in the traced function it comes from; "" where XLA does not say."""
+        """Where in the traced function it comes from; "" if XLA does not say."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
     def named(self, attribute: str) -> str | None:
-        """The computation or the value that an attribute names: `body=%loop`, `index=2`."""
+        """The value of an attribute that may be missing: `body=%loop`, `index=2`."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
+    def required(self, attribute: str) -> str:
+        """The value of an attribute, as `named`. ValueError if it is missing."""
+        value = self.named(attribute)
+        if value is None:
+            raise ValueError(f"{self.opcode} {self.name} has no {attribute}")
+        return value
+
     def quoted(self, attribute: str) -> str | None:
-        """The value of an attribute in quotes: `custom_call_target="x"`, `"n":"3"`."""
+        """The value of a quoted attribute: `custom_call_target="x"`, `"n":"3"`."""
         found = re.search(rf'\b{attribute}"?[=:]"((?:[^"\\]|\\.)*)"', self.attributes)
         return found[1] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program: its computations by name, the instructions of each by name and in order."""
+    """A program: its computations by name, each with its instructions by name and in order."""
 
     computations: Mapping[str, Mapping[str, Instruction]]
     entry: str
 
     def root(self, computation: str) -> Instruction:
-        """The instruction whose result is the computation's."""
+        """The instruction that gives the computation's result."""
         return next(each for each in self.computations[computation].values() if each.root)
 
 
 def parse(text: str) -> Module:
-    """Read what `jax.stages.Compiled.as_text` returns. ValueError for what is no such text."""
+    """Parse what `jax.stages.Compiled.as_text` returns. ValueError for any other text."""
     computations: dict[str, dict[str, Instruction]] = {}
-    current = entry = None
-    pending: list[str] = []  # lines of an instruction, of which a kernel's notes have several
+    current: dict[str, Instruction] | None = None
+    entry = None
+    pending: list[str] = []  # the lines of an instruction; a kernel's notes take several
 
     def finish() -> None:
-        if pending:
+        if pending and current is not None:
             instruction = _instruction("\n".join(pending))
             current[instruction.name] = instruction
             pending.clear()
@@ -107,12 +118,14 @@ def parse(text: str) -> Module:
         elif pending:
             pending.append(line)
     if entry is None:
-        raise ValueError("this is no compiled program: it has no ENTRY")
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
     return Module(computations, entry)
 
 
 def _instruction(line: str) -> Instruction:
     found = _INSTRUCTION.match(line)
+    if found is None:
+        raise ValueError(f"not an instruction: {line[:80]!r}")
     rest = line[found.end() :]
     rest = _COMMENT.sub("", rest)
     end = _closing(rest) if rest.startswith("(") else rest.index(" ")
@@ -132,7 +145,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that a text begins with is closed, and past it."""
+    """The end of the parenthesis that a text begins with."""
     depth = 0
     for found in re.finditer(r"[()]", text):
         depth += 1 if found[0] == "(" else -1
@@ -144,5 +157,5 @@ def _closing(text: str) -> int:
 def _arrays(shape: str) -> Iterator[Array]:
     for dtype, sizes, layout in _ARRAY.findall(shape):
         space = _SPACE.search(layout)
-        shape = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
-        yield Array(dtype, shape, int(space[1]) if space else 0)
+        lengths = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
+        yield Array(dtype, lengths, int(space[1]) if space else 0)

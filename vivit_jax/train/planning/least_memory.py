@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a step can fit a device at all, before a compiler is asked, and what to do if not."""
+"""Whether a step can fit a device at all, before anything is compiled, and what to do if not."""
 
 import math
 import re
@@ -14,10 +14,10 @@ from vivit_jax.train.sharding import batch_shards, bytes_on_a_device
 
 
 def least_memory(setup: TrainSetup) -> dict[str, int]:
-    """Bytes that a device holds at least, by what: no compiler is asked.
+    """A lower bound of what a device holds, in bytes by kind; nothing is compiled.
 
-    Gradients have the shapes and places of the parameters; of the activations only what a block
-    takes is counted, which the backward pass of any `remat` finds kept.
+    Gradients have the shapes and shardings of the parameters. Of the activations only the inputs of
+    blocks count, which the backward pass needs with any `remat`.
     """
     config, shards = setup.model.config, batch_shards(setup.mesh.shape)
     rows = setup.rows // shards // setup.recipe.train.accumulate
@@ -34,7 +34,7 @@ def least_memory(setup: TrainSetup) -> dict[str, int]:
 
 
 def check_least_memory(setup: TrainSetup, topology: Topology) -> None:
-    """UserError where what a step holds at least is more than there is."""
+    """Raises UserError if a step's least memory exceeds the device's."""
     least = least_memory(setup)
     needed, there = sum(least.values()), topology.chip.memory
     if needed <= there:
@@ -48,7 +48,7 @@ def check_least_memory(setup: TrainSetup, topology: Topology) -> None:
 
 
 def refused(error: Exception, setup: TrainSetup, topology: Topology) -> UserError:
-    """One line for a compiler's refusal; of what needs too much memory with what would fit."""
+    """A compiler's refusal in one line; if memory is short, with what would fit."""
     message = str(error)
     if "RESOURCE_EXHAUSTED" not in message:
         return UserError(
@@ -65,7 +65,7 @@ def refused(error: Exception, setup: TrainSetup, topology: Topology) -> UserErro
 
 
 def too_large(setup: TrainSetup, topology: Topology, needed: float, there: float) -> UserError:
-    """One line for a program that needs more than a device has, with what would fit."""
+    """One line for a program that needs more memory than a device has, with what would fit."""
     return UserError(
         f"{setup.recipe.name} does not fit: the compiler needs {readable(int(needed))} of a "
         f"device and {topology.kind} has {readable(int(there))}; "
@@ -74,9 +74,9 @@ def too_large(setup: TrainSetup, topology: Topology, needed: float, there: float
 
 
 def _way_out(setup: TrainSetup, topology: Topology, needed: float, there: float) -> str:
-    """What would make a step smaller that needs more than is there, the least change first.
+    """What would make a step smaller, the least change first.
 
-    Fewer clips leave the state and its gradients as they are, more parts of a batch also the batch.
+    Fewer clips do not shrink the state and its gradients; accumulation does not shrink the batch.
     """
     recipe, mesh, config = setup.recipe, setup.mesh.shape, setup.model.config
     least, memory = least_memory(setup), topology.chip.memory

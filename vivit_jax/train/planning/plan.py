@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step compiled for hardware that is not there: whether it fits, and what it takes.
+"""A training step compiled for absent hardware: whether it fits, and what it costs.
 
 `plan` compiles what `train` would run, for compile-only devices and with shapes for arrays, and
-reads the program. Nothing is run and nothing is allocated: every time is an estimate.
+reads the program. Nothing is run or allocated: every time is an estimate.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import bytes_on_a_device, check_mesh, make_mesh
 from vivit_jax.train.step import check_division
 
-# Videos to train on, by what ends a recipe's name; as the authors' lists have them.
+# Training videos by data set, the end of a recipe's name; the counts of the authors' lists.
 VIDEOS = {
     "kinetics400": 240_436,
     "kinetics600": 366_006,
@@ -44,74 +44,74 @@ VIDEOS = {
 }
 _COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
 _NO_TILES = "find output tile sizes"
-# Cycles of attention's kernels on a core, forward and backward, over those of v5e.
+# Cycles of the attention kernels on a core, forward and backward, relative to v5e.
 _OF_V5E = {"v4": (1.55, 1.32), "v5e": (1.0, 1.0), "v5p": (1.0, 1.0), "v6e": (0.7, 0.63)}
 _PALLAS = "tpu_custom_call"
-_ANY_STEPS = 1000  # an epoch of a recipe whose number of clips is not known
+_ANY_STEPS = 1000  # in an epoch of unknown length
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one of `step_parts.PARTS` of the model takes in a step."""
+    """What one of `step_parts.PARTS` costs in a step."""
 
     name: str
-    seconds: float  # by the compiler's estimate and of kernels; 0 on GPU
-    bytes: int  # that the main memory moves
+    seconds: float  # the compiler's estimate plus kernels; 0 on GPU
+    bytes: int  # main memory traffic
 
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """All collectives of one kind along the same axes of the mesh."""
+    """All collectives of one kind along the same mesh axes, in a step."""
 
     kind: str
     axes: tuple[str, ...]
-    times: int  # in a step
-    bytes: int  # what a device has of them, in a step
-    sent: int  # by each device, in a step
+    times: int
+    bytes: int  # held by a device
+    sent: int  # by each device
     seconds: float | None  # on the links; None between slices
-    beside_seconds: float  # of these, of what other operations may run beside
+    beside_seconds: float  # of `seconds`, how many other operations may overlap
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step of a recipe takes on one device of a topology, all of it estimated.
+    """What a step of a recipe costs on one device of a topology; all of it is estimated.
 
-    Sizes are bytes of one device, times seconds of one step.
+    Sizes are bytes per device, times are seconds per step.
     """
 
     recipe: str
     topology: Topology
     mesh: Mapping[str, int]
-    clips: int  # of a step, on all devices, repeats counted
-    videos: int  # the same, each counted once
+    clips: int  # on all devices, counting repeats
+    videos: int  # on all devices, without repeats
     versions: Mapping[str, str]  # of jax and of the compiler
     compile_seconds: float
-    # Memory. `peak` is what the compiler checks, all buffers and the program together.
+    # Memory. `peak` is what the compiler checks: all buffers and the program together.
     peak: int
     parameters: int
     optimizer: int
     arguments: int
     temporaries: int
-    # Arithmetic of matrix products, on one device; `recomputed` is not in `flops`.
+    # Matrix products on one device; `flops` does not include `recomputed`.
     flops: int
     recomputed: int
-    cycles: int  # estimated, of all operations but kernels; 0 on GPU
-    kernels: Mapping[str, int]  # calls in a step, by name; on GPU all custom calls, by target
+    cycles: int  # estimated, of all operations except kernels; 0 on GPU
+    kernels: Mapping[str, int]  # calls by name; on GPU all custom calls by target
     kernel_seconds: float  # of Pallas kernels, see `kernel_seconds`
-    uncounted_kernels: int  # of Pallas, that carry no such count
+    uncounted_kernels: int  # Pallas calls without a cost estimate
     parts: tuple[Part, ...]
     moved: tuple[Moved, ...]
-    network_bytes: int  # sent to other slices, which no collective of the program shows
-    bytes: int  # that the main memory moves
-    unknown_loops: int  # whose rounds the program does not tell; they count once
-    operations: tuple[Operation, ...]  # the costliest first
+    network_bytes: int  # sent to other slices; not among `moved`
+    bytes: int  # main memory traffic
+    unknown_loops: int  # loops with an unknown number of rounds, which count once
+    operations: tuple[Operation, ...]  # costliest first
     epochs: int
-    epoch_videos: int | None  # None where the recipe's data are not known
+    epoch_videos: int | None  # None if the recipe's data set is not known
     text: str = dataclasses.field(repr=False, compare=False)  # of the compiled program
 
     @property
     def compute_seconds(self) -> float:
-        """Estimated cycles at the nominal clock; on GPU the roofline of products and traffic."""
+        """Estimated cycles at the nominal clock; on GPU a roofline of products and traffic."""
         chip = self.topology.chip
         if chip.platform == "gpu":
             done = self.flops + self.recomputed
@@ -120,11 +120,15 @@ class Plan:
 
     @property
     def waiting_seconds(self) -> float:
-        """Of collectives, what nothing hides: those that nothing runs beside, and what of the
-        others is longer than all computing."""
-        known = [each for each in self.moved if each.seconds is not None]
-        beside = sum(each.beside_seconds for each in known)
-        alone = sum(each.seconds for each in known) - beside
+        """The exposed time of collectives.
+
+        Those that nothing overlaps, and the part of the others that exceeds all computing.
+        """
+        known = [
+            (each.seconds, each.beside_seconds) for each in self.moved if each.seconds is not None
+        ]
+        beside = sum(overlapped for _, overlapped in known)
+        alone = sum(seconds for seconds, _ in known) - beside
         return alone + max(0.0, beside - self.compute_seconds - self.kernel_seconds)
 
     @property
@@ -134,22 +138,22 @@ class Plan:
 
     @property
     def clips_per_second(self) -> float:
-        """On all devices together, repeats counted."""
+        """On all devices together, counting repeats."""
         return self.clips / self.step_seconds
 
     @property
     def host_videos_per_second(self) -> float:
-        """What each machine has to read and decode."""
+        """How many videos each machine must read and decode."""
         return self.videos / self.step_seconds / self.topology.hosts
 
     @property
     def utilization(self) -> float:
-        """MFU: the model's products, without those computed again, over what the chip could do."""
+        """MFU: the model's products, without recomputed ones, over the chip's peak."""
         return self.flops / self.topology.chip.flops / self.step_seconds
 
     @property
     def days(self) -> float | None:
-        """Of all the recipe's epochs; None where the number of its videos is not known."""
+        """The duration of all epochs; None if the number of videos is not known."""
         if self.epoch_videos is None:
             return None
         steps = self.epochs * (self.epoch_videos // self.videos)
@@ -197,18 +201,17 @@ def plan(
     videos: int | None = None,
     before_compiling: Callable[[], None] = lambda: None,
 ) -> Plan:
-    """Compile the recipe's training step for a topology and read what it takes.
+    """Compile the recipe's training step for a topology and read what it costs.
 
     `mesh_sizes` are those of `vivit_jax.train.sharding.parse_mesh` for `topology.count` devices.
-    `videos` is the size of the data, by default that of `VIDEOS`. The model is the recipe's own
-    and starts from nothing; `data.train` is not read. `before_compiling` is called
-    once all that can be told in seconds is checked.
+    `videos` is the size of the data set, by default that of `VIDEOS`. The model is the recipe's,
+    without a start; `data.train` is not read. `before_compiling` is called after the quick checks.
 
-    Raises UserError for what `train` would refuse, for what divides no batch, parameter or machine,
-    and, in one line with what would fit, for a step that needs more memory than there is; where
-    state, gradients and batch alone do, before minutes of compiling. Whatever else a compiler
-    refuses is a UserError of one line too. On some programs libtpu ends the process that it is in:
-    `vivit_jax.processes.Apart` calls a function in another.
+    Raises UserError for what `train` would refuse, for a mesh that does not divide the batch, a
+    parameter or the machines, and, with what would fit, for a step that needs too much memory
+    (before minutes of compiling if state, gradients and batch alone do). Any other refusal of a
+    compiler is a one-line UserError too. libtpu may end the process on some programs; to survive
+    that, call this through `vivit_jax.processes.Apart`.
     """
     setup = planned_setup(recipe, topology, mesh_sizes, videos)
     check_least_memory(setup, topology)
@@ -220,8 +223,9 @@ def plan(
         raise refused(error, setup, topology) from error
     seconds = time.monotonic() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None  # as they are on these platforms
     peak, there = memory.peak_memory_in_bytes, topology.chip.memory
-    if peak > there:  # of which compilers for GPUs warn only
+    if peak > there:  # compilers for GPUs only warn
         raise too_large(setup, topology, peak, there)
     program = read_program(text, setup.mesh)
     config, head = setup.model.config, HEADS[setup.recipe.task]
@@ -261,14 +265,14 @@ def plan(
 
 def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     with warnings.catch_warnings():
-        # Programs for devices that are not there cannot be taken from a cache.
+        # Programs for absent devices cannot be cached.
         warnings.filterwarnings("ignore", "Error .* persistent compilation cache")
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if _NO_TILES not in str(error):
                 raise
-            # Without a GPU to try tiles on, XLA's own products give up on some odd shapes.
+            # Without a GPU to tune tiles on, XLA's Triton products fail for some odd shapes.
             return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
@@ -280,9 +284,9 @@ def planned_setup(
     if recipe.model.start is not None:
         raise UserError(
             f"model.start is {recipe.model.start!r}, and a plan opens no weights: leave it out and "
-            "set what their model has otherwise by model.config"
+            "set the fields in which that model differs by model.config"
         )
-    # Before there are devices: many slices of them take minutes.
+    # Checked before making devices, which takes minutes for many slices.
     check_mesh(mesh_sizes, topology.hosts, topology.slices)
     check_division(recipe, mesh_sizes)
     count = videos or training_videos(recipe.name)
@@ -298,10 +302,9 @@ def planned_setup(
 
 
 def training_videos(name: str) -> int | None:
-    """Videos of the data that a recipe of this name trains on, None where that is not known."""
-    places = {data: name.rfind(data) for data in VIDEOS}
-    last = max(places, key=places.get)
-    return VIDEOS[last] if places[last] >= 0 else None
+    """The number of training videos of a recipe's data set, by its name; None if not known."""
+    last = max(VIDEOS, key=name.rfind)
+    return VIDEOS[last] if last in name else None
 
 
 def _versions(topology: Topology) -> dict[str, str]:
@@ -310,10 +313,10 @@ def _versions(topology: Topology) -> dict[str, str]:
 
 
 def kernel_seconds(operation: Operation, topology: Topology) -> float:
-    """Of a Pallas kernel, as often as it runs; 0 of other operations.
+    """The seconds of all runs of a Pallas kernel; 0 for other operations.
 
-    Of attention in half precision by `vivit_jax.layers.pallas.cycles`; of other kernels at least:
-    the larger of what the products that they tell of and their traffic take at the chip's figures.
+    Attention in half precision is estimated by `vivit_jax.layers.pallas.cycles`. Other kernels get
+    a lower bound: the products of their cost estimate or their traffic, at the chip's figures.
     """
     if operation.target != _PALLAS:
         return 0.0
@@ -330,15 +333,15 @@ def kernel_seconds(operation: Operation, topology: Topology) -> float:
 
 
 def operation_seconds(operation: Operation, topology: Topology) -> float:
-    """Of one operation in a step: its estimated cycles, or what `kernel_seconds` says."""
+    """The seconds of all runs of an operation: its estimated cycles, or `kernel_seconds`."""
     estimated = (operation.cycles or 0) * operation.times
     return estimated / topology.chip.clock + kernel_seconds(operation, topology)
 
 
 def _kernels(program: Program) -> tuple[dict[str, int], int]:
-    """Calls in a step of what is no XLA, and how many of Pallas carry no count of operations.
+    """Calls of kernels by name, and how many Pallas calls carry no cost estimate.
 
-    A TPU's program has other custom calls too, which are XLA's own.
+    Other custom calls in a TPU's program are XLA's own.
     """
     calls, uncounted = defaultdict(int), 0
     on_tpu = any(each.cycles for each in program.operations)
@@ -380,6 +383,7 @@ def _moved(program: Program, mesh: Mesh, topology: Topology) -> tuple[Moved, ...
     found = []
     for (kind, axes, unknown), pairs in groups.items():
         each = [one for one, _ in pairs]
+        whole = sum(seconds or 0.0 for _, seconds in pairs)
         beside = sum(seconds or 0.0 for one, seconds in pairs if one.beside)
         found.append(
             Moved(
@@ -388,7 +392,7 @@ def _moved(program: Program, mesh: Mesh, topology: Topology) -> tuple[Moved, ...
                 times=sum(one.times for one in each),
                 bytes=sum(one.bytes * one.times for one in each),
                 sent=sum(one.sent * one.times for one in each),
-                seconds=None if unknown else sum(seconds for _, seconds in pairs),
+                seconds=None if unknown else whole,
                 beside_seconds=beside,
             )
         )
@@ -396,16 +400,19 @@ def _moved(program: Program, mesh: Mesh, topology: Topology) -> tuple[Moved, ...
 
 
 def _sent_to_slices(program: Program) -> int:
-    """Bytes in a step; libtpu turns what reaches over slices into sends through the hosts."""
+    """Bytes sent to other slices, which libtpu compiles to sends through the hosts."""
     sends = (each for each in program.operations if each.opcode == "send")
     return sum(each.operands[0].bytes * each.times for each in sends)
 
 
-def link_bandwidth(devices: Sequence[jax.Device], topology: Topology) -> float | None:
-    """Bytes a second that one of a group of devices sends to the others.
+def link_bandwidth(
+    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
+    topology: Topology,
+) -> float | None:
+    """The bandwidth, in bytes a second, from one device of a group to the others.
 
-    Of a TPU's links, those along the sides of the torus that the group reaches over, each taken as
-    a closed ring; of GPUs all of them. None between slices, or between machines with GPUs.
+    On TPU the links along the sides of the torus that the group spans, each taken as a closed ring;
+    on GPU all links. None between slices, or between machines with GPUs.
     """
     if topology.chip.platform == "gpu":
         return topology.chip.links if len({d.process_index for d in devices}) == 1 else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan as lines of text: what it was compiled for, what it says, and by which formulas."""
+"""A plan as text: what it was compiled for, its figures, and their formulas."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,14 +12,14 @@ _RING = "each as a ring at the links' nominal rate"
 
 
 def describe(plan: Plan, top: int = 20) -> str:
-    """All of a plan, with its `top` costliest operations."""
+    """The whole plan, with its `top` costliest operations."""
     sections = (_head, _memory, _arithmetic, _parts, _collectives, _step, _run)
     lines = [line for section in sections for line in section(plan)]
     return "\n".join([*lines, *(_operations(plan, top) if top else [])])
 
 
 def ranking(plans: Sequence[Plan], refused: Mapping[str, str]) -> str:
-    """Compiled meshes, the fastest first, and why others are out."""
+    """A table of the compiled meshes, and why others are out."""
     rows = [("mesh", "step ms", "waiting ms", "peak", "MFU", "clips/s")]
     rows += [
         (
@@ -55,7 +55,7 @@ def _memory(plan: Plan) -> list[str]:
         f"all arguments {readable(plan.arguments)}, temporaries {readable(plan.temporaries)}",
     ]
     if plan.topology.chip.platform == "gpu":
-        lines.append("  of a GPU's memory jax takes three quarters, unless told otherwise")
+        lines.append("  jax allocates three quarters of a GPU's memory by default")
     return lines
 
 
@@ -75,16 +75,18 @@ def _parts(plan: Plan) -> list[str]:
     for part in plan.parts:
         times = (_ms(part.seconds, 2), f"{part.seconds / whole:.1%}") if timed else ()
         rows.append((part.name, *times, readable(part.bytes)))
-    note = "  (by the name of what was traced; a fusion by one of its, XLA's own copies as other)"
+    note = "  (by the traced name of each operation, or of one in a fusion; XLA's copies are other)"
     return ["", *format_table(rows), note]
 
 
 def _collectives(plan: Plan) -> list[str]:
     if not plan.moved:
         return ["", "no collectives"]
-    rows = [("collectives", "axes", "times", "held", "sent", "ms", "of which beside others")]
+    rows = [("collectives", "axes", "times", "held", "sent", "ms", "of which overlapped")]
     for each in plan.moved:
-        known = each.seconds is not None
+        seconds = overlapped = "unknown"
+        if each.seconds is not None:
+            seconds, overlapped = _ms(each.seconds, 2), _ms(each.beside_seconds, 2)
         rows.append(
             (
                 each.kind,
@@ -92,8 +94,8 @@ def _collectives(plan: Plan) -> list[str]:
                 str(each.times),
                 readable(each.bytes),
                 readable(each.sent),
-                _ms(each.seconds, 2) if known else "unknown",
-                _ms(each.beside_seconds, 2) if known else "unknown",
+                seconds,
+                overlapped,
             )
         )
     return ["", *format_table(rows)]
@@ -112,28 +114,28 @@ def _step(plan: Plan) -> list[str]:
     lines = ["", f"step: {least}{_ms(plan.step_seconds, 1)} ms = compute + kernels + waiting"]
     lines.append(f"  compute {_ms(plan.compute_seconds, 1)} ms: {compute}")
     calls = ", ".join(f"{name} {times}" for name, times in sorted(plan.kernels.items()))
-    kernels = "no Pallas kernels" if chip.platform == "tpu" else "their time is in the above"
+    kernels = "no Pallas kernels" if chip.platform == "tpu" else "counted in compute"
     if plan.kernel_seconds:
         kernels = (
-            "of attention in half precision as fitted to the schedules of libtpu 0.0.42.1, of "
-            "others at least: products or traffic at the chip's figures"
+            "attention in half precision as fitted to the schedules of libtpu 0.0.42.1, others "
+            "at least: products or traffic at the chip's figures"
         )
     lines.append(f"  kernels {_ms(plan.kernel_seconds, 1)} ms: {kernels}")
     if calls:
         lines.append(f"    custom calls: {calls}")
     if plan.uncounted_kernels:
-        lines.append(f"    {plan.uncounted_kernels} calls carry no count: by their traffic alone")
+        lines.append(f"    {plan.uncounted_kernels} calls without a cost estimate: traffic alone")
     lines.append(
-        f"  waiting {_ms(plan.waiting_seconds, 1)} ms: collectives that nothing runs beside, and "
-        f"what of the others is longer than the rest, {_RING}"
+        f"  waiting {_ms(plan.waiting_seconds, 1)} ms: collectives that nothing overlaps, and the "
+        f"excess of the others over the rest, {_RING}"
     )
     if plan.network_bytes or any(each.seconds is None for each in plan.moved):
         sent = f", {readable(plan.network_bytes)} a device" if plan.network_bytes else ""
         lines.append(
-            f"    without what is sent between slices or machines{sent}: an unknown network"
+            f"    without the traffic between slices or machines{sent}: an unknown network"
         )
     if plan.unknown_loops:
-        lines.append(f"  {plan.unknown_loops} loops do not tell their rounds and count once")
+        lines.append(f"  {plan.unknown_loops} loops of unknown length count once")
     return lines
 
 
@@ -141,7 +143,7 @@ def _run(plan: Plan) -> list[str]:
     most = "at most " if plan.topology.chip.platform == "gpu" else ""
     line = f"{most}MFU {plan.utilization:.1%}, {plan.clips_per_second:.0f} clips/s"
     if plan.days is None:
-        return [f"{line}; how many videos an epoch has is not known: --clips N"]
+        return [f"{line}; the number of videos in an epoch is not known: --clips N"]
     least = "at least " if most else ""
     data = f"{plan.epochs} epochs of {plan.epoch_videos:,} videos"
     return [f"{line}; {least}{plan.days:.2f} days for {data}"]
@@ -170,5 +172,5 @@ def _ms(seconds: float, places: int) -> str:
 
 
 def _figure(value: float, places: int) -> str:
-    """With so many decimals; of what is less than one, as a small model's, two digits."""
+    """With `places` decimals; two digits for values below one."""
     return f"{value:.{places}f}" if value >= 1 or not value else f"{value:.2g}"

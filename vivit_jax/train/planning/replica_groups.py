@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which devices a collective is among, in the forms that compiled programs have, by mesh axis."""
+"""The device groups of a collective, in the notations of compiled programs, and their mesh axes."""
 
 import math
 import re
@@ -11,7 +11,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def permuted_pairs(attributes: str) -> Groups:
-    """Sources and targets of a permutation that differ."""
+    """(source, target) of a permutation, without devices that send to themselves."""
     listed = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     if listed is None:
         raise ValueError(f"no source_target_pairs in {attributes[:200]!r}")
@@ -22,7 +22,7 @@ def permuted_pairs(attributes: str) -> Groups:
 def replica_groups(attributes: str, devices: int) -> Groups:
     """The groups of a collective: `{{0,1},{2,3}}`, `[2,4]<=[8]`, `mesh['a'=2,'b'=4] {'a'}`.
 
-    Raises ValueError for another form.
+    Raises ValueError for any other notation.
     """
     found = re.search(
         r"replica_groups=(\{\}|\{\{[\d,{}]*\}\}|\[\S+?(?=, |$)|mesh\[.*?\{.*?\})", attributes
@@ -42,21 +42,21 @@ def replica_groups(attributes: str, devices: int) -> Groups:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]<=[2,4]T(1,0)`: the numbers from 0 reshaped, transposed, and reshaped again."""
+    """`[4,2]<=[2,4]T(1,0)`: iota reshaped, transposed, and reshaped again."""
     found = re.fullmatch(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", text)
     if found is None:
         raise ValueError(f"replica groups {text!r} are not understood")
-    shape, sizes, order = (
-        tuple(map(int, part.split(","))) if part else None for part in found.groups()
-    )
+    shape = tuple(map(int, found[1].split(",")))
+    sizes = tuple(map(int, found[2].split(","))) if found[2] else None
+    order = tuple(map(int, found[3].split(","))) if found[3] else None
     numbers = np.arange(math.prod(shape)).reshape(sizes or shape).transpose(order)
     return numbers if sizes is None else numbers.reshape(shape)
 
 
 def _along_axes(text: str) -> np.ndarray:
-    """Groups along some axes of a mesh, or along a part of one: `{'a'}`, `{'a':(1)2}`.
+    """Groups along axes of a mesh, or along part of an axis: `{'a'}`, `{'a':(1)2}`.
 
-    The mesh's devices are numbered in order, or as told: `mesh['a'=2,'b'=4] {'a'}`,
+    Devices are numbered in order, `mesh['a'=2,'b'=4] {'a'}`, or explicitly:
     `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`.
     """
     found = re.fullmatch(r"mesh\[(.*?)\](?:, *device_ids=\((.*)\))? *\{(.*)\}", text)
@@ -84,9 +84,9 @@ def _along_axes(text: str) -> np.ndarray:
 
 
 def mesh_axes(groups: Groups, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of a mesh along which the devices of a group differ, in the mesh's order.
+    """The axes along which the devices of a group differ, in the mesh's order.
 
-    Devices are numbered as a program numbers them, in the order of `mesh.devices.flat`.
+    Devices are numbered in the order of `mesh.devices.flat`, as programs number them.
     """
     shape = tuple(sizes.values())
     varied = set()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of a training step an operation belongs to, by the name that tracing gave it."""
+"""The part of a training step that an operation belongs to, by the name tracing gave it."""
 
 import re
 
-# The first that a name contains counts; of a stage, encoder or decoder.
+# Parts of the encoder and the decoder; the first pattern that a name matches counts.
 _OF_STAGE = (
     ("attention", r"/(temporal_)?attention\b"),
     ("MLP", r"/mlp_(in|out)\b"),
@@ -19,11 +19,11 @@ PARTS = (
 
 
 def part_of(op_name: str) -> str:
-    """One of PARTS, for an operation of a step that `make_step` made.
+    """One of PARTS, for an operation of a step made by `make_step`.
 
-    A name tells where in the traced function an operation was asked for; a fusion has the name of
-    one of its operations. "rest" is residual sums, stacks of layers, positions, projections to
-    the decoder; "loss" with the targets; what has no name is "other".
+    A name says where in the traced function an operation comes from; a fusion has the name of one
+    of its operations. "rest" is residual sums, stacks of layers, positions and projections to the
+    decoder; "loss" includes the targets; operations without a name are "other".
     """
     if "jvp(" not in op_name and "layers/" not in op_name:
         if _DRAWN.search(op_name):
