@@ -377,31 +377,31 @@ def without_sums(step):
 
 
 DAMAGE = {
-    "arrays cut off": (truncate, "state/.*d/.* is not as it was written"),
-    "a bit of the arrays": (flip, "state/.*d/.* is not as it was written"),
+    "arrays cut off": (truncate, "state/.*d/.* has changed since it was written"),
+    "a bit of the arrays": (flip, "state/.*d/.* has changed since it was written"),
     "an array's file gone": (
         lambda step: min(step.glob("state/**/d/*")).unlink(),
         "state/.*: No such file or directory",
     ),
     "the tree": (
         lambda step: (step / "state" / "_METADATA").write_text("[]"),
-        "state/_METADATA is not as it was written",
+        "state/_METADATA has changed since it was written",
     ),
     "the values": (
         lambda step: (step / "run" / "metadata").write_text("{"),
-        "run/metadata is not as it was written",
+        "run/metadata has changed since it was written",
     ),
     "values of another kind": (
         lambda step: (step / "run" / "metadata").write_text('{"data": 3, "metrics": []}'),
-        "run/metadata is not as it was written",
+        "run/metadata has changed since it was written",
     ),
     "the checksums": (
         lambda step: (step / "state" / "checksums.json").write_text("{}"),
-        "state/checksums.json is not as it was written",
+        "state/checksums.json has changed since it was written",
     ),
     "a checksum of each file": (
         lambda step: (step / "state" / "checksums.json").write_text('{"sha256": {}}'),
-        "state/.* is not among what checksums.json lists",
+        "state/.* is not listed in checksums.json",
     ),
     "no checksums": (without_sums, "its checksums.json is missing"),
 }
@@ -454,7 +454,10 @@ def test_what_orbax_alone_needs_is_not_needed(tmp_path, three, caplog):
         checkpoints = Checkpoints(tmp_path, keep=3)
         state, _, step = checkpoints.restore(abstract(make_state()))
         assert step == 3 and bits(state) == bits(make_state(3))
-        warned = "3/_CHECKPOINT_METADATA is damaged; nothing of it is needed" in caplog.text
+        warned = (
+            "3/_CHECKPOINT_METADATA is damaged; resuming from step 3 does not need it"
+            in caplog.text
+        )
         assert warned == (not text.startswith('{"'))
         checkpoints.close()
 
@@ -510,7 +513,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint(tmp_path, three, caplog):
         checkpoints.check_step(7)
     checkpoints.rewind(1)
     (warning,) = caplog.messages
-    assert "going on from step 1: the next checkpoint takes the place of the later 2, 3" in warning
+    assert "resuming from step 1: the next checkpoint replaces the later 2, 3" in warning
     assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([1], 1, 1)
     assert step_directories(tmp_path / "checkpoints") == ["1", "2", "3"]
     save_all(checkpoints, [0.05], first=2)

@@ -100,7 +100,7 @@ def test_a_bad_line_that_is_not_the_last_is_an_error(tmp_path, bad):
     path = tmp_path / METRICS
     before = path.read_text().replace("\n", f"\n{bad}\n", 1)
     path.write_text(before)
-    with pytest.raises(UserError, match=r"line 2 is no line of metrics: '[^']+'; remove it"):
+    with pytest.raises(UserError, match=r"line 2 is not a line of metrics: '[^']+'; remove it"):
         read_metrics(path)
     with pytest.raises(UserError, match="line 2"):
         MetricLog(tmp_path, resume_at=1)
@@ -286,7 +286,7 @@ def test_a_line_that_was_changed(tmp_path, changed):
     line = '{"kind": "train", "step": 1, "time": 1.0, "loss": 2.0}'
     path = tmp_path / METRICS
     path.write_text(f"{line}\n{line[:-1]}, {changed}}}\n{line}\n")
-    with pytest.raises(UserError, match="line 2 is no line of metrics") as raised:
+    with pytest.raises(UserError, match="line 2 is not a line of metrics") as raised:
         read_metrics(path)
     assert len(str(raised.value).splitlines()) == 1
 

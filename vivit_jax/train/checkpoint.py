@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: its whole state through Orbax, and its model as a HuggingFace directory."""
+"""Checkpoints of a run: its whole state by Orbax, and its model as a HuggingFace directory."""
 
 import contextlib
 import datetime
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _DROPPED = "dropped"
 _UNFINISHED = re.compile(r".*\.orbax-checkpoint-tmp.*")
 _MODEL = re.compile(r"\d+")
-_LONGEST = 2000  # bytes of a message from one process to the others
+_LONGEST = 2000  # bytes of a message to the other processes
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -36,36 +36,35 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class UnwrittenCheckpoint(CheckpointError, WriteError):
-    """A checkpoint that could not be written; those before it are whole."""
+    """A checkpoint that could not be written; earlier ones are whole."""
 
 
 class Checkpoints:
     """The checkpoints in directory/checkpoints/<step>, and models in directory/models/<step>.
 
-    The last `keep` are kept, and the one of the highest score (of equal ones the latest). Each is
-    there whole or not at all, whenever the process is killed. Nothing on disk changes before the
-    first `save`: until then another process may be writing to the directory. That first save
-    removes what a killed run left behind: unfinished checkpoints, and models of steps that have
-    none. Checksums are written with each and compared when it is restored.
+    Keeps the last `keep` checkpoints and the one with the highest score (the latest of equal ones).
+    A checkpoint exists whole or not at all, whenever the process is killed. Nothing on disk changes
+    before the first `save`, since until then another process may be writing to the directory. The
+    first save removes what a killed run left behind: unfinished checkpoints, and models without a
+    checkpoint. Each checkpoint has checksums, which are compared when it is restored.
 
-    All processes of a run call every method alike. `asynchronous` saves write while training goes
-    on; an error of theirs is raised by the next call. `directory` is a path of a file system that
-    all processes share.
+    Every process of a run calls every method. `asynchronous` saves write while training continues;
+    the next call raises their errors. `directory` is on a file system that all processes share.
     """
 
     def __init__(self, directory: str | Path, *, keep: int, asynchronous: bool = True):
         import orbax.checkpoint as ocp
 
         if keep < 1:
-            raise UserError(f"keep is {keep}; expected 1 or more last checkpoints")
+            raise UserError(f"keep is {keep}; expected to keep 1 or more checkpoints")
         directory = Path(directory).resolve()
         self._checkpoints, self._models = directory / "checkpoints", directory / "models"
         self._saved = False
         self._scores: dict[int, float | None] = {}
-        self._pending: int | None = None  # the step that is being written
+        self._pending = -1  # the step that is being written
         self._rewound: int | None = None
         self._steps_named = _names()
-        # Else Orbax cannot tell what a checkpoint that another process saved holds.
+        # Without this Orbax does not know what a checkpoint of another process holds.
         known = ocp.handlers.DefaultCheckpointHandlerRegistry()
         self._arrays, plain = handlers()
         known.add("state", ocp.args.StandardSave, self._arrays)
@@ -78,7 +77,7 @@ class Checkpoints:
                 enable_async_checkpointing=asynchronous,
                 preservation_policy=_LastAndBest(keep, self._scores),
                 step_name_format=self._steps_named,
-                # Moved there in one go: a directory being deleted would pass for a checkpoint.
+                # Renamed before deletion: a half-deleted directory would pass for a checkpoint.
                 todelete_subdir=_DROPPED,
             ),
         )
@@ -88,7 +87,7 @@ class Checkpoints:
                 self._scores[step] = _score(self._run(step)["metrics"])
             except DamagedCheckpoint as error:
                 self._scores[step] = None
-                if step != max(steps):  # of the latest `restore` says it
+                if step != max(steps):  # `restore` reports the latest
                     _warn(f"{error}; the score of step {step} is not known")
 
     def save(
@@ -99,13 +98,13 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         export: Callable[[Path], None] | None = None,
     ) -> None:
-        """Save a tree of jax arrays, typed PRNG keys included, and plain JSON `data`.
+        """Save a tree of jax arrays, which may hold typed PRNG keys, and plain JSON `data`.
 
-        The arrays may be donated as soon as this returns. `metrics["score"]`, higher is better and
-        ignored if not finite, decides which checkpoint is the best. `export(path)`, in the process
-        that passes one, writes the model of this step to `path`, whole or not at all; it is called
-        first, so that a checkpoint never lacks its model. Raises UserError for a step that is not
-        after the latest, and for what cannot be stored.
+        The arrays may be donated as soon as this returns. The checkpoint with the highest finite
+        `metrics["score"]` is the best. The process that passes `export(path)` writes the model of
+        this step with it, whole or not at all; it is called first, so that a checkpoint never lacks
+        its model. Raises UserError for a step that is not after the latest, and for values that
+        cannot be stored.
         """
         import orbax.checkpoint as ocp
 
@@ -120,7 +119,7 @@ class Checkpoints:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         run = {"data": data, "metrics": finite, "keys": keys, "checksums": True}
         try:
-            # A copy too: the caller may go on with its counts while this is written.
+            # Also copies it: the caller may update its counts while this is written.
             run = json.loads(json.dumps(run, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise UserError(f"data of step {step} is not plain JSON: {error}") from error
@@ -134,28 +133,28 @@ class Checkpoints:
         self._pending = step
         try:
             with self._writing():
-                # By force, else Orbax decides whether it is time.
+                # By force, or Orbax decides whether a save is due.
                 self._manager.save(step, args=args, force=True)
         except KeyboardInterrupt:
-            self._saved = False  # Orbax's threads go on with what they began: nothing is tidied
+            self._saved = False  # Orbax's threads keep writing, so nothing may be tidied
             raise
 
     def steps(self) -> list[int]:
-        """The steps there are checkpoints of, in order, after waiting for the last save."""
+        """The steps that have a checkpoint, in order, after waiting for the last save."""
         with self._writing():
             self._manager.wait_until_finished()
         return sorted(step for step in self._manager.all_steps() if not self._is_later(step))
 
     def latest(self) -> int | None:
-        """The last step there is a checkpoint of, or None."""
+        """The last step that has a checkpoint, or None."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step of the highest score, the latest of equal ones; None if none has a score."""
+        """The step with the highest score, the latest of equal ones; None if none has a score."""
         return _best(self.steps(), self._scores)
 
     def check_step(self, step: int) -> None:
-        """UserError if there is no checkpoint of a step."""
+        """Raises UserError if a step has no checkpoint."""
         steps = self.steps()
         if step not in steps:
             raise UserError(
@@ -164,7 +163,7 @@ class Checkpoints:
             )
 
     def rewind(self, step: int) -> None:
-        """Go on from `step`: later ones no longer count, and the next save removes them.
+        """Continue from `step`: later checkpoints no longer count, and the next save removes them.
 
         A warning names them.
         """
@@ -172,7 +171,7 @@ class Checkpoints:
         self._rewound = step
         if later:
             _warn(
-                f"going on from step {step}: the next checkpoint takes the place of the later "
+                f"resuming from step {step}: the next checkpoint replaces the later "
                 f"{', '.join(map(str, later))} in {self._checkpoints}"
             )
 
@@ -181,14 +180,14 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any], int]:
         """(state, data, step) of a checkpoint, by default the latest that is not damaged.
 
-        `abstract_state` is a tree of `jax.ShapeDtypeStruct` with shardings, of any mesh and number
-        of devices, or of arrays. A warning names each damaged one that is passed over. Raises
-        UserError if there is no such checkpoint, or naming the paths that the checkpoint has
-        otherwise than the state, DamagedCheckpoint if `step` or all of them are damaged.
+        `abstract_state` is a tree of arrays, or of `jax.ShapeDtypeStruct` with shardings of any
+        mesh. A warning names each damaged checkpoint that is skipped. Raises UserError if there is
+        no such checkpoint or if it differs from the state, naming the paths; DamagedCheckpoint if
+        `step`, or every checkpoint, is damaged.
         """
         steps = self.steps()
         if step is None and not steps:
-            raise UserError(f"{self._checkpoints} holds no checkpoint; start the run anew")
+            raise UserError(f"{self._checkpoints} holds no checkpoint; start a new run")
         if step is not None:
             self.check_step(step)
         for each in (step,) if step is not None else reversed(steps):
@@ -201,7 +200,7 @@ class Checkpoints:
                 _warn(str(error))
         raise DamagedCheckpoint(
             f"{self._checkpoints}: all checkpoints are damaged ({', '.join(map(str, steps))}); "
-            "start the run anew in another directory"
+            "start a new run in another directory"
         )
 
     def _restored(self, abstract_state: Any, step: int) -> tuple[Any, dict[str, Any]]:
@@ -232,10 +231,10 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), run["data"]
 
     def _check_sums(self, step: int) -> None:
-        """DamagedCheckpoint, in all processes, where the first finds other files than written."""
+        """Raises DamagedCheckpoint in all processes if the first finds changed files."""
         found, unknown = None, False
         if not _is_object(marker := self._checkpoints / str(step) / "_CHECKPOINT_METADATA"):
-            _warn(f"{marker} is damaged; nothing of it is needed to go on from step {step}")
+            _warn(f"{marker} is damaged; resuming from step {step} does not need it")
         if jax.process_index() == 0:
             for part in ("run", "state"):
                 try:
@@ -251,25 +250,25 @@ class Checkpoints:
             _warn(f"{self._checkpoints / str(step)} has no checksums; damage in it goes unnoticed")
 
     def wait(self) -> None:
-        """Return once everything that was saved is on disk, and what was dropped is not."""
+        """Return once every save is on disk and every dropped checkpoint is removed."""
         with self._writing():
             self._manager.wait_until_finished()
         if self._saved:
             self._tidy()
 
     def close(self) -> None:
-        """`wait`, and stop the threads that save."""
+        """Waits, and stops the threads that save."""
         self.wait()
         self._manager.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """What goes wrong in Orbax's threads, as one UnwrittenCheckpoint that names its step."""
+        """Turns errors of Orbax's threads into one UnwrittenCheckpoint that names the step."""
         try:
             yield
-        except Exception as error:  # of any kind: it comes from the file system's library
-            # Orbax no longer counts the step, which may be there all the same where it was an older
-            # one that could not be removed.
+        except Exception as error:  # file systems' libraries raise errors of any kind
+            # Orbax forgets the step, although it may have been written and only the removal of an
+            # older one failed.
             self._manager.reload()
             there = self._pending in self._manager.all_steps()
             if not there:
@@ -277,7 +276,7 @@ class Checkpoints:
             if self._saved:
                 with contextlib.suppress(OSError):
                     self._tidy()
-            told = (
+            what = (
                 f"step {self._pending} is in {self._checkpoints}, but what it replaces could not "
                 "be removed"
                 if there
@@ -285,19 +284,19 @@ class Checkpoints:
                 f"{self._checkpoints}"
             )
             raise UnwrittenCheckpoint(
-                f"{told}: {first_line(error)}; those that are there are whole: mend what it says, "
-                "such as a full disk, and go on with --resume"
+                f"{what}: {first_line(error)}; the checkpoints that are there are whole: fix the "
+                "cause, such as a full disk, and continue with --resume"
             ) from error
 
     def lacks_model(self, step: int) -> bool:
-        """Whether the model of a checkpoint is gone, with a warning; the same in all processes."""
+        """Whether the model of a checkpoint is missing, with a warning; alike in all processes."""
         gone = bool(_from_first("" if (self._models / str(step)).is_dir() else "gone"))
         if gone:
             _warn(f"{self._models / str(step)} is gone; it is written again from the checkpoint")
         return gone
 
     def write_model(self, step: int, export: Callable[[Path], None] | None) -> None:
-        """Write the model of a step; what goes wrong ends all processes, not one of them."""
+        """Write the model of a step; an error ends all processes, not one of them."""
         failed = None
         if export is not None:
             try:
@@ -306,18 +305,18 @@ class Checkpoints:
                 export(self._models / str(step))
             except (OSError, UserError) as error:
                 failed = error
-        told = _from_first("" if failed is None else str(failed))
+        message = _from_first("" if failed is None else str(failed))
         if failed is not None:
             raise failed
-        if told:
-            raise WriteError(f"process 0 cannot go on: {told}")
+        if message:
+            raise WriteError(f"process 0 cannot continue: {message}")
 
     def _is_later(self, step: int) -> bool:
-        """Whether a step is one that a run has been taken back from."""
+        """Whether a step is later than the one the run was rewound to."""
         return self._rewound is not None and step > self._rewound
 
     def _drop_later(self) -> None:
-        """Remove the checkpoints that a run has been taken back from."""
+        """Remove the checkpoints later than the one the run was rewound to."""
         later = [step for step in self._manager.all_steps() if self._is_later(step)]
         with self._writing():
             for step in later:
@@ -344,7 +343,7 @@ class Checkpoints:
         )
 
     def _tidy(self) -> None:
-        """Remove what no longer belongs; only while nothing is being saved."""
+        """Remove leftovers; only called while nothing is being saved."""
         if jax.process_index():
             return
         leftovers = [self._checkpoints / _DROPPED]
@@ -352,7 +351,7 @@ class Checkpoints:
             leftovers += [p for p in self._checkpoints.iterdir() if _UNFINISHED.fullmatch(p.name)]
         if self._models.is_dir():
             clear_leftovers(self._models)
-            # As the disk has it: Orbax forgets a step where removing an older one fails.
+            # Read from the disk, since Orbax forgets a step if removing an older one fails.
             kept = {str(found.step) for found in self._steps_named.find_all(self._checkpoints)}
             leftovers += [
                 path
@@ -365,7 +364,7 @@ class Checkpoints:
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory into which threads of a save that failed may still write for a moment."""
+    """Remove a directory that the threads of a failed save may still be writing to."""
     for seconds in (0.1, 0.4, 1.5):
         try:
             return shutil.rmtree(path)
@@ -375,7 +374,7 @@ def _remove(path: Path) -> None:
 
 
 class _LastAndBest:
-    """Which checkpoints Orbax keeps: the last `keep` and the best."""
+    """Orbax's policy: keep the last `keep` checkpoints and the best."""
 
     def __init__(self, keep: int, scores: Mapping[int, float | None]):
         self._keep, self._scores = keep, scores
@@ -386,7 +385,7 @@ class _LastAndBest:
         return [step in kept for step in steps]
 
 
-# What Orbax and TensorStore raise for files that are missing, cut off or changed.
+# What Orbax and TensorStore raise for missing, truncated or changed files.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
@@ -396,7 +395,7 @@ def _warn(text: str) -> None:
 
 
 def _from_first(text: str) -> str:
-    """The text of the first process, in all of them."""
+    """The first process's text, in all processes."""
     if jax.process_count() == 1:
         return text
 
@@ -415,7 +414,7 @@ def _is_object(path: Path) -> bool:
 
 
 def _names() -> Any:
-    """Steps as Orbax names them, without a look into _CHECKPOINT_METADATA, which may be damaged."""
+    """Orbax's names of steps, without reading _CHECKPOINT_METADATA, which may be damaged."""
     import orbax.checkpoint as ocp
 
     plain = ocp.path.step.standard_name_format()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the files of a checkpoint held when they were written, to tell damage from what it hides.
+"""Checksums of a checkpoint's files, by which damage is noticed.
 
-Each part of a checkpoint (its arrays, its plain values) has a checksums.json: the SHA-256 of each
-of its files. It is written once all processes have written theirs, and before Orbax renames the
+Each part of a checkpoint (its arrays, its plain values) has a checksums.json with the SHA-256 of
+each file. It is written after all processes have written their files and before Orbax renames the
 checkpoint to its step, so that a step never lacks it.
 """
 
@@ -18,12 +18,12 @@ from vivit_jax.files.json_files import read_json
 from vivit_jax.files.staging import sync
 
 CHECKSUMS = "checksums.json"
-# Orbax writes this one afterwards; that it is there is all that is asked of it.
+# Orbax writes this file afterwards; only its presence matters.
 _AFTERWARDS = "commit_success.txt"
 
 
 def handlers() -> tuple[Any, Any]:
-    """Orbax's handlers of arrays and of JSON values, which write the checksums too."""
+    """Orbax's handlers for arrays and for JSON values, which also write checksums."""
     import orbax.checkpoint as ocp
 
     class Arrays(ocp.StandardCheckpointHandler):
@@ -32,7 +32,7 @@ def handlers() -> tuple[Any, Any]:
             _write(Path(directory))
 
         @classmethod
-        def typestr(cls):  # so that Orbax alone opens the checkpoint
+        def typestr(cls):  # so that plain Orbax can open the checkpoint
             return ocp.StandardCheckpointHandler.typestr()
 
     class Plain(ocp.JsonCheckpointHandler):
@@ -48,9 +48,9 @@ def handlers() -> tuple[Any, Any]:
 
 
 def damage(directory: Path) -> str | None:
-    """What differs in a part of a checkpoint from what was written, None where nothing does.
+    """How a part of a checkpoint differs from what was written; None if it does not.
 
-    FileNotFoundError where it has no checksums.
+    Raises FileNotFoundError if it has no checksums.
     """
     try:
         listed = read_json(directory / CHECKSUMS)["sha256"]
@@ -58,12 +58,12 @@ def damage(directory: Path) -> str | None:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{directory.name}/{CHECKSUMS} is not as it was written"
-    # File systems and desktops keep hidden files of their own beside those that were written.
+        return f"{directory.name}/{CHECKSUMS} has changed since it was written"
+    # File systems and desktops add hidden files of their own.
     seen = {name for name in _names(directory) if not name.rpartition("/")[2].startswith(".")}
     more = sorted(seen - listed.keys())
     if more:
-        return f"{directory.name}/{more[0]} is not among what {CHECKSUMS} lists"
+        return f"{directory.name}/{more[0]} is not listed in {CHECKSUMS}"
     for name, value in listed.items():
         if (instead := stand_in(directory / name)) is not None:
             return f"{directory.name}/{name} is {instead}"
@@ -72,7 +72,7 @@ def damage(directory: Path) -> str | None:
         except OSError as error:
             return f"{directory.name}/{name}: {error.strerror}"
         if found != value:
-            return f"{directory.name}/{name} is not as it was written"
+            return f"{directory.name}/{name} has changed since it was written"
     return None
 
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views of test videos, in batches that every process has equally many of."""
+"""Views of test videos, in batches of which every process gets the same number."""
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 from vivit_jax.data.datasets.dataset import Dataset, Example, read_views
 from vivit_jax.data.one_clip import one_clip
@@ -18,14 +20,14 @@ from vivit_jax.recipes.recipe import EvalSettings
 class Views:
     """The views of this process's share of a data set: every `count`-th video from `index` on.
 
-    Iterating gives uint8 [rows, t, h, w, c], videos one after the other and the views of each
-    together; `found` gets, for each video, (frame indices [clips, t], None) or (None, why it cannot
-    be read). Videos that cannot be read and what is missing to whole batches are black, so that all
-    processes take `steps` batches.
+    Iterating gives uint8 [rows, t, h, w, c] in the order of the videos, with a video's views
+    together. `found` collects (frame indices [clips, t], None) or (None, why it cannot be read) of
+    each video. Unreadable videos and the rest of the last batch are black, so that all processes
+    take `steps` batches.
     """
 
     dataset: Dataset
-    config: object  # of the model
+    config: Any  # of the model
     settings: EvalSettings
     rows: int
     index: int = 0
@@ -34,11 +36,11 @@ class Views:
 
     def __post_init__(self):
         self.found: list[tuple[np.ndarray | None, str | None]] = []
-        self.videos = -(-len(self.dataset) // self.count)  # of the process that has most
+        self.videos = -(-len(self.dataset) // self.count)  # of the process with the most
         self.each = self.settings.clips * self.settings.crops
         self.steps = -(-self.videos * self.each // self.rows)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "rows t h w c"]]:
         config, videos = self.config, self._read()
         shape = (config.num_frames, *config.frame_size, config.num_channels)
         black = np.zeros(shape, np.uint8)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from vivit_jax import __version__, param_tree
 from vivit_jax.data.datasets.dataset import Dataset
@@ -37,16 +38,16 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a video's views come to, and which frames they were; None for one that is unreadable."""
+    """A video's scores, averaged over its views, and their frames; None if it is unreadable."""
 
-    scores: np.ndarray | None  # [classes], of all views: logits, or logarithms of probabilities
+    scores: np.ndarray | None  # [classes]: logits, or logarithms of probabilities
     indices: np.ndarray | None  # [clips, t]
     error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Accuracies over the videos that could be read, and every video's answer, in order."""
+    """Metrics over the readable videos, and every video's answer, in order."""
 
     metrics: dict[str, float]
     answers: tuple[Answer, ...]
@@ -63,20 +64,20 @@ def evaluate(
     views_at_once: int | None = None,
     threads: int = 2,
 ) -> Evaluation:
-    """Score a labelled data set; of several processes each reads its share and all get the result.
+    """Score a labelled data set. Several processes share the videos; all get the result.
 
-    A video's views are `settings.clips` places in time by `settings.crops` crops. Their softmax,
-    or their logits, are averaged before the best class is taken. `views_at_once` go through the
-    model together (default: 8 for each device). A video that cannot be read is no part of the
-    accuracy and is named in its answer. Raises UserError as `model_labels`, and for several heads
-    with averaged softmax, of which there is no joint answer.
+    A video has `settings.clips` places in time by `settings.crops` crops. Their softmax or their
+    logits are averaged before the best class is taken. `views_at_once` go through the model
+    together (default: 8 for each device). A video that cannot be read does not count, and its
+    answer says why. Raises UserError as `model_labels` does, and for averaged softmax of several
+    heads, which gives no joint answer.
     """
-    config = model.config
+    config: Any = model.config
     dataset = model_labels(dataset, config)
     if config.class_splits is not None and settings.average == "softmax":
         raise UserError(
-            "evaluation.average 'softmax' is for one head; a model of several is averaged by its "
-            "logits: set evaluation.average=logits (--average logits)"
+            "evaluation.average 'softmax' is for one head; for several heads average logits: set "
+            "evaluation.average=logits (--average logits)"
         )
     views = _local_views(dataset, config, settings, mesh, views_at_once, threads)
     forward = _forward(model, hashable_arithmetic(processor), settings.average, mesh)
@@ -91,14 +92,14 @@ def evaluate(
     ]
     if views.count > 1:
         answers = _gathered(answers, views, config)
-    readable = [i for i, answer in enumerate(answers) if answer.error is None]
+    readable = {i: each.scores for i, each in enumerate(answers) if each.scores is not None}
     if not readable:
         raise UserError(
             f"none of the {len(dataset)} videos of {dataset.source} could be read: "
             f"{answers[0].error}"
         )
     labels = np.array([dataset.examples[i].label for i in readable], np.int32)
-    together = np.stack([answers[i].scores for i in readable]).astype(np.float32)
+    together = np.stack([*readable.values()]).astype(np.float32)
     metrics = _metrics(together, labels, config.class_splits, config.split_names)
     values = {name: float(value) for name, value in metrics.items()}
     values |= {"videos": len(readable), "unreadable": len(dataset) - len(readable)}
@@ -118,11 +119,11 @@ def evaluate_reconstruction(
 ) -> Evaluation:
     """The loss of masked pre-training on the central view of each video.
 
-    Metrics are {"loss": mean over the videos that can be read, "videos": their number,
-    "unreadable": that of the others}; answers have no scores. Video i is hidden by the same mask in
-    every evaluation, on any mesh. Raises UserError where no video can be read.
+    Metrics are {"loss": mean over the readable videos, "videos": their number, "unreadable": the
+    number of the others}; answers have no scores. Video i gets the same mask in every evaluation,
+    on any mesh. Raises UserError if no video can be read.
     """
-    config = model.config
+    config: Any = model.config
     settings = dataclasses.replace(settings, clips=1, crops=1)
     views = _local_views(dataset, config, settings, mesh, None, threads)
     forward = _errors(model, hashable_arithmetic(processor), masks, mesh)
@@ -154,18 +155,17 @@ def evaluate_reconstruction(
 
 
 def unreadable_clips(dataset: Dataset, evaluation: Evaluation) -> dict[str, str]:
-    """path -> why, of the videos of an evaluation that could not be read."""
+    """path -> why, for the videos of an evaluation that could not be read."""
     pairs = zip(dataset.examples, evaluation.answers, strict=True)
     return {example.path: answer.error for example, answer in pairs if answer.error is not None}
 
 
 def model_labels(dataset: Dataset, config) -> Dataset:
-    """The data set with its labels as the model counts its classes.
+    """The data set with labels in the numbering of the model's classes.
 
-    Where folders name the classes and the model names its own, a folder's number is that of the
-    model's class of this name. Raises UserError for a folder that is none of them, and for labels
-    that are missing, more or fewer than the model's heads, or none of its classes. Of a data set
-    that it returned it returns the same.
+    If folders name the classes and the model names its own, a folder gets the number of the model's
+    class with its name. Raises UserError for a folder without such a class, and for labels that are
+    missing, differ in number from the model's heads, or are outside its classes. Idempotent.
     """
     sizes = config.split_sizes
     if dataset.labels_per_example != len(sizes):
@@ -173,36 +173,8 @@ def model_labels(dataset: Dataset, config) -> Dataset:
             f"{dataset.source} has {dataset.labels_per_example or 'no'} labels for each clip, the "
             f"model has {len(sizes)} heads; an evaluation compares one label with each"
         )
-    unnamed = config.labels == tuple(f"LABEL_{i}" for i in range(config.num_labels))
-    by_order = unnamed and dataset.classes not in (None, config.labels)
-    if by_order and len(dataset.classes) != config.num_labels:
-        raise UserError(
-            f"{dataset.source} has {len(dataset.classes)} folders, the model {config.num_labels} "
-            "classes without names, so that nothing says which folder is which class; make a "
-            "folder for each, which may be empty, or pass a list of paths and numbers"
-        )
-    if by_order:
-        logger.warning(
-            "the model does not name its classes: the folders of %s are taken for them in order of "
-            "their names, %s for 0 and so on",
-            dataset.source,
-            dataset.classes[0],
-        )
-        dataset = dataclasses.replace(dataset, classes=config.labels)
-    elif dataset.classes not in (None, config.labels):
-        numbers = {name: i for i, name in enumerate(config.labels)}
-        unknown = [name for name in dataset.classes if name not in numbers]
-        if unknown:
-            raise UserError(
-                f"{dataset.source}: {len(unknown)} of {len(dataset.classes)} folders are none of "
-                f"the model's classes: {', '.join(unknown[:5])}; name folders as the model does "
-                f"({', '.join(config.labels[:3])}, ...), or pass a list of paths and numbers"
-            )
-        examples = tuple(
-            dataclasses.replace(example, label=numbers[dataset.classes[example.label]])
-            for example in dataset.examples
-        )
-        dataset = dataclasses.replace(dataset, examples=examples, classes=config.labels)
+    if dataset.classes is not None and dataset.classes != config.labels:
+        dataset = _named_as(dataset, dataset.classes, config)
     labels = np.array([example.label for example in dataset.examples]).reshape(-1, len(sizes))
     for found, size in zip(labels.T, sizes, strict=True):
         if found.min() < 0 or found.max() >= size:
@@ -213,18 +185,50 @@ def model_labels(dataset: Dataset, config) -> Dataset:
     return dataset
 
 
-def per_class(dataset: Dataset, evaluation: Evaluation, names: tuple[str, ...]) -> dict[str, Any]:
-    """Of one head: for each class that occurs, how many videos there are and the share right.
+def _named_as(dataset: Dataset, folders: tuple[str, ...], config) -> Dataset:
+    """A data set of named folders in the numbering of the model's classes."""
+    if config.labels == tuple(f"LABEL_{i}" for i in range(config.num_labels)):
+        if len(folders) != config.num_labels:
+            raise UserError(
+                f"{dataset.source} has {len(folders)} folders, the model {config.num_labels} "
+                "classes without names, so that nothing says which folder is which class; make a "
+                "folder for each, which may be empty, or pass a list of paths and numbers"
+            )
+        logger.warning(
+            "the model does not name its classes: the folders of %s are taken for them in order of "
+            "their names, %s for 0 and so on",
+            dataset.source,
+            folders[0],
+        )
+        return dataclasses.replace(dataset, classes=config.labels)
+    numbers = {name: i for i, name in enumerate(config.labels)}
+    unknown = [name for name in folders if name not in numbers]
+    if unknown:
+        raise UserError(
+            f"{dataset.source}: {len(unknown)} of {len(folders)} folders are none of "
+            f"the model's classes: {', '.join(unknown[:5])}; name folders as the model does "
+            f"({', '.join(config.labels[:3])}, ...), or pass a list of paths and numbers"
+        )
+    examples = []
+    for example in dataset.examples:
+        assert isinstance(example.label, int)  # the number of its folder
+        label = numbers[folders[example.label]]
+        examples.append(dataclasses.replace(example, label=label))
+    return dataclasses.replace(dataset, examples=tuple(examples), classes=config.labels)
 
-    `dataset` has its labels as the model counts, see `model_labels`.
+
+def per_class(dataset: Dataset, evaluation: Evaluation, names: tuple[str, ...]) -> dict[str, Any]:
+    """The number of videos and the accuracy of each class that occurs, for a model of one head.
+
+    `dataset` has the labels of `model_labels`.
     """
     rights: dict[int, list[bool]] = {}
     for example, answer in zip(dataset.examples, evaluation.answers, strict=True):
         if answer.scores is not None:
-            # Of a model that gives NaN nothing is right, though argmax would name a class.
-            right = int(answer.scores.argmax()) == example.label and np.isfinite(
-                answer.scores.max()
-            )
+            assert isinstance(example.label, int)
+            # argmax names a class even among NaN.
+            finite = bool(np.isfinite(answer.scores.max()))
+            right = finite and int(answer.scores.argmax()) == example.label
             rights.setdefault(example.label, []).append(right)
     return {
         names[label]: {"videos": len(values), "accuracy": sum(values) / len(values)}
@@ -232,8 +236,8 @@ def per_class(dataset: Dataset, evaluation: Evaluation, names: tuple[str, ...]) 
     }
 
 
-def best_classes(config, scores: np.ndarray) -> int | list[int]:
-    """The class of the highest score, or that of each head."""
+def best_classes(config, scores: Float[np.ndarray, " classes"]) -> int | list[int]:
+    """The class with the highest score, one for each head of several."""
     if config.class_splits is None:
         return int(scores.argmax())
     heads = np.split(scores, np.cumsum(config.class_splits)[:-1])
@@ -241,11 +245,11 @@ def best_classes(config, scores: np.ndarray) -> int | list[int]:
 
 
 def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor) -> dict[str, Any]:
-    """Everything else that moves the number, as JSON values."""
+    """Everything else that the metrics depend on, as JSON values."""
     import av
     import PIL
 
-    config = model.config
+    config: Any = model.config
     return {
         "views": dataclasses.asdict(settings),
         "frames": config.num_frames,
@@ -256,7 +260,7 @@ def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor)
         "param_dtype": config.param_dtype,
         "attention": config.attention,
         "attention_chosen": _attention(config),
-        "matmul_precision": jax.config.jax_default_matmul_precision,
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
         "params_sha256": param_tree.params_hash(params),
         "decoder": {"av": av.__version__, **{k: list(v) for k, v in av.library_versions.items()}},
         "pillow": PIL.__version__,
@@ -268,7 +272,7 @@ def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor)
 
 
 def _attention(config) -> str:
-    """The backend of the model's longest attention here."""
+    """The attention backend for the model's longest sequence on this platform."""
     if config.attention != "auto":
         return config.attention
     t, h, w = config.grid
@@ -288,7 +292,7 @@ def _forward(model: nn.Module, values: Arithmetic, average: str, mesh: Mesh):
 
     def forward(params, clips):
         params = without_types(params)
-        out = model.apply({"params": params}, normalise(clips), **RESULTS_ONLY)
+        out: Any = model.apply({"params": params}, normalise(clips), **RESULTS_ONLY)
         logits = out.logits.astype(jnp.float32)
         return jax.nn.softmax(logits) if average == "softmax" else logits
 
@@ -298,20 +302,21 @@ def _forward(model: nn.Module, values: Arithmetic, average: str, mesh: Mesh):
 @functools.lru_cache(maxsize=8)
 def _errors(model: nn.Module, values: Arithmetic, masks: MaskSettings, mesh: Mesh):
     """(params, uint8 [b, t, h, w, c], numbers of the videos [b]) -> mean error of each [b]."""
+    config: Any = model.config
     normalise = scaled_and_shifted(*values)
 
     def mask_of(number):
         key = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), number)
-        mask = draw_mask(masks, key, 1, model.config.grid)
+        mask = draw_mask(masks, key, 1, config.grid)
         return jax.tree.map(lambda indices: indices[0], mask)
 
     def errors(params, clips, numbers):
         params = without_types(params)
         mask = jax.vmap(mask_of)(numbers)
         pixels = normalise(clips)
-        out = model.apply({"params": params}, pixels, mask, **RESULTS_ONLY)
+        out: Any = model.apply({"params": params}, pixels, mask, **RESULTS_ONLY)
         logits = out.logits.astype(jnp.float32)
-        targets = reconstruction_targets(pixels, mask, model.config)
+        targets = reconstruction_targets(pixels, mask, config)
         tokens = jnp.mean((logits - targets) ** 2, axis=-1)
         counted = jnp.ones_like(tokens) if mask.counted is None else mask.counted
         return jnp.sum(tokens * counted, axis=1) / jnp.sum(counted, axis=1)
@@ -328,7 +333,7 @@ def _local_views(dataset, config, settings, mesh: Mesh, at_once: int | None, thr
 
 
 def _local_rows(views: Views, forward: Callable, mesh: Mesh) -> np.ndarray:
-    """What `forward` makes of the rows of this process, [videos * views of each, ...]."""
+    """The results of `forward` for this process's views, [videos * views of each, ...]."""
     first, outputs = views.index * views.rows, []
     for batch in views:
         clips = jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
@@ -342,7 +347,7 @@ def _gathered(answers: list[Answer], views: Views, config) -> list[Answer]:
     scores = np.zeros((most, config.num_labels), np.float32)
     indices = np.zeros((most, views.settings.clips, config.num_frames), np.int32)
     for i, answer in enumerate(answers):
-        if answer.error is None:
+        if answer.scores is not None and answer.indices is not None:
             scores[i], indices[i] = answer.scores, answer.indices
     scores, indices = process_allgather(scores), process_allgather(indices)
     whole = []

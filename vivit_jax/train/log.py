@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells while it trains: metrics.jsonl, TensorBoard files and a live line."""
+"""The output of a training run: metrics.jsonl, TensorBoard files and a live line."""
 
 import collections
 import json
@@ -22,23 +22,23 @@ METRICS = "metrics.jsonl"
 Kind = Literal["train", "evaluate", "event"]
 KINDS = ("train", "evaluate", "event")
 _OWN = ("kind", "step", "time", "not_finite")
-_LAST_TIME = 2**37  # seconds; later ones no calendar has
+_LAST_TIME = 2**37  # seconds; no calendar has later ones
 
 
 class MetricLog:
     """metrics.jsonl in a run's directory: a line for each report, evaluation and event.
 
-    A line is strict JSON: "kind", "step", "time" (Unix, seconds) and the values by name. What is
-    not finite is null there, and "not_finite" says by name whether it is NaN, Infinity or
-    -Infinity; `read_metrics` undoes that. Each line is on disk once `write` returns. Names that
-    `vivit_jax.train.report` has a place for: loss, accuracy and its kin, lr, clips_per_second,
-    wait_share, gradient_norm; any other number gets a curve of its own.
+    A line is strict JSON: "kind", "step", "time" (Unix, seconds) and the values by name. A value
+    that is not finite is null, and "not_finite" names it as NaN, Infinity or -Infinity;
+    `read_metrics` undoes that. Each line is on disk when `write` returns. `vivit_jax.train.report`
+    groups loss, accuracies, lr, clips_per_second, wait_share and gradient_norm; any other number
+    gets a curve of its own.
 
-    A new run's file must not exist yet. With `resume_at` lines of later steps are dropped, and so
-    is a last line that was cut off, so that each step of a killed and resumed run is there once.
-    `tensorboard` writes the finite values to files in directory/tensorboard too. With
-    `enabled=False`, for all processes of a run but the first, nothing is read or written. Raises
-    UserError for a file that is there or damaged, MissingExtra without tensorboardX.
+    A new run's file must not exist yet. `resume_at` drops the lines of later steps and a truncated
+    last line, so that a killed and resumed run has each step once. `tensorboard` also writes the
+    finite values to files in directory/tensorboard. With `enabled=False`, for all processes of a
+    run except the first, nothing is read or written. Raises UserError for a file that exists or is
+    damaged, MissingExtra without tensorboardX.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class MetricLog:
         tensorboard: bool = False,
         enabled: bool = True,
     ):
-        self._file = self._board = None
-        self._enabled = enabled
+        self._file: _Appended | None = None
+        self._board: _Board | None = None
         if not enabled:
             return
         directory = Path(directory)
@@ -74,8 +74,8 @@ class MetricLog:
             self.write("event", resume_at, {"text": f"there was no {METRICS} of earlier steps"})
 
     def write(self, kind: Kind, step: int, values: Mapping[str, float | str]) -> None:
-        """Append a line; numbers may be numpy's or jax's scalars. UserError for anything else."""
-        if not self._enabled:
+        """Append a line. UserError for values that are neither numbers, scalars nor strings."""
+        if self._file is None:
             return
         if kind not in KINDS:
             raise UserError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
@@ -91,8 +91,8 @@ class MetricLog:
             line["not_finite"] = not_finite
         self._file.append((json.dumps(line, allow_nan=False) + "\n").encode())
         if self._board is not None:
-            told = {f"{kind}/{name}": line[name] for name in values if line[name] is not None}
-            self._board.write(told, line["step"], line["time"])
+            finite = {f"{kind}/{name}": line[name] for name in values if line[name] is not None}
+            self._board.write(finite, line["step"], line["time"])
 
     def close(self) -> None:
         """Close the files."""
@@ -102,7 +102,7 @@ class MetricLog:
 
 
 class _Appended:
-    """A file of records, each of which is there whole or not at all."""
+    """A file of records, each written whole or not at all."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -110,11 +110,11 @@ class _Appended:
             self._file = path.open("ab", buffering=0)
 
     def append(self, data: bytes) -> None:
-        """WriteError where the disk is full; the file is then as it was before."""
+        """WriteError if the disk is full; the file then stays as it was."""
         end = os.fstat(self._file.fileno()).st_size
         try:
             with writing(self._path):
-                while data:  # a disk that is almost full takes a part
+                while data:  # an almost full disk takes only a part
                     data = data[self._file.write(data) :]
         except BaseException:
             self._file.truncate(end)
@@ -125,27 +125,27 @@ class _Appended:
 
 
 class _Board(_Appended):
-    """A file of TensorBoard's events, as TFRecords: length, checksum, event, checksum.
+    """A file of TensorBoard events as TFRecords: length, checksum, event, checksum.
 
-    tensorboardX's own writer leaves that to a thread, which ends where a disk is full, and whoever
-    then writes waits for it for ever.
+    tensorboardX's own writer uses a thread, which dies on a full disk; later writes then block for
+    ever.
     """
 
     def __init__(self, tensorboard: Any, directory: Path, resume_at: int | None):
         self._tensorboard = tensorboard
         with writing(directory):
             directory.mkdir(exist_ok=True)
-        # Without the last number a run resumed within a second would go on with its own last file.
+        # Without the last number a run resumed within a second would append to its previous file.
         name = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         super().__init__(directory / f"events.out.tfevents.{name}")
         start = self._record(time.time(), file_version="brain.Event:2")
-        if resume_at is not None:  # what came after is hidden
+        if resume_at is not None:  # hides later steps
             log = tensorboard.proto.event_pb2.SessionLog
             start += self._record(*(time.time(), resume_at + 1), session_log=log(status=log.START))
         self.append(start)
 
     def write(self, values: Mapping[str, float | str], step: int, seconds: float) -> None:
-        """Add values by their tags, numbers or texts. WriteError where the disk is full."""
+        """Add numbers or texts by tag. WriteError if the disk is full."""
         made = self._tensorboard.summary
         summaries = [
             made.text(tag, value) if isinstance(value, str) else made.scalar(tag, value)
@@ -187,8 +187,8 @@ def _plain(name: str, value: Any) -> int | float | str:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl as dicts, with NaN and infinities as floats again.
 
-    A last line that was cut off, as by a kill or while it is written, is left out. UserError for a
-    file that is missing or damaged otherwise.
+    Ignores a truncated last line, which a kill leaves. UserError for a file that is missing or
+    damaged in any other way.
     """
     return [line for _, line in _read(Path(path))]
 
@@ -213,23 +213,23 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
             for name, value in not_finite.items():
                 line[name] = float(value)
         except (ValueError, KeyError, TypeError, AttributeError):
-            # A whole line ends in a newline, after which comes an empty text.
+            # A whole line ends in a newline, so that an empty text follows it.
             if number == len(texts):
                 break
             raise UserError(
-                f"{path}: line {number} is no line of metrics: {text[:60]!r}; remove it"
+                f"{path}: line {number} is not a line of metrics: {text[:60]!r}; remove it"
             ) from None
         lines.append((text, line))
     return lines
 
 
 class Progress:
-    """How training gets on: one live line on a terminal, a line every so often elsewhere.
+    """The progress of training: a live line on a terminal, a line now and then elsewhere.
 
     Shows the step, loss, learning rate, clips per second, the share of time spent waiting for data
-    and the time that is left. Rates are those of the last 50 updates, without the first, in which
-    programs are compiled. `every_seconds` is for streams that are no terminal, which also get the
-    first and the last step. With `enabled=False` nothing is shown.
+    and the remaining time. Rates are those of the last 50 updates, without the first, which
+    compiles. Other streams than a terminal get a line every `every_seconds`, and one for the first
+    and the last step. With `enabled=False` nothing is shown.
     """
 
     def __init__(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracies of one or several classification heads; pure functions that may run under jit."""
+"""Accuracies of one or several classification heads; pure functions, usable under jit."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import at_least_float32
@@ -19,8 +20,8 @@ from vivit_jax.models.losses import (
 TOP_K = 5
 
 
-def action_scores(logits, class_splits: tuple[int, ...]) -> jax.Array:
-    """Probability of each combination of classes, the heads taken as independent.
+def action_scores(logits, class_splits: tuple[int, ...]) -> Float[Array, "b combinations"]:
+    """The probability of each combination of classes, with independent heads.
 
     logits [b, sum(class_splits)] -> [b, prod(class_splits)] in float32 or wider: the outer product
     of the heads' softmax, the last head fastest (noun * 97 + verb). Raises UserError for fewer than
@@ -38,13 +39,13 @@ def action_scores(logits, class_splits: tuple[int, ...]) -> jax.Array:
     return scores
 
 
-def topk_accuracy(scores, labels, k: int = 1) -> jax.Array:
-    """Share of rows whose label is among the k largest scores, a scalar in float32 or wider.
+def topk_accuracy(scores, labels, k: int = 1) -> Float[Array, ""]:
+    """The share of rows whose label is among the k largest scores, in float32 or wider.
 
-    scores [b, classes], labels int [b]; rows with label -100 are left out (all rows: NaN). Of equal
-    scores the lower class ranks first, as for argmax and `jax.lax.top_k`: a row counts if fewer
-    than k classes score higher, or equal with a lower index. So a model that scores all classes
-    alike is not right everywhere.
+    scores [b, classes], labels int [b]; rows with label -100 do not count (NaN if none does). Equal
+    scores rank by class index, as for argmax and `jax.lax.top_k`: a row is right if fewer than k
+    classes score higher, or equal with a lower index. So a model that scores all classes alike is
+    not right everywhere.
 
     A label outside [0, classes), or a NaN among the scores, of a row that counts gives NaN. Raises
     UserError for shapes and dtypes that do not fit and for k outside 1..classes.
@@ -65,7 +66,7 @@ def topk_accuracy(scores, labels, k: int = 1) -> jax.Array:
     lower = jnp.arange(classes)[None] < index
     ahead = jnp.sum((scores > own) | ((scores == own) & lower), axis=1)
     hits = (ahead < k).astype(scores.dtype)
-    # A comparison with NaN is false, which would make a diverged model right everywhere.
+    # Comparisons with NaN are false, which would make a diverged model right everywhere.
     hits = jnp.where(known & ~jnp.isnan(scores).any(axis=1), hits, jnp.nan)
     return jnp.sum(jnp.where(counted, hits, 0)) / jnp.sum(counted)
 
@@ -75,19 +76,19 @@ def classification_metrics(
     labels,
     class_splits: tuple[int, ...] | None = None,
     split_names: tuple[str, ...] | None = None,
-) -> dict[str, jax.Array]:
-    """Accuracies by name, each a scalar from `topk_accuracy`.
+) -> dict[str, Float[Array, ""]]:
+    """Accuracies by name, each from `topk_accuracy`.
 
     Without `class_splits`: "accuracy" and "accuracy_top_5"; logits [b, classes], labels int [b] or
     float [b, classes]. With it: "noun_accuracy" and "noun_accuracy_top_5" for each name of
-    `split_names` (None: 1, 2, ... as in the configuration), and of two or more heads together
+    `split_names` (None: 1, 2, ... as in the configuration), and for two or more heads together
     "noun-verb_accuracy" and "noun-verb_accuracy_top_5", from `action_scores`; logits
-    [b, sum(class_splits)], labels int [b, heads] or float [b, sum(class_splits)]. Top 5 is left out
-    where there are 5 classes or fewer.
+    [b, sum(class_splits)], labels int [b, heads] or float [b, sum(class_splits)]. There is no top 5
+    of 5 or fewer classes.
 
-    Float labels stand for their largest class; a row of zeros has none and is left out, as label
-    -100 is. A row with no label for some head is left out of the combination. Raises UserError for
-    shapes, dtypes and names that do not fit. Source: scenic's names and definitions.
+    Float labels mean their largest class; a row of zeros has no label and does not count, as with
+    label -100. A row without a label for some head does not count for the combination. Raises
+    UserError for shapes, dtypes and names that do not fit. Source: scenic's names and definitions.
     """
     logits = at_least_float32(jnp.asarray(logits))
     if class_splits is None:
@@ -115,8 +116,8 @@ def classification_metrics(
     return metrics
 
 
-def leading_accuracy(config, logits, labels) -> jax.Array:
-    """Share of right answers, in all heads together where the model has several."""
+def leading_accuracy(config, logits, labels) -> Float[Array, ""]:
+    """The accuracy, of all heads together if the model has several."""
     metrics = classification_metrics(logits, labels, config.class_splits, config.split_names)
     return metrics[leading_name(config)]
 
@@ -157,12 +158,12 @@ def _classes(labels) -> jax.Array:
 
 
 def _joint_label(classes, sizes) -> jax.Array:
-    """Index into `action_scores` [b]; -100 where some head has no label."""
+    """Indices into `action_scores` [b]; -100 if a head has no label."""
     joint, all_counted, all_known = 0, True, True
     for label, count in zip(classes, sizes, strict=True):
         counted, known, index = read_labels(label, count)
         joint = joint * count + index
         all_counted &= counted
         all_known &= known
-    # Known by head: noun 0, verb 97 would otherwise pass for noun 1, verb 0.
+    # Checked by head, or noun 0, verb 97 would pass for noun 1, verb 0.
     return jnp.where(all_counted, jnp.where(all_known, joint, math.prod(sizes)), IGNORE_INDEX)

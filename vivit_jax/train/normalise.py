@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the bytes of a batch to what the model takes, on the device and inside the jitted step."""
+"""From the bytes of a batch to the model's input, on the device and inside the jitted step."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.data.transforms.processor import VideoProcessor
@@ -14,7 +15,9 @@ from vivit_jax.layers.tubelets import ByteClips
 from vivit_jax.train.augment_on_device import colour_jitter, random_erasing
 
 
-def arithmetic(processor: VideoProcessor) -> tuple[np.ndarray, np.ndarray]:
+def arithmetic(
+    processor: VideoProcessor,
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """What the processor does after resize and crop: byte * scale + shift, float64 [] or [c]."""
     scale = processor.rescale_factor if processor.do_rescale else 1.0
     shift = -1.0 if processor.offset else 0.0
@@ -28,20 +31,20 @@ Arithmetic = tuple[tuple[float, ...], ...]
 
 
 def hashable_arithmetic(processor: VideoProcessor) -> Arithmetic:
-    """`arithmetic`, as what compiled functions are kept by; `scaled_and_shifted` takes it too."""
+    """`arithmetic` as a key of cached compiled functions; `scaled_and_shifted` takes it too."""
     return tuple(tuple(np.atleast_1d(v).tolist()) for v in arithmetic(processor))
 
 
 def normaliser(processor: VideoProcessor) -> Callable[[jax.Array], jax.Array]:
     """The processor's `arithmetic` on the device: uint8 [b, t, h, w, c] to float32 pixels.
 
-    Bytes may come as floats that lie between them.
+    Bytes may be floats, such as means of bytes.
     """
     return scaled_and_shifted(*arithmetic(processor))
 
 
 def scaled_and_shifted(scale, shift) -> Callable[[jax.Array], jax.Array]:
-    """clips [b, t, h, w, c] -> clips * scale + shift in float32; both are numbers or one each c."""
+    """clips [b, t, h, w, c] -> clips * scale + shift in float32; scale and shift are [] or [c]."""
     scale, shift = (np.asarray(v, np.float32).reshape(1, 1, 1, 1, -1) for v in (scale, shift))
     return lambda clips: clips.astype(jnp.float32) * scale + shift
 
@@ -49,11 +52,11 @@ def scaled_and_shifted(scale, shift) -> Callable[[jax.Array], jax.Array]:
 def training_pixels(
     processor: VideoProcessor, settings: AugmentSettings
 ) -> Callable[[jax.Array, jax.Array, jax.Array], ByteClips | jax.Array]:
-    """(key, clip_ids [b], uint8 [b, t, h, w, c]) -> what the model takes, augmented but for mixing.
+    """(key, clip_ids [b], uint8 [b, t, h, w, c]) -> the model's input, augmented except for mixing.
 
-    Bytes with the processor's arithmetic, where the settings change no pixel; else float32 pixels.
-    Colour jitter comes before normalisation, as scenic's, which undoes it first; erasing after it,
-    as VideoMAE's. What happens to a clip is a function of the key and of its id.
+    The input is bytes with the processor's arithmetic if the settings change no pixel, else float32
+    pixels. Colour jitter precedes normalisation, as in scenic (which undoes it first); erasing
+    follows it, as in VideoMAE. A clip's augmentation is a function of the key and its id.
     """
     values = hashable_arithmetic(processor)
     if not (settings.colour or settings.erase or settings.mixes):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe and a model to the step that is run: what needs no clips and allocates nothing."""
+"""From a recipe and a model to the training step; needs no clips and allocates nothing."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from vivit_jax.train.step import OnMesh, draw_mask, make_step
 
 @dataclasses.dataclass(frozen=True)
 class TrainSetup:
-    """All that a run works with and never changes."""
+    """The parts of a run that never change."""
 
     recipe: Recipe
     mesh: Mesh
@@ -35,23 +36,24 @@ class TrainSetup:
 
     @property
     def rows(self) -> int:
-        """Clips of a step."""
+        """The clips of a step."""
         return self.recipe.train.batch_size * self.recipe.data.repeats
 
     @property
     def steps(self) -> int:
-        """Of all epochs."""
+        """The steps of all epochs."""
         return self.recipe.train.epochs * self.per_epoch
 
     @property
     def last(self) -> int:
-        """The step that the run ends with."""
+        """The last step of the run."""
         return min(self.steps, self.recipe.train.steps or self.steps)
 
     @property
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A step's batch, with the sharding of its arrays."""
-        config, place = self.model.config, batch_sharding(self.mesh)
+        """The shapes of a batch, with shardings."""
+        config: Any = self.model.config
+        place = batch_sharding(self.mesh)
         clips = (self.rows, config.num_frames, *config.frame_size, config.num_channels)
         shapes = {"clips": jax.ShapeDtypeStruct(clips, np.uint8, sharding=place)}
         if self.recipe.task == "finetune":
@@ -62,7 +64,7 @@ class TrainSetup:
 
     @property
     def token_counts(self) -> tuple[int | None, int | None]:
-        """Tokens of a clip that the encoder sees and that the decoder predicts, None for all."""
+        """The tokens of a clip that the encoder sees and the decoder predicts; None for all."""
         if self.recipe.task != "pretrain":
             return None, None
         mask, grid = self.recipe.mask, self.model.config.grid
@@ -78,9 +80,10 @@ def make_setup(
     per_epoch: int,
     validation: Dataset | None = None,
 ) -> TrainSetup:
-    """The setup of a run of a model on a mesh, with `per_epoch` steps in an epoch.
+    """The setup of a run on a mesh, with `per_epoch` steps in an epoch.
 
-    Raises UserError for what does not divide and for a schedule that has no steps.
+    Raises UserError if the mesh does not divide the batch or the model, and for a schedule without
+    steps.
     """
     schedule = learning_rate(
         recipe.optim,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that a training step changes."""
+"""The state that a training step changes."""
 
 from typing import Any
 
@@ -16,26 +16,25 @@ from vivit_jax.train.sharding import like_params, param_shardings, replicated
 
 @flax.struct.dataclass
 class TrainState:
-    """Random numbers are functions of a seed and of `step`, so that there is no key in it."""
+    """It holds no PRNG key: random numbers are functions of the seed and `step`."""
 
     step: jax.Array  # int32, batches seen
     params: Any
     optimizer: optax.OptState
     average: Any | None  # moving average of params
-    bad_steps: jax.Array  # int32, batches in a row, up to now, that changed nothing
-    skipped: jax.Array  # int32, such batches in all
+    bad_steps: jax.Array  # int32, the latest batches in a row that changed nothing
+    skipped: jax.Array  # int32, all batches that changed nothing
 
 
 def new_state(
     params: Any, optimizer: optax.GradientTransformation, *, averaged: bool = False
 ) -> TrainState:
-    """The state before the first step; shares no memory with `params`, which steps would donate."""
-    copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
+    """The state before the first step. It copies `params`, since steps donate their state."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=copy(params),
+        params=jax.tree.map(jnp.copy, params),
         optimizer=optimizer.init(params),
-        average=copy(params) if averaged else None,
+        average=jax.tree.map(jnp.copy, params) if averaged else None,
         bad_steps=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
     )
@@ -44,7 +43,7 @@ def new_state(
 def state_shapes(
     model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, *, averaged: bool = False
 ) -> TrainState:
-    """The state as ShapeDtypeStructs with the sharding of each leaf on the mesh."""
+    """The state as ShapeDtypeStructs, each leaf with its sharding on the mesh."""
     params, shardings = abstract_params(model), param_shardings(model, mesh)
     state = jax.eval_shape(lambda params: new_state(params, optimizer, averaged=averaged), params)
     placed = like_params(state, params, shardings, replicated(mesh))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training state as a checkpoint holds it: arrays by path, PRNG keys as their data."""
+"""A training state as a checkpoint stores it: arrays by path, PRNG keys as their data."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vivit_jax.errors import UserError
 
@@ -13,7 +14,7 @@ _SHOWN = 8  # paths in a message
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """The leaves of any tree by '/'-joined path."""
+    """The leaves of a tree by '/'-joined path."""
     leaves = jax.tree.leaves_with_path(tree)
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     if len(found) != len(leaves):
@@ -22,11 +23,11 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def to_arrays(state: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """The state's leaves by path, keys as their data, and the kind of generator of each key."""
+    """The state's leaves by path, with keys as their data, and the generator of each key."""
     leaves = flat(state)
     for path, leaf in leaves.items():
         if not isinstance(leaf, jax.Array) or not leaf.size:
@@ -34,12 +35,12 @@ def to_arrays(state: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
                 f"state {path!r} is {type(leaf).__name__} {getattr(leaf, 'shape', '')}; expected a "
                 "jax.Array that is not empty"
             )
-    keys = {path: jax.random.key_impl(leaf) for path, leaf in leaves.items() if _is_key(leaf)}
+    keys = {path: str(jax.random.key_impl(leaf)) for path, leaf in leaves.items() if _is_key(leaf)}
     return leaves | {path: jax.random.key_data(leaves[path]) for path in keys}, keys
 
 
 def storage(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What is stored of a leaf: a key's data, anything else as it is."""
+    """The shape, dtype and sharding that a leaf is stored with: a key is stored as its data."""
     struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     if _is_key(leaf):
         struct = jax.eval_shape(jax.random.key_data, struct)
@@ -49,14 +50,14 @@ def storage(leaf: Any) -> jax.ShapeDtypeStruct:
 def check_state(
     stored: Mapping[str, Any], keys: Mapping[str, str], wanted: Mapping[str, Any], where: Path
 ) -> None:
-    """UserError unless the checkpoint has the paths, shapes and dtypes of the state."""
+    """Raises UserError unless the checkpoint has the paths, shapes and dtypes of the state."""
     unsharded = [path for path, leaf in wanted.items() if leaf.sharding is None]
     if unsharded:
         raise UserError(
             f"restore needs a sharding for every array; {_some(unsharded)} of the state has none"
         )
     for leaf in wanted.values():
-        leaf.sharding.shard_shape(leaf.shape)  # else its ValueError would pass for damage
+        leaf.sharding.shard_shape(leaf.shape)  # raised later, its ValueError would pass for damage
     differs = []
     for path in wanted.keys() & stored.keys():
         has, needs = _storage_text(stored[path], keys.get(path)), _text(wanted[path])
@@ -70,8 +71,8 @@ def check_state(
     problems = [f"{title}: {_some(paths)}" for title, paths in kinds.items() if paths]
     if problems:
         raise UserError(
-            f"{where} is of another training state; {'; '.join(problems)}. Resume with the recipe "
-            "that the run was started with"
+            f"{where} holds a different training state; {'; '.join(problems)}. Resume with the "
+            "recipe that started the run"
         )
 
 
