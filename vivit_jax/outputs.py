@@ -33,8 +33,8 @@ from vivit_jax.errors import UserError
 
 # One array with a leading layer axis, or the layers that were asked for and None for the others.
 Layers = jax.Array | tuple[jax.Array | None, ...]
-# For callers that read only the results, whatever the configuration asks for.
-RESULTS_ONLY = {"output_hidden_states": False, "output_attentions": False}
+# For callers that read nothing but the results, whatever the configuration asks for.
+RESULTS_ONLY: dict[str, Any] = {"output_hidden_states": False, "output_attentions": False}
 
 
 def asked_for(

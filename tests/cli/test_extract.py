@@ -520,7 +520,7 @@ def test_a_zip_that_is_damaged_itself_is_one_line(model, video, feature_files, c
     status, _, errors = run_command(
         capsys, "extract", video, "--model", model, "--out", tmp_path / "a.npz"
     )
-    assert status == 2 and "is no file of features: Bad CRC-32" in errors
+    assert status == 2 and "is not a feature file: Bad CRC-32" in errors
     assert "; pass --overwrite" in errors and errors.count("\n") == 1
 
 
@@ -597,7 +597,7 @@ def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path, monkey
         ("video", "video"),
         ("weights", "params_sha256"),
         ("processor", "processor"),
-        ("file", "no file of features"),
+        ("file", "not a feature file"),
     ],
     ids=str,
 )
@@ -694,7 +694,7 @@ def test_a_video_shorter_than_a_window(model, capsys, tmp_path):
         (["{video}", "--out", "{tmp}/f.npz", "--pool", "cls"], "no class token"),
         (
             ["{video}", "--out", "{tmp}/f.npz", "--pool", "head", "--layer", "2"],
-            "reads of the last layer; got --layer 2",
+            "input of a classifier after the last layer; got --layer 2",
         ),
         (["{video}", "--out", "{tmp}/f.npz", "--batch-size", "0"], "--batch-size must be"),
         (["{video}", "--out", "{tmp}/f.npz", "--frame-stride", "0"], "--frame-stride"),

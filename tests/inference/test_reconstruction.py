@@ -275,7 +275,7 @@ def test_what_cannot_be_reconstructed_is_refused(model, monkeypatch):
     with pytest.raises(vivit_jax.UserError, match='head="pretraining"'):
         reconstruct(encoder, params["backbone"], pixel_values, mask, IMAGENET)
     raw = make_model(norm_pix_loss=False)
-    with pytest.raises(vivit_jax.UserError, match="norm_pix_loss=False.*the pixels themselves"):
+    with pytest.raises(vivit_jax.UserError, match="norm_pix_loss=False.*predicts pixels"):
         reconstruct(raw, params, pixel_values, mask, IMAGENET, true_statistics=True)
     broken = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
     seen = mask.replace(decoded=mask.visible[:, :2])

@@ -204,7 +204,7 @@ def test_clips_of_training_and_of_validation_are_named(recipe, data, tmp_path, m
     counted = "2 clips of training and 1 clip of validation"
     assert said[-1] == f"left out, as they could not be read: {counted}; {named} says why"
     report = (named.parent / "report.html").read_text()
-    assert "Clips that the last validation left out: 1." in report
+    assert "Clips missing from the last validation: 1." in report
 
 
 def test_a_damaged_clip_is_named(whole, data):
@@ -644,8 +644,8 @@ def test_a_start_that_does_not_fit_is_told(wanted, start, message, image_model, 
         (
             FINETUNE,
             dict(num_attention_heads=4),
-            "num_attention_heads 4 (there 2); other heads make another function of the same "
-            "weights; take the checkpoint's: --set model.config.num_attention_heads=2",
+            "num_attention_heads 4 (there 2); other heads change what the weights compute; "
+            "take the checkpoint's: --set model.config.num_attention_heads=2",
         ),
         (
             PRETRAIN,

@@ -138,7 +138,7 @@ def test_every_metric_has_a_curve_and_every_part_its_table(tmp_path):
         ["a.mp4", "cut off"],
         ["b.mp4", "no video"],
     ]
-    assert "3 of 40 times" in text_of(page)
+    assert "3 of 40 reads" in text_of(page)
     assert ["last step", "12"] in shown["Summary"]
 
 
@@ -269,8 +269,6 @@ def test_files_that_cannot_be_read(tmp_path):
         write_report(tmp_path)
     write_metrics(tmp_path, [training(1)])
     (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(
-        UserError, match=r"recipe\.json is not valid JSON.*write it anew or remove it"
-    ):
+    with pytest.raises(UserError, match=r"recipe\.json is not valid JSON.*restore or remove it"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()

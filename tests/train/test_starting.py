@@ -536,7 +536,7 @@ def test_the_checkpoints_classes_are_kept_by_choice(clips, small):
         np.testing.assert_array_equal(found.params["head"]["kernel"], theirs["head"]["kernel"])
     for settings, message in (
         (["model.config.num_labels=3"], "num_labels is 3, but model.classes 'checkpoint' keeps"),
-        (["model.start=none"], "but model.start is none; set model.classes=data"),
+        (["model.start=none"], "but there is no model.start; set model.classes=data"),
     ):
         with pytest.raises(UserError, match=message):
             prepared(

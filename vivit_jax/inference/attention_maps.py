@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model looks: attention of one layer, or its rollout, as maps over the token grid.
+"""Attention of one layer, or its rollout, as maps over the token grid.
 
-A map is the row of a matrix T: how the choice of a query token spreads over the tokens it looks at.
-Rows of T sum to one. For `kind="map"` T is the attention of one block, for `kind="rollout"` the
-product of (A + I) / 2 over the blocks from the last to the first (Abnar and Zuidema 2020,
-https://arxiv.org/abs/2005.00928, section 4): I stands for the residual connection. Rows of A sum to
-one, so no normalisation is left to do. A is, with heads averaged,
+A map is a row of a matrix T whose rows sum to one: how a query token's attention spreads over the
+tokens. For `kind="map"` T is the attention of one block, for `kind="rollout"` the product of
+(A + I) / 2 over the blocks from the last to the first (Abnar and Zuidema 2020,
+https://arxiv.org/abs/2005.00928, section 4); I is the residual connection. Rows of A sum to one, so
+that no normalisation is needed. With heads averaged A is
 
 * joint ViViT, VideoMAE: the block's attention over all tokens;
-* factorised self-attention: the product of its two attentions, the second one first, because a
-  block's second attention reads what the first has mixed; in a rollout each is (A + I) / 2 by
-  itself, because each has a residual connection of its own;
-* factorised dot-product: half the attention over time and half that over space, because half of the
-  heads go each way and their results lie side by side;
-* factorised encoder: over time, that of the temporal stage between frames; over space, that of the
-  spatial stage inside each frame. The map is their product, weight of the frame times map of the
-  frame, because the temporal stage reads one token of each frame; a rollout is the product of the
-  two stages' rollouts. With `spatial_only` all frames weigh the same, as in the model.
+* factorised self-attention: the product of the block's two attentions, the second one first, since
+  it reads what the first has mixed; in a rollout each is (A + I) / 2 by itself, since each has its
+  own residual connection;
+* factorised dot-product: half the attention over time plus half that over space, since half of the
+  heads attend along each axis and their results are concatenated;
+* factorised encoder: the temporal stage's attention between frames times the spatial stage's inside
+  each frame, since the temporal stage reads one token of each frame; a rollout is the product of
+  the two stages' rollouts. With `spatial_only` all frames have the same weight, as in the model.
 
-Only rows are propagated, from the last block to the first, and each block's attention is computed
-again from its hidden state. So no more than one block's attention is held, where
-`output_attentions=True` holds all: 5.7 GB for a clip of ViViT-B.
+Only rows are propagated, from the last block to the first, and each block's attention is recomputed
+from its hidden state. So one block's attention is held at a time; `output_attentions=True` holds
+all of them, 5.7 GB for a clip of ViViT-B.
 """
 
 import dataclasses
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
+from jaxtyping import Float32, Float64
 
 from vivit_jax.config import Config
 from vivit_jax.errors import UserError
@@ -48,21 +48,21 @@ Query = str | tuple[int, int, int]  # "cls", "mean" or the token at (t, y, x)
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What is looked at, with nothing left open; made by `choose`."""
+    """The arguments of `map_attention` with all defaults filled in; made by `choose`."""
 
     kind: str  # one of KINDS
     query: Query
-    layer: int  # the layer of a map, the last layer of a rollout; spatial in a factorised encoder
-    temporal_layer: int | None  # that of a factorised encoder's temporal stage, if it has one
-    head: int | None  # None: the mean of all
+    layer: int  # of a map, or the last of a rollout; the spatial one in a factorised encoder
+    temporal_layer: int | None  # in a factorised encoder's temporal stage, if it has one
+    head: int | None  # None: the mean of all heads
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-    """Shares of the query's attention over the tubelets of clips, and what they are of.
+    """The query's attention over the tubelets of clips.
 
-    `maps` sums to one over each clip. What the query pays to class tokens, which have no place in
-    it, is left out before; `class_share` says how much that was (0 where there is no class token).
+    `maps` sums to one over each clip. It leaves out attention to class tokens, which have no place
+    on the grid; `class_share` is that part (0 without a class token).
     """
 
     maps: np.ndarray  # float64 [b, t, h, w], on the token grid
@@ -72,13 +72,13 @@ class AttentionMaps:
     frames: np.ndarray  # int [t * tubelet frames]: the clip's frames that the model embeds
 
     @property
-    def time_weights(self) -> np.ndarray:
-        """The share of each time step, [b, t]; sums to one."""
+    def time_weights(self) -> Float64[np.ndarray, "b t"]:
+        """The share of each time step; sums to one."""
         return self.maps.sum((2, 3))
 
     @property
-    def relative(self) -> np.ndarray:
-        """`maps` as multiples of uniform attention, [b, t, h, w]; the mean over a clip is 1."""
+    def relative(self) -> Float64[np.ndarray, "b t h w"]:
+        """`maps` as multiples of uniform attention; the mean over a clip is 1."""
         return self.maps * np.prod(self.maps.shape[1:])
 
 
@@ -94,21 +94,21 @@ def map_attention(
     head: int | None = None,
     interpolate_pos_encoding: bool = False,
 ) -> AttentionMaps:
-    """Attention of a model on pixel_values [b, t, h, w, c] as shares [b, t, h, w] of its tokens.
+    """A model's attention on pixel_values [b, t, h, w, c] as maps [b, t, h, w] over its tokens.
 
-    Takes every model of this library; a pre-trained VideoMAE's encoder sees the whole clip.
+    Takes every model of this library; the encoder of a pre-training model sees the whole clip.
     `kind` is "map", the attention of one `layer`, or "rollout", through all layers up to it; layers
-    count from 0, negative ones from the end, and the default is the last. A factorised encoder's
-    temporal layer is `temporal_layer`. `head` is one head of a map (of a factorised dot-product
-    model the first half of them looks over time), by default their mean.
+    count from 0, negative ones from the end, and the default is the last. `temporal_layer` is the
+    one of a factorised encoder's temporal stage. `head` is one head of a map (the first half of
+    them attends over time in a factorised dot-product model), by default their mean.
 
-    `query` is "cls", the class token (of a factorised encoder, of each stage), the default where
-    there is one; "mean", the mean of all tubelets' attention, which is what each tubelet receives;
-    or (t, y, x), one tubelet. In a factorised encoder a tubelet is a token of the spatial stage,
-    where it looks at its own frame only.
+    `query` is "cls", the class token (of each stage in a factorised encoder), the default if there
+    is one; "mean", the mean over all tubelets, which is the attention that each tubelet receives;
+    or (t, y, x), one tubelet. In a factorised encoder a tubelet is a token of the spatial stage and
+    attends to its own frame only.
 
-    Raises UserError for what the model does not have and for a clip that does not fit it.
-    Definitions and source: this module's docstring.
+    Raises UserError for a layer, head or query that the model does not have, and for a clip that
+    does not fit it. Definitions and source: this module's docstring.
 
     >>> import vivit_jax
     >>> model, params = vivit_jax.from_pretrained("vivit-demo/model")
@@ -145,8 +145,8 @@ def map_attention(
     total = shares.sum((1, 2, 3), keepdims=True)
     if not (np.isfinite(total).all() and (total > 0).all()):
         raise UserError(
-            "the model's attention to the tubelets is not finite, or nothing at all; its weights "
-            "or the clip are damaged"
+            "the model's attention to the tubelets is not finite, or zero; its weights or the clip "
+            "are damaged"
         )
     shape = np.shape(pixel_values)
     frames = np.arange(shape[1] // config.tubelet[0] * config.tubelet[0])
@@ -170,30 +170,14 @@ def choose(
     head: int | None = None,
     grid: Grid | None = None,
 ) -> Choice:
-    """The arguments of `map_attention` with defaults filled in; UserError where one is wrong.
+    """The arguments of `map_attention` with defaults filled in; UserError for a wrong one.
 
     `grid` is the clip's, by default that of the configuration. Needs no weights.
     """
     if kind not in KINDS:
         raise UserError(f"kind must be one of {list(KINDS)}, got {kind!r}")
-    with_cls, grid = config.pooling == "cls", grid or config.grid
-    query = ("cls" if with_cls else "mean") if query is None else query
-    if query == "cls" and not with_cls:
-        raise UserError(
-            "query 'cls' needs a class token, which this model does not have; expected 'mean' or a "
-            "tubelet's place (t, y, x)"
-        )
-    if isinstance(query, str) and query not in ("cls", "mean"):
-        raise UserError(f"query must be 'cls', 'mean' or a place (t, y, x), got {query!r}")
-    if not isinstance(query, str):
-        query = tuple(query)
-        if len(query) != 3 or not all(0 <= i < n for i, n in zip(query, grid, strict=True)):
-            last = tuple(n - 1 for n in grid)
-            raise UserError(
-                f"query {query} is not on the token grid: expected a place (t, y, x) from "
-                f"(0, 0, 0) to {last}"
-            )
-    layers, temporal = config.num_hidden_layers, config.temporal_layers
+    query = _checked_query(query, _with_cls(config), grid or config.grid)
+    layers, temporal = config.num_hidden_layers, getattr(config, "temporal_layers", 0)
     if not layers:
         raise UserError("the model has num_hidden_layers=0: it has no attention to show")
     if temporal_layer is not None and not temporal:
@@ -212,7 +196,7 @@ def choose(
     if head is not None and kind == "rollout":
         raise UserError(
             f"head {head}: a rollout takes the mean of all heads, since head {head} of one layer "
-            f"has nothing to do with head {head} of the next; leave it out, or ask for kind 'map'"
+            f"is unrelated to head {head} of the next; leave it out, or ask for kind 'map'"
         )
     return Choice(
         kind=kind,
@@ -221,6 +205,28 @@ def choose(
         temporal_layer=_place("temporal_layer", temporal_layer, temporal) if temporal else None,
         head=head,
     )
+
+
+def _checked_query(query: Query | None, with_cls: bool, grid: Grid) -> Query:
+    if query is None:
+        return "cls" if with_cls else "mean"
+    if query == "cls" and not with_cls:
+        raise UserError(
+            "query 'cls' needs a class token, which this model does not have; expected 'mean' or a "
+            "tubelet's place (t, y, x)"
+        )
+    if isinstance(query, str):
+        if query not in ("cls", "mean"):
+            raise UserError(f"query must be 'cls', 'mean' or a place (t, y, x), got {query!r}")
+        return query
+    place = tuple(query)
+    if len(place) != 3 or not all(0 <= i < n for i, n in zip(place, grid, strict=True)):
+        last = tuple(n - 1 for n in grid)
+        raise UserError(
+            f"query {place} is not on the token grid: expected a place (t, y, x) from "
+            f"(0, 0, 0) to {last}"
+        )
+    return place
 
 
 def _place(name: str, index: int | None, count: int) -> int:
@@ -234,21 +240,35 @@ def _place(name: str, index: int | None, count: int) -> int:
     return index % count
 
 
-def _query_row(query: Query, grid: Grid, with_cls: bool) -> np.ndarray:
-    """The weight of every token as a query, float32 [tokens]: sums to one."""
+def _attention_type(config: Config) -> str:
+    return getattr(config, "attention_type", "joint")  # VideoMAE's is joint
+
+
+def _with_cls(config: Config) -> bool:
+    return getattr(config, "pooling", None) == "cls"
+
+
+def _stages(config: Config) -> tuple[StackSpec, ...]:
+    if isinstance(config, VivitConfig):
+        return stack_specs(config)
+    return (StackSpec(config.num_hidden_layers),)
+
+
+def _query_row(query: Query, grid: Grid, with_cls: bool) -> Float32[np.ndarray, " l"]:
+    """The weight of every token as a query; sums to one."""
     row = np.zeros(with_cls + int(np.prod(grid)), np.float32)
-    if query == "cls":
-        row[0] = 1
-    elif query == "mean":
-        row[with_cls:] = 1 / np.prod(grid)
-    else:
+    if not isinstance(query, str):
         row[with_cls + np.ravel_multi_index(query, grid)] = 1
+    elif query == "cls":
+        row[0] = 1
+    else:
+        row[with_cls:] = 1 / np.prod(grid)
     return row
 
 
 def _staged_shares(config, stages, params, out, choice: Choice, shape) -> np.ndarray:
-    """The tubelets' shares [b, t, s] in a factorised encoder, for shape [b, t, h, w]."""
-    (batch, t, h, w), with_cls = shape, config.pooling == "cls"
+    """The tubelets' shares [b, t, h * w] in a factorised encoder, for shape [b, t, h, w]."""
+    (batch, t, h, w), with_cls = shape, _with_cls(config)
     of_frame, place = choice.query, None
     if not isinstance(choice.query, str):
         place, of_frame = choice.query[0], (0, *choice.query[1:])
@@ -270,9 +290,9 @@ def _staged_shares(config, stages, params, out, choice: Choice, shape) -> np.nda
 
 
 def _back(config, spec, params, hidden, row, choice: Choice, last: int) -> np.ndarray:
-    """The row [b, ..., l] of queries of block `last`, propagated to the tokens it looks at.
+    """A row [b, ..., l] of queries of block `last`, propagated to the tokens it attends to.
 
-    `hidden` [layers + 1, b, ..., l, d] has the input of every block. Float64, in numpy's hands.
+    `hidden` [layers + 1, b, ..., l, d] holds the input of every block. Returns float64.
     """
     block, heads = Block(config, spec), config.num_attention_heads
     rollout = choice.kind == "rollout"
@@ -291,13 +311,14 @@ def _of_layer(params, i: int):
     return jax.tree.map(lambda leaf: leaf[i], params["layers"])
 
 
-# Equal blocks share the compiled function. What follows the attention is not computed.
+# Equal blocks share the compiled function. XLA drops what follows the attention.
 @functools.partial(jax.jit, static_argnums=0)
 def _through(block: Block, params, x, row, heads, residual):
     """row [b, ..., l] times the block's transition, from the block's input x [b, ..., l, d].
 
-    `heads` [n] weighs the heads and sums to one, `residual` is the part that stays in its place.
+    `heads` [n] weights the heads and sums to one; `residual` is the weight of the residual.
     """
+    found: Any
     _, found = block.apply({"params": params}, x, (None, None, None), False, True)
 
     def over_space(row, heads):
@@ -317,7 +338,7 @@ def _through(block: Block, params, x, row, heads, residual):
 
 
 def _times(row, weights, heads):
-    """row [..., q] times attention weights [..., n, q, k], heads weighted by `heads` [n]."""
+    """row [..., q] times attention weights [..., n, q, k], with heads weighted by `heads` [n]."""
     by_head = jnp.einsum("...q,...nqk->...nk", row, weights.astype(row.dtype))
     return jnp.einsum("...nk,n->...k", by_head, heads)
 
@@ -325,12 +346,12 @@ def _times(row, weights, heads):
 # Equal models share the compiled function.
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _hidden_states(backbone: nn.Module, params, pixel_values, any_size: bool):
-    out = backbone.apply(
+    out: Any = backbone.apply(
         {"params": params},
         pixel_values,
         output_hidden_states=True,
         output_attentions=False,
         interpolate_pos_encoding=any_size,
     )
-    # The rest is not computed.
+    # XLA drops the rest.
     return out.replace(last_hidden_state=None, pooler_output=None)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
@@ -43,16 +44,17 @@ _FUNCTION_OF = {"multi_label_classification": "sigmoid", "regression": "none"}
 
 # A video file, an .npy file, or the frames themselves.
 Video = str | os.PathLike | np.ndarray | jax.Array
+_Readable = str | os.PathLike | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Classified:
-    """What became of one video: predictions from the best on, or why there are none."""
+    """The predictions for one video, best first, or why there are none."""
 
     clip: str  # the path; "array 0" and so on for frames
-    frames: np.ndarray | None = None  # int64 [clips, t], which frames were looked at
+    frames: np.ndarray | None = None  # int64 [clips, t], the frames that were read
     predictions: list[dict[str, Any]] | None = None  # {"label", "index", "score"}
-    # Of a model of several heads: the predictions of each by its name.
+    # For a model of several heads: the predictions of each by its name.
     heads: dict[str, list[dict[str, Any]]] | None = None
     error: VideoError | None = None
 
@@ -71,18 +73,18 @@ class VideoClassifier:
     | `device` | JAX's default device; `with jax.default_device(...)` chooses another |
     | `inputs`: a path, an http link, a list | a path, an array of frames, a list or generator |
     | `top_k=5` | `top_k=5` |
-    | `num_frames` | the model's own; other lengths are other models |
+    | `num_frames` | the model's own; another length needs another model |
     | `frame_sampling_rate=1` | `stride`; default ViViT 2, VideoMAE 4, less in a short video |
     | the clip is the video's beginning | `start="center"`; `"begin"` is theirs |
     | `function_to_apply` | `function_to_apply`: "softmax", "sigmoid", "none"; same defaults |
     | `batch_size=1` | `batch_size=1`: clips that go through the model together |
     | `num_workers` | `threads=2`, which read and prepare videos ahead of the model |
     | - | `num_clips`, `num_crops`, `average`: several views of each video, averaged |
-    | - | `pad`: what to do with a video that is too short, "error" unless told otherwise |
+    | - | `pad`: what to do with a video that is too short, by default "error" |
 
-    With `stride=1, start="begin"` both look at the same frames where theirs has an image processor.
-    Their clip of a higher rate r is spaced a little wider than r, by `num_frames * r - 1` over
-    `num_frames - 1`. With a video processor (where torchvision is installed) transformers 5 spreads
+    With `stride=1, start="begin"` both read the same frames if theirs has an image processor. Their
+    clips of a higher rate r are spaced slightly wider than r, by `num_frames * r - 1` over
+    `num_frames - 1`. With a video processor (if torchvision is installed) transformers 5 spreads
     the frames over the whole video, whatever the rate.
 
     >>> classifier = VideoClassifier.from_pretrained("vivit-demo/model")
@@ -102,7 +104,7 @@ class VideoClassifier:
         self.config = model.config
 
         def logits(params, pixels):
-            out = model.apply({"params": params}, pixels, **RESULTS_ONLY)
+            out: Any = model.apply({"params": params}, pixels, **RESULTS_ONLY)
             return out.logits.astype(jnp.float32)
 
         self._logits = jax.jit(logits)
@@ -121,11 +123,11 @@ class VideoClassifier:
     ) -> "VideoClassifier":
         """Load a directory, a weight file, a file of VideoMAE's authors or of scenic, or a hub id.
 
-        `config` is that of `vivit_jax.from_pretrained`: what a file without config.json lacks.
-        Raises UserError for a checkpoint without a classifier and where nothing says how frames are
-        prepared, and what `vivit_jax.from_pretrained` raises.
+        `config` is that of `vivit_jax.from_pretrained`, for a file without config.json. Raises
+        UserError for a checkpoint without a classifier and if nothing says how frames are prepared,
+        and what `vivit_jax.from_pretrained` raises.
         """
-        # What is cheap to check comes before the weights.
+        # Cheap checks come before the weights.
         config = reusable(config)
         held = open_source(source, revision=revision, settings=config)
         if held.layout.head != "classification":
@@ -134,22 +136,26 @@ class VideoClassifier:
                 "no classifier; use a model fine-tuned for classification"
             )
         processor = processor_of(held) if processor is None else processor
-        options = dict(config=config, dtype=dtype, param_dtype=param_dtype, attention=attention)
         # The files that were opened: a push to the hub in between must not mix commits.
-        model, params = from_pretrained(held.checkpoint.path, **options)
+        model, params = from_pretrained(
+            held.checkpoint.path,
+            config=config,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            attention=attention,
+        )
         return cls(model, params, processor)
 
     def __call__(self, inputs: Video | Iterable[Video], **options: Any):
-        """Labels and scores: [{"label", "index", "score"}, ...] of one video, best first.
+        """Labels and scores of one video, best first: [{"label", "index", "score"}, ...].
 
-        Of a list, a list of these; of another iterable, an iterator that reads as it is asked. In
-        both a video that cannot be read has its VideoError in the place of its predictions, with a
-        warning, and the others are still classified.
-        `options` are those of `classify`. Of a model of several heads the labels are of the best
-        combinations; `classify` also tells those of each head.
+        A list gives a list of these, any other iterable a lazy iterator. In both a video that
+        cannot be read gives its VideoError, with a warning, and the others are still classified.
+        `options` are those of `classify`. A model of several heads gives the best combinations of
+        labels; `classify` also gives those of each head.
 
-        Raises VideoError for one video that cannot be read or is too short, UserError for options
-        that are wrong.
+        Raises VideoError for a single video that cannot be read or is too short, UserError for
+        wrong options.
         """
         if isinstance(inputs, Video):
             (result,) = self.classify([inputs], **options)
@@ -180,74 +186,65 @@ class VideoClassifier:
         threads: int = 2,
         square_pixels: bool = False,
     ) -> Iterator[Classified]:
-        """Yields what becomes of each video, in order; one that cannot be read says why.
+        """Yields the predictions for each video, in order, or why it cannot be read.
 
         Args:
-            videos: paths of video files or .npy files, or uint8 frames [t, h, w, c]. What their
-                iterator raises comes after the results of those before.
-            top_k: how many classes.
+            videos: paths of video files or .npy files, or uint8 frames [t, h, w, c]. An exception
+                of their iterator is raised after the results of the videos before it.
+            top_k: the number of classes.
             stride, start, pad: which frames, see `vivit_jax.data.read_clip.read_clips`.
             num_clips: clips along time, spread as the papers test.
-            num_crops: crops along the longer side, in place of the processor's centre crop.
-            average: what is averaged over these views, "softmax" (as VideoMAE's authors do; it
-                stands for `function_to_apply`) or "logits" (as scenic does). Default: the family's.
-            function_to_apply: from logits to scores, "softmax", "sigmoid" or "none"; by default
-                what the config's problem_type says.
+            num_crops: crops along the longer side, instead of the processor's centre crop.
+            average: what is averaged over these views, "softmax" (as by VideoMAE's authors; it
+                stands for `function_to_apply`) or "logits" (as by scenic). Default: the family's.
+            function_to_apply: from logits to scores, "softmax", "sigmoid" or "none"; the default
+                follows the config's problem_type.
             batch_size: views that go through the model together; it changes scores by rounding.
-            threads: that read and prepare videos ahead of the model, at least 1.
-            square_pixels: whether files whose pixels are not square are read with square ones.
+            threads: the number of threads that read videos ahead of the model.
+            square_pixels: whether to make pixels square if a file's are not.
 
-        Raises UserError at once, before anything is read, for options that are wrong.
+        Raises UserError for wrong options at once, before anything is read.
         """
         config = self.config
-        counts = dict(
+        _check_counts(
             top_k=top_k,
             num_clips=num_clips,
             num_crops=num_crops,
             batch_size=batch_size,
             threads=threads,
         )
-        for name, value in counts.items():
-            if not _counts(value):
-                raise UserError(f"{name} is {value!r}, expected an int of at least 1")
         if stride is not None and not _counts(stride):
             raise UserError(f"stride is {stride!r}, expected an int of at least 1, or None")
         check_reading(start, pad, num_clips)
         average = config.average if average is None else average
         if average not in AVERAGES:
             raise UserError(f"average is {average!r}, expected one of {', '.join(AVERAGES)}")
-        if function_to_apply is None:
-            function_to_apply = _FUNCTION_OF.get(config.problem_type, "softmax")
-        elif function_to_apply not in (*FUNCTIONS,):
-            raise UserError(
-                f"function_to_apply is {function_to_apply!r}, expected one of "
-                f"{', '.join(FUNCTIONS)}"
-            )
-        elif config.class_splits is not None and function_to_apply != "softmax":
-            raise UserError(
-                f"function_to_apply is {function_to_apply!r}; a model of several heads has scores "
-                "of combinations, which are products of softmax"
-            )
-        reading = dict(
-            stride=stride, start=start, pad=pad, clips=num_clips, square_pixels=square_pixels
-        )
+        function = _checked_function(function_to_apply, config)
 
         def pixels(name: str, clips: list[Clip]) -> np.ndarray:
             try:
                 return self._pixels(clips, num_crops)
-            except VideoError as error:  # knows frames, not where they are from
+            except VideoError as error:  # names frames, not their file
                 raise VideoError(f"{name}: {error}") from None
 
-        def read(name: str, video: Video) -> tuple[np.ndarray, np.ndarray] | VideoError:
+        def read(name: str, video: _Readable) -> tuple[np.ndarray, np.ndarray] | VideoError:
             try:
                 with one_clip(name):
-                    clips = read_clips(video, config, **reading)
+                    clips = read_clips(
+                        video,
+                        config,
+                        stride=stride,
+                        start=start,
+                        pad=pad,
+                        clips=num_clips,
+                        square_pixels=square_pixels,
+                    )
                     return pixels(name, clips), np.stack([clip.indices for clip in clips])
             except VideoError as error:
                 return error
 
         def finish(name: str, frames: np.ndarray, logits: list[np.ndarray]) -> Classified:
-            scores, heads = self._scores(np.stack(logits), average, function_to_apply)
+            scores, heads = self._scores(np.stack(logits), average, function)
             best = _best(scores, top_k, config.labels, config.class_splits)
             return Classified(name, frames, best, self._best_of_heads(heads, top_k))
 
@@ -260,10 +257,10 @@ class VideoClassifier:
 
         return results()
 
-    def _pixels(self, clips: list[Clip], crops: int) -> np.ndarray:
-        """The views of a video as the model takes them: float32 [clips * crops, t, h, w, c].
+    def _pixels(self, clips: list[Clip], crops: int) -> Float32[np.ndarray, "views t h w c"]:
+        """The views of a video as the model takes them, clips * crops of them.
 
-        Raises VideoError where this video's size does not fit, UserError where none does.
+        Raises VideoError if this video's size does not fit, UserError if no size does.
         """
         processor, expected = self.processor, self.config.frame_size
         rounding = crop_rounding(self.config.view_sampler)
@@ -283,8 +280,8 @@ class VideoClassifier:
     def _with_logits(self, videos, read, rows: int, threads: int) -> Iterator:
         """((name, frames or error), logits of every view) of each video, in order.
 
-        Views of neighbouring videos share batches of `rows`; the last batch is filled up with
-        zeros, so that one shape is compiled.
+        Views of neighbouring videos share batches of `rows`; the last batch is padded with zeros,
+        so that one shape is compiled.
         """
         waiting: collections.deque = collections.deque()  # [(name, frames or error), views, logits]
         views: collections.deque = collections.deque()  # (pixels, logits to append to)
@@ -321,7 +318,7 @@ class VideoClassifier:
             found.append(values)
 
     def _scores(self, logits: np.ndarray, average: str, function: str):
-        """Scores [classes], or of every combination of heads' classes; and those of each head."""
+        """Scores of classes, or of combinations of the heads' classes, and those of each head."""
         splits = self.config.class_splits
         logits = logits.mean(0, keepdims=True) if average == "logits" else logits
         if splits is None:
@@ -341,18 +338,43 @@ class VideoClassifier:
 
 
 def _counts(value) -> bool:
-    """Whether it is a whole number of at least 1, of Python's or numpy's."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+    """Whether it is a Python or numpy integer of at least 1."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 1)
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not _counts(value):
+            raise UserError(f"{name} is {value!r}, expected an int of at least 1")
+
+
+def _checked_function(function: str | None, config) -> str:
+    """`function_to_apply`, by default that of the config's problem_type."""
+    if function is None:
+        return _FUNCTION_OF.get(config.problem_type, "softmax")
+    if function not in (*FUNCTIONS,):
+        raise UserError(
+            f"function_to_apply is {function!r}, expected one of {', '.join(FUNCTIONS)}"
+        )
+    if config.class_splits is not None and function != "softmax":
+        raise UserError(
+            f"function_to_apply is {function!r}; a model of several heads has scores "
+            "of combinations, which are products of softmax"
+        )
+    return function
 
 
 def _answers(results: Iterator[Classified]) -> Iterator[list[dict[str, Any]] | VideoError]:
     for result in results:
         if result.error is not None:
             logger.warning("left out: %s", result.error)
-        yield result.predictions if result.error is None else result.error
+            yield result.error
+        else:
+            assert result.predictions is not None
+            yield result.predictions
 
 
-def _named(number: int, video: Video) -> tuple[str, Video]:
+def _named(number: int, video: Video) -> tuple[str, _Readable]:
     if isinstance(video, np.ndarray | jax.Array):
         return f"array {number}", np.asarray(video)
     if not isinstance(video, str | os.PathLike):
@@ -366,7 +388,7 @@ def _named(number: int, video: Video) -> tuple[str, Video]:
 def _read_ahead(videos: Iterable[Video], read, threads: int) -> Iterator[tuple[str | None, Any]]:
     """(name, what `read` returns) of each video, in order, read in threads, a few ahead.
 
-    Ends with (None, what the videos' own iterator raised) where it raised something.
+    Ends with (None, error) if the videos' own iterator raises one.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="read clips") as pool:
         ahead: collections.deque = collections.deque()
@@ -390,13 +412,13 @@ def _read_ahead(videos: Iterable[Video], read, threads: int) -> Iterator[tuple[s
             if raised is not None:
                 yield None, raised
         finally:
-            # Whoever stops early waits for what is being read, not for what is not begun.
+            # Stopping early waits for videos that are being read, not for those not begun.
             for _, future in ahead:
                 future.cancel()
 
 
 def _best(values: np.ndarray, top_k: int, labels, splits=None) -> list[dict[str, Any]]:
-    """The largest scores with their labels; a combination has an index and a label per head."""
+    """The largest scores with labels; a combination has an index and a label for each head."""
     predictions = []
     for place in np.argsort(-values, kind="stable")[:top_k]:
         index = int(place)

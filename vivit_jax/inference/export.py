@@ -2,24 +2,24 @@
 """A model as one file that `jax.export` runs, without this library and without flax.
 
 The file is what `jax.export.Exported.serialize` writes: StableHLO for several platforms at once. It
-keeps working with versions of jax up to six months older than the one that wrote it and six months
-newer, once it is for one of jax's stable calling conventions (docs.jax.dev/en/latest/export,
-"Compatibility guarantees"); past that, export again from the checkpoint.
+works with versions of jax up to six months older or newer than the one that wrote it, within jax's
+stable calling conventions (docs.jax.dev/en/latest/export, "Compatibility guarantees"); after that,
+export again from the checkpoint.
 
-A choice that the library makes for the machine at hand would be wrong on another. So the program is
-traced as for CPU wherever it is exported: attention is exact, in tiles whose size is picked by
-platform when the program is compiled, or for a single query in one row; cuDNN is not used. All of
-it is the same function on every platform.
+A choice made for this machine would be wrong on another, so the program is traced as for CPU
+wherever it is exported: attention is exact, in tiles whose size depends on the platform that
+compiles the program, or for a single query in one row; cuDNN is not used. It is the same function
+on every platform.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
@@ -35,16 +35,16 @@ from vivit_jax.outputs import RESULTS_ONLY
 PLATFORMS = ("cpu", "cuda", "tpu")
 PRECISIONS = ("default", "high", "highest")
 PARAMS = ("inside", "beside")
-# flatbuffers ends at 2 GiB; the program beside the parameters takes the rest.
+# A flatbuffer holds at most 2 GiB; the rest is left for the program.
 LARGEST = 2**31 - 2**26
 
 
 @dataclasses.dataclass(frozen=True)
 class Artefact:
-    """An exported model: `program` is the file's content, `about` says what it takes and gives.
+    """An exported model: `program` is the file's content, `about` describes it.
 
-    `params` are the parameters by path where they are to lie beside the program, else None; the
-    program then takes that dict as its first argument.
+    `params` are the parameters by path if they are kept beside the program, which then takes that
+    dict as its first argument; else None.
     """
 
     program: bytearray
@@ -53,7 +53,7 @@ class Artefact:
 
 
 def check_extra(purpose: str = "exporting a model") -> None:
-    """MissingExtra where `jax.export` could not write or read a file."""
+    """Raises MissingExtra without flatbuffers, which `jax.export` needs for files."""
     try:
         import flatbuffers  # noqa: F401
     except ImportError:
@@ -61,7 +61,7 @@ def check_extra(purpose: str = "exporting a model") -> None:
 
 
 def check_platforms(platforms: Sequence[str]) -> None:
-    """UserError for none, and for one that jax has no name for."""
+    """Raises UserError for no platform and for one that jax does not know."""
     unknown = sorted(set(platforms) - {*PLATFORMS, "rocm"})
     if unknown or not platforms:
         raise UserError(f"platforms are {list(platforms)}, expected some of {list(PLATFORMS)}")
@@ -81,18 +81,18 @@ def export_model(
 ) -> Artefact:
     """Export a model's forward pass for any number of clips (or for `batch`) on all `platforms`.
 
-    The program maps pixel_values, float32 [b, t, h, w, c], to a dict of arrays: "logits"
-    [b, classes] of a classifier, "last_hidden_state" [b, l, d] and, of a ViViT with a pooling
-    layer, "pooler_output" of a headless model. With `preprocess` it takes frames, uint8, of the
-    model's size, and normalises them as `processor` does; with `input_size` (height, width) as well
-    frames of that size, which it resizes and crops first; both to the processor's bits.
+    The program maps pixel_values, float32 [b, t, h, w, c], to a dict of arrays: a classifier's
+    "logits" [b, classes], or a headless model's "last_hidden_state" [b, l, d] and, for a ViViT with
+    a pooling layer, "pooler_output". With `preprocess` it takes uint8 frames of the model's size
+    and normalises them as `processor` does; with `input_size` (height, width) it takes frames of
+    that size and also resizes and crops them. Both match the processor bit for bit.
 
     `params_at` "beside" leaves the parameters out: the program then takes their dict first.
-    `precision` is that of matrix products, jax_default_matmul_precision, which is part of the
-    program; "default" is TF32 on recent NVIDIA GPUs and bfloat16 on TPU, in float32 too.
+    `precision` of matrix products (jax_default_matmul_precision) is part of the program; "default"
+    is TF32 on recent NVIDIA GPUs and bfloat16 on TPU, even in float32.
 
-    Raises UserError for a model that needs a mask, for parameters of 2 GiB and more inside, and for
-    what does not fit together; MissingExtra without flatbuffers.
+    Raises UserError for a model that needs a mask, for parameters of 2 GiB or more inside, and for
+    arguments that do not fit together; MissingExtra without flatbuffers.
 
     >>> import vivit_jax
     >>> model, params = vivit_jax.from_pretrained("vivit-demo/model")
@@ -114,12 +114,12 @@ def export_model(
             f"params are {size / 2**30:.2f} GiB, and an exported file ends at 2 GiB; put them "
             "beside it (--params beside), or load the model with param_dtype='bfloat16'"
         )
-    into_pixels: Callable = lambda clips: clips  # noqa: E731
-    if preprocess:
+    into_pixels = None
+    if preprocess and processor is not None:
         into_pixels = pixels_inside(processor, config.frame_size, config.num_channels, input_size)
 
     def outputs(params, clips):
-        pixels = into_pixels(clips)
+        pixels = clips if into_pixels is None else into_pixels(clips)
         out = model.apply({"params": param_tree.unflatten(params)}, pixels, **RESULTS_ONLY)
         named = {name: getattr(out, name, None) for name in OUTPUTS}
         return {name: value for name, value in named.items() if value is not None}
@@ -146,14 +146,12 @@ def export_model(
         "config": config.to_dict(),
         "dtype": config.dtype,
         "matmul_precision": precision,
-        "params": {
-            "at": params_at,
-            "count": sum(leaf.size for leaf in flat.values()),
-            "bytes": size,
-            "dtype": sorted({leaf.dtype.name for leaf in flat.values()}),
-            "sha256": param_tree.params_hash(param_tree.unflatten(flat)),
+        "params": {"at": params_at, **_described_params(flat)},
+        "versions": {
+            "vivit_jax": __version__,
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.version.__version__,
         },
-        "versions": _versions(),
         "bytes": len(program),
         "sha256": hashlib.sha256(program).hexdigest(),
     }
@@ -191,9 +189,9 @@ def _check(model, processor, preprocess, input_size, batch, params_at, platforms
 def traced_for(place: str) -> Iterator[None]:
     """Trace as on "cpu", "gpu" or "tpu", whatever the machine has.
 
-    Without the stack of Python calls that each operation comes from: it names this machine's files.
+    Leaves out the Python tracebacks of operations, which name this machine's files.
     """
-    frames = jax.config.jax_traceback_in_locations_limit
+    frames = jax.config.jax_traceback_in_locations_limit  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         with jax.default_device(place):
@@ -203,10 +201,10 @@ def traced_for(place: str) -> Iterator[None]:
 
 
 def _clips(config, preprocess: bool, input_size, batch: int | None) -> jax.ShapeDtypeStruct:
-    size = input_size or config.frame_size
-    if batch is None:
-        (batch,) = jax.export.symbolic_shape("b", constraints=["b >= 1"])
-    shape = (batch, config.num_frames, *size, config.num_channels)
+    size, count = input_size or config.frame_size, batch
+    if count is None:
+        (count,) = jax.export.symbolic_shape("b", constraints=["b >= 1"])
+    shape = (count, config.num_frames, *size, config.num_channels)
     return jax.ShapeDtypeStruct(shape, np.uint8 if preprocess else np.float32)
 
 
@@ -222,10 +220,10 @@ def _preprocessing(processor, preprocess: bool, input_size) -> dict[str, Any]:
     return {"inside": inside, "processor": None if processor is None else processor.to_dict()}
 
 
-def _versions() -> dict[str, str]:
-
+def _described_params(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "vivit_jax": __version__,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "count": sum(leaf.size for leaf in flat.values()),
+        "bytes": sum(leaf.nbytes for leaf in flat.values()),
+        "dtype": sorted({leaf.dtype.name for leaf in flat.values()}),
+        "sha256": param_tree.params_hash(param_tree.unflatten(flat)),
     }

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step of a recipe as one file that `jax.export` runs, without this library and optax.
 
-The program is the whole step: masks, augmentation, dropout and all that is drawn (from the seed of
-the recipe and the number of the step, which is part of the state), the gradient, the optimiser, the
-moving average and the check that all of it is finite. It takes the state as a dict of arrays by
-path, `{"params/backbone/...": ..., "optimizer/...": ..., "step": ...}`, and returns one like it.
-jax.export would also write the nested state, once every class of optax in it were registered under
-a name by whoever writes and whoever reads; of a dict both need to know nothing, and the paths are
-those of a checkpoint.
+The program is the whole step: masks, augmentation and dropout (drawn from the recipe's seed and the
+step number in the state), the gradient, the optimiser, the moving average and the check that all of
+it is finite. It takes the state as a dict of arrays by path, `{"params/backbone/...": ...,
+"optimizer/...": ..., "step": ...}`, and returns one like it. jax.export could write the nested
+state, but writer and reader would have to register every optax class in it; a dict needs nothing,
+and its paths are those of a checkpoint.
 
-* Several devices: the file is for as many as the step's mesh has, of any kind, and knows how each
-  array is split over them.
-* Several platforms: the step is traced as for CPU, see `vivit_jax.inference.export`, so that no
-  kernel of one platform is in the file. For the mesh's own platform alone, it is traced as it runs
-  there. Pallas' kernels for TPU (tpu_custom_call) are among what jax promises to run for months to
-  come. cuDNN's attention is not: such a file, of "cuda" in half precision, is for the jaxlib that
-  wrote it.
-* Donation is no part of a file. `load_step` donates the state again, as `make_step` does.
-* There is no derivative of the step in the file (vjp_order is 0).
-* The precision of matrix products is that of jax_default_matmul_precision while it is written.
+* Several devices: the file is for as many devices as the step's mesh has, of any kind, and records
+  how each array is sharded.
+* Several platforms: the step is traced as for CPU, see `vivit_jax.inference.export`, so that the
+  file has no kernel of one platform. For the mesh's own platform alone it is traced as it runs
+  there. jax's compatibility guarantees cover Pallas kernels for TPU (tpu_custom_call), but not
+  cuDNN's attention: such a file, for "cuda" in half precision, needs the jaxlib that wrote it.
+* A file does not record donation. `load_step` donates the state again, as `make_step` does.
+* The file has no derivative of the step (vjp_order is 0).
+* Matrix products have the jax_default_matmul_precision at the time of writing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +35,7 @@ from vivit_jax.train.step import jit_step
 from vivit_jax.train.stored_state import flat
 
 _CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
-_EXPORTED_AS = {"gpu": "cuda"}  # platforms whose name in a file is another than a device's
+_EXPORTED_AS = {"gpu": "cuda"}  # device platform -> its name in a file
 _NAME = "training_step"
 _SHOWN = 5  # names in a message
 
@@ -45,15 +43,15 @@ _SHOWN = 5  # names in a message
 def export_step(
     setup: TrainSetup, path: str | Path, *, platforms: Sequence[str] = PLATFORMS
 ) -> None:
-    """Write the step of a setup, see `vivit_jax.train.setup`, for the setup's mesh.
+    """Write the step of a setup (see `vivit_jax.train.setup`) for the setup's mesh.
 
-    Nothing is run or compiled, and the mesh may be of devices that are not there. Whoever reads the
-    file needs jax and flatbuffers:
+    Nothing is run or compiled, and the mesh's devices need not exist. Reading the file takes only
+    jax and flatbuffers:
 
     step = jax.export.deserialize(bytearray(open("step.stablehlo", "rb").read()))
     state, values = jax.jit(step.call, donate_argnums=0)(state, batch)
 
-    Raises UserError for platforms that are none, MissingExtra without flatbuffers.
+    Raises UserError for unknown platforms, MissingExtra without flatbuffers.
     """
     check_extra("exporting a training step")
     check_platforms(platforms)
@@ -82,10 +80,10 @@ def export_step(
 class ExportedStep:
     """A step from a file: (state, batch) -> (new state, scalars by name).
 
-    The state is a TrainState, a dict of arrays by path, or any tree with the same paths; what comes
-    back is one like it. The old one is donated. `state` and `batch` say what is taken, as
-    ShapeDtypeStructs by name with the sharding of each on `mesh`; arrays that lie elsewhere, such
-    as NumPy's, are put there.
+    The state is a TrainState, a dict of arrays by path, or any tree with the same paths; the new
+    one has the same structure, and the old one is donated. `state` and `batch` are the inputs as
+    ShapeDtypeStructs by name, with shardings on `mesh`; arrays that lie elsewhere, such as NumPy's,
+    are moved there.
     """
 
     def __init__(self, program: jax.export.Exported, mesh: Mesh):
@@ -96,7 +94,7 @@ class ExportedStep:
         ]
         (self.state, self.batch), _ = jax.tree.unflatten(program.in_tree, wanted)
         out = jax.tree.unflatten(program.out_tree, program.out_shardings_jax(mesh))
-        with jax.default_device(mesh.devices.flat[0].platform):  # for what it is compiled
+        with jax.default_device(mesh.devices.flat[0].platform):  # the platform to compile for
             self._run = jit_step(
                 program.call,
                 pretraining="labels" not in self.batch,
@@ -117,15 +115,18 @@ class ExportedStep:
         return jax.tree.unflatten(jax.tree.structure(state), [new[p] for p in states]), values
 
     def lower(self) -> jax.stages.Lowered:
-        """As it would be compiled for its mesh, whose devices need not be there."""
+        """Lowered for its mesh, whose devices need not exist."""
         return self._run.lower(self.state, self.batch)
 
 
-def load_step(path: str | Path, devices: Sequence[jax.Device] | None = None) -> ExportedStep:
-    """Read what `export_step` wrote, to run on `devices`, by default the first of all there are.
+def load_step(
+    path: str | Path,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> ExportedStep:
+    """Read a file of `export_step`, to run on `devices`, by default the first of all devices.
 
-    Raises CheckpointError for a file that is missing or no such step, UserError for too few devices
-    and for a platform that it was not exported for, MissingExtra without flatbuffers.
+    Raises CheckpointError for a file that is missing or not such a step, UserError for too few
+    devices and for a platform that it was not exported for, MissingExtra without flatbuffers.
     """
     check_extra("reading an exported training step")
     program = _read(Path(path))
@@ -153,10 +154,10 @@ def _read(path: Path) -> jax.export.Exported:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
         program = jax.export.deserialize(content)
-    except Exception as error:  # flatbuffers fails at whatever the wrong bytes lead it to
+    except Exception as error:  # flatbuffers raises anything for wrong bytes
         raise CheckpointError(
-            f"{path} is no program that this jax reads ({first_line(error)}); expected a file of "
-            "export_step that is whole and of a jax not much older or newer"
+            f"{path} is not a program that this jax reads ({first_line(error)}); expected a whole "
+            "file of export_step, from a jax not much older or newer"
         ) from error
     mesh = program.in_avals[0].sharding.mesh if program.in_avals else None
     if program.fun_name != _NAME or mesh is None or tuple(mesh.axis_names) != AXES:
@@ -167,7 +168,7 @@ def _read(path: Path) -> jax.export.Exported:
 
 
 def _checked(what: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was given. UserError unless it has the names, shapes and dtypes of what is wanted."""
+    """`given`. UserError unless it has the names, shapes and dtypes of `wanted`."""
     differs = [
         f"{name} ({_array(given[name])} here, {_array(leaf)} there)"
         for name, leaf in wanted.items()
@@ -181,8 +182,8 @@ def _checked(what: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
     problems = [f"{title}: {_some(names)}" for title, names in kinds.items() if names]
     if problems:
         raise UserError(
-            f"the {what} is not of the step that was exported; {'; '.join(problems)}. Give what "
-            f"its {what} lists"
+            f"the {what} does not fit the exported step; {'; '.join(problems)}. Give what its "
+            f"{what} lists"
         )
     return given
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of features: arrays that are written row by row, and what they were made with.
+"""Feature files: arrays written row by row, with metadata and checksums.
 
 A file holds `features` [rows, ...], `frame_indices` int64 [rows, t], `frame_seconds` float64
-[rows, t], and a JSON object: in .safetensors under the key "vivit_jax" of its metadata, in .npz as
-the array `metadata`. Another one has the SHA-256 of each array (its bytes, then its dtype and
-shape) and of the first object's text: under "vivit_jax_checksums", in .npz as the zip's comment.
+[rows, t], and metadata as a JSON object: under "vivit_jax" of a .safetensors file's metadata, or as
+the array `metadata` of an .npz file. A second JSON object holds the SHA-256 of each array (its
+bytes, then its dtype and shape) and of the metadata: under "vivit_jax_checksums", or as the zip's
+comment.
 """
 
 import contextlib
@@ -32,11 +33,11 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class RowWriter:
-    """Writes arrays of equally many rows to `path` (.safetensors or .npz), as the rows come.
+    """Writes arrays with the same number of rows to `path` (.safetensors or .npz) row by row.
 
-    Rows go to unnamed files beside it; `finish` joins them, so that memory holds one row, and the
-    disk for that moment all of them twice. The safetensors library and `numpy.savez` want whole
-    arrays. Use it in a `with` statement: nothing is left behind where it is not finished.
+    Rows go to unnamed files beside it, which `finish` joins, so that memory holds one row and the
+    disk briefly holds all rows twice; the safetensors library and `numpy.savez` need whole arrays.
+    Use it in a `with` statement: without `finish` nothing is left behind.
     """
 
     def __init__(self, path: Path):
@@ -47,7 +48,7 @@ class RowWriter:
         self._kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
 
     def add(self, **row: np.ndarray) -> None:
-        """Append one row to each array; all rows have the shapes and dtypes of the first."""
+        """Append one row to each array; rows have the shapes and dtypes of the first."""
         row = {name: np.ascontiguousarray(value) for name, value in row.items()}
         kinds = {name: (value.dtype, value.shape) for name, value in row.items()}
         if not self.rows:
@@ -55,7 +56,7 @@ class RowWriter:
             self._parts = {name: self._unnamed() for name in row}
             self._sums = {name: hashlib.sha256() for name in row}
         elif kinds != self._kinds:
-            raise ValueError(f"row {self.rows} is {kinds}, those before it {self._kinds}")
+            raise ValueError(f"row {self.rows} is {kinds}, earlier ones {self._kinds}")
         for name, value in row.items():
             data = value.reshape(-1).view(np.uint8).data
             self._parts[name].write(data)
@@ -64,7 +65,7 @@ class RowWriter:
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """Write the file."""
-        # Widest dtype first, then by name, as the safetensors library orders: keeps data aligned.
+        # Widest dtype first, then by name, like the safetensors library, which keeps data aligned.
         names = sorted(self._kinds, key=lambda name: (-self._kinds[name][0].itemsize, name))
         text = json.dumps(metadata)
         sums = json.dumps(
@@ -127,15 +128,15 @@ class RowWriter:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What the features of a file were made with. Raises UserError where it is no such file."""
+    """The metadata of a feature file. UserError for any other file."""
     with _reading(path):
         return _object(_texts(path)[0], "its metadata")
 
 
 def changed(path: Path) -> list[str] | None:
-    """Names of arrays, and "metadata", that are not as they were written; None without checksums.
+    """Names of the arrays, or "metadata", that have changed; None without checksums.
 
-    All of the file is read, a piece at a time. Raises UserError where it is no file of features.
+    Reads the whole file, piece by piece. UserError if it is not a feature file.
     """
     with _reading(path):
         metadata, text = _texts(path)
@@ -161,14 +162,14 @@ def _reading(path: Path) -> Iterator[None]:
     check_file(path)
     try:
         yield
-    except Exception as error:  # the readers raise errors of many kinds, their own among them
+    except Exception as error:  # the readers raise errors of many kinds
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        raise UserError(f"{path} is no file of features: {first_line(error)}") from error
+        raise UserError(f"{path} is not a feature file: {first_line(error)}") from error
 
 
 def _texts(path: Path) -> tuple[str, str | None]:
-    """The metadata and the checksums of a file; no checksums in one of an earlier version."""
+    """The metadata and checksums of a file; earlier versions wrote no checksums."""
     if path.suffix.lower() == ".npz":
         with np.load(path) as arrays:
             return arrays["metadata"].item(), arrays.zip.comment.decode() or None
@@ -179,7 +180,7 @@ def _texts(path: Path) -> tuple[str, str | None]:
 
 
 def _hashes(path: Path) -> Iterator[tuple[str, str]]:
-    """Each array's name and the SHA-256 of its bytes."""
+    """The name and SHA-256 of each array."""
     if path.suffix.lower() == ".npz":
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
@@ -191,7 +192,7 @@ def _hashes(path: Path) -> Iterator[tuple[str, str]]:
                     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
                     yield name, _hash(file, dtype, shape)
                     if file.read(1):
-                        raise ValueError(f"{name} is longer than it says")
+                        raise ValueError(f"{name} is longer than its header says")
         return
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of untrimmed video: a window of frames slides over it, each gives a row.
+"""Features of untrimmed video: a sliding window of frames gives a row at each place.
 
-Every frame is decoded once, and resized and cropped once however many windows share it. A reader
-thread does that while the model computes, and holds two batches of windows, so memory grows with
-the length of the video by the index of its packets only.
+Every frame is decoded, resized and cropped once, however many windows share it. A reader thread
+does that while the model computes, and holds two batches of windows; only the index of packets
+grows with the length of the video.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from vivit_jax.data.one_clip import each_of_clip, one_clip
 from vivit_jax.data.sliding_window import Window, Windows, plan_windows, slide
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.video.frame_stream import FrameStream, open_stream, read_ahead
+from vivit_jax.data.video.images import AnimationStream
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import at_least_float32
 from vivit_jax.models.build import headless
@@ -37,7 +38,7 @@ _AHEAD = 2  # batches
 
 @dataclasses.dataclass(frozen=True)
 class FeatureRow:
-    """The features of one window, and which frames of the video it is."""
+    """The features of one window, and the frames of the video in it."""
 
     features: np.ndarray  # [d], or the tokens' [l, d]; in the dtype of the computation
     frame_indices: np.ndarray  # int64 [t]
@@ -59,32 +60,32 @@ def extract_features(
     exact: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[FeatureRow]:
-    """Yield a `FeatureRow` per window of a video file, in order, without holding the video.
+    """Yield a `FeatureRow` for each window of a video file, in order, without holding the video.
 
     `model` and `params` are those of `from_pretrained`, with any head. A window is as many frames
-    as the model takes, `frame_stride` apart (default: the recipe's, ViViT 2, VideoMAE 4), and
-    windows begin every `window_stride` frames, or seconds as "0.5s": at the first frame that is
-    shown then or later (default: one begins where the one before ends). `pad` is that of `Windows`.
+    as the model takes, `frame_stride` apart (default: the recipe's, ViViT 2, VideoMAE 4). Windows
+    begin every `window_stride` frames, or every "0.5s": at the first frame shown then or later
+    (default: each begins where the last one ends). `pad` is that of `Windows`.
 
     `layer` is "last" (last_hidden_state, after the final norm where there is one), a number from 0
     (the embedding) to the number of blocks, or "temporal:N" for the second stage of a factorised
     encoder, whose numbered layers are those of the first. Blocks after it are not computed.
 
-    `pool` makes a row of the tokens: "mean" of all but class tokens, in float32; "cls", the class
-    token; "tokens", all of them, [l, d]; "head", what the classifier reads, or the pooler_output of
-    a VideoMAE encoder that has one, as those of VideoMAE V2 on the hub. A spatial layer of a
-    factorised encoder has tokens [t, s, d] and a class token per frame, [t, d].
+    `pool` makes a row from the tokens: "mean" of all except class tokens, in float32; "cls", the
+    class token; "tokens", all of them, [l, d]; "head", the input of the classifier, or the
+    pooler_output of a VideoMAE encoder that has one, such as VideoMAE V2 on the hub. A spatial
+    layer of a factorised encoder has tokens [t, s, d] and a class token for each frame, [t, d].
 
-    Rows do not depend on each other. With `exact` (default: on CPU, where it costs nothing) windows
-    go through the model one by one, and their bits do not depend on `batch_size`; without it a
-    batch goes through at once, and rows are equal to rounding. Pixels are normalised on the device,
-    equal to the processor's up to rounding in float32.
+    Rows are independent. With `exact` (default: on CPU, where it costs nothing) windows go through
+    the model one by one and their bits do not depend on `batch_size`; without it a batch goes
+    through at once, and rows agree up to rounding. Pixels are normalised on the device, equal to
+    the processor's up to rounding in float32.
 
-    `progress` is called with the frames up to the last row so far, in the end with all of the
-    video, and with the frames announced.
+    `progress` is called with the number of frames up to the last row, finally with all frames of
+    the video, and with the number that the file announces.
 
     Raises VideoError for a video that cannot be read, is damaged within a window, or is shorter
-    than a window without padding; UserError for an argument that is wrong.
+    than a window without padding; UserError for a wrong argument.
 
     >>> import vivit_jax
     >>> model, params = vivit_jax.from_pretrained("vivit-demo/pretrained")
@@ -119,7 +120,7 @@ def extract_features(
 
 
 def has_head(head: str, family: str, pooler: bool) -> bool:
-    """Whether a model of this head has a vector to give to one: "head" is among its poolings."""
+    """Whether a model with this head has the pooling "head"."""
     return head == "classification" or (family == "videomae" and pooler)
 
 
@@ -131,10 +132,9 @@ def _has_head(model: nn.Module) -> bool:
 def check_features(
     config, processor: VideoProcessor, layer: str | int, pool: str, *, has_head: bool
 ) -> None:
-    """UserError where a model of this configuration has no such layer or pooling.
+    """Raises UserError if a model of this configuration has no such layer or pooling.
 
-    `has_head` is of the model, see there. Also raised where it does not take the frames that the
-    processor makes of a video's.
+    Also if it does not take the frames that the processor makes. For `has_head` see there.
     """
     size = tuple(processor.crop_size[side] for side in ("height", "width"))
     if processor.do_center_crop and size != config.frame_size:
@@ -144,15 +144,15 @@ def check_features(
         )
     if config.num_channels != 3:
         raise UserError(
-            f"the model takes {config.num_channels} channels; features are of video files, which "
-            "have 3"
+            f"the model takes {config.num_channels} channels; features are made from video files, "
+            "which have 3"
         )
     field, index = _place(config, layer)
     if pool not in POOLS:
         raise UserError(f"pool must be one of {', '.join(POOLS)} (--pool), got {pool!r}")
     if pool == "head" and (not has_head or field != "last_hidden_state"):
         raise UserError(
-            "--pool head is what a classifier reads of the last layer; "
+            "--pool head is the input of a classifier after the last layer; "
             + (f"got --layer {layer}" if has_head else "the model has none")
             + ": use --pool mean"
         )
@@ -165,8 +165,8 @@ def check_features(
 
 
 def _place(config, layer: str | int) -> tuple[str, int]:
-    """The field of the output and the place in it. Raises UserError where there is none."""
-    staged, text = config.temporal_layers, str(layer)
+    """The output field of a layer and the index in it. UserError if there is none."""
+    staged, text = getattr(config, "temporal_layers", 0), str(layer)
     if text == "last":
         return "last_hidden_state", 0
     stage, _, number = text.rpartition(":")
@@ -181,21 +181,20 @@ def _place(config, layer: str | int) -> tuple[str, int]:
 
 
 def _class_tokens(config, field: str) -> bool:
-    """Whether the first token of this output is a class token."""
-    if config.pooling != "cls":
+    """Whether the first token of this output field is a class token."""
+    if getattr(config, "pooling", None) != "cls":
         return False
     return not (field == "last_hidden_state" and config.spatial_only)
 
 
 def _model_for(model: nn.Module, params: Any, layer, pool: str) -> tuple[nn.Module, Any]:
-    """The part of a model that computes a layer, in the layout in which it computes no more."""
+    """The part of a model that computes a layer, in a layout that computes no more than that."""
     if pool == "head":
         return model, params
     model, params = headless(model, params)
     config = model.config
     if config.scan_layers and layer != "last":
-        # Blocks in a scan are computed all together; of single ones the compiler leaves out those
-        # after the layer.
+        # A scan computes all blocks; without it the compiler drops those after the layer.
         config = dataclasses.replace(config, scan_layers=False)
         flat = param_tree.flatten(params)
         places = param_tree.slots(param_tree.shapes_of(flat)).items()
@@ -222,8 +221,8 @@ def _program(model: nn.Module, layer, pool: str, values) -> Callable:
         if pool == "head":
             return _read_by_head(model, params, pixels).astype(dtype)
         deep = field != "last_hidden_state"
-        flags = RESULTS_ONLY | {"output_hidden_states": deep}
-        out = model.apply({"params": params}, pixels, **flags)
+        flags: dict[str, Any] = RESULTS_ONLY | {"output_hidden_states": deep}
+        out: Any = model.apply({"params": params}, pixels, **flags)
         x = getattr(out, field)
         x = x[index] if deep else x  # [b, l, d], or [b, t, s, d]
         if pool == "cls":
@@ -238,9 +237,10 @@ def _program(model: nn.Module, layer, pool: str, values) -> Callable:
 
 
 def _read_by_head(model: nn.Module, params, pixels) -> jax.Array:
-    """[b, d], what the classifier's layer `head` is called with, or would be."""
+    """The input [b, d] of the classifier's layer `head`, or what a headless model would give it."""
     if ARCHITECTURES[type(model).__name__][1] == "none":
-        return model.apply({"params": params}, pixels).pooler_output
+        out: Any = model.apply({"params": params}, pixels)
+        return out.pooler_output
     read = []
 
     def watch(call, args, kwargs, context):
@@ -255,7 +255,7 @@ def _read_by_head(model: nn.Module, params, pixels) -> jax.Array:
 
 
 def _rows(
-    stream: FrameStream,
+    stream: FrameStream | AnimationStream,
     windows: Windows,
     processor: VideoProcessor,
     program: Callable,
@@ -264,10 +264,14 @@ def _rows(
     progress: Callable[[int, int], None] | None,
 ) -> Generator[FeatureRow, None, None]:
     def prepare(image: np.ndarray) -> np.ndarray:
-        # Whole numbers from 0 to 255, which the processor returns as floats.
-        bytes_only = dict(do_rescale=False, offset=False, do_normalize=False)
-        frame = processor(image, input_data_format="channels_last", **bytes_only)
-        return frame[0, 0].astype(np.uint8)
+        frame = processor(
+            image,
+            input_data_format="channels_last",
+            do_rescale=False,
+            offset=False,
+            do_normalize=False,
+        )
+        return frame[0, 0].astype(np.uint8)  # whole numbers, which the processor returns as floats
 
     done = 0
 
@@ -277,7 +281,7 @@ def _rows(
 
     slid = each_of_clip(stream.name, slide(stream, windows, prepare, passed))
     batches = read_ahead(_batches(slid, batch_size), ahead=_AHEAD)
-    waiting: list = []  # a batch that the device computes while the next one is handed to it
+    waiting: list = []  # the batch that the device computes while the next one is prepared
     try:
         for batch in batches:
             waiting.append((batch, _compute(program, batch, batch_size, exact)))
@@ -309,10 +313,10 @@ def _batches(windows: Generator[Window, None, None], size: int) -> Generator[lis
 
 
 def _compute(program: Callable, batch: list[Window], size: int, exact: bool) -> list[jax.Array]:
-    """What the model makes of a batch, on its way: one array [rows, ...], or one per row."""
+    """The outputs of a batch, still being computed: one array [rows, ...], or one for each row."""
     if exact:
         return [program(window.clip[None]) for window in batch]
-    # The last batch is filled up, because another shape would be compiled anew.
+    # The last batch is padded, since another shape would be compiled again.
     clips = [window.clip for window in batch]
     clips += [np.zeros_like(clips[0])] * (size - len(batch))
     return [program(np.stack(clips))]

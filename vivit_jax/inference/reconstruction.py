@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a masked autoencoder makes of a clip, without looking at what was hidden from it.
+"""Reconstruction of clips by a masked autoencoder, without use of the hidden pixels.
 
-A model trained with `norm_pix_loss` predicts every tubelet normalised by that tubelet's own mean
-and standard deviation. The papers' pictures put the true ones back in, which shows brightness and
-colour of every hidden patch whatever the model knows. Here they are estimated from visible patches
-unless the true ones are asked for. `Reconstruction` holds the errors of both, each beside two
-baselines that know as much.
+A model trained with `norm_pix_loss` predicts each tubelet normalised by its own mean and standard
+deviation. The papers' pictures restore the true ones, which shows the brightness and colour of
+hidden patches whatever the model knows. Here they are estimated from visible patches unless the
+true ones are asked for. `Reconstruction` holds the errors of both forms, each with two baselines
+that know as much.
 
 Numpy, float64; pixels are in [0, 1]. Patches are [b, l, p, c]: tokens in (t, h, w) order, the
 values of one channel of a tubelet in (t, h, w) order, channels.
@@ -20,6 +20,7 @@ import einops
 import jax
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Bool, Float64, Int, Shaped
 
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
@@ -32,27 +33,27 @@ from vivit_jax.train.normalise import arithmetic
 
 ROWS = ("reconstruction", "patch mean", "nearest visible patch")
 COLUMNS = ("from visible patches", "true mean and variance")
-# What the rows are in each of the columns, for where one column is shown alone.
+# The rows' names in each column, for showing one column alone.
 ROWS_OF_COLUMNS = (
     ("reconstruction", "patch mean, estimated", "nearest visible patch"),
     ("reconstruction", "true patch mean", "nearest visible patch with true mean and variance"),
 )
 _TABLE_ROWS = ("reconstruction", "patch mean, estimated or true", "nearest visible patch")
 
-# Weights of visible patches fall with this power of their distance. On held-out clips of the
-# synthetic data (160 clips of 4x6x6 tokens, tube and random masks of 0.75 and 0.9), the estimated
-# mean is off by 0.099 to 0.115 in RMSE with 3; with 2 by 0.103 to 0.115, with 4 by 0.098 to 0.116,
-# with the nearest patch alone by 0.119 to 0.138, with the mean over the clip by 0.115 to 0.120.
+# Weights of visible patches fall with this power of their distance. On held-out synthetic clips
+# (160 of 4x6x6 tokens, tube and random masks of 0.75 and 0.9) the RMSE of the estimated mean is
+# 0.099 to 0.115 with 3, 0.103 to 0.115 with 2, 0.098 to 0.116 with 4, 0.119 to 0.138 with the
+# nearest patch alone and 0.115 to 0.120 with the mean over the clip.
 DISTANCE_POWER = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """Clips, what the model made of their hidden patches, and mean squared errors there.
+    """Clips, their reconstructions, and the mean squared errors of hidden patches.
 
-    Of a clip that is no multiple of the tubelet it holds the whole tubelets, which the model sees.
-    `clips` shows visible patches as they are and hidden ones as predicted; hidden patches that the
-    model did not predict (a dual mask) are NaN. Predictions may leave [0, 1].
+    Clips are cut to whole tubelets, which is what the model sees. `clips` shows visible patches as
+    they are and hidden ones as predicted; hidden patches that the model does not predict (a dual
+    mask) are NaN. Predictions may leave [0, 1].
     """
 
     original: np.ndarray  # [b, t, h, w, c]
@@ -60,12 +61,12 @@ class Reconstruction:
     hidden: np.ndarray  # bool [b, l]
     predicted: np.ndarray  # bool [b, l]: hidden, and predicted by the model
     tubelet: Grid
-    statistics: str  # of hidden patches: "estimated", "true", or "none" where pixels are predicted
+    statistics: str  # of hidden patches: "estimated", "true", or "none" if pixels are predicted
     squared_errors: np.ndarray  # [b, ROWS, COLUMNS], means over predicted patches, in [0, 1] pixels
 
     @property
     def masked_clips(self) -> np.ndarray:
-        """The clips with hidden patches NaN: what the encoder sees."""
+        """The clips as the encoder sees them, with hidden patches NaN."""
         patches = to_patches(self.original, self.tubelet)
         patches[self.hidden] = np.nan
         return to_clips(patches, self.original.shape, self.tubelet)
@@ -88,10 +89,10 @@ def reconstruct(
 ) -> Reconstruction:
     """Predict the hidden patches of pixel_values [b, t, h, w, c], made by `processor`.
 
-    `true_statistics` is the papers' form, which gives each hidden patch its own mean and variance:
-    it shows what nothing predicted. Without it, no hidden pixel has an influence on `clips` in
-    hidden patches. Raises UserError for a model without a pre-training head, and for
-    `true_statistics` with a model that predicts pixels (`norm_pix_loss=False`).
+    `true_statistics` is the papers' form, which gives each hidden patch its true mean and variance,
+    although nothing predicted them. Without it no hidden pixel influences `clips` in hidden
+    patches. Raises UserError for a model without a pre-training head, and for `true_statistics`
+    with a model that predicts pixels (`norm_pix_loss=False`).
     """
     if not isinstance(model, VideoMAEForPreTraining):
         raise UserError(
@@ -102,7 +103,8 @@ def reconstruct(
     config, tubelet = model.config, model.config.tubelet
     seen = whole_tubelets(pixel_values, tubelet)
     shape = seen.shape
-    grid = tuple(size // patch for size, patch in zip(shape[1:4], tubelet, strict=True))
+    t, h, w = (size // patch for size, patch in zip(shape[1:4], tubelet, strict=True))
+    grid = t, h, w
     with jax.default_matmul_precision("highest"):
         logits = np.asarray(_predictions(model, params, pixel_values, mask), np.float64)
     if not np.isfinite(logits).all():
@@ -120,8 +122,8 @@ def reconstruct(
     predicted = hidden & ~np.isnan(guesses[:, :, 0, 0])
     if not predicted.any(1).all():
         raise UserError(
-            "the mask has no token that is both masked and decoded in some clip, so that there is "
-            "nothing to reconstruct; mask more tokens, or decode all of them (Mask.decoded=None)"
+            "some clip has no token that is both masked and decoded, so that there is nothing to "
+            "reconstruct; mask more tokens, or decode all of them (Mask.decoded=None)"
         )
 
     nearest = nearest_visible(hidden, grid)
@@ -130,8 +132,10 @@ def reconstruct(
     if config.norm_pix_loss:
         made = [_denormalised(guesses, *statistics) for statistics in (estimated, true)]
     else:
-        # The model's pixels, to its input, to bytes: the identity where the two agree.
-        mean, std = map(np.asarray, pixel_statistics(config))
+        # From predicted pixels to the model's input to bytes: the identity if the two agree.
+        channels = pixel_statistics(config)
+        assert channels is not None  # else the model refused to compute its loss
+        mean, std = map(np.asarray, channels)
         made = [((guesses - mean) / std - shift) / scale / 255, np.full_like(guesses, np.nan)]
     candidates = [
         made,
@@ -154,18 +158,18 @@ def reconstruct(
 
 
 def check_statistics(config, true_statistics: bool) -> None:
-    """UserError for true statistics of a model that does not predict normalised patches."""
+    """Raises UserError for true statistics if the model does not predict normalised patches."""
     if true_statistics and not config.norm_pix_loss:
         raise UserError(
             "true statistics are for models that predict normalised patches (norm_pix_loss=True); "
-            "this one has norm_pix_loss=False and predicts the pixels themselves: leave them out"
+            "this one has norm_pix_loss=False and predicts pixels: leave them out"
         )
 
 
-def rmse(reconstructions: Iterable[Reconstruction]) -> np.ndarray:
+def rmse(reconstructions: Iterable[Reconstruction]) -> Float64[np.ndarray, "rows columns"]:
     """Root mean square errors [ROWS, COLUMNS] over all predicted patches of all clips.
 
-    NaN for what does not exist: a model that predicts pixels takes no statistics.
+    NaN where there is none: a model that predicts pixels takes no statistics.
     """
     reconstructions = list(reconstructions)
     squares = np.concatenate([r.squared_errors for r in reconstructions])
@@ -173,8 +177,8 @@ def rmse(reconstructions: Iterable[Reconstruction]) -> np.ndarray:
     return np.sqrt(np.average(squares, axis=0, weights=counts))
 
 
-def error_table(errors: np.ndarray) -> list[str]:
-    """The lines of `rmse`'s table as text."""
+def error_table(errors: Float64[np.ndarray, "rows columns"]) -> list[str]:
+    """`rmse`'s table as lines of text."""
     width = max(map(len, _TABLE_ROWS))
     lines = ["  ".join([" " * width, *COLUMNS])]
     for name, values in zip(_TABLE_ROWS, errors, strict=True):
@@ -184,8 +188,10 @@ def error_table(errors: np.ndarray) -> list[str]:
     return lines
 
 
-def error_dict(errors: np.ndarray) -> dict[str, dict[str, float | None]]:
-    """`rmse`'s table by ROWS, then COLUMNS, for JSON: None for what does not exist."""
+def error_dict(
+    errors: Float64[np.ndarray, "rows columns"],
+) -> dict[str, dict[str, float | None]]:
+    """`rmse`'s table by ROWS, then COLUMNS, for JSON: None for NaN."""
     return {
         row: {
             column: None if np.isnan(value) else float(value)
@@ -195,35 +201,41 @@ def error_dict(errors: np.ndarray) -> dict[str, dict[str, float | None]]:
     }
 
 
-def to_patches(clips: np.ndarray, tubelet: Grid) -> np.ndarray:
-    """[b, t, h, w, c] -> [b, l, p, c], a copy."""
+def to_patches(
+    clips: Shaped[np.ndarray, "b t h w c"], tubelet: Grid
+) -> Shaped[np.ndarray, "b l p c"]:
+    """A copy of clips as patches."""
     t, h, w = tubelet
     pattern = "b (t x) (h y) (w z) c -> b (t h w) (x y z) c"
     return einops.rearrange(clips, pattern, x=t, y=h, z=w).copy()
 
 
-def to_clips(patches: np.ndarray, shape: tuple[int, ...], tubelet: Grid) -> np.ndarray:
-    """The inverse of `to_patches`: [b, l, p, c] -> clips of `shape`."""
+def to_clips(
+    patches: Shaped[np.ndarray, "b l p c"], shape: tuple[int, ...], tubelet: Grid
+) -> Shaped[np.ndarray, "b t h w c"]:
+    """The inverse of `to_patches`, for clips of `shape`."""
     sizes = dict(zip("xyz", tubelet, strict=True))
     sizes |= {n: s // p for n, s, p in zip("thw", shape[1:4], tubelet, strict=True)}
     return einops.rearrange(patches, "b (t h w) (x y z) c -> b (t x) (h y) (w z) c", **sizes)
 
 
-def patch_statistics(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and unbiased standard deviation of every patch and channel, [b, l, 1, c] each."""
+def patch_statistics(
+    patches: Float64[np.ndarray, "b l p c"],
+) -> tuple[Float64[np.ndarray, "b l 1 c"], Float64[np.ndarray, "b l 1 c"]]:
+    """The mean and unbiased standard deviation of each patch and channel."""
     if patches.shape[2] < 2:
         raise UserError("patches of one pixel have no variance; expected a larger tubelet")
     return patches.mean(2, keepdims=True), patches.std(2, ddof=1, keepdims=True)
 
 
 def estimate_statistics(
-    patches: np.ndarray, hidden: np.ndarray, grid: Grid
-) -> tuple[np.ndarray, np.ndarray]:
-    """`patch_statistics` as far as visible patches tell, [b, l, 1, c] each.
+    patches: Float64[np.ndarray, "b l p c"], hidden: Bool[np.ndarray, "b l"], grid: Grid
+) -> tuple[Float64[np.ndarray, "b l 1 c"], Float64[np.ndarray, "b l 1 c"]]:
+    """`patch_statistics` estimated from visible patches.
 
-    hidden bool [b, l], some and not all of each clip. In a visible patch they are its own. In a
-    hidden one they are means over visible patches, weighted by distance in tokens to the power
-    -DISTANCE_POWER.
+    `hidden` is true for some tokens of each clip, not for all. Visible patches keep their own
+    statistics. Hidden ones get means over visible patches, weighted by the distance in tokens to
+    the power -DISTANCE_POWER.
     """
     distances = _distances(grid)
     means, stds = patch_statistics(patches)
@@ -235,11 +247,11 @@ def estimate_statistics(
     return means, stds
 
 
-def nearest_visible(hidden: np.ndarray, grid: Grid) -> np.ndarray:
-    """For every token of hidden, bool [b, l], the nearest visible one in token distance.
+def nearest_visible(hidden: Bool[np.ndarray, "b l"], grid: Grid) -> Int[np.ndarray, "b l"]:
+    """The nearest visible token of each token, by distance in tokens.
 
-    int [b, l]; a visible token is its own. Of several at the same distance the first in token
-    order: the earliest, then the topmost, then the leftmost.
+    A visible token is its own. Ties go to the first in token order: the earliest, then the topmost,
+    then the leftmost.
     """
     distances = _distances(grid)
     return np.stack([np.where(clip, np.inf, distances).argmin(1) for clip in hidden])
@@ -249,7 +261,7 @@ def nearest_visible(hidden: np.ndarray, grid: Grid) -> np.ndarray:
 def _distances(grid: Grid) -> np.ndarray:
     """Squared distances [l, l] between tokens, in tokens."""
     places = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid), axis=-1)
-    return sum(np.subtract.outer(axis, axis) ** 2.0 for axis in places.T)
+    return np.sum([np.subtract.outer(axis, axis) ** 2.0 for axis in places.T], axis=0)
 
 
 def _normalised(patches, mean, std):
@@ -261,7 +273,7 @@ def _denormalised(values, mean, std):
 
 
 def _mean_square(differences: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """[b]: over tokens, bool [b, l], of differences [b, l, p, c]."""
+    """Mean squares [b] of differences [b, l, p, c] over tokens, bool [b, l]."""
     squares = np.where(tokens, (differences**2).mean((2, 3)), 0.0)
     return squares.sum(1) / tokens.sum(1)
 
@@ -269,4 +281,5 @@ def _mean_square(differences: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 # Equal models share the compiled function: one that is loaded back is not compiled again.
 @functools.partial(jax.jit, static_argnums=0)
 def _predictions(model: nn.Module, params, pixel_values, mask):
-    return model.apply({"params": params}, pixel_values, mask, **RESULTS_ONLY).logits
+    out: Any = model.apply({"params": params}, pixel_values, mask, **RESULTS_ONLY)
+    return out.logits

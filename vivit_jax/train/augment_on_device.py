@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentations that run on the device inside a training step: colour, erasing, mixing.
 
-All are functions of keys and safe under jit and over sharded batches. What concerns one clip is
-drawn from that clip's own key, and what concerns a group of clips from the group's, so that a
-batch computed in parts, or on several devices, equals the whole batch. Frames of a clip share
-every draw but the noise of random erasing. Draws are functions of their own. Give every
-augmentation keys of its own: equal keys draw equal numbers.
+All are functions of keys, and work under jit and with sharded batches. Each clip or group of clips
+has a key of its own, so that a batch computed in parts or on several devices equals the whole
+batch. The frames of a clip share every draw except the noise of random erasing. Drawing is separate
+from applying. Give each augmentation its own keys: equal keys draw equal numbers.
 """
 
 import math
@@ -13,19 +12,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32
 
 from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import clip_keys
 from vivit_jax.models.losses import head_sizes
 
-# What TensorFlow's grayscale weighs red, green and blue with.
+Given = Array | np.ndarray
+# TensorFlow's grayscale weights of red, green and blue.
 _LUMA = (0.2989, 0.587, 0.114)
-_TRIES = 10  # for a box that fits, as in the papers' code
+_TRIES = 10  # to draw a box that fits, as in the papers' code
 
 
 def _uniform(keys: jax.Array, count: int) -> jax.Array:
-    """Numbers from [0, 1), [count, b]: a clip's or group's draws, from the first key of its own."""
+    """Uniform numbers [count, b] in [0, 1): `count` draws for each clip or group of keys [b]."""
     return jax.vmap(lambda key: jax.random.uniform(key, (count,)), out_axes=1)(_fold(keys, 0))
 
 
@@ -34,9 +36,9 @@ def _fold(keys: jax.Array, number: int) -> jax.Array:
 
 
 class Colours(NamedTuple):
-    """What `colour_jitter` does to each clip, all [b]."""
+    """The parameters of `colour_jitter` for each clip, all [b]."""
 
-    jittered: jax.Array  # bool: whether the four below apply
+    jittered: jax.Array  # bool: whether the next four apply
     brightness: jax.Array  # added
     saturation: jax.Array  # factor
     contrast: jax.Array  # factor
@@ -45,11 +47,13 @@ class Colours(NamedTuple):
 
 
 def draw_colours(keys: jax.Array, probability: float, grayscale: float) -> Colours:
-    """Draw for each of keys [b]; the two coins are independent of each other."""
+    """Draw for each of keys [b]; the two probabilities are independent."""
     first, *amounts, last = _uniform(keys, 6)
     ranges = ((-32 / 255, 32 / 255), (0.6, 1.4), (0.6, 1.4), (-0.2, 0.2))
-    amounts = [low + (high - low) * u for u, (low, high) in zip(amounts, ranges, strict=True)]
-    return Colours(first < probability, *amounts, last < grayscale)
+    brightness, saturation, contrast, hue = (
+        low + (high - low) * u for u, (low, high) in zip(amounts, ranges, strict=True)
+    )
+    return Colours(first < probability, brightness, saturation, contrast, hue, last < grayscale)
 
 
 def colour_jitter(
@@ -57,9 +61,9 @@ def colour_jitter(
 ) -> jax.Array:
     """scenic's colour augmentation; pixels float [b, t, h, w, 3] in [0, 1] -> the same.
 
-    With `probability` brightness, saturation, contrast and hue are changed in that order and the
-    result is cut to [0, 1]; with `grayscale` the clip, changed or not, turns grey. All frames get
-    the same draws. The definitions are TensorFlow's; contrast is about each frame's own mean.
+    With `probability` brightness, saturation, contrast and hue change in that order and the result
+    is clipped to [0, 1]; with probability `grayscale` the clip then turns grey. All frames share
+    the draws. The definitions are TensorFlow's; contrast is relative to each frame's own mean.
     Source: DMVR's default colours, with the probabilities of scenic's ViViT.
     """
     if pixels.ndim != 5 or pixels.shape[-1] != 3:
@@ -78,17 +82,17 @@ def colour_jitter(
     return jnp.where(draws.grey, grey, x).astype(pixels.dtype)
 
 
-def adjust_contrast(pixels: jax.Array, factor) -> jax.Array:
-    """Distances [..., h, w, c] from each image's and channel's mean, times factor."""
+def adjust_contrast(pixels: Float[Given, "... h w c"], factor) -> Float[Array, "... h w c"]:
+    """Scale the distance from the mean of each image and channel by factor."""
     mean = jnp.mean(pixels, axis=(-3, -2), keepdims=True)
     return (pixels - mean) * factor + mean
 
 
-def adjust_saturation(pixels: jax.Array, factor) -> jax.Array:
-    """RGB pixels [..., 3] whose saturation in HSV is times factor, cut to [0, 1].
+def adjust_saturation(pixels: Float[Given, "... 3"], factor) -> Float[Array, "... 3"]:
+    """Scale the HSV saturation of RGB pixels by factor, clipped to [0, 1].
 
-    Also for values outside of [0, 1], which brightness leaves: as in TensorFlow the largest channel
-    stays and the saturation of a pixel without positive channels is 0.
+    Values may lie outside [0, 1], as after a change of brightness: as in TensorFlow the largest
+    channel stays, and a pixel without positive channels has saturation 0.
     """
     high = jnp.max(pixels, axis=-1, keepdims=True)
     spread = high - jnp.min(pixels, axis=-1, keepdims=True)
@@ -97,16 +101,16 @@ def adjust_saturation(pixels: jax.Array, factor) -> jax.Array:
     return high - (high - pixels) * new_spread / jnp.where(spread > 0, spread, 1)
 
 
-def adjust_hue(pixels: jax.Array, delta) -> jax.Array:
-    """RGB pixels [..., 3] whose hue is turned by delta, in turns; extreme channels stay."""
+def adjust_hue(pixels: Float[Given, "... 3"], delta) -> Float[Array, "... 3"]:
+    """Rotate the hue of RGB pixels by delta, in turns; the extreme channels keep their values."""
     r, g, b = (pixels[..., i : i + 1] for i in range(3))
     high = jnp.max(pixels, axis=-1, keepdims=True)
     low = jnp.min(pixels, axis=-1, keepdims=True)
     spread = high - low
     unit = jnp.where(spread > 0, spread, 1)
-    # In sixths of a turn from red; the pure colours lie at 0, 2 and 4.
-    # Compared with each other, not with `high`: XLA may compute a channel twice, rounded otherwise,
-    # and what equals no channel would pass for blue.
+    # In sixths of a turn from red; the pure colours are at 0, 2 and 4. Channels are compared with
+    # each other, not with `high`: XLA may compute a channel twice with different rounding, and a
+    # pixel without an equal channel would pass for blue.
     hue = jnp.where(g >= b, 2 + (b - r) / unit, 4 + (r - g) / unit)
     hue = jnp.where((r >= g) & (r >= b), (g - b) / unit, hue)
     hue = jnp.mod(hue + 6 * delta, 6)
@@ -123,8 +127,8 @@ class Box(NamedTuple):
     left: jax.Array
     right: jax.Array
 
-    def mask(self, height: int, width: int) -> jax.Array:
-        """bool [b, h, w], True inside."""
+    def mask(self, height: int, width: int) -> Bool[Array, "b h w"]:
+        """True inside the box."""
         rows, columns = jnp.arange(height)[None, :, None], jnp.arange(width)[None, None]
         top, bottom, left, right = (x[:, None, None] for x in self)
         return (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
@@ -137,11 +141,11 @@ def draw_erased(
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Box:
-    """The box that random erasing takes of each clip of keys [b], empty where it takes none.
+    """The box that random erasing removes from each clip of keys [b], empty for none.
 
-    `size` is (height, width). The box's share of the frame is uniform in `area`, its height over
-    its width log-uniform in `aspect`, its place uniform. Of ten such boxes the first that is
-    smaller than the frame both ways counts; if there is none, nothing is erased.
+    `size` is (height, width). The box's share of the frame is uniform in `area`, its ratio of
+    height to width log-uniform in `aspect`, its place uniform. The first of ten such boxes that is
+    smaller than the frame in both directions counts; without one nothing is erased.
     """
     height, width = size
     coin, down, across, *tries = _uniform(keys, 3 + 2 * _TRIES)
@@ -161,15 +165,15 @@ def draw_erased(
 
 def random_erasing(
     keys: jax.Array,
-    pixels: jax.Array,
+    pixels: Float[Given, "b t h w c"],
     probability: float,
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
-) -> jax.Array:
-    """Replace a box by noise; pixels [b, t, h, w, c], normalised, -> the same.
+) -> Float[Array, "b t h w c"]:
+    """Replace a box by noise, in normalised pixels.
 
-    The box, see `draw_erased`, is the same in all frames; every value in it is drawn from N(0, 1)
-    by itself. Source: VideoMAE's fine-tuning, after Zhong et al. 2020 as timm has it.
+    The box of `draw_erased` is the same in all frames; every value in it is drawn from N(0, 1).
+    Source: VideoMAE's fine-tuning, with timm's form of Zhong et al. 2020.
     """
     height, width = pixels.shape[2:4]
     box = draw_erased(keys, (height, width), probability, area, aspect)
@@ -180,12 +184,12 @@ def random_erasing(
 
 
 class Mixing(NamedTuple):
-    """How each group of clips is mixed, all [g]; `share` is the part of a clip that is its own."""
+    """How each group of clips is mixed, all [g]; `share` is a clip's own part of the result."""
 
     share: jax.Array
     cut: jax.Array  # bool: cutmix, not mixup
-    box: Box  # that comes from the partner, for cutmix
-    drawn: jax.Array  # the share as drawn, before the box met the border and whole pixels
+    box: Box  # taken from the partner, for cutmix
+    drawn: jax.Array  # the share before the box was cut at the border and rounded to pixels
 
 
 def draw_mixing(keys: jax.Array, size: tuple[int, int], settings: AugmentSettings) -> Mixing:
@@ -198,7 +202,7 @@ def draw_mixing(keys: jax.Array, size: tuple[int, int], settings: AugmentSetting
     drawn = jax.vmap(jax.random.beta)(_fold(keys, 1), alpha, alpha)
     drawn = jnp.where(on < settings.mix_prob, drawn, 1.0)
 
-    def extent(place, whole):  # a centre anywhere; what sticks out over the border is cut off
+    def extent(place, whole):  # the centre may be anywhere; the box is cut at the border
         half = jnp.floor(whole * jnp.sqrt(1 - drawn)).astype(jnp.int32) // 2
         centre = (place * whole).astype(jnp.int32)
         return jnp.clip(centre - half, 0, whole), jnp.clip(centre + half, 0, whole)
@@ -218,14 +222,14 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) of clips and their targets.
 
-    pixels [b, t, h, w, c] and targets float [b, classes], see `soft_targets`, -> the same. In every
-    group of `mix_group` consecutive clips (None: all that are given) clip i is mixed with clip
-    -1 - i, by one share and one box for the whole group; for cutmix the targets are mixed by the
-    box's true area. `clip_ids`, int [b], are the clips' numbers in the whole batch, in which groups
-    start at multiples of their size: parts made of whole groups equal the whole batch.
+    pixels [b, t, h, w, c] and targets float [b, classes] of `soft_targets` -> the same. In every
+    group of `mix_group` consecutive clips (None: all clips) clip i is mixed with clip -1 - i, with
+    one share and one box for the group; cutmix mixes the targets by the box's true area.
+    `clip_ids`, int [b], are the clips' numbers in the whole batch, where groups start at multiples
+    of their size, so that parts made of whole groups equal the whole batch.
 
     Raises UserError for groups that are odd or do not divide the batch. Source: VideoMAE's and
-    scenic's training, whose groups are the clips of one device.
+    scenic's training, which group the clips of a device.
     """
     if not settings.mixes:
         return pixels, targets
@@ -249,7 +253,7 @@ def mix(
     kept = jnp.where(mixing.cut[:, None, None], kept, share)
 
     def blend(x, own):
-        """x [b, ...] with its partners, by own [g, ...] of the rank of a clip of x."""
+        """x [b, ...] mixed with its partners; own [g, ...] has the rank of a clip of x."""
         x_by_group, own = x.reshape(-1, group, *x.shape[1:]), own[:, None]
         mixed = own * x_by_group + (1 - own) * x_by_group[:, ::-1]
         return mixed.astype(x.dtype).reshape(x.shape)
@@ -262,14 +266,14 @@ def soft_targets(
     classes: int,
     smoothing: float = 0.0,
     class_splits: tuple[int, ...] | None = None,
-) -> jax.Array:
-    """Smoothed one-hots, float32 [b, classes]: 1 - s + s / C on the label's class, s / C elsewhere.
+) -> Float32[Array, "b classes"]:
+    """Smoothed one-hot targets: 1 - s + s / C on the label's class, s / C elsewhere.
 
-    labels int [b], or [b, heads] with `class_splits`, the class counts of the heads, whose targets
-    lie one after the other, each smoothed by its own count C. They are what `multi_head_loss` takes
-    without smoothing of its own; smoothing before mixing equals scenic's after it. Any other label,
-    -100 too, gives NaN: a soft target cannot leave a row out of a mean. Raises UserError for labels
-    and counts that do not fit.
+    labels int [b], or [b, heads] with `class_splits`, the class counts C of the heads, whose
+    targets are concatenated. `multi_head_loss` takes them without smoothing of its own; smoothing
+    before mixing equals scenic's, which follows it. Any other label, -100 too, gives NaN, since a
+    soft target cannot leave a row out of a mean. Raises UserError for labels and counts that do not
+    fit.
     """
     sizes = (classes,) if class_splits is None else head_sizes(class_splits)
     labels = jnp.asarray(labels)

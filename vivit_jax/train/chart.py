@@ -6,6 +6,7 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,7 +22,7 @@ _COLOURS = ("#1f6fc4", "#c4500a", "#1a7f4b", "#9a3fb5", "#a37800", "#c02c5e")
 _VARIABLES = {_INK: "var(--dim)", _GRID: "var(--line)"} | {
     colour: f"var(--c{i})" for i, colour in enumerate(_COLOURS)
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _INK,
     "axes.formatter.useoffset": False,
@@ -139,21 +140,21 @@ def _drawn(
     from matplotlib.ticker import MaxNLocator
 
     first, last = ends
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+    style: dict[Any, Any] = _STYLE | {"svg.hashsalt": salt}
+    with matplotlib.rc_context(style):
         drawing = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = drawing.subplots()
         for i, curve in enumerate(curves):
             values = np.where(np.isfinite(curve.values), curve.values, np.nan)
-            line = {"color": _COLOURS[i % len(_COLOURS)], "gid": f"curve{i}"}
+            lines = axes.plot(curve.steps, values, marker="o" if _has_dots(curve) else "")
             if _has_mean(curve):
-                axes.plot(curve.steps, values, alpha=0.35, linewidth=0.8, **line)
-                axes.plot(curve.steps, _running_mean(values, _window(curve)), **line)
-            else:
-                axes.plot(curve.steps, values, marker="o" if _has_dots(curve) else "", **line)
+                lines[0].set(alpha=0.35, linewidth=0.8)
+                lines += axes.plot(curve.steps, _running_mean(values, _window(curve)))
+            for line in lines:
+                line.set(color=_COLOURS[i % len(_COLOURS)], gid=f"curve{i}")
+                line.sticky_edges.y.append(0.0)  # no margin below an axis that begins at 0
         if from_zero:
             axes.update_datalim([(first, 0.0)])
-        for line in axes.lines:
-            line.sticky_edges.y.append(0.0)
         axes.autoscale_view()
         axes.set_xlim((first, last) if last > first else (first - 1, first + 1))
         axes.set_xlabel("step")

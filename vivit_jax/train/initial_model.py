@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that a run trains, from its recipe, and back from a run's directory."""
+"""The model that a run trains: made from its recipe, or read from a run's directory."""
 
 import dataclasses
 import json
@@ -37,30 +37,30 @@ from vivit_jax.train.preprocessing import (
 )
 
 logger = logging.getLogger(__name__)
-# Of a preset, what belongs to the data and not to the weights that training starts from.
+# Fields of a preset that belong to the data, not to the weights that training starts from.
 _OF_THE_DATA = ("num_labels", "class_splits", "split_names")
-_MOST_CLASSES = 1_000_000  # of numbers in a list, of which a wrong one may be any
-# What fixes the names and shapes of weights, or the function of weights of the same shapes. Learned
-# positions and the depth of ViViT's temporal stage change by `init_from_video_model`.
+_MOST_CLASSES = 1_000_000  # a larger number in a list is taken for a mistake
+# Fields that fix the names and shapes of weights, or what weights of the same shapes compute.
+# `init_from_video_model` changes learned positions and the depth of ViViT's temporal stage.
 _FIXED = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_channels", "patch_size",
     "tubelet_size", "decoder_hidden_size", "decoder_num_hidden_layers",
     "decoder_intermediate_size", "qkv_bias", "num_attention_heads", "head_dim",
     "decoder_num_attention_heads",
 )  # fmt: skip
-# What no trained network computes with: labels, first values, rates of training, and the pooler,
-# which has no part in training. Dropout and execution are told by the config itself.
+# Fields that do not change what a trained network computes: labels, initial values, rates of
+# training, and the pooler, which is not trained. The config marks dropout and execution itself.
 _NO_FUNCTION = (
     "drop_path_rate",
     *_OF_THE_DATA, "id2label", "problem_type", "initializer_range", "zero_init_temporal_attention",
     "drop_path_rescale", "pooler_output_size", "pooler_act",
 )  # fmt: skip
-# What only masked pre-training computes with, besides the decoder.
+# Fields that only masked pre-training uses, besides the decoder's.
 _OF_PRETRAINING = ("norm_pix_loss", "image_mean", "image_std")
 
 
 class Start(NamedTuple):
-    """A model, its first parameters, what was taken from where, and what becomes of frames."""
+    """A model, its initial parameters, a report of their sources, and the preprocessing."""
 
     model: nn.Module
     params: dict[str, Any]
@@ -71,25 +71,24 @@ class Start(NamedTuple):
 def starting_model(
     recipe: Recipe, classes: tuple[str, ...] | None = None, labels: int | None = None
 ) -> Start:
-    """The recipe's model with fresh parameters, or those of `model.start`.
+    """The recipe's model with fresh parameters, or with those of `model.start`.
 
-    `start` may hold the same kind of model (whose configuration then counts, with the recipe's
-    changes), for fine-tuning also a masked autoencoder, as its authors hand it over, or, for a
-    ViViT, an image ViT. A ViViT of other clips or of another depth in time is made to fit, see
-    `init_from_video_model`. What `start` does not hold is drawn as `model.initial` says
-    (`papers_params`). Other sizes or heads of the recipe that are not those of `start` are refused;
-    what else of its function or of its pixels differs is logged and stands in the report.
-    Frames are prepared as the processor beside `start` says, see `preprocessing`.
+    `start` may hold the same kind of model; its configuration then applies, with the recipe's
+    changes. Fine-tuning may also start from a masked autoencoder, or a ViViT from an image ViT. A
+    ViViT for other clips or with another temporal depth is adapted by `init_from_video_model`.
+    Parameters that `start` lacks are drawn as `model.initial` says (`papers_params`). A recipe
+    whose sizes or heads differ from those of `start` is refused; other differences in the function
+    or the pixels are logged and reported. Frames are prepared by the processor beside `start`, see
+    `preprocessing`.
 
-    `classes` names what the data are labelled with, and so how many there are; `labels` is how many
-    there are where they are numbers. With `model.classes` "checkpoint" both are left aside. Raises
-    UserError where the recipe's `given` classes are others, ConfigError and CheckpointError as the
-    loaders do.
+    `classes` are the names of the data's classes; `labels` is their number if they are numbers.
+    `model.classes` "checkpoint" ignores both. Raises UserError if the recipe's `given` classes
+    differ, ConfigError and CheckpointError as the loaders do.
     """
     config, head = _config(recipe), HEADS[recipe.task]
     kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
     if kept and recipe.model.start is None:
-        raise _no_classes(recipe, "model.start is none")
+        raise _no_classes(recipe, "there is no model.start")
     if not kept and config.class_splits is None:
         config = _labelled(recipe, config, classes, labels)
     if recipe.model.start is None:
@@ -106,9 +105,9 @@ def starting_model(
 
 
 def planned_model(recipe: Recipe) -> tuple[nn.Module, Preprocessing]:
-    """The recipe's model as if it started from nothing, and what becomes of frames; no parameters.
+    """The recipe's model without a start, and its preprocessing; makes no parameters.
 
-    A classifier has as many classes as the recipe says. UserError for what cannot be trained.
+    A classifier has the recipe's number of classes. UserError for what cannot be trained.
     """
     config = _config(recipe)
     return build_model(config, HEADS[recipe.task]), preprocessing(recipe, config)
@@ -133,10 +132,10 @@ def _no_classes(recipe: Recipe, why: str) -> UserError:
 
 
 def _labelled(recipe: Recipe, config, classes: tuple[str, ...] | None, labels: int | None):
-    """The config with the data's classes, by folders or by numbers, where they say how many."""
+    """The config with the classes of the data's folders or numbers."""
     data, given = recipe.data.train, recipe.given
     if "model.config.id2label" in given:
-        return config  # names that folders and numbers are then compared with
+        return config  # folders and numbers are then compared with these names
     number, set_by_hand = config.num_labels, "model.config.num_labels" in given
     if classes is not None:
         if set_by_hand and number != len(classes):
@@ -158,7 +157,7 @@ def _labelled(recipe: Recipe, config, classes: tuple[str, ...] | None, labels: i
 
 
 def _of_the_checkpoint(recipe: Recipe, changes: dict[str, Any]) -> None:
-    """Leave what the recipe says of classes out of `changes`. UserError where that is `given`."""
+    """Drop the recipe's classes from `changes`. UserError if they are `given`."""
     for name in (*_OF_THE_DATA, "id2label"):
         value = changes.pop(name, None)
         if f"model.config.{name}" in recipe.given:
@@ -184,10 +183,10 @@ def _fresh(recipe: Recipe, config, head: str) -> Start:
 def _completed(
     recipe: Recipe, found: InitialisedModel, place: Path, held, notes: Sequence[str] = ()
 ) -> Start:
-    """The start from a file, whose loader drew what is not in it as HuggingFace does.
+    """The start from a file; its loader drew the missing parameters as HuggingFace does.
 
-    `held` is the config of its model, None for an image model. `notes` are what the loader did not
-    log.
+    `held` is the config of the file's model, None for an image model. `notes` are those that the
+    loader did not log.
     """
     model, params, report = found
     own_size = None if held is None else held.frame_size
@@ -270,16 +269,16 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
 
 
 def _assumed_sizes(checkpoint: Checkpoint, config) -> dict[str, int]:
-    """Sizes of the model in a file of scenic that has no config beside it: those of square frames.
+    """The sizes of the model in a scenic file without a config, assuming square frames.
 
-    The frames of a clip are as many as those of `config` where the file does not say.
+    The number of frames is that of `config` if the file does not say.
     """
     tensors, _ = scenic.parameters(checkpoint.tensors)
     return scenic.square_sizes(tensors, config.num_frames)
 
 
 def _resized(held: VivitConfig, changes: Mapping[str, Any], sizes: Sequence[str]) -> bool:
-    """Whether a ViViT of the config `held` has other positions or depth with the changes."""
+    """Whether the changes give a ViViT other positions or another temporal depth."""
     wanted = dataclasses.replace(held, **{n: changes[n] for n in sizes if n in changes})
     return (wanted.grid, wanted.temporal_layers) != (held.grid, held.temporal_layers)
 
@@ -287,9 +286,10 @@ def _resized(held: VivitConfig, changes: Mapping[str, Any], sizes: Sequence[str]
 def _other_classes(
     held, config, changes: dict[str, Any], by_number: bool
 ) -> tuple[bool, list[str]]:
-    """Whether as many classes as the checkpoint's are others, for a fresh head, and what to tell.
+    """Whether as many classes as the checkpoint's are different ones, so that the head is fresh.
 
-    Takes the checkpoint's names away from numbers, which say nothing of what they stand for.
+    Also returns notes. Labels that are numbers drop the checkpoint's names, since nothing says that
+    they mean the same classes.
     """
     unnamed = tuple(f"LABEL_{i}" for i in range(held.num_labels))
     number, way_out = changes.get("num_labels"), "--set model.classes=checkpoint keeps them"
@@ -313,7 +313,7 @@ def _other_classes(
 
 
 def _fresh_head(found: InitialisedModel, seed: int) -> InitialisedModel:
-    """The model with a classifier that is drawn anew."""
+    """The model with a fresh classifier."""
     flat = param_tree.flatten(found.params)
     leaves = [path for path in flat if path.startswith("head/")]
     flat |= initialise(found.model, set(leaves), seed)
@@ -323,7 +323,10 @@ def _fresh_head(found: InitialisedModel, seed: int) -> InitialisedModel:
 
 
 def of_the_function(config, head: str) -> list[str]:
-    """The fields of a config that change what a trained network computes, without its decoder."""
+    """The fields of a config that change what a trained network computes.
+
+    Without those of the decoder, unless `head` is "pretraining".
+    """
     left_out = {*_NO_FUNCTION, *config.probabilities}
     left_out |= {"fc_norm_eps"} if head == "pretraining" else set(_OF_PRETRAINING)
     return [
@@ -336,11 +339,11 @@ def of_the_function(config, head: str) -> list[str]:
 
 
 def _config_notes(source: str, fields: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """What to tell of fields that differ. UserError for those of _FIXED, before anything loads."""
+    """Notes on fields that differ. UserError for those of _FIXED, before anything is loaded."""
     refused = {name: both for name, both in fields.items() if name in _FIXED}
     if refused:
         of_heads = all(name.endswith("heads") for name in refused)
-        why = "other heads make another function of the same weights; " if of_heads else ""
+        why = "other heads change what the weights compute; " if of_heads else ""
         values = {name: json.dumps(b, separators=(",", ":")) for name, (_, b) in refused.items()}
         # As --set reads lists: without brackets.
         way_out = " ".join(f"model.config.{name}={v.strip('[]')}" for name, v in values.items())
@@ -352,9 +355,9 @@ def _config_notes(source: str, fields: Mapping[str, tuple[Any, Any]]) -> list[st
 
 
 def _preset_notes(recipe: Recipe, held, said: Collection[str]) -> list[str]:
-    """What to tell of a checkpoint's model, which counts, where the preset names another one.
+    """Notes on where the checkpoint's model, which applies, differs from the preset.
 
-    `said` are the fields that are told of otherwise.
+    `said` are fields that are reported elsewhere.
     """
     preset = preset_named(recipe.model.preset).config
     names = [n for n in of_the_function(preset, HEADS[recipe.task]) if n not in said]
@@ -368,7 +371,7 @@ def _preset_notes(recipe: Recipe, held, said: Collection[str]) -> list[str]:
 
 
 def description(start: Start, task: str) -> dict[str, Any]:
-    """What `described_model` needs to build the model again without its weights, as JSON values."""
+    """The input of `described_model`, which rebuilds the model without weights, as JSON values."""
     config = start.model.config
     fields = dataclasses.fields(config)
     execution = {f.name: getattr(config, f.name) for f in fields if f.metadata.get("execution")}
@@ -378,20 +381,20 @@ def description(start: Start, task: str) -> dict[str, Any]:
 
 def described_model(path: Path) -> nn.Module:
     """The model whose `description` a file holds. UserError for a file that was changed."""
-    hint = "put it back as it was written"
+    hint = "restore it as it was written"
     if not path.exists():
         raise UserError(f"there is no {path}, which describes the model of the run; {hint}")
     values = read_json(path, hint=hint)
-    parts = [values.get(name) for name in ("config", "execution")] if type(values) is dict else []
-    if not parts or not all(isinstance(part, dict) for part in parts):
+    values = values if isinstance(values, dict) else {}
+    config, execution = values.get("config"), values.get("execution")
+    if not isinstance(config, dict) or not isinstance(execution, dict):
         raise UserError(f"{path} does not describe a model: expected config and execution; {hint}")
-    config, execution = parts
     known = {f.name for f in dataclasses.fields(VivitConfig) if f.metadata.get("execution")}
     if not execution.keys() <= known:
         raise UserError(
             f"{path}: execution sets {', '.join(execution)}, expected {', '.join(known)}; {hint}"
         )
     try:
-        return build_model(config_from_dict(config, warn=False, **execution), values.get("head"))
-    except (UserError, TypeError) as error:
+        return build_model(config_from_dict(config, warn=False, **execution), values["head"])
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {error}; {hint}") from None

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First values of parameters as the papers' code draws them, where the models' own are HuggingFace.
+"""Initial parameters as the papers' code draws them; the models' own are HuggingFace's.
 
-ViViT, scenic's: attention and MLP kernels are Glorot-uniform, an MLP's biases normal(1e-6),
-positions normal(0.02), class tokens, the classifier and other biases 0. The patch kernel is
-LeCun-normal over the whole tubelet, scenic's default. Its public configurations name
-"central_frame_initializer", whose values of a run from scratch are not used here: scenic sets all
-columns of the patch but one to zero, width taken for time, which no published run sees, since all
-start from an image model that overwrites the kernel. Its "average_frame_initializer" repeats one
-frame of the same distribution.
+ViViT, from scenic: attention and MLP kernels are Glorot-uniform, MLP biases normal(1e-6), positions
+normal(0.02); class tokens, the classifier and other biases are 0. The patch kernel is LeCun-normal
+over the whole tubelet, scenic's default. scenic's public configurations name
+"central_frame_initializer", which is not used here: it mistakes width for time and zeroes all
+columns of the patch except one. No published run sees that, since all start from an image model
+that overwrites the kernel. "average_frame_initializer" repeats one frame of the same distribution.
 
-VideoMAE's (V2 has the same) masked pre-training: Glorot-uniform kernels, of queries, keys and
-values as of one kernel three times as wide, biases 0; the mask token normal(0.02), cut at one
-standard deviation. The projection into the decoder and the patch embedding, its bias too, keep
-PyTorch's default, uniform up to 1 / sqrt(inputs). Fine-tuning from scratch: kernels normal(0.02),
-which the authors cut at 100 standard deviations, biases 0, the classifier a thousandth of that, the
-patch embedding as in pre-training.
+VideoMAE (and V2), masked pre-training: kernels are Glorot-uniform, those of queries, keys and
+values as one kernel of three times the width; biases are 0; the mask token is normal(0.02),
+truncated at one standard deviation. The projection into the decoder and the patch embedding with
+its bias keep PyTorch's default, uniform up to 1 / sqrt(inputs). Fine-tuning from scratch: kernels
+are normal(0.02), truncated by the authors at 100 standard deviations, biases 0, the classifier a
+thousandth of that, the patch embedding as in pre-training.
 
-Where it says normal(0.02) it is `initializer_range` of the configuration, whose default that is.
-Norms start as 1 and 0 everywhere.
+normal(0.02) stands for `initializer_range` of the configuration, whose default is 0.02. Norms start
+with scale 1 and bias 0.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ from vivit_jax.models.family import head_of
 
 # (generator, shape of one layer's parameter) -> float32
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
-# Full matches of per-layer names; the first one counts.
+# Patterns of whole per-layer names; the first match counts.
 Rules = tuple[tuple[str, Draw], ...]
 
 _ATTENTION, _LAYER = r"(.*/)?attention(_time|_space)?", r"(.*/)?"
@@ -48,16 +47,16 @@ def papers_params(
     seed: int,
     only: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a model that is to be trained, drawn as its paper's code does.
+    """The initial parameters of a model, drawn as its paper's code does.
 
     Each is drawn from (seed, per-layer name), so that a scanned and a looped model start alike.
 
     Args:
         model: a classifier, or a VideoMAE for pre-training.
-        params: its parameters, or their shapes where all are drawn.
+        params: its parameters, or their shapes if all are drawn.
         seed: of the draw.
-        only: per-layer names (`layers_3/mlp_in/kernel`) of those to draw; the others stay as they
-            are in `params`. None: all.
+        only: per-layer names (`layers_3/mlp_in/kernel`) to draw; the others keep their values in
+            `params`. None: all.
 
     Raises:
         ValueError: there is no rule for a name.
@@ -107,8 +106,8 @@ def _rules(model: nn.Module) -> Rules:
 
 
 def _scenic(config: VivitConfig) -> Rules:
-    # Scenic's zeros are of all four projections, which no gradient ever leaves; the model's own are
-    # of the last one.
+    # scenic zeroes all four projections, which no gradient ever changes; the model's own
+    # initialisation zeroes the last one.
     zero: Rules = ((r".*/attention_time/out/kernel", _constant(0.0)),)
     return (
         *(zero if config.zero_init_temporal_attention else ()),
@@ -146,7 +145,7 @@ def _constant(value: float | None) -> Draw:
 
 
 def _normal(std: float, cut: float = math.inf) -> Draw:
-    """`cut` is in standard deviations, of which there are fewer in what is left."""
+    """Truncated at `cut` standard deviations, which narrows the distribution."""
 
     def draw(rng, shape):
         values = rng.standard_normal(shape, np.float32)
@@ -162,7 +161,7 @@ def _uniform(bound: float) -> Draw:
 
 
 def _glorot(times: int = 1) -> Draw:
-    """Uniform up to sqrt(6 / (inputs + outputs)), of a kernel that is `times` as wide."""
+    """Uniform up to sqrt(6 / (inputs + outputs)), for a kernel `times` as wide."""
 
     def draw(rng, shape):
         inputs, outputs = _fans(shape)
@@ -172,13 +171,13 @@ def _glorot(times: int = 1) -> Draw:
 
 
 def _lecun(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal of variance 1 / inputs after it was cut at two standard deviations."""
+    """Normal, truncated at two standard deviations, with variance 1 / inputs after that."""
     inputs, _ = _fans(shape)
     return _normal(inputs**-0.5 / 0.87962566103423978, cut=2)(rng, shape)
 
 
 def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Inputs and outputs of a kernel [..., d], or [d, n, e] into heads."""
+    """The inputs and outputs of a kernel [..., d], or [d, n, e] into heads."""
     if len(shape) == 3 and shape[0] == shape[1] * shape[2]:
         return shape[0], shape[1] * shape[2]
     return math.prod(shape[:-1]), shape[-1]

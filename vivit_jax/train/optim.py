@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimiser of a recipe: schedules, factors per parameter, freezing, and the moving average.
 
-Parameters are named by their path in the per-layer form, "backbone/layers_3/mlp_in/kernel", also
-where a scanned model keeps all layers in one leaf. A rule is a regular expression that matches a
-whole path, with a value; the first match counts. The ranges of numbers are the business of
-`vivit_jax.recipes.check`.
+Parameters are named by their per-layer path, "backbone/layers_3/mlp_in/kernel", even if a scanned
+model keeps all layers in one leaf. A rule is a regular expression that matches a whole path, with a
+value; the first match counts. `vivit_jax.recipes.checks` checks the ranges of numbers.
 """
 
 import re
@@ -22,10 +21,10 @@ from vivit_jax import param_tree
 from vivit_jax.errors import UserError, quoted
 from vivit_jax.recipes.recipe import OptimSettings, Rules
 
-_MOST_STEPS = np.iinfo(np.int32).max  # as a state counts them
+_MOST_STEPS = np.iinfo(np.int32).max  # a state counts them in int32
 _EVERYTHING: Rules = ((".*", 1.0),)
-# Names, not ranks: our biases of queries, keys and values are [heads, kv], and all but kernels
-# that a scan stacks has an axis more.
+# By name, not by rank: biases of queries, keys and values are [heads, kv], and a scan adds an axis
+# to every parameter.
 _DECAYED: Rules = (
     (r"(.*/)?kernel", 1.0),
     (r"(.*/)?(bias|scale(_\w+)?|cls|mask_token|pos_embed)", 0.0),
@@ -40,16 +39,16 @@ def learning_rate(
     """The learning rate as a function of the step, counted from 0; float32 inside and outside jit.
 
     `batch_size` counts the videos of a step, not their repeats: with `lr_batch` both `lr` and
-    `min_lr` grow with batch_size / lr_batch. Of `epochs * steps_per_epoch` steps the first
-    w = int(warmup_epochs * steps_per_epoch) warm up. n steps follow, the i-th of them from 0:
+    `min_lr` are scaled by batch_size / lr_batch. Of `epochs * steps_per_epoch` steps the first
+    w = int(warmup_epochs * steps_per_epoch) warm up; n follow, counted by i from 0:
 
-    * "videomae": lr k / (w - 1) for k < w, so that the last step of the warm-up has lr already,
+    * "videomae": lr k / (w - 1) for k < w, so that the warm-up's last step already has lr,
       then min_lr + (lr - min_lr) (1 + cos(pi i / n)) / 2;
     * "scenic": lr k / w for k < w, then lr (1 + cos(pi i / n)) / 2; there is no floor;
     * "constant": lr k / w for k < w, then lr.
 
-    Past the last step it stays at its end. Raises UserError where no step is left to decay, and
-    for more steps than a state counts.
+    After the last step it stays constant. Raises UserError if no step is left to decay, and for
+    more steps than a state counts.
     Sources: the authors' VideoMAE and scenic's ViViT trainers.
     """
     if settings.schedule not in ("videomae", "scenic", "constant"):
@@ -73,7 +72,7 @@ def learning_rate(
     lr, floor = settings.lr * grown, settings.min_lr * grown
     if settings.schedule != "videomae":
         floor = 0.0
-    # np.linspace over one step holds its start only, and so do the authors' warm-ups.
+    # np.linspace over one step is its start, and so are the authors' warm-ups.
     last = max(warm - 1, 1) if settings.schedule == "videomae" else max(warm, 1)
 
     def schedule(step):
@@ -91,10 +90,10 @@ def parameter_values(
 ) -> dict[str, Any]:
     """The value of the first rule that matches each parameter, as a tree like the params.
 
-    A leaf is a float; where the layers of a scanned leaf differ, a float64 array [layers, 1, ...]
-    of the leaf's rank. `defaults` come after `rules` and, unlike those, need not match anything.
-    Raises UserError, naming `what`, for an expression that is not one, for a rule without any
-    matching parameter, and for parameters that no rule matches.
+    A leaf is a float, or a float64 array [layers, 1, ...] of the leaf's rank if the layers of a
+    scanned leaf differ. `defaults` follow `rules` and, unlike those, need not match anything.
+    Raises UserError, naming `what`, for an invalid expression, for a rule that matches no parameter
+    and for parameters that no rule matches.
     """
     shapes = param_tree.shapes_of(param_tree.flatten(meta.unbox(params_or_shapes)))
     slots = param_tree.slots(shapes)
@@ -128,14 +127,14 @@ def parameter_values(
 def layer_decay_rules(params_or_shapes: Mapping[str, Any], decay: float) -> Rules:
     """Factors of the learning rate that shrink towards the input, decay ** (L + 1 - id).
 
-    L is the number of blocks. As in the authors' VideoMAE the id is 0 of the patch embedding, the
-    class and mask tokens and the positions, k + 1 of block k, and L + 1 of everything else, norms
-    outside of blocks, head and decoder among them.
+    L is the number of blocks. As in the authors' VideoMAE the id is 0 for the patch embedding, the
+    class and mask tokens and the positions, k + 1 for block k, and L + 1 for everything else:
+    norms outside blocks, head and decoder.
 
-    The authors have no factorised encoder. In ours block j of the temporal stage follows the
-    spatial ones, id L_spatial + j + 1; what lies between the stages, the spatial stage's last norm
-    and the temporal stage's class token and positions, goes with the last spatial block. Raises
-    UserError for parameters without blocks.
+    The authors have no factorised encoder. In ours the temporal blocks follow the spatial ones, so
+    that block j has id L_spatial + j + 1; the spatial stage's last norm and the temporal stage's
+    class token and positions go with the last spatial block. Raises UserError for parameters
+    without blocks.
     """
     paths = param_tree.slots(param_tree.shapes_of(param_tree.flatten(meta.unbox(params_or_shapes))))
     blocks: dict[str, set[int]] = {}
@@ -147,7 +146,10 @@ def layer_decay_rules(params_or_shapes: Mapping[str, Any], decay: float) -> Rule
             f"'backbone/layers_0/...', got {', '.join(map(repr, _examples(paths)))}; use lr_rules"
         )
     top = sum(map(len, blocks.values())) + 1
-    factor = lambda number: decay ** (top - number)  # noqa: E731
+
+    def factor(number: int) -> float:
+        return decay ** (top - number)
+
     rules, below = [], 0
     for stage in sorted(blocks):  # "spatial" before "temporal"
         if stage.endswith("temporal/"):
@@ -168,15 +170,15 @@ def lr_factors(settings: OptimSettings, params_or_shapes: Mapping[str, Any]) -> 
 
 
 def decay_factors(settings: OptimSettings, params_or_shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Factors of the weight decay: `decay_rules`, then 1 for kernels and 0 for all else we have.
+    """Factors of the weight decay: `decay_rules`, then 1 for kernels and 0 for everything else.
 
-    All else: biases, the scales of norms, branches and cosine attention, tokens and positions.
+    Everything else: biases, scales of norms, branches and cosine attention, tokens and positions.
     """
     return parameter_values(params_or_shapes, settings.decay_rules, "optim.decay_rules", _DECAYED)
 
 
 def trained(settings: OptimSettings, params_or_shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """1 for what is trained and 0 for what `freeze` names, as `parameter_values` gives them."""
+    """1 for trained parameters and 0 for those that `freeze` names, as by `parameter_values`."""
     rules = tuple((pattern, 0.0) for pattern in settings.freeze)
     return parameter_values(params_or_shapes, rules, "optim.freeze", _EVERYTHING)
 
@@ -184,15 +186,15 @@ def trained(settings: OptimSettings, params_or_shapes: Mapping[str, Any]) -> dic
 def make_optimizer(
     settings: OptimSettings, params_or_shapes: Mapping[str, Any], schedule: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW or SGD with momentum as the settings say; `schedule` is that of `learning_rate`.
+    """AdamW or SGD with momentum; `schedule` is that of `learning_rate`.
 
-    Gradients are clipped by the norm of all that is trained; then Adam, or momentum (without
-    Nesterov's step and without dampening); then weight decay, decoupled for both algorithms. A
-    parameter's factor multiplies the whole step, decay included. The step count is the optimiser's
-    own, and the rate that step k used is schedule(k). Its state is trees like the params, without
-    what is frozen; of a scanned leaf only some of whose layers are frozen it has all layers, but
-    these neither move nor count in the norm. `update` takes the gradients' norm as `norm`, where it
-    is known, with zeros for what is frozen. Raises UserError for settings that do not fit.
+    Gradients are clipped by the global norm of the trained parameters; then comes Adam, or momentum
+    (no Nesterov, no dampening); then weight decay, decoupled for both. A parameter's factor scales
+    the whole step, decay included. Step k, by the optimiser's own count, uses schedule(k). The
+    state has trees like the params, without frozen parameters; a scanned leaf that is frozen in
+    part is there with all layers, of which the frozen ones neither move nor count in the norm.
+    `update` takes the gradients' norm as `norm` if it is known, with frozen gradients as zeros.
+    Raises UserError for settings that do not fit.
     """
     learning = trained(settings, params_or_shapes)
     labels = jax.tree.map(lambda value: "train" if np.any(value) else "freeze", learning)
@@ -200,7 +202,7 @@ def make_optimizer(
         raise UserError(f"optim.freeze={settings.freeze!r} leaves no parameter to train")
 
     def of_trained(tree):
-        """Without what is frozen, as `optax.partition` shows it to its parts."""
+        """The tree without frozen leaves, as `optax.partition` passes it to its parts."""
         return jax.tree.map(lambda x, at: x if at == "train" else optax.MaskedNode(), tree, labels)
 
     lr = jax.tree.map(np.multiply, lr_factors(settings, params_or_shapes), learning)
@@ -224,7 +226,7 @@ def make_optimizer(
     in_part = any(np.ndim(value) for value in jax.tree.leaves(learning))
 
     def update(updates, state, params=None, *, norm=None, **_):
-        # Adam of optax raises under jax_numpy_dtype_promotion="strict".
+        # optax's Adam raises under jax_numpy_dtype_promotion="strict".
         with jax.numpy_dtype_promotion("standard"):
             return whole.update(updates, state, params, norm=None if in_part else norm)
 
@@ -237,7 +239,7 @@ def update_average(average: Any, params: Any, decay: float) -> Any:
 
 
 def _scaled(factors) -> optax.GradientTransformation:
-    """Updates times factors; those of factor 1 stay as they are."""
+    """Updates times factors; a factor of 1 leaves them untouched."""
 
     def scale(update, factor):
         return update if np.all(factor == 1) else update * _like(factor, update)
@@ -246,7 +248,7 @@ def _scaled(factors) -> optax.GradientTransformation:
 
 
 def _clipped(most: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm`, which would take the norm again of what is known already."""
+    """`optax.clip_by_global_norm` with a norm that may be known already."""
 
     def update(updates, state, params=None, *, norm=None, **_):
         del params
@@ -275,7 +277,7 @@ def _like(factor, x):
 
 
 def _stacked(values: list[float], shape: tuple[int, ...]):
-    """One float if all are equal, else a row for each layer of a leaf of that shape."""
+    """One float if all are equal, else a row for each layer of a leaf with that shape."""
     if len(set(values)) == 1:
         return values[0]
     return np.asarray(values).reshape(-1, *(1,) * (len(shape) - 1))
@@ -289,6 +291,6 @@ def _compiled(pattern: str, what: str) -> re.Pattern:
 
 
 def _examples(paths) -> list[str]:
-    """Three of the paths, from the beginning, the middle and the end."""
+    """Up to three of the paths: the first, the middle one and the last."""
     paths = sorted(paths)
     return list(dict.fromkeys(paths[i] for i in (0, len(paths) // 2, -1)))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How frames become pixels in a run: as the checkpoint that it starts from says, else the recipe.
+"""How frames become pixels in a run: as the checkpoint it starts from says, else the recipe.
 
-Preprocessing belongs to weights. So the processor beside `model.start` decides over the recipe's
-`processor` and `evaluation.resize`, but for what is `given`; what differs is told.
+Preprocessing belongs to the weights, so the processor beside `model.start` overrides the recipe's
+`processor` and `evaluation.resize`, except for `given` fields. Differences are reported.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ from vivit_jax.train.normalise import arithmetic
 NORMALISATION = (
     "do_rescale", "rescale_factor", "offset", "do_normalize", "image_mean", "image_std",
 )  # fmt: skip
-_BILINEAR = FILTERS.index("bilinear")  # of a run's own frames, whatever the processor's filter is
-# Below this share of the shorter side a view leaves out what recipes and processors show.
+_BILINEAR = FILTERS.index("bilinear")  # a run resizes frames so, whatever the processor's filter
+# Views of a smaller share of the shorter side show less than recipes and processors do.
 _USUAL_SHARE = 0.7
 
 
 class Preprocessing(NamedTuple):
-    """What a run does to frames, and what is to be told of it.
+    """What a run does to frames, with notes to report.
 
-    `processor` is saved with the run's models. `recipe` is the run's, with `evaluation.resize` and
-    `augment.resize` as they count.
+    `processor` is saved with the run's models. `recipe` is the run's, with the `evaluation.resize`
+    and `augment.resize` that apply.
     """
 
     processor: VideoProcessor
@@ -49,13 +49,12 @@ def preprocessing(
     own_size: tuple[int, int] | None = None,
     image: bool = False,
 ) -> Preprocessing:
-    """The preprocessing of a run of a model of `config` that starts from a checkpoint at `place`.
+    """The preprocessing of a run that trains a model of `config` from a checkpoint at `place`.
 
-    `own_size` is that of the frames of the checkpoint's own model, None where that is not known.
-
-    An image model's processor, `image`, says how pixels are normalised; how frames are resized and
-    cropped says the recipe, since what suits images shows no video as ViViT's recipes do. Raises
-    UserError where the resulting sizes leave nothing to crop from.
+    `own_size` is the frame size of the checkpoint's own model, None if not known. If the checkpoint
+    is an `image` model, its processor decides how pixels are normalised, and the recipe how frames
+    are resized and cropped, since the geometry for images does not suit ViViT's videos. Raises
+    UserError if the resulting sizes leave nothing to crop from.
     """
     theirs, notes = _beside(place, image, recipe)
     published = VideoProcessor.named(recipe.processor)
@@ -68,7 +67,7 @@ def preprocessing(
             preset = min(preset_named(recipe.model.preset).config.frame_size)
             resize = resize_for(theirs, side) if _crop(theirs) == side or side != preset else resize
             resize = max(resize, *config.frame_size)
-        elif follow and resize >= written:  # less is for other frames than the recipe's
+        elif follow and resize >= written:  # a smaller one is not for the recipe's frames
             resize = max(round(resize * side / written), side)
     augment = recipe.augment
     if follow and (augment.resize or 0) >= written and "augment.resize" not in recipe.given:
@@ -99,7 +98,7 @@ def preprocessing(
 
 
 def described(found: Preprocessing) -> dict[str, Any]:
-    """What `described_preprocessing` needs, as JSON values."""
+    """The input of `described_preprocessing`, as JSON values."""
     return {
         "processor": found.processor.to_dict(),
         "evaluation.resize": found.recipe.evaluation.resize,
@@ -108,11 +107,11 @@ def described(found: Preprocessing) -> dict[str, Any]:
 
 
 def described_preprocessing(path: Path, recipe: Recipe, config: Any) -> Preprocessing:
-    """The preprocessing of a run that goes on, from the file that describes its model.
+    """The preprocessing of a resumed run, from the file that describes its model.
 
-    Runs of versions that wrote none down did as their recipe says.
+    Older versions did not write it down; their runs follow the recipe.
     """
-    hint = "put it back as it was written"
+    hint = "restore it as it was written"
     described = read_json(path, hint=hint)
     values = described.get("preprocessing") if isinstance(described, dict) else ()
     names = ("processor", "evaluation.resize", "augment.resize")
@@ -128,9 +127,9 @@ def described_preprocessing(path: Path, recipe: Recipe, config: Any) -> Preproce
 
 
 def shortest_side(processor: VideoProcessor) -> int | None:
-    """What a processor makes of a frame's shorter side before it crops; None: leaves it.
+    """The length to which a processor resizes a frame's shorter side; None if it does not.
 
-    Of a box that frames are fitted into it is the shorter side, which none is above.
+    For a box that frames are fitted into it is the box's shorter side, an upper bound.
     """
     if not processor.do_resize:
         return None
@@ -140,36 +139,36 @@ def shortest_side(processor: VideoProcessor) -> int | None:
 def resize_for(processor: VideoProcessor, side: int) -> int:
     """A processor's shortest side before a crop of `side` pixels.
 
-    In proportion where it crops to other sides than the model's; `side` where it resizes nothing.
+    In proportion to the processor's own crop; `side` if it does not resize.
     """
     crop, shortest = _crop(processor), shortest_side(processor)
     return side if shortest is None or crop is None else round(shortest * side / crop)
 
 
 def differing(ours: Any, theirs: Any, names: Any) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two dataclasses differ, with both values."""
+    """name -> (ours, theirs) of the fields that differ between two dataclasses."""
     values = {name: (getattr(ours, name), getattr(theirs, name)) for name in names}
     return {name: both for name, both in values.items() if _plain(both[0]) != _plain(both[1])}
 
 
 def differences_text(fields: Mapping[str, tuple[Any, Any]]) -> str:
-    """Fields that differ, in words."""
+    """The fields of `differing` as text."""
     return ", ".join(f"{name} {a!r} (there {b!r})" for name, (a, b) in fields.items())
 
 
 def _plain(value: Any) -> Any:
-    """A size of equal sides or statistics of equal channels as the one number they may be too."""
+    """A tuple of equal numbers, as sizes and statistics may be, as one number."""
     return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
 
 
 def _beside(
     place: Path | None, image: bool, recipe: Recipe
 ) -> tuple[VideoProcessor | None, list[str]]:
-    """The processor beside a checkpoint, None where there is none to be read, and why."""
+    """The processor beside a checkpoint, or None and why it cannot be read."""
     if place is None:
         return None, []
     folder = place if place.is_dir() else place.parent
-    # ViTImageProcessor normalises as VideoMAE's does, with the same defaults.
+    # ViTImageProcessor normalises like VideoMAE's, with the same defaults.
     known_as = {"image_processor_type": VIDEOMAE} if image else {}
     try:
         if processor_file(folder) is None:
@@ -185,11 +184,11 @@ def _beside(
 def _normalisation(
     recipe: Recipe, published: VideoProcessor, theirs: VideoProcessor | None, image: bool
 ) -> tuple[VideoProcessor, list[str]]:
-    """The processor whose pixel values count, and what is to be told of them."""
+    """The processor that decides the pixel values, with notes on differences."""
     if theirs is None:
         return published, []
     pairs = zip(arithmetic(published), arithmetic(theirs), strict=True)
-    # Written with fewer digits, or in other steps, it is the same function.
+    # Fewer digits, or other steps to the same values, make no difference.
     agree = all(_close(a, b) for a, b in pairs)
     fields = differing(published, theirs, NORMALISATION)
     name = f"the recipe's processor={recipe.processor}"
@@ -213,7 +212,7 @@ def _close(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _crop(processor: VideoProcessor) -> int | None:
-    """The shorter side of what a processor hands over, where it is the same for all frames."""
+    """The shorter side of a processor's output, if it is the same for all frames."""
     if processor.do_center_crop:
         return min(processor.crop_size.values())
     return shortest_side(processor)
@@ -232,10 +231,9 @@ def _size_text(size: Mapping[str, int] | None) -> str:
 def _geometry_notes(
     recipe: Recipe, ours: VideoProcessor, theirs: VideoProcessor | None, resized: bool
 ) -> list[str]:
-    """What is to be told of resize and crop, where processor or recipe have them otherwise.
+    """Notes on differences in resize and crop from the checkpoint's processor or the recipe.
 
-    Of the crop, where the model's frames are not those of the checkpoint's model, `resized`: what
-    a processor cuts for a model that takes other frames is no change.
+    A different crop is reported if the model's frames differ from the checkpoint's, `resized`.
     """
     notes = []
     resize, wanted = shortest_side(ours), recipe.evaluation.resize
@@ -251,14 +249,13 @@ def _geometry_notes(
         ]
         if changed:
             notes.append(
-                "frames are resized (the shorter side) and cropped otherwise than by the "
-                f"checkpoint's processor: {', '.join(changed)}"
+                "resize (of the shorter side) and crop differ from the checkpoint's processor: "
+                f"{', '.join(changed)}"
             )
     if theirs is not None and theirs.do_resize and theirs.resample != _BILINEAR:
         notes.append(
-            f"frames are resized bilinearly, otherwise than by the checkpoint's "
-            f"processor: resample {theirs.resample} ({FILTERS[theirs.resample]}), which the saved "
-            "one keeps"
+            f"frames are resized bilinearly; the checkpoint's processor has resample "
+            f"{theirs.resample} ({FILTERS[theirs.resample]}), which the saved one keeps"
         )
     if resize != wanted:
         decides = "in proportion to the model's frames"
@@ -272,7 +269,7 @@ def _geometry_notes(
 
 
 def _share_notes(recipe: Recipe, side: int, theirs: VideoProcessor | None) -> list[str]:
-    """What is to be told where views show little of a frame, as the checkpoint's do not."""
+    """Notes on views that show less of a frame than is usual and than the checkpoint's views."""
     notes = []
     usual = _USUAL_SHARE
     if theirs is not None and (shortest := shortest_side(theirs)) and (crop := _crop(theirs)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's report.html: its curves, settings and evaluations in one file that needs no other."""
+"""A run's report.html: its curves, settings and evaluations in one self-contained file."""
 
 import dataclasses
 import datetime
@@ -20,18 +20,18 @@ from vivit_jax.train.run_directory import BAD_CLIPS, RECIPE
 
 REPORT = "report.html"
 _OWN = ("kind", "step", "time")
-_COUNTS = ("videos", "unreadable")  # of an evaluation: in its table, not worth a curve
+_COUNTS = ("videos", "unreadable")  # of an evaluation: shown in its table, without a curve
 _ROWS = 500  # of a table
 
 
 @dataclasses.dataclass(frozen=True)
 class _Panel:
-    """A chart of the metrics whose whole name matches."""
+    """A chart of the metrics whose full name matches."""
 
     title: str
     names: str  # a regular expression
     unit: str = ""
-    share: bool = False  # of 1, shown as per cent
+    share: bool = False  # shown as per cent
     from_zero: bool = False
     noisy: bool = True
 
@@ -83,7 +83,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A file of a run; {} if there is none."""
     if not path.exists():
         return {}
-    hint = "write it anew or remove it"
+    hint = "restore or remove it"
     values = read_json(path, hint=hint)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, expected a JSON object; {hint}")
@@ -91,7 +91,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _fields(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """A recipe's settings by dotted name, as text."""
+    """A recipe's settings as text by dotted name."""
     if isinstance(value, Mapping) and (value or not name):
         for inner, part in value.items():
             yield from _fields(part, f"{name}.{inner}" if name else inner)
@@ -106,11 +106,11 @@ def _bad_clips(found: Mapping[str, Any]) -> str:
     lists = found.get("clips"), found.get("validation", {})
     if not all(isinstance(clips, dict) for clips in lists) or {*map(type, counts)} != {int}:
         raise UserError(f"{BAD_CLIPS}: expected clips and the numbers left_out and read")
-    count = f"{found['left_out']:,} of {found['read']:,} times that a clip was read it was left out"
+    count = f"{found['left_out']:,} of {found['read']:,} reads of clips failed"
     text = ""
     for clips, what in (
-        (found["clips"], f"{count}; clips in all: "),
-        (found.get("validation", {}), "Clips that the last validation left out: "),
+        (found["clips"], f"{count}; clips: "),
+        (found.get("validation", {}), "Clips missing from the last validation: "),
     ):
         rows = sorted((clip, str(reason)) for clip, reason in clips.items())
         cut = f"; the first {_ROWS:,} are listed" if len(rows) > _ROWS else ""
@@ -121,7 +121,7 @@ def _bad_clips(found: Mapping[str, Any]) -> str:
 
 
 def _summary(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """What a reader asks first: how far it got, how long it took, what came out."""
+    """How far the run got, how long it took, and its last metrics."""
     if not lines:
         return []
     start, end = (datetime.datetime.fromtimestamp(lines[i]["time"]) for i in (0, -1))
@@ -143,7 +143,7 @@ def _cell(value: Any) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
-    """Rows of text as a table, the first column as row headings; "" for none."""
+    """Rows of text as a table, the first column as row headings; "" without rows."""
     if not rows:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
@@ -156,7 +156,7 @@ def _table(rows: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
 
 
 def _lines_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Lines of one kind, a column for each name that any of them has."""
+    """Lines of one kind as a table, with a column for each name that occurs."""
     names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in _OWN]
     rows = [
         [f"{line['step']:,}", *(_cell(line[n]) if n in line else "" for n in names)]
@@ -167,7 +167,7 @@ def _lines_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A figure for each panel that has values, and for each name that no panel takes."""
+    """A figure for each panel that has values, and for each metric without a panel."""
     series: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.items():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a training state and a batch lie on a mesh of devices: one table from logical axes.
+"""How a training state and a batch are sharded over a mesh, by one table of logical axes.
 
-A mesh has three axes. Clips are split over "data" and "fsdp"; parameters, and what the optimiser
-keeps of them, over "fsdp" along the model's width and over "tensor" along heads and MLP width.
-The same step runs on one device and on any mesh. Explicit axes of a mesh are taken as automatic.
+A mesh has three axes. Clips are split over "data" and "fsdp"; parameters and their optimiser state
+over "fsdp" along the model's width and over "tensor" along heads and MLP width. The same step runs
+on one device and on any mesh. Explicit axes of a mesh are treated as automatic.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.linen import spmd
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -25,11 +26,11 @@ from vivit_jax.models.build import boxed_params
 
 
 def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
-    """The sizes in "data=4,fsdp=2", every axis at least 1; None: all devices along data.
+    """Parse "data=4,fsdp=2" to the sizes of all axes; None: all devices along data.
 
-    Raises UserError for other axes and for a product that is not the number of devices.
+    Raises UserError for other axes, and if the product is not the number of devices.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     if text is None:
         return sizes | {"data": devices}
     given = {}
@@ -52,13 +53,12 @@ def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:
-    """The sizes of a mesh as `parse_mesh` reads them, without axes of one: "data=4,fsdp=2"."""
+    """The sizes of a mesh as `parse_mesh` reads them, without axes of size 1."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
 
 
 def check_mesh(sizes: Mapping[str, int], processes: int, slices: int) -> None:
-    """UserError where slices do not divide data, and where the processes, each of which reads its
-    own clips, cannot share a batch."""
+    """Raises UserError if the processes cannot share a batch or slices do not divide data."""
     shards = batch_shards(sizes)
     if shards % processes:
         raise UserError(
@@ -72,11 +72,14 @@ def check_mesh(sizes: Mapping[str, int], processes: int, slices: int) -> None:
         )
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `devices`, by default all of all processes; `sizes` as `parse_mesh` returns them.
+def make_mesh(
+    sizes: Mapping[str, int],
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
+    """A mesh of `devices`, by default all devices of all processes; `sizes` are of `parse_mesh`.
 
-    Where the devices are of several TPU slices, joined by a slower network, these lie along "data".
-    Raises UserError as `check_mesh` does, and for a mesh that does not lie on a TPU's torus.
+    TPU slices, which are joined by a slower network, lie along "data". Raises UserError as
+    `check_mesh` does, and for a mesh that does not fit a TPU's torus.
     """
     count = jax.process_count() if devices is None else len({d.process_index for d in devices})
     found = jax.devices() if devices is None else devices
@@ -88,39 +91,39 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             within, between = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1)
             placed = create_hybrid_device_mesh(within, between, found)
             return Mesh(placed, AXES, axis_types=auto)
-        # With explicit axes, the default, each operation has to know the type of its result.
+        # With explicit axes, the default, each operation would need the sharding of its result.
         return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
     except NotImplementedError as error:
         raise UserError(
-            f"the mesh {mesh_text(sizes)} does not lie on these chips: each axis has to be a "
+            f"the mesh {mesh_text(sizes)} does not fit these chips: each axis has to be a "
             f"product of whole sides of their torus (--mesh); jax says: {first_line(error)[:160]}"
         ) from error
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The mesh with automatic axes, for which the step is written and the table is."""
+    """The mesh with automatic axes, as the step and the table need them."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose first axis is clips."""
+    """The sharding of arrays whose first axis is clips."""
     return NamedSharding(automatic(mesh), PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of what every device holds whole."""
+    """The sharding of arrays that every device holds whole."""
     return NamedSharding(automatic(mesh), PartitionSpec())
 
 
 def batch_shards(sizes: Mapping[str, int]) -> int:
-    """Parts that a batch is split into on a mesh of these sizes."""
+    """The number of parts that a mesh of these sizes splits a batch into."""
     return math.prod(sizes[axis] for axis in BATCH)
 
 
 def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
-    """A sharding for each parameter. UserError where a size does not divide."""
+    """The sharding of each parameter. UserError if the mesh does not divide a size."""
     boxed, mesh = boxed_params(model), automatic(mesh)
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    shardings = spmd.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
     shardings = jax.tree.map_with_path(
         lambda path, leaf: leaf if path[-1].key == "kernel" else _whole(leaf), shardings
     )
@@ -144,16 +147,16 @@ def param_shardings(model: nn.Module, mesh: Mesh) -> dict[str, Any]:
 
 
 def _whole(sharding: NamedSharding) -> NamedSharding:
-    """Without "fsdp": what is no kernel is too small to be worth gathering."""
+    """Without "fsdp": parameters that are not kernels are too small to be worth gathering."""
     return NamedSharding(
         sharding.mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in sharding.spec))
     )
 
 
 def like_params(tree: Any, params: Any, shardings: Any, other: NamedSharding) -> Any:
-    """A sharding for each leaf of `tree`, an optimiser's state, say: its parameter's, or `other`.
+    """The sharding of each leaf of a tree such as an optimiser's state: its parameter's or `other`.
 
-    A leaf belongs to the parameter whose path its own path ends with and whose shape it has.
+    A leaf belongs to the parameter that has its shape and whose path ends its own path.
     """
     by_path = {
         _names(path): (leaf.shape, sharding)
@@ -174,7 +177,7 @@ def like_params(tree: Any, params: Any, shardings: Any, other: NamedSharding) ->
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """What the first local device holds of a tree of arrays, or would of shapes with shardings."""
+    """The bytes that one device holds of a tree of arrays, or of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -182,10 +185,9 @@ def bytes_on_a_device(tree: Any) -> int:
 
 
 def gathered(value: Any) -> list[Any]:
-    """The JSON value that each process gives, in order of the processes, in all of them."""
+    """The JSON values of all processes in their order, in all of them."""
     if jax.process_count() == 1:
         return [value]
-
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     longest = int(process_allgather(np.array([len(text)], np.int32)).max())
     rows = process_allgather(np.pad(text, (0, longest - len(text)), constant_values=ord(" ")))

@@ -17,6 +17,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.explicit import without_types
 from vivit_jax.layers.linear import projections_in
 from vivit_jax.layers.platform import platform
+from vivit_jax.layers.tubelets import ByteClips
 from vivit_jax.masking import MASKS, Grid, Mask
 from vivit_jax.models.losses import multi_head_loss
 from vivit_jax.outputs import RESULTS_ONLY
@@ -34,7 +35,7 @@ _LEAST_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 
 def jit_step(
     step: Callable, *, pretraining: bool, devices: int = 1, out_shardings: Any = None
-) -> Callable:
+) -> jax.stages.Wrapped:
     """`jax.jit` of a training step, for the current platform.
 
     The first argument of `step` is the whole state; it is donated, so that the new state takes its
@@ -324,7 +325,9 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
         targets = soft_targets(
             part["labels"], config.num_labels, settings.smoothing, config.class_splits
         )
-        clips, targets = mix(mixing, clips, targets, settings, clip_ids)
+        if settings.mixes:
+            assert not isinstance(clips, ByteClips)  # see training_pixels
+            clips, targets = mix(mixing, clips, targets, settings, clip_ids)
         out = model.apply(
             {"params": params},
             clips,
