@@ -32,12 +32,11 @@ from vivit_jax.inference.export import PLATFORMS, check_extra, check_platforms, 
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import AXES, make_mesh, mesh_text, replicated
 from vivit_jax.train.step import jit_step
-from vivit_jax.train.stored_state import flat
+from vivit_jax.train.stored_state import array_text, flat, some_of
 
 _CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 _EXPORTED_AS = {"gpu": "cuda"}  # device platform -> its name in a file
 _NAME = "training_step"
-_SHOWN = 5  # names in a message
 
 
 def export_step(
@@ -170,28 +169,19 @@ def _read(path: Path) -> jax.export.Exported:
 def _checked(what: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, Any]:
     """`given`. UserError unless it has the names, shapes and dtypes of `wanted`."""
     differs = [
-        f"{name} ({_array(given[name])} here, {_array(leaf)} there)"
+        f"{name} ({array_text(given[name])} here, {array_text(leaf)} there)"
         for name, leaf in wanted.items()
-        if name in given and _array(given[name]) != _array(leaf)
+        if name in given and array_text(given[name]) != array_text(leaf)
     ]
     kinds = {
         "missing": sorted(wanted.keys() - given.keys()),
         "unknown": sorted(given.keys() - wanted.keys()),
         "different": differs,
     }
-    problems = [f"{title}: {_some(names)}" for title, names in kinds.items() if names]
+    problems = [f"{title}: {some_of(names)}" for title, names in kinds.items() if names]
     if problems:
         raise UserError(
             f"the {what} does not fit the exported step; {'; '.join(problems)}. Give what its "
             f"{what} lists"
         )
     return given
-
-
-def _array(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

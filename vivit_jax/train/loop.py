@@ -186,7 +186,8 @@ def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
     both = [dataset] if validation is None else [dataset, validation]
     if any(each.classes is not None or each.labels_per_example != 1 for each in both):
         return None
-    found = {label for each in both for e in each.examples if isinstance(label := e.label, int)}
+    labels = (example.label for each in both for example in each.examples)
+    found = {label for label in labels if isinstance(label, int)}
     return 1 + max(found) if len(found) > 1 else None
 
 

@@ -54,13 +54,13 @@ def check_state(
     unsharded = [path for path, leaf in wanted.items() if leaf.sharding is None]
     if unsharded:
         raise UserError(
-            f"restore needs a sharding for every array; {_some(unsharded)} of the state has none"
+            f"restore needs a sharding for every array; {some_of(unsharded)} of the state has none"
         )
     for leaf in wanted.values():
         leaf.sharding.shard_shape(leaf.shape)  # raised later, its ValueError would pass for damage
     differs = []
     for path in wanted.keys() & stored.keys():
-        has, needs = _storage_text(stored[path], keys.get(path)), _text(wanted[path])
+        has, needs = _storage_text(stored[path], keys.get(path)), array_text(wanted[path])
         if has != needs:
             differs.append(f"{path} ({has} there, {needs} here)")
     kinds = {
@@ -68,7 +68,7 @@ def check_state(
         "only in the checkpoint": sorted(stored.keys() - wanted.keys()),
         "different": sorted(differs),
     }
-    problems = [f"{title}: {_some(paths)}" for title, paths in kinds.items() if paths]
+    problems = [f"{title}: {some_of(paths)}" for title, paths in kinds.items() if paths]
     if problems:
         raise UserError(
             f"{where} holds a different training state; {'; '.join(problems)}. Resume with the "
@@ -76,17 +76,19 @@ def check_state(
         )
 
 
-def _text(leaf: Any) -> str:
+def array_text(leaf: Any) -> str:
+    """The dtype and shape of an array, as in messages."""
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def _storage_text(leaf: Any, impl: str | None) -> str:
     if impl is None:
-        return _text(leaf)
+        return array_text(leaf)
     dtype = jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
     return f"{dtype}{list(leaf.shape[:-1])}"
 
 
-def _some(paths: Sequence[str]) -> str:
+def some_of(paths: Sequence[str]) -> str:
+    """The first of many paths, as in messages."""
     more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
     return ", ".join(paths[:_SHOWN]) + more
