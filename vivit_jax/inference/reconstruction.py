@@ -20,7 +20,7 @@ import einops
 import jax
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Bool, Float64, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
@@ -166,7 +166,7 @@ def check_statistics(config, true_statistics: bool) -> None:
         )
 
 
-def rmse(reconstructions: Iterable[Reconstruction]) -> Float64[np.ndarray, "rows columns"]:
+def rmse(reconstructions: Iterable[Reconstruction]) -> Float[np.ndarray, "rows columns"]:
     """Root mean square errors [ROWS, COLUMNS] over all predicted patches of all clips.
 
     NaN where there is none: a model that predicts pixels takes no statistics.
@@ -177,7 +177,7 @@ def rmse(reconstructions: Iterable[Reconstruction]) -> Float64[np.ndarray, "rows
     return np.sqrt(np.average(squares, axis=0, weights=counts))
 
 
-def error_table(errors: Float64[np.ndarray, "rows columns"]) -> list[str]:
+def error_table(errors: Float[np.ndarray, "rows columns"]) -> list[str]:
     """`rmse`'s table as lines of text."""
     width = max(map(len, _TABLE_ROWS))
     lines = ["  ".join([" " * width, *COLUMNS])]
@@ -189,7 +189,7 @@ def error_table(errors: Float64[np.ndarray, "rows columns"]) -> list[str]:
 
 
 def error_dict(
-    errors: Float64[np.ndarray, "rows columns"],
+    errors: Float[np.ndarray, "rows columns"],
 ) -> dict[str, dict[str, float | None]]:
     """`rmse`'s table by ROWS, then COLUMNS, for JSON: None for NaN."""
     return {
@@ -220,8 +220,8 @@ def to_clips(
 
 
 def patch_statistics(
-    patches: Float64[np.ndarray, "b l p c"],
-) -> tuple[Float64[np.ndarray, "b l 1 c"], Float64[np.ndarray, "b l 1 c"]]:
+    patches: Float[np.ndarray, "b l p c"],
+) -> tuple[Float[np.ndarray, "b l 1 c"], Float[np.ndarray, "b l 1 c"]]:
     """The mean and unbiased standard deviation of each patch and channel."""
     if patches.shape[2] < 2:
         raise UserError("patches of one pixel have no variance; expected a larger tubelet")
@@ -229,8 +229,8 @@ def patch_statistics(
 
 
 def estimate_statistics(
-    patches: Float64[np.ndarray, "b l p c"], hidden: Bool[np.ndarray, "b l"], grid: Grid
-) -> tuple[Float64[np.ndarray, "b l 1 c"], Float64[np.ndarray, "b l 1 c"]]:
+    patches: Float[np.ndarray, "b l p c"], hidden: Bool[np.ndarray, "b l"], grid: Grid
+) -> tuple[Float[np.ndarray, "b l 1 c"], Float[np.ndarray, "b l 1 c"]]:
     """`patch_statistics` estimated from visible patches.
 
     `hidden` is true for some tokens of each clip, not for all. Visible patches keep their own

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.errors import UserError
@@ -58,7 +58,7 @@ def draw_colours(keys: jax.Array, probability: float, grayscale: float) -> Colou
 
 def colour_jitter(
     keys: jax.Array, pixels: jax.Array, probability: float, grayscale: float = 0.1
-) -> jax.Array:
+) -> Float[Array, "b t h w 3"]:
     """scenic's colour augmentation; pixels float [b, t, h, w, 3] in [0, 1] -> the same.
 
     With `probability` brightness, saturation, contrast and hue change in that order and the result
@@ -219,7 +219,7 @@ def mix(
     targets: jax.Array,
     settings: AugmentSettings,
     clip_ids: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Shaped[Given, "b t h w c"], Float[Given, "b classes"]]:
     """mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) of clips and their targets.
 
     pixels [b, t, h, w, c] and targets float [b, classes] of `soft_targets` -> the same. In every

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
@@ -71,7 +72,7 @@ def gradient_step(
     return optax.apply_updates(params, updates), optimizer_state, loss, aux
 
 
-def gradient_norm(gradients: Any, *, together: bool = False) -> jax.Array:
+def gradient_norm(gradients: Any, *, together: bool = False) -> Float[Array, ""]:
     """The global norm of all leaves; `together` concatenates the small ones first.
 
     That is for one CPU device, where XLA compiles three kernels for the sum of each small leaf: 76
