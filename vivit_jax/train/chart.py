@@ -151,7 +151,7 @@ def _drawn(
                 lines[0].set(alpha=0.35, linewidth=0.8)
                 lines += axes.plot(curve.steps, _running_mean(values, _window(curve)))
             for line in lines:
-                line.set(color=_COLOURS[i % len(_COLOURS)], gid=f"curve{i}")
+                line.set(color=_COLOURS[i % len(_COLOURS)], gid=f"curve{i}", clip_on=False)
                 line.sticky_edges.y.append(0.0)  # no margin below an axis that begins at 0
         if from_zero:
             axes.update_datalim([(first, 0.0)])
