@@ -21,7 +21,7 @@ from vivit_jax.train.step import draw_mask
 from vivit_jax.train.stored_state import flat
 
 PROCESSOR = vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16)
-# Tokens, widths and counts of layers all differ, so that sizes tell what an array is.
+# Tokens, widths and counts of layers all differ, so that an array is known by its sizes.
 _SIZES = dict(
     image_size=16,
     num_frames=8,

@@ -260,7 +260,7 @@ def test_a_state_that_differs_is_named_path_by_path(tmp_path, target, message):
 
 
 def test_a_save_that_is_interrupted_leaves_no_checkpoint_without_its_model(tmp_path, monkeypatch):
-    """Orbax's threads may go on with it."""
+    """Orbax's threads may still be writing it."""
     import orbax.checkpoint as ocp
 
     def export(path):
@@ -310,7 +310,7 @@ def test_a_disk_that_is_full_is_told_in_a_line_and_leaves_the_earlier_checkpoint
 
 
 def test_a_directory_that_is_still_written_to_is_removed_a_little_later(tmp_path, monkeypatch):
-    """As by Orbax's threads after a save that failed; what stays in the way is told."""
+    """As Orbax's threads do after a failed save; what cannot be removed is reported."""
     calls, remove = [], shutil.rmtree
 
     def busy(path):
@@ -579,7 +579,7 @@ CHILD = textwrap.dedent("""
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_whole_checkpoints(tmp_path):
-    """SIGKILL at random moments; each next process goes on from what the last one left."""
+    """SIGKILL at random moments; each process resumes from what the one before left."""
     rng = random.Random(os.getpid())
     root = Path(__file__).parents[2]
     target = {

@@ -150,7 +150,7 @@ def test_loops_within_loops(where):
 
 @pytest.mark.parametrize("where", ["cpu", TPU, GPU])
 def test_of_branches_the_costliest_counts(where):
-    """And what is in the others is listed all the same."""
+    """Operations of the other branches are listed all the same."""
     mesh = mesh_on(where)
 
     def often(x):

@@ -168,7 +168,7 @@ def test_softmax_averaged_over_the_views_is_that_of_a_loop(result, expected, dat
 
 
 def test_the_average_is_over_all_views(result, expected, classifier, dataset):
-    """What is compared above tells a view more or less, and softmax from logits."""
+    """The comparison above sees a view more or less, and softmax instead of logits."""
     fewer = naive(classifier, dataset, dataclasses.replace(SIX, crops=1))
     assert (
         np.abs(np.subtract(*(np.stack([s for s, _ in x]) for x in (fewer, expected)))).max() > 0.01

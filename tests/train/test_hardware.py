@@ -1,4 +1,4 @@
-"""Topologies are read, and what is none is told, before a compiler is loaded."""
+"""Topologies are parsed, and wrong ones refused, before a compiler is loaded."""
 
 import dataclasses
 import importlib.util

@@ -63,7 +63,7 @@ def params():
 
 
 def assert_drawn_as(values, reference):
-    """The same distribution, as far as its spread, its quantiles and its ends tell."""
+    """The same distribution, by its spread, its quantiles and its ends."""
     values, reference = (np.asarray(x, np.float64).ravel() for x in (values, reference))
     scale, at = reference.std(), np.linspace(0.02, 0.98, 13)
     noise = 4 * math.sqrt(1 / len(values) + 1 / len(reference))

@@ -78,7 +78,7 @@ def live(parent, out, args, deaths, rng, steps):
     cut, log = 0, out.with_suffix(".log")
     for number, death in enumerate(deaths):
         life = parent.start(log, [*args, "--resume"] if number else args)
-        # A run that goes on first drops the lines of steps after its last checkpoint.
+        # A resumed run first drops the lines of steps after its last checkpoint.
         alive = life.until(lambda: "steps an epoch" in log.read_text())
         goal = told(out) + (1 if death == "saving" else rng.randint(1, 2 * EVERY))
         alive = alive and life.until(lambda goal=goal: told(out) >= goal)
@@ -164,7 +164,7 @@ def test_two_processes_stop_and_go_on_together(tmp_path, parent, cache, data):
     assert "stopped by SIGTERM after step" in lives[0].text and 4 <= told(both) < 30
     life = parent.start(tmp_path / "alone.log", [*run, "--out", both, "--resume"])
     assert life.end() == 2 and "the clips were read by 2 processes" in life.text
-    # The first of them sees that the latest checkpoint is damaged; both go on from the one before.
+    # The first of them sees that the latest checkpoint is damaged; both resume from the one before.
     *_, before, latest = sorted(int(path.name) for path in (both / "checkpoints").iterdir())
     arrays = max(both.glob(f"checkpoints/{latest}/state/**/d/*"), key=lambda p: p.stat().st_size)
     arrays.write_bytes(arrays.read_bytes()[:-1] + bytes([arrays.read_bytes()[-1] ^ 1]))
@@ -174,7 +174,7 @@ def test_two_processes_stop_and_go_on_together(tmp_path, parent, cache, data):
     assert f"steps {before + 1} to 30" in lives[0].text and "damaged" not in lives[1].text
     assert_same(both, alone, 30, rtol=2e-5)
 
-    # Nine test videos, of which one is damaged, are no equal shares.
+    # Nine test videos, one of them damaged, do not make equal shares.
     (tmp_path / "test.txt").write_text("".join((data / "one.txt").open().readlines()[:9]))
     args = ["evaluate", "--model", both / "models" / "30", "--data", tmp_path / "test.txt"]
     args += ["--root", data, "--clips", 2, "--crops", 3, "--stride", 1, "--out"]

@@ -197,7 +197,7 @@ def test_a_disk_that_is_full_leaves_whole_lines_and_one_error(tmp_path, monkeypa
         tags = [value.tag for event in events(file) for value in event.summary.value]
         assert tags == [f"train/{name}" for name in numbers] * written
         return
-    # Once there is room the run goes on in the same file.
+    # Once there is room the run continues in the same file.
     log = MetricLog(tmp_path, resume_at=written)
     log.write("train", written + 1, numbers)
     log.close()

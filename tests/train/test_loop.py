@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs in this process: what they write, how they stop and go on, and what they start from."""
+"""Runs in this process: what they write, how they stop and resume, and what they start from."""
 
 import contextlib
 import dataclasses
@@ -93,7 +93,7 @@ def equal_steps_are_compiled_once():
 
 
 def run(recipe, out, mesh=ONE, **options):
-    """(outcome, what was said)."""
+    """(outcome, lines said)."""
     said = []
     return loop.train(recipe, out, mesh_sizes=mesh, say=said.append, **options), said
 
@@ -156,7 +156,7 @@ def test_a_run_tells_each_step_once_and_each_validation(whole):
 
 
 def test_waiting_for_data_is_a_share_of_the_time(recipe, tmp_path, monkeypatch):
-    """Also of steps that are told one after another, or that end an epoch."""
+    """Also of steps that are reported one after another, or that end an epoch."""
     following = Batches.__next__
 
     def slow(batches):
@@ -180,7 +180,7 @@ def test_the_best_and_the_last_checkpoints_are_kept(whole):
 
 
 def test_clips_of_training_and_of_validation_are_named(recipe, data, tmp_path, monkeypatch):
-    """What is raised is not foreseen; the run goes on, says so, and keeps what it said before."""
+    """An unforeseen error: the run continues, reports it, and keeps its earlier reports."""
     bad = [str(data / part / "red" / "0.npy") for part in ("train", "test")]
     opened = dataset.open_array
 
@@ -227,7 +227,7 @@ def test_the_model_opens_in_transformers_with_the_folders_names(whole):
     with torch.no_grad():
         expected = theirs(to_torch(clip)).logits.numpy()
     assert_close(forward(model, params, clip).logits, expected, "logits")
-    # It is the average that is exported, not what is trained.
+    # The average is exported, not the trained parameters.
     last = state(whole.model.parents[1], STEPS)
     for path, value in param_tree.flatten(params).items():
         np.testing.assert_array_equal(last[f"average/{path}"], value, err_msg=path)

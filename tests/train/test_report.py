@@ -18,7 +18,7 @@ HOSTILE = """</td><script>alert("1")</script>&amp;\x00\x1b\ud800'"""
 
 
 def page_of(directory):
-    """The report's root; its parser refuses what is not well-formed, stray entities included."""
+    """The report's root; the parser refuses pages that are not well-formed."""
     path = write_report(directory)
     assert path == directory / "report.html"
     return ElementTree.fromstring(path.read_text(encoding="utf-8"))

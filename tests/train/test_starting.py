@@ -223,7 +223,7 @@ def test_every_recipe_can_start_from_what_it_says(name):
         free = ("image_size", "num_temporal_layers")
         same = [f for f in of_the_function(config, "classification") if f not in free]
         assert [f for f in same if getattr(config, f) != getattr(theirs, f)] == []
-        # What the recipe has otherwise it has to say itself: a start's own configuration counts.
+        # A recipe has to set the fields in which it differs: the start's own configuration applies.
         differs = {f: getattr(config, f) for f in (*free, "drop_path_rate")}
         differs = {f: v for f, v in differs.items() if v != getattr(theirs, f)}
         assert dict(recipe.model.config) == differs and "num_temporal_layers" in differs

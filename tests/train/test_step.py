@@ -74,7 +74,7 @@ def built(recipe, mesh):
 def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
     """(loss of each step, params and their average by path, the state)."""
     devices, model, optimizer, shapes, step = built(recipe, mesh)
-    # Larger than a run starts, and no classifier of nearly zero: every layer tells in the loss.
+    # Larger than initial values, with a classifier far from zero, so that the loss sees each layer.
     params = jax.tree.map(
         lambda x: 5 * x if x.ndim > 1 else x, fresh_params(model, recipe.train.seed)
     )
@@ -144,7 +144,7 @@ def test_explicit_axes_of_a_mesh_are_taken_as_automatic(recipe, alone):
 
 
 def test_another_seed_gives_another_run(alone):
-    """What is compared above does tell."""
+    """The comparison above can fail."""
     other = run(changed(FINETUNE, train__seed=1))
     assert np.abs(np.subtract(other[0], alone(FINETUNE)[0])).max() > 1e-3
 

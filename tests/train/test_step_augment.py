@@ -189,7 +189,7 @@ def test_boxes_are_drawn_as_in_the_papers_code():
         ours, theirs = values(drawn.astype(float)), values(expected)
         deviation = theirs.std(0) * (1 / MANY + 1 / len(theirs)) ** 0.5
         assert (np.abs(ours.mean(0) - theirs.mean(0)) < 5 * deviation).all()
-    # Negative control: the same check tells a narrower range of aspects apart.
+    # Negative control: the same check sees a narrower range of aspects.
     other = numpy_of(draw_erased(keys(MANY), (height, width), 1.0, aspect=(0.5, 2.0)))
     heights = (other.bottom - other.top).astype(float)
     assert abs((heights**2).mean() - (expected[:, 0] ** 2).mean()) > 5 * (
@@ -331,7 +331,7 @@ def everything(key, pixels, targets, rows):
 
 
 def test_a_batch_over_devices_equals_its_parts_on_one():
-    """Also where the key is of a kind that draws otherwise under vmap, as this one is."""
+    """Also for a kind of key that draws differently under vmap, such as this one."""
     augment, key = jax.jit(everything), jax.random.key(5, impl="rbg")
     batch = clips(16, size=(6, 5)), np.eye(16, dtype=np.float32), np.arange(16)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

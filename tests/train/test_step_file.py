@@ -111,7 +111,7 @@ def steps_in_another_process(place, name):
     np.savez(place / "state.npz", **as_numpy(first_state(name)))
     for i, batch in enumerate(batches(CASES[name][0], STEPS)):
         np.savez(place / f"batch{i}.npz", **batch)
-    # The same compiler as here: what is compared are bits.
+    # The same compiler as here, since bits are compared.
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(TESTS)}
     command = [sys.executable, "-c", RUN, str(place), str(STEPS)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -19,7 +19,7 @@ from vivit_jax.recipes import recipe_named, to_dict
 from vivit_jax.train.log import read_metrics
 from vivit_jax.train.run_directory import differences
 
-# With what is random in data and model, without what only takes longer to compile.
+# With everything random in data and model, without what only takes longer to compile.
 PLAIN = AugmentSettings(crop="random_resized", crop_scale=(0.5, 1.0), smoothing=0.1)
 NAME = "videomae-v1-base-kinetics400-finetune"
 PATIENCE = 300.0  # seconds to wait for a process on a machine that is busy
@@ -65,7 +65,7 @@ def state(out, step):
 
 
 def assert_same(found, expected, steps, rtol=0.0):
-    """Of two runs: every number that was told, once, and every array after `steps`."""
+    """Two runs agree: every reported number, once, and every array after `steps`."""
     ours, theirs = lines(found), lines(expected)
     assert [line["step"] for line in ours] == list(range(1, steps + 1))
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
