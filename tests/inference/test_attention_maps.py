@@ -68,7 +68,10 @@ def block_matrices(config, space, time, layer, head=None):
 
     if config.attention_type == "factorised_dot_product" and head is not None:
         half = config.num_attention_heads // 2
-        pick = lambda a: a[:, head % half]  # noqa: E731
+
+        def pick(a):
+            return a[:, head % half]
+
         fill(pick, pick)
     else:
         fill(of, of)

@@ -156,11 +156,19 @@ def table(setup: TrainSetup) -> list[Row]:
     """
     sizes = dict(setup.mesh.shape)
     parts, params = setup.recipe.train.accumulate, flat(setup.shapes.params)
-    along = lambda *names: tuple(name for name in names if sizes[name] > 1)  # noqa: E731
-    held = lambda leaf, axis: sizes[axis] if axis in leaf.sharding.spec else 1  # noqa: E731
+
+    def along(*names):
+        return tuple(name for name in names if sizes[name] > 1)
+
+    def held(leaf, axis):
+        return sizes[axis] if axis in leaf.sharding.spec else 1
+
     # What a device has of a parameter as it is used, once fsdp's parts are together.
     used = flat(jax.eval_shape(_used(setup), setup.shapes.params))
-    size = lambda path: params[path].size * used[path].dtype.itemsize  # noqa: E731
+
+    def size(path):
+        return params[path].size * used[path].dtype.itemsize
+
     whole = {path: size(path) // held(leaf, "tensor") for path, leaf in params.items()}
     fsdp = [path for path, leaf in params.items() if held(leaf, "fsdp") > 1]
     learns = flat(trained(setup.recipe.optim, setup.shapes.params))
@@ -249,7 +257,10 @@ def activations(setup: TrainSetup) -> int:
     t, h, w = config.grid
     width, layers = config.hidden_size, config.num_hidden_layers
     if recipe.task == "pretrain":
-        draw = lambda key: draw_mask(recipe.mask, key, 1, config.grid)  # noqa: E731
+
+        def draw(key):
+            return draw_mask(recipe.mask, key, 1, config.grid)
+
         mask = jax.eval_shape(draw, jax.random.key(0))
         visible, decoded = mask.visible.shape[1], mask.predicted.shape[1]
         decoder = config.decoder()

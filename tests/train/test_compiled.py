@@ -28,7 +28,10 @@ def mesh_on(where, sizes=SIZES):
 
 def compiled(function, mesh, where, *args, out=None):
     """The compiled function of arrays of (shape, spec, dtype)."""
-    place = lambda spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+
+    def place(spec):
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
     shapes = [jax.ShapeDtypeStruct(s, d, sharding=place(spec)) for s, spec, d in args]
     target = {"cpu": "cpu", "h100:8": "gpu"}.get(where, "tpu")
     options = {} if out is None else {"out_shardings": jax.tree.map(place, out, is_leaf=_is_spec)}
@@ -171,7 +174,10 @@ def test_of_branches_the_costliest_counts(where):
 def test_a_condition_that_asks_other_devices(where):
     """It is asked once before the one round that counts of a loop that may have any number."""
     mesh = mesh_on(where)
-    step = lambda x: jax.lax.while_loop(lambda x: (x < 3).any(), lambda x: x * 2, x)  # noqa: E731
+
+    def step(x):
+        return jax.lax.while_loop(lambda x: (x < 3).any(), lambda x: x * 2, x)
+
     shape = ((512, 256), (BATCH,), jnp.float32)
     program = read_program(compiled(step, mesh, where, shape, out=(BATCH,)), mesh)
     assert [(loop.trips, loop.times) for loop in program.loops] == [(None, 1)]

@@ -183,7 +183,10 @@ def test_logits_averaged_as_scenic_does_are_those_of_a_loop(classifier, dataset)
     """Whose middle crop is rounded up, and whose pixels lie in [-1, 1]."""
     settings = EvalSettings(clips=3, crops=3, sampler="loop", stride=2, resize=27, average="logits")
     found = scores(run(classifier, dataset, settings, SCENIC), settings)
-    normalise = lambda frames: frames / 127.5 - 1  # noqa: E731
+
+    def normalise(frames):
+        return frames / 127.5 - 1
+
     for rounding, near in ((np.ceil, True), (np.floor, False)):
         other = np.stack([s for s, _ in naive(classifier, dataset, settings, normalise, rounding)])
         assert np.allclose(found, other, rtol=1e-4, atol=1e-4) == near

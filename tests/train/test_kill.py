@@ -103,7 +103,10 @@ def live(parent, out, args, deaths, rng, steps):
 def story(tmp_path, parent, cache, data, deaths, steps, seed):
     """`live`, compared with a run that lived once."""
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(seed)
-    run = lambda out: [*cache, "finetune", "--out", out, *tiny(data, steps)]  # noqa: E731
+
+    def run(out):
+        return [*cache, "finetune", "--out", out, *tiny(data, steps)]
+
     live(parent, whole, run(whole), [], rng, steps)
     cut = live(parent, killed, run(killed), deaths, rng, steps)
     for out in (whole, killed):

@@ -336,7 +336,10 @@ def test_a_signal_within_a_validation_ends_the_run_without_another_step(recipe, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_is_not_held(number):
     received = []
-    second = lambda *_: received.append("second")  # noqa: E731
+
+    def second(*_):
+        return received.append("second")
+
     with handled(number, second), stop_signals() as first:
         signal.raise_signal(number)
         assert (first, received) == ([number.name], [])

@@ -32,7 +32,10 @@ def numpy_topk(scores, labels, k):
 
 def numpy_actions(logits, nouns, verbs):
     """noun * verbs + verb, element by element in float64."""
-    softmax = lambda x: np.exp(x - x.max()) / np.exp(x - x.max()).sum()  # noqa: E731
+
+    def softmax(x):
+        return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
     out = np.empty((len(logits), nouns * verbs))
     for i, row in enumerate(logits.astype(np.float64)):
         p, q = softmax(row[:nouns]), softmax(row[nouns:])

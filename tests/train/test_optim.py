@@ -264,7 +264,10 @@ def tiny_params():
         "head/kernel": (2, 2),
         "head/bias": (2,),
     }
-    draw = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+
+    def draw(shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     return param_tree.unflatten({path: draw(shape) for path, shape in shapes.items()})
 
 

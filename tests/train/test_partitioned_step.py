@@ -79,7 +79,10 @@ def test_each_device_attends_for_its_own_heads(family, mesh, monkeypatch):
 def _rounds(program):
     """Of all loops over heads together, and of each other loop, sorted."""
     rounds = [(loop, (loop.trips or 0) * loop.times) for loop in program.loops]
-    inside = lambda loop: "/attention" in loop.op_name  # noqa: E731
+
+    def inside(loop):
+        return "/attention" in loop.op_name
+
     return {
         "attention": sum(n for loop, n in rounds if inside(loop)),
         "other": sorted(n for loop, n in rounds if not inside(loop)),

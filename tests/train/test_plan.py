@@ -207,9 +207,10 @@ def test_videos_of_recipes():
 
 
 def test_links_by_the_sides_of_the_torus():
-    at = lambda x, y, slice_index=0: types.SimpleNamespace(  # noqa: E731
-        coords=(x, y, 0), slice_index=slice_index
-    )
+
+    def at(x, y, slice_index=0):
+        return types.SimpleNamespace(coords=(x, y, 0), slice_index=slice_index)
+
     topology = parse_topology("v5e:4x4")
     row, column = [at(x, 0) for x in range(4)], [at(0, y) for y in range(4)]
     assert link_bandwidth(row, topology) == link_bandwidth(column, topology) == 100e9

@@ -79,7 +79,10 @@ def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
         lambda x: 5 * x if x.ndim > 1 else x, fresh_params(model, recipe.train.seed)
     )
     averaged = recipe.optim.ema is not None
-    here = lambda sharding: jax.NamedSharding(devices, sharding.spec)  # noqa: E731
+
+    def here(sharding):
+        return jax.NamedSharding(devices, sharding.spec)
+
     place = jax.tree.map(lambda leaf: here(leaf.sharding), shapes)
     state = jax.device_put(new_state(params, optimizer, averaged=averaged), place)
     losses, of_clips = [], here(batch_sharding(devices))
@@ -165,7 +168,10 @@ def test_fsdp_divides_what_a_device_holds(size):
 
 
 def test_a_step_without_finite_gradients_changes_nothing():
-    huge = lambda i, batch: batch | {"labels": batch["labels"] * 0 - 1} if i == 2 else batch  # noqa: E731
+
+    def huge(i, batch):
+        return batch | {"labels": batch["labels"] * 0 - 1} if i == 2 else batch
+
     losses, flat, state = run(FINETUNE, change=huge)
     assert np.isnan(losses[2]) and np.isfinite(losses[3])
     assert (int(state.step), int(state.skipped), int(state.bad_steps)) == (4, 1, 0)

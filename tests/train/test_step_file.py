@@ -136,7 +136,10 @@ def test_a_state_of_any_kind_is_taken_and_donated(tmp_path):
     setup, step = setup_of("mesh"), load_step(written(tmp_path, "mesh"))
     assert step.platforms == ("cpu", "cuda", "tpu")
     assert dict(step.mesh.shape) == dict(data=2, fsdp=2, tensor=2)
-    places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
+
+    def places(tree):
+        return jax.tree.map(lambda x: x.sharding, tree)
+
     assert places(step.state) == places(flat(setup.shapes))
     state, batch = first_state("mesh"), next(batches(setup.recipe))
     arrays = as_numpy(first_state("mesh"))  # views, of which nothing can be donated
