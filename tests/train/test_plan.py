@@ -26,17 +26,9 @@ from vivit_jax.train.planning.hardware import CHIPS, parse_topology
 from vivit_jax.train.planning.hlo import Array
 from vivit_jax.train.planning.least_memory import least_memory, refused
 from vivit_jax.train.planning.meshes import all_meshes, cost, sensible_meshes, sent
-from vivit_jax.train.planning.plan import (
-    Moved,
-    Part,
-    Plan,
-    kernel_seconds,
-    link_bandwidth,
-    plan,
-    planned_setup,
-    training_videos,
-)
+from vivit_jax.train.planning.plan import Plan, plan, planned_setup, training_videos
 from vivit_jax.train.planning.plan_text import describe, ranking
+from vivit_jax.train.planning.step_costs import Moved, Part, kernel_seconds, link_bandwidth
 from vivit_jax.train.planning.step_parts import PARTS, part_of
 from vivit_jax.train.sharding import AXES, make_mesh, mesh_text, parse_mesh
 

@@ -10,7 +10,8 @@ from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.planning.hardware import Topology
 from vivit_jax.train.planning.least_memory import check_least_memory
-from vivit_jax.train.planning.plan import link_bandwidth, planned_setup
+from vivit_jax.train.planning.plan import planned_setup
+from vivit_jax.train.planning.step_costs import link_bandwidth
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import AXES, batch_shards, bytes_on_a_device, mesh_text
 

@@ -7,26 +7,24 @@ reads the program. Nothing is run or allocated: every time is an estimate.
 
 import dataclasses
 import importlib.metadata
-import re
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from vivit_jax.errors import UserError
-from vivit_jax.layers.pallas import cycles
 from vivit_jax.models.flops import recomputed_flops, step_flops
 from vivit_jax.recipes.checks import check
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.train.initial_model import planned_model
-from vivit_jax.train.planning.compiled import Collective, Operation, Program, read_program
+from vivit_jax.train.planning import step_costs
+from vivit_jax.train.planning.compiled import Operation, read_program
 from vivit_jax.train.planning.hardware import Topology, compile_only_devices
 from vivit_jax.train.planning.least_memory import check_least_memory, refused, too_large
-from vivit_jax.train.planning.step_parts import PARTS, part_of
+from vivit_jax.train.planning.step_costs import Moved, Part
+from vivit_jax.train.planning.step_parts import part_of
 from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import bytes_on_a_device, check_mesh, make_mesh
 from vivit_jax.train.step import check_division
@@ -44,32 +42,7 @@ VIDEOS = {
 }
 _COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
 _NO_TILES = "find output tile sizes"
-# Cycles of the attention kernels on a core, forward and backward, relative to v5e.
-_OF_V5E = {"v4": (1.55, 1.32), "v5e": (1.0, 1.0), "v5p": (1.0, 1.0), "v6e": (0.7, 0.63)}
-_PALLAS = "tpu_custom_call"
 _ANY_STEPS = 1000  # in an epoch of unknown length
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What one of `step_parts.PARTS` costs in a step."""
-
-    name: str
-    seconds: float  # the compiler's estimate plus kernels; 0 on GPU
-    bytes: int  # main memory traffic
-
-
-@dataclasses.dataclass(frozen=True)
-class Moved:
-    """All collectives of one kind along the same mesh axes, in a step."""
-
-    kind: str
-    axes: tuple[str, ...]
-    times: int
-    bytes: int  # held by a device
-    sent: int  # by each device
-    seconds: float | None  # on the links; None between slices
-    beside_seconds: float  # of `seconds`, how many other operations may overlap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +204,7 @@ def plan(
     config, head = setup.model.config, HEADS[setup.recipe.task]
     counts = setup.token_counts
     on_one = setup.rows / topology.count
-    kernels, uncounted = _kernels(program)
+    kernels, uncounted = step_costs.kernels(program)
     return Plan(
         recipe=recipe.name,
         topology=topology,
@@ -249,14 +222,16 @@ def plan(
         recomputed=round(recomputed_flops(config, head, *counts) * on_one),
         cycles=program.cycles,
         kernels=kernels,
-        kernel_seconds=sum(kernel_seconds(each, topology) for each in program.operations),
+        kernel_seconds=sum(
+            step_costs.kernel_seconds(each, topology) for each in program.operations
+        ),
         uncounted_kernels=uncounted,
-        parts=_parts(program, topology),
-        moved=_moved(program, setup.mesh, topology),
-        network_bytes=_sent_to_slices(program),
+        parts=step_costs.parts(program, topology),
+        moved=step_costs.moved(program, setup.mesh, topology),
+        network_bytes=step_costs.sent_to_slices(program),
         bytes=program.bytes,
         unknown_loops=sum(loop.trips is None and loop.times > 0 for loop in program.loops),
-        operations=_costliest(program, topology),
+        operations=step_costs.costliest(program, topology),
         epochs=recipe.train.epochs,
         epoch_videos=videos or training_videos(recipe.name),
         text=text,
@@ -310,113 +285,3 @@ def training_videos(name: str) -> int | None:
 def _versions(topology: Topology) -> dict[str, str]:
     compiler = _COMPILERS[topology.chip.platform]
     return {name: importlib.metadata.version(name) for name in ("jax", compiler)}
-
-
-def kernel_seconds(operation: Operation, topology: Topology) -> float:
-    """The seconds of all runs of a Pallas kernel; 0 for other operations.
-
-    Attention in half precision is estimated by `vivit_jax.layers.pallas.cycles`. Other kernels get
-    a lower bound: the products of their cost estimate or their traffic, at the chip's figures.
-    """
-    if operation.target != _PALLAS:
-        return 0.0
-    chip = topology.chip
-    once = max(operation.flops / chip.flops, operation.bytes / chip.bandwidth)
-    attention = re.search(r"attention_(forward|backward)", f"{operation.name} {operation.op_name}")
-    if attention and operation.operands[0].dtype == "bf16":
-        backward = attention[1] == "backward"
-        (heads, width, queries), (_, _, keys) = (each.shape for each in operation.operands[:2])
-        count = cycles(heads, queries, keys, width, backward=backward)
-        count *= _OF_V5E[topology.kind][backward] / (2 if chip.megacore else 1)
-        once = max(once, count / chip.clock)
-    return once * operation.times
-
-
-def operation_seconds(operation: Operation, topology: Topology) -> float:
-    """The seconds of all runs of an operation: its estimated cycles, or `kernel_seconds`."""
-    estimated = (operation.cycles or 0) * operation.times
-    return estimated / topology.chip.clock + kernel_seconds(operation, topology)
-
-
-def _kernels(program: Program) -> tuple[dict[str, int], int]:
-    """Calls of kernels by name, and how many Pallas calls carry no cost estimate.
-
-    Other custom calls in a TPU's program are XLA's own.
-    """
-    calls, uncounted = defaultdict(int), 0
-    on_tpu = any(each.cycles for each in program.operations)
-    for each in program.operations:
-        if not each.times:
-            continue  # in a branch that is not taken
-        if each.target == _PALLAS:
-            calls[re.sub(r"[.\d]+$", "", each.name)] += each.times
-            uncounted += 0 if each.flops else each.times
-        elif each.target is not None and not on_tpu:
-            calls[each.target] += each.times
-    return dict(calls), uncounted
-
-
-def _parts(program: Program, topology: Topology) -> tuple[Part, ...]:
-    seconds, moved = defaultdict(float), defaultdict(int)
-    for each in program.operations:
-        part = part_of(each.op_name)
-        seconds[part] += operation_seconds(each, topology)
-        moved[part] += each.bytes * each.times
-    return tuple(Part(name, seconds[name], moved[name]) for name in PARTS if name in moved)
-
-
-def _costliest(program: Program, topology: Topology) -> tuple[Operation, ...]:
-    def cost(each: Operation):
-        return operation_seconds(each, topology), each.bytes * each.times
-
-    return tuple(sorted(program.operations, key=cost, reverse=True))
-
-
-def _moved(program: Program, mesh: Mesh, topology: Topology) -> tuple[Moved, ...]:
-    groups: dict[tuple, list[tuple[Collective, float | None]]] = defaultdict(list)
-    for each in program.collectives:
-        if not each.times:
-            continue  # in a branch that is not taken
-        rate = link_bandwidth([mesh.devices.flat[i] for i in each.devices], topology)
-        seconds = None if rate is None else each.sent * each.times / rate
-        groups[each.kind, each.axes, rate is None].append((each, seconds))
-    found = []
-    for (kind, axes, unknown), pairs in groups.items():
-        each = [one for one, _ in pairs]
-        whole = sum(seconds or 0.0 for _, seconds in pairs)
-        beside = sum(seconds or 0.0 for one, seconds in pairs if one.beside)
-        found.append(
-            Moved(
-                kind=kind,
-                axes=axes,
-                times=sum(one.times for one in each),
-                bytes=sum(one.bytes * one.times for one in each),
-                sent=sum(one.sent * one.times for one in each),
-                seconds=None if unknown else whole,
-                beside_seconds=beside,
-            )
-        )
-    return tuple(sorted(found, key=lambda each: each.sent, reverse=True))
-
-
-def _sent_to_slices(program: Program) -> int:
-    """Bytes sent to other slices, which libtpu compiles to sends through the hosts."""
-    sends = (each for each in program.operations if each.opcode == "send")
-    return sum(each.operands[0].bytes * each.times for each in sends)
-
-
-def link_bandwidth(
-    devices: Sequence[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
-    topology: Topology,
-) -> float | None:
-    """The bandwidth, in bytes a second, from one device of a group to the others.
-
-    On TPU the links along the sides of the torus that the group spans, each taken as a closed ring;
-    on GPU all links. None between slices, or between machines with GPUs.
-    """
-    if topology.chip.platform == "gpu":
-        return topology.chip.links if len({d.process_index for d in devices}) == 1 else None
-    if len({getattr(d, "slice_index", 0) for d in devices}) > 1:
-        return None
-    reached = sum(len(set(place)) > 1 for place in zip(*(d.coords for d in devices), strict=True))
-    return topology.chip.links * max(reached, 1) / topology.chip.dimensions

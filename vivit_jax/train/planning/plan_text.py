@@ -4,7 +4,8 @@
 from collections.abc import Mapping, Sequence
 
 from vivit_jax.progress import format_table, readable
-from vivit_jax.train.planning.plan import Plan, operation_seconds
+from vivit_jax.train.planning.plan import Plan
+from vivit_jax.train.planning.step_costs import operation_seconds
 from vivit_jax.train.planning.step_parts import part_of
 from vivit_jax.train.sharding import mesh_text
 
