@@ -176,8 +176,8 @@ def choose(
     """
     if kind not in KINDS:
         raise UserError(f"kind must be one of {list(KINDS)}, got {kind!r}")
-    query = _checked_query(query, _with_cls(config), grid or config.grid)
-    layers, temporal = config.num_hidden_layers, getattr(config, "temporal_layers", 0)
+    query = _checked_query(query, config.pooling == "cls", grid or config.grid)
+    layers, temporal = config.num_hidden_layers, config.temporal_layers
     if not layers:
         raise UserError("the model has num_hidden_layers=0: it has no attention to show")
     if temporal_layer is not None and not temporal:
@@ -240,20 +240,6 @@ def _place(name: str, index: int | None, count: int) -> int:
     return index % count
 
 
-def _attention_type(config: Config) -> str:
-    return getattr(config, "attention_type", "joint")  # VideoMAE's is joint
-
-
-def _with_cls(config: Config) -> bool:
-    return getattr(config, "pooling", None) == "cls"
-
-
-def _stages(config: Config) -> tuple[StackSpec, ...]:
-    if isinstance(config, VivitConfig):
-        return stack_specs(config)
-    return (StackSpec(config.num_hidden_layers),)
-
-
 def _query_row(query: Query, grid: Grid, with_cls: bool) -> Float32[np.ndarray, " l"]:
     """The weight of every token as a query; sums to one."""
     row = np.zeros(with_cls + int(np.prod(grid)), np.float32)
@@ -268,7 +254,7 @@ def _query_row(query: Query, grid: Grid, with_cls: bool) -> Float32[np.ndarray, 
 
 def _staged_shares(config, stages, params, out, choice: Choice, shape) -> np.ndarray:
     """The tubelets' shares [b, t, h * w] in a factorised encoder, for shape [b, t, h, w]."""
-    (batch, t, h, w), with_cls = shape, _with_cls(config)
+    (batch, t, h, w), with_cls = shape, config.pooling == "cls"
     of_frame, place = choice.query, None
     if not isinstance(choice.query, str):
         place, of_frame = choice.query[0], (0, *choice.query[1:])

@@ -166,7 +166,7 @@ def check_features(
 
 def _place(config, layer: str | int) -> tuple[str, int]:
     """The output field of a layer and the index in it. UserError if there is none."""
-    staged, text = getattr(config, "temporal_layers", 0), str(layer)
+    staged, text = config.temporal_layers, str(layer)
     if text == "last":
         return "last_hidden_state", 0
     stage, _, number = text.rpartition(":")
@@ -182,7 +182,7 @@ def _place(config, layer: str | int) -> tuple[str, int]:
 
 def _class_tokens(config, field: str) -> bool:
     """Whether the first token of this output field is a class token."""
-    if getattr(config, "pooling", None) != "cls":
+    if config.pooling != "cls":
         return False
     return not (field == "last_hidden_state" and config.spatial_only)
 

@@ -142,7 +142,7 @@ def _prepare(
     if not recipe.data.train:
         raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
     finetune = recipe.task == "finetune"
-    heads = len(model_config(recipe).class_splits or (1,)) if finetune else 0
+    heads = len(model_config(recipe).split_sizes) if finetune else 0
     listed = functools.partial(
         read_dataset,
         root=recipe.data.root,
