@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax attention`: where in space and time a model looks, laid on the frames of a clip."""
 
+import dataclasses
 import json as json_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.attention_picture import Footer, blocks, mark, overlay, scale_top
 from vivit_jax.cli.model import open_model
+from vivit_jax.cli.options import FLAT, READ, PictureOptions, ReadOptions
 from vivit_jax.cli.panels import Panels, as_frames, channels_note, real_time
 from vivit_jax.cli.reconstruct import SUFFIXES
 from vivit_jax.console import ConfigOption, joined
@@ -43,24 +45,40 @@ _ARRANGEMENTS = {
 _ALL_ALIKE = "Space: the spatial stage, inside each time step; all time steps weigh the same."
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MapOptions:
+    """Which attention is shown.
+
+    Attributes:
+        kind: map is the attention of one layer. rollout follows it through all layers down to the
+            pixels, with half of each layer for its residual connection (Abnar and Zuidema 2020).
+        query: Whose attention: cls, the class token (of each stage, in a factorised encoder); mean,
+            the mean of all tubelets, so what each receives; or a tubelet as T,Y,X, counted from 0
+            on the grid of tokens. Default: cls where there is a class token, else mean.
+        layer: The layer of a map, the last layer of a rollout, from 0; -1 is the last, the default.
+            In a factorised encoder that of its spatial stage.
+        temporal_layer: The same for the temporal stage of a factorised encoder.
+        head: mean of all heads, or the number of one, from 0; in a factorised dot-product model the
+            first half of them looks over time. A rollout takes the mean.
+    """
+
+    kind: Literal["map", "rollout"] = "map"
+    query: str | None = None
+    layer: int | None = None
+    temporal_layer: int | None = None
+    head: str = "mean"
+
+
 def attention(
     clip: Annotated[Path, tyro.conf.Positional],
     /,
     *,
     model: str,
-    out: Path,
     config: ConfigOption = (),
-    kind: Literal["map", "rollout"] = "map",
-    query: str | None = None,
-    layer: int | None = None,
-    temporal_layer: int | None = None,
-    head: str = "mean",
-    stride: int | None = None,
-    start: str = "center",
-    pad: Literal["error", "repeat_last", "loop"] = "error",
+    picture: Annotated[PictureOptions, FLAT],
+    attend: Annotated[MapOptions, FLAT] = MapOptions(),
+    read: Annotated[ReadOptions, FLAT] = READ,
     save: Path | None = None,
-    overwrite: bool = False,
-    json: bool = False,
 ) -> int:
     """Draw what a model attends to in a clip: over space on its frames, over time as a plot.
 
@@ -74,52 +92,29 @@ def attention(
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic. Of a pre-trained
             VideoMAE the encoder is shown, looking at the whole clip.
-        out: File to write: .png has the frames in columns, of more than eight those of eight evenly
-            spaced ones; .mp4 and .gif have all of them, moving.
-        kind: map is the attention of one layer. rollout follows it through all layers down to the
-            pixels, with half of each layer for its residual connection (Abnar and Zuidema 2020).
-        query: Whose attention: cls, the class token (of each stage, in a factorised encoder); mean,
-            the mean of all tubelets, so what each receives; or a tubelet as T,Y,X, counted from 0
-            on the grid of tokens. Default: cls where there is a class token, else mean.
-        layer: The layer of a map, the last layer of a rollout, from 0; -1 is the last, the default.
-            In a factorised encoder that of its spatial stage.
-        temporal_layer: The same for the temporal stage of a factorised encoder.
-        head: mean of all heads, or the number of one, from 0; in a factorised dot-product model the
-            first half of them looks over time. A rollout takes the mean.
-        stride: Frames between sampled frames. Default: the recipe's (ViViT 2, VideoMAE 4), less
-            where the video is too short for it.
-        start: Where the clip lies: begin, center, end, or the index of its first frame.
-        pad: What to do with a video of fewer frames than the model takes.
         save: File to write the numbers to, .npz: maps [t, h, w], which sum to 1; time_weights [t];
             class_token_share; frames, the file's frame numbers, of each tubelet [t, n]; seconds,
             when they are shown, from the video's first frame on.
-        overwrite: Replace `out` and `save` where they exist.
-        json: Print a JSON object instead of text.
     """
-    check_output(out, SUFFIXES, overwrite)
+    out = picture.out
+    check_output(out, SUFFIXES, picture.overwrite)
     if save is not None:
-        check_output(save, (".npz",), overwrite, "--save")
-    wanted = dict(
-        kind=kind,
-        query=parse_query(query),
-        layer=layer,
-        temporal_layer=temporal_layer,
-        head=parse_head(head),
-    )
+        check_output(save, (".npz",), picture.overwrite, "--save")
+    wanted = vars(attend) | dict(query=parse_query(attend.query), head=parse_head(attend.head))
 
-    place = parse_start(start)
+    start = parse_start(read.start)
     # What is cheap to check comes before the weights.
     changes = joined(config)
     source = open_model(model, changes)
     choose(source.config, **wanted)
     processor = processor_of(source)
-    read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
-    pixel_values = read.pixel_values(processor)
+    shown = read_clip(clip, source.config, stride=read.stride, start=start, pad=read.pad)
+    pixel_values = shown.pixel_values(processor)
     module, params = from_pretrained(source.checkpoint.path, config=changes)
     found = map_attention(module, params, pixel_values, **wanted)
 
-    indices = read.indices[found.frames]
-    seconds = None if read.fps is None else frame_times(clip, indices)
+    indices = shown.indices[found.frames]
+    seconds = None if shown.fps is None else frame_times(clip, indices)
     scale, shift = arithmetic(processor)
     seen = (pixel_values[0, found.frames].astype(np.float64) - shift) / scale / 255
     panels = picture_of(
@@ -138,7 +133,7 @@ def attention(
         with whole_file(save) as partial, partial.open("wb") as file:
             np.savez(file, **_numbers(found, indices, seconds))
     summary = _summary(found, indices, clip, out, save)
-    if json:
+    if picture.json:
         print(json_module.dumps(summary, indent=2))
         return 0
     print(f"{clip} ({len(indices)} frames from {indices[0]} to {indices[-1]})")

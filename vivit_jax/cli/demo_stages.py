@@ -25,9 +25,10 @@ from vivit_jax.cli.demo_run import (
     quoted,
     say,
 )
+from vivit_jax.cli.options import PictureOptions
 from vivit_jax.cli.panels import RIGHT, WRONG, Panels
 from vivit_jax.cli.predict import predict
-from vivit_jax.cli.reconstruct import draw_mask, panels_of, reconstruct
+from vivit_jax.cli.reconstruct import MaskOptions, draw_mask, panels_of, reconstruct
 from vivit_jax.data.datasets.dataset import Dataset, read_dataset, read_frames
 from vivit_jax.data.datasets.synthetic import CLASSES
 from vivit_jax.data.transforms.processor import VideoProcessor
@@ -59,9 +60,8 @@ def videomae(demo: Demo) -> Outcome:
         reconstruct(
             file,
             model=str(pretraining),
-            out=demo.out / MOVING,
-            mask=recipe.mask.kind,
-            mask_ratio=recipe.mask.ratio,
+            picture=PictureOptions(out=demo.out / MOVING),
+            mask=MaskOptions(mask=recipe.mask.kind, mask_ratio=recipe.mask.ratio),
         )
     few = data / "labelled"
     finetuning = _run(demo, demo_finetune(), "finetuning", few, start=pretraining)

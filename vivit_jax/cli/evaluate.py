@@ -4,13 +4,14 @@
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
+from vivit_jax.cli.options import FLAT, ONE_PROCESS, Dtype, ProcessOptions
 from vivit_jax.cli.train import join
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.data.datasets.dataset import read_dataset
@@ -25,122 +26,129 @@ from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
 logger = logging.getLogger(__name__)
 
 
-def evaluate(
-    *,
-    model: str,
-    data: str,
-    config: ConfigOption = (),
-    root: str | None = None,
-    frame_name: str = "img_{:05}.jpg",
-    first_frame: int = 1,
-    recipe: str | None = None,
-    clips: int | None = None,
-    crops: int | None = None,
-    sampler: Literal["hold", "linspace", "loop", "segments"] | None = None,
-    stride: int | None = None,
-    resize: int | None = None,
-    average: Literal["softmax", "logits"] | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    views_at_once: int | None = None,
-    threads: int = 2,
-    mesh: str | None = None,
-    out: Path | None = None,
-    overwrite: bool = False,
-    coordinator: str | None = None,
-    processes: int = 1,
-    process: int = 0,
-) -> int:
-    """Score a classifier on labelled videos, several views of each averaged into one answer.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The labelled videos.
 
-    Views are clips along time by crops along the longer side. Their number and kind are a recipe's,
-    changed by the flags; without --recipe one central view is taken, as the model's family reads
-    it. Frames are resized as the model's processor says, unless --resize does. Videos that cannot
-    be read are named, are no part of the accuracy, and make the exit status 1.
-
-    Args:
-        model: Directory, weight file or hub id, with its preprocessor_config.json.
+    Attributes:
         data: A list file with a path and a label in each line, or a directory with a folder for
             each class.
         root: Directory of the relative paths of a list. Default: the list's own.
-        frame_name: Of the images in folders whose list says how many there are, as Python's
-            str.format takes their number.
-        first_frame: Number of a folder's first image, where the list does not say it.
+        frame_name: Names of images in folders of frames, as a Python format of their number.
+        first_frame: Number of a folder's first image, if the list does not give it.
+    """
+
+    data: str
+    root: str | None = None
+    frame_name: str = "img_{:05}.jpg"
+    first_frame: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """The views that are averaged; None is the recipe's or the model's own.
+
+    Attributes:
         recipe: Take the views of this recipe of `vivit-jax recipes`.
         clips: Clips along time.
         crops: Crops along the longer side.
-        sampler: Which frames: linspace or hold (VideoMAE), loop (ViViT), segments (TSN).
-        stride: Frames from one to the next.
+        sampler: How frames are chosen: linspace or hold (VideoMAE), loop (ViViT), segments (TSN).
+        stride: Frames between sampled frames.
         resize: Shortest side before the crop, in pixels. Default: the model's processor's.
         average: What is averaged over views, softmax (VideoMAE) or logits (scenic).
-        dtype: Of the computation.
+    """
+
+    recipe: str | None = None
+    clips: int | None = None
+    crops: int | None = None
+    sampler: Literal["hold", "linspace", "loop", "segments"] | None = None
+    stride: int | None = None
+    resize: int | None = None
+    average: Literal["softmax", "logits"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """How the computation is spread; no answer depends on it beyond rounding.
+
+    Attributes:
+        dtype: What the model computes in.
         views_at_once: Views that go through the model together. Default: 8 for each device.
-        threads: That read videos.
+        threads: Threads that read videos.
         mesh: Sizes of the mesh of devices, such as data=8. Default: all along data.
-        out: Write the result with every video's answer, and all that moves the number, as JSON.
+    """
+
+    dtype: Dtype = "float32"
+    views_at_once: int | None = None
+    threads: int = 2
+    mesh: str | None = None
+
+
+def evaluate(
+    *,
+    model: str,
+    config: ConfigOption = (),
+    data: Annotated[DataOptions, FLAT],
+    views: Annotated[ViewOptions, FLAT] = ViewOptions(),
+    work: Annotated[WorkOptions, FLAT] = WorkOptions(),
+    out: Path | None = None,
+    overwrite: bool = False,
+    processes: Annotated[ProcessOptions, FLAT] = ONE_PROCESS,
+) -> int:
+    """Score a classifier on labelled videos, several views of each averaged into one answer.
+
+    Views are clips along time by crops along the longer side. --recipe takes the views of a recipe,
+    which other flags change; without it, one central view is taken as usual for the model's family.
+    Frames are resized as the model's processor says, or by --resize. Videos that cannot be read are
+    listed and left out of the accuracy, and the exit status is 1.
+
+    Args:
+        model: Directory, weight file or hub id, with its preprocessor_config.json.
+        out: JSON file for the result, the answer for each video, and all settings that affect them.
         overwrite: Replace the file of --out.
-        coordinator: Address of process 0 of several, host:port.
-        processes: How many processes there are.
-        process: Number of this process, from 0.
     """
     if out is not None:
         check_output(out, (".json",), overwrite)
-    join(coordinator, processes, process)
+    join(processes)
 
     for flag, value in (
-        *(("--clips", clips), ("--crops", crops), ("--stride", stride), ("--resize", resize)),
-        *(("--views-at-once", views_at_once), ("--threads", threads)),
+        *((f"--{name}", getattr(views, name)) for name in ("clips", "crops", "stride", "resize")),
+        *(("--views-at-once", work.views_at_once), ("--threads", work.threads)),
     ):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
-    if first_frame < 0:
-        raise UserError(f"--first-frame must be at least 0, got {first_frame}")
-    devices = make_mesh(parse_mesh(mesh, jax.device_count()))
+    if data.first_frame < 0:
+        raise UserError(f"--first-frame must be at least 0, got {data.first_frame}")
+    mesh = make_mesh(parse_mesh(work.mesh, jax.device_count()))
     changes = joined(config)
-    source = open_model(model, changes, dtype=dtype)
+    source = open_model(model, changes, dtype=work.dtype)
     if source.layout.head != "classification":
         raise UserError(
             f"--model {model} holds no classifier; fine-tune it first (vivit-jax finetune --start)"
         )
     dataset = read_dataset(
-        data,
-        root,
+        data.data,
+        data.root,
         labels=len(source.config.split_sizes),
-        frame_name=frame_name,
-        first_frame=first_frame,
+        frame_name=data.frame_name,
+        first_frame=data.first_frame,
     )
     dataset = evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)
     net, params = from_pretrained(
-        source.checkpoint.path, "classification", config=changes, dtype=dtype
+        source.checkpoint.path, "classification", config=changes, dtype=work.dtype
     )
-    given = dict(
-        clips=clips, crops=crops, sampler=sampler, stride=stride, resize=resize, average=average
-    )
-    given = {name: value for name, value in given.items() if value is not None}
-    chosen, other = _views(net.config, processor), None
-    if recipe is not None:
-        published = recipe_named(recipe).evaluation
-        other = f"{published.resize} of the recipe" if published.resize != chosen.resize else None
-        chosen = dataclasses.replace(published, resize=chosen.resize)
-    if resize is not None:
-        other = f"{chosen.resize} of the model's processor" if resize != chosen.resize else None
-    views = dataclasses.replace(chosen, **given)
-    if other is not None:
-        whose = "the model's processor says" if resize is None else "--resize says"
-        logger.warning(
-            "the shorter side is resized to %d, as %s, not to %s", views.resize, whose, other
-        )
-
-    placed = jax.device_put(params, param_shardings(net, devices))
+    chosen = _chosen_views(views, net.config, processor)
+    placed = jax.device_put(params, param_shardings(net, mesh))
     result = evaluation.evaluate(
         net,
         placed,
         dataset,
-        views,
+        chosen,
         processor,
-        mesh=devices,
-        views_at_once=views_at_once,
-        threads=threads,
+        mesh=mesh,
+        views_at_once=work.views_at_once,
+        threads=work.threads,
     )
     unreadable = [
         (example.path, answer.error)
@@ -150,7 +158,7 @@ def evaluate(
     if jax.process_index() == 0:
         # First of all, so that nothing that goes wrong with the printing can lose it.
         if out is not None:
-            record = _record(net, params, dataset, views, processor, result, model)
+            record = _record(net, params, dataset, chosen, processor, result, model)
             write_json(out, record | {"config": list(changes)})
         for name, value in result.metrics.items():
             print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
@@ -161,7 +169,29 @@ def evaluate(
     return int(bool(unreadable))
 
 
-def _views(config, processor):
+def _chosen_views(options: ViewOptions, config, processor) -> EvalSettings:
+    """The views of the flags; warns where a resize that was to be expected is overridden."""
+    chosen, overridden = _one_view(config, processor), None
+    if options.recipe is not None:
+        published = recipe_named(options.recipe).evaluation
+        if published.resize != chosen.resize:
+            overridden = f"{published.resize} of the recipe"
+        chosen = dataclasses.replace(published, resize=chosen.resize)
+    source = "the model's processor says"
+    if options.resize is not None:
+        overridden, source = None, "--resize says"
+        if options.resize != chosen.resize:
+            overridden = f"{chosen.resize} of the model's processor"
+    given = {n: v for n, v in vars(options).items() if n != "recipe" and v is not None}
+    views = dataclasses.replace(chosen, **given)
+    if overridden is not None:
+        logger.warning(
+            "the shorter side is resized to %d, as %s, not to %s", views.resize, source, overridden
+        )
+    return views
+
+
+def _one_view(config, processor) -> EvalSettings:
     """One central view, as the model's family takes it, resized as its processor says."""
     return EvalSettings(
         sampler=config.view_sampler,

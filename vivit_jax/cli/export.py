@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax export`: a model as one file that runs without this library."""
 
+import dataclasses
 import json as json_module
 import re
 import sys
@@ -14,6 +15,7 @@ from checkpoints_convert.files.tensors import LazyTensor
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
+from vivit_jax.cli.options import FLAT, Dtype
 from vivit_jax.config import architecture
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.errors import ConfigError, UserError
@@ -23,6 +25,33 @@ from vivit_jax.inference.export import check_extra, export_model
 SUFFIX = ".stablehlo"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramOptions:
+    """What the program takes, holds and computes in.
+
+    Attributes:
+        preprocess: Take uint8 frames and normalise them inside; needs preprocessor_config.json.
+            Frames come resized and cropped, unless --input-size is given.
+        input_size: Size of the frames with --preprocess, HxW like 256x340: they are resized and
+            cropped inside, to the bits of Pillow.
+        batch: Clips in a call. Default: any number.
+        params: beside writes the parameters to a .safetensors, which the program takes as its first
+            argument; for models of 2 GiB and more.
+        dtype: What the model computes in.
+        param_dtype: What parameters are stored in.
+        precision: Of matrix products, fixed in the file. default is TF32 on recent NVIDIA GPUs and
+            bfloat16 on TPU, as of the library itself; highest is float32 everywhere.
+    """
+
+    preprocess: bool = False
+    input_size: str | None = None
+    batch: int | None = None
+    params: Literal["inside", "beside"] = "inside"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    precision: Literal["default", "high", "highest"] = "default"
+
+
 def export(
     model: Annotated[str, tyro.conf.Positional],
     /,
@@ -30,13 +59,7 @@ def export(
     out: Path,
     config: ConfigOption = (),
     head: Literal["classification", "none"] | None = None,
-    preprocess: bool = False,
-    input_size: str | None = None,
-    batch: int | None = None,
-    params: Literal["inside", "beside"] = "inside",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    precision: Literal["default", "high", "highest"] = "default",
+    program: Annotated[ProgramOptions, FLAT] = ProgramOptions(),
     overwrite: bool = False,
     json: bool = False,
 ) -> int:
@@ -58,27 +81,16 @@ def export(
         out: File to write, .stablehlo.
         head: none exports the model without its classifier. Of a masked autoencoder the encoder is
             exported, all patches visible.
-        preprocess: Take uint8 frames and normalise them inside; needs preprocessor_config.json.
-            Frames come resized and cropped, unless --input-size is given.
-        input_size: Size of the frames with --preprocess, HxW like 256x340: they are resized and
-            cropped inside, to the bits of Pillow.
-        batch: Clips in a call. Default: any number.
-        params: beside writes the parameters to a .safetensors, which the program takes as its first
-            argument; for models of 2 GiB and more.
-        dtype: What the model computes in.
-        param_dtype: What parameters are stored in.
-        precision: Of matrix products, fixed in the file. default is TF32 on recent NVIDIA GPUs and
-            bfloat16 on TPU, as of the library itself; highest is float32 everywhere.
         overwrite: Replace files that exist. Parameters beside the old program are removed where the
             new one has them inside.
         json: Print what the .json holds, less the labels, instead of text.
     """
     files = _files(out, overwrite)
-    if input_size is not None and not preprocess:
-        raise UserError(f"--input-size {input_size} needs --preprocess")
-    size = None if input_size is None else parse_size(input_size)
-    if batch is not None and batch < 1:
-        raise UserError(f"--batch must be at least 1, got {batch}")
+    if program.input_size is not None and not program.preprocess:
+        raise UserError(f"--input-size {program.input_size} needs --preprocess")
+    size = None if program.input_size is None else parse_size(program.input_size)
+    if program.batch is not None and program.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {program.batch}")
 
     check_extra()
 
@@ -96,20 +108,24 @@ def export(
     try:
         processor = processor_of(source)
     except UserError as error:  # without one, the file takes pixels as they are
-        if preprocess or isinstance(error, ConfigError):
+        if program.preprocess or isinstance(error, ConfigError):
             raise
     module, weights = from_pretrained(
-        source.checkpoint.path, head, config=changes, dtype=dtype, param_dtype=param_dtype
+        source.checkpoint.path,
+        head,
+        config=changes,
+        dtype=program.dtype,
+        param_dtype=program.param_dtype,
     )
     artefact = export_model(
         module,
         weights,
         processor,
-        preprocess=preprocess,
+        preprocess=program.preprocess,
         input_size=size,
-        batch=batch,
-        params_at=params,
-        precision=precision,
+        batch=program.batch,
+        params_at=program.params,
+        precision=program.precision,
     )
     about = {"source": model, "file": out.name} | artefact.about
     if artefact.params is not None:

@@ -2,6 +2,7 @@
 """`vivit-jax extract`: features of untrimmed videos, by a window that slides over each."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax import __version__
 from vivit_jax.cli.model import open_model
+from vivit_jax.cli.options import FLAT, Dtype
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.data.sliding_window import plan_windows
 from vivit_jax.errors import UserError, VideoError, printable
@@ -30,6 +32,38 @@ from vivit_jax.progress import LiveLine, Pace
 _OTHER_FILES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".pkl", ".csv", ".json", ".parquet", ".mp4")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """What a row of features is.
+
+    Attributes:
+        layer: last (after the final norm, where there is one), 0 (the embedding) to the number of
+            blocks, or temporal:N for the second stage of a factorised encoder.
+        pool: mean of all tokens but class tokens; cls, the class token; tokens, all of them,
+            [rows, l, d]; head, what a classifier reads, or would: the feature of an encoder of
+            VideoMAE V2. A numbered layer of a factorised encoder has tokens [t, s, d] and a class
+            token for each frame.
+        frame_stride: Frames between a window's frames. Default: the recipe's (ViViT 2, VideoMAE 4).
+        window_stride: Frames between the beginnings of windows, or seconds such as 0.5s, when each
+            begins at the first frame shown then or later. Default: one begins where the one before
+            ends.
+        pad: What to do with frames left over at the end, and with a video shorter than a window:
+            drop leaves them out, and the short video is an error; repeat_last adds a window that
+            repeats the last frame.
+        dtype: Of the computation and of the features. An .npz has no bfloat16 and holds the same
+            values as float32.
+        exact: Compute one window at a time on every device, so that no bit depends on batch_size.
+    """
+
+    layer: str = "last"
+    pool: Literal["mean", "cls", "tokens", "head"] = "mean"
+    frame_stride: int | None = None
+    window_stride: str | None = None
+    pad: Literal["drop", "repeat_last"] = "drop"
+    dtype: Dtype = "float32"
+    exact: bool = False
+
+
 def extract(
     videos: Annotated[tuple[Path, ...], tyro.conf.Positional],
     /,
@@ -37,15 +71,9 @@ def extract(
     model: str,
     out: Path,
     config: ConfigOption = (),
-    layer: str = "last",
-    pool: Literal["mean", "cls", "tokens", "head"] = "mean",
-    frame_stride: int | None = None,
-    window_stride: str | None = None,
-    pad: Literal["drop", "repeat_last"] = "drop",
+    features: Annotated[FeatureOptions, FLAT] = FeatureOptions(),
     batch_size: int = 8,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     format: Literal["safetensors", "npz"] | None = None,
-    exact: bool = False,
     overwrite: bool = False,
 ) -> int:
     """Slide a window over whole videos and write a row of features for each place of it.
@@ -63,25 +91,9 @@ def extract(
             both beside it, a hub id, or a file of VideoMAE's authors or scenic; with any head.
         out: For one video a .safetensors or .npz file; or a directory, in which each video gets a
             file of its name.
-        layer: last (after the final norm, where there is one), 0 (the embedding) to the number of
-            blocks, or temporal:N for the second stage of a factorised encoder.
-        pool: mean of all tokens but class tokens; cls, the class token; tokens, all of them,
-            [rows, l, d]; head, what a classifier reads, or would: the feature of an encoder of
-            VideoMAE V2. A numbered layer of a factorised encoder has tokens [t, s, d] and a class
-            token for each frame.
-        frame_stride: Frames between a window's frames. Default: the recipe's (ViViT 2, VideoMAE 4).
-        window_stride: Frames between the beginnings of windows, or seconds such as 0.5s, when each
-            begins at the first frame shown then or later. Default: one begins where the one before
-            ends.
-        pad: What to do with frames left over at the end, and with a video shorter than a window:
-            drop leaves them out, and the short video is an error; repeat_last adds a window that
-            repeats the last frame.
         batch_size: Windows that go through the model together. No number depends on it on a CPU,
             where they go one by one; elsewhere rounding does.
-        dtype: Of the computation and of the features. An .npz has no bfloat16 and holds the same
-            values as float32.
         format: Of the files in a directory. Default: safetensors.
-        exact: One window at a time elsewhere too, so that batch_size moves no bit there either.
         overwrite: Replace files, however they were made.
     """
     changes = joined(config)  # first, for a video behind --config is taken for a setting
@@ -89,16 +101,11 @@ def extract(
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {batch_size}")
 
-    source = open_model(model, changes, dtype=dtype)
-    exact = exact or jax.default_backend() == "cpu"
-    how = dict(
-        layer=layer,
-        pool=pool,
-        frame_stride=frame_stride,
-        window_stride=window_stride,
-        pad=pad,
-    )
-    plan_windows(source.config, frame_stride, window_stride, pad)
+    source = open_model(model, changes, dtype=features.dtype)
+    how = vars(features).copy()
+    exact = how.pop("exact") or jax.default_backend() == "cpu"
+    dtype, layer, pool = how.pop("dtype"), features.layer, features.pool
+    plan_windows(source.config, features.frame_stride, features.window_stride, features.pad)
     processor = processor_of(source)
     layout = source.layout
     to_head = has_head(layout.head, layout.family, layout.pooler)

@@ -2,6 +2,7 @@
 """`vivit-jax predict`: class scores of video files."""
 
 import contextlib
+import dataclasses
 import json as json_module
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,11 +10,31 @@ from typing import Annotated, Literal
 import tyro
 
 from vivit_jax.cli.model import open_model
+from vivit_jax.cli.options import FLAT, READ, Dtype, ReadOptions
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.data.read_clip import parse_start
 from vivit_jax.errors import UserError, printable
 from vivit_jax.inference.classifier import VideoClassifier
 from vivit_jax.progress import LiveLine, Pace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """Which views of a video are averaged into one answer.
+
+    Attributes:
+        num_clips: Clips along time, spread over the video as in the papers' tests.
+        num_crops: Crops along the longer side, instead of one in the centre.
+        average: What is averaged over the views. Default: softmax for VideoMAE, logits for ViViT.
+        batch_size: Views that go through the model together.
+        square_pixels: Scale videos whose pixels are not square, as players do.
+    """
+
+    num_clips: int = 1
+    num_crops: int = 1
+    average: Literal["softmax", "logits"] | None = None
+    batch_size: int = 1
+    square_pixels: bool = False
 
 
 def predict(
@@ -23,15 +44,9 @@ def predict(
     model: str,
     config: ConfigOption = (),
     top_k: int = 5,
-    stride: int | None = None,
-    start: str = "center",
-    pad: Literal["error", "repeat_last", "loop"] = "error",
-    num_clips: int = 1,
-    num_crops: int = 1,
-    average: Literal["softmax", "logits"] | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    batch_size: int = 1,
-    square_pixels: bool = False,
+    read: Annotated[ReadOptions, FLAT] = READ,
+    views: Annotated[ViewOptions, FLAT] = ViewOptions(),
+    dtype: Dtype = "float32",
     json: bool = False,
 ) -> int:
     """Classify video files, by one clip each from the middle, or by several views.
@@ -44,16 +59,7 @@ def predict(
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic.
         top_k: How many classes to print.
-        stride: Frames between sampled frames. Default: the recipe's (ViViT 2, VideoMAE 4), less
-            where the video is too short for it.
-        start: Where the clip lies: begin, center, end, or the index of its first frame.
-        pad: What to do with a video of fewer frames than the model takes.
-        num_clips: Clips along time, spread over the video as the papers test.
-        num_crops: Crops along the longer side, in place of the one in the centre.
-        average: What is averaged over these views. Default: softmax for VideoMAE, logits for ViViT.
-        dtype: Of the computation.
-        batch_size: Views that go through the model together.
-        square_pixels: Scale videos whose pixels are not square, as players do.
+        dtype: What the model computes in.
         json: Print a JSON list instead of text.
     """
     changes = joined(config)  # first, for a clip behind --config is taken for a setting
@@ -61,31 +67,22 @@ def predict(
         raise UserError("predict needs at least one video file")
     counts = {
         "--top-k": top_k,
-        "--stride": 1 if stride is None else stride,
-        "--num-clips": num_clips,
-        "--num-crops": num_crops,
-        "--batch-size": batch_size,
+        "--stride": 1 if read.stride is None else read.stride,
+        "--num-clips": views.num_clips,
+        "--num-crops": views.num_crops,
+        "--batch-size": views.batch_size,
     }
     for flag, value in counts.items():
         if value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
 
-    place = parse_start(start)
+    start = parse_start(read.start)
     source = open_model(model, changes)
     classifier = VideoClassifier.from_pretrained(
         source.checkpoint.path, config=changes, dtype=dtype
     )
     found = classifier.classify(
-        clips,
-        top_k=top_k,
-        stride=stride,
-        start=place,
-        pad=pad,
-        num_clips=num_clips,
-        num_crops=num_crops,
-        average=average,
-        batch_size=batch_size,
-        square_pixels=square_pixels,
+        clips, top_k=top_k, **(vars(read) | vars(views) | dict(start=start))
     )
     results, failed, pace = [], False, Pace()
     with contextlib.closing(LiveLine("clips", len(clips), ends=False)) as progress:

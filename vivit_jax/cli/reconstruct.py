@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax reconstruct`: what a masked autoencoder makes of a clip that it sees a part of."""
 
+import dataclasses
 import json as json_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ import tyro
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
+from vivit_jax.cli.options import FLAT, READ, PictureOptions, ReadOptions
 from vivit_jax.cli.panels import Panels, as_frames, channels_note, real_time
 from vivit_jax.config import architecture
 from vivit_jax.console import ConfigOption, joined
@@ -31,22 +33,32 @@ from vivit_jax.masking import MASKS
 SUFFIXES = (".png", ".mp4", ".gif")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """What is hidden of a clip.
+
+    Attributes:
+        mask_ratio: Share of the patches to hide.
+        mask: tube hides the same places in every frame, random any; dual is a tube of whose hidden
+            patches the decoder predicts half, by a running cell (VideoMAE V2).
+        seed: Seed of the mask.
+    """
+
+    mask_ratio: float = 0.9
+    mask: Literal["tube", "random", "dual"] = "tube"
+    seed: int = 0
+
+
 def reconstruct(
     clip: Annotated[Path, tyro.conf.Positional],
     /,
     *,
     model: str,
-    out: Path,
     config: ConfigOption = (),
-    mask_ratio: float = 0.9,
-    mask: Literal["tube", "random", "dual"] = "tube",
-    seed: int = 0,
+    picture: Annotated[PictureOptions, FLAT],
+    mask: Annotated[MaskOptions, FLAT] = MaskOptions(),
     true_statistics: bool = False,
-    stride: int | None = None,
-    start: str = "center",
-    pad: Literal["error", "repeat_last", "loop"] = "error",
-    overwrite: bool = False,
-    json: bool = False,
+    read: Annotated[ReadOptions, FLAT] = READ,
 ) -> int:
     """Hide most of a clip and draw the original, what is left, and the model's reconstruction.
 
@@ -60,33 +72,23 @@ def reconstruct(
             [0, 1].
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors; with a pre-training head.
-        out: File to write: .png has a row for each of the three and a column per frame, of more
-            than eight those of eight evenly spaced frames; .mp4 and .gif show all side by side.
-        mask_ratio: Share of the patches to hide.
-        mask: tube hides the same places in every frame, random any; dual is a tube, of whose
-            patches the decoder predicts half in a running cell (VideoMAE V2).
-        seed: Seed of the mask.
         true_statistics: Give each hidden patch its true mean and variance, as the papers' pictures
-            do; the picture says so, because it shows more than the model knows.
-        stride: Frames between sampled frames. Default: 4, less where the video is too short for it.
-        start: Where the clip lies: begin, center, end, or the index of its first frame.
-        pad: What to do with a video of fewer frames than the model takes.
-        overwrite: Replace `out` where it exists.
-        json: Print a JSON object instead of the table.
+            do. The picture says so, because it shows more than the model knows.
     """
-    check_output(out, SUFFIXES, overwrite)
-    if not 0 < mask_ratio < 1:
-        raise UserError(f"--mask-ratio must be between 0 and 1, got {mask_ratio}")
-    if seed < 0:
-        raise UserError(f"--seed must not be negative, got {seed}")
+    out = picture.out
+    check_output(out, SUFFIXES, picture.overwrite)
+    if not 0 < mask.mask_ratio < 1:
+        raise UserError(f"--mask-ratio must be between 0 and 1, got {mask.mask_ratio}")
+    if mask.seed < 0:
+        raise UserError(f"--seed must not be negative, got {mask.seed}")
 
-    place = parse_start(start)
+    start = parse_start(read.start)
     changes = joined(config)
     source = _source(model, changes, true_statistics)
-    chosen = draw_mask(mask, seed, 1, source.config.grid, mask_ratio)
+    chosen = draw_mask(mask.mask, mask.seed, 1, source.config.grid, mask.mask_ratio)
     processor = processor_of(source)
-    read = read_clip(clip, source.config, stride=stride, start=place, pad=pad)
-    pixel_values = read.pixel_values(processor)
+    found = read_clip(clip, source.config, stride=read.stride, start=start, pad=read.pad)
+    pixel_values = found.pixel_values(processor)
     module, params = from_pretrained(source.checkpoint.path, config=changes)
     result = predict_hidden(
         module, params, pixel_values, chosen, processor, true_statistics=true_statistics
@@ -94,18 +96,19 @@ def reconstruct(
     errors = rmse([result])
 
     # Frames after the last whole tubelet are not in it.
-    indices = [int(i) for i in read.indices[: result.original.shape[1]]]
-    still = out.suffix.lower() == ".png" or read.fps is None
+    indices = [int(i) for i in found.indices[: result.original.shape[1]]]
+    still = out.suffix.lower() == ".png" or found.fps is None
     seconds = None if still else frame_times(clip, indices)
     panels = panels_of(
         result,
         title=f"{clip.name}, reconstructed from {1 - result.hidden.mean():.0%} of it",
-        about=f"{' '.join((model, *changes))}; {mask} mask of ratio {mask_ratio:g}, seed {seed}",
+        about=f"{' '.join((model, *changes))}; {mask.mask} mask of ratio {mask.mask_ratio:g}, "
+        f"seed {mask.seed}",
         times=[f"frame {i}" for i in indices],
     )
     with whole_file(out) as partial:
         panels.save(partial, real_time(seconds, len(indices)))
-    if json:
+    if picture.json:
         print(json_module.dumps(_summary(result, errors, clip, out, indices), indent=2))
         return 0
     print(f"{clip} ({len(indices)} frames from {indices[0]} to {indices[-1]}): {_counts(result)}")

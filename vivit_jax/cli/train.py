@@ -14,6 +14,7 @@ import jax
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from vivit_jax.cli.options import ProcessOptions
 from vivit_jax.console import KeyValues, in_order, stopped_by
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import apply_settings, recipe_named
@@ -41,7 +42,7 @@ _RESUME = PrimitiveConstructorSpec(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(ProcessOptions):
     """What both commands take.
 
     Attributes:
@@ -58,9 +59,6 @@ class RunOptions:
         resume: Go on with the run in --out, from its latest checkpoint that is not damaged, or from
             that of STEP, which later ones then make room for.
         tensorboard: Write TensorBoard files too (needs the extra tensorboard).
-        coordinator: Address of process 0 of several, host:port.
-        processes: How many processes there are.
-        process: Number of this process, from 0.
     """
 
     out: Path
@@ -71,9 +69,6 @@ class RunOptions:
     mesh: str | None = None
     resume: Annotated[bool | int, _RESUME] = False
     tensorboard: bool = False
-    coordinator: str | None = None
-    processes: int = 1
-    process: int = 0
 
 
 Options = Annotated[RunOptions, tyro.conf.arg(name="")]
@@ -112,7 +107,7 @@ def _run(task: str, options: RunOptions) -> int:
     for name, value in (("data.train", options.data), ("model.start", options.start)):
         given += [f"{name}={value}"] if value is not None else []
     recipe = apply_settings(recipe, given)
-    join(options.coordinator, options.processes, options.process)
+    join(options)
 
     # Of a save that fails Orbax's threads log stack traces, and the next step of the run the error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -162,9 +157,10 @@ def _late_answers_dropped() -> Iterator[None]:
         sys.unraisablehook = shown
 
 
-def join(coordinator: str | None, processes: int, process: int) -> None:
-    """Make this process one of several, where there are several. UserError for numbers amiss."""
-    if coordinator is None:
+def join(options: ProcessOptions) -> None:
+    """Connect this process with the others, if there are several. Raises UserError."""
+    processes, process = options.processes, options.process
+    if options.coordinator is None:
         if processes != 1 or process != 0:
             raise UserError(
                 f"--processes {processes} --process {process} need --coordinator host:port, the "
@@ -174,4 +170,4 @@ def join(coordinator: str | None, processes: int, process: int) -> None:
     if not 0 <= process < processes:
         raise UserError(f"--process {process} must be from 0 to {processes - 1} (--processes)")
 
-    jax.distributed.initialize(coordinator, processes, process)
+    jax.distributed.initialize(options.coordinator, processes, process)
