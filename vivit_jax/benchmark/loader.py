@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many training clips a second the loader gives where nothing else waits for them."""
+"""Training clips per second from the loader alone."""
 
 import dataclasses
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vivit_jax.benchmark.measure import Timing
 from vivit_jax.data.datasets.dataset import Dataset, Example
@@ -14,15 +15,15 @@ from vivit_jax.errors import UserError
 from vivit_jax.recipes import model_config
 from vivit_jax.recipes.recipe import Recipe
 
-# More names than files whose packets `read_video` remembers, so that most are read as new ones.
+# More names than files whose packets `read_video` remembers: most count as new files.
 NAMES = 512
-# Batches before the clock runs: the first ones are read while threads and processes start.
+# Batches before the clock starts, while threads and processes start.
 _WARM = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class LoaderRate:
-    """Batches of a recipe's clips: read, decoded and augmented, and then thrown away."""
+    """The rate at which batches of a recipe's clips are read, decoded and augmented."""
 
     recipe: str
     clip: tuple[int, ...]  # t, h, w, c
@@ -30,27 +31,39 @@ class LoaderRate:
     repeats: int  # clips of each
     threads: int
     workers: int
-    start_seconds: float  # until the first batch was there
+    start_seconds: float  # until the first batch
     rounds: Timing  # of a batch each
-    cpu_seconds: float | None  # of this process, over the rounds; None where others read
+    cpu_seconds: float | None  # of this process, over the rounds; None if others read
 
     @property
     def videos_per_second(self) -> float:
-        """Over all rounds: batches come in bursts, of which no single one is the rate."""
+        """Over all rounds, because batches come in bursts."""
         return self.batch * len(self.rounds.seconds) / sum(self.rounds.seconds)
 
     @property
     def clips_per_second(self) -> float:
-        """The same in clips, repeats counted."""
+        """Videos per second times the repeats of each."""
         return self.repeats * self.videos_per_second
 
     @property
     def cpu_per_clip(self) -> float | None:
-        """Seconds, which other programs on the machine disturb less."""
+        """CPU seconds; less disturbed by other programs than the time."""
         clips = self.batch * self.repeats * len(self.rounds.seconds)
         return None if self.cpu_seconds is None else self.cpu_seconds / clips
 
-    def to_dict(self) -> dict:
+    def __str__(self) -> str:
+        repeats = f" x {self.repeats} repeats" if self.repeats > 1 else ""
+        cpu = self.cpu_per_clip
+        return (
+            f"--threads {self.threads} --workers {self.workers} --batch {self.batch}{repeats}; "
+            f"{len(self.rounds.seconds)} batches timed\n"
+            f"  {self.clips_per_second:.2f} clips/s, {self.videos_per_second:.2f} videos/s "
+            f"(batches +-{self.rounds.spread:.0%})"
+            f"{'' if cpu is None else f', {1e3 * cpu:.0f} ms of CPU a clip'}; "
+            f"first batch after {self.start_seconds:.1f} s"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         values = dataclasses.asdict(self)
         values["rounds"] |= {"median": self.rounds.median, "spread": self.rounds.spread}
@@ -79,10 +92,9 @@ def measure_loader(
     rounds: int,
     seed: int = 0,
 ) -> LoaderRate:
-    """Time `rounds` batches of a recipe's clips; videos fewer than a batch are taken repeatedly.
+    """Time `rounds` batches of a recipe's clips; fewer videos than a batch are repeated.
 
-    Raises UserError where a video cannot be read: it would be left out, and what is left out takes
-    other time.
+    Raises UserError if a video cannot be read: skipping it would change the rate.
     """
     config = model_config(recipe)
     times = -(-batch // len(videos))
@@ -97,22 +109,29 @@ def measure_loader(
         seed=seed,
         labelled=False,
     )
-    seconds, start = [], time.perf_counter()
+    seconds = []
     with source:
-        for i in range(_WARM + rounds):
-            if i == _WARM:
-                cpu = time.process_time()
-            before = time.perf_counter()
-            clips = next(source)["clips"]
-            seconds.append(time.perf_counter() - before)
-            if not i:
-                first = time.perf_counter() - start
+
+        def batch_shape() -> tuple[int, ...]:
+            start = time.perf_counter()
+            shape = next(source)["clips"].shape
+            seconds.append(time.perf_counter() - start)
             if source.bad:
                 raise UserError("; ".join(source.bad.values()))
+            return shape
+
+        start = time.perf_counter()
+        shape = batch_shape()
+        first = time.perf_counter() - start
+        for _ in range(_WARM - 1):
+            batch_shape()
+        cpu = time.process_time()
+        for _ in range(rounds):
+            batch_shape()
         cpu = time.process_time() - cpu
     return LoaderRate(
         recipe.name,
-        clips.shape[1:],
+        shape[1:],
         batch,
         data.repeats,
         threads,

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from vivit_jax.benchmark.input import Video, write_video
 from vivit_jax.benchmark.loader import many_names, measure_loader
+from vivit_jax.benchmark.made_video import Video, write_video
 from vivit_jax.benchmark.measure import cpu_name
 from vivit_jax.console import KeyValues, in_order
 from vivit_jax.errors import UserError, printable
@@ -134,6 +134,7 @@ def _plans(options: PlanOptions, compiler: Apart):
             reason = _compiler_ended(error) if isinstance(error, Ended) else str(error)
             refused[mesh_text(sizes)], last = reason, error
     if not plans:
+        assert last is not None, "there is at least one mesh"
         raise last
     for sizes in meshes[most:]:
         refused[mesh_text(sizes)] = "not compiled; --most compiles more"
