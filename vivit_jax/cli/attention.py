@@ -11,7 +11,7 @@ import tyro
 
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
-from vivit_jax.cli.attention_picture import Footer, blocks, mark, overlay, scale_top
+from vivit_jax.cli.attention_picture import AttentionFooter, blocks, mark, overlay, scale_top
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import FLAT, READ, PictureOptions, ReadOptions
 from vivit_jax.cli.panels import Panels, as_frames, channels_note, real_time
@@ -82,9 +82,9 @@ def attention(
 ) -> int:
     """Draw what a model attends to in a clip: over space on its frames, over time as a plot.
 
-    Numbers are multiples of uniform attention: 1 is what a token gets if all get the same. What
-    goes to a class token, which has no place in the clip, is left out, and told. In Python this is
-    `vivit_jax.map_attention`.
+    Numbers are multiples of uniform attention: 1 is the share of a token if all tokens get the
+    same. Attention to a class token, which has no place in the clip, is left out, and its share is
+    printed. In Python this is `vivit_jax.map_attention`.
 
     Args:
         clip: Video file, or .npy with frames [t, h, w, c] of any channel count, uint8 or float in
@@ -100,7 +100,8 @@ def attention(
     check_output(out, SUFFIXES, picture.overwrite)
     if save is not None:
         check_output(save, (".npz",), picture.overwrite, "--save")
-    wanted = vars(attend) | dict(query=parse_query(attend.query), head=parse_head(attend.head))
+    parsed = {"query": parse_query(attend.query), "head": parse_head(attend.head)}
+    wanted: dict[str, Any] = vars(attend) | parsed
 
     start = parse_start(read.start)
     # What is cheap to check comes before the weights.
@@ -114,7 +115,7 @@ def attention(
     found = map_attention(module, params, pixel_values, **wanted)
 
     indices = shown.indices[found.frames]
-    seconds = None if shown.fps is None else frame_times(clip, indices)
+    seconds = None if shown.fps is None else frame_times(clip, indices.tolist())
     scale, shift = arithmetic(processor)
     seen = (pixel_values[0, found.frames].astype(np.float64) - shift) / scale / 255
     panels = picture_of(
@@ -204,7 +205,7 @@ def picture_of(found, config, seen, indices: list[int], seconds, *, title: str, 
         labels=["the model's input", "attention on it", "attention"],
         clips=clips,
         times=times,
-        footer=Footer(
+        footer=AttentionFooter(
             top=top,
             cut=bool((relative > top).any()),
             weights=found.time_weights[0] * len(relative),

@@ -177,7 +177,8 @@ def _use(demo: Demo, trained: Ended, recipe: Recipe) -> _Used:
         evaluation = _evaluate(demo, directory, recipe)
     dataset = read_dataset(demo.test)
     labels = np.array([example.label for example in dataset.examples])
-    scores = np.stack([answer.scores for answer in evaluation.answers])
+    # Every clip was made here and can be read: none is without scores.
+    scores = np.stack([a.scores for a in evaluation.answers if a.scores is not None])
     accuracy = evaluation.metrics["accuracy"]
     say(
         f"\nheld-out accuracy {accuracy:.1%} of {len(labels)} clips (chance {1 / len(CLASSES):.1%})"
@@ -197,7 +198,7 @@ def _use(demo: Demo, trained: Ended, recipe: Recipe) -> _Used:
     with demo.stage("PyTorch"):
         agrees = agrees_with_pytorch(directory, file)
     with demo.stage("pictures"):
-        first = np.unique(labels, return_index=True)[1]  # one clip of every class
+        first = np.unique(labels, return_index=True)[1].tolist()  # one clip of every class
         _draw_predictions(demo, dataset, first, labels, scores, accuracy)
     predictions = {
         Path(dataset.examples[i].path).relative_to(demo.out).as_posix(): CLASSES[scores[i].argmax()]
@@ -248,7 +249,7 @@ def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recip
     )
     say("\n".join(f"  {line}" for line in error_table(errors)))
     chosen = [
-        next(i for i, example in enumerate(examples) if CLASSES[example.label] == name)
+        next(i for i, example in enumerate(examples) if Path(example.path).parent.name == name)
         for name in SHOWN
     ]
     panels = panels_of(
@@ -307,7 +308,7 @@ def _draw_predictions(
         ],
         warning=None,
         labels=[CLASSES[labels[i]] for i in shown],
-        clips=frames,
+        clips=list(frames),
         times=[f"{i / FPS:.3g} s" for i in range(frames.shape[1])],
         group=len(frames),
         answers=answers,
