@@ -222,7 +222,9 @@ def test_what_fits_with_each_attention(monkeypatch, capsys):
     assert {(w.config.attention, w.config.remat) for w in asked} == {
         (attention, remat) for attention in ("chunked", "xla") for remat in REMAT_POLICIES
     }
-    assert "vivit-b-16x2-kinetics400 has no masked pre-training and sits it out" in printed.err
+    assert (
+        "vivit-b-16x2-kinetics400 has no masked pre-training and is left out of it" in printed.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,7 @@ def test_what_fits_with_each_attention(monkeypatch, capsys):
         (["--fit", *TORCH], "--fit has no use for --against"),
         (["--fit", "--repeats", "3"], "--fit has no use for --repeats; it takes --models"),
         (["--variants", "sdpa"], "pass --against torch too"),
-        (["--peak-tflops", "9", "--dtype", "float32", "bfloat16"], "is that of one --dtype"),
+        (["--peak-tflops", "9", "--dtype", "float32", "bfloat16"], "is the rate of one --dtype"),
         (["--peak-tflops", "0"], "--peak-tflops must be above 0, got 0"),
         (["--json", "no/such/file.json"], "--json no/such/file.json"),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two sides compute the same function, on weights with which a difference shows."""
+"""Whether two sides compute the same function, on weights that make a difference visible."""
 
 import dataclasses
 from typing import Any
@@ -16,27 +16,26 @@ from vivit_jax.layers.platform import platform
 # What a side computes: the output, and Adam's first moments by tensor, None for a forward pass.
 Computed = tuple[np.ndarray, dict[str, np.ndarray] | None]
 
-# ||a - b|| / ||b|| that rounding explains where both sides compute in float32. VideoMAE-B and
-# ViViT-B measured 2e-6 for logits and 7e-6 for the worst gradient; with scores times 0.9 logits are
+# ||a - b|| / ||b|| that rounding explains if both sides compute in float32. VideoMAE-B and ViViT-B
+# measured 2e-6 for logits and 7e-6 for the worst gradient. A fault (scores times 0.9) puts logits
 # 6e-3, a loss 4e-5 to 2e-4 and the worst gradient 2e-1 apart (4 frames).
 OUTPUT, GRADIENT = 1e-5, 1e-4
-# In fewer bits both sides are off by as much as a mistake might be. There the one that is farther
-# from float32 may be so many times as far as the other: correct sides measured 1.1 for outputs,
-# scores times 0.9 made 3 to 18.
+# In fewer bits rounding is as large as a fault might be. There the side farther from float32 may be
+# this many times as far as the other: correct sides measured 1.1 for outputs, the fault 3 to 18.
 FARTHER = 2.0
-# A gradient may be this far from float32 in fewer bits whatever the other side's is: measured 2e-2
-# on both sides for bfloat16, 2e-2 for PyTorch in float16, and 2e-1 for scores times 0.9.
+# In fewer bits a gradient may be this far from float32 whatever the other side's is. Measured: 2e-2
+# on both sides for bfloat16, 2e-2 for PyTorch in float16, and 2e-1 with the fault.
 ROUNDED_GRADIENT = 5e-2
 # A tensor's gradient counts as no smaller than this share of the largest tensor's.
 FLOOR = 1e-5
-# The bias of keys has a gradient of 0, of which both sides make some rounding error (1e-8 of the
-# largest gradient for ViViT-B): it counts as no smaller than that of queries.
+# The gradient of a key bias is 0 but for rounding (1e-8 of the largest gradient for ViViT-B), so it
+# is measured against that of the query bias.
 _ZERO, _BESIDE = "key.bias", "query.bias"
 
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """||a - b|| / ||b|| of outputs, and of the gradient of the tensor where it is largest."""
+    """||a - b|| / ||b|| of outputs, and the largest one of any tensor's gradient."""
 
     output: float
     gradient: float | None = None  # None for a forward pass
@@ -49,11 +48,11 @@ class Distance:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far a side is from the truth, and whether that is the same function as ours.
+    """How far a side is from the reference, and whether it computes the same function as ours.
 
-    On a CPU in float32 `distance` is from this library. Where products are rounded to fewer bits,
-    in half precision and by accelerators, it is from this library's float32, and `own` is the same
-    of what is measured here.
+    On a CPU in float32 the reference is this library. Where products are rounded to fewer bits, in
+    half precision and by accelerators, it is this library in float32, and `own` is the distance of
+    our side from it.
     """
 
     distance: Distance
@@ -67,8 +66,8 @@ class Agreement:
 def agreement(work: Work, ours: Computed, theirs: Computed, exact: Computed | None) -> Agreement:
     """Compare two sides after their first step.
 
-    `exact` is what float32 computes where `is_rounded`, else None. Raises UserError where the
-    gradients are of other tensors.
+    `exact` is computed in float32 if the work `is_rounded`, else None. Raises UserError if the
+    sides have gradients of different tensors.
     """
     if exact is None:
         apart = distance(work, theirs, ours)
@@ -76,37 +75,40 @@ def agreement(work: Work, ours: Computed, theirs: Computed, exact: Computed | No
         return Agreement(apart, None, apart.output <= OUTPUT and gradient <= GRADIENT)
     own, apart = distance(work, ours, exact), distance(work, theirs, exact)
     outputs = _alike(own.output, apart.output, epsilon(work))
-    gradients = own.gradient is None or _alike(own.gradient, apart.gradient, ROUNDED_GRADIENT)
+    gradients = True
+    if own.gradient is not None and apart.gradient is not None:
+        gradients = _alike(own.gradient, apart.gradient, ROUNDED_GRADIENT)
     return Agreement(apart, own, outputs and gradients)
 
 
 def epsilon(work: Work) -> float:
-    """The rounding of the factors of matrix products, relative to them."""
+    """The relative rounding error of factors in matrix products."""
     dtype = work.config.dtype
-    if dtype == "float32":  # which accelerators multiply in fewer bits unless told otherwise
+    if dtype == "float32":  # which accelerators multiply in fewer bits by default
         return {"gpu": 2.0**-10, "tpu": 2.0**-7}.get(platform(), float(jnp.finfo(dtype).eps))
     return float(jnp.finfo(dtype).eps)
 
 
 def is_rounded(work: Work) -> bool:
     """Whether products are rounded to fewer bits than float32 has."""
-    return epsilon(work) > jnp.finfo(jnp.float32).eps
+    return epsilon(work) > float(jnp.finfo(jnp.float32).eps)
 
 
 def _alike(one: float, other: float, rounding: float) -> bool:
-    """Whether two distances from the truth are rounding, or else not far from one another."""
+    """Whether two distances are explained by rounding, or else near each other."""
     if np.isnan(one) or np.isnan(other):
         return False
     near, far = sorted([one, other])
-    return far <= rounding or (far <= FARTHER * near and far < 0.5)
+    return bool(far <= rounding or (far <= FARTHER * near and far < 0.5))
 
 
 def distance(work: Work, computed: Computed, truth: Computed) -> Distance:
-    """How far what a side computed is from the truth."""
+    """How far a side is from the reference."""
     (output, moments), (true_output, true_moments) = computed, truth
     apart = _norm(output - true_output) / max(_norm(true_output), 1e-30)
     if true_moments is None:
         return Distance(apart)
+    assert moments is not None, "a step has moments on every side"
     if moments.keys() != true_moments.keys():
         raise UserError(
             f"gradients of {work.name} differ in their names: "
@@ -130,13 +132,12 @@ def _norm(x: np.ndarray) -> float:
 
 
 def sensitive_params(params: Any, config: Config, seed: int = 0) -> Any:
-    """Fresh params changed so that every part of the model tells on its outputs.
+    """Fresh params, changed so that a fault in any part of the model shows in its outputs.
 
-    As they are drawn, queries and keys are so small that all tokens get almost the same weight:
-    without any attention outputs are as near as rounding in half precision. Here queries and keys
-    are three times as large, biases, positions and the class and mask tokens are not 0 and scales
-    not 1. Kernels are as large as a model of width 768 has them with its std of 0.02, so that
-    narrow models tell as much.
+    Fresh queries and keys are so small that all tokens get almost the same weight, and dropping
+    attention altogether would look like rounding in half precision. So queries and keys are scaled
+    by three, biases, positions and the class and mask tokens are not 0, and scales not 1. Kernels
+    of narrow models are as large as those of width 768 with its std of 0.02.
     """
     rng = np.random.default_rng(seed)
     larger = 0.02 * 768**0.5 / (config.initializer_range * config.hidden_size**0.5)

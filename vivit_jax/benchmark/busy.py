@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the machine did other work while something was timed.
+"""Whether the machine was busy with other work while something was timed.
 
-On Linux /proc/stat counts what each core did. What it did in the cores that this process may use,
-less this process's own time and with what the hypervisor took (steal), is what others had. It
-counts in ticks of 10 ms, so rounds are judged in spans of SPAN seconds or more, and short rounds
-together. Elsewhere the load average says how many threads wanted a core over the whole time; it
-lags by a minute and knows no rounds. Where there is neither, nothing is said.
+On Linux, /proc/stat counts the time of each core. The share of others is the busy time of the cores
+that this process may use, less its own, plus what the hypervisor took (steal). The file counts
+ticks of 10 ms, so rounds are judged in spans of at least SPAN seconds, short rounds together.
+Elsewhere the load average gives the threads that wanted a core over the whole time; it lags by a
+minute and knows no rounds. Without either there is no warning.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from pathlib import Path
 from vivit_jax.data.video.sequence import usable_cores
 
 STAT, LOAD = "/proc/stat", "load average"
-# The share of the cores' time from which on it is told. On two cores spans of a quiet machine
-# measured 1 to 3 % and now and then 5, beside one busy process 19 to 46 %. By load average, which
-# counts what this process waits for as others', it was 3 and 94 %.
+# Shares of the cores' time that are worth a warning. Two cores measured 1 to 3 %, now and then 5,
+# on a quiet machine and 19 to 46 % beside one busy process; by load average, which counts this
+# process's own waiting threads as others, 3 and 94 %.
 THRESHOLD = {STAT: 0.05, LOAD: 0.25}
 SPAN = 1.0
-_TICKS = 100  # a second, in which Linux counts for users
-_MINUTE = 60.0  # over which the first load average forgets
+_TICKS = 100  # per second
+_MINUTE = 60.0  # time constant of the first load average, in seconds
 _LEAST_LOAD_SECONDS = 30.0
 _NAMED = 8  # runs of rounds in the warning
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Seconds of all usable cores together, counted from some start."""
+    """Seconds of all usable cores together, since some start."""
 
     passed: float
     others: float  # of other processes, without steal
@@ -40,14 +40,14 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Busy:
-    """What others took of the cores' time while rounds were timed, as shares of it."""
+    """The shares of the cores' time that others took while rounds were timed."""
 
     source: str  # STAT or LOAD
     threshold: float
     cores: int
     others: float  # with steal
-    steal: float | None  # None where nothing tells
-    rounds: tuple[int, ...] | None  # those in which others took more than threshold, from 1 on
+    steal: float | None  # None if unknown
+    rounds: tuple[int, ...] | None  # those over the threshold, from 1
     timed: int  # rounds
 
     @property
@@ -68,7 +68,7 @@ class Busy:
 
 
 def of_samples(samples: Sequence[tuple[int, Sample]], cores: int) -> Busy:
-    """From samples in turn, each with the number of rounds that were done; the first with 0."""
+    """From consecutive samples, each with the number of rounds done; the first has 0."""
     (_, first), (timed, last) = samples[0], samples[-1]
     others, steal = _shares(first, last)
     limit, busy = THRESHOLD[STAT], []
@@ -79,7 +79,7 @@ def of_samples(samples: Sequence[tuple[int, Sample]], cores: int) -> Busy:
 
 
 def _shares(before: Sample, after: Sample) -> tuple[float, float]:
-    """Of others with steal, and of steal; ticks may make less than nothing of what is nothing."""
+    """Of others with steal, and of steal; rounding to ticks may make them negative, so clipped."""
     passed = max(after.passed - before.passed, 1 / _TICKS)
     steal = max(0.0, after.steal - before.steal) / passed
     return max(0.0, after.others - before.others) / passed + steal, steal
@@ -88,10 +88,10 @@ def _shares(before: Sample, after: Sample) -> tuple[float, float]:
 def of_load(
     seconds: float, before: float, after: float, own: float, cores: int, timed: int
 ) -> Busy | None:
-    """From the load averages of a minute before and after, and this process's own seconds.
+    """From the one-minute load averages before and after, and this process's own CPU seconds.
 
-    A load average comes near what it is an average of by a factor of e a minute, so what it was on
-    average in between follows from both. None for a time too short to tell.
+    A load average decays by a factor of e a minute, so the mean in between follows from both. None
+    if the time was too short.
     """
     if seconds < _LEAST_LOAD_SECONDS:
         return None
@@ -102,41 +102,48 @@ def of_load(
 
 
 class Watch:
-    """Counters from now on, to be told of every round that is done."""
+    """Counts from now on; call `round_done` after every round."""
 
     def __init__(self):
         self._cores, self._done = usable_cores(), 0
         self._start, self._own, self._load = time.monotonic(), time.process_time(), _load()
-        self._at, sample = self._start, _sample()
-        self._samples = [] if sample is None else [(0, sample)]
+        self._at, self._samples = self._start, list[tuple[int, Sample]]()
+        self._add_sample()
+
+    def _add_sample(self) -> None:
+        sample = _sample()
+        if sample is not None:
+            self._samples.append((self._done, sample))
 
     def round_done(self) -> None:
-        """Samples at the end of a round, unless the last sample was a moment ago."""
+        """Take a sample at the end of a round, unless the last one was a moment ago."""
         self._done += 1
         if self._samples and time.monotonic() - self._at >= SPAN:
-            self._samples.append((self._done, _sample()))
+            self._add_sample()
             self._at = time.monotonic()
 
     def busy(self) -> Busy | None:
-        """What was seen until now; None where this system does not tell."""
+        """What was seen until now; None if the system has no counters."""
         seconds = time.monotonic() - self._start
-        if self._samples:
+        last = _sample()
+        if self._samples and last is not None:
             # Rounds since the last sample are too short to be judged alone: they join those before.
-            samples = [*(self._samples[:-1] or self._samples), (self._done, _sample())]
+            samples = [*(self._samples[:-1] or self._samples), (self._done, last)]
             # Some sandboxes have a /proc/stat that stands still.
             if samples[-1][1].passed - samples[0][1].passed > self._cores * seconds / 2:
                 return of_samples(samples, self._cores)
-        if self._load is None:
+        load = _load()
+        if self._load is None or load is None:
             return None
         own = time.process_time() - self._own
-        return of_load(seconds, self._load, _load(), own, self._cores, self._done)
+        return of_load(seconds, self._load, load, own, self._cores, self._done)
 
 
 def parse(stat: str, usable: Sequence[int]) -> tuple[float, float, float]:
-    """Seconds that the usable cores have passed, worked and lost to steal, of a /proc/stat.
+    """Seconds of the usable cores in a /proc/stat: passed, worked, and lost to steal.
 
-    A line of a core has user, nice, system, idle, iowait, irq, softirq and steal; what guests of
-    this machine take is in user already.
+    The line of a core has user, nice, system, idle, iowait, irq, softirq and steal; the time of
+    this machine's guests is part of user.
     """
     names, sums = {f"cpu{core}" for core in usable}, [0] * 8
     for line in stat.splitlines():
@@ -161,7 +168,7 @@ def _load() -> float | None:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text, such as "3, 5-9, 14"; of many runs the first _NAMED."""
+    """Ascending numbers as text, such as "3, 5-9, 14"; at most _NAMED runs of them."""
     runs = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

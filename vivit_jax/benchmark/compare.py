@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A comparison, from weights to figures."""
+"""Times a work on several sides, from weights to figures."""
 
 import dataclasses
 import gc
@@ -20,7 +20,7 @@ from vivit_jax.benchmark.work import Work, program
 from vivit_jax.errors import UserError, first_line
 from vivit_jax.layers.platform import platform
 
-_TELL = 10  # rounds, after which a line says how far --rounds-until has come
+_REPORT = 10  # rounds between two lines on the progress of --rounds-until
 
 
 def compare(
@@ -35,10 +35,10 @@ def compare(
 ) -> Comparison:
     """Time a work with each of our attentions and each variant of PyTorch, on the same weights.
 
-    A variant that cannot run is left out and told in `failures`; one that computes something else
-    gets no ratio. `rounds` with `until` look at the ratios that are told, and at the time of the
-    first row where none is. `products` are timed on a CPU, where they are what bounds the work.
-    Raises UserError where this library cannot run.
+    A variant that cannot run is left out and named in `failures`; one that computes another
+    function gets no ratio. `rounds` with `until` watch the ratios, or the first row's time if there
+    are none. `products` are timed on a CPU only, where they bound the work. Raises UserError if
+    this library cannot run the work.
     """
     with tempfile.TemporaryDirectory() as parent:
         directory = Path(parent) / "weights"
@@ -78,7 +78,7 @@ def compare(
 def _sides(
     work: Work, directory: Path, attention: Sequence[str], variants: Sequence[str]
 ) -> list[Side]:
-    sides = []
+    sides: list[Side] = []
     for name in attention:
         config = dataclasses.replace(work.config, attention=name)
         label = OURS if len(attention) == 1 else f"{OURS} {name}"
@@ -87,7 +87,7 @@ def _sides(
 
 
 def _peaks(sides: Sequence[Side], directory: Path, failures: list[str]) -> dict[str, Peak]:
-    """Memory by side, without those that `failures` then has the reason of."""
+    """Memory by side; reasons of those that failed are added to `failures`."""
     peaks = {}
     for side in sides:
         try:
@@ -102,7 +102,7 @@ def _warm_up(
 ) -> dict[str, Agreement]:
     """Compile every side and compare its first step with the first side's.
 
-    What cannot run leaves `sides`, and `failures` has the reason.
+    A side that cannot run is removed from `sides`, and its reason added to `failures`.
     """
     exact = _in_float32(work, directory) if len(sides) > 1 and is_rounded(work) else None
     agreements, first = {}, None
@@ -126,17 +126,17 @@ def _warm_up(
 def _reach(
     names: Sequence[str], agreements: dict[str, Agreement], rounds: Rounds
 ) -> Callable[[Timings], float | None]:
-    """How far the intervals of ratios reach, or that of the first side's time if none is told."""
+    """The farthest reach of the ratios' intervals, or that of the first side's time without any."""
     first, *others = names
     compared = [name for name in others if agreements[name].holds]
 
     def reach(timings: Timings) -> float | None:
         mine = timings[first]
         intervals = [mine.over(timings[name]).rounds for name in compared] or [mine.interval]
-        reaches = [interval.reach for interval in intervals]
-        farthest = None if None in reaches else max(reaches)
+        known = [found for interval in intervals if (found := interval.reach) is not None]
+        farthest = max(known) if len(known) == len(intervals) else None
         done = len(mine.seconds)
-        if rounds.until is not None and farthest is not None and done % _TELL == 0:
+        if rounds.until is not None and farthest is not None and done % _REPORT == 0:
             text = f"{done} rounds, +-{farthest:.2%}, until +-{100 * rounds.until:g}%"
             print(text, file=sys.stderr, flush=True)
         return farthest
@@ -150,7 +150,7 @@ def _first_step(side: Side) -> Computed:
 
 
 def _in_float32(work: Work, directory: Path) -> Computed:
-    """What this library computes with all bits of float32."""
+    """What this library computes in full float32."""
     config = dataclasses.replace(work.config, dtype="float32", param_dtype="float32")
     config = dataclasses.replace(config, attention="auto")
     with jax.default_matmul_precision("highest"):

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a work fits in memory, from XLA's analysis of the compiled step; nothing is run.
+"""Whether a work fits in memory, by XLA's analysis of the compiled step; nothing is run.
 
-The analysis is of the program compiled here, for jax's default platform and one device. That of a
-CPU is an estimate for a GPU or TPU. Params, optimizer and inputs are the same there; temporaries
-are not: a CPU has no fused attention kernel and other tiles, and it widens bfloat16 to float32 for
-its matrix products, so that temporaries in bfloat16 are hardly smaller or even larger. No analysis
-sees what the process holds besides: XLA's own code and context, the scratch of its matrix products,
-the next batch on its way, holes between the buffers. On a CPU a step took 3 to 8 % more than
-predicted, see tests/benchmark/test_memory_fit.py; `alternatives` leaves RESERVE for it.
+The program is compiled for jax's default platform and one device. The analysis on a CPU is only an
+estimate for a GPU or TPU: params, optimizer and inputs are the same there, temporaries are not. A
+CPU has no fused attention kernel, other tiles, and widens bfloat16 to float32 for matrix products,
+so that bfloat16 hardly saves temporaries. No analysis includes XLA's own code and context, the
+scratch of matrix products, the next batch, and fragmentation: on a CPU a step took 3 to 8 % more
+than predicted (tests/benchmark/test_memory_fit.py), for which `alternatives` leaves RESERVE.
 """
 
 import dataclasses
@@ -29,24 +28,22 @@ from vivit_jax.progress import format_table, readable
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}iB".upper(): 1024**i for i, prefix in enumerate("KMGT", 1)}
-# LLVM's effort on a CPU is most of the compilation and comes after the buffers are laid out.
-_COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 0}}
-RESERVE = 0.12  # share of the memory at hand that no analysis sees the use of
-_GROWTH = 16  # how far beyond a batch that fits the search steps at most
+# Most of a CPU's compilation is LLVM's, which starts after the buffers are laid out.
+_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 0}}
+RESERVE = 0.12  # share of the memory left for what no analysis includes
+_GROWTH = 16  # the search tries at most this many times a batch that fits
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that one step needs on the device; `total` is its peak, all buffers together.
-
-    `peak` is what a TPU's compiler says and checks: its buffers take the place of one another, and
-    their sum is far more. It is 0 elsewhere, where that figure leaves temporaries out.
+    """Bytes that one step needs on the device; `total` is its peak.
 
     `params`, `optimizer` (its state; 0 in a forward pass) and `inputs` are counted from shapes. The
-    others are XLA's: `arguments`, those three with the device's padding; `outputs`, of which
-    `aliased` take the place of arguments, as a training step's new params and optimizer state do;
-    `temporaries`, the gradients, activations and everything else between. XLA does not tell
-    gradients from activations. `code`, the program itself, is 0 where XLA does not say.
+    rest is XLA's: `arguments` are those three with the device's padding; `outputs`, of which
+    `aliased` reuse arguments, as a training step's new params and optimizer state do;
+    `temporaries`, the gradients and activations, which XLA does not separate; `code`, the program
+    itself, 0 if unknown. `peak` is the figure of a TPU's compiler, whose buffers overlap so that
+    their sum is far more; it is 0 elsewhere, where that figure excludes temporaries.
     """
 
     params: int
@@ -68,10 +65,10 @@ class Memory:
 
 
 def memory_of(work: Work) -> Memory:
-    """What a step of the work needs on jax's default platform; it is compiled, not run.
+    """The memory of a step on jax's default platform; the step is compiled, not run.
 
     No parameter, clip or activation is allocated. Compiling takes seconds and some hundred MiB of
-    this process, 500 for a large VideoMAE's pre-training; the same work is compiled once.
+    host memory, 500 for pre-training a large VideoMAE; results are cached.
     """
     return _memory_of(work, jax.default_backend())
 
@@ -80,7 +77,7 @@ def memory_of(work: Work) -> Memory:
 def _memory_of(work: Work, platform: str) -> Memory:
     source = program(work)
     lowered = source.step.lower(source.state, source.inputs)
-    analysis = lowered.compile(compiler_options=_COMPILER_OPTIONS.get(platform)).memory_analysis()
+    analysis: Any = lowered.compile(_COMPILER_OPTIONS.get(platform)).memory_analysis()
     params, optimizer = (source.state, ()) if work.kind == "forward" else source.state
     return Memory(
         params=_bytes(params),
@@ -105,13 +102,13 @@ def fits(work: Work, memory: int) -> bool:
 
 
 def largest_batch(work: Work, memory: int) -> int:
-    """The most clips per step that take no more than `memory` bytes, 0 if one does not fit.
+    """The most clips per step that take no more than `memory` bytes; 0 if one does not fit.
 
-    The work's own batch only helps to begin. Memory grows almost in proportion to the batch, so a
-    line through two analyses leads near the answer; what is returned was compiled and fits, and
-    one clip more was compiled and does not. Four compilations as a rule.
+    The search starts at the work's own batch. Memory grows almost in proportion to the batch, so a
+    line through two analyses leads near the answer. The result was compiled and fits; one clip more
+    was compiled and does not. Usually four compilations.
     """
-    totals = {}
+    totals: dict[int, int] = {}
 
     def fit(batch: int) -> bool:
         totals[batch] = memory_of(dataclasses.replace(work, batch=batch)).total
@@ -128,7 +125,7 @@ def largest_batch(work: Work, memory: int) -> int:
             high = guess
         if high == low + 1:
             return low
-        # `high` does not fit; before there is one, the line is through the two largest that fit.
+        # `high` does not fit; until it is known, the line goes through the two largest that do.
         other = high or sorted(totals)[-2]
         slope = (totals[other] - totals[low]) / (other - low)
         more = int((memory - totals[low]) / max(slope, one.inputs))
@@ -136,7 +133,7 @@ def largest_batch(work: Work, memory: int) -> int:
             guess = min(max(low + more, low + 1), _GROWTH * low)
         elif len(totals) < 6 or len(totals) % 2:
             guess = min(max(low + more, low + 1), high - 1)
-        else:  # where memory is far from a line
+        else:  # memory is far from a line
             guess = min(max(math.isqrt(low * high), low + 1), high - 1)
 
 
@@ -152,17 +149,17 @@ class Alternative:
 
     @property
     def remat(self) -> str:
-        """What the backward pass finds kept: "none", "dots" or "block"."""
+        """What is kept for the backward pass: "none", "dots" or "block"."""
         return self.work.config.remat
 
 
 def alternatives(
     work: Work, memory: int, policies: Sequence[str] = REMAT_POLICIES
 ) -> list[Alternative]:
-    """The work under some remat policies against `memory` bytes, less the RESERVE of them.
+    """The work under several remat policies in `memory` bytes, less the RESERVE.
 
-    A forward pass keeps nothing for a backward pass, so it has only the policy of its config.
-    About five compilations per policy.
+    A forward pass has no backward pass to keep anything for, so only its config's policy is tried.
+    About five compilations for each policy.
     """
     config, memory = work.config, int(memory * (1 - RESERVE))
     found = []
@@ -175,10 +172,10 @@ def alternatives(
 
 
 def table(rows: Sequence[Alternative], memory: int) -> str:
-    """`alternatives` as lines of text, the first of which says what was analysed for what."""
+    """`alternatives` as text; the first line names the work and the memory."""
     work = rows[0].work
     head = ("remat", "params+optimizer", "temporaries", "total", "fits", "one clip", "most clips")
-    cells = [head]
+    cells: list[tuple[str, ...]] = [head]
     for row in rows:
         sizes = row.memory.params + row.memory.optimizer, row.memory.temporaries, row.memory.total
         cells.append(
@@ -206,8 +203,8 @@ def parse_bytes(memory: str | int) -> int:
     """
     text = "" if isinstance(memory, bool) else str(memory).strip()
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text)
-    number, unit = match.groups() if match else ("", None)
-    scale = _UNITS.get(unit.upper()) if match else None
+    number, unit = match.groups() if match else ("", "?")
+    scale = _UNITS.get(unit.upper())
     if scale is None or (scale == 1 and "." in number) or not decimal.Decimal(number) * scale >= 1:
         raise UserError(
             f"memory must be a size like '16GiB', '80GB' or '500MB' or a positive whole number of "
@@ -218,10 +215,10 @@ def parse_bytes(memory: str | int) -> int:
 
 
 def device_memory() -> int | None:
-    """Bytes that jax may use on its default device, None where nobody says.
+    """Bytes that jax may use on its default device; None if unknown.
 
-    On a GPU or TPU that is the limit of jax's allocator, by default three quarters of a GPU. On a
-    CPU it is all memory of the machine, whatever else is using it and whatever a container allows.
+    On a GPU or TPU it is the limit of jax's allocator, by default three quarters of a GPU. On a CPU
+    it is all memory of the machine, whatever else uses it and whatever a container allows.
     """
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds in which sides take turns, and what their times are."""
+"""Rounds in which sides take turns, and their times."""
 
 import dataclasses
 import datetime
@@ -29,7 +29,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """The middle round."""
+        """The median round."""
         return statistics.median(self.seconds)
 
     @property
@@ -39,26 +39,26 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Half of the range between first and third quartile, as a share of the median."""
+        """Half the interquartile range, as a share of the median."""
         low, high = np.percentile(self.seconds, [25, 75])
         return float(high - low) / 2 / self.median
 
     @property
     def interval(self) -> Interval:
-        """Where the median lies at 95 %."""
+        """The median's interval at 95 %."""
         return interval(self.seconds)
 
     def over(self, other: "Timing") -> Ratio:
-        """The ratio to another side of the same rounds."""
+        """The ratio to another side in the same rounds."""
         return ratio(self.seconds, other.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """How many rounds there are, and the seed of the order of the sides in each.
+    """The number of rounds, and the seed of the order of the sides in each.
 
-    `least` rounds; with `until` on from there until the intervals of what is asked for reach no
-    farther than that share to either side, or `most` rounds are done.
+    There are `least` rounds; with `until`, there are more until the intervals in question reach no
+    farther than that share to either side, at most `most`.
     """
 
     least: int = 5
@@ -72,11 +72,11 @@ QUICK_LOOK = Rounds()
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The sides' times, how far the intervals reach, and what others did meanwhile."""
+    """The sides' times, the reach of their intervals, and the load of other work."""
 
     timings: dict[str, Timing]
-    reach: float | None  # None for too few rounds to tell
-    busy: Busy | None  # None where the system does not tell
+    reach: float | None  # None for too few rounds
+    busy: Busy | None  # None if the system has no counters
 
 
 Timings = Mapping[str, Timing]
@@ -87,15 +87,15 @@ def alternate(
     rounds: Rounds,
     reach: Callable[[Timings], float | None] = lambda _: None,
 ) -> Measured:
-    """Every side once in each round, in an order drawn anew for each; warm sides only.
+    """Time every warm side once a round, in an order drawn anew for each round.
 
-    What slows the machine down for a while slows all sides down, so that ratios hold where times
-    do not; in turns of one order a side would always have the same one before it. A turn is two
-    steps in a row, of which the second counts, as in use one step follows another: the first finds
-    the caches and the memory of the side before, which took a pre-training step of VideoMAE-B from
-    4.7 to 5.5 s. `reach` says how well what is asked for is known after some rounds.
+    What slows the machine down for a while slows all sides down, so ratios hold where times do not;
+    in a fixed order a side would always follow the same one. A turn is two steps in a row, of which
+    the second is timed, as steps follow each other in use: the first finds caches and memory as the
+    other side left them, which took a pre-training step of VideoMAE-B from 4.7 to 5.5 s. `reach`
+    gives the farthest reach of the intervals in question after some rounds.
     """
-    seconds = {side.name: [] for side in sides}
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     rng, watch, done = np.random.default_rng(rounds.seed), Watch(), 0
     while True:
         for i in rng.permutation(len(sides)):
@@ -136,7 +136,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """The environment of this process."""
+    """The current environment."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -148,7 +148,6 @@ def environment() -> Environment:
 
 
 def _device() -> str:
-
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -156,7 +155,7 @@ def _device() -> str:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself, or else its architecture."""
+    """The processor's name, or its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):

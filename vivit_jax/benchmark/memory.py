@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that a side takes, measured in a process that runs nothing else."""
+"""The memory that a side takes, measured in a process of its own."""
 
 import ctypes
 import dataclasses
@@ -21,24 +21,24 @@ from vivit_jax.config import architecture
 from vivit_jax.errors import UserError, first_line
 from vivit_jax.layers.platform import platform
 
-_CLEAR = Path("/proc/self/clear_refs")  # writing 5 to it makes VmHWM start anew
+_CLEAR = Path("/proc/self/clear_refs")  # writing 5 resets VmHWM
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Memory of a side alone, in bytes."""
+    """Peak memory of a side alone, in bytes."""
 
-    step: int  # the largest while a warm step runs, with weights and optimizer
-    whole: int  # the largest since the start, compilation and first step too
+    step: int  # during a warm step, with weights and optimizer
+    whole: int  # since the start, with compilation and first step
 
 
 def peak_memory(work: Work, side: str, directory: Path) -> Peak:
-    """Run a side by itself in a process of its own and see how much memory it takes.
+    """Run a side in a process of its own and measure how much memory it takes.
 
-    On CPU resident memory of the process, less what it had when its framework had done a little of
-    what a step does, so that libraries do not count. On a GPU the allocator's count; JAX's cannot
-    forget a peak, so that `step` is `whole` there. `side` is a name of `sides`. Raises UserError
-    where the process fails.
+    On a CPU it is the resident memory of the process, less what it had after a first small
+    computation, so that loaded libraries do not count. On a GPU it is the allocator's count; JAX
+    cannot reset a peak, so `step` is `whole` there. `side` is the name of a side. Raises UserError
+    if the process fails.
     """
     task = {
         "work": [work.name, work.kind, work.batch],
@@ -68,14 +68,14 @@ def peak_memory(work: Work, side: str, directory: Path) -> Peak:
 
 
 def _alone(task: dict) -> Peak:
-    """The other end of `peak_memory`."""
+    """The child process of `peak_memory`."""
     name, kind, batch = task["work"]
     work = work_of(name, kind, batch, **task["options"])
     directory = Path(task["directory"])
-    in_torch, on_gpu = task["side"].startswith("torch "), platform() == "gpu"
+    on_gpu, torch = platform() == "gpu", None
     if not on_gpu and not _CLEAR.exists():
-        raise UserError("a process's peak memory is read from Linux's /proc, which is not here")
-    if in_torch:
+        raise UserError("the peak memory of a process is read from /proc, which only Linux has")
+    if task["side"].startswith("torch "):
         import torch
         import transformers
 
@@ -92,7 +92,7 @@ def _alone(task: dict) -> Peak:
     baseline = _resident("VmRSS")
     side.warm_up()
     gc.collect()
-    if on_gpu and in_torch:
+    if on_gpu and torch is not None:
         whole = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         side.run()
@@ -102,8 +102,8 @@ def _alone(task: dict) -> Peak:
         peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
         return Peak(peak, peak)
     whole = _resident("VmHWM")  # ru_maxrss would begin with the parent's
-    # What tracing and compiling have left behind is not the step's.
-    if not in_torch:
+    # What tracing and compiling left behind does not belong to the step.
+    if torch is None:
         jax.clear_caches()
         gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -116,13 +116,15 @@ def _alone(task: dict) -> Peak:
 def _resident(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    assert found is not None, f"{field} in /proc/self/status"
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         print(json.dumps(dataclasses.asdict(_alone(json.loads(sys.argv[1])))))
-    except Exception as error:  # for the parent to tell; its traceback would drown in JAX's notes
+    except Exception as error:  # for the parent to report, in one line
         print(first_line(error))
         sys.exit(1)

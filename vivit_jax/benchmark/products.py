@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix products of a program, timed alone: what bounds it on a machine."""
+"""The matrix products of a program timed alone: a bound on its speed."""
 
 import math
 import time
@@ -16,23 +16,23 @@ from vivit_jax.benchmark.measure import Timing
 from vivit_jax.layers.matrices import NAME, contracted, matrix_product
 from vivit_jax.layers.platform import platform
 
-CALLS = 1000  # to tell what one costs
+CALLS = 1000  # timed, for the cost of one
 
-# (shape, dtype) of both sides, the dimension numbers, the precision, the result's dtype, and
-# whether it has a form of its own on CPU, by `vivit_jax.layers.matrices`.
+# (shape, dtype) of both factors, the dimension numbers, the precision, the result's dtype, and
+# whether `vivit_jax.layers.matrices` gives it a form of its own on CPU.
 Product = tuple[tuple, tuple, tuple, Any, Any, bool]
 
 
 def products_of(function: jax.stages.Wrapped, *args: Any) -> Counter[Product]:
-    """Every matrix product that the jitted `function(*args)` runs on CPU, with how often it does.
+    """Every matrix product that the jitted `function(*args)` runs on a CPU, and how often.
 
-    Where a program has a branch for each platform, the first, which is CPU's, is counted.
+    Of a branch for each platform, the first one, the CPU's, is counted.
     """
     return _count(function.trace(*args).jaxpr.jaxpr)
 
 
-def _count(jaxpr) -> Counter[Product]:
-    found = Counter()
+def _count(jaxpr: Any) -> Counter[Product]:
+    found: Counter[Product] = Counter()
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         own_form = name == NAME
@@ -52,7 +52,7 @@ def _count(jaxpr) -> Counter[Product]:
 
 
 def flops_of(product: Product) -> int:
-    """Two operations per multiply-add."""
+    """Operations, two for a multiply-add."""
     (left, _), (right, _), ((contracted, _), (batch, _)), *_ = product
     terms = math.prod(left[i] for i in contracted)
     rows = math.prod(left) // terms
@@ -61,14 +61,14 @@ def flops_of(product: Product) -> int:
 
 
 def operations(products: Counter[Product]) -> int:
-    """Operations of all products together."""
+    """Operations of all products."""
     return sum(flops_of(product) * count for product, count in products.items())
 
 
 class ProductsAlone:
-    """Products one after the other, on warm operands: a side to alternate with.
+    """A side that runs products one after the other, on warm operands.
 
-    On a CPU each is waited for, elsewhere only the last, whose device takes them in turn.
+    On a CPU each is waited for; other devices run them in order, and only the last is waited for.
     """
 
     def __init__(self, products: Counter[Product], name: str = "its products alone"):
@@ -77,16 +77,17 @@ class ProductsAlone:
         self._each = platform() == "cpu"
 
     def run(self) -> None:
-        """Every product as often as the program does it."""
+        """Run every product as often as the program does."""
+        done = None
         for multiply, operands, count in self._calls:
             for _ in range(count):
                 done = multiply(*operands)
                 if self._each:
                     done.block_until_ready()
-        done.block_until_ready()
+        jax.block_until_ready(done)
 
     def without_calls(self, timing: Timing) -> Timing:
-        """Less what calling costs: on a CPU as often as a function that only returns."""
+        """The timing less the cost of the calls, which on a CPU is that of an empty function."""
         if not self._each:
             return timing
         nothing, operand = jax.jit(lambda a: a[0]), jnp.zeros(1)
@@ -103,7 +104,7 @@ class ProductsAlone:
 
 
 def large_product(dtype: str) -> ProductsAlone:
-    """A large square product, as often as a clock can tell: the machine's rate for a dtype."""
+    """A large square product, repeated for the clock: the machine's rate for a dtype."""
     size, times = (2048, 1) if platform() == "cpu" else (8192, 16)
     square = jax.ShapeDtypeStruct((size, size), dtype)
     (product,) = products_of(jax.jit(matrix_product), square, square)
@@ -111,19 +112,22 @@ def large_product(dtype: str) -> ProductsAlone:
 
 
 def _call(product: Product) -> tuple[Callable, tuple[jax.Array, jax.Array]]:
-    """The product as a compiled function, called once, and operands for it."""
+    """The product as a compiled function, called once, and its operands."""
     (left, left_dtype), (right, right_dtype), dimensions, precision, out, own_form = product
     keys = jax.random.split(jax.random.key(0))
     operands = (
         jax.random.normal(keys[0], left, left_dtype),
         jax.random.normal(keys[1], right, right_dtype),
     )
+    plain = partial(
+        jax.lax.dot_general,
+        dimension_numbers=dimensions,
+        precision=precision,
+        preferred_element_type=jnp.dtype(out),
+    )
+    multiply = jax.jit(plain)
     if own_form:
         (summed, _) = dimensions
-        multiply = partial(contracted, summed=tuple(axis for (axis,) in summed))
-    else:
-        out = jnp.dtype(out)
-        multiply = lambda a, b: jax.lax.dot_general(a, b, dimensions, precision, out)  # noqa: E731
-    multiply = jax.jit(multiply)
+        multiply = jax.jit(partial(contracted, summed=tuple(axis for (axis,) in summed)))
     multiply(*operands).block_until_ready()
     return multiply, operands

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a comparison, as text and as plain values."""
+"""The figures of a comparison, as text and as JSON values."""
 
 import dataclasses
 from typing import Any
@@ -18,45 +18,45 @@ MEBI = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One side's figures; None where they do not apply or were not asked for."""
+    """One side's figures; None if they do not apply or were not requested."""
 
     name: str
     timing: Timing
     compilation: Compilation | None
-    agreement: Agreement | None  # with the first row, None for that row itself
+    agreement: Agreement | None  # with the first row; None for that row itself
     peak: Peak | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The rows of one work; the first is this library's."""
+    """The rows of one work; the first is this library."""
 
     work: Work
     rows: tuple[Row, ...]
     rate: float  # operations per second of a large matrix product, in the same rounds
-    products: Timing | None  # of all matrix products of the work, one after the other
-    failures: tuple[str, ...] = ()  # rows that could not run, and why
-    peak_rate: float | None = None  # operations per second that the device is sold for
-    rounds: Rounds = Rounds()  # that were asked for
-    reach: float | None = None  # of those intervals that `rounds.until` is about, the farthest
-    busy: Busy | None = None  # what others did meanwhile
+    products: Timing | None  # of the work's matrix products alone
+    failures: tuple[str, ...] = ()  # reasons of rows that could not run
+    peak_rate: float | None = None  # nominal operations per second of the device
+    rounds: Rounds = Rounds()  # as requested
+    reach: float | None = None  # the farthest of the intervals that `rounds.until` is about
+    busy: Busy | None = None  # load of other work
 
     @property
     def agrees(self) -> bool:
-        """Whether what was compared computes what the first does, and not all of it failed."""
+        """Whether all rows compute the same function, and some row besides the first could run."""
         compared = [row for row in self.rows if row.agreement is not None]
         if self.failures and not compared:
             return False
         return all(row.agreement is None or row.agreement.holds for row in self.rows)
 
     def ratio(self, row: Row) -> Ratio | None:
-        """Time of the first row by that of another; None for itself and where outputs differ."""
+        """Time of the first row over another's; None for itself and if the outputs differ."""
         if row.agreement is None or not row.agreement.holds:
             return None
         return self.rows[0].timing.over(row.timing)
 
     def memory_ratio(self, row: Row) -> float | None:
-        """A step's memory in the first row by that in another, as `ratio`; None where unknown."""
+        """A step's memory in the first row over another's; None as for `ratio`, or if unknown."""
         mine, its = self.rows[0].peak, row.peak
         if row.agreement is None or not row.agreement.holds or mine is None or its is None:
             return None
@@ -64,9 +64,9 @@ class Comparison:
 
     @property
     def over_products(self) -> float | None:
-        """Time of the first row by that of its matrix products alone, in the same rounds.
+        """Time of the first row over its matrix products alone, in the same rounds.
 
-        None where they were not timed, or take no longer than calling them.
+        None if they were not timed, or take no longer than calling them.
         """
         if self.products is None or not all(self.products.seconds):
             return None
@@ -74,17 +74,17 @@ class Comparison:
 
     @property
     def narrow(self) -> bool | None:
-        """Whether the intervals are as narrow as was asked; None where nothing was."""
+        """Whether the intervals are as narrow as requested; None if nothing was requested."""
         if self.rounds.until is None:
             return None
         return self.reach is not None and self.reach <= self.rounds.until
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How many rounds there were and why, what others did meanwhile, and what failed."""
+        """The number of rounds and its reason, the load of other work, and failures."""
         done = len(self.rows[0].timing.seconds)
         rounds = f"{done} rounds, each in an order of its own (seed {self.rounds.seed})"
-        if self.narrow is not None:
+        if self.rounds.until is not None:
             width = "unknown" if self.reach is None else f"+-{self.reach:.2%}"
             rounds += f", to +-{100 * self.rounds.until:g}% of the median at 95 %: {width}"
         if self.narrow is False:
@@ -93,25 +93,27 @@ class Comparison:
         return (rounds, *busy, *self.failures)
 
     def to_dict(self) -> dict[str, Any]:
-        """What --json has of each table, seconds and bytes; null is unknown or not asked for.
+        """The values of --json for a table, in seconds and bytes; null is unknown or not requested.
 
-        Of the table, beside what was asked for:
+        For the table, besides the request itself:
             flops, product_flops_per_second, products_seconds, products_ratio: operations of the
-                work, the rate of one large product, the work's products alone, ours by those.
-            rounds: {done, seed, least, until, most, reach, narrow}; reach is how far the
-                widest interval reaches to one side, as a share of the median, narrow whether that
-                is at most `until`.
+                work, the rate of one large product, the time of the work's products alone, and the
+                first row's time over it.
+            rounds: {done, seed, least, until, most, reach, narrow}; reach is the distance from the
+                median to the farthest bound of an interval, as a share of the median, narrow
+                whether that is at most `until`.
             busy: {source, threshold, cores, others, steal, rounds, timed, told}: shares of the
-                cores' time, steal within others, and the rounds (from 1) with more than threshold.
-            failures: rows that could not run.
-        Of each row, ratios being the first row's figure by this one's, null where outputs differ:
-            timing: {seconds: one a round, in the same order in all rows}.
-            median_seconds, median_interval: its bounds at 95 %; least_seconds.
+                cores' time (steal is part of others), the rounds (from 1) above the threshold, and
+                whether there was a warning.
+            failures: reasons of rows that could not run.
+        For each row; ratios are the first row's figure over this one's, null if outputs differ:
+            timing: {seconds: one for each round, in the same order in all rows}.
+            median_seconds, median_interval: with bounds at 95 %; least_seconds.
             ratio, ratio_interval, ratio_least: the median of the rounds' ratios, its bounds at
-                95 %, and least by least.
+                95 %, and the ratio of the least times.
             peak: {step, whole}; memory_ratio: of step.
-            compilation: {seconds, cached, trace_seconds, lower_seconds, xla_seconds}, the last
-                three null for PyTorch, which does not tell them apart.
+            compilation: {seconds, cached, trace_seconds, lower_seconds, xla_seconds}; PyTorch does
+                not separate the last three, which are null.
             clips_per_second, share_of_product_rate, mfu, agreement, agrees.
         """
         work, config = self.work, self.work.config
@@ -169,7 +171,7 @@ class Comparison:
 
     def _times(self) -> list[str]:
         mfu = () if self.peak_rate is None else ("MFU",)
-        table = [
+        table: list[tuple[str, ...]] = [
             ("", "seconds", "+-", "least", "clips/s", "TFLOP/s", "of products", *mfu)
             + ("trace s", "compile s", "peak MiB")
         ]
@@ -196,7 +198,7 @@ class Comparison:
         if not others:
             return []
         head = (f"{first.name} over", "ratio", "at 95 %", "least/least", "memory", "difference")
-        table = [head]
+        table: list[tuple[str, ...]] = [head]
         for row in others:
             ratio, memory = self.ratio(row), self.memory_ratio(row)
             figures = ("DIFFERS", "-", "-")
@@ -208,7 +210,7 @@ class Comparison:
 
     def _bound(self) -> list[str]:
         bound = f"one large product: {self.rate / 1e12:.3g} TFLOP/s"
-        if self.over_products is not None:
+        if self.products is not None and self.over_products is not None:
             bound += (
                 f"; this work's products alone: {self.products.median:.4g} s, "
                 f"+-{self.products.spread:.0%}, {self.rows[0].name} takes "
@@ -218,15 +220,17 @@ class Comparison:
 
 
 def _bounds(interval: Interval) -> tuple[float, float] | None:
-    return None if interval.low is None else (interval.low, interval.high)
+    if interval.low is None or interval.high is None:
+        return None
+    return interval.low, interval.high
 
 
 def _compilation(compilation: Compilation | None) -> tuple[str, str]:
-    """Tracing with lowering, and the compiler; PyTorch's are one."""
+    """Seconds of tracing with lowering, and of the compiler; PyTorch's are one figure."""
     if compilation is None:
         return "-", "-"
     cached = " (cache)" * compilation.cached
     if compilation.xla_seconds is None:
         return "-", f"{compilation.seconds:.1f}{cached}"
-    before = compilation.trace_seconds + compilation.lower_seconds
+    before = (compilation.trace_seconds or 0) + (compilation.lower_seconds or 0)
     return f"{before:.1f}", f"{compilation.xla_seconds:.1f}{cached}"

@@ -2,12 +2,13 @@
 """The tables of transformers' documentation, with this library's column."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vivit_jax.benchmark.compare import compare
-from vivit_jax.benchmark.measure import QUICK_LOOK, Rounds
+from vivit_jax.benchmark.measure import QUICK_LOOK, Rounds, Timing
 from vivit_jax.benchmark.report import MEBI, Comparison
 from vivit_jax.benchmark.sides import check_work
 from vivit_jax.benchmark.work import work_of
@@ -25,7 +26,7 @@ class SeedTable:
 
     @property
     def agrees(self) -> bool:
-        """Whether all sides computed the same in every row."""
+        """Whether all sides compute the same function in every row."""
         return all(comparison.agrees for comparison in self.comparisons)
 
     def to_dict(self) -> dict[str, Any]:
@@ -36,7 +37,7 @@ class SeedTable:
         }
 
     def __str__(self) -> str:
-        table = [
+        table: list[tuple[str, ...]] = [
             (
                 "batch",
                 "eager ms",
@@ -55,17 +56,15 @@ class SeedTable:
                 continue
             ours, eager, sdpa = comparison.rows
             e, s, o = (row.timing for row in (eager, sdpa, ours))
-            ms = lambda timing: f"{1e3 * timing.median:,.0f}"  # noqa: E731
-            peaks = [row.peak and row.peak.step / MEBI for row in (eager, sdpa, ours)]
-            saved = peaks[1] / peaks[2] if all(peaks) else None
-            # No ratio of what is not the same function.
-            ratio = lambda a: f"{a:.2f}" if comparison.agrees else "DIFFERS"  # noqa: E731, B023
+            peaks = [None if row.peak is None else row.peak.step for row in (eager, sdpa, ours)]
+            saved = peaks[1] / peaks[2] if peaks[1] and peaks[2] else None
+            ratio = functools.partial(_ratio, agrees=comparison.agrees)
             table.append(
                 (
                     str(comparison.work.batch),
-                    *(ms(e), ms(s), ratio(e.over(s).median)),
-                    *(ms(o), ratio(e.over(o).median), ratio(s.over(o).median)),
-                    *("-" if peak is None else f"{peak:,.0f}" for peak in peaks),
+                    *(_ms(e), _ms(s), ratio(e.over(s).median)),
+                    *(_ms(o), ratio(e.over(o).median), ratio(s.over(o).median)),
+                    *("-" if peak is None else f"{peak / MEBI:,.0f}" for peak in peaks),
                     "-" if saved is None else ratio(saved),
                 )
             )
@@ -75,6 +74,14 @@ class SeedTable:
             for text in comparison.notes
         ]
         return "\n".join([self.title, *format_table(table), *notes])
+
+
+def _ms(timing: Timing) -> str:
+    return f"{1e3 * timing.median:,.0f}"
+
+
+def _ratio(ratio: float, agrees: bool) -> str:
+    return f"{ratio:.2f}" if agrees else "DIFFERS"
 
 
 def seed_tables(

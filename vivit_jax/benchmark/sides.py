@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two sides of a comparison: this library and transformers, on the same weights and inputs.
 
-A side is made from a `Work` and a directory with its weights. `warm_up` compiles and runs a first
-step and returns what it computed, `run` is one more step, to its end. `moments` are Adam's first
-moments after the first step, by the tensor names on disk: 0.1 of the gradients. `compilation` is
-told how long a warm step takes.
+A side is made from a `Work` and a directory with its weights. `warm_up` compiles, runs a first step
+and returns its output; `run` runs one more step to its end. `moments` are Adam's first moments
+after the first step, 0.1 of the gradients, by the tensor names on disk. `compilation` takes the
+time of a warm step.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,19 +35,20 @@ TORCH = ("eager", "sdpa", "compile")  # the last is torch.compile with sdpa
 
 
 class Runnable(Protocol):
-    """What can be timed."""
+    """Something that can be timed."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def run(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """What it took to make the program that is run.
+    """The seconds to make the program.
 
-    Tracing and lowering come before XLA compiles; PyTorch does not tell them apart. A second row of
-    this library finds some of its functions traced.
+    Tracing and lowering come before XLA compiles; PyTorch does not separate them. A second row of
+    this library finds some functions already traced.
     """
 
     seconds: float  # all together
@@ -60,6 +61,8 @@ class Compilation:
 class Side(Runnable, Protocol):
     """One way to do a work."""
 
+    work: Work
+
     def warm_up(self) -> np.ndarray: ...
 
     def moments(self) -> dict[str, np.ndarray] | None: ...
@@ -68,21 +71,20 @@ class Side(Runnable, Protocol):
 
 
 def write_weights(work: Work, directory: Path, seed: int = 0) -> None:
-    """Fresh float32 weights of the work's model as an HF directory, see `sensitive_params`."""
+    """Write an HF directory with the `sensitive_params` of the work's model, in float32."""
     config = dataclasses.replace(work.config, dtype="float32", param_dtype="float32")
     model = build_model(config, work.head)
     save_pretrained(directory, model, sensitive_params(fresh_params(model, seed), config, seed))
 
 
 class JaxSide:
-    """This library; `name` says which attention, so that several can be compared."""
+    """This library; `name` tells several attentions apart."""
 
     def __init__(self, work: Work, directory: Path, name: str = OURS):
         self.name, self.work, self.directory = name, work, directory
-        self._state = None
+        self._state: Any = None
 
     def warm_up(self) -> np.ndarray:
-
         config = self.work.config
         execution = ("dtype", "param_dtype", "attention", "scan_layers", "remat")
         self.program = program(self.work)
@@ -113,7 +115,6 @@ class JaxSide:
         return loss
 
     def run(self) -> None:
-
         jax.block_until_ready((self._run(), self._state))
 
     def compilation(self, step_seconds: float) -> Compilation | None:
@@ -122,7 +123,7 @@ class JaxSide:
     def moments(self) -> dict[str, np.ndarray] | None:
         if self.work.kind == "forward":
             return None
-
+        assert self._state is not None, "the side is not warm"
         (_, optimizer_state) = self._state
         return _as_tensors(
             lambda path: save_pretrained(path, self.program.model, optimizer_state[0].mu)
@@ -131,7 +132,7 @@ class JaxSide:
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[str]]:
-    """What is loaded from the persistent compilation cache in the block."""
+    """Hits in the persistent compilation cache during the block."""
     hits = []
 
     def listen(event: str, **_):
@@ -173,10 +174,10 @@ class TorchSide:
         self.optimizer = None
         self._context = contextlib.nullcontext
         if work.kind != "forward":
-            rates = dict(lr=OPTIMIZER["learning_rate"], betas=(OPTIMIZER["b1"], OPTIMIZER["b2"]))
             self.optimizer = torch.optim.AdamW(
                 self.model.parameters(),
-                **rates,
+                lr=OPTIMIZER["learning_rate"],
+                betas=(OPTIMIZER["b1"], OPTIMIZER["b2"]),
                 eps=OPTIMIZER["eps"],
                 weight_decay=OPTIMIZER["weight_decay"],
                 fused=True,
@@ -208,6 +209,7 @@ class TorchSide:
             with torch.inference_mode():
                 out = self._call(**self.inputs).logits
         else:
+            assert self.optimizer is not None
             self.optimizer.zero_grad(set_to_none=True)
             with self._context():
                 loss = self._call(**self.inputs).loss
@@ -224,7 +226,7 @@ class TorchSide:
     def compilation(self, step_seconds: float) -> Compilation | None:
         if self.variant != "compile":
             return None
-        # It compiles in the first step; its own cache of earlier runs is not looked into.
+        # It compiles in the first step. Its cache of earlier runs cannot be seen.
         return Compilation(max(0.0, self._first_seconds - step_seconds), False)
 
     def moments(self) -> dict[str, np.ndarray] | None:
@@ -233,7 +235,7 @@ class TorchSide:
         import torch
         import transformers
 
-        # save_pretrained renames, so moments take the way to the file that weights take.
+        # save_pretrained renames tensors, so moments are saved in place of the weights.
         kept = {}
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -248,8 +250,8 @@ class TorchSide:
                     parameter.data = data
 
 
-def _as_tensors(save) -> dict[str, np.ndarray]:
-    """What `save(directory)` writes to model.safetensors, by name."""
+def _as_tensors(save: Callable[[Path], object]) -> dict[str, np.ndarray]:
+    """The tensors that `save(directory)` writes, by name."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model"
         save(path)
@@ -258,7 +260,7 @@ def _as_tensors(save) -> dict[str, np.ndarray]:
 
 
 def check_work(work: Work) -> None:
-    """MissingExtra or UserError where the work has no PyTorch side."""
+    """Raise MissingExtra or UserError if the work has no PyTorch side."""
     check_torch(PURPOSE)
     import torch
 
@@ -281,5 +283,5 @@ def check_work(work: Work) -> None:
 
 
 def share_the_gpu() -> None:
-    """Keep JAX from taking most of a GPU's memory; call before it first looks for devices."""
+    """Keep JAX from reserving most of a GPU's memory; call before JAX looks for devices."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

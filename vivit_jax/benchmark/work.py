@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: a model, what is done with it, and on how many clips."""
+"""What is measured: a model, a kind of work, and a number of clips."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,16 +20,16 @@ from vivit_jax.train.step import gradient_step, jit_step
 
 KINDS = ("forward", "finetune", "pretrain")
 MASK_RATIO = 0.9
-# Of AdamW, the same on every side that is measured.
+# Of AdamW, on every side.
 OPTIMIZER = dict(learning_rate=1e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """`batch` clips through a model: "forward", or a whole "finetune" or "pretrain" step.
+    """A "forward" pass, or a whole "finetune" or "pretrain" step, on `batch` clips.
 
     A step is loss, gradients and AdamW's update, in the config's dtype with params in
-    `param_dtype`. A forward pass and a fine-tuning step have the classifier, pre-training hides
+    `param_dtype`. A forward pass and a fine-tuning step have the classifier; pre-training hides
     nine tenths of every clip in tubes.
     """
 
@@ -57,20 +56,20 @@ class Work:
         return "pretraining" if self.kind == "pretrain" else "classification"
 
     def mask(self, seed: int = 0) -> Mask | None:
-        """One mask for each clip, None unless the work is pre-training."""
+        """A mask for each clip; None unless the work is pre-training."""
         if self.kind != "pretrain":
             return None
         draw = dual_mask if self.dual_masks else tube_mask
         return draw(np.random.default_rng(seed), self.batch, self.config.grid, MASK_RATIO)
 
     def flops(self) -> int:
-        """Operations of the matrix products of the model for the whole batch, none twice."""
+        """Operations of the model's matrix products for the batch, without recomputation."""
         mask = self.mask()
-        tokens = {}
+        visible, decoded = None, None
         if mask is not None:
-            tokens = dict(visible=mask.visible.shape[1], decoded=mask.predicted.shape[1])
+            visible, decoded = mask.visible.shape[1], mask.predicted.shape[1]
         count = forward_flops if self.kind == "forward" else step_flops
-        return self.batch * count(self.config, self.head, **tokens)
+        return self.batch * count(self.config, self.head, visible=visible, decoded=decoded)
 
 
 def work_of(
@@ -83,10 +82,10 @@ def work_of(
     attention: str = "auto",
     remat: str = "dots",
 ) -> Work:
-    """The work on a preset's model, with the execution asked for and nothing random in it.
+    """The work on a preset's model, without dropout and the like.
 
-    `frames` is the clip's length, the preset's own by default. In a forward pass params have
-    `dtype` too, in a step they stay float32. Raises UserError for an unknown preset.
+    `frames` is the clip's length, by default the preset's own. Params have `dtype` too in a forward
+    pass and stay float32 in a step. Raises UserError for an unknown preset.
     """
     found = _preset(preset)
     config = found.config
@@ -104,7 +103,7 @@ def work_of(
 
 
 def has_pretraining(preset: str) -> bool:
-    """Whether a preset's model is pre-trained by masking; UserError for an unknown preset."""
+    """Whether a preset's model is pre-trained by masking. Raises UserError if it is unknown."""
     return _preset(preset).config.has_pretraining
 
 
@@ -116,7 +115,7 @@ def _preset(name: str) -> Preset:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A work as functions: `step` is jitted, `state` and `inputs` are trees of shapes for it.
+    """A work as a jitted `step`, with `state` and `inputs` as trees of shapes for it.
 
     Forward: `step(params, inputs)` -> logits. Training: `step((params, optimizer state), inputs)`
     -> ((params, optimizer state), loss), with the state donated. `inputs` holds pixel_values and
@@ -125,43 +124,49 @@ class Program:
 
     work: Work
     model: nn.Module
-    step: Callable[[Any, Any], Any]
+    step: jax.stages.Wrapped
     state: Any
     inputs: dict[str, Any]
 
 
 def program(work: Work) -> Program:
-    """The compiled form's source: nothing is computed or allocated yet."""
+    """The work's program; nothing is computed or allocated yet."""
     config = work.config
     model = build_model(config, work.head)
     params = abstract_params(model)
     clip = (work.batch, config.num_frames, *config.frame_size, config.num_channels)
-    inputs = {"pixel_values": jax.ShapeDtypeStruct(clip, jnp.float32)}
+    inputs: dict[str, Any] = {"pixel_values": jax.ShapeDtypeStruct(clip, jnp.float32)}
     if work.kind == "finetune":
         inputs["labels"] = jax.ShapeDtypeStruct((work.batch,), jnp.int32)
     if work.kind == "pretrain":
-        shape = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32)  # noqa: E731
-        inputs["mask"] = jax.tree.map(shape, work.mask())
+        inputs["mask"] = jax.eval_shape(lambda: work.mask())
+
+    def output(params: Any, inputs: dict[str, Any]) -> Any:
+        return model.apply({"params": params}, **inputs)
+
     if work.kind == "forward":
-        apply = jax.jit(lambda params, inputs: model.apply({"params": params}, **inputs).logits)
-        return Program(work, model, apply, params, inputs)
+        forward = jax.jit(lambda params, inputs: output(params, inputs).logits)
+        return Program(work, model, forward, params, inputs)
     optimizer = _optimizer()
 
-    def step(state, inputs):
-        loss_of = lambda params: (model.apply({"params": params}, **inputs).loss, None)  # noqa: E731
+    def step(state: Any, inputs: dict[str, Any]) -> Any:
+        def loss_of(params: Any) -> tuple[jax.Array, None]:
+            return output(params, inputs).loss, None
+
         params, optimizer_state, loss, _ = gradient_step(optimizer, loss_of, *state)
         return (params, optimizer_state), loss
 
     state = params, jax.eval_shape(optimizer.init, params)
-    return Program(work, model, jit_step(step, pretraining=work.kind == "pretrain"), state, inputs)
+    jitted: Any = jit_step(step, pretraining=work.kind == "pretrain")
+    return Program(work, model, jitted, state, inputs)
 
 
 def inputs_of(work: Work, seed: int = 0) -> dict[str, Any]:
-    """Noise as clips, and labels or masks, as numpy arrays."""
+    """Clips of noise, and labels or masks, as numpy arrays."""
     rng = np.random.default_rng(seed)
     config = work.config
     clip = (work.batch, config.num_frames, *config.frame_size, config.num_channels)
-    inputs = {"pixel_values": rng.standard_normal(clip, dtype=np.float32)}
+    inputs: dict[str, Any] = {"pixel_values": rng.standard_normal(clip, dtype=np.float32)}
     if work.kind == "finetune":
         inputs["labels"] = rng.integers(0, config.num_labels, work.batch).astype(np.int32)
     if work.kind == "pretrain":
@@ -170,7 +175,7 @@ def inputs_of(work: Work, seed: int = 0) -> dict[str, Any]:
 
 
 def initial_state(program: Program, params: Any) -> Any:
-    """What the program's step takes first; `params` stay whole, although training donates."""
+    """The first argument of the program's step; `params` survive, although training donates."""
     if program.work.kind == "forward":
         return params
     params = jax.tree.map(jnp.copy, params)
@@ -178,4 +183,11 @@ def initial_state(program: Program, params: Any) -> Any:
 
 
 def _optimizer() -> optax.GradientTransformation:
-    return optax.adamw(**OPTIMIZER)
+    settings = OPTIMIZER
+    return optax.adamw(
+        settings["learning_rate"],
+        settings["b1"],
+        settings["b2"],
+        settings["eps"],
+        weight_decay=settings["weight_decay"],
+    )

@@ -120,7 +120,7 @@ def demo(
 @contextlib.contextmanager
 def _programs_kept() -> Iterator[None]:
     """Compile what two stages share once, by a cache on disk that ends with the demo."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.read("jax_compilation_cache_dir") is not None:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="vivit-demo") as directory:

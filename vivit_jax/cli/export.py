@@ -6,7 +6,7 @@ import json as json_module
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -127,7 +127,7 @@ def export(
         params_at=program.params,
         precision=program.precision,
     )
-    about = {"source": model, "file": out.name} | artefact.about
+    about: dict[str, Any] = {"source": model, "file": out.name} | artefact.about
     if artefact.params is not None:
         about["params"]["file"] = files["params"].name
     about["example"] = _example(about)

@@ -298,6 +298,7 @@ def _write(
 ) -> str:
     """Write a video's file, whole or not at all, and say what it is."""
     started, done = time.monotonic(), 0
+    row_shape: tuple[int, ...] = ()
 
     def count(frames: int, announced: int) -> None:
         nonlocal done
@@ -309,6 +310,7 @@ def _write(
     with whole_file(path) as partial, RowWriter(partial) as file:
         for row in rows:
             features = row.features
+            row_shape = features.shape
             if features.dtype.name == "bfloat16" and path.suffix.lower() == ".npz":
                 features = features.astype(np.float32)
             file.add(
@@ -319,7 +321,7 @@ def _write(
         about = {"path": str(video), "frames": done, "file": state}
         file.finish(made | {"video": about, "vivit_jax": __version__})
     seconds = time.monotonic() - started
-    shape = "x".join(map(str, (file.rows, *features.shape)))
+    shape = "x".join(map(str, (file.rows, *row_shape)))
     return (
         f"{video}: {shape} features of {done} frames in {seconds:.1f} s "
         f"({done / seconds:.0f} frames/s), written to {path}"

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -81,9 +81,8 @@ def predict(
     classifier = VideoClassifier.from_pretrained(
         source.checkpoint.path, config=changes, dtype=dtype
     )
-    found = classifier.classify(
-        clips, top_k=top_k, **(vars(read) | vars(views) | dict(start=start))
-    )
+    how: dict[str, Any] = vars(read) | vars(views) | {"start": start}
+    found = classifier.classify(clips, top_k=top_k, **how)
     results, failed, pace = [], False, Pace()
     with contextlib.closing(LiveLine("clips", len(clips), ends=False)) as progress:
         for number, result in enumerate(found, 1):

@@ -36,16 +36,17 @@ def presets(*, json: bool = False) -> None:
     for name, preset in PRESETS.items():
         config = preset.config
         temporal = config.temporal_layers
-        masked = {}
+        visible, decoded = None, None
         if preset.head == "pretraining":
             make = dual_mask if preset.dual_masks else tube_mask
             mask = make(np.random.default_rng(0), 1, config.grid)
-            masked = dict(visible=mask.visible.shape[1], decoded=mask.predicted.shape[1])
+            visible, decoded = mask.visible.shape[1], mask.predicted.shape[1]
+        flops = forward_flops(config, preset.head, visible=visible, decoded=decoded)
         rows.append(
             (
                 name,
                 f"{preset.num_params:,}",
-                f"{forward_flops(config, preset.head, **masked) / 1e9:.0f}",
+                f"{flops / 1e9:.0f}",
                 "x".join(map(str, (config.num_frames, *config.frame_size))),
                 str(config.num_tokens),
                 f"{config.num_hidden_layers}+{temporal}"

@@ -28,7 +28,7 @@ def recipes(
     if json:
         print(json_module.dumps(values, indent=2))
         return
-    print(inspect.getdoc(RECIPES[name]) + "\n")
+    print(f"{inspect.getdoc(RECIPES[name])}\n")
     for section, fields in values.items():
         if not isinstance(fields, dict):
             print(f"{section} = {fields}")

@@ -99,8 +99,8 @@ def _run(task: str, options: RunOptions) -> int:
     out, resume = options.out, options.resume is not False
     if options.recipe is None and not resume:
         raise UserError("--recipe is missing; `vivit-jax recipes` lists the names")
-    own = options.recipe is None
-    recipe = saved_recipe(out) if own else recipe_named(options.recipe)
+    named = options.recipe
+    recipe = saved_recipe(out) if named is None else recipe_named(named)
     if recipe.task != task:
         raise UserError(f"{recipe.name} is to {recipe.task}; use vivit-jax {recipe.task}")
     given = [*in_order(options.set)]
