@@ -682,7 +682,7 @@ def test_a_video_shorter_than_a_window(model, capsys, tmp_path):
         (["{video}", "--out", "{tmp}/{long}.npz"], "File name too long"),
         (["{tmp}/{long}.mp4", "--out", "{tmp}/f"], "File name too long"),
         (["{video}", "--out", "{tmp}/x.npy"], "ends in '.npy'; expected .safetensors or .npz"),
-        (["{video}", "--out", "{tmp}/x.H5"], "a directory (one of this name has to be made first)"),
+        (["{video}", "--out", "{tmp}/x.H5"], "a directory (create one of this name first)"),
         (["{video}", "{video}", "--out", "{tmp}/f.npz"], "one file, for 2 videos"),
         (["{video}", "{tmp}/a.mkv", "--out", "{tmp}/f"], "would both be written to"),
         (["{video}", "--out", "{tmp}/f.npz", "--format", "safetensors"], "contradict"),

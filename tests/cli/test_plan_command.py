@@ -193,7 +193,7 @@ def overflowing(recipe, topology, sizes, videos):
     ("mesh", "message"),
     [
         ("data=2", "the compiler ended its process (SIGSEGV: an error of its own"),
-        ("tensor=2", "the process that compiled was killed, as Linux does where memory runs out"),
+        ("tensor=2", "the compiler's process was killed, as Linux does when memory runs out"),
     ],
 )
 def test_a_compiler_that_ends_its_process(mesh, message, capsys, monkeypatch, tmp_path):

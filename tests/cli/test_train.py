@@ -82,8 +82,8 @@ def refused(capsys, *args):
         ([*FINETUNE, *sets(optim__clip="much")], "optim.clip is 'much', expected a number"),
         ([*FINETUNE, "--set", "optim.lr"], "'optim.lr' is not a setting"),
         ([*FINETUNE, *sets(data__train="x"), "--data", "y"], "data.train is set twice"),
-        (["pretrain", *FINETUNE[1:]], "is to finetune; use vivit-jax finetune"),
-        (["finetune", *PRETRAIN[1:]], "is to pretrain; use vivit-jax pretrain"),
+        (["pretrain", *FINETUNE[1:]], "is a recipe to finetune; use vivit-jax finetune"),
+        (["finetune", *PRETRAIN[1:]], "is a recipe to pretrain; use vivit-jax pretrain"),
         ([*FINETUNE, "--processes", "2"], "--processes 2 --process 0 need --coordinator"),
         (
             [*FINETUNE, "--coordinator", "x:1", "--processes", "2", "--process", "2"],

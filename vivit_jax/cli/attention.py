@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax attention`: where in space and time a model looks, laid on the frames of a clip."""
+"""`vivit-jax attention`: where a model looks in space and time, drawn on a clip."""
 
 import dataclasses
 import json as json_module
@@ -24,8 +24,8 @@ from vivit_jax.files.atomic import check_output, whole_file
 from vivit_jax.inference.attention_maps import choose, map_attention
 from vivit_jax.train.normalise import arithmetic
 
-# Its name, and how a block's attention becomes one map (`vivit_jax.inference.attention_maps`).
-_ARRANGEMENTS = {
+# The name of each attention type, and how `vivit_jax.inference.attention_maps` makes one map of it.
+_ATTENTION_TYPES = {
     "joint": ("joint attention", None),
     "factorised_encoder": (
         "factorised encoder",
@@ -39,7 +39,7 @@ _ARRANGEMENTS = {
     "factorised_dot_product": (
         "factorised dot-product attention",
         "Half of the heads look over time at the query's own place, half over space in its own "
-        "time step; the mean of heads is of both.",
+        "time step; the mean of heads covers both.",
     ),
 }
 _ALL_ALIKE = "Space: the spatial stage, inside each time step; all time steps weigh the same."
@@ -50,16 +50,17 @@ class MapOptions:
     """Which attention is shown.
 
     Attributes:
-        kind: map is the attention of one layer. rollout follows it through all layers down to the
-            pixels, with half of each layer for its residual connection (Abnar and Zuidema 2020).
-        query: Whose attention: cls, the class token (of each stage, in a factorised encoder); mean,
-            the mean of all tubelets, so what each receives; or a tubelet as T,Y,X, counted from 0
-            on the grid of tokens. Default: cls where there is a class token, else mean.
-        layer: The layer of a map, the last layer of a rollout, from 0; -1 is the last, the default.
-            In a factorised encoder that of its spatial stage.
+        kind: map is the attention of one layer. rollout follows attention through all layers down
+            to the pixels, half of each layer being its residual connection (Abnar and Zuidema
+            2020).
+        query: Whose attention: cls, the class token (of each stage in a factorised encoder); mean,
+            the mean of all tubelets, that is what each token receives; or a tubelet as T,Y,X, from
+            0 on the grid of tokens. Default: cls for models with a class token, else mean.
+        layer: The layer of a map, or the last layer of a rollout, from 0; -1 is the last, the
+            default. In a factorised encoder, a layer of its spatial stage.
         temporal_layer: The same for the temporal stage of a factorised encoder.
-        head: mean of all heads, or the number of one, from 0; in a factorised dot-product model the
-            first half of them looks over time. A rollout takes the mean.
+        head: mean, or the number of a head from 0; the first half of the heads of a factorised
+            dot-product model looks over time. A rollout takes the mean.
     """
 
     kind: Literal["map", "rollout"] = "map"
@@ -91,10 +92,10 @@ def attention(
             [0, 1].
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic. Of a pre-trained
-            VideoMAE the encoder is shown, looking at the whole clip.
-        save: File to write the numbers to, .npz: maps [t, h, w], which sum to 1; time_weights [t];
-            class_token_share; frames, the file's frame numbers, of each tubelet [t, n]; seconds,
-            when they are shown, from the video's first frame on.
+            VideoMAE, the encoder is shown, with the whole clip as input.
+        save: .npz file for the numbers: maps [t, h, w], which sum to 1; time_weights [t];
+            class_token_share; and for each tubelet frames [t, n], frame numbers in the file, and
+            seconds [t, n], their times from the video's first frame.
     """
     out = picture.out
     check_output(out, SUFFIXES, picture.overwrite)
@@ -104,7 +105,7 @@ def attention(
     wanted: dict[str, Any] = vars(attend) | parsed
 
     start = parse_start(read.start)
-    # What is cheap to check comes before the weights.
+    # Cheap checks come before the weights are read.
     changes = joined(config)
     source = open_model(model, changes)
     choose(source.config, **wanted)
@@ -130,7 +131,7 @@ def attention(
     with whole_file(out) as partial:
         panels.save(partial, real_time(seconds, len(indices)))
     if save is not None:
-        # Given a name, numpy adds .npz to one that ends in .NPZ.
+        # Given a path instead of a file, numpy would append .npz to a name in .NPZ.
         with whole_file(save) as partial, partial.open("wb") as file:
             np.savez(file, **_numbers(found, indices, seconds))
     summary = _summary(found, indices, clip, out, save)
@@ -152,7 +153,7 @@ def attention(
 
 
 def parse_query(text: str | None):
-    """--query as `map_attention` takes it. Raises UserError."""
+    """Parse --query for `map_attention`. Raises UserError."""
     if text is None or text in ("cls", "mean"):
         return text
     parts = text.split(",")
@@ -164,7 +165,7 @@ def parse_query(text: str | None):
 
 
 def parse_head(text: str) -> int | None:
-    """--head as `map_attention` takes it. Raises UserError."""
+    """Parse --head for `map_attention`. Raises UserError."""
     if text == "mean":
         return None
     if not text.isdecimal():
@@ -173,13 +174,13 @@ def parse_head(text: str) -> int | None:
 
 
 def picture_of(found, config, seen, indices: list[int], seconds, *, title: str, about: str):
-    """The picture of the first clip of a `vivit_jax.inference.attention_maps.AttentionMaps`.
+    """The picture of the first clip of `vivit_jax.inference.attention_maps.AttentionMaps`.
 
-    `seen` [t, h, w, c] are the frames that the model embeds, in [0, 1], `indices` and `seconds`
+    `seen` [t, h, w, c] are the frames that the model embeds, in [0, 1]; `indices` and `seconds` are
     their places in the file.
     """
     relative, (length, *patch) = found.relative[0], found.tubelet
-    # Of frames that the patch does not divide the model sees the whole patches.
+    # If the patch does not divide the frames, the model sees whole patches only.
     height, width = (n * p for n, p in zip(relative.shape[1:], patch, strict=True))
     seen = seen[:, :height, :width]
     top = scale_top(relative)
@@ -217,9 +218,9 @@ def picture_of(found, config, seen, indices: list[int], seconds, *, title: str, 
 
 
 def _subject(choice, config) -> str:
-    """What is shown: kind, layers, heads, query."""
+    """One line on kind, layers, heads and query."""
     layers, temporal = config.num_hidden_layers, config.temporal_layers
-    # A tubelet of a factorised encoder has no part in the temporal stage.
+    # A single tubelet of a factorised encoder takes no part in the temporal stage.
     temporal = temporal if isinstance(choice.query, str) else 0
     if choice.kind == "map":
         where = f"attention in layer {choice.layer} of 0 to {layers - 1}"
@@ -239,21 +240,20 @@ def _subject(choice, config) -> str:
 
 
 def _notes(found, config, about: str, channels: int) -> list[str]:
-
     (t, h, w), length = found.maps.shape[1:], found.tubelet[0]
     arranged = config.attention_type
-    name, combined = _ARRANGEMENTS[arranged]
+    name, combined = _ATTENTION_TYPES[arranged]
     query = found.choice.query
     if arranged == "factorised_encoder" and not isinstance(query, str):
         combined = "The query is a token of the spatial stage, which sees its own time step only."
     elif config.spatial_only:
         combined = _ALL_ALIKE
-    shared = f"Each token is of {length} frames, which share a map. " if length > 1 else ""
+    shared = f"A token covers {length} frames, which share a map. " if length > 1 else ""
     notes = [
         f"{about}: {config.title}, {name} over {t}x{h}x{w} tokens (time, height, width).",
         combined,
-        f"{shared}Attention is drawn as a block for each token, and on the input interpolated "
-        "between them (bilinear); colours mean the same in all frames.",
+        f"{shared}Attention is drawn as a block for each token, and interpolated (bilinear) on the "
+        "input; colours mean the same in all frames.",
         None if isinstance(query, str) else "The query's tubelet is outlined.",
         f"{_left_out(found)}." if config.pooling == "cls" else None,
         channels_note(channels),
@@ -263,11 +263,11 @@ def _notes(found, config, about: str, channels: int) -> list[str]:
 
 def _left_out(found) -> str:
     share = f"{100 * found.class_share[0]:.2g} %"
-    return f"What goes to the class token, {share} of the attention, is left out"
+    return f"Attention to the class token, {share} of the total, is left out"
 
 
 def _numbers(found, indices, seconds) -> dict[str, Any]:
-    """The content of --save."""
+    """The arrays of --save."""
     of_tubelets = (len(found.maps[0]), found.tubelet[0])
     times = np.full(len(indices), np.nan) if seconds is None else seconds
     return {
@@ -280,7 +280,6 @@ def _numbers(found, indices, seconds) -> dict[str, Any]:
 
 
 def _summary(found, indices, clip: Path, out: Path, save: Path | None) -> dict[str, Any]:
-
     relative, choice = found.relative[0], found.choice
     most = np.unravel_index(relative.argmax(), relative.shape)
     length = found.tubelet[0]

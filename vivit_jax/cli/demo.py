@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax demo`: the whole way of a model, on videos that it makes itself."""
+"""`vivit-jax demo`: from pre-training to export, on generated videos."""
 
 import contextlib
 import functools
@@ -38,26 +38,26 @@ def demo(
 ) -> int:
     """Pre-train without labels, fine-tune on few, compare with training from scratch, and export.
 
-    Needs no network, no data and no accelerator, and takes about four minutes on two free cores.
-    The data are mp4 files of moving shapes in eight classes that no still image tells apart. A
-    VideoMAE learns to fill in hidden patches of clips without labels, and is then fine-tuned on a
-    few with labels; the same model is trained on these alone, for as long. Both are evaluated on
-    held-out clips. A ViViT is trained on all clips with their labels. The model is saved as a
-    HuggingFace directory, loaded back, used on one file and, where PyTorch is installed, compared
-    with PyTorch. The exit status is 1 if one of these checks fails.
+    Needs no network, data or accelerator, and takes about four minutes on two idle cores. The data
+    are mp4 files of moving shapes, in eight classes that differ in motion only. A VideoMAE learns
+    to fill in hidden patches of clips without labels, and is then fine-tuned on a few labelled
+    clips; for comparison, the same model is trained on these alone for as long. Both are evaluated
+    on held-out clips. A ViViT is trained on all clips with their labels. The model is saved as a
+    HuggingFace directory, loaded back, used on one file and, if PyTorch is installed, compared with
+    PyTorch. The exit status is 1 if one of these checks fails.
 
     Args:
-        out: Directory to write; it must be new or empty.
+        out: Directory to write, new or empty.
         model: The family to train.
         seed: Seed of the initial weights and of the order of training.
         data_seed: Seed of the data.
-        quick: Take half of the time: half of the clips, and a sixth of the pre-training, which then
-            helps little.
+        quick: Take half of the time, with half of the clips and a sixth of the pre-training, which
+            then helps little.
         clips_per_class: Training clips of each of the eight classes. Default: 160, or 80 if quick.
         labelled_clips_per_class: Clips of each class that VideoMAE is fine-tuned on.
         test_clips_per_class: Held-out clips of each class. Default: 40, or 20 if quick.
-        epochs: Passes over the clips, in every training. Default: the recipes'.
-        overwrite: Replace what an earlier demo wrote in `out`; other files there stay.
+        epochs: Passes over the clips in every training run. Default: the recipes'.
+        overwrite: Replace what an earlier demo wrote to `out`; other files there are kept.
     """
     share = 2 if quick else 1
     if clips_per_class is None:
@@ -119,7 +119,7 @@ def demo(
 
 @contextlib.contextmanager
 def _programs_kept() -> Iterator[None]:
-    """Compile what two stages share once, by a cache on disk that ends with the demo."""
+    """Keep compiled programs on disk during the demo, since its stages share some."""
     if jax.config.read("jax_compilation_cache_dir") is not None:
         yield
         return
@@ -140,7 +140,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _prepare(out: Path, overwrite: bool) -> None:
-    """Make `out` a directory that holds nothing a demo writes, and mark it as ours."""
+    """Make `out` a directory without files of a demo, and mark it as a demo's."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; expected a directory, new or empty")
     if out.is_dir() and names_in(out):

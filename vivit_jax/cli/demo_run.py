@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands and stages of a demo share: its files, its settings, its outcome."""
+"""Files, settings and outcome of a demo, shared by its stages."""
 
 import contextlib
 import dataclasses
@@ -8,33 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# A demo directory is known by this file; it is written first and completed last.
+# Marks a demo's directory; written first and completed last.
 MARKER = "vivit-demo.json"
-
-
-PREDICTIONS, RECONSTRUCTIONS, MOVING = (
-    "predictions.png",
-    "reconstructions.png",
-    "reconstruction.gif",
-)
-
-
+PREDICTIONS, RECONSTRUCTIONS = "predictions.png", "reconstructions.png"
+MOVING = "reconstruction.gif"
 RUNS = ("pretraining", "finetuning", "scratch")
-
-
-# What a demo writes besides, of any model.
+# Everything else that a demo of any model writes.
 WRITTEN = ("data", "model", "pretrained", *RUNS, PREDICTIONS, RECONSTRUCTIONS, MOVING)
-
-
 FPS = 10
-
-
 CLIPS = {"train": 160, "test": 40}  # of each class
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """What the stages of a demo work with."""
+    """The settings that the stages of a demo share."""
 
     out: Path
     seed: int
@@ -51,18 +38,19 @@ class Demo:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Whether all checks passed, and what to write and say of the results."""
+    """Whether all checks passed, and the results to write and print."""
 
     passed: bool
     summary: dict[str, Any]
-    files: dict[str, str]  # name in `out` -> what it shows
-    commands: Sequence[str]  # to go on with
+    files: dict[str, str]  # name in `out` -> description
+    commands: Sequence[str]  # to try next
 
 
 def say(text: str) -> None:
-    # Flushed, so that what is written to a pipe can be followed.
+    """Print at once, also into a pipe."""
     print(text, flush=True)
 
 
 def quoted(path: Path) -> str:
+    """The path as a shell takes it."""
     return shlex.quote(str(path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of `vivit-jax demo`, each made of what the other commands are made of."""
+"""The stages of `vivit-jax demo`."""
 
 import dataclasses
 import shutil
@@ -47,7 +47,7 @@ SHOWN = ("circle-clockwise", "grow", "move-left", "move-down")
 
 
 def videomae(demo: Demo) -> Outcome:
-    """Masked pre-training, fine-tuning on few labels, and the same from scratch."""
+    """Masked pre-training, fine-tuning on few labels, and the same model from scratch."""
     data = demo.out / "data"
     pretraining = demo.out / "pretrained"
     _copy(_run(demo, demo_pretrain(), "pretraining", data / "train").model, pretraining)
@@ -115,7 +115,7 @@ def vivit(demo: Demo) -> Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class _Used:
-    """What came of using a model that was trained."""
+    """Results of a trained model."""
 
     passed: bool
     evaluation: Evaluation
@@ -135,7 +135,7 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
     settings = recipe.train
     epochs = settings.epochs if demo.epochs is None else demo.epochs
     if demo.epochs is None and demo.quick and task == "pretrain":
-        # A third on half of the clips, and so on; on fewer not more.
+        # A sixth of the steps: a third of the epochs on half of the clips.
         share = CLIPS["train"] * len(CLASSES) / clips
         epochs = max(1, min(settings.epochs // 3, int(settings.epochs * share / 6)))
     recipe = dataclasses.replace(
@@ -157,20 +157,20 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
     with demo.stage(name):
         outcome = train(recipe, demo.out / name, say=lambda text: say(f"  {text}"))
     if outcome.stopped:
-        # Training has saved what the demo, which is not resumed, has no use for.
+        # Training saved a checkpoint, but a demo is not resumed: stop as without one.
         signal.raise_signal(signal.Signals[outcome.stopped])
     return outcome
 
 
 def _copy(model: Path, directory: Path) -> None:
-    """A model's files, whole or not at all."""
+    """Copy a model's files atomically."""
     with replaced_directory(directory) as staged:
         for path in model.iterdir():
             shutil.copyfile(path, staged / path.name)
 
 
 def _use(demo: Demo, trained: Ended, recipe: Recipe) -> _Used:
-    """Load, evaluate and use a classifier that was trained and saved."""
+    """Load, evaluate and use a trained and saved classifier."""
     directory = demo.out / "model"
     _copy(trained.model, directory)
     with demo.stage("evaluate"):
@@ -226,13 +226,13 @@ def _evaluate(demo: Demo, directory: Path, recipe: Recipe) -> Evaluation:
 
 
 def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recipe]:
-    """Errors behind the masks of the training on held-out clips, and a picture of four of them."""
+    """Errors on hidden patches of held-out clips, and a picture of four of them."""
     model, params = from_pretrained(directory)
     processor = VideoProcessor.from_pretrained(directory)
     recipe = demo_pretrain()
     kind, ratio = recipe.mask.kind, recipe.mask.ratio
     examples = read_dataset(demo.test).examples
-    # The first clip of every class, then the second: a batch holds clips of all.
+    # The first clip of every class, then the second, so that a batch has all classes.
     examples = sorted(examples, key=lambda example: (Path(example.path).name, example.label))
     examples = examples[:64] if demo.quick else examples
     frames = np.stack([read_frames(example, range(8)) for example in examples])
@@ -254,7 +254,7 @@ def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recip
     ]
     panels = panels_of(
         results[0].take(chosen),
-        title="Held-out clips, hidden in part, and what the model makes of them",
+        title="Held-out clips, partly hidden, and their reconstruction",
         about=f"{type(model).__name__}, vivit-jax demo, seed {demo.seed}; {kind} mask",
         times=[f"frame {i}" for i in range(frames.shape[1])],
     )
@@ -264,7 +264,7 @@ def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recip
 
 
 def agrees_with_pytorch(directory: Path, clip: Path) -> bool:
-    """Compare the saved model with PyTorch on one file; True where there is no PyTorch."""
+    """Compare the saved model with PyTorch on one file; True without PyTorch."""
     try:
         result = verify_checkpoint(directory, clip=clip)
     except MissingExtra as missing:
@@ -275,7 +275,7 @@ def agrees_with_pytorch(directory: Path, clip: Path) -> bool:
 
 
 def _per_class(labels, predicted) -> Iterator[str]:
-    """One line per class: its accuracy and what its other clips were taken for."""
+    """One line per class: its accuracy and the wrong answers."""
     width = max(map(len, CLASSES))
     for k, name in enumerate(CLASSES):
         answers = np.bincount(predicted[labels == k], minlength=len(CLASSES))
@@ -291,20 +291,20 @@ def _per_class(labels, predicted) -> Iterator[str]:
 def _draw_predictions(
     demo: Demo, dataset: Dataset, shown: Sequence[int], labels, scores, accuracy: float
 ) -> None:
-    """A row for each clip shown, with what the model takes it for."""
+    """Draw a row for each of the clips `shown`, with its prediction."""
     answers = []
     for i in shown:
-        probabilities = np.exp(scores[i])  # averages of softmax come as logarithms
+        probabilities = np.exp(scores[i])  # averages of softmax are logarithms
         right = scores[i].argmax() == labels[i]
         colour, verdict = (RIGHT, "right") if right else (WRONG, "wrong")
         answer = CLASSES[scores[i].argmax()]
         answers.append((answer, colour, f"{verdict}, probability {probabilities.max():.2f}"))
     frames = np.stack([read_frames(dataset.examples[i], range(8)) for i in shown])
     panels = Panels(
-        title="Held-out clips and what the model takes them for",
+        title="Held-out clips and their predictions",
         notes=[
             f"Trained by vivit-jax demo, seed {demo.seed}: {accuracy:.1%} of {len(labels)} "
-            "held-out clips right. What leaves a frame on one side comes in on the other."
+            "held-out clips right. Shapes that leave a frame on one side enter on the other."
         ],
         warning=None,
         labels=[CLASSES[labels[i]] for i in shown],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax evaluate`: accuracy of a classifier, and everything that moves the number."""
+"""`vivit-jax evaluate`: the accuracy of a classifier, with all settings that affect it."""
 
 import dataclasses
 import logging
@@ -192,7 +192,7 @@ def _chosen_views(options: ViewOptions, config, processor) -> EvalSettings:
 
 
 def _one_view(config, processor) -> EvalSettings:
-    """One central view, as the model's family takes it, resized as its processor says."""
+    """One central view, as usual for the model's family, resized as its processor says."""
     return EvalSettings(
         sampler=config.view_sampler,
         stride=config.frame_stride,

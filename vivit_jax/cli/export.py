@@ -30,17 +30,18 @@ class ProgramOptions:
     """What the program takes, holds and computes in.
 
     Attributes:
-        preprocess: Take uint8 frames and normalise them inside; needs preprocessor_config.json.
-            Frames come resized and cropped, unless --input-size is given.
-        input_size: Size of the frames with --preprocess, HxW like 256x340: they are resized and
-            cropped inside, to the bits of Pillow.
+        preprocess: Take uint8 frames and normalise them in the program; needs
+            preprocessor_config.json. Frames must be resized and cropped, unless --input-size is
+            given.
+        input_size: With --preprocess, the size of the frames, HxW like 256x340: the program resizes
+            and crops them, bit for bit as Pillow does.
         batch: Clips in a call. Default: any number.
-        params: beside writes the parameters to a .safetensors, which the program takes as its first
-            argument; for models of 2 GiB and more.
+        params: beside writes the parameters to a .safetensors, the program's first argument; for
+            models of 2 GiB and more.
         dtype: What the model computes in.
         param_dtype: What parameters are stored in.
-        precision: Of matrix products, fixed in the file. default is TF32 on recent NVIDIA GPUs and
-            bfloat16 on TPU, as of the library itself; highest is float32 everywhere.
+        precision: Precision of matrix products, fixed in the file. default is TF32 on recent NVIDIA
+            GPUs and bfloat16 on TPU, as in the library itself; highest is float32 everywhere.
     """
 
     preprocess: bool = False
@@ -65,25 +66,24 @@ def export(
 ) -> int:
     """Write a model as one StableHLO file for CPU, CUDA and TPU, parameters included.
 
-    It takes any number of clips of the model's number of frames, pixel_values float32
-    [b, t, h, w, c], and gives a dict: logits of a classifier, last_hidden_state (and pooler_output)
-    of a model without one. Whoever runs it needs jax and flatbuffers (with --params beside also
-    safetensors), not vivit_jax:
+    The program takes pixel_values, float32 [b, t, h, w, c], of any number of clips, and returns a
+    dict: logits of a classifier, or last_hidden_state (and pooler_output) of a model without one.
+    Running it needs jax and flatbuffers (and safetensors with --params beside), not vivit_jax:
 
     jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read())).call(pixel_values)
 
-    Beside it, a .json says what goes in and comes out, with labels, preprocessing, versions and a
-    hash of the parameters. jax reads such files for six months of its releases in both directions.
+    A .json beside it describes inputs and outputs, with labels, preprocessing, versions and a hash
+    of the parameters. jax guarantees to read such files for six months of releases both ways.
 
     Args:
         model: Directory with config.json and weights, a weight file, a hub id, or a file of
             VideoMAE's authors or scenic.
         out: File to write, .stablehlo.
-        head: none exports the model without its classifier. Of a masked autoencoder the encoder is
-            exported, all patches visible.
-        overwrite: Replace files that exist. Parameters beside the old program are removed where the
-            new one has them inside.
-        json: Print what the .json holds, less the labels, instead of text.
+        head: none exports the model without its classifier. Of a masked autoencoder, the encoder is
+            exported, with all patches visible.
+        overwrite: Replace files that exist. A parameter file of the old program is removed if the
+            new one holds its parameters.
+        json: Print the content of the .json, without labels, instead of text.
     """
     files = _files(out, overwrite)
     if program.input_size is not None and not program.preprocess:
@@ -107,7 +107,7 @@ def export(
     processor = None
     try:
         processor = processor_of(source)
-    except UserError as error:  # without one, the file takes pixels as they are
+    except UserError as error:  # without a processor, the program takes normalised pixels
         if program.preprocess or isinstance(error, ConfigError):
             raise
     module, weights = from_pretrained(
@@ -149,9 +149,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def _files(out: Path, overwrite: bool) -> dict[str, Path]:
-    """The files that belong beside the program, none of which may be in the way.
+    """The files beside the program; UserError for one that exists already.
 
-    Of the parameters' also where it is not written: an old one would be taken for the program's.
+    The parameter file is checked even if none is written, since an old one would be taken for this
+    program's.
     """
     check_output(out, (SUFFIX,), overwrite)
     files = {
@@ -164,7 +165,7 @@ def _files(out: Path, overwrite: bool) -> dict[str, Path]:
 
 
 def _write(artefact, about: dict, out: Path, files: dict[str, Path]) -> None:
-    """All parts take their places together, and an old one that is not written again leaves."""
+    """Write all files together, and remove an old parameter file that is not written again."""
     beside = artefact.params is not None
     others = (files["about"], files["params"]) if beside else (files["about"],)
     removed = not beside and files["params"].exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax extract`: features of untrimmed videos, by a window that slides over each."""
+"""`vivit-jax extract`: features of untrimmed videos, from a sliding window."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from vivit_jax.inference.features import check_features, extract_features, has_h
 from vivit_jax.param_tree import params_hash
 from vivit_jax.progress import LiveLine, Pace
 
-# Whoever names such a file wants a file. Other endings may well be a directory's: run.v1.
+# These endings mean a file, which is refused. Others, as in run.v1, may be a directory's.
 _OTHER_FILES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".pkl", ".csv", ".json", ".parquet", ".mp4")
 
 
@@ -37,18 +37,18 @@ class FeatureOptions:
     """What a row of features is.
 
     Attributes:
-        layer: last (after the final norm, where there is one), 0 (the embedding) to the number of
+        layer: last (after the final norm, if there is one), 0 (the embedding) to the number of
             blocks, or temporal:N for the second stage of a factorised encoder.
-        pool: mean of all tokens but class tokens; cls, the class token; tokens, all of them,
-            [rows, l, d]; head, what a classifier reads, or would: the feature of an encoder of
-            VideoMAE V2. A numbered layer of a factorised encoder has tokens [t, s, d] and a class
-            token for each frame.
+        pool: mean of all tokens except class tokens; cls, the class token; tokens, all of them,
+            [rows, l, d]; head, the input of a classifier, also for an encoder of VideoMAE V2
+            without one. A numbered layer of a factorised encoder has tokens [t, s, d] and a class
+            token for each time step.
         frame_stride: Frames between a window's frames. Default: the recipe's (ViViT 2, VideoMAE 4).
-        window_stride: Frames between the beginnings of windows, or seconds such as 0.5s, when each
-            begins at the first frame shown then or later. Default: one begins where the one before
-            ends.
+        window_stride: Frames between the starts of windows, or seconds such as 0.5s: a window then
+            starts at the first frame shown at its time or later. Default: windows do not overlap
+            and leave no gap.
         pad: What to do with frames left over at the end, and with a video shorter than a window:
-            drop leaves them out, and the short video is an error; repeat_last adds a window that
+            drop leaves them out, and a short video is an error; repeat_last adds a window that
             repeats the last frame.
         dtype: Of the computation and of the features. An .npz has no bfloat16 and holds the same
             values as float32.
@@ -76,27 +76,27 @@ def extract(
     format: Literal["safetensors", "npz"] | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Slide a window over whole videos and write a row of features for each place of it.
+    """Slide a window over whole videos and write a row of features for each position.
 
     A file has the arrays features [rows, d], frame_indices [rows, frames of a window] and
-    frame_seconds of the same shape, counted from the video's first frame, and says as JSON what
-    they were made with. Memory grows with a video's length by an index of its packets only. Videos
-    whose file is there, undamaged and made the same way are skipped, so a list that was interrupted
-    goes on. A video that cannot be read is reported on stderr, the others are still done, and the
-    exit status is 1. In Python this is `vivit_jax.extract_features`.
+    frame_seconds of the same shape, from the video's first frame, and its settings as JSON. Memory
+    grows with the length of a video only by an index of its packets. A video is skipped if its file
+    exists, is undamaged and was made the same way, so an interrupted list can be continued. A video
+    that cannot be read is reported on stderr, the others are still done, and the exit status is 1.
+    In Python this is `vivit_jax.extract_features`.
 
     Args:
         videos: Video files.
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic; with any head.
-        out: For one video a .safetensors or .npz file; or a directory, in which each video gets a
-            file of its name.
-        batch_size: Windows that go through the model together. No number depends on it on a CPU,
-            where they go one by one; elsewhere rounding does.
-        format: Of the files in a directory. Default: safetensors.
-        overwrite: Replace files, however they were made.
+        out: For one video, a .safetensors or .npz file; or a directory, in which each video gets a
+            file named after it.
+        batch_size: Windows that go through the model together. On a CPU they go one by one and no
+            bit depends on it; elsewhere rounding does.
+        format: Format of the files in a directory. Default: safetensors.
+        overwrite: Replace files that exist.
     """
-    changes = joined(config)  # first, for a video behind --config is taken for a setting
+    changes = joined(config)  # first: a video placed after --config is parsed as a setting
     jobs = _outputs(videos, out, format)
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {batch_size}")
@@ -111,14 +111,14 @@ def extract(
     to_head = has_head(layout.head, layout.family, layout.pooler)
     check_features(source.config, processor, layer, pool, has_head=to_head)
 
-    # Blocks in a scan are computed all together, also those after the layer.
+    # A scan would compute the blocks after the layer too.
     net, params = from_pretrained(
         source.checkpoint.path, config=changes, dtype=dtype, scan_layers=layer == "last"
     )
     settings = _settings(net.config, params, processor, how | {"exact": exact})
     if not overwrite:
         jobs = [job for job in jobs if not _is_done(*job, settings)]
-    if out.suffix.lower() not in _suffixes():
+    if out.suffix.lower() not in SUFFIXES:
         out.mkdir(parents=True, exist_ok=True)
     failed, listing = False, _Listing([video for video, _ in jobs])
     for video, path in jobs:
@@ -141,17 +141,17 @@ def extract(
 
 
 class _Listing:
-    """How a list of videos gets on: of each by its frames, of all by their bytes."""
+    """Progress over a list of videos: of one by its frames, of all by their bytes."""
 
     def __init__(self, videos: Sequence[Path]):
-        # Of 0 bytes is what is not there, or has an impossible name; reading it says so.
+        # A missing file counts 0 bytes; reading it raises the error.
         self._sizes = {v: os.path.getsize(v) if os.path.exists(v) else 0 for v in videos}
         self._count, self._number = len(videos), 0
         self._pace, self._behind, self._total = Pace(), 0, sum(self._sizes.values())
 
     @contextlib.contextmanager
     def of(self, video: Path) -> Iterator[Callable[[int, int], None]]:
-        """Gives the function to call with the video's frames so far and those announced."""
+        """Yields the function to call with the video's frames so far and those announced."""
         self._number += 1
         size, share, pace, line = self._sizes[video], 0.0, Pace(), None
         begun = time.monotonic()
@@ -185,46 +185,41 @@ class _Listing:
                 line.close()
 
     def rest(self) -> str:
-        """Ends the line on a video that is done: what of the list is left."""
+        """The end of the line on a finished video: how much of the list is left."""
         more = self._count - self._number
         time_left = self._pace.left(self._total - self._behind)
         return f"; {more} more" + (f", {time_left}" if time_left else "") if more else ""
 
 
-def _suffixes() -> tuple[str, ...]:
-
-    return SUFFIXES
-
-
 def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tuple[Path, Path]]:
-    """Each video and its file; UserError where that cannot be."""
+    """Each video and its file. Raises UserError."""
     if not videos:
         raise UserError("extract needs at least one video file")
     suffix = out.suffix.lower()
-    if suffix in _suffixes() and not os.path.isdir(out):
+    if suffix in SUFFIXES and not os.path.isdir(out):
         if len(videos) > 1:
             raise UserError(f"--out {out} is one file, for {len(videos)} videos; name a directory")
         if format not in (None, suffix[1:]):
             raise UserError(f"--out {out} and --format {format} contradict each other; leave one")
-        check_output(out, _suffixes(), overwrite=True)
+        check_output(out, SUFFIXES, overwrite=True)
         return [(videos[0], out)]
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(
             f"--out {out} is a file; expected a directory, or for one video a file name that ends "
-            f"in {' or '.join(_suffixes())}"
+            f"in {' or '.join(SUFFIXES)}"
         )
     if suffix in _OTHER_FILES and not os.path.isdir(out):
         raise UserError(
-            f"--out {out} ends in {suffix!r}; expected {' or '.join(_suffixes())}, or a directory "
-            "(one of this name has to be made first)"
+            f"--out {out} ends in {suffix!r}; expected {' or '.join(SUFFIXES)}, or a directory "
+            "(create one of this name first)"
         )
     jobs: dict[Path, Path] = {}
     for video in videos:
         path = out / f"{video.stem}.{format or 'safetensors'}"
         if path in jobs:
             raise UserError(
-                f"{jobs[path]} and {video} would both be written to {path}; rename one, or give "
-                "them directories of their own"
+                f"{jobs[path]} and {video} would both be written to {path}; rename one, or choose "
+                "another --out for it"
             )
         jobs[path] = video
     check_directory(out, [path.name for path in jobs])
@@ -232,7 +227,7 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
 
 
 def _settings(config, params, processor, how: dict[str, Any]) -> dict[str, Any]:
-    """All that the numbers depend on but the video and the device, as JSON values."""
+    """Everything the numbers depend on except video and device, as JSON values."""
     named = {k: v for k, v in config.to_dict().items() if k not in ("id2label", "label2id")}
     frame_stride = how["frame_stride"] or config.frame_stride
     stride = how["window_stride"] or config.num_frames * frame_stride
@@ -248,20 +243,20 @@ def _settings(config, params, processor, how: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_stride(text: str) -> str:
-    """One way to write a window stride: .5s and 0.50s are 0.5s, 08 is 8."""
+    """A window stride in its plainest form: .5s and 0.50s become 0.5s, 08 becomes 8."""
     if text.endswith("s"):
         return str(float(text[:-1])).removesuffix(".0") + "s"
     return str(int(text))
 
 
 def _state(video: Path) -> dict[str, int]:
-    """What tells a changed video file from the one it was."""
+    """Size and time of the file, by which a change is recognised."""
     file = video.stat()
     return {"bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
 
 
 def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
-    """Whether the file is there and holds what would be written; UserError for something else."""
+    """Whether the file holds what would be written. Raises UserError if it holds something else."""
     if not path.exists() or not os.path.exists(video):
         return False
     try:
@@ -296,7 +291,7 @@ def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
 def _write(
     video: Path, path: Path, rows_of, made: dict[str, Any], progress: Callable[[int, int], None]
 ) -> str:
-    """Write a video's file, whole or not at all, and say what it is."""
+    """Write a video's file atomically; returns a line on it."""
     started, done = time.monotonic(), 0
     row_shape: tuple[int, ...] = ()
 

@@ -60,4 +60,4 @@ class ProcessOptions:
     process: int = 0
 
 
-READ, ONE_PROCESS = ReadOptions(), ProcessOptions()  # defaults of functions
+READ, ONE_PROCESS = ReadOptions(), ProcessOptions()  # defaults

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax plan`: a recipe's training step, compiled for hardware that is not there."""
+"""`vivit-jax plan`: a recipe's training step, compiled for absent hardware."""
 
 import contextlib
 import dataclasses
@@ -26,29 +26,29 @@ from vivit_jax.train.planning.plan import plan as compile_plan
 from vivit_jax.train.planning.plan_text import describe, ranking
 from vivit_jax.train.sharding import mesh_text, parse_mesh
 
-_BATCH, _ROUNDS = 4, 4  # of the loader that is timed
+_BATCH, _ROUNDS = 4, 4  # of the timed loader
 _MOST = 4  # meshes that a search compiles
 _TICK = 1.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What is planned for what.
+    """The recipe and the hardware to plan for.
 
     Attributes:
-        recipe: A name of `vivit-jax recipes`. Its model starts from nothing, and no data are read.
+        recipe: A name of `vivit-jax recipes`. Its model starts from scratch, and no data are read.
         topology: The devices: v4:4x4x4, v5e:8x8, v5p:4x4x4, v6e:4x4 or any slice of these TPUs
             (extra plan), or a number of GPUs, a100:8, h100:8, h200:8 (extra cuda).
-        mesh: Sizes of the mesh, such as data=16,fsdp=4. Default: all along data.
+        mesh: Sizes of the mesh, such as data=16,fsdp=4. Default: all devices along data.
         search: Compile the most promising meshes and rank them, instead of one.
-        most: For --search, how many are compiled, 4 by default.
+        most: For --search, the most meshes to compile, 4 by default.
         set: Fields of the recipe to change, such as model.config.dtype=bfloat16; may be repeated.
-        slices: So many of the topology, joined by a network, whose time is not estimated.
-        clips: Videos of the data, for the days that a run takes. Default: those of the data that
+        slices: Number of slices of this topology, joined by a network whose time is not estimated.
+        clips: Number of videos, for the days that a run takes. Default: that of the data set that
             the recipe is published for.
         top: How many of the costliest operations to list.
-        decode: Time this machine's reading of clips, for the cores that a host needs.
-        json: Also write the figures to this file; with --search those of all meshes.
+        decode: Time how fast this machine reads clips, to estimate the cores that a host needs.
+        json: Also write the figures to this file; with --search, of all meshes.
         hlo: Also write the compiled program's text to this file.
         overwrite: Replace the files of --json and --hlo.
     """
@@ -69,11 +69,11 @@ class PlanOptions:
 
 
 def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
-    """Compile a recipe's training step for TPUs or GPUs that are not there, and say what it takes.
+    """Compile a recipe's training step for absent TPUs or GPUs, and estimate its cost.
 
-    Memory, arithmetic, time by part of the model, collectives, step time, days, and how many clips
-    each host has to decode. Everything is an estimate: nothing is run, nothing is allocated, and
-    this machine's accelerator is left alone. Minutes for a model of size B, on two cores.
+    Prints memory, arithmetic, time by part of the model, collectives, step time, days, and how many
+    clips each host has to decode. Everything is an estimate: nothing is run or allocated, and this
+    machine's accelerator is not used. Takes minutes for a model of size B, on two cores.
     """
     _check_numbers(options)
     for path, suffixes, flag in (
@@ -119,7 +119,7 @@ def _check_numbers(options: PlanOptions) -> None:
 
 
 def _plans(options: PlanOptions, compiler: Apart):
-    """The recipe, its plans, the fastest first, and why other meshes are out."""
+    """The recipe, its plans, fastest first, and the reasons against other meshes."""
     recipe = apply_settings(recipe_named(options.recipe), in_order(options.set))
     topology = parse_topology(options.topology, options.slices)
     what = recipe, topology, options.clips
@@ -142,7 +142,7 @@ def _plans(options: PlanOptions, compiler: Apart):
 
 
 def _compiled(compiler: Apart, what, sizes, number: int = 1, total: int = 1):
-    """One plan, with a line that tells for how long it has been compiled."""
+    """One plan; a live line shows how long it has been compiling."""
     recipe, topology, videos = what
     name, start = f"compiling for {topology}, {mesh_text(sizes)}", time.monotonic()
     compiler.begin(recipe, topology, sizes, videos)
@@ -153,16 +153,16 @@ def _compiled(compiler: Apart, what, sizes, number: int = 1, total: int = 1):
 
 
 def _planned(recipe, topology, sizes, videos):
-    """A plan, in the process that compiles."""
+    """A plan; runs in the process that compiles."""
     return compile_plan(recipe, topology, sizes, videos=videos)
 
 
 def _compiler_ended(error: Ended) -> str:
-    """A compiler that ended its process, in one line with the way out."""
+    """One line on a compiler that ended its process, with the way out."""
     if error.signal == "SIGKILL":
         return (
-            "the process that compiled was killed, as Linux does where memory runs out, and the "
-            "plan is lost; close other programs, or plan on a machine with more"
+            "the compiler's process was killed, as Linux does when memory runs out, and the plan "
+            "is lost; close other programs, or plan on a machine with more memory"
         )
     return (
         f"the compiler ended its process ({error.signal}: an error of its own, not of the recipe), "
@@ -172,10 +172,9 @@ def _compiler_ended(error: Ended) -> str:
 
 
 def _reading(recipe, found, decode: bool) -> dict | None:
-    """What reading a clip takes here, by the loader that trains: None where it is not timed."""
+    """The cost of reading a video here, by the training loader; None if it is not timed."""
     if not decode:
         return None
-
     video = Video(minutes=1 / 6, width=340, height=256)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "made.mp4"
@@ -183,7 +182,7 @@ def _reading(recipe, found, decode: bool) -> dict | None:
         rate = measure_loader(
             many_names(path), recipe, batch=_BATCH, threads=1, workers=0, rounds=_ROUNDS
         )
-    seconds = rate.cpu_per_clip * recipe.data.repeats  # of a video, all its repeats
+    seconds = rate.cpu_per_clip * recipe.data.repeats  # all repeats of a video
     return {
         "cpu_seconds_of_a_video": seconds,
         "cpu": cpu_name(),

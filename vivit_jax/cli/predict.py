@@ -49,7 +49,7 @@ def predict(
     dtype: Dtype = "float32",
     json: bool = False,
 ) -> int:
-    """Classify video files, by one clip each from the middle, or by several views.
+    """Classify video files by one clip from the middle, or by several views.
 
     A file that cannot be read is reported on stderr, the others are still classified, and the exit
     status is 1. In Python this is `vivit_jax.VideoClassifier`.
@@ -62,7 +62,7 @@ def predict(
         dtype: What the model computes in.
         json: Print a JSON list instead of text.
     """
-    changes = joined(config)  # first, for a clip behind --config is taken for a setting
+    changes = joined(config)  # first: a clip placed after --config is parsed as a setting
     if not clips:
         raise UserError("predict needs at least one video file")
     counts = {
@@ -105,7 +105,7 @@ def predict(
 
 
 def _as_dict(result) -> dict:
-    """A `classifier.Classified` as JSON values; the frames of a single clip are one list."""
+    """JSON values of a `classifier.Classified`; a single clip has one list of frames."""
     if result.error is not None:
         return {"clip": result.clip, "error": str(result.error)}
     frames = result.frames.tolist()

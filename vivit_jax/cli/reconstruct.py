@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax reconstruct`: what a masked autoencoder makes of a clip that it sees a part of."""
+"""`vivit-jax reconstruct`: a clip as a masked autoencoder reconstructs it."""
 
 import dataclasses
 import json as json_module
@@ -60,12 +60,12 @@ def reconstruct(
     true_statistics: bool = False,
     read: Annotated[ReadOptions, FLAT] = READ,
 ) -> int:
-    """Hide most of a clip and draw the original, what is left, and the model's reconstruction.
+    """Hide most of a clip and draw the original, the visible rest, and the reconstruction.
 
-    A model trained with norm_pix_loss predicts patches without their mean and variance. Those of
-    hidden patches are estimated from visible ones, so nothing hidden shows in the picture. The
-    error in hidden patches is printed beside that of two baselines: each patch flat at its mean,
-    and a copy of the nearest visible patch.
+    A model trained with norm_pix_loss predicts patches without their mean and variance, which are
+    estimated from visible patches: nothing hidden leaks into the picture. The error on hidden
+    patches is printed beside that of two baselines: each patch flat at its mean, and a copy of the
+    nearest visible patch.
 
     Args:
         clip: Video file, or .npy with frames [t, h, w, c] of any channel count, uint8 or float in
@@ -95,7 +95,7 @@ def reconstruct(
     )
     errors = rmse([result])
 
-    # Frames after the last whole tubelet are not in it.
+    # Frames after the last whole tubelet are left out.
     indices = [int(i) for i in found.indices[: result.original.shape[1]]]
     still = out.suffix.lower() == ".png" or found.fps is None
     seconds = None if still else frame_times(clip, indices)
@@ -122,12 +122,12 @@ def reconstruct(
 
 
 def draw_mask(kind: str, seed: int, batch: int, grid, ratio: float):
-    """A mask of `kind` (tube, random, dual) for every clip of a batch, a function of `seed`."""
+    """A mask of `kind` (tube, random, dual) for each clip of a batch, determined by `seed`."""
     return MASKS[kind](np.random.default_rng(seed), batch, grid, ratio)
 
 
 def panels_of(result, *, title: str, about: str, times: list[str]):
-    """The picture of a `vivit_jax.inference.reconstruction.Reconstruction`, of every clip in it."""
+    """The picture of all clips of a `vivit_jax.inference.reconstruction.Reconstruction`."""
     column = int(result.statistics == "true")
     errors = zip(ROWS_OF_COLUMNS[column], rmse([result])[:, column], strict=True)
     named = "; ".join(f"{name} {error:.3f}" for name, error in errors)
@@ -159,12 +159,12 @@ def panels_of(result, *, title: str, about: str, times: list[str]):
 
 
 def _source(model: str, changes: tuple[str, ...], true_statistics: bool):
-    """The opened checkpoint, once checked for what is cheap to check: the weights are not read."""
+    """The opened checkpoint, after cheap checks; weights are not read."""
     source = open_model(model, changes)
     held = source.layout
     if held.head != "pretraining":
         raise UserError(
-            f"{model} holds {architecture(held.family, held.head)}, which predicts no pixels; "
+            f"{model} holds {architecture(held.family, held.head)}, which does not predict pixels; "
             "reconstruct needs a pre-trained VideoMAE with its decoder (VideoMAEForPreTraining)"
         )
     check_statistics(source.config, true_statistics)
@@ -178,7 +178,7 @@ def _counts(result) -> str:
 
 
 def _statistics_note(result) -> tuple[str, bool]:
-    """Where mean and variance of hidden patches come from, and whether that leaks."""
+    """The source of the mean and variance of hidden patches, and whether it leaks."""
     return {
         "estimated": (
             "Mean and variance of each hidden patch are estimated from visible patches.",
@@ -186,15 +186,17 @@ def _statistics_note(result) -> tuple[str, bool]:
         ),
         "true": (
             "Each hidden patch was given its TRUE mean and variance: its brightness, colour and "
-            "contrast are not the model's work.",
+            "contrast were not predicted by the model.",
             True,
         ),
-        "none": ("The model predicts pixels; nothing else is known of hidden patches.", False),
+        "none": (
+            "The model predicts pixels directly, without statistics of hidden patches.",
+            False,
+        ),
     }[result.statistics]
 
 
 def _summary(result, errors, clip: Path, out: Path, indices: list[int]) -> dict[str, Any]:
-
     return {
         "clip": str(clip),
         "out": str(out),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax pretrain` and `vivit-jax finetune`: a recipe, run into a directory."""
+"""`vivit-jax pretrain` and `vivit-jax finetune`: run a recipe."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from vivit_jax.train.sharding import parse_mesh
 
 
 def _step(given: list[str]) -> bool | int:
-    """What follows --resume: a step, or nothing."""
+    """The value of --resume: a step, or nothing."""
     if not given:
         return True
     if len(given) > 1 or not given[0].isdecimal():
@@ -43,21 +43,22 @@ _RESUME = PrimitiveConstructorSpec(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions(ProcessOptions):
-    """What both commands take.
+    """The flags of both commands.
 
     Attributes:
-        out: Directory to write; new or empty, or with --resume one that holds a run.
-        recipe: A name of `vivit-jax recipes`. With --resume the run's own, which need not be named.
-        data: Clips to train on, as --set data.train=...: a list file with a path in each line, and
-            a label to fine-tune, or a directory, to fine-tune with a folder for each class.
-        start: Weights to start from, as --set model.start=...: the same kind of model, a ViViT of
-            other sizes too, and to fine-tune a masked autoencoder or, for a ViViT, an image ViT.
-            Frames are prepared as the processor beside them says, unless --set says otherwise.
+        out: Directory to write: new or empty, or with --resume one that holds a run.
+        recipe: A name of `vivit-jax recipes`. Default with --resume: the run's own.
+        data: Clips to train on, as --set data.train=...: a list file with a path (to
+            fine-tune also a label) in each line, or a directory, to fine-tune with a folder for
+            each class.
+        start: Weights to start from, as --set model.start=...: the same kind of model, or a ViViT
+            of other sizes; to fine-tune also a masked autoencoder or, for a ViViT, an image ViT.
+            Frames are prepared as the processor beside the weights says, unless --set changes it.
         set: Fields of the recipe to change, such as optim.lr=1e-4; may be repeated. `vivit-jax
             recipes NAME` shows all fields.
         mesh: Sizes of the mesh of devices, such as data=4,fsdp=2,tensor=1. Default: all along data.
-        resume: Go on with the run in --out, from its latest checkpoint that is not damaged, or from
-            that of STEP, which later ones then make room for.
+        resume: Continue the run in --out from its latest undamaged checkpoint, or from that of
+            STEP, replacing later ones.
         tensorboard: Write TensorBoard files too (needs the extra tensorboard).
     """
 
@@ -77,9 +78,9 @@ Options = Annotated[RunOptions, tyro.conf.arg(name="")]
 def pretrain(options: Options) -> int:
     """Train a masked autoencoder without labels, by one of the published recipes.
 
-    Ctrl-C and SIGTERM save and end the run after the step or validation that is under way, a second
-    one at once; --resume goes on with it. The status is then 130 or 143. Several processes are
-    started alike, each with --coordinator, --processes and its --process.
+    Ctrl-C and SIGTERM end the run after the current step or validation, with a checkpoint, and a
+    second one at once; the exit status is 130 or 143, and --resume continues the run. For several
+    processes, start each with --coordinator, --processes and its own --process.
     """
     return _run("pretrain", options)
 
@@ -87,29 +88,28 @@ def pretrain(options: Options) -> int:
 def finetune(options: Options) -> int:
     """Train a classifier by one of the published recipes.
 
-    Ctrl-C and SIGTERM save and end the run after the step or validation that is under way, a second
-    one at once; --resume goes on with it. The status is then 130 or 143. Several processes are
-    started alike, each with --coordinator, --processes and its --process.
+    Ctrl-C and SIGTERM end the run after the current step or validation, with a checkpoint, and a
+    second one at once; the exit status is 130 or 143, and --resume continues the run. For several
+    processes, start each with --coordinator, --processes and its own --process.
     """
     return _run("finetune", options)
 
 
 def _run(task: str, options: RunOptions) -> int:
-
     out, resume = options.out, options.resume is not False
     if options.recipe is None and not resume:
         raise UserError("--recipe is missing; `vivit-jax recipes` lists the names")
     named = options.recipe
     recipe = saved_recipe(out) if named is None else recipe_named(named)
     if recipe.task != task:
-        raise UserError(f"{recipe.name} is to {recipe.task}; use vivit-jax {recipe.task}")
+        raise UserError(f"{recipe.name} is a recipe to {recipe.task}; use vivit-jax {recipe.task}")
     given = [*in_order(options.set)]
     for name, value in (("data.train", options.data), ("model.start", options.start)):
         given += [f"{name}={value}"] if value is not None else []
     recipe = apply_settings(recipe, given)
     join(options)
 
-    # Of a save that fails Orbax's threads log stack traces, and the next step of the run the error.
+    # When a save fails, Orbax's threads log stack traces; the next step reports the error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     with _late_answers_dropped():
@@ -122,7 +122,7 @@ def _run(task: str, options: RunOptions) -> int:
             tensorboard=options.tensorboard,
         )
     if options.coordinator is not None:
-        jax.distributed.shutdown()  # together: what dies of a signal does not at its end
+        jax.distributed.shutdown()  # now: a process that dies of a signal would not
     status = stopped_by(outcome.stopped) if outcome.stopped else 0
     if options.process:
         return status
@@ -140,9 +140,9 @@ def _run(task: str, options: RunOptions) -> int:
 
 @contextlib.contextmanager
 def _late_answers_dropped() -> Iterator[None]:
-    """After a save that failed, TensorStore's threads may answer an Orbax that no longer listens.
+    """Hide errors of TensorStore's threads after a failed save, when Orbax no longer listens.
 
-    Python would print a stack trace for each answer, before the one line on what went wrong.
+    Python would print a stack trace for each of them, before the one line on the failure.
     """
     shown = sys.unraisablehook
 
