@@ -115,7 +115,7 @@ def test_weights_that_tell():
     assert 0.05 < block["mlp_in"]["bias"].std() < 0.2 and abs(block["mlp_in"]["bias"].mean()) < 0.1
     assert 0.05 < block["ln_mlp"]["scale"].std() < 0.2
     zeros = jax.tree.map(np.zeros_like, ones)
-    told = sensitive_params(zeros, config)
-    silent = [path for path, x in jax.tree.leaves_with_path(told) if not x.any()]
+    changed = sensitive_params(zeros, config)
+    silent = [path for path, x in jax.tree.leaves_with_path(changed) if not x.any()]
     assert all(path[-1].key in ("kernel", "scale") for path in silent)
     assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, ones)

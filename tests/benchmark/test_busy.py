@@ -36,17 +36,17 @@ def test_shares_and_the_rounds_in_which_others_took_more():
     ]
     found = of_samples(samples, 2)
     assert found.others == pytest.approx(0.08) and found.steal == pytest.approx(0.02)
-    assert found.rounds == (4, 10, 11) and found.timed == 12 and found.told
+    assert found.rounds == (4, 10, 11) and found.timed == 12 and found.notable
     assert str(found) == (
         "busy machine: others took 8% of the time of 2 cores (/proc/stat, steal 2%), "
         "over 5% in 3 of 12 rounds: 4, 10-11"
     )
 
 
-def test_a_quiet_machine_is_not_told():
+def test_a_quiet_machine_gives_no_warning():
     found = of_samples([(0, Sample(0.0, 1.0, 0.0)), (8, Sample(10.0, 1.1, 0.0))], 2)
-    assert found.rounds == () and not found.told
-    assert of_samples([(0, Sample(0.0, 1.0, 0.0)), (8, Sample(10.0, 1.6, 0.0))], 2).told
+    assert found.rounds == () and not found.notable
+    assert of_samples([(0, Sample(0.0, 1.0, 0.0)), (8, Sample(10.0, 1.6, 0.0))], 2).notable
 
 
 def test_a_load_average_without_its_memory_of_before():
@@ -54,9 +54,9 @@ def test_a_load_average_without_its_memory_of_before():
     kept = math.exp(-2)
     found = of_load(120.0, 4.0, 4 * kept + 3 * (1 - kept), 240.0, 2, 20)
     assert found.source == LOAD and found.others == pytest.approx(0.5)
-    assert found.told and found.rounds is None and found.steal is None
+    assert found.notable and found.rounds is None and found.steal is None
     assert str(found).endswith("others wanted 50% of the time of 2 cores (load average), over 25%")
-    assert not of_load(120.0, 4.0, 4 * kept + 2 * (1 - kept), 240.0, 2, 20).told
+    assert not of_load(120.0, 4.0, 4 * kept + 2 * (1 - kept), 240.0, 2, 20).notable
     assert of_load(5.0, 1.0, 9.0, 1.0, 2, 3) is None
 
 
