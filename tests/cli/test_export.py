@@ -321,7 +321,7 @@ def test_models_that_do_not_fit(tiny, tmp_path, capsys):
     status, _, err = run_command(
         capsys, "export", wrong, *args, "--preprocess", "--input-size", "40x40"
     )
-    assert status == 2 and "makes 16x16, the model takes 24x16" in err
+    assert status == 2 and "into 16x16, the model takes 24x16" in err
     (wrong / "preprocessor_config.json").unlink()
     capsys.readouterr()
     status, _, err = run_command(capsys, "export", wrong, *args, "--preprocess")
