@@ -55,7 +55,7 @@ def colours(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape 3"
     return np.asarray(colormaps[COLOURS](np.clip(values, 0, 1), bytes=True))[..., :3]
 
 
-def blocks(strength: Float[np.ndarray, "t h w"], height: int, width: int) -> Frames:
+def blocks(strength: Float[np.ndarray, "t y x"], height: int, width: int) -> Frames:
     """Maps in [0, 1] as frames of height x width, a block of colour for each token."""
     _, h, w = strength.shape
     down, across = np.arange(height) * h // height, np.arange(width) * w // width

@@ -35,7 +35,7 @@ HIDDEN, HATCH = 0.88, 0.62  # grey levels of what is not shown
 
 Frames = UInt8[np.ndarray, "t h w 3"]
 Frame = UInt8[np.ndarray, "h w 3"]
-Page = UInt8[np.ndarray, "h w 3"]
+Page = UInt8[np.ndarray, "height width 3"]
 
 
 # Marks frames of the clip in what is drawn; returns the artists that do.
