@@ -14,6 +14,7 @@ from jaxtyping import Float64, Int64, Shaped
 from vivit_jax.config import Config
 from vivit_jax.config_base import positive_int
 from vivit_jax.data.video.frame_stream import FrameStream, StreamedFrame
+from vivit_jax.data.video.images import AnimatedFrame, AnimationStream
 from vivit_jax.errors import UserError, VideoError
 
 Pad = Literal["drop", "repeat_last"]
@@ -49,7 +50,7 @@ class Windows:
         """Frame indices of the window that begins at `start`, without padding."""
         return start + np.arange(self.num_frames, dtype=np.int64) * self.frame_stride
 
-    def place(self, frame: StreamedFrame) -> float:
+    def place(self, frame: StreamedFrame | AnimatedFrame) -> float:
         """Where a frame lies, in the unit of `stride`."""
         return frame.seconds + _SAME_TIME if self.in_seconds else frame.index
 
@@ -90,7 +91,7 @@ def plan_windows(
 
 
 def slide(
-    stream: FrameStream,
+    stream: FrameStream | AnimationStream,
     windows: Windows,
     prepare: Callable[[np.ndarray], np.ndarray],
     on_progress: Callable[[int], None] = lambda frames: None,
@@ -104,7 +105,7 @@ def slide(
     begun: collections.deque[int] = collections.deque()  # first frames of incomplete windows
     upcoming, covered, frame = 0, 0, None  # `upcoming` numbers the next window
 
-    def hold(frame: StreamedFrame) -> None:
+    def hold(frame: StreamedFrame | AnimatedFrame) -> None:
         try:
             image = prepare(frame.image())
         except VideoError as error:

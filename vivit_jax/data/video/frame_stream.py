@@ -100,7 +100,7 @@ def open_stream(path) -> FrameStream | AnimationStream:
     return AnimationStream(name) if is_webp(name) else FrameStream(name)
 
 
-def read_ahead(items: Generator, ahead: int) -> Iterator[Any]:
+def read_ahead(items: Generator, ahead: int) -> Generator[Any, None, None]:
     """The items of a generator, which runs in a thread of its own, at most `ahead` items ahead.
 
     An exception of the generator is raised here, after the items before it. The thread ends with
