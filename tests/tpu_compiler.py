@@ -108,7 +108,7 @@ def published(topology: str, recipe: str, mesh: dict[str, int], **fields):
     config = dict(recipe.model.config) | {"dtype": "bfloat16"}
     recipe = changed(recipe, model__config=config, **fields)
     setup = planned_setup(recipe, parse_topology(topology), mesh)
-    return _read(setup) | {"clips": setup.rows}
+    return _read(setup) | {"clips": setup.clips}
 
 
 def attention(topology: str, tokens: int):

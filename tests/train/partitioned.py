@@ -17,7 +17,6 @@ from vivit_jax.train.optim import trained
 from vivit_jax.train.planning.compiled import Collective, Program, read_program
 from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import AXES, BATCH, make_mesh
-from vivit_jax.train.step import draw_mask
 from vivit_jax.train.stored_state import flat
 
 PROCESSOR = vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16)
@@ -257,12 +256,7 @@ def activations(setup: TrainSetup) -> int:
     t, h, w = config.grid
     width, layers = config.hidden_size, config.num_hidden_layers
     if recipe.task == "pretrain":
-
-        def draw(key):
-            return draw_mask(recipe.mask, key, 1, config.grid)
-
-        mask = jax.eval_shape(draw, jax.random.key(0))
-        visible, decoded = mask.visible.shape[1], mask.predicted.shape[1]
+        visible, decoded = setup.token_counts
         decoder = config.decoder()
         decoded = blocks(visible + decoded, decoder.hidden_size, decoder.num_hidden_layers)
         return blocks(visible, width, layers) + decoded

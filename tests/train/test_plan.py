@@ -531,8 +531,8 @@ def test_a_plan_for_gpus():
 def test_every_recipe_can_be_planned_up_to_the_compiler(name, on_cpu):
     setup = planned_setup(recipe_named(name), parse_topology("h100:4"), parse_mesh("fsdp=4", 4))
     clips = setup.batch_shapes["clips"]
-    assert clips.shape[0] == setup.rows and clips.sharding.shard_shape(clips.shape)[0] * 4 == (
-        setup.rows
+    assert clips.shape[0] == setup.clips and clips.sharding.shard_shape(clips.shape)[0] * 4 == (
+        setup.clips
     )
     least = least_memory(setup)
     assert min(least.values()) > 0

@@ -20,7 +20,7 @@ from vivit_jax.recipes.recipe import EvalSettings
 class Views:
     """The views of this process's share of a data set: every `count`-th video from `index` on.
 
-    Iterating gives uint8 [rows, t, h, w, c] in the order of the videos, with a video's views
+    Iterating gives uint8 [batch_size, t, h, w, c] in the order of the videos, with a video's views
     together. `found` collects (frame indices [clips, t], None) or (None, why it cannot be read) of
     each video. Unreadable videos and the rest of the last batch are black, so that all processes
     take `steps` batches.
@@ -29,7 +29,7 @@ class Views:
     dataset: Dataset
     config: Any  # of the model
     settings: EvalSettings
-    rows: int
+    batch_size: int
     index: int = 0
     count: int = 1
     threads: int = 2
@@ -38,24 +38,24 @@ class Views:
         self.found: list[tuple[np.ndarray | None, str | None]] = []
         self.videos = -(-len(self.dataset) // self.count)  # of the process with the most
         self.each = self.settings.clips * self.settings.crops
-        self.steps = -(-self.videos * self.each // self.rows)
+        self.steps = -(-self.videos * self.each // self.batch_size)
 
-    def __iter__(self) -> Iterator[UInt8[np.ndarray, "rows t h w c"]]:
+    def __iter__(self) -> Iterator[UInt8[np.ndarray, "b t h w c"]]:
         config, videos = self.config, self._read()
         shape = (config.num_frames, *config.frame_size, config.num_channels)
         black = np.zeros(shape, np.uint8)
         waiting: list[np.ndarray] = []
         for _ in range(self.steps):
-            while len(waiting) < self.rows:
+            while len(waiting) < self.batch_size:
                 video = next(videos, None)
                 if video is None:
-                    waiting += [black] * (self.rows - len(waiting))
+                    waiting += [black] * (self.batch_size - len(waiting))
                     break
                 clips, indices, error = video
                 self.found.append((indices, error))
                 waiting += [black] * self.each if clips is None else [*clips]
-            yield np.stack(waiting[: self.rows])
-            waiting = waiting[self.rows :]
+            yield np.stack(waiting[: self.batch_size])
+            waiting = waiting[self.batch_size :]
 
     def _read(self) -> Iterator:
         """(uint8 [views, t, h, w, c] or None, indices or None, error or None) for each video."""

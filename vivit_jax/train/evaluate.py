@@ -81,7 +81,7 @@ def evaluate(
         )
     views = _local_views(dataset, config, settings, mesh, views_at_once, threads)
     forward = _forward(model, hashable_arithmetic(processor), settings.average, mesh)
-    scores = _local_rows(views, lambda clips: forward(params, clips), mesh)
+    scores = _local_results(views, lambda clips: forward(params, clips), mesh)
     scores = scores.astype(np.float64).reshape(views.videos, views.each, -1).mean(1)
     if settings.average == "softmax":
         with np.errstate(divide="ignore"):
@@ -130,12 +130,12 @@ def evaluate_reconstruction(
     steps = itertools.count()
 
     def losses_of(clips):
-        here = views.rows * next(steps) + np.arange(views.rows, dtype=np.int32)
+        here = views.batch_size * next(steps) + np.arange(views.batch_size, dtype=np.int32)
         videos = views.index + views.count * here
         numbers = jax.make_array_from_process_local_data(batch_sharding(mesh), videos)
         return forward(params, clips, numbers)
 
-    losses = _local_rows(views, losses_of, mesh)
+    losses = _local_results(views, losses_of, mesh)
     readable = np.array([error is None for _, error in views.found], bool)
     totals = np.array([losses[: len(readable)][readable].sum(), readable.sum()], np.float64)
     errors = [error for _, error in views.found]
@@ -328,16 +328,16 @@ def _local_views(dataset, config, settings, mesh: Mesh, at_once: int | None, thr
     count, shards = jax.process_count(), batch_shards(mesh.shape)
     if at_once is not None and at_once < 1:
         raise UserError(f"views_at_once is {at_once}, expected at least 1 (--views-at-once)")
-    rows = -(-(at_once or 8 * shards) // shards) * shards // count
-    return Views(dataset, config, settings, rows, jax.process_index(), count, threads)
+    batch_size = -(-(at_once or 8 * shards) // shards) * shards // count
+    return Views(dataset, config, settings, batch_size, jax.process_index(), count, threads)
 
 
-def _local_rows(views: Views, forward: Callable, mesh: Mesh) -> np.ndarray:
+def _local_results(views: Views, forward: Callable, mesh: Mesh) -> np.ndarray:
     """The results of `forward` for this process's views, [videos * views of each, ...]."""
-    first, outputs = views.index * views.rows, []
+    first, outputs = views.index * views.batch_size, []
     for batch in views:
         clips = jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
-        outputs.append(np.asarray(forward(clips))[first : first + views.rows])
+        outputs.append(np.asarray(forward(clips))[first : first + views.batch_size])
     return np.concatenate(outputs)[: views.videos * views.each]
 
 

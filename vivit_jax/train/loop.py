@@ -107,7 +107,7 @@ def train(
             # The batches refuse a number of processes that differs.
             batches.restore(data.get(str(jax.process_index()), data["0"]))
         run.begin(None if start is None else description(start, recipe.task))
-        progress = enter(Progress(setup.last, taken, setup.rows, enabled=first_process))
+        progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
         log = enter(
             MetricLog(
                 run.path,
@@ -279,7 +279,7 @@ class _Loop:
         """Log a step's values. UserError after `max_bad_steps` in a row that are not finite."""
         numbers = {name: float(value) for name, value in values.items()}
         (seconds, waited), bad = self._clock.lap(), int(numbers.pop("bad_steps"))
-        rate = dict(clips_per_second=self.setup.rows / seconds, wait_share=waited / seconds)
+        rate = dict(clips_per_second=self.setup.clips / seconds, wait_share=waited / seconds)
         self.log.write("train", step, numbers | rate)
         self.progress.update(
             step, loss=numbers["loss"], lr=numbers["lr"], wait_seconds=waited, seconds=seconds

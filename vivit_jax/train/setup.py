@@ -35,7 +35,7 @@ class TrainSetup:
     per_epoch: int
 
     @property
-    def rows(self) -> int:
+    def clips(self) -> int:
         """The clips of a step."""
         return self.recipe.train.batch_size * self.recipe.data.repeats
 
@@ -54,11 +54,11 @@ class TrainSetup:
         """The shapes of a batch, with shardings."""
         config: Any = self.model.config
         place = batch_sharding(self.mesh)
-        clips = (self.rows, config.num_frames, *config.frame_size, config.num_channels)
+        clips = (self.clips, config.num_frames, *config.frame_size, config.num_channels)
         shapes = {"clips": jax.ShapeDtypeStruct(clips, np.uint8, sharding=place)}
         if self.recipe.task == "finetune":
             heads = len(config.split_sizes)
-            labels = (self.rows,) if heads == 1 else (self.rows, heads)
+            labels = (self.clips,) if heads == 1 else (self.clips, heads)
             shapes["labels"] = jax.ShapeDtypeStruct(labels, np.int32, sharding=place)
         return shapes
 
@@ -68,8 +68,13 @@ class TrainSetup:
         if self.recipe.task != "pretrain":
             return None, None
         mask, grid = self.recipe.mask, self.model.config.grid
-        drawn = jax.eval_shape(lambda: draw_mask(mask, jax.random.key(0), 1, grid))
-        return drawn.visible.shape[1], drawn.predicted.shape[1]
+
+        def tokens():
+            drawn = draw_mask(mask, jax.random.key(0), 1, grid)
+            return drawn.visible, drawn.predicted
+
+        visible, predicted = jax.eval_shape(tokens)
+        return visible.shape[1], predicted.shape[1]
 
 
 def make_setup(

@@ -153,23 +153,23 @@ def _accumulated(
     `shapes` are those of the params.
     """
     pretraining, parts = recipe.task == "pretrain", recipe.train.accumulate
-    rows = recipe.train.batch_size * recipe.data.repeats
+    clips = recipe.train.batch_size * recipe.data.repeats
     objective = (_reconstruct if pretraining else _classify)(model, recipe, processor)
     learns = trained(recipe.optim, shapes)
     shards, constraint = batch_shards(mesh.shape), NamedSharding(mesh, PartitionSpec(None, BATCH))
 
     def split(x):
-        """[b, ...] -> [parts, b / parts, ...]; every device keeps its own rows."""
+        """[b, ...] -> [parts, b / parts, ...]; every device keeps its own clips."""
         x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)
         x = x.reshape(parts, -1, *x.shape[3:])
         return jax.lax.with_sharding_constraint(x, constraint)
 
     def gradients_of(params, key, batch):
-        whole: dict[str, Any] = dict(batch, clip_ids=jnp.arange(rows, dtype=jnp.int32))
+        whole: dict[str, Any] = dict(batch, clip_ids=jnp.arange(clips, dtype=jnp.int32))
         weights = jnp.full(parts, 1 / parts)
         if pretraining:
             drawn = jax.random.fold_in(key, 0)
-            whole["mask"] = draw_mask(recipe.mask, drawn, rows, model.config.grid)
+            whole["mask"] = draw_mask(recipe.mask, drawn, clips, model.config.grid)
 
         def loss_of(params, part, weight):
             # Frozen parameters get no gradient, so that none is computed.
@@ -348,15 +348,15 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
 def check_division(recipe: Recipe, sizes: Mapping[str, int]) -> None:
     """Raises UserError if a mesh of these sizes does not divide the recipe's batch."""
     shards, parts = batch_shards(sizes), recipe.train.accumulate
-    rows = recipe.train.batch_size * recipe.data.repeats
-    if rows % (shards * parts):
+    clips = recipe.train.batch_size * recipe.data.repeats
+    if clips % (shards * parts):
         raise UserError(
             f"train.batch_size {recipe.train.batch_size} x data.repeats {recipe.data.repeats} is "
-            f"{rows} clips, which {shards} devices in {parts} parts (train.accumulate) do not "
+            f"{clips} clips, which {shards} devices in {parts} parts (train.accumulate) do not "
             f"divide; use a multiple of {shards * parts}"
         )
-    augment, part = recipe.augment, rows // (shards * parts)
-    group = augment.mix_group or rows
+    augment, part = recipe.augment, clips // (shards * parts)
+    group = augment.mix_group or clips
     # A group may span devices but not parts, since a part does not see the clips of another.
     if recipe.task == "finetune" and augment.mixes and parts > 1 and part % group:
         raise UserError(

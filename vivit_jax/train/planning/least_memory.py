@@ -20,11 +20,11 @@ def least_memory(setup: TrainSetup) -> dict[str, int]:
     blocks count, which the backward pass needs with any `remat`.
     """
     config, shards = setup.model.config, batch_shards(setup.mesh.shape)
-    rows = setup.rows // shards // setup.recipe.train.accumulate
+    clips = setup.clips // shards // setup.recipe.train.accumulate
     visible, _ = setup.token_counts
     tokens = config.num_tokens if visible is None else visible
     itemsize = jax.numpy.dtype(config.dtype).itemsize
-    kept = rows * tokens * config.hidden_size * itemsize * config.num_hidden_layers
+    kept = clips * tokens * config.hidden_size * itemsize * config.num_hidden_layers
     return {
         "state": bytes_on_a_device(setup.shapes),
         "gradients": bytes_on_a_device(setup.shapes.params),
@@ -87,11 +87,11 @@ def _way_out(setup: TrainSetup, topology: Topology, needed: float, there: float)
         if config.remat != "block":
             ways.append("model.config.remat=block")
         parts, shards = recipe.train.accumulate, batch_shards(setup.mesh.shape)
-        rows, kept = setup.rows // shards, held + least["batch"]
+        clips, kept = setup.clips // shards, held + least["batch"]
         enough = [
             k
-            for k in range(parts + 1, rows + 1)
-            if rows % k == 0 and (needed - kept) * parts <= (there - kept) * k
+            for k in range(parts + 1, clips + 1)
+            if clips % k == 0 and (needed - kept) * parts <= (there - kept) * k
         ]
         ways += [f"train.accumulate={enough[0]}"] if enough else []
         share = max(there - held, 0) / max(needed - held, 1)

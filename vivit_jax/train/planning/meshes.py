@@ -92,14 +92,14 @@ def sent(setup: TrainSetup) -> dict[str, float]:
     itemsize = jax.numpy.dtype(config.dtype).itemsize
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.shapes.params))
     held = count / mesh["tensor"] * itemsize
-    rows = setup.rows / batch_shards(mesh)
+    clips = setup.clips / batch_shards(mesh)
     seen, predicted = setup.token_counts
     tokens = config.num_tokens if seen is None else seen
     decoded = tokens + (predicted or 0)
-    sums = rows * tokens * config.hidden_size * config.num_hidden_layers
+    sums = clips * tokens * config.hidden_size * config.num_hidden_layers
     if setup.recipe.task == "pretrain":
         width, layers = config.decoder_hidden_size, config.decoder_num_hidden_layers
-        sums += rows * decoded * width * layers
+        sums += clips * decoded * width * layers
     return {
         "data": 2 * share["data"] * held / mesh["fsdp"],
         "fsdp": 3 * share["fsdp"] * held,

@@ -203,13 +203,13 @@ def plan(
     program = read_program(text, setup.mesh)
     config, head = setup.model.config, HEADS[setup.recipe.task]
     counts = setup.token_counts
-    on_one = setup.rows / topology.count
+    on_one = setup.clips / topology.count
     kernels, uncounted = step_costs.kernels(program)
     return Plan(
         recipe=recipe.name,
         topology=topology,
         mesh=dict(mesh_sizes),
-        clips=setup.rows,
+        clips=setup.clips,
         videos=recipe.train.batch_size,
         versions=_versions(topology),
         compile_seconds=seconds,
