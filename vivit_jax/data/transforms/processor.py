@@ -86,10 +86,10 @@ class VideoProcessor:
 
     image_processor_type: str
     do_resize: bool
-    size: Mapping[str, int]  # an int or a pair that is passed becomes one
+    size: Mapping[str, int]  # the constructor also takes an int or (h, w)
     resample: int
     do_center_crop: bool
-    crop_size: Mapping[str, int]  # likewise
+    crop_size: Mapping[str, int]  # the constructor also takes an int or (h, w)
     do_rescale: bool
     rescale_factor: float
     offset: bool
