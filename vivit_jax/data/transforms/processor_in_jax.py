@@ -78,8 +78,8 @@ def pixels_inside(
     )
 
 
-# For each output pixel the input pixels to add, and their weights in 1 / 2**22.
-Taps = tuple[Int[np.ndarray, "n k"], Int[np.ndarray, "n k"]]
+# For n output pixels the k input pixels to add, and their weights in 1 / 2**22: both [n, k].
+Taps = tuple[Int[np.ndarray, "_ _"], Int[np.ndarray, "_ _"]]
 
 
 def pillow_taps(size: int, wanted: int, resample: int) -> Taps:
