@@ -162,7 +162,7 @@ def test_config_settings(run, checkpoints, tmp_path):
     [
         ("num_hidden_layer=3", "has no field 'num_hidden_layer'; did you mean num_hidden_layers?"),
         ("scan_layers=true", "has no field 'scan_layers'"),
-        ("qkv_bias", "--config takes KEY=VALUE, got 'qkv_bias'; what is no setting goes"),
+        ("qkv_bias", "--config takes KEY=VALUE, got 'qkv_bias'; put positional arguments"),
         ("layer_norm_eps=small", "layer_norm_eps must be float, got 'small'"),
         ("hidden_size=48.5", "hidden_size must be int, got '48.5'"),
         ("hidden_size=true", "hidden_size must be int, got 'true'"),
