@@ -17,6 +17,6 @@ DRAWN = {
 if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
     for name, (command, model, *flags) in DRAWN.items():
-        out = str(PICTURES / name)
-        if status := main([command, CLIP, "--model", str(DEMO / model), *flags, "--out", out]):
+        out = ("--out", str(PICTURES / name), "--overwrite")
+        if status := main([command, CLIP, "--model", str(DEMO / model), *flags, *out]):
             sys.exit(status)

@@ -36,6 +36,7 @@ from vivit_jax.errors import MissingExtra
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.inference import reconstruction
 from vivit_jax.inference.reconstruction import error_dict, error_table, rmse
+from vivit_jax.models.videomae import VideoMAEForPreTraining
 from vivit_jax.recipes.demo import demo_finetune, demo_pretrain, demo_vivit
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.evaluate import Evaluation, evaluate
@@ -228,6 +229,7 @@ def _evaluate(demo: Demo, directory: Path, recipe: Recipe) -> Evaluation:
 def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recipe]:
     """Errors on hidden patches of held-out clips, and a picture of four of them."""
     model, params = from_pretrained(directory)
+    assert isinstance(model, VideoMAEForPreTraining)
     processor = VideoProcessor.from_pretrained(directory)
     recipe = demo_pretrain()
     kind, ratio = recipe.mask.kind, recipe.mask.ratio

@@ -29,6 +29,7 @@ from vivit_jax.inference.reconstruction import (
 )
 from vivit_jax.inference.reconstruction import reconstruct as predict_hidden
 from vivit_jax.masking import MASKS
+from vivit_jax.models.videomae import VideoMAEForPreTraining
 
 SUFFIXES = (".png", ".mp4", ".gif")
 
@@ -90,6 +91,7 @@ def reconstruct(
     found = read_clip(clip, source.config, stride=read.stride, start=start, pad=read.pad)
     pixel_values = found.pixel_values(processor)
     module, params = from_pretrained(source.checkpoint.path, config=changes)
+    assert isinstance(module, VideoMAEForPreTraining)
     result = predict_hidden(
         module, params, pixel_values, chosen, processor, true_statistics=true_statistics
     )
