@@ -2,6 +2,7 @@
 """`vivit-jax demo`: from pre-training to export, on generated videos."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import shutil
@@ -9,18 +10,34 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from vivit_jax.cli import demo_stages
 from vivit_jax.cli.demo_run import CLIPS, FPS, MARKER, WRITTEN, Demo, say
+from vivit_jax.cli.options import FLAT
 from vivit_jax.console import keep_compiled
 from vivit_jax.data.datasets.synthetic import CLASSES, write_dataset
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import write_json
 from vivit_jax.files.staging import names_in
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipOptions:
+    """The clips that are made.
+
+    Attributes:
+        clips_per_class: Training clips of each of the eight classes. Default: 160, or 80 if quick.
+        labelled_clips_per_class: Clips of each class that VideoMAE is fine-tuned on.
+        test_clips_per_class: Held-out clips of each class. Default: 40, or 20 if quick.
+    """
+
+    clips_per_class: int | None = None
+    labelled_clips_per_class: int = 4
+    test_clips_per_class: int | None = None
 
 
 def demo(
@@ -30,9 +47,7 @@ def demo(
     seed: int = 0,
     data_seed: int = 0,
     quick: bool = False,
-    clips_per_class: int | None = None,
-    labelled_clips_per_class: int = 4,
-    test_clips_per_class: int | None = None,
+    clips: Annotated[ClipOptions, FLAT] = ClipOptions(),
     epochs: int | None = None,
     overwrite: bool = False,
 ) -> int:
@@ -53,29 +68,22 @@ def demo(
         data_seed: Seed of the data.
         quick: Take half of the time, with half of the clips and a sixth of the pre-training, which
             then helps little.
-        clips_per_class: Training clips of each of the eight classes. Default: 160, or 80 if quick.
-        labelled_clips_per_class: Clips of each class that VideoMAE is fine-tuned on.
-        test_clips_per_class: Held-out clips of each class. Default: 40, or 20 if quick.
         epochs: Passes over the clips in every training run. Default: the recipes'.
         overwrite: Replace what an earlier demo wrote to `out`; other files there are kept.
     """
-    share = 2 if quick else 1
-    if clips_per_class is None:
-        clips_per_class = CLIPS["train"] // share
-    if test_clips_per_class is None:
-        test_clips_per_class = CLIPS["test"] // share
-    counts = {
-        "--clips-per-class": clips_per_class,
-        "--labelled-clips-per-class": labelled_clips_per_class,
-        "--test-clips-per-class": test_clips_per_class,
-        "--epochs": 1 if epochs is None else epochs,
-    }
-    for flag, value in counts.items():
-        if value < 1:
-            raise UserError(f"{flag} must be at least 1, got {value}")
+    for name, value in (vars(clips) | {"epochs": epochs}).items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     for flag, value in (("--seed", seed), ("--data-seed", data_seed)):
         if value < 0:
             raise UserError(f"{flag} must not be negative, got {value}")
+    share = 2 if quick else 1
+    splits = {
+        "train": clips.clips_per_class or CLIPS["train"] // share,
+        "test": clips.test_clips_per_class or CLIPS["test"] // share,
+    }
+    if model == "videomae":
+        splits["labelled"] = clips.labelled_clips_per_class
     _prepare(out, overwrite)
 
     seconds: dict[str, float] = {}
@@ -84,17 +92,14 @@ def demo(
         device = jax.devices()[0].platform
     say(f"vivit-jax demo, seed {seed}, on {device} with {os.cpu_count()} processors")
     with stage("write clips"):
-        splits = {"train": clips_per_class, "test": test_clips_per_class}
-        if model == "videomae":
-            splits["labelled"] = labelled_clips_per_class
         written = write_dataset(out / "data", splits, seed=data_seed, fps=FPS)
-    size = sum(path.stat().st_size for clips in written.values() for path, _ in clips)
-    named = ", ".join(f"{len(clips)} in {split}" for split, clips in written.items())
+    size = sum(path.stat().st_size for files in written.values() for path, _ in files)
+    named = ", ".join(f"{len(files)} in {split}" for split, files in written.items())
     say(
         f"\ndata: {named}; {len(CLASSES)} kinds of motion, 8 frames of 48x48, {FPS} per second, "
         f"H.264 in mp4, {size / 1e6:.1f} MB, in {out / 'data'}"
     )
-    run = Demo(out, seed, quick, epochs, labelled_clips_per_class, stage)
+    run = Demo(out, seed, quick, epochs, clips.labelled_clips_per_class, stage)
     with _programs_kept():
         outcome = (demo_stages.videomae if model == "videomae" else demo_stages.vivit)(run)
 
@@ -120,7 +125,8 @@ def demo(
 @contextlib.contextmanager
 def _programs_kept() -> Iterator[None]:
     """Keep compiled programs on disk during the demo, since its stages share some."""
-    if jax.config.read("jax_compilation_cache_dir") is not None:
+    # jax's flags become attributes at run time only.
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         yield
         return
     with tempfile.TemporaryDirectory(prefix="vivit-demo") as directory:

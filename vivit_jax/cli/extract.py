@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -122,12 +123,12 @@ def extract(
         out.mkdir(parents=True, exist_ok=True)
     failed, listing = False, _Listing([video for video, _ in jobs])
     for video, path in jobs:
-        rows = lambda progress, video=video: extract_features(  # noqa: E731
+        rows = functools.partial(
+            extract_features,
             *(net, params, processor, video),
             **how,
             batch_size=batch_size,
             exact=exact,
-            progress=progress,
         )
         try:
             with listing.of(video) as progress:
@@ -289,7 +290,11 @@ def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
 
 
 def _write(
-    video: Path, path: Path, rows_of, made: dict[str, Any], progress: Callable[[int, int], None]
+    video: Path,
+    path: Path,
+    rows_of: Callable[..., Iterator[Any]],
+    made: dict[str, Any],
+    progress: Callable[[int, int], None],
 ) -> str:
     """Write a video's file atomically; returns a line on it."""
     started, done = time.monotonic(), 0
@@ -300,7 +305,7 @@ def _write(
         done = frames
         progress(frames, announced)
 
-    rows = rows_of(count)
+    rows = rows_of(progress=count)
     state = _state(video)
     with whole_file(path) as partial, RowWriter(partial) as file:
         for row in rows:
