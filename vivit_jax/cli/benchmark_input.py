@@ -20,6 +20,7 @@ from vivit_jax.data.video.decode import probe_video
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, write_json
 from vivit_jax.recipes import recipe_named
+from vivit_jax.recipes.recipe import Recipe
 
 _MADE = Video()
 
@@ -99,6 +100,7 @@ def benchmark_input(
         raise UserError("--recipe, --batch, --threads and --workers are only for --loader")
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")
+    recipe = recipe_named(loader.recipe)
     for path in videos:  # everything wrong is reported before anything is timed
         probe_video(path)
         for sampling in () if loader.loader else SAMPLINGS:
@@ -108,7 +110,7 @@ def benchmark_input(
     print(f"{where.line}\nCPU: {cpu_name()}")
     with _paths(videos, made) as paths:
         if loader.loader:
-            values, agree = _time_loader(paths, loader, repeats, made=not videos), True
+            values, agree = _time_loader(paths, recipe, loader, repeats, made=not videos), True
         else:
             values, agree = _time_readers(paths, readers, repeats)
     if json is not None:
@@ -137,13 +139,13 @@ def _time_readers(
 
 
 def _time_loader(
-    paths: tuple[Path, ...], options: LoaderOptions, rounds: int, made: bool
+    paths: tuple[Path, ...], recipe: Recipe, options: LoaderOptions, rounds: int, made: bool
 ) -> dict[str, Any]:
     """Print the loader's rate; the figures."""
     infos = [probe_video(path) for path in paths]
     rate = measure_loader(
         many_names(paths[0]) if made else paths,
-        recipe_named(options.recipe),
+        recipe,
         batch=options.batch,
         threads=options.threads,
         workers=options.workers,
