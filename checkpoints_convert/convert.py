@@ -9,17 +9,24 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from checkpoints_convert.files.open import open_checkpoint
+from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.files.save import (
     check_destination,
     check_sole,
     replaced_directory,
     write_weights,
 )
-from checkpoints_convert.layouts import scenic
+from checkpoints_convert.layouts import image_vit
 from checkpoints_convert.layouts.hf import transformers_notes, write_config
-from checkpoints_convert.layouts.image_vit import pixel_range
-from checkpoints_convert.layouts.registry import IMAGE, LAYOUTS, published
+from checkpoints_convert.layouts.layout import Layout
+from checkpoints_convert.layouts.registry import (
+    LAYOUTS,
+    container_names,
+    layout_named,
+    layout_names,
+    layout_of,
+    published,
+)
 from checkpoints_convert.problems import collapse
 from checkpoints_convert.rules import (
     Row,
@@ -30,18 +37,17 @@ from checkpoints_convert.rules import (
     read_params,
     stored_dtype,
 )
-from checkpoints_convert.source import FILE_LAYOUTS, layout_of, open_source
+from checkpoints_convert.source import Source, find_checkpoint, open_source
 from checkpoints_convert.start.from_image import read_image_model
 from checkpoints_convert.start.label_map import gather_classes, read_label_map
 from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.errors import UserError
-from vivit_jax.hub import PROCESSOR_FILES, resolve_checkpoint
+from vivit_jax.hub import PROCESSOR_FILES
 from vivit_jax.models.build import expected_shapes
 from vivit_jax.typed import Settings, parse_settings, reusable
 
-Container = Literal["optimizer", "params", "model", "module", "bare"]
 Inflation = Literal["central_frame", "average", "rank_pooling"]
 Positions = Literal["tile", "resize", "resize_tile"]
 TemporalAttention = Literal["copy", "zero", "fresh"]
@@ -86,7 +92,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     revision: str | None = None,
-    container: Container | None = None,
+    container: str | None = None,
     label_map: str | Path | None = None,
     **image_options: str,
 ) -> Conversion:
@@ -99,43 +105,41 @@ def convert_checkpoint(
     `settings` give it `num_labels`. Of a classifier only the classes stay that the file `label_map`
     lists, see `read_label_map`. Raises a UserError or OSError and then leaves no directory behind.
     """
-    file_layout = FILE_LAYOUTS.get(to_layout)
-    container = _container(to_layout, container)
-    if file_layout and max_shard_size is not None:
+    target = layout_named(to_layout)
+    container = _container(target, container)
+    if not target.writable:
+        raise UserError(
+            f"layout {to_layout!r} is read only, expected one of "
+            f"{', '.join(layout_names(writable=True))}"
+        )
+    if target.file and max_shard_size is not None:
         raise UserError(
             f"max_shard_size {max_shard_size!r} is for the hf layout; a {to_layout} checkpoint is "
             "one file"
         )
     check_destination(destination, overwrite)
-    if file_layout:
-        check_sole(Path(destination), file_layout.FILE, file_layout.RIVALS)
-    path, settings = resolve_checkpoint(source, revision), reusable(settings)
-    if (from_layout or layout_of(open_checkpoint(path), settings)) == IMAGE:
-        loaded = load_image_model(path, settings, dtype, image_options)
-    elif image_options:
-        raise UserError(
-            f"{path} is no image model: {', '.join(image_options)} would have no effect; leave out "
-            "what is for image models"
-        )
-    else:
-        loaded = load_checkpoint(path, from_layout, settings, dtype)
+    if target.file:
+        check_sole(Path(destination), target.file.name, target.file.rivals)
+    settings = reusable(settings)
+    opened = source if isinstance(source, Source) else find_checkpoint(source, revision)
+    loaded = _loaded(opened, from_layout, settings, dtype, image_options)
     if label_map is not None:
         loaded = loaded.with_classes(Path(label_map))
     config, head = loaded.config, loaded.head
-    target = published(config.model_type, head, loaded.pooler, to_layout)
-    rules = target.rules(config)  # refuses families that the layout does not hold
-    if file_layout:
-        file_layout.check_function(config, head, loaded.pooler)
+    # Refuses families that the layout does not hold.
+    rules = published(config.model_type, head, loaded.pooler, target).rules(config)
+    if target.check_function is not None:
+        target.check_function(config, head, loaded.pooler)
     written = export_params(loaded.params, rules, loaded.expected)
     with replaced_directory(destination, overwrite) as staged:
-        if file_layout:
-            files = [file_layout.write(staged, written, container)]
+        if target.file:
+            files = [target.file.write(staged, written, container)]
         else:
             files = write_weights(staged, written, max_shard_size)
         # The report warns.
         write_config(staged, config, head, stored_dtype(written), warn=False)
-        files += _write_processor(staged, path, loaded)
-    notes = () if file_layout else transformers_notes(config, head, loaded.pooler)
+        files += _write_processor(staged, loaded)
+    notes = transformers_notes(config, head, loaded.pooler) if target.in_transformers else ()
     return Conversion(
         source=loaded.title,
         lines=(*_account(loaded.rows, loaded.tensors, rules), *loaded.notes, *notes),
@@ -148,20 +152,24 @@ def convert_checkpoint(
     )
 
 
-def _container(layout: str, container: str | None) -> str | None:
-    """Where a file of this layout holds the parameters, by default what its authors do."""
-    held = {name: tuple(module.CONTAINERS) for name, module in FILE_LAYOUTS.items()}
-    if container is not None and container not in held.get(layout, ()):
-        listed = "; ".join(f"{name} checkpoints: {', '.join(held[name])}" for name in held)
-        raise UserError(
-            f"container {container!r} is not for the {layout} layout. Containers of {listed}"
+def _container(layout: Layout, container: str | None) -> str:
+    """Where a file of this layout holds the parameters, by default where its authors put them."""
+    containers = tuple(layout.file.containers) if layout.file else ()
+    if container is not None and container not in containers:
+        listed = "; ".join(
+            f"{each.name} checkpoints: {', '.join(each.file.containers)}"
+            for each in LAYOUTS
+            if each.file
         )
-    return container or next(iter(held.get(layout, ())), None)
+        raise UserError(
+            f"container {container!r} is not for the {layout.name} layout. Containers of {listed}"
+        )
+    return container or next(iter(containers), "")
 
 
-def _write_processor(staged: Path, path: Path, loaded) -> list[Path]:
-    """The processor's files: those beside the checkpoint, or what its kind was trained with."""
-    beside = path if path.is_dir() else path.parent
+def _write_processor(staged: Path, loaded: "Loaded") -> list[Path]:
+    """The processor's files: those beside the checkpoint, or what such models are trained with."""
+    beside = loaded.folder
     found = [beside / name for name in PROCESSOR_FILES if (beside / name).is_file()]
     if found and not loaded.own_processor:
         return [Path(shutil.copyfile(file, staged / file.name)) for file in found]
@@ -188,14 +196,15 @@ def _account(rows, tensors, target_rules) -> Iterable[str]:
 def convert(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
-    from_layout: Annotated[Literal[(*LAYOUTS, IMAGE)] | None, tyro.conf.arg(name="from")] = None,
-    to_layout: Annotated[Literal[LAYOUTS], tyro.conf.arg(name="to")] = "hf",
+    # In quotes, so that they are the layouts registered when a command line is parsed.
+    from_layout: "Annotated[Literal[layout_names()] | None, tyro.conf.arg(name='from')]" = None,  # pyright: ignore[reportInvalidTypeForm]
+    to_layout: "Annotated[Literal[layout_names(writable=True)], tyro.conf.arg(name='to')]" = "hf",  # pyright: ignore[reportInvalidTypeForm]
     config: ConfigOption = (),
     overwrite: bool = False,
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
     max_shard_size: str | None = None,
     revision: str | None = None,
-    container: Container | None = None,
+    container: "Literal[container_names()] | None" = None,  # pyright: ignore[reportInvalidTypeForm]
     label_map: Path | None = None,
     inflation: Inflation | None = None,
     positions: Positions | None = None,
@@ -253,11 +262,12 @@ class Loaded:
     """Parameters by path, what they are a model of, and the account of the tensors read.
 
     `rows` say which of `tensors` became which parameters; there are none where values changed on
-    the way. `processor` is the one of this kind of model, None where the checkpoint must bring it;
-    a file that lies beside the checkpoint is preferred unless `own_processor`.
+    the way. `processor` is what such models are trained with, None where the checkpoint must bring
+    it; a file in the `folder` of the checkpoint is preferred unless `own_processor`.
     """
 
     title: str
+    folder: Path
     config: Config
     head: str
     pooler: bool
@@ -289,17 +299,34 @@ class Loaded:
         )
 
 
-def load_checkpoint(
-    path: Path, from_layout: str | None, settings: Settings, dtype: str | None
+def _loaded(
+    opened: Checkpoint | Source,
+    from_layout: str | None,
+    settings: Settings,
+    dtype: str | None,
+    image_options: Mapping[str, str],
 ) -> Loaded:
-    """Read a checkpoint of any layout, values as they are or cast to `dtype`."""
-    opened = open_source(path, layout=from_layout, settings=settings)
-    layout = opened.layout
-    expected = expected_shapes(opened.config, layout.head, layout.pooler)
-    rows = match_import(opened.tensors, layout.rules(opened.config), expected, opened.title)
+    """Read the parameters of an opened checkpoint; an image model becomes a video model."""
+    if isinstance(opened, Checkpoint):
+        layout = layout_named(from_layout) if from_layout else layout_of(opened, settings)
+        if layout.image:
+            return load_image_model(opened, settings, dtype, image_options)
+    if image_options:
+        raise UserError(
+            f"{opened} is not an image model: {', '.join(image_options)} would have no effect; "
+            "leave out the options for image models"
+        )
+    return load_checkpoint(open_source(opened, layout=from_layout, settings=settings), dtype)
+
+
+def load_checkpoint(opened: Source, dtype: str | None) -> Loaded:
+    """Read an opened checkpoint of any layout, values as they are or cast to `dtype`."""
+    stored, layout = opened.stored, opened.layout
+    expected = expected_shapes(opened.config, stored.head, stored.pooler)
+    rows = match_import(opened.tensors, stored.rules(opened.config), expected, opened.title)
     processor, notes = None, opened.notes
-    if layout.name in FILE_LAYOUTS:
-        processor = FILE_LAYOUTS[layout.name].processor(opened.config)
+    if layout.processor is not None:
+        processor = layout.processor(opened.config)
         if processor is None:
             notes += (
                 f"no processor is known for {opened.config.num_channels} channels; write a "
@@ -307,9 +334,10 @@ def load_checkpoint(
             )
     return Loaded(
         title=opened.describe(),
+        folder=opened.checkpoint.path.parent,
         config=opened.config,
-        head=layout.head,
-        pooler=layout.pooler,
+        head=stored.head,
+        pooler=stored.pooler,
         params=read_params(opened.tensors, rows, expected, dtype),
         expected=expected,
         read=len(opened.checkpoint.tensors),
@@ -322,7 +350,7 @@ def load_checkpoint(
 
 
 def load_image_model(
-    path: Path, settings: Settings, dtype: str | None, options: Mapping[str, str]
+    checkpoint: Checkpoint, settings: Settings, dtype: str | None, options: Mapping[str, str]
 ) -> Loaded:
     """Start a video model from an image model; `settings` are fields of the video model.
 
@@ -332,10 +360,11 @@ def load_image_model(
     changes = parse_settings(VivitConfig, settings)
     head = "classification" if "num_labels" in changes else "none"
     changes["param_dtype"] = dtype or "float32"
-    (model, params, report), image = read_image_model(path, changes, head=head, **options)
+    (model, params, report), image = read_image_model(checkpoint, changes, head=head, **options)
     flat = param_tree.flatten(params)
     return Loaded(
-        title=f"{image.naming} names of an image ViT ({image.path})",
+        title=f"{image.dialect} names of an image ViT ({image.path})",
+        folder=image.path.parent,
         config=model.config,
         head=head,
         pooler=False,
@@ -344,6 +373,6 @@ def load_image_model(
         read=len(image.tensors) + len(image.left_out),
         left_out=len(report.dropped),
         notes=tuple(str(report).splitlines()[1:]),
-        processor=scenic.processor(model.config, **pixel_range(image)),
+        processor=image_vit.processor(image, model.config),
         own_processor=True,
     )

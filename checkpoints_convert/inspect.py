@@ -8,14 +8,12 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from checkpoints_convert.files.open import open_checkpoint
 from checkpoints_convert.layouts.image_vit import open_image_model
-from checkpoints_convert.layouts.registry import IMAGE
+from checkpoints_convert.layouts.registry import layout_of
 from checkpoints_convert.problems import collapse, summarise
 from checkpoints_convert.rules import dtype_name, match_import
-from checkpoints_convert.source import layout_of, open_source
+from checkpoints_convert.source import find_checkpoint, open_source
 from vivit_jax.console import ConfigOption, joined
-from vivit_jax.hub import resolve_checkpoint
 from vivit_jax.models.build import expected_shapes
 
 
@@ -45,8 +43,7 @@ def inspect(
         source: A checkpoint directory, a weight file with config.json beside it, or a hub id.
         revision: Branch, tag or commit of a hub id.
     """
-    path = resolve_checkpoint(source, revision)
-    checkpoint = open_checkpoint(path)
+    checkpoint = find_checkpoint(source, revision)
     tensors = checkpoint.tensors
     count = sum(int(np.prod(t.shape, dtype=np.int64)) for t in tensors.values())
     dtypes = sorted({dtype_name(t) for t in tensors.values()})
@@ -56,18 +53,19 @@ def inspect(
     print(f"sha256      {content_hash(tensors)}")
     for line in collapse(f"{n}  {tuple(t.shape)} {dtype_name(t)}" for n, t in tensors.items()):
         print(f"  {line}")
-    if layout_of(checkpoint) == IMAGE:
-        image = open_image_model(path)
-        title, settings = f"{IMAGE}: image ViT, {image.naming} names ({image.path})", image.config
+    layout = layout_of(checkpoint)
+    if layout.image:
+        image = open_image_model(checkpoint)
+        title = f"{layout.name}: image ViT, {image.dialect} names ({image.path})"
+        settings = image.config
         expected = expected_shapes(image.config, "none", pooler=False)
         rows = match_import(image.tensors, image.rules, expected, image.title)
         left_out, notes = image.left_out, summarise(image.left_out)
     else:
-        opened = open_source(path, settings=joined(config))
+        opened = open_source(checkpoint, settings=joined(config))
         title, settings = opened.describe(), opened.config
-        rules = opened.layout.rules(settings)
-        layout = opened.layout
-        expected = expected_shapes(opened.config, layout.head, layout.pooler)
+        expected = expected_shapes(settings, opened.head, opened.stored.pooler)
+        rules = opened.stored.rules(settings)
         rows = match_import(opened.tensors, rules, expected, opened.title)
         left_out, notes = opened.left_out, (*opened.summary(), *opened.notes)
     print(f"layout      {title}")

@@ -12,9 +12,11 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
+from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.files.save import check_destination, replaced_directory, write_weights
 from checkpoints_convert.layouts.hf import write_config
-from checkpoints_convert.layouts.registry import Layout, published
+from checkpoints_convert.layouts.layout import StoredModel
+from checkpoints_convert.layouts.registry import published
 from checkpoints_convert.problems import collapse
 from checkpoints_convert.rules import (
     Row,
@@ -25,7 +27,7 @@ from checkpoints_convert.rules import (
     read_params,
     stored_dtype,
 )
-from checkpoints_convert.source import open_source
+from checkpoints_convert.source import Source, open_source
 from vivit_jax import param_tree
 from vivit_jax.config import ARCHITECTURES, Config, check_head
 from vivit_jax.errors import ConfigError, UserError
@@ -75,7 +77,7 @@ class InitialisedModel(NamedTuple):
 
 
 def from_pretrained(
-    source: str | Path,
+    source: str | Path | Checkpoint | Source,
     head: str | None = None,
     *,
     config: Mapping[str, Any] | Iterable[str] | None = None,
@@ -128,7 +130,7 @@ def from_pretrained(
 
 
 def load_report(
-    source: str | Path,
+    source: str | Path | Checkpoint | Source,
     head: str | None = None,
     *,
     config: Mapping[str, Any] | Iterable[str] | None = None,
@@ -184,14 +186,14 @@ def save_pretrained(
         )
     family, head = ARCHITECTURES[type(model).__name__]
     config = model.config
-    layout = published(family, head, pooler=getattr(model, "add_pooling_layer", False))
+    stored = published(family, head, pooler=getattr(model, "add_pooling_layer", False))
     flat = param_tree.flatten(meta.unbox(params))
     _check_addressable(flat)
     what = f"params for {type(model).__name__}"
-    tensors = export_params(flat, layout.rules(config), _shapes(model), what)
+    tensors = export_params(flat, stored.rules(config), _shapes(model), what)
     with replaced_directory(directory, overwrite) as staged:
         write_weights(staged, tensors, max_shard_size)
-        write_config(staged, config, head, stored_dtype(tensors), pooler=layout.pooler)
+        write_config(staged, config, head, stored_dtype(tensors), pooler=stored.pooler)
         if processor is not None:
             processor.save_pretrained(staged)
 
@@ -223,7 +225,7 @@ class Plan:
 
 
 def plan_load(
-    source: str | Path,
+    source: str | Path | Checkpoint | Source,
     head: str | None,
     *,
     settings: Mapping[str, Any] | None = None,
@@ -244,7 +246,7 @@ def plan_load(
     if as_stored:
         execution["param_dtype"] = "float32"
     opened = open_source(source, revision=revision, settings=settings or {}, **execution)
-    held, tensors = opened.layout, opened.tensors
+    held, tensors = opened.stored, opened.tensors
     head = head or held.head
     check_head(held.family, head)
     config = _relabel(opened.config, head, num_labels, id2label, class_splits, split_names)
@@ -266,7 +268,7 @@ def plan_load(
     rows = match_import(tensors, kept, expected, opened.title)
     ignored = [row for row in rows if not row.dst]
     report = LoadReport(
-        source=str(source),
+        source=str(opened.checkpoint),
         model=type(model).__name__,
         dropped=tuple(sorted(dropped_names)),
         ignored=tuple(row.src for row in ignored),
@@ -280,7 +282,7 @@ def plan_load(
     return Plan(model, tensors, rows, expected, fresh_leaves, report)
 
 
-def _notes(model: nn.Module, held: Layout, stored: Config, fresh: bool) -> list[str]:
+def _notes(model: nn.Module, held: StoredModel, stored: Config, fresh: bool) -> list[str]:
     """What the lists of a report do not say by themselves."""
     notes = []
     labels = model.config.num_labels
@@ -301,7 +303,7 @@ def _notes(model: nn.Module, held: Layout, stored: Config, fresh: bool) -> list[
 
 
 def _split(
-    held: Layout, wanted: Layout, stored: Config, config: Config
+    held: StoredModel, wanted: StoredModel, stored: Config, config: Config
 ) -> tuple[list[Rule], list[Rule], list[Rule]]:
     """Rules that are read, rules whose parameters are initialised, rules that are left out."""
     present = {rule.src for rule in held.rules(stored)}

@@ -22,8 +22,7 @@ from checkpoints_convert.convert import convert_checkpoint
 from checkpoints_convert.layouts.hf import runs_in_transformers, transformers_notes
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.rules import match_import
-from checkpoints_convert.source import open_source
-from vivit_jax.config import architecture
+from checkpoints_convert.source import Source, open_source
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.data.read_clip import read_clip
 from vivit_jax.data.transforms.processor import VideoProcessor
@@ -126,11 +125,11 @@ def verify_checkpoint(
         )
     path, settings = resolve_checkpoint(source, revision), reusable(settings)
     opened = open_source(path, settings=settings)
-    if not runs_in_transformers(opened.config, opened.layout.head):
+    if not runs_in_transformers(opened.config, opened.head):
         raise UserError(_no_reference(opened))
-    if opened.layout.name != "hf" or not opened.as_stored:
+    if not opened.layout.in_transformers or not opened.as_stored:
         with tempfile.TemporaryDirectory() as directory:
-            convert_checkpoint(path, directory, settings=settings)
+            convert_checkpoint(opened, directory)
             found = verify_checkpoint(
                 directory,
                 clip=clip,
@@ -151,15 +150,15 @@ def verify_checkpoint(
             "--config is for checkpoints without a config.json; transformers would read "
             f"{path}/config.json as it is. Write another directory with vivit-convert convert"
         )
-    name = architecture(opened.layout.family, opened.layout.head)
+    stored, name = opened.stored, opened.architecture
     match_import(
         opened.tensors,
-        opened.layout.rules(opened.config),
-        expected_shapes(opened.config, opened.layout.head, opened.layout.pooler),
+        stored.rules(opened.config),
+        expected_shapes(opened.config, stored.head, stored.pooler),
         opened.title,
     )
-    reference = load_transformers(path, name, "vivit-convert verify", pooler=opened.layout.pooler)
-    model, params = from_pretrained(path, attention=attention)
+    reference = load_transformers(path, name, "vivit-convert verify", pooler=stored.pooler)
+    model, params = from_pretrained(opened, attention=attention)
     if clip is None:
         config = model.config
         shape = (batch, config.num_frames, *config.frame_size, config.num_channels)
@@ -168,30 +167,30 @@ def verify_checkpoint(
     else:
         pixels = np.repeat(_read_clip(clip, path, model.config), batch, axis=0)
         inputs = f"{clip} {pixels.shape}"
-    extra = _extra_inputs(model, opened.layout.head, len(pixels), seed)
+    extra = _extra_inputs(model, stored.head, len(pixels), seed)
     with jax.default_matmul_precision("highest"):
         ours = _run_in_jax(model, params, pixels, extra)
-    pool = _torch_pooler(opened) if opened.layout.pooler else None
+    pool = _torch_pooler(opened) if stored.pooler else None
     theirs = _run_in_torch(reference, pixels, extra, pool)
     double = copy.deepcopy(reference).double()
     truth = _run_in_torch(double, pixels.astype(np.float64), extra, pool)
     rows = tuple(_compare(key, ours[key], theirs[key], truth[key], tolerance) for key in truth)
-    notes = list(transformers_notes(opened.config, opened.layout.head, opened.layout.pooler))
+    notes = list(transformers_notes(opened.config, stored.head, stored.pooler))
     if pool is not None:
         notes.append("pooler output: PyTorch's layer_norm of the mean of transformers' tokens")
     return Verification(str(source), name, inputs, tolerance, rows, "\n".join(notes) or None)
 
 
-def _no_reference(opened) -> str:
-    """Why there is nothing to compare a model with, and what stands in for it."""
+def _no_reference(opened: Source) -> str:
+    """Why a model cannot be compared with PyTorch, and what to use instead."""
     config = opened.config
     if config.in_transformers:
-        (reason,) = transformers_notes(config, opened.layout.head)
+        (reason,) = transformers_notes(config, opened.head)
         return (
             f"{opened.checkpoint.path} has nothing to be compared with: {reason}. vivit-convert "
             "inspect checks the tensors"
         )
-    if opened.layout.family == "videomae":
+    if opened.family == "videomae":
         parts = {
             "cosine attention": config.cosine_attention,
             "layer scale": config.layer_scale_init,
@@ -363,11 +362,11 @@ def _run_in_jax(model, params, pixels, extra) -> dict[str, np.ndarray]:
     )
 
 
-def _torch_pooler(opened) -> Callable[[Any], Any] | None:
+def _torch_pooler(opened: Source) -> Callable[[Any], Any] | None:
     """The pooler of a headless VideoMAE, which transformers' model does not have, in PyTorch."""
     import torch
 
-    if opened.layout.family != "videomae":
+    if opened.family != "videomae":
         return None
     eps = opened.config.fc_norm_eps
     weight, bias = (

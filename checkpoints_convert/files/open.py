@@ -33,11 +33,18 @@ _STEP = re.compile(r"checkpoint_(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: the file that was named, every weight file, and tensors by name."""
+    """An opened checkpoint: its weight or index file, every weight file, and tensors by name.
+
+    `given` is the path or hub id that it was opened by.
+    """
 
     path: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, LazyTensor]
+    given: str = ""
+
+    def __str__(self) -> str:
+        return self.given or str(self.path)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

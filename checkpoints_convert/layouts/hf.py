@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json as a file."""
+"""HuggingFace directories: config.json as a file, and the tensors by the names of transformers."""
 
 import dataclasses
 import json
@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from checkpoints_convert.files.torch_files import check_flat
 from checkpoints_convert.layouts.hub_v2 import is_hub_form, read_hub_form
+from checkpoints_convert.layouts.layout import Layout, name_before
+from checkpoints_convert.layouts.state_dicts import USUAL, left_out, plain_name, unwrapped
+from checkpoints_convert.tables import hf_videomae, hf_vivit
 from vivit_jax.config import (
     ARCHITECTURES,
     IMAGENET_MEAN,
@@ -19,12 +23,14 @@ from vivit_jax.config import (
     config_from_dict,
     head_of_architectures,
 )
-from vivit_jax.errors import ConfigError
+from vivit_jax.errors import CheckpointError, ConfigError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.staging import interrupted
 
 logger = logging.getLogger(__name__)
 NAME = "config.json"
+PATCH_KERNEL = "embeddings.patch_embeddings.projection.weight"
+PREFIXES = (hf_vivit.PREFIX, hf_videomae.PREFIX)  # of the backbones in models with a head
 HF_FIXED_EPS = 1e-5  # of the norms outside the blocks of VideoMAE
 
 
@@ -160,3 +166,50 @@ def write_config(
     values["dtype"] = dtype
     text = json.dumps(values, indent=2, sort_keys=True)
     (Path(directory) / NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def parameters(
+    path: Path, tensors: Mapping[str, Any], known: tuple[str, ...] = PREFIXES
+) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """The tensors of a model by HuggingFace's names, and the names left out with the reason.
+
+    `known` are the prefixes of a model's own names. Raises CheckpointError where the model has
+    another one, for a file that holds several models, and for one that is no state dict.
+    """
+    before = (name_before(name, PATCH_KERNEL) for name in tensors)
+    prefixes = [prefix for prefix in before if prefix is not None]
+    container = _container(path, prefixes)
+    if not container:
+        check_flat(path, tensors)
+    found = unwrapped(path, tensors, container)
+    inside = [p.removeprefix(container) for p in prefixes if p.startswith(container)]
+    if inside and not any(plain_name(prefix) in ("", *known) for prefix in inside):
+        parts = inside[0].removesuffix(".").split(".")
+        module = ".".join(parts[:-1] if f"{parts[-1]}." in known else parts)
+        raise CheckpointError(
+            f"{path}: the model's tensors are named {inside[0]}*; expected "
+            f"{', '.join(f'{own}*' for own in known)} or no prefix, behind module., model., net., "
+            f"backbone. or _orig_mod. at most. Save the state dict of {module} alone"
+        )
+    return {plain: tensor for plain, (_, tensor) in found.items()}, left_out(tensors, found)
+
+
+def _container(path: Path, prefixes: list[str]) -> str:
+    """The container of the model whose patch embedding's names have these prefixes."""
+    held = list(dict.fromkeys(prefix[: prefix.rfind("/") + 1] for prefix in prefixes)) or [""]
+    usual = [container for container in ("", *USUAL) if container in held]
+    if len(held) > 1 and not usual:
+        listed = ", ".join(container.removesuffix("/") for container in held)
+        raise CheckpointError(
+            f"{path} holds a model in each of {listed}; save the state dict of one of them alone"
+        )
+    return usual[0] if usual else held[0]
+
+
+HF = Layout(
+    name="hf",
+    tables={"vivit": hf_vivit.TABLE, "videomae": hf_videomae.TABLE},
+    parameters=parameters,
+    patch_kernels=(PATCH_KERNEL,),
+    in_transformers=True,
+)

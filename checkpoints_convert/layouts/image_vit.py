@@ -12,32 +12,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.files.open import open_checkpoint
+from checkpoints_convert.files.open import Checkpoint, open_checkpoint
 from checkpoints_convert.files.tensors import check_readable
 from checkpoints_convert.files.torch_files import check_flat
-from checkpoints_convert.layouts import scenic
+from checkpoints_convert.layouts import hf, scenic
 from checkpoints_convert.layouts.hf import config_path
-from checkpoints_convert.layouts.registry import PREFIXES, naming
-from checkpoints_convert.layouts.state_dicts import hf_parameters, unwrapped
+from checkpoints_convert.layouts.layout import Layout, name_before
 from checkpoints_convert.layouts.state_dicts import left_out as others_of
+from checkpoints_convert.layouts.state_dicts import unwrapped
 from checkpoints_convert.rules import Rule
 from checkpoints_convert.size_checks import check_sizes
 from checkpoints_convert.tables import hf_vivit, scenic_vivit, timm_vit
 from vivit_jax.config import VivitConfig
-from vivit_jax.errors import CheckpointError, ConfigError
+from vivit_jax.data.transforms.processor import VideoProcessor
+from vivit_jax.errors import CheckpointError, ConfigError, UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.hub import resolve_checkpoint
+from vivit_jax.typed import Settings, names_set
 
 # timm's files do not say how many heads there are; these are the widths of its plain ViTs.
 TIMM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+# The name of the patch embedding's kernel tells the dialects apart.
+_PATCH_KERNELS = {
+    "hf": hf.PATCH_KERNEL,
+    "timm": "patch_embed.proj.weight",
+    "flax": "embedding/kernel",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageModel:
-    """An opened image checkpoint: tensors, their table, and the model as a ViViT of one frame."""
+    """An opened image checkpoint: tensors, their table, and the model as a ViViT of one frame.
+
+    `dialect` is "hf", "timm" or "flax", whose names the tensors have.
+    """
 
     path: Path
-    naming: str
+    dialect: str
     tensors: Mapping[str, Any]
     config: VivitConfig
     rules: tuple[Rule, ...]
@@ -49,50 +60,95 @@ class ImageModel:
         return f"{self.path}, read as an image ViT,"
 
 
-def open_image_model(source: str | Path, *, heads: int | None = None, revision=None) -> ImageModel:
+def dialect_of(tensors: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The dialect of these names and what precedes the patch embedding's; None without one."""
+    for name in tensors:
+        for dialect, ending in _PATCH_KERNELS.items():
+            prefix = name_before(name, ending)
+            if prefix is not None:
+                return dialect, prefix
+    return None, ""
+
+
+def is_image_model(checkpoint: Checkpoint, settings: Settings = ()) -> bool:
+    """Whether a checkpoint is an image ViT's: its patch embedding's kernel has no time axis.
+
+    Image and video models in flax's names can have the same tensors. `settings` for sampled frames
+    and a config.json that says ViViT decide for video.
+    """
+    tensors = checkpoint.tensors
+    if dialect_of(tensors)[0] == "flax":
+        params, _ = scenic.parameters(checkpoint.path, tensors)
+        sampled = "num_sampled_frames" in names_set(settings)
+        return scenic.is_image_model(params) and not sampled and not _beside_vivit(checkpoint.path)
+    kernels = [tensor for name, tensor in tensors.items() if dialect_of({name: tensor})[0]]
+    return bool(kernels) and all(len(kernel.shape) == 4 for kernel in kernels)
+
+
+def _beside_vivit(path: Path) -> bool:
+    """Whether the config.json beside a file says ViViT."""
+    try:
+        values = read_json(config_path(path))
+    except (OSError, UserError):
+        return False  # whatever reads the file next reports what is wrong with it
+    types = (VivitConfig.model_type, VivitConfig.own_model_type)
+    return isinstance(values, dict) and values.get("model_type") in types
+
+
+def open_image_model(
+    source: str | Path | Checkpoint, *, heads: int | None = None, revision: str | None = None
+) -> ImageModel:
     """Open an image ViT: a directory, a file, or a hub id; data is not read yet.
 
-    `heads` is needed only for timm's files of unusual width. Raises CheckpointError for what is no
-    image ViT, ConfigError for a config.json that asks for what ViViT does not have.
+    `heads` is needed only for timm's files of unusual width. Raises CheckpointError for a file that
+    is not an image ViT, ConfigError for a config.json that asks for what ViViT does not have.
     """
-    checkpoint = open_checkpoint(resolve_checkpoint(source, revision))
-    path, tensors = checkpoint.path, checkpoint.tensors
-    kind, prefix = naming(tensors) or (None, "")
-    left_out: dict[str, str] = {}
-    if kind == "flax":
-        tensors, left_out = scenic.parameters(tensors)
-    elif kind == "timm" and prefix:  # a training state of torch, as DeiT saves it
-        found = unwrapped(path, tensors, prefix[: prefix.rfind("/") + 1])
-        tensors, left_out = {n: t for n, (_, t) in found.items()}, others_of(tensors, found)
-    elif kind == "hf":
-        tensors, left_out = hf_parameters(path, tensors, ("vit.", *PREFIXES))
-        _, prefix = naming(tensors) or (kind, "")
-    elif kind is not None:
-        check_flat(path, tensors)
+    if isinstance(source, Checkpoint):
+        checkpoint = source
+    else:
+        checkpoint = open_checkpoint(resolve_checkpoint(source, revision))
+    path = checkpoint.path
+    tensors, left_out = parameters(path, checkpoint.tensors)
     check_readable(path, tensors)
-    kernel = _patch_kernel(path, kind, prefix, tensors)
-    if kind == "hf":
+    dialect, prefix = dialect_of(tensors)
+    kernel = _patch_kernel(path, dialect, prefix, tensors)
+    if dialect == "hf":
         config = _hf_config(path, tensors, prefix)
         rules = hf_vivit.image_rules(config, prefix, hf_vivit.dialect_of(tensors))
-    elif kind == "timm":
+    elif dialect == "timm":
         config = _timm_config(path, tensors, kernel, heads)
         rules = timm_vit.image_rules(config)
     else:
         config = _flax_config(path, tensors, kernel)
         rules = scenic_vivit.image_rules(config)
-    image = ImageModel(path, kind, tensors, config, tuple(rules), left_out)
+    image = ImageModel(path, dialect or "", tensors, config, tuple(rules), left_out)
     check_sizes(image.title, tensors, config, rules)
     return image
 
 
-def _patch_kernel(path: Path, kind: str | None, prefix: str, tensors) -> tuple[int, ...]:
+def parameters(
+    path: Path, tensors: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """The parameters by the names of their dialect, and the entries left out with the reason."""
+    dialect, prefix = dialect_of(tensors)
+    if dialect == "flax":
+        return scenic.parameters(path, tensors)
+    if dialect == "hf":
+        return hf.parameters(path, tensors, ("vit.", *hf.PREFIXES))
+    if dialect == "timm" and prefix:  # a training state of torch, as DeiT saves it
+        found = unwrapped(path, tensors, prefix[: prefix.rfind("/") + 1])
+        return {name: t for name, (_, t) in found.items()}, others_of(tensors, found)
+    if dialect is not None:
+        check_flat(path, tensors)
+    return tensors, {}
+
+
+def _patch_kernel(
+    path: Path, dialect: str | None, prefix: str, tensors: Mapping[str, Any]
+) -> tuple[int, ...]:
     """Shape of the patch embedding's kernel as (height, width, channels, width of the model)."""
-    names = {
-        "hf": f"{prefix}embeddings.patch_embeddings.projection.weight",
-        "timm": "patch_embed.proj.weight",
-        "flax": "embedding/kernel",
-    }
-    kernel = tensors.get(names.get(kind))
+    names = {**_PATCH_KERNELS, "hf": f"{prefix}{hf.PATCH_KERNEL}"}
+    kernel = tensors.get(names[dialect]) if dialect else None
     staged = any(name.startswith("SpatialTransformer/") for name in tensors)
     if kernel is not None and (len(kernel.shape) == 5 or staged):
         raise CheckpointError(
@@ -106,7 +162,7 @@ def _patch_kernel(path: Path, kind: str | None, prefix: str, tensors) -> tuple[i
             f"{path} is not an image ViT: it has {found}; expected a convolution over height and "
             f"width named {', '.join(names.values())}"
         )
-    if kind == "flax":
+    if dialect == "flax":
         return tuple(kernel.shape)
     d, c, h, w = kernel.shape
     return h, w, c, d
@@ -129,8 +185,11 @@ def _hf_config(path: Path, tensors, prefix: str) -> VivitConfig:
     if not isinstance(values, dict) or values.get("model_type") != "vit":
         found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
         raise ConfigError(f"{where}: model_type is {found!r}, expected 'vit'")
+
     # What a file of transformers 4 leaves out has ViTConfig's default.
-    value = lambda name, default: values[name] if values.get(name) is not None else default  # noqa: E731
+    def value(name: str, default: Any) -> Any:
+        return values[name] if values.get(name) is not None else default
+
     patch = value("patch_size", 16)
     sides = patch if isinstance(patch, list) else [patch, patch]
     if len(sides) != 2:
@@ -238,3 +297,19 @@ def pixel_range(image: ImageModel) -> dict[str, Any]:
         do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=0.5, image_std=0.5
     )
     return {name: given.get(name, value) for name, value in defaults.items()} | {"offset": False}
+
+
+def processor(image: ImageModel, config: VivitConfig) -> VideoProcessor:
+    """What a video model of `config` that starts from an image model gets: scenic's frames."""
+    return scenic.processor(config, **pixel_range(image))
+
+
+# Read as the start of a video model, never written.
+IMAGE_VIT = Layout(
+    name="vit",
+    tables={},
+    parameters=parameters,
+    detects=is_image_model,
+    image=True,
+    writable=False,
+)

@@ -1,125 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layout a checkpoint is in, and the table that reads and writes it."""
+"""The layouts that are known, and which of them a checkpoint is in."""
 
-import dataclasses
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
-from checkpoints_convert.rules import Rule
-from checkpoints_convert.tables import hf_videomae, hf_vivit, scenic_vivit, videomae_authors
+from checkpoints_convert.files.open import Checkpoint
+from checkpoints_convert.layouts.hf import HF
+from checkpoints_convert.layouts.image_vit import IMAGE_VIT
+from checkpoints_convert.layouts.layout import Layout, StoredModel, name_before
+from checkpoints_convert.layouts.scenic import SCENIC
+from checkpoints_convert.layouts.videomae_authors import VIDEOMAE_AUTHORS
+from checkpoints_convert.tables.table import Table
 from vivit_jax.config import Config
 from vivit_jax.errors import CheckpointError, UserError
+from vivit_jax.typed import Settings
 
-# Table modules by layout and family. The command line offers the layouts found here.
-_TABLES = {
-    ("hf", "vivit"): hf_vivit,
-    ("hf", "videomae"): hf_videomae,
-    ("scenic", "vivit"): scenic_vivit,
-    ("videomae", "videomae"): videomae_authors,
-}
-PREFIXES = (hf_vivit.PREFIX, hf_videomae.PREFIX)  # of the backbones in HuggingFace's names
-LAYOUTS = tuple(dict.fromkeys(layout for layout, _ in _TABLES))
-IMAGE = "vit"  # read, as the start of a video model, never written
-# The kernel of the patch embedding tells the layouts apart, and its rank images from video; the
-# authors of VideoMAE share timm's names.
-_PATCH_KERNELS = {
-    "embeddings.patch_embeddings.projection.weight": "hf",
-    "patch_embed.proj.weight": "timm",
-    "embedding/kernel": "flax",
-}
-_HEAD_NAMES = {
-    "classification": ("classifier.",),
-    "pretraining": ("decoder.", "encoder_to_decoder.", "mask_token"),
-}
+# Image ViTs come first: their names are those of video models, with kernels of another rank.
+LAYOUTS: list[Layout] = [IMAGE_VIT, HF, SCENIC, VIDEOMAE_AUTHORS]
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a checkpoint spells one model: its layout, family, head, name prefix and dialect.
+def register(layout: Layout) -> None:
+    """Add a layout to those that every function and command reads and writes.
 
-    `pooler` says whether a headless model has what makes one vector of its tokens: ViViT's pooling
-    layer, VideoMAE's norm of their mean.
+    Raises UserError for a name that is taken.
     """
-
-    name: str
-    family: str
-    head: str
-    prefix: str
-    pooler: bool = False
-    dialect: str = "hub"
-
-    def rules(self, config: Config) -> list[Rule]:
-        """The weight table of this layout for a model of `config`."""
-        return _table(self.name, self.family).rules(
-            config,
-            head=self.head,
-            prefix=self.prefix,
-            dialect=self.dialect,
-            pooler=self.pooler,
-        )
-
-    def with_head(self, head: str) -> "Layout":
-        """The same names read into a model with another head."""
-        return dataclasses.replace(self, head=head, pooler=self.pooler and head == "none")
+    if layout.name in layout_names():
+        raise UserError(f"there is a layout {layout.name!r} already; choose another name")
+    LAYOUTS.append(layout)
 
 
-def published(family: str, head: str, pooler: bool = False, name: str = "hf") -> Layout:
-    """The spelling in which a layout is written: for hf, that of the files on the hub."""
-    table = _table(name, family)
-    prefix = table.PREFIX if head in table.PREFIXED else ""
-    return Layout(name, family, head, prefix, pooler=pooler)
+def layout_names(*, writable: bool = False) -> tuple[str, ...]:
+    """The names of all layouts, or of those that can be written."""
+    return tuple(each.name for each in LAYOUTS if each.writable or not writable)
 
 
-def naming(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(naming, prefix) of a checkpoint: "hf", "timm" or "flax" names; None if there are no patches.
+def container_names() -> tuple[str, ...]:
+    """The containers of parameters in all layouts of single files."""
+    return tuple(
+        dict.fromkeys(name for layout in LAYOUTS if layout.file for name in layout.file.containers)
+    )
 
-    The prefix is what precedes the name of the patch embedding.
+
+def layout_named(name: str) -> Layout:
+    """The layout of this name. Raises UserError for a name that no layout has."""
+    for layout in LAYOUTS:
+        if layout.name == name:
+            return layout
+    raise UserError(f"layout is {name!r}, expected one of {', '.join(layout_names())}")
+
+
+def layout_of(checkpoint: Checkpoint, settings: Settings = ()) -> Layout:
+    """The layout of a checkpoint, by the name and the rank of its patch embedding; else hf.
+
+    `settings` decide where an image model and a video model of sampled frames look the same.
     """
-    for name in tensors:
-        for ending, kind in _PATCH_KERNELS.items():
-            prefix = name.removesuffix(ending)
-            if name.endswith(ending) and (not prefix or prefix[-1] in "./"):
-                return kind, prefix
-    return None
+    names = checkpoint.tensors.keys()
+    endings = [ending for layout in LAYOUTS for ending in layout.patch_kernels]
+    kernels = (e for name in names for e in endings if name_before(name, e) is not None)
+    kernel = next(kernels, None)
+    for layout in LAYOUTS:
+        if layout.detects is not None:
+            found = layout.detects(checkpoint, settings)
+        elif kernel is None:
+            found = layout.block_names is not None and any(map(layout.block_names.match, names))
+        else:
+            found = kernel in layout.patch_kernels
+        if found:
+            return layout
+    return HF
+
+
+def published(
+    family: str, head: str, pooler: bool = False, layout: str | Layout = "hf"
+) -> StoredModel:
+    """The names under which a layout writes a model: for hf, those of the files on the hub."""
+    layout = layout_named(layout) if isinstance(layout, str) else layout
+    return StoredModel(layout, family, _table(layout, family).published(head, pooler))
 
 
 def detect(
     names: Collection[str],
     config: Config,
     head: str | None = None,
-    name: str = "hf",
-) -> Layout:
-    """The spelling of a checkpoint of this layout with these tensor names.
+    layout: str | Layout = "hf",
+) -> StoredModel:
+    """The model of `config` in a checkpoint of this layout with these tensor names.
 
     `head` is what config.json's `architectures` says an hf checkpoint holds; without it, and in
-    every other layout, the names decide. Raises CheckpointError if the names are of another family
+    the other layouts, the names decide. Raises CheckpointError if the names are of another family
     than the config.
     """
+    layout = layout_named(layout) if isinstance(layout, str) else layout
     family = config.model_type
-    table = _table(name, family)
-    if name != "hf":
-        return Layout(name, family, *table.spelling(names))
-    for (layout, other), wrong in _TABLES.items():
-        if layout == name and other != family and any(n.startswith(wrong.PREFIX) for n in names):
+    table = _table(layout, family)
+    for other, wrong in layout.tables.items():
+        if other != family and wrong.prefix and any(n.startswith(wrong.prefix) for n in names):
             raise CheckpointError(
                 f"config.json says model_type {family!r} but the tensors are named "
-                f"{wrong.PREFIX}*: this is a {other} checkpoint with the wrong config.json"
+                f"{wrong.prefix}*: this is a {other} checkpoint with the wrong config.json"
             )
-    prefix = table.PREFIX if any(n.startswith(table.PREFIX) for n in names) else ""
-    head = head or _head_of(names)
-    pooler = head == "none" and any(n.startswith(table.pooler(prefix)) for n in names)
-    return Layout(name, family, head, prefix, pooler, table.dialect_of(names))
+    return StoredModel(layout, family, table.identify(names, head))
 
 
-def _table(name: str, family: str):
-    if (name, family) not in _TABLES:
-        held = [other for layout, other in _TABLES if layout == name]
-        raise UserError(f"layout {name!r} holds {', '.join(held) or 'no model'}, not {family}")
-    return _TABLES[name, family]
-
-
-def _head_of(names: Collection[str]) -> str:
-    for head, prefixes in _HEAD_NAMES.items():
-        if any(name.startswith(prefixes) for name in names):
-            return head
-    return "none"
+def _table(layout: Layout, family: str) -> Table:
+    if family not in layout.tables:
+        held = ", ".join(layout.tables) or "no video model"
+        raise UserError(f"layout {layout.name!r} holds {held}, not {family}")
+    return layout.tables[family]

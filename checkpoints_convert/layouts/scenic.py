@@ -16,6 +16,8 @@ import numpy as np
 
 from checkpoints_convert.files.flax_files import write_msgpack
 from checkpoints_convert.layouts.infer import build_config, count_blocks
+from checkpoints_convert.layouts.layout import Layout, SingleFile
+from checkpoints_convert.tables import scenic_vivit
 from vivit_jax.config import VivitConfig
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import CheckpointError, ConfigError
@@ -35,7 +37,7 @@ _FIXED = {"hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, "qkv_bias": True, "
 _TANH_GELU = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh")
 
 
-def parameters(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The parameters by their path below the container, and the names left out with the reason."""
     nest = next((nest for nest in _NESTS if any(n.startswith(nest) for n in tensors)), "")
     inside = {name.removeprefix(nest): name for name in tensors if name.startswith(nest)}
@@ -97,7 +99,11 @@ def is_image_model(tensors: Mapping[str, Any]) -> bool:
 
 
 def infer_config(
-    path: Path, tensors: Mapping[str, Any], settings: Settings, **execution: Any
+    path: Path,
+    tensors: Mapping[str, Any],
+    entries: Mapping[str, Any],
+    settings: Settings,
+    **execution: Any,
 ) -> tuple[VivitConfig, str, list[str]]:
     """The config of scenic parameters, the head they hold, and what was assumed.
 
@@ -277,3 +283,19 @@ def train_state(tensors: Mapping[str, Any], container: str) -> dict[str, Any]:
     # scenic reads all three; an empty model_state is what it writes for a model without any.
     state = {"global_step": np.int32(0), "rng": np.zeros(2, np.uint32), "model_state": {}}
     return state | {CONTAINERS[container] + name: tensor for name, tensor in tensors.items()}
+
+
+SCENIC = Layout(
+    name="scenic",
+    tables={"vivit": scenic_vivit.TABLE},
+    parameters=parameters,
+    patch_kernels=("embedding/kernel",),
+    # Without a patch embedding the file is damaged, and the table says what is missing.
+    block_names=re.compile(r".*Transformer/encoderblock_"),
+    infer_config=infer_config,
+    processor=processor,
+    normalised="to [-1, 1], as scenic does",
+    check_function=check_function,
+    file=SingleFile(FILE, RIVALS, CONTAINERS, write),
+    state_depth=2,  # everything lies below one or two names, such as optimizer/state
+)

@@ -15,8 +15,9 @@ from typing import Any
 from checkpoints_convert.files.torch_files import is_beside, write_state_dict
 from checkpoints_convert.layouts.hf import predicts_as_published
 from checkpoints_convert.layouts.infer import build_config, count_blocks
+from checkpoints_convert.layouts.layout import Layout, SingleFile
 from checkpoints_convert.layouts.state_dicts import USUAL, left_out, unwrapped
-from checkpoints_convert.tables.videomae_authors import spelling
+from checkpoints_convert.tables import videomae_authors as table
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import CheckpointError, ConfigError
@@ -80,16 +81,17 @@ def _nothing_found(path: Path, tensors: Mapping[str, Any]) -> str:
 def infer_config(
     path: Path,
     tensors: Mapping[str, Any],
+    entries: Mapping[str, Any],
     settings: Settings,
-    args: Mapping[str, Any],
     **execution: Any,
 ) -> tuple[VideoMAEConfig, str, list[str]]:
     """The config of the authors' parameters, the head they hold, and what was assumed.
 
-    Names and shapes say most of it, `args` (of `script_arguments`) the clip, and the widths of the
-    authors' models the heads. What nothing says must be among `settings`; ConfigError lists it.
+    Names and shapes say most of it, the script's arguments among all `entries` the clip, and the
+    widths of the authors' models the heads. What nothing says must be among `settings`; ConfigError
+    lists it.
     """
-    given = parse_settings(VideoMAEConfig, settings)
+    given, args = parse_settings(VideoMAEConfig, settings), script_arguments(entries)
     head, found = _read_off(path, tensors)
     heads = {"num_attention_heads": (found["hidden_size"], HEADS)}
     if head == "pretraining":
@@ -128,11 +130,11 @@ def infer_config(
     return config, head, notes
 
 
-def script_arguments(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def script_arguments(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the config that the arguments of the training script say, where they are kept."""
 
     def said(name: str) -> Any:
-        entry = tensors.get(f"args/{name}")
+        entry = entries.get(f"args/{name}")
         return None if entry is None or entry.shape else entry.read().item()
 
     frames, segments = said("num_frames"), said("num_segments") or 1
@@ -158,7 +160,7 @@ def _widths(known: Mapping[int, int]) -> str:
 def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(head, fields that names and shapes say)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    head, prefix, _ = spelling(shapes)
+    head, prefix, *_ = table.names_in(shapes)
     kernel = f"{prefix}patch_embed.proj.weight"
     mlp, decoder_mlp = f"{prefix}blocks.0.mlp.fc1.weight", "decoder.blocks.0.mlp.fc1.weight"
     ranks = {kernel: 5, mlp: 2}
@@ -272,3 +274,18 @@ def write(directory: Path, tensors: Mapping[str, Any], container: str) -> Path:
     return write_state_dict(
         directory / FILE, tensors, CONTAINERS[container].removesuffix("/") or None
     )
+
+
+VIDEOMAE_AUTHORS = Layout(
+    name="videomae",
+    tables={"videomae": table.TABLE},
+    parameters=parameters,
+    patch_kernels=("patch_embed.proj.weight",),
+    block_names=re.compile(r"(.*[./])?blocks\.\d+\.attn\.q_bias$"),
+    infer_config=infer_config,
+    check_beside=check_function,
+    processor=processor,
+    normalised="by ImageNet's mean and std, as VideoMAE's authors do",
+    check_function=check_function,
+    file=SingleFile(FILE, RIVALS, CONTAINERS, write),
+)

@@ -336,7 +336,7 @@ def _notes(
         if ours != theirs:
             notes.append(f"{name} is {ours}, the image model's is {theirs}")
     usual = TIMM_HEADS.get(config.hidden_size)
-    if model.naming == "timm" and usual not in (None, config.num_attention_heads):
+    if model.dialect == "timm" and usual not in (None, config.num_attention_heads):
         notes.append(
             f"num_attention_heads is {config.num_attention_heads} as given; timm's plain ViTs of "
             f"this width have {usual}, and the weights do not say"

@@ -11,7 +11,7 @@ from checkpoints_convert.layouts.videomae_authors import config_differences
 from checkpoints_convert.pretrained import InitialisedModel, plan_load
 from checkpoints_convert.source import open_source
 from vivit_jax import param_tree
-from vivit_jax.config import VideoMAEConfig, architecture
+from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
@@ -68,10 +68,10 @@ def init_from_pretraining(
     execution = {name: value for name, value in config.items() if known[name]}
     settings = {k: v for k, v in config.items() if k not in (*labels, *execution)}
     settings.pop("use_mean_pooling", None)
-    held = open_source(source, revision=revision, settings=settings).layout
+    held = open_source(source, revision=revision, settings=settings)
     if held.family != VideoMAEConfig.model_type or held.head == "classification":
         raise UserError(
-            f"{source} holds {architecture(held.family, held.head)}, expected a pre-trained "
+            f"{source} holds {held.architecture}, expected a pre-trained "
             "VideoMAE; load it with from_pretrained(source, num_labels=...)"
         )
     plan = plan_load(

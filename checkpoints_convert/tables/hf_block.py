@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of one transformer block, shared by every table of HuggingFace names."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from checkpoints_convert.rules import Rule
+from checkpoints_convert.tables.table import Names
 
 DENSE = "o i -> i o"
 CONV3D = "o c t h w -> t h w c o"
@@ -26,6 +27,12 @@ MEMORY = {
     "out": "attention.o_proj",
     "mlp_in": "mlp.fc1",
     "mlp_out": "mlp.fc2",
+}
+
+# What the names of each head's own tensors begin with.
+_HEADS = {
+    "classification": ("classifier.",),
+    "pretraining": ("decoder.", "encoder_to_decoder.", "mask_token"),
 }
 
 
@@ -113,6 +120,23 @@ def blocks(
         *dense(f"{src}{names['mlp_in']}", f"{dst}mlp_in", **each),
         *dense(f"{src}{names['mlp_out']}", f"{dst}mlp_out", **each),
     ]
+
+
+def identify(
+    tensors: Collection[str], head: str | None, prefix: str, pooler: str, dialect: str
+) -> Names:
+    """The names of a checkpoint whose backbone has `prefix`, if any, and a `pooler` named so."""
+    prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
+    head = head or _head_of(tensors)
+    pooled = head == "none" and any(n.startswith(pooler.format(prefix=prefix)) for n in tensors)
+    return Names(head, prefix, pooled, dialect)
+
+
+def _head_of(tensors: Collection[str]) -> str:
+    for head, beginnings in _HEADS.items():
+        if any(name.startswith(beginnings) for name in tensors):
+            return head
+    return "none"
 
 
 def _suffixed(name: str, suffix: str) -> str:

@@ -7,31 +7,31 @@ saves of transformers 4, 5.0 to 5.3 and from 5.18 on); "memory" has query.bias a
 attention and layer scale, which transformers refuses by the model_type, are spelt as it would.
 """
 
+from collections.abc import Collection
+
 from checkpoints_convert.rules import Rule
-from checkpoints_convert.tables.hf_block import HUB, blocks, dense, norm, patch_embed
+from checkpoints_convert.tables.hf_block import HUB, blocks, dense, identify, norm, patch_embed
+from checkpoints_convert.tables.table import Names, Table
 from vivit_jax.config import VideoMAEConfig
 
 PREFIX = "videomae."
-PREFIXED = ("classification", "pretraining")
 _LINEAR = {"query": f"{HUB['query']}.bias", "value": f"{HUB['value']}.bias"}
 _BIASES = {
     "hub": {"query": "attention.attention.q_bias", "value": "attention.attention.v_bias"},
     "memory": _LINEAR,
     "key_bias": _LINEAR,
 }
-DIALECTS = tuple(_BIASES)
 KEY_BIAS_REASON = (
     "a key bias adds the same number to all scores of a query, so it cannot change the softmax"
 )
 
 
-def rules(
-    config: VideoMAEConfig, *, head: str, prefix: str, dialect: str = "hub", pooler: bool = False
-) -> list[Rule]:
-    """The table of a VideoMAE checkpoint; `head`: "classification", "pretraining" or "none".
+def rules(config: VideoMAEConfig, names: Names) -> list[Rule]:
+    """The rules of a VideoMAE checkpoint.
 
-    transformers has no `pooler`; it is spelt as the norm before its classifier.
+    transformers has no pooler; it is named like the norm before its classifier.
     """
+    head, prefix, pooler, dialect = names
     dst = "" if head == "none" else "backbone/"
     table = [
         *patch_embed(prefix, dst),
@@ -54,18 +54,17 @@ def rules(
     return table
 
 
-def pooler(prefix: str) -> str:
-    """What the names of the norm begin with that pools the tokens, as before a classifier."""
-    return "fc_norm."
+def names_in(tensors: Collection[str], head: str | None) -> Names:
+    """The names of a checkpoint with these tensors; `head` is that of its config.json."""
+    dialect = "hub"
+    if any(name.endswith(".attention.key.bias") for name in tensors):
+        dialect = "key_bias"
+    elif any(name.endswith(".attention.query.bias") for name in tensors):
+        dialect = "memory"
+    return identify(tensors, head, PREFIX, "fc_norm.", dialect)
 
 
-def dialect_of(names) -> str:
-    """The dialect in which these tensor names are spelt."""
-    if any(name.endswith(".attention.key.bias") for name in names):
-        return "key_bias"
-    if any(name.endswith(".attention.query.bias") for name in names):
-        return "memory"
-    return "hub"
+TABLE = Table(rules, names_in, PREFIX, ("classification", "pretraining"), "hub")
 
 
 def _blocks(config: VideoMAEConfig, src: str, dst: str, dialect: str) -> list[Rule]:

@@ -10,6 +10,8 @@ Dialects: "hub", the names of published files and of every default save; "memory
 transformers 5 writes with save_original_format=False.
 """
 
+from collections.abc import Collection
+
 from checkpoints_convert.rules import Rule
 from checkpoints_convert.tables.hf_block import (
     CONV2D,
@@ -17,21 +19,21 @@ from checkpoints_convert.tables.hf_block import (
     MEMORY,
     blocks,
     dense,
+    identify,
     norm,
     patch_embed,
 )
+from checkpoints_convert.tables.table import Names, Table
 from vivit_jax.config import VivitConfig
 
 PREFIX = "vivit."
-PREFIXED = ("classification",)
-_SPELLING = {"hub": ("encoder.layer.{i}.", HUB), "memory": ("layers.{i}.", MEMORY)}
-DIALECTS = tuple(_SPELLING)
+# By dialect: the names of a block and those of its modules.
+_BLOCKS = {"hub": ("encoder.layer.{i}.", HUB), "memory": ("layers.{i}.", MEMORY)}
 
 
-def rules(
-    config: VivitConfig, *, head: str, prefix: str, dialect: str = "hub", pooler: bool = False
-) -> list[Rule]:
-    """The table of a ViViT checkpoint; `head` is "classification" or "none"."""
+def rules(config: VivitConfig, names: Names) -> list[Rule]:
+    """The rules of a ViViT checkpoint."""
+    head, prefix, pooler, dialect = names
     dst = "" if head == "none" else "backbone/"
     table = patch_embed(prefix, dst)
     staged = config.attention_type == "factorised_encoder"
@@ -67,7 +69,7 @@ def image_rules(config: VivitConfig, prefix: str, dialect: str) -> list[Rule]:
 
 
 def _encoder(config: VivitConfig, src: str, dst: str, dialect: str, *, layers: int) -> list[Rule]:
-    layer, names = _SPELLING[dialect]
+    layer, names = _BLOCKS[dialect]
     qkv = ("query", "key", "value") if config.qkv_bias else ()
     split = config.attention_type == "factorised_self_attention"
     table = [Rule(f"{src}embeddings.position_embeddings", f"{dst}pos_embed")]
@@ -88,11 +90,14 @@ def _encoder(config: VivitConfig, src: str, dst: str, dialect: str, *, layers: i
     ]
 
 
-def pooler(prefix: str) -> str:
-    """What the names of a headless model's pooling layer begin with."""
-    return f"{prefix}pooler."
+def names_in(tensors: Collection[str], head: str | None) -> Names:
+    """The names of a checkpoint with these tensors; `head` is that of its config.json."""
+    return identify(tensors, head, PREFIX, "{prefix}pooler.", dialect_of(tensors))
 
 
-def dialect_of(names) -> str:
-    """The dialect in which these tensor names are spelt."""
-    return "memory" if any(".q_proj." in name for name in names) else "hub"
+def dialect_of(tensors: Collection[str]) -> str:
+    """The dialect of these tensor names."""
+    return "memory" if any(".q_proj." in name for name in tensors) else "hub"
+
+
+TABLE = Table(rules, names_in, PREFIX, ("classification",), "hub")

@@ -9,21 +9,15 @@ image kernel has no time axis.
 from collections.abc import Collection
 
 from checkpoints_convert.rules import Rule
+from checkpoints_convert.tables.table import Names, Table
 from vivit_jax.config import VivitConfig
 
-PREFIX = ""
-PREFIXED = ()
 _IMAGE_KERNEL = "h w c d -> 1 h w c d"
 
 
-def rules(
-    config: VivitConfig, *, head: str, prefix: str = "", dialect: str = "", pooler: bool = False
-) -> list[Rule]:
-    """The table of a ViViT checkpoint; `head` is "classification" or "none".
-
-    The pooler is scenic's `representation_size`.
-    """
-    dst = "" if head == "none" else "backbone/"
+def rules(config: VivitConfig, names: Names) -> list[Rule]:
+    """The rules of a ViViT checkpoint; the pooler is scenic's `representation_size`."""
+    dst = "" if names.head == "none" else "backbone/"
     table = _dense("embedding", f"{dst}patch_embed")
     if config.num_sampled_frames is not None:
         table[0] = Rule("embedding/kernel", f"{dst}patch_embed/kernel", _IMAGE_KERNEL)
@@ -33,18 +27,21 @@ def rules(
             table += _encoder(config, "Temporal", f"{dst}temporal/", config.temporal_layers)
     else:
         table += _encoder(config, "", dst, config.num_hidden_layers)
-    if pooler:
+    if names.pooler:
         table += _dense("pre_logits", f"{dst}pooler")
-    if head == "classification":
+    if names.head == "classification":
         table += _dense("output_projection", "head")
     return table
 
 
-def spelling(names: Collection[str]) -> tuple[str, str, bool]:
-    """(head, "", whether there is a pooler) of a checkpoint with these tensor names."""
-    if "output_projection/kernel" in names:
-        return "classification", "", False
-    return "none", "", "pre_logits/kernel" in names
+def names_in(tensors: Collection[str], head: str | None = None) -> Names:
+    """The names of a checkpoint with these tensors, which alone say the head."""
+    if "output_projection/kernel" in tensors:
+        return Names("classification")
+    return Names("none", pooler="pre_logits/kernel" in tensors)
+
+
+TABLE = Table(rules, names_in)
 
 
 def image_rules(config: VivitConfig) -> list[Rule]:

@@ -10,21 +10,17 @@ from collections.abc import Collection
 
 from checkpoints_convert.rules import Rule
 from checkpoints_convert.tables.hf_block import CONV3D, dense, norm
+from checkpoints_convert.tables.table import Names, Table
 from checkpoints_convert.tables.timm_block import blocks
 from vivit_jax.config import VideoMAEConfig
 
 PREFIX = "encoder."
-PREFIXED = ("pretraining",)
 _PRETRAINING = ("mask_token", "encoder_to_decoder.", "decoder.")
 
 
-def rules(
-    config: VideoMAEConfig, *, head: str, prefix: str, dialect: str = "", pooler: bool = False
-) -> list[Rule]:
-    """The table of a VideoMAE checkpoint; `head`: "classification", "pretraining" or "none".
-
-    `prefix` is what precedes the encoder's names.
-    """
+def rules(config: VideoMAEConfig, names: Names) -> list[Rule]:
+    """The rules of a VideoMAE checkpoint; the prefix is that of the encoder's names."""
+    head, prefix, pooler, _ = names
     dst = "" if head == "none" else "backbone/"
     table = [Rule("mask_token", "mask_token")] if head == "pretraining" else []
     table += [
@@ -48,14 +44,17 @@ def rules(
     return table
 
 
-def spelling(names: Collection[str]) -> tuple[str, str, bool]:
-    """(head, prefix of the encoder's names, whether a headless one pools) by the tensor names."""
-    if any(name.startswith(_PRETRAINING) for name in names):
-        return "pretraining", PREFIX, False
-    prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-    if any(name.startswith("head.") for name in names):
-        return "classification", prefix, False
-    return "none", prefix, any(name.startswith("fc_norm.") for name in names)
+def names_in(tensors: Collection[str], head: str | None = None) -> Names:
+    """The names of a checkpoint with these tensors, which alone say the head."""
+    if any(name.startswith(_PRETRAINING) for name in tensors):
+        return Names("pretraining", PREFIX)
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in tensors) else ""
+    if any(name.startswith("head.") for name in tensors):
+        return Names("classification", prefix)
+    return Names("none", prefix, any(name.startswith("fc_norm.") for name in tensors))
+
+
+TABLE = Table(rules, names_in, PREFIX, ("pretraining",))
 
 
 def _blocks(config: VideoMAEConfig, src: str, dst: str) -> list[Rule]:

@@ -65,7 +65,7 @@ def test_convert_of_a_jax_checkpoint_to_scenic(run, images, tmp_path):
 def test_image_options_are_refused_for_a_video_model(run, checkpoints, tmp_path, option, value):
     source = checkpoints.path("vivit cls")
     status, _, err = run("convert", source, tmp_path / "out", f"--{option}", value)
-    assert status == 2 and f"is no image model: {option.replace('-', '_')}" in err
+    assert status == 2 and f"is not an image model: {option.replace('-', '_')}" in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -250,7 +250,7 @@ def test_exported_trees_are_the_published_ones(name):
     shapes = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
     # A broadcast scalar has a shape and no data.
     params = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
-    rules = published("vivit", "classification", name="scenic").rules(model.config)
+    rules = published("vivit", "classification", layout="scenic").rules(model.config)
     exported = export_params(params, rules, shapes)
     assert {path: tensor.shape for path, tensor in exported.items()} == tree
     assert len(exported) == leaves
@@ -262,15 +262,15 @@ def test_published_trees_say_their_config(name):
     tensors = {path: SimpleNamespace(shape=shape) for path, shape in TREES[name][0].items()}
     asked = next((more for key, more in ASKED.items() if key in name), [])
     settings = ["image_size=224", *asked]
-    config, head, notes = scenic.infer_config(Path("checkpoint_1"), tensors, settings)
+    config, head, notes = scenic.infer_config(Path("checkpoint_1"), tensors, {}, settings)
     assert config == preset(name) and head == "classification"
     assert notes == [] or "fsa" in name or "fdp" in name
     assert not scenic.is_image_model(tensors)
     # The example in the message is a command line that works, here with the right sizes too.
     with pytest.raises(ConfigError, match="the weights do not say") as error:
-        scenic.infer_config(Path("checkpoint_1"), tensors, [])
+        scenic.infer_config(Path("checkpoint_1"), tensors, {}, [])
     example = str(error.value).partition("--config ")[2].split()
-    assert scenic.infer_config(Path("checkpoint_1"), tensors, example)[0].image_size == 224
+    assert scenic.infer_config(Path("checkpoint_1"), tensors, {}, example)[0].image_size == 224
 
 
 # --- there and back -----------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_published_trees_say_their_config(name):
 def test_parameters_are_found_in_every_container(tmp_path, case, container):
     params = params_of(case)
     path = write(tmp_path, params, container)
-    found, left_out = scenic.parameters(open_msgpack(path))
+    found, left_out = scenic.parameters(path, open_msgpack(path))
     assert same_bits({name: tensor.read() for name, tensor in found.items()}, params)
     assert len(found) + len(left_out) == len(open_msgpack(path))
     assert "rng" in left_out and "metadata" in left_out
@@ -403,7 +403,7 @@ def test_from_transformers_and_back(run, checkpoints, tmp_path, case):
 
 @pytest.mark.parametrize("case", MODELS)
 def test_config_is_read_off(case):
-    config, head, notes = scenic.infer_config(Path("x"), params_of(case), settings_of(case))
+    config, head, notes = scenic.infer_config(Path("x"), params_of(case), {}, settings_of(case))
     assert config == expected_config(case) and head == "classification"
     asked_pooling = any(setting.startswith("pooling=") for setting in settings_of(case))
     assert any("pooling=mean is assumed" in note for note in notes) == (
@@ -414,7 +414,7 @@ def test_config_is_read_off(case):
 def test_sizes_are_read_off():
     drawn = dict(channels=1, width=24, heads=3, layers=4, temporal_layers=1, mlp=40, classes=7)
     params = params_of("encoder", grid=(5, 3, 2), tubelet=(4, 8, 8), **drawn)
-    config, _, _ = scenic.infer_config(Path("x"), params, [SIZE])
+    config, _, _ = scenic.infer_config(Path("x"), params, {}, [SIZE])
     assert config == vivit_jax.VivitConfig(
         image_size=(24, 16),
         num_frames=20,
@@ -499,10 +499,10 @@ def test_wrong_settings(run, tmp_path, case, settings, expected):
 
 def test_settings_override_what_was_read():
     settings = [*settings_of("joint"), "layer_norm_eps=1e-5", 'id2label=["a","b","c","d","e"]']
-    config, _, _ = scenic.infer_config(Path("x"), params_of("joint"), settings)
+    config, _, _ = scenic.infer_config(Path("x"), params_of("joint"), {}, settings)
     assert config.layer_norm_eps == 1e-5 and config.labels == ("a", "b", "c", "d", "e")
     settings = [SIZE, "num_frames=6", "drop_path_rate=0.2"]
-    config, _, _ = scenic.infer_config(Path("x"), params_of("encoder"), settings)
+    config, _, _ = scenic.infer_config(Path("x"), params_of("encoder"), {}, settings)
     assert config.drop_path_rate == 0.2
     scenic.check_function(config)
     with pytest.raises(ConfigError, match="pooler_act='relu'"):
@@ -680,7 +680,7 @@ def test_refused_by_scenics_layout(run, checkpoints, tmp_path, case, flags, expe
     ("flags", "expected"),
     [
         (["--container", "params"], "container 'params' is not for the hf layout"),
-        (["--inflation", "average"], "is no image model: inflation would have no effect"),
+        (["--inflation", "average"], "is not an image model: inflation would have no effect"),
         (["--positions", "tile", "--temporal-attention", "zero"], "positions, temporal_attention"),
         (["--from", "hf"], "config.json does not exist"),
         (["--from", "vit"], "expected an image ViT"),

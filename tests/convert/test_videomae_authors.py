@@ -10,7 +10,6 @@ import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
 
 import jax
 import ml_dtypes
@@ -30,12 +29,12 @@ from tiny_authors import (
 from tiny_checkpoints import pop, put, read_safetensors, same_tensors
 
 import vivit_jax
-from checkpoints_convert.convert import Container, convert_checkpoint
+from checkpoints_convert.convert import convert_checkpoint
 from checkpoints_convert.layouts import videomae_authors
 from checkpoints_convert.layouts.hf import transformers_notes
-from checkpoints_convert.layouts.registry import published
+from checkpoints_convert.layouts.registry import container_names, published
 from checkpoints_convert.rules import export_params
-from checkpoints_convert.source import FILE_LAYOUTS, open_source
+from checkpoints_convert.source import open_source
 from vivit_jax import param_tree
 from vivit_jax.errors import CheckpointError, ConfigError, MissingExtra
 from vivit_jax.models.build import abstract_params, build_model
@@ -131,7 +130,7 @@ def test_published_trees_both_ways(key):
     tree = published_tree(*key)
     assert sum(int(np.prod(shape)) for shape in tree.values()) == PUBLISHED[key]
     tensors = {name: SimpleNamespace(shape=shape) for name, shape in tree.items()}
-    config, head, notes = videomae_authors.infer_config(Path("x.pth"), tensors, [], {})
+    config, head, notes = videomae_authors.infer_config(Path("x.pth"), tensors, {}, [])
     assert (head, config.num_attention_heads) == (key[0], ENCODERS[key[1].split()[0]]["heads"])
     assert config.num_frames == 16 and config.image_size == 224
     (note,) = notes
@@ -154,7 +153,7 @@ def test_published_trees_both_ways(key):
     leaves = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
     # A broadcast scalar has a shape and no data.
     params = {path: np.broadcast_to(np.float32(0), shape) for path, shape in leaves.items()}
-    rules = published("videomae", head, name="videomae").rules(config)
+    rules = published("videomae", head, layout="videomae").rules(config)
     exported = export_params(params, rules, leaves)
     assert {name: t.shape for name, t in exported.items()} == tree and list(exported) == list(tree)
     videomae_authors.check_function(config, head)
@@ -576,9 +575,11 @@ def test_without_torch(tmp_path, monkeypatch):
 # --- writing: refusals, other layouts -----------------------------------------------------------
 
 
-def test_containers_offered_are_those_of_the_layouts(run, tmp_path):
-    offered = [name for module in FILE_LAYOUTS.values() for name in module.CONTAINERS]
-    assert list(get_args(Container)) == offered
+def test_containers_offered_are_those_of_the_layouts(run, tmp_path, capsys):
+    assert container_names() == ("optimizer", "params", "model", "module", "bare")
+    with pytest.raises(SystemExit):
+        run("convert", "--help")
+    assert f"--container {{None,{','.join(container_names())}}}" in capsys.readouterr().out
     path = write(tmp_path / "x.pth", state("fine-tuned"))
     for to, container in (("hf", "model"), ("videomae", "params"), ("scenic", "bare")):
         flags = ["--to", to, "--container", container]

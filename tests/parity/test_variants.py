@@ -16,6 +16,7 @@ from variants import FDP, FE, FSA, VARIANTS, reference, variant_config
 import vivit_jax
 from checkpoints_convert.rules import export_params, import_params
 from checkpoints_convert.tables import scenic_vivit
+from checkpoints_convert.tables.table import Names
 from vivit_jax import param_tree
 from vivit_jax.models.build import abstract_params
 
@@ -43,7 +44,7 @@ def load(config, params):
     """The classifier of a config with parameters under scenic's names."""
     model = vivit_jax.VivitForVideoClassification(config)
     shapes = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
-    table = scenic_vivit.rules(config, head="classification")
+    table = scenic_vivit.rules(config, Names("classification"))
     return model, param_tree.unflatten(import_params(params, table, shapes))
 
 
@@ -123,7 +124,7 @@ def test_gradients_equal_finite_differences(case):
         return model.apply({"params": params}, pixels, labels=jnp.asarray(LABELS)).loss
 
     grads = param_tree.flatten(gradient(ours))
-    named = export_params(grads, scenic_vivit.rules(config, head="classification"))
+    named = export_params(grads, scenic_vivit.rules(config, Names("classification")))
     first = [name for name in params if "encoderblock_" not in name or "encoderblock_1/" in name]
     params = {name: value.astype(np.float64) for name, value in params.items()}
     for name in first:
@@ -194,7 +195,7 @@ def test_execution_flags_keep_the_gradient(case, flags):
         model, ours = load(variant_config(case, **flags), params)
         loss = lambda p: model.apply({"params": p}, pixels, labels=jnp.asarray(LABELS)).loss  # noqa: E731
         grads = param_tree.flatten(jax.jit(jax.grad(loss))(ours))
-        table = scenic_vivit.rules(model.config, head="classification")
+        table = scenic_vivit.rules(model.config, Names("classification"))
         return {name: tensor.read() for name, tensor in export_params(grads, table).items()}
 
     plain, other = gradient(), gradient(**flags)

@@ -109,7 +109,7 @@ def expected(case, params, pixels, hidden, dropped):
 
 
 def rules_of(config, head):
-    return published("videomae", head, name="videomae").rules(config)
+    return published("videomae", head, layout="videomae").rules(config)
 
 
 def load(config, params, head="pretraining"):

@@ -122,7 +122,7 @@ def evaluate(
     mesh = make_mesh(parse_mesh(work.mesh, jax.device_count()))
     changes = joined(config)
     source = open_model(model, changes, dtype=work.dtype)
-    if source.layout.head != "classification":
+    if source.head != "classification":
         raise UserError(
             f"--model {model} holds no classifier; fine-tune it first (vivit-jax finetune --start)"
         )

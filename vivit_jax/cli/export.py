@@ -16,7 +16,6 @@ from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import FLAT, Dtype
-from vivit_jax.config import architecture
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.files.atomic import check_output, whole_files
@@ -96,13 +95,11 @@ def export(
 
     changes = joined(config)
     source = open_model(model, changes)
-    held = source.layout
-    if head == "classification" and held.head != "classification":
+    if head == "classification" and source.head != "classification":
         raise UserError(
-            f"--head classification: {model} holds {architecture(held.family, held.head)}, which "
-            "has no classifier"
+            f"--head classification: {model} holds {source.architecture}, which has no classifier"
         )
-    if head is None and held.head == "pretraining":
+    if head is None and source.head == "pretraining":
         head = "none"
     processor = None
     try:

@@ -108,8 +108,7 @@ def extract(
     dtype, layer, pool = how.pop("dtype"), features.layer, features.pool
     plan_windows(source.config, features.frame_stride, features.window_stride, features.pad)
     processor = processor_of(source)
-    layout = source.layout
-    to_head = has_head(layout.head, layout.family, layout.pooler)
+    to_head = has_head(source.head, source.family, source.stored.pooler)
     check_features(source.config, processor, layer, pool, has_head=to_head)
 
     # A scan would compute the blocks after the layer too.

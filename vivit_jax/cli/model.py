@@ -22,7 +22,7 @@ def open_model(model: str, changes: tuple[str, ...], **execution: Any):
         stored = read_config(path, **execution).config
         differing = [
             f"{name}={now} (it says {was})"
-            for name in of_the_function(config, source.layout.head)
+            for name in of_the_function(config, source.head)
             if (now := getattr(config, name)) != (was := getattr(stored, name))
         ]
         if differing:

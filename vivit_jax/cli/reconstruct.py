@@ -14,7 +14,6 @@ from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import FLAT, READ, PictureOptions, ReadOptions
 from vivit_jax.cli.panels import Panels, as_frames, channels_note, real_time
-from vivit_jax.config import architecture
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.data.read_clip import parse_start, read_clip
 from vivit_jax.data.video.decode import frame_times
@@ -163,10 +162,9 @@ def panels_of(result, *, title: str, about: str, times: list[str]):
 def _source(model: str, changes: tuple[str, ...], true_statistics: bool):
     """The opened checkpoint, after cheap checks; weights are not read."""
     source = open_model(model, changes)
-    held = source.layout
-    if held.head != "pretraining":
+    if source.head != "pretraining":
         raise UserError(
-            f"{model} holds {architecture(held.family, held.head)}, which does not predict pixels; "
+            f"{model} holds {source.architecture}, which does not predict pixels; "
             "reconstruct needs a pre-trained VideoMAE with its decoder (VideoMAEForPreTraining)"
         )
     check_statistics(source.config, true_statistics)

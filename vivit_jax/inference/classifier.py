@@ -19,7 +19,6 @@ from jaxtyping import Float32
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from checkpoints_convert.source import open_source
-from vivit_jax.config import architecture
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.read_clip import (
     Clip,
@@ -130,10 +129,10 @@ class VideoClassifier:
         # Cheap checks come before the weights.
         config = reusable(config)
         held = open_source(source, revision=revision, settings=config)
-        if held.layout.head != "classification":
+        if held.head != "classification":
             raise UserError(
-                f"{source} holds {architecture(held.layout.family, held.layout.head)}, which has "
-                "no classifier; use a model fine-tuned for classification"
+                f"{source} holds {held.architecture}, which has no classifier; use a model "
+                "fine-tuned for classification"
             )
         processor = processor_of(held) if processor is None else processor
         # The files that were opened: a push to the hub in between must not mix commits.

@@ -13,9 +13,9 @@ from flax import linen as nn
 from checkpoints_convert.files.open import Checkpoint, open_checkpoint
 from checkpoints_convert.layouts import scenic
 from checkpoints_convert.layouts.hf import config_path
-from checkpoints_convert.layouts.registry import IMAGE
+from checkpoints_convert.layouts.registry import layout_of
 from checkpoints_convert.pretrained import InitialisedModel, from_pretrained, load_report
-from checkpoints_convert.source import layout_of, open_source
+from checkpoints_convert.source import open_source
 from checkpoints_convert.start.from_image import init_from_image_model
 from checkpoints_convert.start.from_pretraining import init_from_pretraining
 from checkpoints_convert.start.from_video import SIZES, init_from_video_model
@@ -207,7 +207,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
     place = resolve_checkpoint(source, None)  # once: a push to the hub must not mix commits
     checkpoint = open_checkpoint(place)
     layout = layout_of(checkpoint)
-    if layout == IMAGE:
+    if layout.image:
         if not isinstance(config, VivitConfig) or head != "classification":
             raise UserError(
                 f"model.start {source} holds an image model, from which only a ViViT classifier "
@@ -218,9 +218,9 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
         found = init_from_image_model(place, config, seed=seed)
         return _completed(recipe, found, place, None)
     alone = not config_path(place).is_file()  # the recipe says what the file does not
-    assumed = _assumed_sizes(checkpoint, config) if alone and layout == "scenic" else {}
+    assumed = _assumed_sizes(checkpoint, config) if alone and layout is scenic.SCENIC else {}
     opened = open_source(place, settings=assumed)
-    held = opened.layout
+    held = opened.stored
     if held.family != config.model_type:
         raise UserError(
             f"model.start {source} holds a {held.family}, model.preset {recipe.model.preset!r} is "
@@ -273,7 +273,7 @@ def _assumed_sizes(checkpoint: Checkpoint, config) -> dict[str, int]:
 
     The number of frames is that of `config` if the file does not say.
     """
-    tensors, _ = scenic.parameters(checkpoint.tensors)
+    tensors, _ = scenic.parameters(checkpoint.path, checkpoint.tensors)
     return scenic.square_sizes(tensors, config.num_frames)
 
 
