@@ -1,10 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of annotated fields, from JSON and from what is typed on a command line."""
+"""Values of annotated fields, from JSON and from a command line.
+
+`--config KEY=VALUE` and `--set KEY=VALUE` share one grammar. A value is read by the type of its
+field, without the spaces around it:
+
+    none  null                      None, where the field may be None; in any case, as the next
+    true  false                     a truth value
+    12  1e3  -0.5                   a number; 1e3 and 8.0 are whole numbers too
+    relu  'relu'  "relu"            a text, with or without quotes
+    2,16,16  (2,16,16)  [2, 16, 16] a list; an empty value and [] are an empty list
+    ['layers_\\d{1,2}', 'head']     texts with commas, in quotes; a backslash is a backslash
+    [['head/.*', 10], ('.*', 1)]    lists of lists, texts in quotes
+    {"0": "cat", "1": "dog"}        names by number, a JSON object
+"""
 
 import ast
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -15,10 +29,12 @@ from vivit_jax.config_base import number
 from vivit_jax.errors import ConfigError
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+# An entry of a list that begins with a quote.
+_QUOTED_ENTRY = re.compile(r"""(?:^|[\[(,])\s*['"]""")
 
 
-class Misfit(Exception):
-    """A value that is not of a field's type; the caller knows the field's name."""
+class TypeMismatch(Exception):
+    """A value that does not have its field's type; the caller knows the field's name."""
 
 
 def expected(wanted: Any) -> str:
@@ -40,12 +56,16 @@ def expected(wanted: Any) -> str:
 def from_json(wanted: Any, value: Any) -> Any:
     """A JSON value as a field of this annotation holds it: lists as tuples, 1 as 1.0.
 
-    Raises Misfit for one of another type, and for numbers that are not finite.
+    An object is the list of its pairs. Raises TypeMismatch for a value of another type, and for
+    numbers that are not finite.
     """
     arguments = typing.get_args(wanted)
     if _is_union(wanted):
         return _first(from_json, arguments, value)
     if typing.get_origin(wanted) is tuple:
+        if isinstance(value, Mapping) and typing.get_origin(arguments[0]) is tuple:
+            key, entry = typing.get_args(arguments[0])
+            return tuple((_key(key, k), _entry(entry, v)) for k, v in value.items())
         if isinstance(value, list | tuple):
             items = arguments[:1] * len(value) if Ellipsis in arguments else arguments
             if len(items) == len(value):
@@ -56,18 +76,15 @@ def from_json(wanted: Any, value: Any) -> Any:
     elif wanted is float:
         if number(value):
             return float(value)
-    elif type(value) is wanted:
+    elif isinstance(value, wanted) and isinstance(value, bool) == (wanted is bool):
         return value
-    raise Misfit
+    raise TypeMismatch
 
 
 def from_text(wanted: Any, text: str) -> Any:
-    """What was typed, as a field of this annotation holds it.
+    """A value from a command line as a field of this annotation holds it.
 
-    "none" where there may be none, "true" and "false", "1e-4", "1e3" also where a whole number is
-    wanted. Texts need no quotes. Lists are "0.9,1.33" or "[0.9, 1.33]"; entries that are quoted, as
-    those with commas in them must be, or that are lists themselves, are written as in Python, but
-    backslashes stand for themselves. Raises Misfit for what cannot be read so.
+    The module's docstring has the grammar. Raises TypeMismatch for a text that cannot be read so.
     """
     text = text.strip()
     arguments = typing.get_args(wanted)
@@ -85,20 +102,31 @@ def from_text(wanted: Any, text: str) -> Any:
         return lower == "true"
     if wanted in (int, float):
         return from_json(wanted, _number_from_text(wanted, text))
-    raise Misfit
+    raise TypeMismatch
 
 
 def _is_union(wanted: Any) -> bool:
     return isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union
 
 
-def _first(read: Callable, options: typing.Iterable, value: Any) -> Any:
+def _first(read: Callable[[Any, Any], Any], options: Iterable[Any], value: Any) -> Any:
     for option in options:
         try:
             return read(option, value)
-        except Misfit:
+        except TypeMismatch:
             continue
-    raise Misfit
+    raise TypeMismatch
+
+
+def _key(wanted: Any, key: Any) -> Any:
+    """A key of an object, which JSON writes as a text."""
+    return from_text(wanted, key) if isinstance(key, str) else from_json(wanted, key)
+
+
+def _entry(wanted: Any, value: Any) -> Any:
+    """A value of an object; numbers are good names."""
+    named = wanted is str and number(value)
+    return str(value) if named else from_json(wanted, value)
 
 
 def _number_from_text(wanted: type, text: str) -> int | float:
@@ -109,7 +137,7 @@ def _number_from_text(wanted: type, text: str) -> int | float:
     try:
         value = float(text)
     except ValueError:
-        raise Misfit from None
+        raise TypeMismatch from None
     return int(value) if wanted is int and value.is_integer() else value
 
 
@@ -120,13 +148,15 @@ def _unquoted(text: str) -> str:
 
 def _tuple_from_text(wanted: Any, text: str) -> tuple:
     arguments = typing.get_args(wanted)
+    if text.startswith("{"):
+        return from_json(wanted, _json_object(text))
     nested = any(typing.get_origin(item) is tuple for item in arguments)
-    if nested or "'" in text or '"' in text:
+    if nested or _QUOTED_ENTRY.search(text):
         try:
             # Else the "\b" of a regular expression would become a backspace.
             value = ast.literal_eval(text.replace("\\", "\\\\"))
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            raise Misfit from None
+            raise TypeMismatch from None
         return from_json(wanted, [value] if isinstance(value, str) else value)
     if text[:1] + text[-1:] in ("[]", "()"):
         text = text[1:-1]
@@ -135,8 +165,15 @@ def _tuple_from_text(wanted: Any, text: str) -> tuple:
         parts.pop()
     items = arguments[:1] * len(parts) if Ellipsis in arguments else arguments
     if len(items) != len(parts):
-        raise Misfit
+        raise TypeMismatch
     return tuple(map(from_text, items, parts))
+
+
+def _json_object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise TypeMismatch from None
 
 
 Settings = Iterable[str] | Mapping[str, Any]  # key=value, or values by the names of fields
@@ -169,22 +206,23 @@ def reusable(settings: Settings | None) -> Settings:
 
 def names_set(settings: Settings) -> set[str]:
     """The fields that settings name, not checked."""
-    return {setting.partition("=")[0] for setting in settings}
+    return {setting.partition("=")[0].strip() for setting in settings}
 
 
 def parse_settings(cls: type[Config], settings: Settings) -> dict[str, Any]:
     """Fields by name from `key=value` settings, or a mapping, with config.json's field names.
 
-    In a text values are JSON, bare words are strings, `2,16,16` and `noun,verb` are lists; class
-    names and splits set `num_labels` if nobody does. Raises ConfigError for an unknown key, for one
-    that is set twice and for a value of the wrong type.
+    The module's docstring has the grammar of values in texts. Class names and splits set
+    `num_labels` unless a setting does. Raises ConfigError for an unknown key, for one that is set
+    twice and for a value of the wrong type.
     """
     fields = {f.name: f.type for f in dataclasses.fields(cls) if not f.metadata.get("execution")}
-    parsed, where, what = map(_split, settings), "--config", cls.model_type
     if isinstance(settings, Mapping):
-        parsed, where, what = settings.items(), "config", cls.__name__
-    changes = {}
-    for name, value in parsed:
+        given, read, where, what = settings.items(), from_json, "config", cls.__name__
+    else:
+        given, read, where, what = map(_split, settings), from_text, "--config", cls.model_type
+    changes: dict[str, Any] = {}
+    for name, value in given:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"
@@ -193,68 +231,22 @@ def parse_settings(cls: type[Config], settings: Settings) -> dict[str, Any]:
             raise ConfigError(f"{where}: {what} has no field {name!r}{hint}")
         if name in changes:
             raise ConfigError(f"{where}: {name} is set twice")
-        changes[name] = _typed(where, name, value, fields[name])
+        try:
+            changes[name] = read(fields[name], value)
+        except TypeMismatch:
+            wanted = expected(fields[name])
+            raise ConfigError(f"{where}: {name} must be {wanted}, got {value!r}") from None
     if "num_labels" not in changes:
         # Names and splits say how many classes there are.
-        if isinstance(changes.get("id2label"), dict | tuple):
+        if isinstance(changes.get("id2label"), tuple):
             changes["num_labels"] = len(changes["id2label"])
         elif isinstance(changes.get("class_splits"), tuple):
             changes["num_labels"] = sum(changes["class_splits"])
     return changes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Text:
-    """A value as it was typed."""
-
-    text: str
-
-    def __repr__(self):
-        return repr(self.text)
-
-
-def _split(setting: str) -> tuple[str, _Text]:
+def _split(setting: str) -> tuple[str, str]:
     name, equals, text = setting.partition("=")
     if not equals:
         raise ConfigError(f"config takes texts of the form key=value, got {setting!r}")
-    return name, _Text(text)
-
-
-def _typed(where: str, name: str, given: Any, wanted: Any) -> Any:
-    value = given
-    if isinstance(given, _Text):
-        value = _parse(given.text)
-        if isinstance(value, str) and _fits((value,), wanted):
-            value = tuple(value.split(","))
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(value, list):
-        value = tuple(value)
-    if name != "id2label" and not _fits(value, wanted):
-        expected = getattr(wanted, "__name__", None) if wanted in (int, float, bool, str) else None
-        raise ConfigError(f"{where}: {name} must be {expected or wanted}, got {given!r}")
-    return value
-
-
-def _parse(text: str) -> Any:
-    for candidate in (text, f"[{text}]") if "," in text else (text,):
-        try:
-            return json.loads(candidate)
-        except ValueError:
-            continue
-    return {"True": True, "False": False, "None": None}.get(text, text)
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    if wanted is None or wanted is types.NoneType:
-        return value is None
-    arguments = typing.get_args(wanted)
-    if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
-        return any(_fits(value, option) for option in arguments)
-    if typing.get_origin(wanted) is tuple:
-        if not isinstance(value, tuple):
-            return False
-        items = arguments[:1] * len(value) if Ellipsis in arguments else arguments
-        return len(value) == len(items) and all(map(_fits, value, items))
-    kind = int | float if wanted is float else wanted
-    return isinstance(value, kind) and not (wanted is not bool and isinstance(value, bool))
+    return name.strip(), text

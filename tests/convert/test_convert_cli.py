@@ -163,11 +163,14 @@ def test_config_settings(run, checkpoints, tmp_path):
         ("num_hidden_layer=3", "has no field 'num_hidden_layer'; did you mean num_hidden_layers?"),
         ("scan_layers=true", "has no field 'scan_layers'"),
         ("qkv_bias", "--config takes KEY=VALUE, got 'qkv_bias'; put positional arguments"),
-        ("layer_norm_eps=small", "layer_norm_eps must be float, got 'small'"),
-        ("hidden_size=48.5", "hidden_size must be int, got '48.5'"),
-        ("hidden_size=true", "hidden_size must be int, got 'true'"),
-        ("qkv_bias=1", "qkv_bias must be bool, got '1'"),
-        ("tubelet_size=2,8", "tubelet_size must be tuple[int, int, int], got '2,8'"),
+        ("layer_norm_eps=small", "layer_norm_eps must be a number, got 'small'"),
+        ("hidden_size=48.5", "hidden_size must be a whole number, got '48.5'"),
+        ("hidden_size=true", "hidden_size must be a whole number, got 'true'"),
+        ("qkv_bias=1", "qkv_bias must be true or false, got '1'"),
+        (
+            "tubelet_size=2,8",
+            "tubelet_size must be [a whole number, a whole number, a whole number], got '2,8'",
+        ),
         ("num_labels=3", "classifier.weight  got (5, 48), expected (3, 48)"),
     ],
 )
@@ -202,9 +205,9 @@ def test_a_list_can_be_taken_away(name):
 def test_errors_name_where_the_setting_was_given():
     given = {
         "--config: videomae has no field 'x'": ["x=1"],
-        "--config: hidden_size must be int, got 'a'": ["hidden_size=a"],
+        "--config: hidden_size must be a whole number, got 'a'": ["hidden_size=a"],
         "config: VideoMAEConfig has no field 'x'": {"x": 1},
-        "config: hidden_size must be int, got 'a'": {"hidden_size": "a"},
+        "config: hidden_size must be a whole number, got 'a'": {"hidden_size": "a"},
     }
     for expected, settings in given.items():
         with pytest.raises(vivit_jax.ConfigError, match=f"^{expected}"):

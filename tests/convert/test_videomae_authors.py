@@ -302,7 +302,7 @@ def test_settings_as_a_mapping(tmp_path):
     assert open_source(path, settings=settings).config == expected_config(case)
     with pytest.raises(ConfigError, match="no field 'num_heads'; did you mean"):
         open_source(path, settings={"num_heads": 4})
-    with pytest.raises(ConfigError, match="num_attention_heads must be int, got 'four'"):
+    with pytest.raises(ConfigError, match="num_attention_heads must be a whole number, got 'four'"):
         open_source(path, settings={"num_attention_heads": "four"})
 
 

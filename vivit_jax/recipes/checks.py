@@ -13,7 +13,7 @@ from vivit_jax.data.transforms.randaugment import parse_rand_augment
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.presets import PRESETS, Preset
 from vivit_jax.recipes.recipe import HEADS, Recipe
-from vivit_jax.typed import Misfit, expected, from_json, override
+from vivit_jax.typed import TypeMismatch, expected, from_json, override
 
 # (condition, text, fields); None is not checked.
 _RANGES = (
@@ -179,7 +179,7 @@ def _sections(recipe: Recipe) -> Iterator[tuple[str, Any, Sequence[dataclasses.F
 def _check_type(path: str, wanted: Any, value: Any) -> None:
     try:
         from_json(wanted, value)
-    except Misfit:
+    except TypeMismatch:
         raise wrong(path, value, expected(wanted)) from None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.checks import check, closest, config_fields, wrong
 from vivit_jax.recipes.recipe import Given, Recipe
-from vivit_jax.typed import Misfit, expected, from_json, from_text
+from vivit_jax.typed import TypeMismatch, expected, from_json, from_text
 
 _FIELDS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Recipe)}
 _DECIDED = typing.get_args(Given)
@@ -48,7 +48,7 @@ def apply_settings(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
         wanted = _type_of(path, preset)
         try:
             value = from_text(wanted, text)
-        except Misfit:
+        except TypeMismatch:
             raise wrong(path, text, expected(wanted)) from None
         *parents, name = path.split(".")
         place = changes
@@ -171,5 +171,5 @@ def _check_keys(
 def _read(path: str, wanted: Any, value: Any) -> Any:
     try:
         return from_json(wanted, value)
-    except Misfit:
+    except TypeMismatch:
         raise wrong(path, value, expected(wanted)) from None
