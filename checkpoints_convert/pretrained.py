@@ -124,9 +124,8 @@ def from_pretrained(
         scan_layers=scan_layers,
         remat=remat,
     )
-    if plan.report:
-        logger.warning("%s", plan.report)
-    return plan.model, param_tree.unflatten(plan.read(param_dtype, seed))
+    model, params, _ = plan.load(param_dtype, seed)
+    return model, params
 
 
 def load_report(
@@ -212,6 +211,13 @@ class Plan:
     expected: dict[str, tuple[int, ...]]
     fresh_leaves: set[str]
     report: LoadReport
+
+    def load(self, param_dtype: str | None, seed: int) -> InitialisedModel:
+        """The model with its parameters; the report, where it says something, is logged."""
+        if self.report:
+            logger.warning("%s", self.report)
+        params = param_tree.unflatten(self.read(param_dtype, seed))
+        return InitialisedModel(self.model, params, self.report)
 
     def read(self, param_dtype: str | None, seed: int) -> dict[str, Any]:
         """Parameters by path: those of the checkpoint, and the others drawn from `seed`."""

@@ -41,6 +41,9 @@ class Source:
     config_json: StoredConfig | None = None
     settings: Settings = ()
 
+    def __str__(self) -> str:
+        return str(self.checkpoint)
+
     @property
     def layout(self) -> Layout:
         """The layout of the files."""
@@ -136,7 +139,7 @@ def open_source(
         )
     tensors, left_out = found.parameters(path, checkpoint.tensors)
     check_readable(path, tensors)
-    alone = found.infer_config is not None and not config_path(path).exists()
+    alone = found.infer_config is not None and not checkpoint.has_config
     config_json = None if alone else read_config(path)
     return _configured(
         _Parts(checkpoint, found, tensors, left_out, config_json), settings, execution

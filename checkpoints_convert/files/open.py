@@ -46,6 +46,11 @@ class Checkpoint:
     def __str__(self) -> str:
         return self.given or str(self.path)
 
+    @property
+    def has_config(self) -> bool:
+        """Whether a config.json lies beside the weights."""
+        return (self.path.parent / "config.json").exists()
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a directory or one weight or index file; reads headers only.

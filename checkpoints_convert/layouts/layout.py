@@ -54,7 +54,9 @@ class Layout:
     Read: `parameters` takes the parameters out of the files; the `tables`, by model family, say
     what they are. Files of a layout with `infer_config` come without a config.json, and their
     tensors and the user's settings say the config; a config.json beside them is preferred, and
-    `check_beside(config, head, pooler, path)` compares it with what the publishers compute. For
+    `check_beside(config, head, pooler, path)` compares it with what the publishers compute.
+    `square_sizes(parameters, num_frames)` are the sizes that such a file leaves open, of square
+    frames and of a clip of `num_frames`; empty where they do not fit. For
     files without a processor `processor(config)` is what they are trained with, and `normalised`
     says what that does to pixels. `image` layouts hold image models, from which video models start.
 
@@ -70,6 +72,7 @@ class Layout:
     block_names: re.Pattern[str] | None = None
     detects: Callable[[Checkpoint, Settings], bool] | None = None
     infer_config: InferConfig | None = None
+    square_sizes: Callable[[Mapping[str, Any], int], dict[str, int]] | None = None
     check_beside: Callable[[Any, str, bool, Path], None] | None = None
     processor: Callable[[Any], VideoProcessor | None] | None = None
     normalised: str = ""

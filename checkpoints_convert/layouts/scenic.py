@@ -293,6 +293,7 @@ SCENIC = Layout(
     # Without a patch embedding the file is damaged, and the table says what is missing.
     block_names=re.compile(r".*Transformer/encoderblock_"),
     infer_config=infer_config,
+    square_sizes=square_sizes,
     processor=processor,
     normalised="to [-1, 1], as scenic does",
     check_function=check_function,

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.layouts.image_vit import TIMM_HEADS, ImageModel, open_image_model
 from checkpoints_convert.pretrained import InitialisedModel, LoadReport
 from checkpoints_convert.rules import Rule, import_params, match_import, read_params
@@ -41,7 +42,7 @@ TEMPORAL_ATTENTION = ("copy", "zero", "fresh")
 
 
 def init_from_image_model(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     config: VivitConfig | Mapping[str, Any] | None = None,
     *,
     head: str = "classification",
@@ -90,7 +91,7 @@ def init_from_image_model(
 
 
 def read_image_model(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     config: VivitConfig | Mapping[str, Any] | None = None,
     *,
     head: str = "classification",

@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoints_convert.layouts.videomae_authors import config_differences
 from checkpoints_convert.pretrained import InitialisedModel, plan_load
-from checkpoints_convert.source import open_source
+from checkpoints_convert.source import Source, open_source
 from vivit_jax import param_tree
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import ConfigError, UserError
@@ -19,7 +19,7 @@ _LABELS = ("num_labels", "id2label", "class_splits", "split_names")
 
 
 def init_from_pretraining(
-    source: str | Path,
+    source: str | Path | Source,
     config: Mapping[str, Any],
     *,
     init_scale: float = 0.001,
@@ -34,7 +34,8 @@ def init_from_pretraining(
     token are dropped. The report names all of it, and where the checkpoint's config departs from
     the authors' (epsilons, heads), which is kept; it is logged.
 
-    `source` is a HuggingFace directory or hub id, or an authors' .pth file. `config` sets fields of
+    `source` is a HuggingFace directory or hub id, an authors' .pth file, or an opened `Source`.
+    `config` sets fields of
     the classifier: `num_labels` (or `id2label`, `class_splits`), and whatever fine-tuning changes,
     for example drop_path_rate, head_dropout, num_frames, image_size, dtype. Raises ConfigError for
     other fields or sizes, UserError for a checkpoint that is no pre-trained VideoMAE.
@@ -75,11 +76,9 @@ def init_from_pretraining(
             "VideoMAE; load it with from_pretrained(source, num_labels=...)"
         )
     plan = plan_load(
-        source,
+        held,
         "classification",
-        settings=settings,
         changes={"use_mean_pooling": True},
-        revision=revision,
         **labels,
         **execution,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.pretrained import InitialisedModel, plan_load
+from checkpoints_convert.source import Source
 from checkpoints_convert.start.from_image import complete_params, resize_table
 from vivit_jax import param_tree
 from vivit_jax.config import VivitConfig
@@ -26,7 +27,7 @@ _TEMPORAL = re.compile(r"(?:backbone/)?temporal/layers_(\d+)/.+")
 
 
 def init_from_video_model(
-    source: str | Path,
+    source: str | Path | Source,
     config: Mapping[str, Any],
     *,
     source_config: Mapping[str, Any] | None = None,

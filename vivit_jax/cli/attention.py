@@ -112,7 +112,7 @@ def attention(
     processor = processor_of(source)
     shown = read_clip(clip, source.config, stride=read.stride, start=start, pad=read.pad)
     pixel_values = shown.pixel_values(processor)
-    module, params = from_pretrained(source.checkpoint.path, config=changes)
+    module, params = from_pretrained(source)
     found = map_attention(module, params, pixel_values, **wanted)
 
     indices = shown.indices[found.frames]

@@ -135,9 +135,7 @@ def evaluate(
     )
     dataset = evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)
-    net, params = from_pretrained(
-        source.checkpoint.path, "classification", config=changes, dtype=work.dtype
-    )
+    net, params = from_pretrained(source, "classification", dtype=work.dtype)
     chosen = _chosen_views(views, net.config, processor)
     placed = jax.device_put(params, param_shardings(net, mesh))
     result = evaluation.evaluate(

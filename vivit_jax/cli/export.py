@@ -108,9 +108,8 @@ def export(
         if program.preprocess or isinstance(error, ConfigError):
             raise
     module, weights = from_pretrained(
-        source.checkpoint.path,
+        source,
         head,
-        config=changes,
         dtype=program.dtype,
         param_dtype=program.param_dtype,
     )

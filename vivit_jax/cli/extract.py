@@ -112,9 +112,7 @@ def extract(
     check_features(source.config, processor, layer, pool, has_head=to_head)
 
     # A scan would compute the blocks after the layer too.
-    net, params = from_pretrained(
-        source.checkpoint.path, config=changes, dtype=dtype, scan_layers=layer == "last"
-    )
+    net, params = from_pretrained(source, dtype=dtype, scan_layers=layer == "last")
     settings = _settings(net.config, params, processor, how | {"exact": exact})
     if not overwrite:
         jobs = [job for job in jobs if not _is_done(*job, settings)]

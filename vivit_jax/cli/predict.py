@@ -78,9 +78,7 @@ def predict(
 
     start = parse_start(read.start)
     source = open_model(model, changes)
-    classifier = VideoClassifier.from_pretrained(
-        source.checkpoint.path, config=changes, dtype=dtype
-    )
+    classifier = VideoClassifier.from_pretrained(source, dtype=dtype)
     how: dict[str, Any] = vars(read) | vars(views) | {"start": start}
     found = classifier.classify(clips, top_k=top_k, **how)
     results, failed, pace = [], False, Pace()

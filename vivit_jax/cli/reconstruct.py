@@ -89,7 +89,7 @@ def reconstruct(
     processor = processor_of(source)
     found = read_clip(clip, source.config, stride=read.stride, start=start, pad=read.pad)
     pixel_values = found.pixel_values(processor)
-    module, params = from_pretrained(source.checkpoint.path, config=changes)
+    module, params = from_pretrained(source)
     assert isinstance(module, VideoMAEForPreTraining)
     result = predict_hidden(
         module, params, pixel_values, chosen, processor, true_statistics=true_statistics

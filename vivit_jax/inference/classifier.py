@@ -18,7 +18,7 @@ from jaxtyping import Float32
 
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
-from checkpoints_convert.source import open_source
+from checkpoints_convert.source import Source, open_source
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.read_clip import (
     Clip,
@@ -111,7 +111,7 @@ class VideoClassifier:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        source: str | Path | Source,
         *,
         config: Mapping[str, Any] | Iterable[str] | None = None,
         revision: str | None = None,
@@ -127,21 +127,16 @@ class VideoClassifier:
         and what `vivit_jax.from_pretrained` raises.
         """
         # Cheap checks come before the weights.
-        config = reusable(config)
-        held = open_source(source, revision=revision, settings=config)
+        held = open_source(source, revision=revision, settings=reusable(config))
         if held.head != "classification":
             raise UserError(
                 f"{source} holds {held.architecture}, which has no classifier; use a model "
                 "fine-tuned for classification"
             )
         processor = processor_of(held) if processor is None else processor
-        # The files that were opened: a push to the hub in between must not mix commits.
+        # The files that are open: a push to the hub in between must not mix commits.
         model, params = from_pretrained(
-            held.checkpoint.path,
-            config=config,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            attention=attention,
+            held, dtype=dtype, param_dtype=param_dtype, attention=attention
         )
         return cls(model, params, processor)
 

@@ -10,20 +10,16 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 
-from checkpoints_convert.files.open import Checkpoint, open_checkpoint
-from checkpoints_convert.layouts import scenic
-from checkpoints_convert.layouts.hf import config_path
 from checkpoints_convert.layouts.registry import layout_of
-from checkpoints_convert.pretrained import InitialisedModel, from_pretrained, load_report
-from checkpoints_convert.source import open_source
+from checkpoints_convert.pretrained import InitialisedModel
+from checkpoints_convert.source import Source, find_checkpoint
+from checkpoints_convert.start.from_checkpoint import hands_over, open_start, start_from
 from checkpoints_convert.start.from_image import init_from_image_model
-from checkpoints_convert.start.from_pretraining import init_from_pretraining
-from checkpoints_convert.start.from_video import SIZES, init_from_video_model
+from checkpoints_convert.start.from_video import SIZES
 from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig, config_from_dict
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
-from vivit_jax.hub import resolve_checkpoint
 from vivit_jax.models.build import abstract_params, build_model, fresh_params, initialise
 from vivit_jax.recipes.checks import model_config, preset_named
 from vivit_jax.recipes.recipe import HEADS, Recipe
@@ -201,13 +197,10 @@ def _completed(
 
 
 def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_number: bool) -> Start:
-
     source, seed = recipe.model.start, recipe.train.seed
     kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
-    place = resolve_checkpoint(source, None)  # once: a push to the hub must not mix commits
-    checkpoint = open_checkpoint(place)
-    layout = layout_of(checkpoint)
-    if layout.image:
+    checkpoint = find_checkpoint(source)  # once: a push to the hub must not mix commits
+    if layout_of(checkpoint).image:
         if not isinstance(config, VivitConfig) or head != "classification":
             raise UserError(
                 f"model.start {source} holds an image model, from which only a ViViT classifier "
@@ -215,72 +208,42 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
             )
         if kept:
             raise _no_classes(recipe, f"{source} holds an image model")
-        found = init_from_image_model(place, config, seed=seed)
-        return _completed(recipe, found, place, None)
-    alone = not config_path(place).is_file()  # the recipe says what the file does not
-    assumed = _assumed_sizes(checkpoint, config) if alone and layout is scenic.SCENIC else {}
-    opened = open_source(place, settings=assumed)
-    held = opened.stored
-    if held.family != config.model_type:
+        found = init_from_image_model(checkpoint, config, seed=seed)
+        return _completed(recipe, found, checkpoint.path, None)
+    opened = open_start(checkpoint, config.num_frames)
+    if opened.family != config.model_type:
         raise UserError(
-            f"model.start {source} holds a {held.family}, model.preset {recipe.model.preset!r} is "
-            f"a {config.model_type}; use weights of that family"
+            f"model.start {source} holds a {opened.family}, model.preset {recipe.model.preset!r} "
+            f"is a {config.model_type}; use weights of that family"
         )
-    if kept and held.head != "classification":
+    if kept and opened.head != "classification":
         raise _no_classes(recipe, f"{source} holds no classifier")
-    handed_over = head == "classification" and held.head == "pretraining"
-    vivit = isinstance(config, VivitConfig)
-    notes = []
-    if assumed:
-        sizes = ", ".join(f"{name} {value}" for name, value in assumed.items())
-        notes.append(f"{sizes}: taken of square frames, since the file does not say")
-    if not alone:
-        skipped = ("use_mean_pooling",) if handed_over else ()
-        # What these change is told when the model is made to fit.
-        skipped += SIZES if vivit else ()
-        names = [name for name in of_the_function(config, head) if name in changes]
-        notes += _config_notes(
-            source, differing(config, opened.config, [n for n in names if n not in skipped])
-        )
-        notes += _preset_notes(recipe, opened.config, (*changes, *skipped[: int(handed_over)]))
-    if handed_over:
-        found = init_from_pretraining(place, changes, seed=seed)
-        return _completed(recipe, found, place, opened.config, notes)
+    notes = _source_notes(recipe, opened, config, head, changes)
     fresh_head = False
-    if held.head == head == "classification" and not kept:
-        fresh_head, told_of_classes = _other_classes(opened.config, config, changes, by_number)
-        notes += told_of_classes
-    if vivit and _resized(opened.config, changes, SIZES):
-        found = init_from_video_model(place, changes, source_config=assumed, head=head, seed=seed)
-    else:
-        names = (*_OF_THE_DATA, "id2label")
-        labelled = {name: changes.pop(name) for name in names if name in changes}
-        execution = {
-            field.name: changes.pop(field.name)
-            for field in dataclasses.fields(config)
-            if field.metadata.get("execution") and field.name in changes
-        }
-        asked = dict(head=head, config=assumed | changes, **labelled)
-        report = load_report(place, **asked)
-        found = InitialisedModel(*from_pretrained(place, **asked, **execution, seed=seed), report)
+    if opened.head == head == "classification" and not kept:
+        fresh_head, of_classes = _other_classes(opened.config, config, changes, by_number)
+        notes += of_classes
+    found = start_from(opened, changes, head=head, seed=seed)
     if fresh_head:
         found = _fresh_head(found, seed)
-    return _completed(recipe, found, place, opened.config, notes)
+    return _completed(recipe, found, checkpoint.path, opened.config, notes)
 
 
-def _assumed_sizes(checkpoint: Checkpoint, config) -> dict[str, int]:
-    """The sizes of the model in a scenic file without a config, assuming square frames.
-
-    The number of frames is that of `config` if the file does not say.
-    """
-    tensors, _ = scenic.parameters(checkpoint.path, checkpoint.tensors)
-    return scenic.square_sizes(tensors, config.num_frames)
-
-
-def _resized(held: VivitConfig, changes: Mapping[str, Any], sizes: Sequence[str]) -> bool:
-    """Whether the changes give a ViViT other positions or another temporal depth."""
-    wanted = dataclasses.replace(held, **{n: changes[n] for n in sizes if n in changes})
-    return (wanted.grid, wanted.temporal_layers) != (held.grid, held.temporal_layers)
+def _source_notes(
+    recipe: Recipe, opened: Source, config, head: str, changes: Mapping[str, Any]
+) -> list[str]:
+    """Sizes that were assumed for a file without a config; of another, where configs differ."""
+    if opened.config_json is None:
+        sizes = ", ".join(f"{name} {value}" for name, value in dict(opened.settings).items())
+        return [f"{sizes}: taken of square frames, since the file does not say"] if sizes else []
+    handed_over = hands_over(opened, head)
+    skipped = ("use_mean_pooling",) if handed_over else ()
+    # The loader reports the sizes that it changes.
+    sizes = SIZES if isinstance(config, VivitConfig) else ()
+    names = [name for name in of_the_function(config, head) if name in changes]
+    names = [name for name in names if name not in (*skipped, *sizes)]
+    notes = _config_notes(recipe.model.start, differing(config, opened.config, names))
+    return notes + _preset_notes(recipe, opened.config, (*changes, *skipped))
 
 
 def _other_classes(

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that training starts from, made of an opened checkpoint."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoints_convert.files.open import Checkpoint
+from checkpoints_convert.layouts.registry import layout_of
+from checkpoints_convert.pretrained import InitialisedModel, plan_load
+from checkpoints_convert.source import Source, open_source
+from checkpoints_convert.start.from_pretraining import init_from_pretraining
+from checkpoints_convert.start.from_video import SIZES, init_from_video_model
+from vivit_jax.config import VivitConfig
+
+_LABELS = ("num_labels", "id2label", "class_splits", "split_names")
+
+
+def open_start(checkpoint: Checkpoint, num_frames: int) -> Source:
+    """Read an opened checkpoint; sizes that its file leaves open are those of square frames.
+
+    Clips have `num_frames` where the file does not say. The sizes that were assumed are the
+    `settings` of the source.
+    """
+    source_of = layout_of(checkpoint)
+    sizes: dict[str, int] = {}
+    if source_of.square_sizes is not None and not checkpoint.has_config:
+        tensors, _ = source_of.parameters(checkpoint.path, checkpoint.tensors)
+        sizes = source_of.square_sizes(tensors, num_frames)
+    return open_source(checkpoint, layout=source_of.name, settings=sizes)
+
+
+def hands_over(source: Source, head: str) -> bool:
+    """Whether a model with this head takes the encoder of a pre-trained model."""
+    return head == "classification" and source.head == "pretraining"
+
+
+def start_from(
+    source: Source, changes: Mapping[str, Any], *, head: str, seed: int = 0
+) -> InitialisedModel:
+    """The model of an opened checkpoint with `changes` to its config, made to fit.
+
+    A pre-trained VideoMAE becomes a classifier as `init_from_pretraining` makes it, a ViViT of
+    other sizes is resized by `init_from_video_model`, and everything else is loaded as it is.
+    """
+    if hands_over(source, head):
+        return init_from_pretraining(source, changes, seed=seed)
+    if isinstance(source.config, VivitConfig) and _resized(source.config, changes):
+        return init_from_video_model(source, changes, head=head, seed=seed)
+    running = {f.name for f in dataclasses.fields(source.config) if f.metadata.get("execution")}
+    arguments = {k: v for k, v in changes.items() if k in running or k in _LABELS}
+    settings = {k: v for k, v in changes.items() if k not in arguments}
+    plan = plan_load(source, head, settings=settings, **arguments)
+    return plan.load(arguments.get("param_dtype", "float32"), seed)
+
+
+def _resized(held: VivitConfig, changes: Mapping[str, Any]) -> bool:
+    """Whether the changes give a ViViT other positions or another depth in time."""
+    wanted = dataclasses.replace(held, **{n: changes[n] for n in SIZES if n in changes})
+    return (wanted.grid, wanted.temporal_layers) != (held.grid, held.temporal_layers)
