@@ -38,7 +38,7 @@ from checkpoints_convert.rules import (
     stored_dtype,
 )
 from checkpoints_convert.source import Source, find_checkpoint, open_source
-from checkpoints_convert.start.from_image import read_image_model
+from checkpoints_convert.start.from_image import ImageOptions, read_image_model
 from checkpoints_convert.start.label_map import gather_classes, read_label_map
 from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig
@@ -82,7 +82,7 @@ class Conversion:
 
 
 def convert_checkpoint(
-    source: str | Path,
+    source: str | Path | Checkpoint | Source,
     destination: str | Path,
     *,
     from_layout: str | None = None,
@@ -360,7 +360,8 @@ def load_image_model(
     changes = parse_settings(VivitConfig, settings)
     head = "classification" if "num_labels" in changes else "none"
     changes["param_dtype"] = dtype or "float32"
-    (model, params, report), image = read_image_model(checkpoint, changes, head=head, **options)
+    found, image = read_image_model(checkpoint, changes, ImageOptions(**options), head=head)
+    model, params, report = found
     flat = param_tree.flatten(params)
     return Loaded(
         title=f"{image.dialect} names of an image ViT ({image.path})",

@@ -234,7 +234,7 @@ def plan_load(
     source: str | Path | Checkpoint | Source,
     head: str | None,
     *,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | Iterable[str] | None = None,
     changes: Mapping[str, Any] | None = None,
     num_labels: int | None = None,
     id2label: Mapping[int, str] | Sequence[str] | None = None,
@@ -342,6 +342,7 @@ def _relabel(
         class_splits = tuple(class_splits)
         num_labels = sum(class_splits) if num_labels is None else num_labels
     if num_labels is None:
+        assert id2label is not None, "num_labels, id2label or class_splits is given"
         num_labels = len(id2label)
     elif id2label is None and num_labels == config.num_labels:
         id2label = config.id2label
@@ -361,7 +362,7 @@ def _check_statistics(model: nn.Module, processor: Any) -> None:
     for name in ("image_mean", "image_std"):
         ours = getattr(model.config, name, None)
         theirs = getattr(processor, name, ours)
-        if ours is not None and not np.array_equal(*np.broadcast_arrays(ours, theirs)):
+        if ours is not None and not np.all(np.asarray(ours) == np.asarray(theirs)):
             raise ConfigError(
                 f"{name} is {ours} in the model's config and {theirs} in the processor; give both "
                 "the same, or the config None"

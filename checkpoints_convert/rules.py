@@ -300,7 +300,7 @@ def _empty(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def _narrower(target: np.dtype, stored: np.dtype) -> bool:
-    return ml_dtypes.finfo(target).max < ml_dtypes.finfo(stored).max
+    return bool(ml_dtypes.finfo(target).max < ml_dtypes.finfo(stored).max)
 
 
 def _overflowed(target: np.ndarray, value: np.ndarray) -> bool:

@@ -23,6 +23,7 @@ from checkpoints_convert.layouts.hf import runs_in_transformers, transformers_no
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.rules import match_import
 from checkpoints_convert.source import Source, open_source
+from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.console import ConfigOption, joined
 from vivit_jax.data.read_clip import read_clip
 from vivit_jax.data.transforms.processor import VideoProcessor
@@ -203,6 +204,7 @@ def _no_reference(opened: Source) -> str:
             "compares such models with a float64 implementation; vivit-convert inspect checks the "
             "tensors"
         )
+    assert isinstance(config, VivitConfig), "other families returned above"
     what = f"{config.attention_type} attention, pooling {config.pooling!r}"
     if config.num_sampled_frames is not None:
         what += f", {config.num_sampled_frames} sampled frames"
@@ -366,7 +368,7 @@ def _torch_pooler(opened: Source) -> Callable[[Any], Any] | None:
     """The pooler of a headless VideoMAE, which transformers' model does not have, in PyTorch."""
     import torch
 
-    if opened.family != "videomae":
+    if not isinstance(opened.config, VideoMAEConfig):
         return None
     eps = opened.config.fc_norm_eps
     weight, bias = (
@@ -387,8 +389,8 @@ def _run_in_torch(model, pixels, extra, pool=None) -> dict[str, np.ndarray]:
     """What transformers' model returns; `pool` makes a pooler_output of the tokens."""
     import torch
 
-    inputs = {
-        {"mask": "bool_masked_pos"}.get(key, key): torch.from_numpy(x) for key, x in extra.items()
+    inputs: dict[str, Any] = {
+        "bool_masked_pos" if key == "mask" else key: torch.from_numpy(x) for key, x in extra.items()
     }
     if "labels" in inputs and inputs["labels"].is_floating_point():
         inputs["labels"] = inputs["labels"].to(model.dtype)

@@ -59,11 +59,11 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"a checkpoint is a directory, a weight file or a hub id, got {quoted(repr(source))}"
         )
-    local, remote = _local_or_remote(source, revision)
-    if local is not None:
-        return local
+    remote = _local_or_remote(source, revision)
+    if isinstance(remote, Path):
+        return remote
     if remote.file is not None:
-        return _resolve_file_of(remote)
+        return _resolve_file_of(remote, remote.file)
     config = _download(remote, _CONFIG)
     if config is None:
         raise CheckpointError(_without_config(remote))
@@ -87,17 +87,17 @@ def resolve_processor(source: str, revision: str | None = None) -> Path:
 
     Raises as `resolve_checkpoint`, and where it holds none of them.
     """
-    local, remote = _local_or_remote(source, revision)
-    if local is not None:
-        raise CheckpointError(f"{source} is no hub id but a local path")
+    remote = _local_or_remote(source, revision)
+    if isinstance(remote, Path):
+        raise CheckpointError(f"{source} is a local path, expected a hub id")
     found = _processor_file(remote)
     return found or _required(remote, _beside(remote, PROCESSOR_FILES[0]))
 
 
 def resolve_config(source: str, revision: str | None = None) -> Path | None:
     """The config.json beside what a hub id names; None if there is none."""
-    _, remote = _local_or_remote(source, revision)
-    return None if remote is None else _download(remote, _beside(remote, _CONFIG))
+    remote = _local_or_remote(source, revision)
+    return None if isinstance(remote, Path) else _download(remote, _beside(remote, _CONFIG))
 
 
 def _processor_file(remote: HubId) -> Path | None:
@@ -105,9 +105,9 @@ def _processor_file(remote: HubId) -> Path | None:
     return next((file for file in files if file is not None), None)
 
 
-def _resolve_file_of(remote: HubId) -> Path:
-    weights = _required(remote, remote.file)
-    depth = remote.file.count("/") + 1
+def _resolve_file_of(remote: HubId, file: str) -> Path:
+    weights = _required(remote, file)
+    depth = file.count("/") + 1
     remote = dataclasses.replace(remote, revision=weights.parents[depth - 1].name)
     _download(remote, _beside(remote, _CONFIG))
     _processor_file(remote)
@@ -119,7 +119,8 @@ def _beside(remote: HubId, filename: str) -> str:
     return filename if remote.file is None else str(Path(remote.file).with_name(filename))
 
 
-def _local_or_remote(source: str | Path, revision: str | None) -> tuple[Path | None, HubId | None]:
+def _local_or_remote(source: str | Path, revision: str | None) -> Path | HubId:
+    """What a source names: a path that exists, or a hub id. CheckpointError for neither."""
     path = Path(source)
     try:
         exists = path.exists()
@@ -128,10 +129,10 @@ def _local_or_remote(source: str | Path, revision: str | None) -> tuple[Path | N
     if exists:
         if revision is not None:
             raise CheckpointError(f"revision={revision!r} is for hub ids; {source} is a local path")
-        return path, None
+        return path
     remote = hub_id(source, revision)
     if remote is not None:
-        return None, remote
+        return remote
     raise CheckpointError(
         f"{quoted(source)} does not exist, and is not a hub id of the form org/name or "
         "org/name@revision either"

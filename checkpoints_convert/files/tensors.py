@@ -71,7 +71,7 @@ class ByteRanges:
             for start, end in self.ranges:
                 file.seek(start)
                 part = data[filled : filled + end - start]
-                if file.readinto(part) != part.size:
+                if file.readinto(part.data) != part.size:
                     raise CheckpointError(f"{self.path} has become shorter since it was opened")
                 filled += part.size
         return data.view(self.dtype).reshape(self.shape)

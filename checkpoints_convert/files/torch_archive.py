@@ -99,7 +99,7 @@ class Archive:
                     _check(file, record)
                 data = _bytes(file, record.begin + start, record.begin + stop)
             if record.name not in self._sound and whole:
-                _compare(record, zlib.crc32(data))
+                _compare(record, zlib.crc32(data.data))
         except ValueError as error:
             raise CheckpointError(
                 f"{self.path} is damaged ({first_line(error)}); copy or download it again"
@@ -200,18 +200,18 @@ def _name(text: bytes) -> str:
         return text.decode("cp437")
 
 
-def _bytes(file: BinaryIO, begin: int, end: int) -> np.ndarray:
+def _bytes(file: io.BufferedReader, begin: int, end: int) -> np.ndarray:
     data = np.empty(end - begin, np.uint8)
     file.seek(begin)
-    if file.readinto(data) != data.size:
+    if file.readinto(data.data) != data.size:
         raise ValueError("it has become shorter since it was opened")
     return data
 
 
-def _check(file: BinaryIO, record: Record) -> None:
+def _check(file: io.BufferedReader, record: Record) -> None:
     crc = 0
     for begin in range(record.begin, record.end, _STEP):
-        crc = zlib.crc32(_bytes(file, begin, min(begin + _STEP, record.end)), crc)
+        crc = zlib.crc32(_bytes(file, begin, min(begin + _STEP, record.end)).data, crc)
     _compare(record, crc)
 
 

@@ -121,7 +121,7 @@ def _harmless() -> list[Any]:
     hyperparameters, a dict of a class of its own, and paths are among them: those become plain
     dicts and paths that name no file.
     """
-    scalar = np._core.multiarray.scalar
+    scalar = np.float64(0).__reduce__()[0]  # numpy makes its scalars by this, which has no name
     dtypes = (type(np.dtype(code)) for code in ("f8", "f4", "f2", "i8", "i4", "u1", "bool"))
     old = (scalar, "numpy.core.multiarray.scalar")  # as numpy 1 calls it
     stand_ins = [(collections.OrderedDict, f"{name}.AttributeDict") for name in _LIGHTNING]
@@ -221,8 +221,8 @@ def _leaf(path: Path, archive: Archive | None, name: str, value: Any) -> LazyTen
     if dense and not isinstance(value, torch.Tensor):
         return constant(value)
     offset = None
-    if dense and value.layout == torch.strided and value.is_meta:
-        # By torch's documentation what a tensor that was loaded without its data knows.
+    if dense and value.layout == torch.strided and value.is_meta and archive is not None:
+        # torch documents that a tensor loaded without its data knows this.
         offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     if not dense or value.layout != torch.strided or (value.is_meta and offset is None):
         return Unreadable.because(f"not a dense tensor under a name: {name}")
@@ -231,14 +231,14 @@ def _leaf(path: Path, archive: Archive | None, name: str, value: Any) -> LazyTen
     except CheckpointError as error:
         return Unreadable.because(str(error).removeprefix(f"{path}: "))
 
-    if value.is_meta:
+    if archive is not None and offset is not None:
         record = archive.storage(offset, value.untyped_storage().nbytes(), dtype)
         place = ArchivedTensor(
             archive,
             record,
             dtype,
             tuple(value.shape),
-            value.storage_offset(),
+            int(value.storage_offset()),
             value.stride(),
             value.is_neg(),
         )

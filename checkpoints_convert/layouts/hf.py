@@ -100,8 +100,10 @@ def predicts_as_published(config: VideoMAEConfig) -> bool:
 
 def runs_in_transformers(config: Config, head: str) -> bool:
     """Whether transformers has this architecture and runs the model with this head."""
-    rgb = config.num_channels == 3
-    return config.in_transformers and (head != "pretraining" or config.norm_pix_loss or rgb)
+    if not config.in_transformers:
+        return False
+    pixels = isinstance(config, VideoMAEConfig) and not config.norm_pix_loss
+    return head != "pretraining" or not pixels or config.num_channels == 3
 
 
 def transformers_notes(config: Config, head: str, pooler: bool = False) -> tuple[str, ...]:
@@ -119,15 +121,16 @@ def transformers_notes(config: Config, head: str, pooler: bool = False) -> tuple
     notes = []
     if config.class_splits is not None:
         notes.append("transformers computes the logits of class_splits, but has no loss for them")
-    if config.hidden_act == "selu":
+    if getattr(config, "hidden_act", None) == "selu":
         notes.append("transformers documents hidden_act 'selu' but has no such activation")
-    if head == "pretraining" and not predicts_as_published(config):
+    mae = isinstance(config, VideoMAEConfig)
+    if mae and head == "pretraining" and not predicts_as_published(config):
         notes.append(
             f"image_mean is {config.image_mean} and image_std {config.image_std} here; "
             "transformers takes pixels un-normalised with ImageNet's if they are RGB, else as they "
             "are"
         )
-    if pooler and isinstance(config, VideoMAEConfig):
+    if mae and pooler:
         notes.append(
             "transformers' VideoMAEModel computes the tokens and has no pooler_output, the fc_norm "
             "of their mean: it leaves fc_norm.weight and fc_norm.bias out"

@@ -7,15 +7,17 @@ Shared by the layouts of authors who keep the config in code, `scenic` and `auth
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vivit_jax.config import Config
 from vivit_jax.errors import ConfigError
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
 
 def build_config(
     path: Path,
-    cls: type[Config],
+    cls: type[AnyConfig],
     found: Mapping[str, Any],
     given: Mapping[str, Any],
     asked: Mapping[str, tuple[str, ...]],
@@ -24,7 +26,7 @@ def build_config(
     free: Collection[str] = (),
     hint: str = "",
     **execution: Any,
-) -> Config:
+) -> AnyConfig:
     """The config of the fields that tensors say (`found`) and users set (`given`).
 
     `asked` are fields that only users can know, with examples of each; `assumed` ones that users

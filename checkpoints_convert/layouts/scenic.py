@@ -137,7 +137,7 @@ def square_sizes(tensors: Mapping[str, Any], num_frames: int) -> dict[str, int]:
     side = math.isqrt(each)
     if rest or side**2 != each:
         return {}
-    sizes = {"image_size": side * kernel[1]}
+    sizes: dict[str, int] = {"image_size": side * kernel[1]}
     return sizes if staged else sizes | {"num_frames": num_frames}
 
 
@@ -195,7 +195,8 @@ def _read_off(path: Path, tensors: Mapping[str, Any], given: Mapping[str, Any]):
         "intermediate_size": shapes[mlp][1],
         "pooling": "cls" if cls else "mean",
     }
-    asked, notes = {"image_size": ("224",)}, []
+    asked: dict[str, tuple[str, ...]] = {"image_size": ("224",)}
+    notes: list[str] = []
     if not cls and "pooling" not in given:
         notes.append(
             "pooling=mean is assumed: there is no class token, and scenic's gmp and gsp have the "

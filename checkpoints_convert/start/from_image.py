@@ -10,7 +10,7 @@ fresh and is named in the report.
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,31 @@ logger = logging.getLogger(__name__)
 INFLATIONS = ("central_frame", "average", "rank_pooling")
 POSITIONS = ("tile", "resize", "resize_tile")
 TEMPORAL_ATTENTION = ("copy", "zero", "fresh")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+    """How an image model becomes a video model, see `init_from_image_model`."""
+
+    inflation: str = "central_frame"
+    positions: str = "resize_tile"
+    temporal_attention: str | None = None  # None: as the config says
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("inflation", INFLATIONS),
+            ("positions", POSITIONS),
+            ("temporal_attention", (None, *TEMPORAL_ATTENTION)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                known = [each for each in allowed if each is not None]
+                raise ConfigError(f"{name} must be one of {known}, got {value!r}")
+
+    def time_of(self, config: VivitConfig) -> str:
+        """What temporal attention starts from in a model of `config`."""
+        default = "zero" if config.zero_init_temporal_attention else "copy"
+        return self.temporal_attention or default
 
 
 def init_from_image_model(
@@ -76,16 +101,8 @@ def init_from_image_model(
     The classifier, the temporal stage and whatever else the image model has not are drawn from
     `seed`; the report names them and is logged. Raises ConfigError where the models do not fit.
     """
-    found, _ = read_image_model(
-        source,
-        config,
-        head=head,
-        inflation=inflation,
-        positions=positions,
-        temporal_attention=temporal_attention,
-        revision=revision,
-        seed=seed,
-    )
+    options = ImageOptions(inflation, positions, temporal_attention)
+    found, _ = read_image_model(source, config, options, head=head, revision=revision, seed=seed)
     logger.warning("%s", found.report)
     return found
 
@@ -93,38 +110,28 @@ def init_from_image_model(
 def read_image_model(
     source: str | Path | Checkpoint,
     config: VivitConfig | Mapping[str, Any] | None = None,
+    options: ImageOptions | None = None,
     *,
     head: str = "classification",
-    inflation: str = "central_frame",
-    positions: str = "resize_tile",
-    temporal_attention: str | None = None,
     revision: str | None = None,
     seed: int = 0,
 ) -> tuple[InitialisedModel, ImageModel]:
     """`init_from_image_model` for callers that show the report themselves, and the image model."""
-    changes = {} if config is None else config
+    options = options or ImageOptions()
     if isinstance(config, VivitConfig):
-        changes = {"num_attention_heads": config.num_attention_heads}
-    _check_changes(changes)
-    heads = changes.get("num_attention_heads")
-    image = open_image_model(source, heads=heads, revision=revision)
-    if not isinstance(config, VivitConfig):
+        heads = config.num_attention_heads
+        image = open_image_model(source, heads=heads, revision=revision)
+    else:
+        changes = _checked_changes(config)
+        heads = changes.get("num_attention_heads")
+        image = open_image_model(source, heads=heads, revision=revision)
         config = video_config(image, **changes)
     _check_sizes(image, config)
     check_float64(config)
-    if temporal_attention is None:
-        temporal_attention = "zero" if config.zero_init_temporal_attention else "copy"
-    for name, value, allowed in (
-        ("inflation", inflation, INFLATIONS),
-        ("positions", positions, POSITIONS),
-        ("temporal_attention", temporal_attention, TEMPORAL_ATTENTION),
-    ):
-        if value not in allowed:
-            raise ConfigError(f"{name} must be one of {list(allowed)}, got {value!r}")
     expected = expected_shapes(image.config, "none", pooler=False)
     rows = match_import(image.tensors, image.rules, expected, image.title)
     entries = read_params(image.tensors, rows, expected, config.param_dtype)
-    video = _video_entries(entries, image.config, config, inflation, positions, temporal_attention)
+    video = _video_entries(entries, image.config, config, options)
     model = build_model(config, head, add_pooling_layer=False)
     prefix = "" if head == "none" else "backbone/"
     video = {prefix + path: value for path, value in video.items()}
@@ -137,7 +144,7 @@ def read_image_model(
         model=type(model).__name__,
         dropped=tuple(sorted(unread | image.left_out.keys())),
         fresh=fresh,
-        notes=tuple(_notes(image, config, inflation, positions, temporal_attention)),
+        notes=tuple(_notes(image, config, options)),
     )
     return InitialisedModel(model, params, report), image
 
@@ -228,9 +235,7 @@ def _video_entries(
     entries: Mapping[str, np.ndarray],
     image: VivitConfig,
     config: VivitConfig,
-    inflation: str,
-    positions: str,
-    temporal_attention: str,
+    options: ImageOptions,
 ) -> dict[str, np.ndarray]:
     """Parameters of the video model's backbone by path, for all that the image model gives."""
     staged = config.attention_type == "factorised_encoder"
@@ -239,48 +244,43 @@ def _video_entries(
     both_cls = image.pooling == config.pooling == "cls"
     video = {"patch_embed/bias": entries["patch_embed/bias"]}
     kernel = entries["patch_embed/kernel"]
-    video["patch_embed/kernel"] = inflate_kernel(kernel, config.tubelet_size[0], inflation)
+    video["patch_embed/kernel"] = inflate_kernel(kernel, config.tubelet_size[0], options.inflation)
     table = entries["pos_embed"][0]
     first = int(image.pooling == "cls")
     grid = (1 if staged else frames, height, width)
-    patches = inflate_positions(table[first:], image.grid[1:], grid, positions)
+    patches = inflate_positions(table[first:], image.grid[1:], grid, options.positions)
     if both_cls:
         video[f"{stage}cls"] = entries["cls"]
         patches = np.concatenate([table[:1], patches])
     elif config.pooling == "cls":
         patches = np.concatenate([np.zeros_like(table[:1]), patches])
     video[f"{stage}pos_embed"] = patches[None]
-    place = _places(config, temporal_attention)
     for path, value in entries.items():
         if path.startswith(("layers_", "ln_final")):
-            for target, change in place(path):
-                video[stage + target] = change(value)
+            placed = _placed(path, value, config, options.time_of(config))
+            video |= {stage + target: entry for target, entry in placed.items()}
     return video
 
 
-def _places(
-    config: VivitConfig, temporal_attention: str
-) -> Callable[[str], list[tuple[str, Callable[[np.ndarray], np.ndarray]]]]:
-    """Where an entry of the image model's blocks goes, and what is done to it on the way."""
-    same = lambda value: value  # noqa: E731
-    if config.attention_type != "factorised_self_attention":
-        return lambda path: [(path, same)]
-
-    def split(path: str):
-        found = re.fullmatch(r"(layers_\d+)/(ln_)?attention/(.+)", path)
-        if not found:
-            return [(path, same)]
-        layer, norm, rest = found.groups()
-        places = [(f"{layer}/{norm or ''}attention_space/{rest}", same)]
-        if not norm and temporal_attention != "fresh":
-            zero = temporal_attention == "zero" and rest.startswith("out/")
-            places.append((f"{layer}/attention_time/{rest}", np.zeros_like if zero else same))
-        return places
-
-    return split
+def _placed(
+    path: str, value: np.ndarray, config: VivitConfig, temporal_attention: str
+) -> dict[str, np.ndarray]:
+    """An entry of the image model's blocks where the video model has it, once or twice."""
+    found = re.fullmatch(r"(layers_\d+)/(ln_)?attention/(.+)", path)
+    if config.attention_type != "factorised_self_attention" or not found:
+        return {path: value}
+    layer, norm, rest = found.groups()
+    placed = {f"{layer}/{norm or ''}attention_space/{rest}": value}
+    if not norm and temporal_attention != "fresh":
+        zero = temporal_attention == "zero" and rest.startswith("out/")
+        placed[f"{layer}/attention_time/{rest}"] = np.zeros_like(value) if zero else value
+    return placed
 
 
-def _check_changes(changes: Any) -> None:
+def _checked_changes(changes: Any) -> Mapping[str, Any]:
+    """Fields of a video model, none for None; ConfigError for names that it does not have."""
+    if changes is None:
+        return {}
     if not isinstance(changes, Mapping):
         raise ConfigError(
             f"config must be a VivitConfig, a mapping of its fields or None, got "
@@ -292,6 +292,7 @@ def _check_changes(changes: Any) -> None:
         raise ConfigError(
             f"config: VivitConfig has no {', '.join(unknown)}; expected some of {', '.join(known)}"
         )
+    return changes
 
 
 def _check_sizes(image: ImageModel, config: VivitConfig) -> None:
@@ -316,18 +317,16 @@ def _check_sizes(image: ImageModel, config: VivitConfig) -> None:
         )
 
 
-def _notes(
-    model: ImageModel, config: VivitConfig, inflation: str, positions: str, temporal: str
-) -> list[str]:
+def _notes(model: ImageModel, config: VivitConfig, options: ImageOptions) -> list[str]:
     """What was done, and where the two models compute differently."""
     image = model.config
     frames, height, width = config.grid
     notes = [
-        f"patch kernel inflated to {config.tubelet_size[0]} frames: {inflation}",
-        f"positions {image.grid[1:]} to {(height, width)} for {frames} frames: {positions}",
+        f"patch kernel inflated to {config.tubelet_size[0]} frames: {options.inflation}",
+        f"positions {image.grid[1:]} to {(height, width)} for {frames} frames: {options.positions}",
     ]
     if config.attention_type == "factorised_self_attention":
-        notes.append(f"temporal attention: {temporal}")
+        notes.append(f"temporal attention: {options.time_of(config)}")
     if image.pooling == "cls" != config.pooling:
         notes.append("the class token and its position are left out: the video model has none")
     if image.pooling != "cls" == config.pooling:

@@ -36,17 +36,17 @@ _HEADS = {
 }
 
 
-def dense(src: str, dst: str, bias: bool = True, **options) -> list[Rule]:
+def dense(src: str, dst: str, bias: bool = True, layers: int | None = None) -> list[Rule]:
     """A torch Linear and our kernel [in, out]."""
-    rules = [Rule(f"{src}.weight", f"{dst}/kernel", DENSE, **options)]
-    return rules + ([Rule(f"{src}.bias", f"{dst}/bias", **options)] if bias else [])
+    rules = [Rule(f"{src}.weight", f"{dst}/kernel", DENSE, layers=layers)]
+    return rules + ([Rule(f"{src}.bias", f"{dst}/bias", layers=layers)] if bias else [])
 
 
-def norm(src: str, dst: str, **options) -> list[Rule]:
+def norm(src: str, dst: str, layers: int | None = None) -> list[Rule]:
     """A torch LayerNorm and our scale and bias."""
     return [
-        Rule(f"{src}.weight", f"{dst}/scale", **options),
-        Rule(f"{src}.bias", f"{dst}/bias", **options),
+        Rule(f"{src}.weight", f"{dst}/scale", layers=layers),
+        Rule(f"{src}.bias", f"{dst}/bias", layers=layers),
     ]
 
 
@@ -60,24 +60,30 @@ def patch_embed(src: str, dst: str, pattern: str = CONV3D) -> list[Rule]:
 
 
 def attention(
-    src: str, dst: str, *, heads: int, names: Mapping[str, str], biases: Mapping[str, str], **each
+    src: str,
+    dst: str,
+    *,
+    layers: int,
+    heads: int,
+    names: Mapping[str, str],
+    biases: Mapping[str, str],
 ) -> list[Rule]:
-    """One attention layer; `names` spells its modules, `biases` those of q, k and v that exist."""
-    split = each | {"sizes": {"n": heads}}
+    """One attention layer; `names` are its modules', `biases` those of its q, k and v biases."""
+    sizes = {"n": heads}
     kernels = [
-        Rule(f"{src}{names[ours]}.weight", f"{dst}/{ours}/kernel", _HEADS_OUT, **split)
+        Rule(f"{src}{names[ours]}.weight", f"{dst}/{ours}/kernel", _HEADS_OUT, layers, sizes)
         for ours in ("query", "key", "value")
     ]
     vectors = [
-        Rule(f"{src}{theirs}", f"{dst}/{ours}/bias", _HEADS_BIAS, **split)
+        Rule(f"{src}{theirs}", f"{dst}/{ours}/bias", _HEADS_BIAS, layers, sizes)
         for ours, theirs in biases.items()
     ]
     out = f"{src}{names['out']}"
     return [
         *kernels,
         *vectors,
-        Rule(f"{out}.weight", f"{dst}/out/kernel", _HEADS_IN, **split),
-        Rule(f"{out}.bias", f"{dst}/out/bias", **each),
+        Rule(f"{out}.weight", f"{dst}/out/kernel", _HEADS_IN, layers, sizes),
+        Rule(f"{out}.bias", f"{dst}/out/bias", layers=layers),
     ]
 
 
@@ -95,30 +101,36 @@ def blocks(
 ) -> list[Rule]:
     """All blocks under `src` (ends in '.{i}.') and `dst` (ends in 'layers_{i}/').
 
-    `names` and `biases` are spelt as for `attention`. Where a block attends more than once, `over`
+    `names` and `biases` are those of `attention`. Where a block attends more than once, `over`
     holds what is appended to the names of each attention layer and its norm: "_time", "_space".
     The parameters of `cosine` attention and of `layer_scale`, which transformers does not have
     here, get the names that it would give them.
     """
-    each = {"layers": layers}
     rules = []
     if cosine:
-        rules.append(Rule(f"{src}attention.attention.scale", f"{dst}attention/scale", **each))
+        rules.append(
+            Rule(f"{src}attention.attention.scale", f"{dst}attention/scale", layers=layers)
+        )
     if layer_scale:
-        rules.append(Rule(f"{src}lambda_1", f"{dst}scale_attention", **each))
-        rules.append(Rule(f"{src}lambda_2", f"{dst}scale_mlp", **each))
+        rules.append(Rule(f"{src}lambda_1", f"{dst}scale_attention", layers=layers))
+        rules.append(Rule(f"{src}lambda_2", f"{dst}scale_mlp", layers=layers))
     for suffix in over:
-        spelt = {ours: _suffixed(theirs, suffix) for ours, theirs in names.items()}
+        named = {ours: _suffixed(theirs, suffix) for ours, theirs in names.items()}
         vectors = {ours: _suffixed(theirs, suffix) for ours, theirs in biases.items()}
-        rules += norm(f"{src}layernorm_before{suffix}", f"{dst}ln_attention{suffix}", **each)
+        rules += norm(f"{src}layernorm_before{suffix}", f"{dst}ln_attention{suffix}", layers=layers)
         rules += attention(
-            src, f"{dst}attention{suffix}", heads=heads, names=spelt, biases=vectors, **each
+            src,
+            f"{dst}attention{suffix}",
+            layers=layers,
+            heads=heads,
+            names=named,
+            biases=vectors,
         )
     return [
         *rules,
-        *norm(f"{src}layernorm_after", f"{dst}ln_mlp", **each),
-        *dense(f"{src}{names['mlp_in']}", f"{dst}mlp_in", **each),
-        *dense(f"{src}{names['mlp_out']}", f"{dst}mlp_out", **each),
+        *norm(f"{src}layernorm_after", f"{dst}ln_mlp", layers=layers),
+        *dense(f"{src}{names['mlp_in']}", f"{dst}mlp_in", layers=layers),
+        *dense(f"{src}{names['mlp_out']}", f"{dst}mlp_out", layers=layers),
     ]
 
 

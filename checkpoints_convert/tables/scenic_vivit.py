@@ -67,7 +67,7 @@ def image_rules(config: VivitConfig) -> list[Rule]:
 def _encoder(config: VivitConfig, stage: str, dst: str, layers: int) -> list[Rule]:
     """One Transformer, SpatialTransformer or TemporalTransformer and its class token."""
     src, block = f"{stage}Transformer", f"{stage}Transformer/encoderblock_{{i}}"
-    ours, each = f"{dst}layers_{{i}}", {"layers": layers}
+    ours = f"{dst}layers_{{i}}"
     table = [Rule(f"{src}/posembed_input/pos_embedding", f"{dst}pos_embed")]
     if config.pooling == "cls":
         table.append(Rule(f"cls_{src}" if stage else "cls", f"{dst}cls"))
@@ -80,23 +80,25 @@ def _encoder(config: VivitConfig, stage: str, dst: str, layers: int) -> list[Rul
         norm_mlp, mlp = "LayerNorm_1", "MlpBlock_0"
     for suffix, (norm, layer) in attention.items():
         name = f"{block}/MultiHeadDotProductAttention{layer}"
-        table += _norm(f"{block}/LayerNorm{norm}", f"{ours}/ln_attention{suffix}", **each)
+        table += _norm(f"{block}/LayerNorm{norm}", f"{ours}/ln_attention{suffix}", layers=layers)
         for part in ("query", "key", "value", "out"):
             bias = part == "out" or config.qkv_bias
-            table += _dense(f"{name}/{part}", f"{ours}/attention{suffix}/{part}", bias, **each)
+            table += _dense(
+                f"{name}/{part}", f"{ours}/attention{suffix}/{part}", bias, layers=layers
+            )
     return [
         *table,
-        *_norm(f"{block}/{norm_mlp}", f"{ours}/ln_mlp", **each),
-        *_dense(f"{block}/{mlp}/Dense_0", f"{ours}/mlp_in", **each),
-        *_dense(f"{block}/{mlp}/Dense_1", f"{ours}/mlp_out", **each),
+        *_norm(f"{block}/{norm_mlp}", f"{ours}/ln_mlp", layers=layers),
+        *_dense(f"{block}/{mlp}/Dense_0", f"{ours}/mlp_in", layers=layers),
+        *_dense(f"{block}/{mlp}/Dense_1", f"{ours}/mlp_out", layers=layers),
         *_norm(f"{src}/encoder_norm", f"{dst}ln_final"),
     ]
 
 
-def _dense(src: str, dst: str, bias: bool = True, **options) -> list[Rule]:
+def _dense(src: str, dst: str, bias: bool = True, layers: int | None = None) -> list[Rule]:
     parts = ("kernel", "bias") if bias else ("kernel",)
-    return [Rule(f"{src}/{part}", f"{dst}/{part}", **options) for part in parts]
+    return [Rule(f"{src}/{part}", f"{dst}/{part}", layers=layers) for part in parts]
 
 
-def _norm(src: str, dst: str, **options) -> list[Rule]:
-    return [Rule(f"{src}/{part}", f"{dst}/{part}", **options) for part in ("scale", "bias")]
+def _norm(src: str, dst: str, layers: int | None = None) -> list[Rule]:
+    return [Rule(f"{src}/{part}", f"{dst}/{part}", layers=layers) for part in ("scale", "bias")]

@@ -23,19 +23,24 @@ def blocks(
     `own` are the rules of a block's own parameters and `vectors` those of its attention's, which
     a state dict of torch lists before the modules inside. Query, key and value share one tensor.
     """
-    each = {"layers": layers}
-    split = each | {"sizes": {"n": heads}}
+    sizes = {"n": heads}
     kernels = tuple(f"{dst}attention/{part}/kernel" for part in _QKV)
     return [
         *own,
-        *norm(f"{src}norm1", f"{dst}ln_attention", **each),
+        *norm(f"{src}norm1", f"{dst}ln_attention", layers=layers),
         *vectors,
-        Rule(f"{src}attn.qkv.weight", kernels, "(s n e) d -> s d n e", **split),
-        Rule(f"{src}attn.proj.weight", f"{dst}attention/out/kernel", "d (n e) -> n e d", **split),
-        Rule(f"{src}attn.proj.bias", f"{dst}attention/out/bias", **each),
-        *norm(f"{src}norm2", f"{dst}ln_mlp", **each),
-        *dense(f"{src}mlp.fc1", f"{dst}mlp_in", **each),
-        *dense(f"{src}mlp.fc2", f"{dst}mlp_out", **each),
+        Rule(f"{src}attn.qkv.weight", kernels, "(s n e) d -> s d n e", layers, sizes),
+        Rule(
+            f"{src}attn.proj.weight",
+            f"{dst}attention/out/kernel",
+            "d (n e) -> n e d",
+            layers,
+            sizes,
+        ),
+        Rule(f"{src}attn.proj.bias", f"{dst}attention/out/bias", layers=layers),
+        *norm(f"{src}norm2", f"{dst}ln_mlp", layers=layers),
+        *dense(f"{src}mlp.fc1", f"{dst}mlp_in", layers=layers),
+        *dense(f"{src}mlp.fc2", f"{dst}mlp_out", layers=layers),
     ]
 
 

@@ -9,14 +9,14 @@ from vivit_jax.config import VivitConfig
 
 def image_rules(config: VivitConfig) -> list[Rule]:
     """The table; query, key and value share one tensor."""
-    where = ("blocks.{i}.", "layers_{i}/")
-    sizes = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
-    biases = [fused_bias(*where, **sizes)] if config.qkv_bias else []
+    src, dst = "blocks.{i}.", "layers_{i}/"
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    biases = [fused_bias(src, dst, layers=layers, heads=heads)] if config.qkv_bias else []
     table = [
         Rule("patch_embed.proj.weight", "patch_embed/kernel", CONV2D),
         Rule("patch_embed.proj.bias", "patch_embed/bias"),
         Rule("pos_embed", "pos_embed"),
-        *blocks(*where, **sizes, vectors=biases),
+        *blocks(src, dst, layers=layers, heads=heads, vectors=biases),
         *norm("norm", "ln_final"),
     ]
     if config.pooling == "cls":
