@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files in which JAX checkpoints lie: flax's msgpack and numpy's npz.
+"""The file formats of JAX checkpoints: flax's msgpack and numpy's npz.
 
-flax stores a tree of maps with string keys. An array is extension 1 of msgpack, whose payload is
-itself msgpack: shape, name of the dtype, row-major bytes. Extension 2 is a complex number, 3 a
-numpy scalar. A larger array than `MAX_CHUNK_SIZE` is a map with its shape and flat pieces of it.
+flax stores a tree of maps with string keys. An array is msgpack extension 1, whose payload is
+msgpack again: shape, name of the dtype, row-major bytes. Extension 2 is a complex number, 3 a numpy
+scalar. An array larger than `MAX_CHUNK_SIZE` is a map with its shape and its flat pieces.
 """
 
 import collections
@@ -31,12 +31,10 @@ from checkpoints_convert.files.tensors import (
 from vivit_jax.errors import CheckpointError, quoted
 from vivit_jax.files.limits import check_unpacked
 
-MAX_CHUNK_SIZE = 2**30  # bytes; flax's choice, msgpack could store somewhat more
+MAX_CHUNK_SIZE = 2**30  # bytes; flax's limit, a little below msgpack's
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
-_OBJECT, _COUNTED = (
-    1024,
-    1024,
-)  # bytes of memory for a value of a byte or more, and how often to look
+_OBJECT = 1024  # bytes of memory for a value, however small it is in the file
+_COUNTED = 1024  # values between two looks at the memory they take
 _CHUNKED = "__msgpack_chunked_array__"
 _BYTES, _EXTENSION = 0xC4, 0xC7  # first bytes with a length of 1 byte; the next two: 2, 4
 _BEYOND_SAFETENSORS = (np.uint16, np.uint32, np.uint64, np.complex64, np.complex128)
@@ -44,7 +42,7 @@ _DTYPES = {dtype.name: dtype for dtype in (*DTYPES.values(), *map(np.dtype, _BEY
 
 
 def looks_like_msgpack(path: Path) -> bool:
-    """Whether a file begins as a msgpack map does, whatever its name."""
+    """Whether a file starts like a msgpack map, whatever its name."""
     with path.open("rb") as file:
         return begins_map(file.read(1))
 
@@ -59,11 +57,11 @@ def looks_like_npz(path: Path) -> bool:
 
 
 def open_msgpack(path: str | Path) -> dict[str, LazyTensor]:
-    """The leaves of a flax msgpack file by their '/'-joined paths; array data is not read.
+    """The leaves of a flax msgpack file by '/'-joined path; array data is not read.
 
-    Numbers become tensors of shape (), and so do None, strings and bytes, of dtype object. Lists
-    are maps with keys '0', '1', ... Raises CheckpointError for a truncated or damaged file, for one
-    that is not a map, for keys that repeat or contain '/', and for dtypes it does not know.
+    Numbers become tensors of shape (); None, strings and bytes do too, with dtype object. Lists are
+    maps with keys '0', '1', ... Raises CheckpointError for a truncated or damaged file, a file that
+    is not a map, keys that repeat or contain '/', and unknown dtypes.
     """
     path = Path(path)
     try:
@@ -96,10 +94,10 @@ class _Reader:
         if not isinstance(tree, dict):
             raise CheckpointError(
                 f"{self.path} holds a single object (a msgpack {kind}), expected a msgpack map of "
-                "arrays by name, as flax.serialization.to_bytes makes of a parameter tree"
+                "arrays by name, as flax.serialization.to_bytes writes for a parameter tree"
             )
         if not self.walk.ended:
-            raise ValueError(f"it goes on after the tree's end at byte {self.walk.at}")
+            raise ValueError(f"it continues after the tree's end at byte {self.walk.at}")
         return tree
 
     def object(self, keys: tuple[str, ...]) -> dict[str, Any] | LazyTensor:
@@ -122,14 +120,14 @@ class _Reader:
             key = self.walk.decode()
             # flax reads integers as keys too, though it writes them as strings.
             if not isinstance(key, str) and type(key) is not int:
-                raise ValueError(f"the key {key!r} in {'/'.join(keys)!r} is no string")
+                raise ValueError(f"the key {key!r} in {'/'.join(keys)!r} is not a string")
             key = str(key)
             name = "/".join((*keys, key))
             if "/" in key or key in tree:
-                fault = "contains '/'" if "/" in key else "is there twice"
+                fault = "contains '/'" if "/" in key else "occurs twice"
                 raise CheckpointError(
                     f"{self.path}: the key {key!r} of {quoted(name)} {fault}, and names must be "
-                    "unique; write the checkpoint again with other keys"
+                    "unique; rewrite the checkpoint with other keys"
                 )
             tree[key] = self.object((*keys, key))
         return self.joined("/".join(keys), tree) if _CHUNKED in tree else tree
@@ -157,7 +155,7 @@ class _Reader:
         shape = tuple(_number(self.walk) for _ in range(self.walk.expect("array")))
         kind = self.walk.decode()
         if not isinstance(kind, str):
-            raise ValueError(f"the dtype of {name} is {kind!r}, no name")
+            raise ValueError(f"the dtype of {name} is {kind!r}, expected a name")
         dtype = known_dtype(self.path, name, kind, _DTYPES)
         size = self.walk.expect("bytes")
         start = self.walk.at
@@ -165,14 +163,14 @@ class _Reader:
         return self.stored(name, dtype, shape, (start, start + size))
 
     def joined(self, name: str, tree: dict[str, Any]) -> LazyTensor:
-        """The array whose pieces are in a map that flax wrote for a large one."""
+        """A large array, from the map of pieces that flax writes for it."""
         try:
             shape = tuple(n.read().item() for n in _in_order(tree["shape"]))
             pieces = [piece.read for piece in _in_order(tree["chunks"])]
             (dtype,) = {piece.dtype for piece in pieces}
             ranges = [span for piece in pieces for span in piece.ranges]
         except (KeyError, AttributeError, TypeError, ValueError):
-            raise ValueError(f"the pieces of {name} are not those of one array") from None
+            raise ValueError(f"the pieces of {name} do not form one array") from None
         return self.stored(name, dtype, shape, *ranges)
 
     def stored(self, name: str, dtype: np.dtype, shape: tuple, *ranges) -> LazyTensor:
@@ -197,10 +195,10 @@ def _in_order(tree: dict[str, Any]) -> list[Any]:
 def write_msgpack(path: str | Path, tensors: Mapping[str, Any]) -> Path:
     """Write tensors by '/'-joined path as flax.serialization.to_bytes writes the nested dict.
 
-    A tensor has `read()`, or is an array, number, string or None, or {} for an empty map; one is
-    read at a time. Maps and keys keep the order in which `tensors` names them first. Returns the
-    path. Raises CheckpointError for a name that is also the beginning of another, before anything
-    is written, and for a dtype that `open_msgpack` does not read.
+    A tensor has `read()`, or is an array, number, string or None, or {} for an empty map; one
+    tensor is read at a time. Maps and keys keep the order of `tensors`. Returns the path. Raises
+    CheckpointError before writing if a name is also a prefix of another, and for a dtype that
+    `open_msgpack` does not read.
     """
     path = Path(path)
     tree = _nested(tensors)
@@ -220,7 +218,7 @@ def _nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
                 break
         if not isinstance(node, dict) or last in node:
             raise CheckpointError(
-                f"{name} cannot be written beside a tensor whose name begins or continues it; "
+                f"{name} cannot be written beside a tensor whose name is its prefix or extends it; "
                 "every name must be a leaf"
             )
         node[last] = tensor
@@ -264,7 +262,7 @@ class _Writer:
             self.chunks(_plain(value, name))
 
     def chunks(self, array: np.ndarray) -> None:
-        """An array, in pieces where it is large."""
+        """An array, in pieces if it is large."""
         if array.nbytes <= MAX_CHUNK_SIZE:
             self.array(_ARRAY, array)
             return
@@ -280,7 +278,7 @@ class _Writer:
             self.array(_ARRAY, array.reshape(-1)[start : start + step])
 
     def array(self, code: int, array: np.ndarray) -> None:
-        # Heads by hand: the packer would copy the data into its payload, and that once more.
+        # Heads by hand: the packer would copy the data twice.
         head = self.packer.pack_array_header(3)
         head += self.packer.pack(array.shape) + self.packer.pack(array.dtype.name)
         head += _head(_BYTES, array.nbytes)
@@ -293,7 +291,7 @@ class _Writer:
 
 
 def _plain(value: Any, name: str) -> np.ndarray:
-    """The array in C order and the machine's byte order; only the dtype's name is stored."""
+    """The array in C order and native byte order; only the dtype's name is stored."""
     array = np.asarray(value)
     if array.dtype.name not in _DTYPES:
         raise CheckpointError(
@@ -307,9 +305,8 @@ def open_npz(path: str | Path) -> dict[str, LazyTensor]:
     """The arrays of a .npz file by name, compressed or not; only their headers are read.
 
     Arrays of two-byte voids are bfloat16, which numpy writes without its name. Raises
-    CheckpointError for a truncated or damaged file, for what is no .npy file in it, for a name that
-    is there twice, for arrays of Python objects, and for one that unpacks to more than
-    `unpack_limit`.
+    CheckpointError for a truncated or damaged file, entries that are not .npy files, repeated
+    names, arrays of Python objects, and arrays that unpack to more than `unpack_limit`.
     """
     path = Path(path)
     with _whole_npz(path), zipfile.ZipFile(path) as archive:
@@ -317,8 +314,8 @@ def open_npz(path: str | Path) -> dict[str, LazyTensor]:
         others = sorted(m for m in members if not m.endswith(".npy") or members[m] > 1)
         if others:
             raise CheckpointError(
-                f"{path} holds what is no .npy file, or a name twice: "
-                f"{quoted(', '.join(others))}; write it again with numpy.savez"
+                f"{path} holds entries that are not .npy files, or repeated names: "
+                f"{quoted(', '.join(others))}; rewrite it with numpy.savez"
             )
         return {m.removesuffix(".npy"): _npy(path, archive, m) for m in members}
 
@@ -329,7 +326,7 @@ def _whole_npz(path: Path) -> Iterator[None]:
         yield
     except (CheckpointError, FileNotFoundError, PermissionError, MemoryError):
         raise
-    except Exception as error:  # zipfile, zlib and numpy each have their own errors for damage
+    except Exception as error:  # zipfile, zlib and numpy each raise their own errors for damage
         raise incomplete(path, "npz", error) from None
 
 
@@ -351,7 +348,7 @@ def _npy(path: Path, archive: zipfile.ZipFile, member: str) -> LazyTensor:
             "run code; save it as arrays of numbers"
         )
     if begin + math.prod(shape) * dtype.itemsize != size:
-        raise ValueError(f"{member} is not of the size that its header says")
+        raise ValueError(f"{member} does not have the size that its header says")
     bfloat16 = dtype == np.dtype("V2")
 
     def read():

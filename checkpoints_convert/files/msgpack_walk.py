@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Walking a msgpack file object by object, without reading what is large.
+"""Walking a msgpack file object by object without reading large objects.
 
-The msgpack package decodes the small objects. It cannot do the walk: to skip an object it reads
-the whole of it into memory.
+The msgpack package decodes the small ones, but it cannot walk: it skips an object by reading it
+into memory.
 """
 
 import os
@@ -35,7 +35,7 @@ _FIRST_BYTES = _first_bytes()
 
 
 def begins_map(data: bytes) -> bool:
-    """Whether these bytes begin as a msgpack map does."""
+    """Whether these bytes start like a msgpack map."""
     return bool(data) and _FIRST_BYTES.get(data[0], ("",))[0] == "map"
 
 
@@ -59,13 +59,13 @@ class Walk:
     def head(self) -> tuple[str, int, int]:
         """Pass an object's head: its kind, where it began, and its length.
 
-        The length is in objects for an array, in pairs for a map, otherwise in bytes. An
-        extension's type is a byte of its own behind the head.
+        The length is in objects for an array, in pairs for a map, else in bytes. The type of an
+        extension is one more byte after the head.
         """
         start = self.at
         first = self.take(1)[0]
         if first not in _FIRST_BYTES:
-            raise ValueError(f"byte {start} begins no object")
+            raise ValueError(f"no object begins at byte {start}")
         kind, width, length = _FIRST_BYTES[first]
         return kind, start, int.from_bytes(self.take(width), "big") if width else length
 
@@ -83,7 +83,7 @@ class Walk:
         return unpackb(self.take(end - start))
 
     def decode(self) -> Any:
-        """Pass a small object that is no extension; returns its Python value."""
+        """Pass a small object other than an extension; returns its Python value."""
         _, start, length = self.head()
         return self.decoded(start, length)
 

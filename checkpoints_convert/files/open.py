@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening checkpoints without reading their data: which files, of which kind."""
+"""Opens checkpoints without reading their data: finds the files and their format."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ from vivit_jax.files.json_files import parse_json
 from vivit_jax.files.staging import interrupted
 from vivit_jax.hub import WEIGHT_FILES, read_index
 
-# What a directory may hold instead, behind checkpoint and checkpoint_<step>.
+# What a directory may hold instead, after checkpoint and checkpoint_<step>.
 _FLAX_FILES = ("flax_model.msgpack", "model.msgpack")
 _SINGLE_FILES = ("*.npz", "*.msgpack", "*.safetensors", "*.pth", "*.pt", "*.ckpt")
 # Where programs keep checkpoints inside the directory of a run: the Trainer of transformers, and
@@ -53,13 +53,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a directory or one weight or index file; reads headers only.
+    """Open a directory, or one weight or index file; reads headers only.
 
-    A directory may hold any of `WEIGHT_FILES`, safetensors first, or else one that JAX programs
-    write: `checkpoint`, the `checkpoint_<step>` of the largest step, or a single npz, msgpack,
-    safetensors, pth, pt or ckpt file. Raises CheckpointError for a path that holds no checkpoint,
-    for damaged or truncated files, for a pickle that could run code, and for an index that
-    disagrees with its shards; MissingExtra for a file of torch's without torch.
+    In a directory, any of `WEIGHT_FILES` is opened, safetensors first; else a file that JAX
+    programs write: `checkpoint`, the `checkpoint_<step>` with the largest step, or a single npz,
+    msgpack, safetensors, pth, pt or ckpt file. Raises CheckpointError for a path without a
+    checkpoint, damaged or truncated files, a pickle that could run code, and an index that
+    disagrees with its shards; MissingExtra for a torch file without torch.
     """
     path = _weight_file(Path(path))
     if path.name.endswith(".index.json"):
@@ -70,7 +70,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _weight_file(path: Path) -> Path:
     try:
         is_dir, there = path.is_dir(), path.exists()
-    except OSError as error:  # a name that is too long, or a loop of links
+    except OSError as error:  # a name that is too long, or a symlink loop
         raise CheckpointError(f"{quoted(path)}: {error.strerror}") from None
     if is_dir:
         return (
@@ -85,7 +85,7 @@ def _weight_file(path: Path) -> Path:
 
 
 def _regular(path: Path) -> Path:
-    """The path; CheckpointError for a directory or what else is no file of weights."""
+    """The path; CheckpointError unless it is a regular file of weights."""
     check_file(path, CheckpointError)
     if path.is_dir():
         raise CheckpointError(f"{path} is a directory, expected a file of weights")
@@ -98,7 +98,7 @@ def _first_file(directory: Path, *names: str) -> Path | None:
 
 
 def _newest_step(directory: Path) -> Path | None:
-    """The `checkpoint_<step>` of the largest step; what is still being written ends otherwise."""
+    """The `checkpoint_<step>` of the largest step; unfinished ones have another ending."""
     steps = {
         int(found[1]): path for path in directory.iterdir() if (found := _STEP.fullmatch(path.name))
     }
@@ -143,7 +143,7 @@ def _only_file(directory: Path) -> Path:
 
 
 def _checkpoints_inside(directory: Path) -> list[Path]:
-    """Directories and files of weights that a run has left inside its own, the newest first."""
+    """Checkpoints inside the directory of a run, the newest first."""
     found = [path for pattern in _OF_A_RUN for path in directory.glob(pattern)]
     found = [path for path in found if path.is_file() or _first_file(path, *WEIGHT_FILES)]
     numbers = {path: tuple(map(int, re.findall(r"\d+", path.name))) for path in found}
@@ -154,8 +154,7 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
     check_file(path, CheckpointError)
     if path.suffix in _OPENERS:
         return _OPENERS[path.suffix](path)
-    # Lightning's .ckpt is torch's. JAX programs too give checkpoints this name, or one without a
-    # suffix, or with a step for one.
+    # Lightning's .ckpt is a torch file. JAX programs use this suffix too, or none, or the step.
     if path.suffix == ".ckpt" and looks_like_pickle(path) and not looks_like_npz(path):
         return open_pickle(path)
     if looks_like_npz(path):
@@ -169,7 +168,7 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def _open_index(path: Path) -> Checkpoint:
-    """Open the shards an index names; index and shards must name the same tensors."""
+    """Open the shards of an index; both must name the same tensors."""
     weight_map = read_index(path)
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (path.parent / name).exists()]

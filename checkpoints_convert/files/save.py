@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing checkpoints: safetensors tensor by tensor, and directories that appear whole."""
+"""Writes checkpoints: safetensors tensor by tensor, and directories that appear complete."""
 
 import contextlib
 import json
@@ -27,8 +27,8 @@ def write_weights(
 ) -> list[Path]:
     """Write tensors (`shape`, `dtype`, `read()`) as model.safetensors, or as shards and an index.
 
-    `max_shard_size` is in bytes or like "5GB"; a larger tensor gets a shard of its own. One tensor
-    is read at a time. Returns the paths written.
+    `max_shard_size` is a number of bytes or a text like "5GB"; a larger tensor gets its own shard.
+    One tensor is read at a time. Returns the paths written.
     """
     directory = Path(directory)
     shards = _shards(tensors, parse_size(max_shard_size))
@@ -82,7 +82,7 @@ def write_safetensors(
     path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> Path:
     """Write tensors (`shape`, `dtype`, `read()`) as one file, with transformers' metadata."""
-    # Widest dtype first, then by name, as the safetensors library orders: keeps data aligned.
+    # Widest dtype first, then by name, as the safetensors library does; this keeps data aligned.
     names = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
@@ -113,9 +113,9 @@ def _size(tensor: Any) -> int:
 
 
 def check_sole(directory: Path, name: str, rivals: re.Pattern) -> None:
-    """CheckpointError if readers of a directory would open another file of it than `name`.
+    """CheckpointError if readers would open another file of the directory than `name`.
 
-    `rivals` matches the names that they would; weight files that are replaced do not count.
+    `rivals` matches names that they prefer; weight files that will be replaced do not count.
     """
     names = names_in(directory) if directory.is_dir() else []
     others = sorted(
@@ -129,9 +129,9 @@ def check_sole(directory: Path, name: str, rivals: re.Pattern) -> None:
 
 
 def check_destination(directory: str | Path, overwrite: bool) -> Path:
-    """The directory to write, links resolved; CheckpointError if it may not be written.
+    """The directory to write, links resolved; CheckpointError if it must not be written.
 
-    What writers that were killed left in it is put right first, with a warning.
+    Leftovers of writers that were killed are cleared first, with a warning.
     """
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
@@ -152,32 +152,31 @@ def _check_empty(directory: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def replaced_directory(directory: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty directory whose files become those of `directory` when the block succeeds.
+    """Yield an empty directory; its files move into `directory` when the block succeeds.
 
-    If the block fails or is interrupted nothing changes. A non-empty destination is a
-    CheckpointError unless `overwrite`; then files of the same name are replaced, weight files that
-    were not written again are removed, a processor's too where another one was written, and all
-    other files stay, as do the directory itself, its mode and its owner. WriteError where the disk
-    is full.
+    Nothing changes if the block fails or is interrupted. A non-empty destination is a
+    CheckpointError unless `overwrite`: then files of the same name are replaced, old weight files
+    removed, and old processor files too if a new one was written. All other files stay, and so do
+    the directory, its mode and its owner. WriteError if the disk is full.
     """
     directory = check_destination(directory, overwrite)
     if directory.is_dir():
         with writing(directory), Staging(directory) as staging:
             yield staging.new
-            _check_empty(directory, overwrite)  # another may have been faster
+            _check_empty(directory, overwrite)  # another process may have written it
             staging.move_in(CONFIG, _replaced(staging.new, directory))
         return
     with made_parents(directory), writing(directory), Staging(directory.parent) as staging:
         yield staging.new
         if directory.exists():
-            raise CheckpointError(f"{directory} was written by another meanwhile; nothing changed")
+            raise CheckpointError(f"{directory} was written by another process; nothing changed")
         staging.become(directory)
 
 
 def _replaced(staged: Path, directory: Path) -> list[str]:
-    """The files of a directory that the staged ones leave no place for."""
+    """The files of a directory that the staged ones replace."""
     incoming = {path.name for path in staged.iterdir()}
-    # Whichever of its files was read first would be the processor, an old one's too.
+    # Readers take the first processor file they find, which could be the old one.
     processors = set(PROCESSOR_FILES) if incoming & set(PROCESSOR_FILES) else set()
     return [
         name

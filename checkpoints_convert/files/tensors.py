@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that lie in files: known by shape and dtype, read one at a time."""
+"""Tensors in files: shape and dtype are known, data is read one tensor at a time."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import numpy as np
 
 from vivit_jax.errors import CheckpointError, first_line, quoted
 
-# safetensors' names; what is not a float is listed, and refused when it is imported.
+# safetensors' names; other dtypes than floats can be listed but not imported.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -28,7 +28,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file, or to be made of parameters: `read()` fetches or computes the data."""
+    """A tensor in a file or made of parameters: `read()` fetches or computes the data."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -36,27 +36,27 @@ class LazyTensor:
 
 
 class PlainValue(LazyTensor):
-    """A value that is no array, as a tensor of shape ()."""
+    """A value other than an array, as a tensor of shape ()."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable(LazyTensor):
-    """What could be no tensor of a model: it may lie in a file, and reads as the `reason`."""
+    """A file entry that cannot be a model tensor; reading it returns the `reason`."""
 
     reason: str
 
     @classmethod
     def because(cls, reason: str) -> "Unreadable":
-        told = constant(reason)
-        return cls(told.shape, told.dtype, told.read, reason)
+        text = constant(reason)
+        return cls(text.shape, text.dtype, text.read, reason)
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteRanges:
-    """Reads a tensor whose bytes lie in one or several (start, end) ranges of a file.
+    """Reads a tensor from one or several (start, end) byte ranges of a file.
 
-    Plain file reads, because a memory map would leave every page it touched resident, and loading
-    would need the file's size twice. Raises CheckpointError where the file has become shorter.
+    It uses plain reads: a memory map keeps every page it touched resident, and loading would need
+    twice the file's size. Raises CheckpointError if the file has become shorter.
     """
 
     path: Path
@@ -80,12 +80,12 @@ class ByteRanges:
 def stored(
     path: Path, dtype: np.dtype, shape: tuple[int, ...], *ranges: tuple[int, int]
 ) -> LazyTensor:
-    """The tensor whose bytes are those (start, end) ranges of a file, one after the other."""
+    """The tensor whose bytes are these (start, end) ranges of a file, in order."""
     return LazyTensor(shape, dtype, ByteRanges(path, ranges, dtype, shape))
 
 
 def constant(value: Any) -> PlainValue:
-    """A value that is no array as a tensor of shape (), of dtype object unless it is a number."""
+    """A value other than an array as a tensor of shape (); dtype object unless it is a number."""
     if isinstance(value, int | float | complex | np.number | np.bool_):
         array = np.asarray(value)
     else:
@@ -95,22 +95,23 @@ def constant(value: Any) -> PlainValue:
 
 
 def check_readable(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """CheckpointError, with the reason, if any of these could be no tensor of a model."""
+    """CheckpointError, with the reason, if any of these cannot be a model tensor."""
     for tensor in tensors.values():
         if isinstance(tensor, Unreadable):
             raise CheckpointError(f"{path}: {tensor.reason}")
 
 
 def known_dtype(path: Path, name: str, kind: str, known: Mapping[str, np.dtype]) -> np.dtype:
-    """The dtype that a file calls `kind`; CheckpointError naming the tensor if there is none."""
+    """The dtype that a file calls `kind`; CheckpointError, naming the tensor, if it is unknown."""
     if kind not in known:
-        told = f"{quoted(name)} is stored as {quoted(kind)}; readable: {', '.join(known)}"
-        raise CheckpointError(f"{path}: {told}")
+        raise CheckpointError(
+            f"{path}: {quoted(name)} is stored as {quoted(kind)}; readable: {', '.join(known)}"
+        )
     return known[kind]
 
 
 def incomplete(path: Path, kind: str, reason: BaseException | str) -> CheckpointError:
-    """The error for a file that is cut short or damaged, whatever its reader says."""
+    """The error for a truncated or damaged file, with its reader's reason."""
     return CheckpointError(
         f"{path} is not a complete {kind} file ({first_line(reason)}); copy or download it again"
     )

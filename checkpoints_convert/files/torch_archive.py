@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch's zip archives, checked part by part: the directory, local headers and checksums.
 
-torch maps such a file into memory and takes for a tensor whatever lies where a header says; a
-damaged header then gives other numbers and no error. Here the directory and the headers must agree
-before anything is loaded, and each tensor's bytes are compared with their checksum as they are
-read, by plain reads, so that no more is in memory than the tensor.
+torch maps such a file into memory and trusts its headers; a damaged header then gives wrong numbers
+and no error. Here the directory and the headers must agree before anything is loaded, and each
+tensor's bytes are compared with their checksum as they are read. Plain reads keep only that tensor
+in memory.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _STANDS_IN = b"ccheckpoints_convert\nSparseTensor\n"
 
 
 class SparseTensor:
-    """Stands for a sparse tensor of a file, of which nothing is read."""
+    """Stands for a sparse tensor, whose data is not read."""
 
     def __init__(self, *_):
         pass
@@ -37,7 +37,7 @@ class SparseTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A file of an archive: where its bytes lie, and their checksum if there is one."""
+    """A file of an archive: where its bytes are, and their checksum if there is one."""
 
     name: str
     begin: int
@@ -48,11 +48,11 @@ class Record:
 class Archive:
     """An archive whose directory and headers agree; `pickle` is its main pickle's bytes.
 
-    `outline` is what torch is given in its place: the same pickle, without the data of storages.
+    `outline` is what torch reads instead: the same pickle without the data of the storages.
 
-    Raises ValueError, zipfile.BadZipFile and what else Python's reader of the directory raises for
-    a damaged file, CheckpointError for one that torch does not write: deflated entries, or an order
-    of bytes other than this machine's.
+    Raises ValueError, zipfile.BadZipFile and other errors of Python's reader for a damaged file,
+    CheckpointError for a file that torch does not write: deflated entries, or another byte order
+    than this machine's.
     """
 
     def __init__(self, path: Path):
@@ -71,8 +71,8 @@ class Archive:
             order = self._records.get(f"{top}/byteorder")
             if order and bytes(_bytes(file, order.begin, order.end)) != b"little":
                 raise CheckpointError(
-                    f"{path} says another order of bytes than little; write it again, on the "
-                    "machine that it is of, as safetensors"
+                    f"{path} is not little-endian; rewrite it as safetensors on the machine that "
+                    "wrote it"
                 )
         data = (r for name, r in self._records.items() if name.startswith(f"{top}/data/"))
         self.outline, self._outlined = _outline(self.pickle, data)
@@ -109,15 +109,15 @@ class Archive:
 
 
 def _outline(pickle: bytes, data: Iterable[Record]) -> tuple[io.BytesIO, dict[int, Record]]:
-    """An archive of the pickle whose storages are empty, and each one's record by its place.
+    """An archive of the pickle with empty storages, and the record of each by its place.
 
-    Loaded on "meta", where nothing is read of a storage, it tells of each tensor which storage is
-    its own: by that place. torch itself never looks into the file, so that it cannot find another
-    header in it than the ones that were compared.
+    Loaded on "meta", which reads no storage, it gives for each tensor the place of its storage.
+    torch never sees the file itself, so it cannot use another header than the ones that were
+    compared.
     """
     file, places = io.BytesIO(), {}
     with zipfile.ZipFile(file, "w") as archive:
-        # torch 2.14 looks into the data of sparse tensors, which are not there.
+        # torch 2.14 reads the data of sparse tensors, which is missing here.
         archive.writestr("archive/data.pkl", pickle.replace(_SPARSE, _STANDS_IN))
         archive.writestr("archive/version", "3\n")
         for record in data:
@@ -130,16 +130,18 @@ def _outline(pickle: bytes, data: Iterable[Record]) -> tuple[io.BytesIO, dict[in
 def _records(path: Path, file: BinaryIO, archive: zipfile.ZipFile, size: int) -> dict[str, Record]:
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     _check_end(file, archive, len(entries), size)
-    names = {entry.filename.lower() for entry in entries}  # torch looks names up so
+    names = {entry.filename.lower() for entry in entries}  # torch ignores case
     if not entries or len(names) != len(entries):
-        raise ValueError("a name is there twice in its directory, or none")
-    # torch can be told to write no checksums; they are 0 then.
+        raise ValueError("its directory is empty or repeats a name")
+    # torch can skip checksums; they are 0 then.
     checked = any(entry.CRC for entry in entries)
     records = {}
     for entry, following in zip(entries, [*entries[1:], None], strict=True):
         if entry.compress_type != zipfile.ZIP_STORED:
-            check = "torch never writes; write it again with torch.save"
-            raise CheckpointError(f"{path}: {entry.filename} is compressed, which {check}")
+            raise CheckpointError(
+                f"{path}: {entry.filename} is compressed, which torch never writes; rewrite it "
+                "with torch.save"
+            )
         limit = following.header_offset if following else archive.start_dir
         begin = _begin(file, entry)
         end = begin + entry.file_size
@@ -168,13 +170,13 @@ def _check_end(file: BinaryIO, archive: zipfile.ZipFile, count: int, size: int) 
 
 
 def _begin(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's data begin; ValueError where its local header is not the directory's."""
+    """Where an entry's data begins; ValueError if its header and the directory disagree."""
     file.seek(entry.header_offset)
     mark, _, flags, method, _, _, crc, packed, size, name, extra = _LOCAL.unpack(
         file.read(_LOCAL.size)
     )
     text, extra_fields = file.read(name), file.read(extra)
-    # What is written as a stream has its sizes behind the data, and 0 here.
+    # Entries written as a stream have their sizes after the data, and 0 here.
     elsewhere = (2**32 - 1, 0) if flags & 8 else (2**32 - 1,)
     same = [(crc, entry.CRC), (packed, entry.compress_size), (size, entry.file_size)]
     agree = all(said == found or said in elsewhere for said, found in same)
@@ -186,7 +188,7 @@ def _begin(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 
 def _is_fields(extra: bytes) -> bool:
-    """Whether an extra field is one of fields of two bytes, a length, and so many bytes more."""
+    """Whether an extra field is a list of two-byte ids, each with a length and its bytes."""
     at = 0
     while at + 4 <= len(extra):
         at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
@@ -217,7 +219,7 @@ def _check(file: io.BufferedReader, record: Record) -> None:
 
 def _compare(record: Record, crc: int) -> None:
     if record.crc not in (None, crc):
-        raise ValueError(f"the checksum of {record.name} is not that of its bytes")
+        raise ValueError(f"the checksum of {record.name} does not match its bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +235,7 @@ class ArchivedTensor:
     negative: bool = False
 
     def __post_init__(self):
-        """CheckpointError for a tensor that a few bytes say to be large, ValueError beyond them."""
+        """CheckpointError for a tensor far larger than the file, ValueError beyond its record."""
         count = int(np.prod(self.shape, dtype=object))
         what = f"{self.archive.path}: a tensor of shape {self.shape}"
         check_unpacked(what, count * self.dtype.itemsize, self.archive.size, CheckpointError)

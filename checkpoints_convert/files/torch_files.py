@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's files: trees of dense tensors and plain values, nothing that could run code."""
+"""torch files: trees of dense tensors and plain values, and nothing that could run code."""
 
 import argparse
 import collections
@@ -30,7 +30,7 @@ from vivit_jax.files.limits import check_unpacked
 _ARCHIVE = b"PK\3\4"
 _OLD_PICKLES = 5  # a number, a version, the machine, the state, and the keys of its tensors
 
-# Where releases of Lightning and of Python have the classes of hyperparameters and of paths.
+# Where releases of Lightning and Python keep their hyperparameter and path classes.
 _LIGHTNING = (
     "pytorch_lightning.utilities.parsing",
     "lightning.pytorch.utilities.parsing",
@@ -41,37 +41,37 @@ _PATHLIB = ("pathlib", "pathlib._local")
 
 
 def open_pickle(path: Path) -> dict[str, LazyTensor]:
-    """The leaves of a torch file by their '/'-joined paths; a state dict's tensors by name.
+    """The leaves of a torch file by '/'-joined path; a state dict's tensors by name.
 
-    Lists that hold tensors or further trees are maps with keys '0', '1', ...; every other value is
-    a tensor of shape (), of dtype object unless it is a number. Tensors of other kinds, and what
-    lies under a key that is no name, are `Unreadable` leaves, for whoever wants them to refuse.
-    Raises CheckpointError for damage and for a pickle that needs more than torch's safe types,
-    argparse.Namespace and numpy's scalars, for compressed entries, for headers that disagree, and
-    for a pickle that unfolds to more than `unpack_limit`; reading a tensor raises it for bytes that
-    are not those of its checksum. MissingExtra without torch.
+    Lists of tensors or trees are maps with keys '0', '1', ...; any other value is a tensor of shape
+    (), with dtype object unless it is a number. Sparse and other tensors, and values under keys
+    that are not names, are `Unreadable` leaves; callers that need them refuse them. Raises
+    CheckpointError for damage, a pickle that needs more than torch's safe types,
+    argparse.Namespace and numpy scalars, compressed entries, headers that disagree, and a pickle
+    that unfolds to more than `unpack_limit`. Reading a tensor raises it if the checksum does not
+    match. MissingExtra without torch.
     """
     torch = _torch(f"reading {path}")
     try:
         archive = _checked(path)
         with torch.serialization.safe_globals(_harmless()):
-            # Files from before torch 1.6 are no archives, and are read whole.
+            # Files from before torch 1.6 are not archives, and are read whole.
             state = (
                 torch.load(path, map_location="cpu", weights_only=True)
                 if archive is None
                 else torch.load(archive.outline, map_location="meta", weights_only=True)
             )
     except UserError as error:
-        told = str(error)
-        raise CheckpointError(told if told.startswith(str(path)) else f"{path}: {told}") from None
+        text = str(error)
+        raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged or holds more than tensors, and unpickling that could run code. "
-            f"Convert it to safetensors where you trust it. torch says: {_culprit(error)}"
+            f"Convert it to safetensors if you trust it. torch says: {_culprit(error)}"
         ) from None
     except PermissionError:
         raise
-    except Exception as error:  # the unpickler stumbles over damaged bytes in every way there is
+    except Exception as error:  # damaged bytes make the unpickler raise anything
         raise incomplete(path, "torch", error) from None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name")
@@ -91,7 +91,7 @@ def open_pickle(path: Path) -> dict[str, LazyTensor]:
 
 
 def _checked(path: Path) -> Archive | None:
-    """The archive that a file is, None for one from before torch 1.6; its pickles are counted."""
+    """The file as an archive, None if it is from before torch 1.6; its pickles are checked."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(4) == _ARCHIVE:  # how torch tells them apart
@@ -106,20 +106,19 @@ def _checked(path: Path) -> Archive | None:
 
 
 def looks_like_pickle(path: Path) -> bool:
-    """Whether a file begins as torch's do: an archive, or a pickle of before torch 1.6."""
+    """Whether a file starts like torch's: an archive, or a pickle from before torch 1.6."""
     with path.open("rb") as file:
         begin = file.read(2)
     return begin in (b"PK", b"\x80\x02")
 
 
 def _harmless() -> list[Any]:
-    """What a pickle may hold besides torch's safe types; all of it holds data and runs no code.
+    """What a pickle may hold besides torch's safe types; it holds data and runs no code.
 
-    The authors of VideoMAE keep the arguments of their script, a bag of attributes, and learning
-    rates that they take from a schedule, an array of numpy. Of numpy only scalars of the plain
-    number types are made: `scalar` copies bytes, and refuses dtype object. Lightning keeps
-    hyperparameters, a dict of a class of its own, and paths are among them: those become plain
-    dicts and paths that name no file.
+    VideoMAE's authors keep their script's arguments, a Namespace, and learning rates from a numpy
+    schedule. Of numpy only plain number scalars are made: `scalar` copies bytes and refuses dtype
+    object. Lightning keeps hyperparameters in a dict class of its own, with paths among them: they
+    become plain dicts and pure paths.
     """
     scalar = np.float64(0).__reduce__()[0]  # numpy makes its scalars by this, which has no name
     dtypes = (type(np.dtype(code)) for code in ("f8", "f4", "f2", "i8", "i4", "u1", "bool"))
@@ -133,19 +132,19 @@ def _harmless() -> list[Any]:
 
 
 def _culprit(error: pickle.UnpicklingError) -> str:
-    """What torch refuses, out of the advice and the terminal colours around it."""
+    """What torch refuses, without its advice and terminal colours."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     name = re.search(r"Unsupported global: GLOBAL \S+", text)
     return name[0] if name else first_line(text.rpartition("WeightsUnpickler error: ")[2])
 
 
 def is_beside(name: str, tensor: LazyTensor) -> bool:
-    """Whether a leaf of a torch file is none of a state dict at its top: nested, or no tensor."""
+    """Whether a leaf of a torch file is outside a top-level state dict: nested, or not a tensor."""
     return "/" in name or isinstance(tensor, PlainValue)
 
 
 def check_flat(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """CheckpointError if a torch file holds more than the one state dict that is expected."""
+    """CheckpointError if a torch file holds more than one flat state dict."""
     others = [name for name, tensor in tensors.items() if is_beside(name, tensor)]
     if others and path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         held = ", ".join(dict.fromkeys(name.partition("/")[0] for name in others))
@@ -156,7 +155,7 @@ def check_flat(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, Any], container: str | None) -> Path:
-    """Write tensors (`read()`) as a state dict in their order, under a key if `container` is one.
+    """Write tensors (`read()`) as a state dict in their order, under the key `container` if given.
 
     Returns the path; MissingExtra without torch.
     """
@@ -165,7 +164,7 @@ def write_state_dict(path: Path, tensors: Mapping[str, Any], container: str | No
 
     def converted(tensor):
         array = np.ascontiguousarray(tensor.read())
-        # torch takes numpy's bytes, but knows nothing of ml_dtypes.
+        # torch takes numpy's bytes, but does not know ml_dtypes.
         flat = torch.from_numpy(array.reshape(-1).view(np.uint8))
         return flat.view(getattr(torch, names[array.dtype])).reshape(array.shape)
 
@@ -183,7 +182,7 @@ def _torch(purpose: str):
 
 
 def _torch_dtypes() -> dict[str, np.dtype]:
-    """Our dtypes by torch's names."""
+    """Our dtypes by torch name."""
     return {str(dtype): dtype for dtype in DTYPES.values()}
 
 

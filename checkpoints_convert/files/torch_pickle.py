@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A look at torch's pickles before they are loaded: what they make is counted, nothing is made.
+"""Checks torch's pickles before they are loaded: counts what they would build.
 
-torch's restricted unpickler runs no foreign code, but two kilobytes can tell it to build a tree
-that shares its parts and has 2**30 leaves, to hash a key of that kind, or to allocate by a number.
+torch's restricted unpickler runs no foreign code, but two kilobytes can make it build a tree of
+2**30 leaves that share parts, hash such a key, or allocate any number of bytes.
 """
 
 import pickletools
@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 from vivit_jax.files.limits import check_unpacked, unpack_limit
 
 MAX_DEPTH = 200
-_OBJECT = 256  # bytes of memory, at most, for what one opcode or one leaf stands for
-_ALLOCATES = re.compile(r"bytearray|\w*Storage|\w*Tensor")  # given a number
+_OBJECT = 256  # the most bytes of memory for one opcode or one leaf
+_ALLOCATES = re.compile(r"bytearray|\w*Storage|\w*Tensor")  # if given a number
 _PLAIN_DTYPE = re.compile(r"[|<>=]?[?biuf]\d?")
 
 
 class _Node:
-    """A container or an object: `size` counts the leaves of what cannot change any more."""
+    """A container or an object; `size` counts the leaves it had when it was made."""
 
     __slots__ = ("below", "size")
 
@@ -33,10 +33,10 @@ def _size(value: Any) -> int:
 
 
 def check_pickle(file: BinaryIO, held: int) -> None:
-    """Pass one pickle of a file of `held` bytes.
+    """Read one pickle of a file of `held` bytes.
 
-    Raises UserError for more opcodes or leaves than the limit allows, and ValueError for what is
-    damaged, nested too deep, contains itself, or calls what allocates by a number.
+    Raises UserError for more opcodes or leaves than the limit allows, and ValueError for a pickle
+    that is damaged, nested too deep, contains itself, or allocates by a number.
     """
     most = unpack_limit(held) // _OBJECT
     machine = _Machine(most, held)
@@ -47,14 +47,14 @@ def check_pickle(file: BinaryIO, held: int) -> None:
             machine.step(opcode.name, argument)
         root = machine.stack[-1]
     except (IndexError, KeyError, AttributeError) as error:
-        raise ValueError(f"its pickle takes what is not there: {error!r}") from None
+        raise ValueError(f"its pickle takes a value that does not exist: {error!r}") from None
     _check_tree(root, machine)
 
 
 class _Machine:
-    """The pickle machine on stand-ins: texts and numbers as they are, containers as `_Node`s.
+    """A pickle machine on stand-ins: texts and numbers as they are, containers as `_Node`s.
 
-    Opcodes that torch does not know are passed over, as it ends at the first.
+    Opcodes that torch does not know are skipped; torch itself stops at the first.
     """
 
     def __init__(self, most: int, held: int):
@@ -115,12 +115,12 @@ class _Machine:
 
     def check_leaves(self, count: int) -> None:
         if count > self._most:
-            what = "what its pickle unfolds to, of parts that share parts,"
+            what = "the tree of shared parts that its pickle unfolds to"
             check_unpacked(what, _OBJECT * count, self._held)
 
 
 def _check_call(function: Any, arguments: Any) -> None:
-    """ValueError for the calls of torch's safe types that a few bytes can make expensive."""
+    """ValueError for calls of torch's safe types that are cheap to write and expensive to run."""
     given = arguments.below if isinstance(arguments, _Node) else [arguments]
     name = str(function).replace(" ", ".")
     last = name.rpartition(".")[2]
@@ -129,11 +129,11 @@ def _check_call(function: Any, arguments: Any) -> None:
     if last == "encode" and given[1:] != ["latin1"]:
         raise ValueError(f"it calls {name} for another encoding than latin1")
     if last == "dtype" and not _PLAIN_DTYPE.fullmatch(str(given[0] if given else "")):
-        raise ValueError(f"it calls {name} for no plain number")
+        raise ValueError(f"it calls {name} for another dtype than a plain number")
 
 
 def _check_tree(root: Any, machine: _Machine) -> None:
-    """Count the leaves of a tree whose parts may be shared, and its depth, without recursion."""
+    """Count the leaves and the depth of a tree with shared parts, without recursion."""
     found: dict[int, tuple[int, int]] = {}
     open_nodes: set[int] = set()
     stack = [(root, False)]

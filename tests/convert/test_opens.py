@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 from clips import write_clip
-from helpers import VIDEOMAE, VIVIT, random_params
+from helpers import random_params
+from tiny import VIDEOMAE, VIVIT
 from tiny_image_models import ImageModels
 
 import vivit_jax

@@ -113,8 +113,8 @@ def laughs(begin: bytes, twice: bytes, levels: int = 40) -> bytes:
             b"\x80\x02" + global_("numpy dtype") + b"X\x0b\x00\x00\x00V2000000000\x85R.",
             "no plain number",
         ),
-        (b"\x80\x02h\x05.", "takes what is not there"),
-        (b"\x80\x02K\x01\x86.", "takes what is not there"),
+        (b"\x80\x02h\x05.", "takes a value that does not exist"),
+        (b"\x80\x02K\x01\x86.", "takes a value that does not exist"),
     ],
 )
 def test_pickles_that_would_be_large_or_never_end(tmp_path, pickled, told, archive):
