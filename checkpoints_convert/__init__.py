@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights between frameworks: tables, the engine that applies them, and `vivit-convert`."""
+"""Loads, saves, converts and verifies weights: tables, layouts, and `vivit-convert`."""

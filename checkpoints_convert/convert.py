@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-convert convert`: rewrite a checkpoint, every tensor accounted for."""
+"""`vivit-convert convert`: rewrites a checkpoint and accounts for every tensor."""
 
 import dataclasses
 import shutil
@@ -55,7 +55,7 @@ TemporalAttention = Literal["copy", "zero", "fresh"]
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: a line per tensor read, tensors left out, totals."""
+    """What a conversion did: a line for each tensor, and totals."""
 
     source: str
     lines: tuple[str, ...]
@@ -96,7 +96,7 @@ def convert_checkpoint(
     label_map: str | Path | None = None,
     **image_options: str,
 ) -> Conversion:
-    """Write `source` (directory, file or hub id, any dialect) as a directory in `to_layout`.
+    """Write `source` (directory, file, hub id or opened checkpoint) as a directory in `to_layout`.
 
     Values are bit-exact and dtypes preserved unless `dtype` asks for a cast; the processor's files
     are copied. Files of scenic and of VideoMAE's authors, which have no config, get what `settings`
@@ -212,13 +212,13 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint; exit 0 means that every tensor is accounted for.
 
-    Any spelling, sharding or file format becomes a directory with the hub's names in safetensors,
-    bit for bit, with its config.json and preprocessor_config.json, or a checkpoint of scenic or of
-    VideoMAE's authors.
+    A checkpoint in any layout, dialect, sharding or file format becomes a directory with the hub's
+    names in safetensors, bit for bit, with config.json and preprocessor_config.json, or a
+    checkpoint of scenic or of VideoMAE's authors.
 
     An image model (HuggingFace ViT, timm, vision_transformer) becomes the start of a video model:
-    its kernel is inflated over time, its positions repeated or resized, and what it does not have
-    starts fresh and is listed. --config then sets fields of the video model, for example
+    its kernel is inflated over time, its positions are repeated or resized, and the parameters that
+    it lacks start fresh and are listed. --config then sets fields of the video model, for example
     attention_type=factorised_encoder; num_labels=400 adds a fresh classifier.
 
     Args:
@@ -233,11 +233,11 @@ def convert(
         container: Where the file holds the parameters. scenic: optimizer (optimizer/target, the
             default) or params; videomae: model (the default), module or bare.
         label_map: Keep these classes of the classifier: a JSON list whose entry k is the class of
-            SRC that class k of DST was, as VideoMAE V2's label_710to400.json.
+            SRC that becomes class k of DST, such as VideoMAE V2's label_710to400.json.
         inflation: Image models: how the kernel spreads over time (default central_frame).
-        positions: Image models: what becomes of the position table (default resize_tile).
-        temporal_attention: Image models, for factorised_self_attention: what temporal attention
-            starts from (default copy).
+        positions: Image models: how the position table is adapted (default resize_tile).
+        temporal_attention: Image models, for factorised_self_attention: how temporal attention
+            starts (default copy).
     """
     image = dict(inflation=inflation, positions=positions, temporal_attention=temporal_attention)
     report = convert_checkpoint(
@@ -259,7 +259,7 @@ def convert(
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Parameters by path, what they are a model of, and the account of the tensors read.
+    """The parameters of a checkpoint by path, their model, and an account of the tensors read.
 
     `rows` say which of `tensors` became which parameters; there are none where values changed on
     the way. `processor` is what such models are trained with, None where the checkpoint must bring
@@ -282,7 +282,7 @@ class Loaded:
     tensors: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def with_classes(self, label_map: Path) -> "Loaded":
-        """The same model with those classes of its classifier that a label map lists, in its order.
+        """The same model with only the classes that a label map lists, in its order.
 
         Raises UserError as `read_label_map` and `gather_classes` do.
         """
@@ -354,8 +354,8 @@ def load_image_model(
 ) -> Loaded:
     """Start a video model from an image model; `settings` are fields of the video model.
 
-    There is a classifier if they give it `num_labels`, class names or splits. `options` are those
-    of `init_from_image_model`.
+    It has a classifier if they set `num_labels`, class names or splits. `options` are those of
+    `init_from_image_model`.
     """
     changes = parse_settings(VivitConfig, settings)
     head = "classification" if "num_labels" in changes else "none"

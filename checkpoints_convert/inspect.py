@@ -18,16 +18,16 @@ from vivit_jax.models.build import expected_shapes
 
 
 def content_hash(tensors: Mapping[str, Any]) -> str:
-    """sha256 over names, dtypes, shapes and data, the same for every split into files.
+    """sha256 over names, dtypes, shapes and data, however they are split into files.
 
-    Of an `Unreadable` leaf it is over the reason.
+    For an `Unreadable` leaf it covers the reason.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {dtype_name(tensor)} {tuple(tensor.shape)}\n".encode())
         data = np.ascontiguousarray(tensor.read()).reshape(-1)
-        # A train state may hold None or text beside its arrays.
+        # A train state may hold None or texts beside its arrays.
         digest.update(repr(data[0]).encode() if data.dtype == object else data.view(np.uint8).data)
     return digest.hexdigest()
 
@@ -37,7 +37,7 @@ def inspect(
     config: ConfigOption = (),
     revision: str | None = None,
 ) -> None:
-    """Show a checkpoint's layout, config, tensors and hash, and whatever does not fit.
+    """Show a checkpoint's layout, config, tensors and hash, and everything that does not fit.
 
     Args:
         source: A checkpoint directory, a weight file with config.json beside it, or a hub id.
@@ -47,7 +47,7 @@ def inspect(
     tensors = checkpoint.tensors
     count = sum(int(np.prod(t.shape, dtype=np.int64)) for t in tensors.values())
     dtypes = sorted({dtype_name(t) for t in tensors.values()})
-    # The tensors come first, so that they are shown even where the config is missing or wrong.
+    # Tensors come first, so that they are shown even if the config is missing or wrong.
     print(f"files       {', '.join(str(file) for file in checkpoint.files)}")
     print(f"tensors     {len(tensors)}, {count:,} parameters, {', '.join(dtypes)}")
     print(f"sha256      {content_hash(tensors)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading and saving models as HuggingFace directories."""
+"""Loads models from any layout and saves them as HuggingFace directories."""
 
 import dataclasses
 import logging
@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 class LoadReport:
     """What loading a checkpoint into a model changes; `str()` is the message that is logged.
 
-    `dropped` and `ignored` are tensor names of the checkpoint, `fresh` are parameter paths of the
-    model, in the per-layer form, that the checkpoint does not supply. `notes` say, among others,
-    what was assumed of a file without a config.
+    `dropped` and `ignored` are tensor names of the checkpoint; `fresh` are per-layer parameter
+    paths of the model that the checkpoint does not have. `notes` say, among others, what was
+    assumed for a file without a config.
     """
 
     source: str
@@ -69,7 +69,7 @@ class LoadReport:
 
 
 class InitialisedModel(NamedTuple):
-    """A model, its parameters, and what was taken from another model and what was not."""
+    """A model, its parameters, and a report of what was taken from the checkpoint."""
 
     model: nn.Module
     params: dict[str, Any]
@@ -93,21 +93,20 @@ def from_pretrained(
     revision: str | None = None,
     seed: int = 0,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a model and its parameters from a directory, a weight file or a hub id.
+    """Load a model and its parameters from a directory, a weight file, a hub id or a `Source`.
 
     `head` is "classification", "pretraining" or "none", by default what the checkpoint holds.
-    Asking for another head, for another number of labels than the checkpoint's or for other
-    `class_splits` leaves parts out and initialises others from `seed`; everything of the kind is
-    logged as a warning, see `load_report`. Another `num_labels` or `id2label` without
-    `class_splits` gives one head. Parameters are cast to `param_dtype` (None: as stored) while they
-    are read.
+    Another head, another number of labels or other `class_splits` leave parts of the checkpoint out
+    and initialise others from `seed`; a warning lists them, see `load_report`. `num_labels` or
+    `id2label` without `class_splits` gives one classifier. Parameters are cast to `param_dtype`
+    (None: as stored) while they are read.
 
-    `config` sets fields by the names of config.json, as a mapping or as "key=value" texts: what the
-    authors' and scenic's files do not say (num_attention_heads, num_frames, image_size), or what
-    training is to change (drop_path_rate).
+    `config` sets fields by the names of config.json, as a mapping or as "key=value" texts: fields
+    that the authors' and scenic's files leave open (num_attention_heads, num_frames, image_size),
+    or that training changes (drop_path_rate).
 
-    Raises CheckpointError, listing everything at once, if a tensor is missing, unexpected or
-    mis-shaped, ConfigError for a config.json or an option that is not supported.
+    Raises CheckpointError, listing everything at once, if a tensor is missing, unexpected or has a
+    wrong shape, ConfigError for a config.json or an option that is not supported.
     """
     plan = plan_load(
         source,
@@ -141,7 +140,7 @@ def load_report(
 ) -> LoadReport:
     """What `from_pretrained` with these arguments leaves out and initialises.
 
-    Checks names and shapes and raises as `from_pretrained` does, but reads no weights.
+    Checks names and shapes, and raises, as `from_pretrained` does, but reads no weights.
     """
     return plan_load(
         source,
@@ -168,8 +167,8 @@ def save_pretrained(
 
     It holds config.json, model.safetensors (or shards of at most `max_shard_size`, bytes or "5GB")
     in the dtype of `params`, and the processor's preprocessor_config.json. The directory appears
-    whole or not at all; a non-empty one is an error unless `overwrite`, which replaces the model
-    files in it. Raises CheckpointError listing every parameter that does not fit the model.
+    complete or not at all; a non-empty one is an error unless `overwrite`, which replaces the model
+    files in it. Raises CheckpointError that lists every parameter that does not fit the model.
     """
     if not isinstance(params, Mapping):
         raise UserError(
@@ -203,7 +202,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything about a load that is known before data is read."""
+    """A load, planned and checked before any data is read."""
 
     model: nn.Module
     tensors: dict[str, Any]
@@ -213,17 +212,17 @@ class Plan:
     report: LoadReport
 
     def load(self, param_dtype: str | None, seed: int) -> InitialisedModel:
-        """The model with its parameters; the report, where it says something, is logged."""
+        """The model with its parameters; logs the report unless it is empty."""
         if self.report:
             logger.warning("%s", self.report)
         params = param_tree.unflatten(self.read(param_dtype, seed))
         return InitialisedModel(self.model, params, self.report)
 
     def read(self, param_dtype: str | None, seed: int) -> dict[str, Any]:
-        """Parameters by path: those of the checkpoint, and the others drawn from `seed`."""
+        """Parameters by path: the checkpoint's, and the fresh ones drawn from `seed`."""
         flat: dict[str, Any] = read_params(self.tensors, self.rows, self.expected, param_dtype)
         for path in flat:
-            # On CPU this takes the aligned array over; elsewhere it is freed once transferred.
+            # On CPU jax adopts the aligned array; elsewhere it is freed once it is transferred.
             flat[path] = jax.device_put(flat[path], may_alias=True)
         if self.fresh_leaves:
             flat |= initialise(self.model, self.fresh_leaves, seed)
@@ -243,10 +242,10 @@ def plan_load(
     revision: str | None = None,
     **execution: Any,
 ) -> Plan:
-    """Open a checkpoint for a model with another head, other labels, or other `changes`.
+    """Plan loading a checkpoint into a model with another head, other labels or `changes`.
 
-    `settings` are fields of the checkpoint's own config, `changes` those of the model that it is
-    read into.
+    `settings` are fields of the checkpoint's own config, `changes` fields of the model that it is
+    loaded into.
     """
     as_stored = execution.get("param_dtype", "float32") is None
     if as_stored:
@@ -289,7 +288,7 @@ def plan_load(
 
 
 def _notes(model: nn.Module, held: StoredModel, stored: Config, fresh: bool) -> list[str]:
-    """What the lists of a report do not say by themselves."""
+    """Notes on what the lists of a report do not show."""
     notes = []
     labels = model.config.num_labels
     if held.head == "classification" and labels != stored.num_labels:
@@ -311,7 +310,7 @@ def _notes(model: nn.Module, held: StoredModel, stored: Config, fresh: bool) -> 
 def _split(
     held: StoredModel, wanted: StoredModel, stored: Config, config: Config
 ) -> tuple[list[Rule], list[Rule], list[Rule]]:
-    """Rules that are read, rules whose parameters are initialised, rules that are left out."""
+    """The rules to read, those whose parameters are initialised, and those to leave out."""
     present = {rule.src for rule in held.rules(stored)}
     new_labels = (config.num_labels, config.class_splits) != (
         stored.num_labels,
@@ -358,7 +357,7 @@ def _relabel(
 
 
 def _check_statistics(model: nn.Module, processor: Any) -> None:
-    """ConfigError where the model un-normalises pixels otherwise than the processor normalises."""
+    """ConfigError if the model un-normalises pixels with other statistics than the processor's."""
     for name in ("image_mean", "image_std"):
         ours = getattr(model.config, name, None)
         theirs = getattr(processor, name, ours)
@@ -373,6 +372,6 @@ def _check_addressable(flat: Mapping[str, Any]) -> None:
     for path, leaf in flat.items():
         if not getattr(leaf, "is_fully_addressable", True):
             raise UserError(
-                f"{path} is spread over several processes; gather it first with "
+                f"{path} is sharded over several processes; gather it first with "
                 "jax.experimental.multihost_utils.process_allgather"
             )

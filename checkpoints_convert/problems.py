@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is wrong with a checkpoint, gathered and raised as one readable error.
+"""Collects everything that is wrong with a checkpoint and raises it as one readable error.
 
-Entries that differ only in the layer index share a line: `encoder.layer.{0-11}.output.bias`.
+Entries that differ only in the layer share a line: `encoder.layer.{0-11}.output.bias`.
 """
 
 import collections
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from vivit_jax.errors import CheckpointError
 
 _FIRST = ("missing", "unexpected", "wrong shape")
-# The layer in layer.3.output, layers_3/output, blocks.3.attn, encoderblock_3/LayerNorm_1, and the
-# parameter in state/3/exp_avg of an optimiser of torch.
+# The layer in layer.3.output, layers_3/output, blocks.3.attn, encoderblock_3/LayerNorm_1 of any
+# layout, and the parameter in state/3/exp_avg of a torch optimiser.
 _LAYER = re.compile(
-    r"(?:(?<=layer\.)|(?<=layers[._])|(?<=blocks\.)|(?<=encoderblock_)|(?<=optimizer/state/))"
+    r"(?:(?<=layer[._])|(?<=layers[._])|(?<=block[._])|(?<=blocks[._])|(?<=optimizer/state/))"
     r"\d+(?=[./])"
 )
 
@@ -61,7 +61,7 @@ class Problems:
 
 
 def collapse(lines: Iterable[str]) -> list[str]:
-    """Merge lines that differ only in the layer, keeping every layer in view."""
+    """Merge lines that differ only in the layer, and say which layers they are."""
     groups: dict[str, list[int]] = {}
     for line in lines:
         found = set(_LAYER.findall(line))
@@ -102,7 +102,7 @@ def _ranges(indices: list[int]) -> str:
 
 
 def _likely_origin(name: str, shape: tuple[int, ...], missing: dict[str, tuple[int, ...]]):
-    """The missing name of the same shape, and layer if it has one, that is spelt most alike."""
+    """The most similar missing name with the same shape, and layer if it has one."""
     layer = _LAYER.findall(name)
     same = [m for m, s in missing.items() if s == shape and _LAYER.findall(m) in (layer, [])]
     return max(same, key=lambda m: difflib.SequenceMatcher(None, name, m).ratio(), default=None)

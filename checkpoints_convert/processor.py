@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The preprocessing that belongs to a checkpoint."""
+"""The processor that belongs to a checkpoint."""
 
 import logging
 

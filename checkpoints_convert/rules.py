@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight tables and the engine that moves tensors through them, strictly and in both directions.
 
-A table is a list of `Rule`. Importing reads every rule from left to right, exporting the same rules
-from right to left, so there is no second, hand-written inverse to disagree with the first. All
-names and shapes are checked before any data is read, and everything wrong is reported at once.
+A table is a list of `Rule`. Importing reads the rules from left to right, exporting from right to
+left, so there is no hand-written inverse that could disagree. All names and shapes are checked
+before any data is read, and all faults are reported at once.
 
-A source is a mapping of names to tensors. A tensor has `shape` and `dtype`; if it has `read()`,
-data is read one tensor at a time, otherwise it is taken as an array. Rules only permute, so the
-same calls carry gradients.
+A source maps names to tensors. A tensor has `shape` and `dtype`; if it has `read()`, data is read
+one tensor at a time, else it is an array. Rules only permute, so the same calls carry gradients.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from vivit_jax import param_tree
 from vivit_jax.errors import CheckpointError
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
-_ALIGNMENT = 64  # bytes; jax on CPU takes such an array over without copying it
+_ALIGNMENT = 64  # bytes; jax on CPU adopts aligned arrays without a copy
 _STRIPE = 16  # four-byte numbers in a cache line
 
 
@@ -35,9 +34,9 @@ class Rule:
 
     `src` and `dst` are templates in which `{i}` counts the `layers`. `pattern` is an einops
     pattern from the tensor to the parameter, with `sizes` for the axes that it splits. A tuple
-    `dst` names parameters that share the tensor along the pattern's first target axis, `s`: fused
-    query, key and value. An empty `dst` leaves the tensor out for the stated `reason`; such a
-    tensor may also be absent.
+    `dst` names parameters that share one tensor, such as fused query, key and value, along the
+    pattern's first target axis, `s`. An empty `dst` leaves the tensor out for the given `reason`;
+    such a tensor may be absent.
     """
 
     src: str
@@ -80,9 +79,9 @@ class Row:
 
 
 def expand(rules: Iterable[Rule]) -> Iterator[Row]:
-    """One row per rule and layer, layer by layer where rules of one stack follow each other.
+    """One row per rule and layer; consecutive rules of one stack are expanded layer by layer.
 
-    So a table in the order in which a block lists its tensors gives that of a whole state dict.
+    So a table in the order of a block's tensors gives the order of a whole state dict.
     """
     for (layers, _), stack in itertools.groupby(rules, _stack):
         stack = list(stack)
@@ -97,7 +96,7 @@ def expand(rules: Iterable[Rule]) -> Iterator[Row]:
 
 
 def _stack(rule: Rule) -> tuple[int | None, str]:
-    """What the rules of one stack of blocks share: its depth and what precedes the layer."""
+    """The key that rules of one stack of blocks share: its depth and the name before the layer."""
     return rule.layers, "" if rule.layers is None else rule.src.partition("{i}")[0]
 
 
@@ -109,10 +108,10 @@ def match_import(
 ) -> list[Row]:
     """Check names, shapes and dtypes of a source against a table and a parameter tree.
 
-    `expected` is the shape of every leaf by path, in either layout of `trees`. Returns the rows of
-    the tensors that the source holds. Raises one CheckpointError that lists every tensor missing,
-    unexpected, mis-shaped or of an unsupported dtype, and every parameter that no rule sets, that
-    two rules set, or that the model does not have.
+    `expected` is the shape of every leaf by path, in either form of `param_tree`. Returns the rows
+    of the tensors in the source. Raises one CheckpointError that lists every tensor that is
+    missing, unexpected, of a wrong shape or of an unsupported dtype, and every parameter that no
+    rule sets, two rules set, or the model does not have.
     """
     problems = Problems(f"{what} does not fit the model")
     slots = param_tree.slots(expected)
@@ -156,10 +155,9 @@ def read_params(
 ) -> dict[str, np.ndarray]:
     """Read the tensors of rows that `match_import` has checked.
 
-    Returns one freshly allocated array per leaf, of `dtype`, or of the dtype the tensors are
-    stored in (None). One tensor is in memory at a time beside them. Raises CheckpointError where
-    the layers of one stacked leaf are stored in dtypes without a common one, and where finite
-    numbers would become infinite in `dtype`.
+    Returns one newly allocated array per leaf, of `dtype`, or as stored (None). Only one more
+    tensor is in memory at a time. Raises CheckpointError if the layers of a stacked leaf have
+    dtypes without a common one, and if finite numbers become infinite in `dtype`.
     """
     slots = param_tree.slots(expected)
     rows = [row for row in rows if row.dst]
@@ -191,7 +189,7 @@ def import_params(
     dtype: str | np.dtype | None = None,
     what: str = "checkpoint",
 ) -> dict[str, np.ndarray]:
-    """Move a checkpoint into the parameter tree whose leaf shapes by path are `expected`.
+    """Read a checkpoint into a parameter tree with `expected` leaf shapes by path.
 
     `match_import`, then `read_params`.
     """
@@ -201,7 +199,7 @@ def import_params(
 def leaf_dtypes(
     source: Mapping[str, Any], rows: Iterable[Row], slots: Mapping[str, param_tree.Slot]
 ) -> dict[str, np.dtype]:
-    """The dtype of every leaf as stored; layers that differ are promoted to their common dtype."""
+    """The stored dtype of every leaf; layers that differ are promoted to a common dtype."""
     dtypes: dict[str, np.dtype] = {}
     for row in rows:
         stored = np.dtype(dtype_name(source[row.src]))
@@ -223,11 +221,11 @@ def export_params(
     expected: Mapping[str, tuple[int, ...]] | None = None,
     what: str = "params",
 ) -> dict[str, LazyTensor]:
-    """The tensors of a checkpoint, by name, from a flat parameter tree in either layout.
+    """The tensors of a checkpoint, by name, from a flat parameter tree in either form.
 
-    Values are arrays (numpy or jax); each tensor is computed when its `read()` is called. Where
-    `expected` leaf shapes are given the tree must have exactly those. Raises one CheckpointError
-    that lists every parameter missing, unexpected, mis-shaped, or not used once by the table.
+    Values are arrays (numpy or jax); each tensor is computed by its `read()`. If `expected` leaf
+    shapes are given, the tree must have exactly those. Raises one CheckpointError that lists every
+    parameter that is missing, unexpected, of a wrong shape, or not used exactly once by the table.
     """
     problems = Problems(f"{what} do not fit the model")
     shapes = param_tree.shapes_of(params)
@@ -278,7 +276,7 @@ def dtype_name(tensor: Any) -> str:
 
 
 def stored_dtype(tensors: Mapping[str, Any]) -> str:
-    """The dtype of a checkpoint: the one its tensors have, float32 where they differ."""
+    """The dtype of a checkpoint: that of its tensors, float32 if they differ."""
     names = {dtype_name(tensor) for tensor in tensors.values()}
     return names.pop() if len(names) == 1 else "float32"
 
@@ -308,7 +306,7 @@ def _overflowed(target: np.ndarray, value: np.ndarray) -> bool:
 
 
 def _copy(target: np.ndarray, value: np.ndarray) -> None:
-    """target[...] = value, about four times faster where the copy transposes."""
+    """target[...] = value; about four times faster for copies that transpose."""
     if value.ndim < 2 or value.strides[-1] == value.itemsize:
         target[...] = value
         return

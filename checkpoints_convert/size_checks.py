@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A config compared with the tensors beside it before a model of its sizes is made.
+"""Compares a config with the tensors beside it before a model of its sizes is built.
 
-`rules.match_import` lists all that does not fit, from the shapes of the whole model. A config that
-asks for a million layers or a table of positions of terabytes is refused here, by what is cheap to
-compare.
+`rules.match_import` lists everything that does not fit, but needs the shapes of the whole model. A
+config with a million layers or terabytes of positions is refused here, by cheap comparisons.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +13,7 @@ from vivit_jax.config import Config
 from vivit_jax.errors import CheckpointError
 from vivit_jax.files.limits import check_unpacked
 
-_LISTED = 200  # tensors beyond twice those of the files that are still worth a list
+_LISTED = 200  # missing tensors, beyond as many as there are, that are still worth a list
 _CHEAP_AXIS = 2**14
 
 
@@ -31,7 +30,7 @@ def check_sizes(
     if wanted > 2 * len(tensors) + _LISTED:
         missing = next(row.src for row in expand(rules) if row.dst and row.src not in tensors)
         raise CheckpointError(
-            f"{title} does not fit the model: its config is of {wanted:,} tensors, the files hold "
+            f"{title} does not fit the model: its config needs {wanted:,} tensors, the files hold "
             f"{len(tensors):,}, and {missing} is the first that is missing; compare the numbers of "
             "layers in the config with the files"
         )
@@ -47,7 +46,7 @@ def check_sizes(
 
 
 def _axes(config: Config, head: str) -> dict[str, int]:
-    """Sizes that are the length of an axis of some tensor, by their names."""
+    """Sizes of the config that are the length of some tensor's axis, by name."""
     names = ["hidden_size", "intermediate_size", "num_channels"]
     if head == "classification":
         names.append("num_labels")

@@ -66,7 +66,7 @@ class Source:
 
     @property
     def title(self) -> str:
-        """The checkpoint and the model it is read as, the subject of error messages."""
+        """The checkpoint and the model it is read as, for error messages."""
         return f"{self.checkpoint.path}, read as {self.architecture},"
 
     def describe(self) -> str:

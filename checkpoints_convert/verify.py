@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-convert verify`: the same checkpoint and the same input in PyTorch and in JAX.
+"""`vivit-convert verify`: runs a checkpoint on the same input in PyTorch and in JAX.
 
-PyTorch loads the files through transformers, JAX through this package, and nothing is shared on the
-way. The third run, PyTorch in float64, says which of the two is nearer to the truth.
+PyTorch loads the files through transformers, JAX through this package; they share no code. A third
+run, PyTorch in float64, shows which of the two is closer to the truth.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class Verification:
     inputs: str
     tolerance: float
     rows: tuple[Row, ...]
-    note: str | None = None  # what the two sides compute differently by design
+    note: str | None = None  # what the two sides compute differently on purpose
 
     @property
     def passed(self) -> bool:
@@ -111,13 +111,12 @@ def verify_checkpoint(
 ) -> Verification:
     """Run a checkpoint in both frameworks and compare embeddings, every block, logits and loss.
 
-    The input is standard normal noise drawn from `seed`, or `clip`, a video file read and
-    preprocessed as the checkpoint's preprocessor_config.json says. Both run in float32 with exact
-    matrix products. A checkpoint that transformers does not read, scenic's or that of VideoMAE's
-    authors, is first converted into a temporary directory, with `settings` for what it does not
-    say. Raises CheckpointError if either side does not load every tensor, MissingExtra without
-    PyTorch or transformers, UserError for a model that transformers does not have or
-    does not run.
+    The input is standard normal noise drawn from `seed`, or `clip`, a video file preprocessed as
+    the checkpoint's preprocessor_config.json says. Both sides run in float32 with exact matrix
+    products. A checkpoint that transformers does not read (of scenic or VideoMAE's authors) is
+    first converted into a temporary directory, with `settings` for fields that it leaves open.
+    Raises CheckpointError if either side does not load every tensor, MissingExtra without PyTorch
+    or transformers, UserError for a model that transformers does not have or does not run.
     """
     if not 0 < tolerance < np.inf or batch < 1 or seed < 0:
         raise UserError(
@@ -188,7 +187,7 @@ def _no_reference(opened: Source) -> str:
     if config.in_transformers:
         (reason,) = transformers_notes(config, opened.head)
         return (
-            f"{opened.checkpoint.path} has nothing to be compared with: {reason}. vivit-convert "
+            f"{opened.checkpoint.path} cannot be compared with PyTorch: {reason}. vivit-convert "
             "inspect checks the tensors"
         )
     if opened.family == "videomae":
@@ -237,11 +236,11 @@ def load_transformers(
     attention: str = "sdpa",
     dtype: str = "float32",
 ) -> Any:
-    """The class `name` of transformers with the weights of `path`, in eval mode; all or an error.
+    """transformers' class `name` with all the weights of `path`, in eval mode.
 
-    `pooler` is whether a headless model has one. Raises MissingExtra without PyTorch or
-    transformers, told as what `purpose` needs, UserError for a transformers that is too old, and
-    CheckpointError where it does not load every tensor.
+    `pooler` is whether a headless model has one. Raises MissingExtra, naming the `purpose`, without
+    PyTorch or transformers, UserError for a transformers that is too old, and CheckpointError if it
+    does not load every tensor.
     """
     check_torch(purpose)
     import torch
@@ -258,23 +257,23 @@ def load_transformers(
                 output_attentions=False,
                 **options,
             )
-        except Exception as error:  # whatever it chokes on, the checkpoint is what it choked on
+        except Exception as error:  # whatever it raises, it is about the checkpoint
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise CheckpointError(f"transformers does not open {path}: {reason}") from error
-    # A key bias cannot change the softmax; transformers leaves it out as we do.
+    # A key bias cannot change the softmax; transformers leaves it out too.
     unexpected = {key for key in info["unexpected_keys"] if not key.endswith(".key.bias")}
     if name == "VideoMAEModel" and pooler:
-        unexpected -= {"fc_norm.weight", "fc_norm.bias"}  # its model has none
+        unexpected -= {"fc_norm.weight", "fc_norm.bias"}  # its model has no such norm
     problems = {"missing": sorted(info["missing_keys"]), "unexpected": sorted(unexpected)}
     if any(problems.values()):
-        told = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
-        raise CheckpointError(f"transformers does not load every tensor of {path}: {told}")
-    model.config.return_dict = True  # transformers trips over its own tuples otherwise
+        listed = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        raise CheckpointError(f"transformers does not load every tensor of {path}: {listed}")
+    model.config.return_dict = True  # transformers fails on its own tuples
     return model.eval()
 
 
 def check_torch(purpose: str) -> None:
-    """MissingExtra without PyTorch or transformers, UserError where transformers is too old."""
+    """MissingExtra without PyTorch or transformers, UserError if transformers is too old."""
     for package in ("torch", "transformers"):
         try:
             __import__(package)
@@ -292,7 +291,7 @@ def check_torch(purpose: str) -> None:
 
 @contextlib.contextmanager
 def quiet(transformers) -> Iterator[None]:
-    """Leave the load report to us: what it would warn of is an error here."""
+    """Silence transformers' load report: what it warns of is an error here."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -307,7 +306,7 @@ def quiet(transformers) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_directory(path: Path) -> Iterator[Path]:
-    """A directory that transformers loads `path` from; for a file, one that holds links."""
+    """A directory from which transformers loads `path`; for a file, one with links."""
     if path.is_dir():
         yield path
         return
@@ -332,7 +331,7 @@ def _read_clip(clip, path: Path, config) -> np.ndarray:
 
 
 def _extra_inputs(model, head: str, batch: int, seed: int) -> dict[str, np.ndarray]:
-    """Labels of the kind the config trains with, or a random mask of nine tenths."""
+    """Labels of the kind that the config trains with, or a random mask of 90 %."""
     config, rng = model.config, np.random.default_rng(seed)
     if head == "pretraining":
         tokens = config.num_tokens
@@ -365,7 +364,7 @@ def _run_in_jax(model, params, pixels, extra) -> dict[str, np.ndarray]:
 
 
 def _torch_pooler(opened: Source) -> Callable[[Any], Any] | None:
-    """The pooler of a headless VideoMAE, which transformers' model does not have, in PyTorch."""
+    """A headless VideoMAE's pooler in PyTorch, which transformers' model lacks."""
     import torch
 
     if not isinstance(opened.config, VideoMAEConfig):
@@ -386,7 +385,7 @@ def _torch_pooler(opened: Source) -> Callable[[Any], Any] | None:
 
 
 def _run_in_torch(model, pixels, extra, pool=None) -> dict[str, np.ndarray]:
-    """What transformers' model returns; `pool` makes a pooler_output of the tokens."""
+    """The outputs of transformers' model; `pool` computes a pooler_output from the tokens."""
     import torch
 
     inputs: dict[str, Any] = {
@@ -397,7 +396,7 @@ def _run_in_torch(model, pixels, extra, pool=None) -> dict[str, np.ndarray]:
     decoder_states: list[torch.Tensor] = []
     hooks = []
     if hasattr(model, "decoder"):
-        # transformers does not return what happens between the decoder's blocks.
+        # transformers does not return the states between the decoder's blocks.
         layers = model.decoder.decoder_layers
         hooks.append(
             layers[0].register_forward_pre_hook(lambda _, args: decoder_states.append(args[0]))
@@ -449,13 +448,13 @@ def verify(
 ) -> int:
     """Run a checkpoint in PyTorch and in JAX and compare; exit status 1 if they differ.
 
-    A row per embedding, block, logits and loss: the largest absolute difference, its share of the
-    largest value, and the error of either side against PyTorch in float64.
+    One row each for the embeddings, every block, logits and loss: the largest absolute difference,
+    its share of the largest value, and the error of each side against PyTorch in float64.
 
     Args:
         source: A checkpoint directory, a weight file with config.json beside it, or a hub id.
         clip: A video file to run on instead of noise.
-        tolerance: Largest difference allowed, times the largest value where that exceeds 1.
+        tolerance: Largest difference allowed, times the largest value if that exceeds 1.
         batch: Clips per run.
         seed: Seed of the noise, the labels and the mask.
         attention: The attention implementation of the JAX side.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding checkpoint files: a local path as it is, a HuggingFace hub id through its cache.
+"""Finds checkpoint files: local paths as they are, HuggingFace hub ids through the hub's cache.
 
-A hub id is `org/name`, with a branch, tag or commit `org/name@revision`, or a weight file in a
-repository, `org/name/folder/weights.pth`, at a revision too. Where the hub cannot be reached the
-files in its cache are used; with HF_HUB_OFFLINE=1 it is not asked at all.
+A hub id is `org/name`, `org/name@revision` with a branch, tag or commit, or a weight file in a
+repository, `org/name/folder/weights.pth`, with or without a revision. If the hub cannot be reached
+the files in its cache are used; with HF_HUB_OFFLINE=1 it is not contacted.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from vivit_jax.errors import CheckpointError, MissingExtra, first_line, quoted
 from vivit_jax.files.json_files import read_json
 
 _NAME = r"[A-Za-z0-9][\w.-]{,255}"
-_PART = r"(?!\.\.?(?:[/@]|\Z))[\w.-]{1,255}"  # of a path; "." and ".." are none
+_PART = r"(?!\.\.?(?:[/@]|\Z))[\w.-]{1,255}"  # of a path; "." and ".." are not allowed
 _HUB_ID = re.compile(
     rf"(?P<repository>{_NAME}/{_NAME})"
     rf"(?:/(?P<file>(?:{_PART}/){{,15}}{_PART}\.(?:safetensors|bin|pth|pt|ckpt|msgpack)))?"
@@ -25,7 +25,7 @@ _CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class HubId:
-    """What a hub id names: a repository, perhaps one of its files, perhaps at a revision."""
+    """A repository on the hub, optionally one of its files, optionally at a revision."""
 
     repository: str
     file: str | None = None
@@ -33,9 +33,9 @@ class HubId:
 
 
 def hub_id(source: str | Path, revision: str | None = None) -> HubId | None:
-    """A text read as a hub id, None if it is none.
+    """A text read as a hub id; None if it is not one.
 
-    Raises CheckpointError where it says another revision than `revision`.
+    Raises CheckpointError if it names another revision than `revision`.
     """
     match = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
     if match is None:
@@ -49,11 +49,11 @@ def hub_id(source: str | Path, revision: str | None = None) -> HubId | None:
 def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     """A local checkpoint directory or file; a hub id is downloaded into the hub's cache.
 
-    Of a hub repository come config.json, one of PROCESSOR_FILES and one format of the weights,
-    safetensors where there are any; of a weight file in one, the file and those two where they lie
-    beside it. Raises CheckpointError for what is neither a path nor a hub id, for an unknown
-    repository, file or revision, and when the hub cannot be reached and its cache lacks a file;
-    MissingExtra without huggingface_hub.
+    From a repository come config.json, one of PROCESSOR_FILES and the weights in one format,
+    safetensors if possible; for a weight file, the file and the other two beside it, if they exist.
+    Raises CheckpointError for a text that is neither a path nor a hub id, an unknown repository,
+    file or revision, and if the hub cannot be reached and its cache lacks a file; MissingExtra
+    without huggingface_hub.
     """
     if not isinstance(source, str | Path) or not str(source):
         raise CheckpointError(
@@ -83,9 +83,9 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
 
 
 def resolve_processor(source: str, revision: str | None = None) -> Path:
-    """The first of PROCESSOR_FILES that a hub repository holds, beside the file that is named.
+    """The first of PROCESSOR_FILES in a hub repository, beside the weight file if one is named.
 
-    Raises as `resolve_checkpoint`, and where it holds none of them.
+    Raises as `resolve_checkpoint` does, and if there is none of them.
     """
     remote = _local_or_remote(source, revision)
     if isinstance(remote, Path):
@@ -95,7 +95,7 @@ def resolve_processor(source: str, revision: str | None = None) -> Path:
 
 
 def resolve_config(source: str, revision: str | None = None) -> Path | None:
-    """The config.json beside what a hub id names; None if there is none."""
+    """The config.json of a hub id; None if there is none."""
     remote = _local_or_remote(source, revision)
     return None if isinstance(remote, Path) else _download(remote, _beside(remote, _CONFIG))
 
@@ -115,7 +115,7 @@ def _resolve_file_of(remote: HubId, file: str) -> Path:
 
 
 def _beside(remote: HubId, filename: str) -> str:
-    """A file's path in a repository: in its folder, or in that of the weight file it names."""
+    """A file's path in a repository: at its top, or beside the weight file that is named."""
     return filename if remote.file is None else str(Path(remote.file).with_name(filename))
 
 
@@ -146,7 +146,7 @@ def _offline() -> bool:
 
 
 def _without_config(remote: HubId) -> str:
-    """The message for a repository without config.json, with the weight files it does hold."""
+    """The message for a repository without config.json, naming the weight files it has."""
     from huggingface_hub import list_repo_files
 
     found: list[str] = []
@@ -154,7 +154,7 @@ def _without_config(remote: HubId) -> str:
         try:
             files = list_repo_files(remote.repository, revision=remote.revision)
             found = [f for f in files if _HUB_ID.fullmatch(f"{remote.repository}/{f}")]
-        except Exception:  # whatever keeps the hub from listing, the message is about config.json
+        except Exception:  # the message is about config.json, with or without a list
             found = []
     at = "" if remote.revision is None else f"@{remote.revision}"
     message = f"{remote.repository}{at} on the hub holds no {_CONFIG}"
@@ -177,17 +177,17 @@ def _required(remote: HubId, filename: str) -> Path:
 def _download(remote: HubId, filename: str, *, required: bool = False) -> Path | None:
     """The cached path of a file; None if the repository has no such file.
 
-    Offline a file that is not `required` and not in the cache counts as absent, but for
-    config.json, without which there is no model.
+    Offline, a file that is neither `required` nor in the cache counts as absent, except
+    config.json, which every model needs.
     """
     source, revision = remote.repository, remote.revision
     try:
         from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download
         from huggingface_hub import try_to_load_from_cache as cached_path
     except ImportError:
-        what = f"{source} is no local path, and downloading it"
+        what = f"{source} is not a local path, and downloading it"
         raise MissingExtra("huggingface_hub", "hub", what) from None
-    # What a commit holds and what it lacks does not change, so the hub is not asked twice.
+    # A commit does not change, so the hub is not asked again.
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         cached = cached_path(source, filename, revision=revision)
         if cached is _CACHED_NO_EXIST:
@@ -198,16 +198,16 @@ def _download(remote: HubId, filename: str, *, required: bool = False) -> Path |
         return Path(hf_hub_download(source, filename, revision=revision))
     except errors.HFValidationError as error:
         raise CheckpointError(
-            f"{source} does not exist, and is no hub id either: {first_line(error)}"
+            f"{source} does not exist, and is not a hub id either: {first_line(error)}"
         ) from None
     except errors.LocalEntryNotFoundError:
         if _offline() and not required and filename != _CONFIG:
             return None
         reason = "HF_HUB_OFFLINE is set" if _offline() else "the hub cannot be reached"
         raise CheckpointError(
-            f"{source} is no local path, and {filename} of that hub repository is not in the local "
-            f"cache and cannot be downloaded: {reason}; give a local directory, or fill the cache "
-            f"where there is a network: hf download {source}"
+            f"{source} is not a local path, and {filename} of that hub repository is not in the "
+            f"local cache and cannot be downloaded: {reason}; give a local directory, or fill the "
+            f"cache on a machine with a network: hf download {source}"
         ) from None
     except errors.GatedRepoError:
         raise CheckpointError(
@@ -221,7 +221,7 @@ def _download(remote: HubId, filename: str, *, required: bool = False) -> Path |
         ) from None
     except errors.EntryNotFoundError:
         return None
-    except ValueError as error:  # a name that no file can have here
+    except ValueError as error:  # a name that this file system does not allow
         raise CheckpointError(f"{source}: {filename}: {first_line(error)}") from None
     except errors.HfHubHTTPError as error:
         raise CheckpointError(f"{source}: the hub answered {error}") from None
@@ -236,7 +236,7 @@ PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHT_FILES = (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX)  # in order of preference
 
 
-# Where transformers has put a processor, the commonest first.
+# Files that transformers has saved processors in, the most common first.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -245,13 +245,13 @@ PROCESSOR_FILES = (
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file name of every tensor's shard; CheckpointError if it is no index of plain names."""
+    """Each tensor's shard by file name; CheckpointError unless it is an index of plain names."""
     values = read_json(path, CheckpointError, "expected an index of weights")
     weight_map = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
         raise CheckpointError(
-            f"{path} is not a weight index: expected a JSON object whose weight_map says the file "
-            "name of every tensor's shard"
+            f"{path} is not a weight index: expected a JSON object whose weight_map names the "
+            "shard of every tensor"
         )
     if not all(Path(name).name == name for name in weight_map.values()):
         raise CheckpointError(f"{path} names shards outside its own directory")

@@ -38,7 +38,7 @@ class TypeMismatch(Exception):
 
 
 def expected(wanted: Any) -> str:
-    """What values of an annotation are, in words."""
+    """An annotation in words."""
     if wanted is types.NoneType:
         return "none"
     arguments = typing.get_args(wanted)
@@ -191,7 +191,7 @@ def override(config: Config, settings: Settings) -> Config:
 
 
 def reusable(settings: Settings | None) -> Settings:
-    """Settings that can be read more than once; none for None. ConfigError for other types."""
+    """Settings that can be read more than once; () for None. ConfigError for other types."""
     if settings is None:
         return ()
     kept: Any = settings
@@ -205,7 +205,7 @@ def reusable(settings: Settings | None) -> Settings:
 
 
 def names_set(settings: Settings) -> set[str]:
-    """The fields that settings name, not checked."""
+    """The names of the fields that are set, unchecked."""
     return {setting.partition("=")[0].strip() for setting in settings}
 
 
@@ -227,7 +227,7 @@ def parse_settings(cls: type[Config], settings: Settings) -> dict[str, Any]:
             close = difflib.get_close_matches(name, fields, 1)
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"
             if name in {f.name for f in dataclasses.fields(cls)}:
-                hint = ": it says how a model runs, not what it computes, and is an argument"
+                hint = ": it sets how a model runs, not what it computes; pass it as an argument"
             raise ConfigError(f"{where}: {what} has no field {name!r}{hint}")
         if name in changes:
             raise ConfigError(f"{where}: {name} is set twice")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HuggingFace directories: config.json as a file, and the tensors by the names of transformers."""
+"""HuggingFace directories: config.json, and tensors by transformers' names."""
 
 import dataclasses
 import json
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 NAME = "config.json"
 PATCH_KERNEL = "embeddings.patch_embeddings.projection.weight"
 PREFIXES = (hf_vivit.PREFIX, hf_videomae.PREFIX)  # of the backbones in models with a head
-HF_FIXED_EPS = 1e-5  # of the norms outside the blocks of VideoMAE
+HF_FIXED_EPS = 1e-5  # VideoMAE's norms outside the blocks, in transformers
 
 
 def config_path(checkpoint: str | Path) -> Path:
-    """Where the config.json of a checkpoint, a directory or a weight file, lies."""
+    """The path of the config.json of a checkpoint, a directory or a weight file."""
     checkpoint = Path(checkpoint)
     return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / NAME
 
 
 class StoredConfig(NamedTuple):
-    """What a config.json says: the config, the head, and whether it is VideoMAE V2's on the hub."""
+    """The content of a config.json; `hub_form` says that it is VideoMAE V2's on the hub."""
 
     config: Config
     head: str | None
@@ -51,10 +51,10 @@ class StoredConfig(NamedTuple):
 def read_config(checkpoint: str | Path, **execution: Any) -> StoredConfig:
     """Read the config of a checkpoint (a directory or a weight file) and the head it names.
 
-    `execution` sets execution fields. The head is None where `architectures` is absent or names a
-    class this library does not have. Keys that are not known are in `extra` of the config, whose
-    `kept_note` the caller tells. Raises ConfigError, naming the file, if it is missing, not JSON,
-    of another model_type, or sets what transformers computes with and this library does not.
+    `execution` sets execution fields. The head is None if `architectures` is absent or names an
+    unknown class. Unknown keys are in the config's `extra`; the caller reports its `kept_note`.
+    Raises ConfigError, naming the file, if it is missing, not JSON, of another model_type, or sets
+    something that transformers computes with and this library does not.
     """
     path = config_path(checkpoint)
     try:
@@ -80,9 +80,9 @@ def read_config(checkpoint: str | Path, **execution: Any) -> StoredConfig:
 
 
 def _with_model_type(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values of a config.json; the class it names says the family where it does not.
+    """The values of a config.json, with the model_type of the class it names if it has none.
 
-    transformers' own classes do not ask for a model_type.
+    transformers' own classes do not need a model_type.
     """
     named = values.get("architectures")
     if values.get("model_type") is not None or not isinstance(named, list):
@@ -93,13 +93,13 @@ def _with_model_type(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def predicts_as_published(config: VideoMAEConfig) -> bool:
-    """Whether pre-training turns pixels back into [0, 1] as HuggingFace and the authors do."""
+    """Whether pre-training maps pixels back to [0, 1] as HuggingFace and the authors do."""
     statistics = (config.image_mean, config.image_std)
     return statistics in ((None, None), (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def runs_in_transformers(config: Config, head: str) -> bool:
-    """Whether transformers has this architecture and runs the model with this head."""
+    """Whether transformers has this architecture and runs it with this head."""
     if not config.in_transformers:
         return False
     pixels = isinstance(config, VideoMAEConfig) and not config.norm_pix_loss
@@ -107,7 +107,7 @@ def runs_in_transformers(config: Config, head: str) -> bool:
 
 
 def transformers_notes(config: Config, head: str, pooler: bool = False) -> tuple[str, ...]:
-    """Where transformers does not compute what `config` says; `pooler` is of a headless model."""
+    """Notes on what transformers computes differently; `pooler` is of a headless model."""
     if not config.in_transformers:
         return (
             "transformers does not have this model; its Auto classes refuse the model_type "
@@ -127,13 +127,12 @@ def transformers_notes(config: Config, head: str, pooler: bool = False) -> tuple
     if mae and head == "pretraining" and not predicts_as_published(config):
         notes.append(
             f"image_mean is {config.image_mean} and image_std {config.image_std} here; "
-            "transformers takes pixels un-normalised with ImageNet's if they are RGB, else as they "
-            "are"
+            "transformers un-normalises RGB pixels with ImageNet's, and other pixels not at all"
         )
     if mae and pooler:
         notes.append(
-            "transformers' VideoMAEModel computes the tokens and has no pooler_output, the fc_norm "
-            "of their mean: it leaves fc_norm.weight and fc_norm.bias out"
+            "transformers' VideoMAEModel computes the tokens but no pooler_output, the fc_norm of "
+            "their mean: it leaves fc_norm.weight and fc_norm.bias out"
         )
     norms = {"pretraining": "decoder_norm_eps"}
     if getattr(config, "use_mean_pooling", False):
@@ -158,8 +157,8 @@ def write_config(
 ) -> None:
     """Write config.json for a model with this head whose weights are stored as `dtype`.
 
-    `pooler` is whether a headless model has one. Warns where transformers will not compute what
-    it says; `warn=False` is for whoever tells it in another way, and for files that are not for
+    `pooler` is whether a headless model has one. Warns of what transformers computes differently;
+    `warn=False` is for callers that report it themselves, and for files that are not for
     transformers.
     """
     for note in transformers_notes(config, head, pooler) if warn else ():
@@ -176,8 +175,8 @@ def parameters(
 ) -> tuple[Mapping[str, Any], dict[str, str]]:
     """The tensors of a model by HuggingFace's names, and the names left out with the reason.
 
-    `known` are the prefixes of a model's own names. Raises CheckpointError where the model has
-    another one, for a file that holds several models, and for one that is no state dict.
+    `known` are the prefixes of a model's own names. Raises CheckpointError for another prefix, a
+    file with several models, and a file that is not a state dict.
     """
     before = (name_before(name, PATCH_KERNEL) for name in tensors)
     prefixes = [prefix for prefix in before if prefix is not None]
@@ -198,7 +197,7 @@ def parameters(
 
 
 def _container(path: Path, prefixes: list[str]) -> str:
-    """The container of the model whose patch embedding's names have these prefixes."""
+    """The container of the model, from the prefixes of its patch embedding's names."""
     held = list(dict.fromkeys(prefix[: prefix.rfind("/") + 1] for prefix in prefixes)) or [""]
     usual = [container for container in ("", *USUAL) if container in held]
     if len(held) > 1 and not usual:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json of VideoMAE V2 as the hub has it (OpenGVLab/VideoMAEv2-Base and its sisters).
+"""config.json of VideoMAE V2 on the hub (OpenGVLab/VideoMAEv2-Base and its siblings).
 
-Its model_type is VideoMAEv2_Base, _Large, _Huge, _giant or the like, and what its authors' class
-VisionTransformer is called with stands under `model_config`. The weights are the authors', under
-`model.`; the code in these repositories, which `auto_map` names, is not run.
+Its model_type is VideoMAEv2_Base, _Large, _Huge, _giant or similar, and `model_config` holds the
+arguments of the authors' class VisionTransformer. The weights are the authors', under `model.`; the
+code in these repositories, which `auto_map` names, is not run.
 """
 
 import re
@@ -16,7 +16,7 @@ from vivit_jax.errors import ConfigError
 SECTION = "model_config"
 _MODEL_TYPE = re.compile(r"videomae_?v2\w*", re.IGNORECASE)
 _EPS = 1e-6
-# The authors' arguments, our fields, and what an absent one is there.
+# The authors' arguments: our field for each, and its default there.
 _FIELDS = {
     "img_size": ("image_size", 224),
     "patch_size": ("patch_size", 16),
@@ -36,13 +36,13 @@ _FIELDS = {
     "cos_attn": ("cosine_attention", False),
     "layer_norm_eps": ("layer_norm_eps", _EPS),
 }
-# Values of the other arguments that leave the function as it is here.
+# Values of other arguments that do not change the function.
 _ONLY = {
     "use_learnable_pos_emb": (False, None),
     "norm_layer": ("nn.LayerNorm", "LayerNorm", "torch.nn.LayerNorm", None),
 }
 _WITHOUT_EFFECT = ("with_cp", "init_scale")  # recomputation in training; fresh classifiers
-# Of the top of the file: the form itself, and the code of the repository.
+# Keys of the file for the form itself and the repository's code.
 _REPLACED = (SECTION, "model_type", "architectures", "auto_map", "id2label", "label2id")
 
 
@@ -56,15 +56,15 @@ def is_hub_form(values: Mapping[str, Any]) -> bool:
 def read_hub_form(values: Mapping[str, Any]) -> tuple[VideoMAEConfig, str]:
     """The config, and the head: a classifier where `num_classes` is positive.
 
-    What else the file says is in the config's `extra`. Raises ConfigError for an argument with
-    which the authors' code would compute something else.
+    Other keys of the file are in the config's `extra`. Raises ConfigError for an argument that
+    makes the authors' code compute something else.
     """
     section = values[SECTION]
     if not isinstance(section, Mapping):
         raise ConfigError(f"{SECTION} is a {type(section).__name__}, expected a JSON object")
     given = dict(section)
     fields = {ours: given.pop(theirs, default) for theirs, (ours, default) in _FIELDS.items()}
-    # Without positive initial values there is no layer scale.
+    # There is no layer scale unless its initial value is positive.
     fields["layer_scale_init"] = fields["layer_scale_init"] or 0.0
     eps = fields["layer_norm_eps"]
     fields |= {"hidden_act": "gelu", "fc_norm_eps": eps, "decoder_norm_eps": eps}
@@ -75,7 +75,7 @@ def read_hub_form(values: Mapping[str, Any]) -> tuple[VideoMAEConfig, str]:
         wrong["qk_scale"] = scale
     if wrong:
         listed = ", ".join(f"{SECTION}.{name}={value!r}" for name, value in wrong.items())
-        raise ConfigError(f"{listed}: VideoMAE here has no such option; no published model has")
+        raise ConfigError(f"{listed}: VideoMAE here has no such option; no published model uses it")
     classes = given.pop("num_classes", 0)
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
         raise ConfigError(f"{SECTION}.num_classes is {classes!r}, expected 0 or more classes")
@@ -99,7 +99,7 @@ def _mlp_width(width: Any, ratio: Any) -> int:
 
 
 def _is_usual(scale: Any, fields: Mapping[str, Any]) -> bool:
-    """Whether scores are scaled as they are without a scale."""
+    """Whether a scale is the default one."""
     try:
         usual = (fields["hidden_size"] // fields["num_attention_heads"]) ** -0.5
         return abs(scale - usual) <= 1e-6 * usual

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image ViT checkpoints, read as what they are to a video model: a headless ViViT of one frame.
+"""Image ViT checkpoints, read as a headless ViViT of one frame.
 
 HuggingFace directories (google/vit-*), timm's safetensors, and the npz and msgpack files of
 vision_transformer and scenic.
@@ -30,7 +30,7 @@ from vivit_jax.files.json_files import read_json
 from vivit_jax.hub import resolve_checkpoint
 from vivit_jax.typed import Settings, names_set
 
-# timm's files do not say how many heads there are; these are the widths of its plain ViTs.
+# Heads of timm's plain ViTs by width; its files do not say them.
 TIMM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 # The name of the patch embedding's kernel tells the dialects apart.
 _PATCH_KERNELS = {
@@ -56,7 +56,7 @@ class ImageModel:
 
     @property
     def title(self) -> str:
-        """The checkpoint and what it is read as, the subject of error messages."""
+        """The checkpoint and what it is read as, for error messages."""
         return f"{self.path}, read as an image ViT,"
 
 
@@ -186,7 +186,7 @@ def _hf_config(path: Path, tensors, prefix: str) -> VivitConfig:
         found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
         raise ConfigError(f"{where}: model_type is {found!r}, expected 'vit'")
 
-    # What a file of transformers 4 leaves out has ViTConfig's default.
+    # Files of transformers 4 leave out what equals ViTConfig's default.
     def value(name: str, default: Any) -> Any:
         return values[name] if values.get(name) is not None else default
 
@@ -215,8 +215,8 @@ def _timm_config(path: Path, tensors, kernel, heads: int | None) -> VivitConfig:
     heads = heads or TIMM_HEADS.get(d)
     if heads is None:
         raise ConfigError(
-            f"{path}: the weights do not say num_attention_heads, and width {d} is none of timm's "
-            f"plain ViTs ({', '.join(map(str, TIMM_HEADS))}); give it, --config "
+            f"{path}: the weights do not say num_attention_heads, and timm has no plain ViT "
+            f"of width {d} ({', '.join(map(str, TIMM_HEADS))}); give it, --config "
             "num_attention_heads=..."
         )
     return _config(
@@ -253,7 +253,7 @@ def _flax_config(path: Path, tensors, kernel) -> VivitConfig:
 
 
 def _image_size(path: Path, tensors, positions: str, cls: str, patch) -> int | tuple[int, int]:
-    """Size of the images, whose patches lie in a square."""
+    """The size of the images, from a square of patches."""
     tokens = _shape(path, tensors, positions, 3)[1] - (cls in tensors)
     side = math.isqrt(tokens)
     if side**2 != tokens:
@@ -279,10 +279,10 @@ def _depth(tensors, pattern: str) -> int:
 
 
 def pixel_range(image: ImageModel) -> dict[str, Any]:
-    """Fields of a VideoProcessor that feed a video model the pixels of the image model.
+    """VideoProcessor fields that give a video model the image model's range of pixels.
 
-    Without a preprocessor_config.json this is [-1, 1], what vision_transformer, scenic and timm's
-    ViTs are trained on.
+    Without a preprocessor_config.json it is [-1, 1], as for ViTs of vision_transformer, scenic and
+    timm.
     """
     beside = (image.path if image.path.is_dir() else image.path.parent) / "preprocessor_config.json"
     if not beside.exists():
@@ -292,7 +292,7 @@ def pixel_range(image: ImageModel) -> dict[str, Any]:
         found = type(values).__name__
         raise ConfigError(f"{beside} is not valid JSON of a processor: a {found}, not an object")
     given = {name: value for name, value in values.items() if value is not None}
-    # ViTImageProcessor's defaults where the file says nothing.
+    # ViTImageProcessor's defaults for keys that the file lacks.
     defaults = dict(
         do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=0.5, image_std=0.5
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs of checkpoints that hold none: what their tensors say, what they do not, what is wrong.
+"""Infers the config of checkpoints shipped without one.
 
-Shared by the layouts of authors who keep the config in code, `scenic` and `authors`.
+For the layouts of authors who keep the config in code.
 """
 
 import re
@@ -27,11 +27,11 @@ def build_config(
     hint: str = "",
     **execution: Any,
 ) -> AnyConfig:
-    """The config of the fields that tensors say (`found`) and users set (`given`).
+    """The config of the fields `found` in the tensors and `given` by the user.
 
-    `asked` are fields that only users can know, with examples of each; `assumed` ones that users
-    may set otherwise, as they may those of `found` that are `free`. Raises one ConfigError for all
-    that is missing, adding `hint`, and one for all that contradicts the tensors.
+    `asked` are fields that only the user knows, with examples of each. The user may override
+    `assumed` fields, and those of `found` that are `free`. Raises one ConfigError for everything
+    missing, adding `hint`, and one for everything that contradicts the tensors.
     """
     missing = {name: options for name, options in asked.items() if name not in given}
     if missing:
@@ -58,6 +58,6 @@ def build_config(
 
 
 def count_blocks(names: Iterable[str], block: str) -> int:
-    """The number of blocks whose names begin with the pattern `block`, which holds their number."""
+    """The number of blocks whose names begin with `block`, a pattern with the number as group 1."""
     found = (re.match(block, name) for name in names)
     return max((int(match.group(1)) for match in found if match), default=-1) + 1

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scenic's checkpoints: where the parameters lie in a train state, and what they say of the model.
+"""scenic checkpoints: finds the parameters in a train state and infers the config from them.
 
 A train state holds the parameters at `optimizer/target` (flax.optim, every published ViViT) or
 `params` (optax), and beside them the step, the random state and the optimiser. Older ones nest the
-parameters once more, as `params`, and number submodules in one row instead of by class.
+parameters in one more `params`, and number all submodules together instead of by class.
 """
 
 import math
@@ -25,24 +25,24 @@ from vivit_jax.typed import Settings, parse_settings
 
 CONTAINERS = {"optimizer": "optimizer/target/", "params": "params/"}
 FILE = "checkpoint_0"  # what flax's restore_checkpoint looks for in a directory
-# What readers of a directory would open instead: `checkpoint`, and any later step.
+# Files that readers of a directory open first: `checkpoint`, and any later step.
 RIVALS = re.compile(r"checkpoint(_\d+)?")
 _TEMPORAL = "TemporalTransformer"
-TRAINING_STATE = "training state, no weights of the model"
-# big_vision's npz keep the optimiser under another name, vision_transformer's have no container.
+TRAINING_STATE = "training state, not weights of the model"
+# big_vision's npz files name the optimiser `opt`, vision_transformer's have no container.
 _NESTS = ("optimizer/target/", "opt/target/", "params/", "")
 _NUMBERED = re.compile(r"(.*)_(\d+)")
-# The function that scenic computes whatever the checkpoint holds.
+# What scenic always computes, whatever the checkpoint holds.
 _FIXED = {"hidden_act": "gelu_fast", "layer_norm_eps": 1e-6, "qkv_bias": True, "pooler_act": "tanh"}
 _TANH_GELU = ("gelu_fast", "gelu_new", "gelu_pytorch_tanh")
 
 
 def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The parameters by their path below the container, and the names left out with the reason."""
+    """The parameters by path below the container, and the names left out with the reason."""
     nest = next((nest for nest in _NESTS if any(n.startswith(nest) for n in tensors)), "")
     inside = {name.removeprefix(nest): name for name in tensors if name.startswith(nest)}
     if any(name.startswith("params/") for name in inside):
-        # The one thing beside them is state of the old API, which these models do not have.
+        # Beside them is only state of the old API, which these models do not have.
         inside = {
             n.removeprefix("params/"): m for n, m in inside.items() if n.startswith("params/")
         }
@@ -52,7 +52,7 @@ def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def linen_names(names: Iterable[str]) -> dict[str, str]:
-    """New name by old: submodules numbered by class, as Linen does, not in one row.
+    """New name by old: submodules numbered by class, as in Linen, not all together.
 
     LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3 become LayerNorm_0,
     MultiHeadDotProductAttention_0, LayerNorm_1, MlpBlock_0. Linen names stay as they are.
@@ -70,7 +70,7 @@ def linen_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _renumbered(parts: Iterable[str]) -> dict[str, str]:
-    """New names of the submodules of one module, where several classes share one row of numbers."""
+    """New names of one module's submodules, if several classes share one sequence of numbers."""
     found = {part: match for part in parts if (match := _NUMBERED.fullmatch(part))}
     stems = {match.group(1) for match in found.values()}
     by_number = {int(match.group(2)): match.group(1) for match in found.values()}
@@ -87,8 +87,8 @@ def _renumbered(parts: Iterable[str]) -> dict[str, str]:
 def is_image_model(tensors: Mapping[str, Any]) -> bool:
     """Whether parameters are an image ViT's; a video model without tubelets can look the same.
 
-    Both have a kernel of one frame. A video model has a spatial stage or more positions than one
-    square frame; one with a square number of positions has to be named as such.
+    Both have a kernel of one frame. A video model has a spatial stage, or more positions than a
+    square frame; if their number is a square too, the user has to say that it is a video model.
     """
     kernel = tensors.get("embedding/kernel")
     if kernel is None or len(kernel.shape) != 4 or _stage(tensors) == "Spatial":
@@ -107,12 +107,12 @@ def infer_config(
 ) -> tuple[VivitConfig, str, list[str]]:
     """The config of scenic parameters, the head they hold, and what was assumed.
 
-    Names and shapes say most of it. What they do not say must be among `settings` (`key=value`);
-    ConfigError lists all that is missing, and whatever scenic's names lack.
+    Names and shapes say most of it, `settings` must say the rest; ConfigError lists everything
+    that is missing.
     """
     given = parse_settings(VivitConfig, settings)
     found, asked, notes = _read_off(path, tensors, given)
-    # Without a class token the weights do not say which of the other poolings it is.
+    # Without a class token the weights do not say which pooling it is.
     free = () if "cls" in (found["pooling"], given.get("pooling")) else ("pooling",)
     rows = tensors[f"{_stage(tensors)}Transformer/posembed_input/pos_embedding"].shape[1]
     hint = f"there are {rows} positions, for tubelets of {found['tubelet_size']}. "
@@ -122,10 +122,10 @@ def infer_config(
 
 
 def square_sizes(tensors: Mapping[str, Any], num_frames: int) -> dict[str, int]:
-    """The sizes that scenic parameters do not say, of square frames as scenic assumes them.
+    """The sizes that scenic parameters leave open, for square frames, as scenic assumes them.
 
-    `num_frames` is of a clip, which only a factorised encoder says itself. Empty where positions
-    are of no such clips.
+    `num_frames` is the length of a clip, which only a factorised encoder's parameters say. Empty if
+    the positions fit no such clip.
     """
     names = ("embedding/kernel", f"{_stage(tensors)}Transformer/posembed_input/pos_embedding")
     kernel, table = (tuple(getattr(tensors.get(name), "shape", ())) for name in names)
@@ -142,9 +142,9 @@ def square_sizes(tensors: Mapping[str, Any], num_frames: int) -> dict[str, int]:
 
 
 def _check_positions(path: Path, tensors: Mapping[str, Any], config: VivitConfig) -> None:
-    """ConfigError where a clip of the config's size has not as many tokens as there are positions.
+    """ConfigError if a clip of the config's size has another number of tokens than positions.
 
-    The weight table would find the shapes wrong too, but not say which settings they come from.
+    The weight table finds the wrong shapes too, but does not know which settings cause them.
     """
     time, height, width = config.grid
     if config.attention_type == "factorised_encoder":
@@ -160,12 +160,12 @@ def _check_positions(path: Path, tensors: Mapping[str, Any], config: VivitConfig
             given = ", ".join(f"{size}={v}" for size, v in values.items() if v is not None)
             raise ConfigError(
                 f"{path}: {name} holds {tensors[name].shape[1]} positions, expected {tokens + cls} "
-                f"for {given}; give the sizes that it was trained with (--config)"
+                f"for {given}; give the sizes it was trained with (--config)"
             )
 
 
 def _read_off(path: Path, tensors: Mapping[str, Any], given: Mapping[str, Any]):
-    """(fields that names and shapes say, those to be given and examples of each, notes)."""
+    """(fields found in names and shapes, fields to ask for with examples, notes)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     stage = _stage(tensors)
     block = f"{stage}Transformer/encoderblock_0/"
@@ -174,7 +174,7 @@ def _read_off(path: Path, tensors: Mapping[str, Any], given: Mapping[str, Any]):
     mlp = f"{block}MlpBlock{'' if timed else '_0'}/Dense_0/kernel"
     table = f"{stage}Transformer/posembed_input/pos_embedding"
     ranks = {attention: 3, mlp: 2, table: 3}
-    # A stage that is there in part is damaged, no baseline without it.
+    # A partial stage is damage, not a model without the stage.
     staged = stage == "Spatial" and any(n.startswith(f"{_TEMPORAL}/") for n in shapes)
     temporal = f"{_TEMPORAL}/posembed_input/pos_embedding"
     ranks |= {temporal: 3} if staged else {}
@@ -183,7 +183,7 @@ def _read_off(path: Path, tensors: Mapping[str, Any], given: Mapping[str, Any]):
     if wrong or len(kernel) not in (4, 5):
         what = ", ".join(wrong or ["embedding/kernel"])
         raise CheckpointError(
-            f"{path} is not a ViViT of scenic: no tensor of the right rank is named {what}"
+            f"{path} is not a scenic ViViT: no tensor of the right rank is named {what}"
         )
     cls = any(name in shapes for name in ("cls", "cls_SpatialTransformer", f"cls_{_TEMPORAL}"))
     found = {
@@ -242,7 +242,7 @@ def _depth(shapes: Mapping[str, tuple[int, ...]], stage: str) -> int:
 
 
 def check_function(config: VivitConfig, head: str = "none", pooler: bool = False) -> None:
-    """ConfigError where scenic would compute something else than this config says."""
+    """ConfigError if scenic would compute something else than this config says."""
     wrong = {
         name: getattr(config, name)
         for name, fixed in _FIXED.items()
@@ -255,15 +255,15 @@ def check_function(config: VivitConfig, head: str = "none", pooler: bool = False
         fixed = ", ".join(f"{name}={_FIXED[name]!r}" for name in wrong)
         raise ConfigError(
             f"a scenic checkpoint does not hold its config, and scenic computes {fixed}; this "
-            f"model has {listed}. Write it in the hf layout, or, for a model that is still to be "
-            "trained, set these fields with --config"
+            f"model has {listed}. Write it in the hf layout, or, for a model that is not trained "
+            "yet, set these fields with --config"
         )
 
 
 def processor(config: VivitConfig, **fields: Any) -> Any:
-    """What scenic trains with: frames 32 pixels above the crop, 256 for 224, 288 for 256.
+    """scenic's training preprocessing: frames 32 pixels above the crop, 256 for 224, 288 for 256.
 
-    `fields` replace what it says of pixel values.
+    `fields` replace those of pixel values.
     """
     height, width = config.frame_size
     return VideoProcessor.named(
@@ -281,7 +281,7 @@ def write(directory: Path, tensors: Mapping[str, Any], container: str) -> Path:
 
 def train_state(tensors: Mapping[str, Any], container: str) -> dict[str, Any]:
     """Parameters as the train state that scenic restores from, at step 0."""
-    # scenic reads all three; an empty model_state is what it writes for a model without any.
+    # scenic reads all three; it writes an empty model_state for a model without state.
     state = {"global_step": np.int32(0), "rng": np.zeros(2, np.uint32), "model_state": {}}
     return state | {CONTAINERS[container] + name: tensor for name, tensor in tensors.items()}
 

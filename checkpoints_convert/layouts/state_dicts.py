@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of a model among what training scripts save: containers, and prefixes of names.
+"""Finds a model's parameters in what training scripts save: containers, and prefixes of names.
 
-torch.save writes whatever it is given: a state dict, or one under `model`, `module`, `state_dict`
-(Lightning's .ckpt), `model_state_dict`, beside the optimiser, the epoch and hyperparameters. A
-module around the model, of DistributedDataParallel, torch.compile, Accelerate or a LightningModule,
-puts its own name for the model before the names of its parameters.
+torch.save writes any object: a state dict, or one under `model`, `module`, `state_dict`
+(Lightning's .ckpt) or `model_state_dict`, beside the optimiser, the epoch and hyperparameters.
+Modules around the model (DistributedDataParallel, torch.compile, Accelerate, LightningModule)
+prefix the names of its parameters.
 """
 
 import re
@@ -21,7 +21,7 @@ _WRAPPERS = re.compile(r"^((module|model|backbone|net|network|_forward_module)\.
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the names of the modules around the model."""
+    """A parameter's name without the prefixes of modules around the model."""
     return _WRAPPERS.sub("", _COMPILED.sub("", name))
 
 
@@ -30,7 +30,7 @@ def unwrapped(
 ) -> dict[str, tuple[str, Any]]:
     """The stored name and the tensor of every parameter in a container, by its plain name.
 
-    Raises CheckpointError where two names differ in the prefixes of wrappers only.
+    Raises CheckpointError if two names differ only in the prefixes of wrappers.
     """
     found: dict[str, tuple[str, Any]] = {}
     for name, tensor in tensors.items():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of VideoMAE's authors: where the parameters lie and what they say of the model.
+"""The files of VideoMAE's authors: finds the parameters and infers the config from them.
 
 V1 (MCG-NJU/VideoMAE) and V2 (OpenGVLab/VideoMAEv2) save a state dict under `model`, or, trained
-with DeepSpeed, under `module`, and beside it the optimiser, the epoch, the arguments of the script
-and a moving average; published files may be the bare state dict. Others' scripts save it under
-`state_dict`, which is read and never written.
+with DeepSpeed, under `module`, and beside it the optimiser, the epoch, the script's arguments and a
+moving average; published files may be the bare state dict. Other scripts save it under
+`state_dict`, which is read but never written.
 """
 
 import re
@@ -25,15 +25,15 @@ from vivit_jax.typed import Settings, parse_settings
 
 CONTAINERS = {"model": "model/", "module": "module/", "bare": ""}
 FILE = "checkpoint.pth"
-# What readers of a directory would open instead, or could not tell from it.
+# Files that readers of a directory open first, or that make it ambiguous.
 RIVALS = re.compile(r"checkpoint(_\d+)?|.*\.(pth|pt|npz|msgpack|safetensors)")
-# Heads by width: the weights do not say them, the authors' code has these models only.
+# Heads by width: the weights do not say them, and the authors' code has only these models.
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
 _CLIP = {"num_frames": 16, "image_size": 224}  # of all their models
 _LAYER_SCALE = 0.1
 _EPS = 1e-6
-# The function that the authors' code computes whatever the checkpoint holds.
+# What the authors' code always computes, whatever the checkpoint holds.
 _FUNCTION = {
     "hidden_act": "gelu",
     "layer_norm_eps": _EPS,
@@ -46,8 +46,8 @@ _OF_THE_ENCODER = re.compile(r"(encoder\.)?(patch_embed|blocks)\.")
 def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The parameters by the authors' names, and the names left out with the reason.
 
-    Raises CheckpointError where there are none, where two names differ in their prefixes only, and
-    for learned positions.
+    Raises CheckpointError if there are none, if two names differ only in their prefixes, and for
+    learned positions.
     """
     container = next((c for c in USUAL if any(n.startswith(c) for n in tensors)), "")
     candidates = tensors
@@ -66,15 +66,15 @@ def parameters(path: Path, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def _nothing_found(path: Path, tensors: Mapping[str, Any]) -> str:
-    """What the file holds instead, and where the parameters are looked for."""
+    """The error for a file without parameters: what it holds, and where they are expected."""
     tops = dict.fromkeys(name.partition("/")[0] for name in tensors)
     names = [*tops][:8] + [f"{len(tops) - 8} more"] * (len(tops) > 8)
     elsewhere = next((name for name in tensors if name.endswith("patch_embed.proj.weight")), None)
     nested = f" Its patch embedding is {elsewhere}." if elsewhere else ""
     return (
         f"{path} holds {', '.join(names)}, and a VideoMAE of its authors is read from "
-        f"{', '.join(c.removesuffix('/') for c in USUAL)} or from a file that is nothing but the "
-        f"state dict.{nested} Save the state dict of the model in one of these"
+        f"{', '.join(c.removesuffix('/') for c in USUAL)} or from a file that is only the state "
+        f"dict.{nested} Save the state dict of the model in one of these"
     )
 
 
@@ -87,9 +87,8 @@ def infer_config(
 ) -> tuple[VideoMAEConfig, str, list[str]]:
     """The config of the authors' parameters, the head they hold, and what was assumed.
 
-    Names and shapes say most of it, the script's arguments among all `entries` the clip, and the
-    widths of the authors' models the heads. What nothing says must be among `settings`; ConfigError
-    lists it.
+    Names and shapes say most of it, the script's arguments among all `entries` say the clip, and
+    the widths of the authors' models the heads. `settings` must say the rest; ConfigError lists it.
     """
     given, args = parse_settings(VideoMAEConfig, settings), script_arguments(entries)
     head, found = _read_off(path, tensors)
@@ -124,14 +123,14 @@ def infer_config(
         notes.append(f"{listed}: assumed, as in the authors' models (--config)")
     if "layer_scale_init" not in found and "layer_scale_init" not in given:
         notes.append(
-            f"layer_scale_init={_LAYER_SCALE}: assumed, trained factors do not say where they "
-            "began; it matters to fresh weights only (--config)"
+            f"layer_scale_init={_LAYER_SCALE}: assumed, since trained factors do not say their "
+            "initial value; it matters only for fresh weights (--config)"
         )
     return config, head, notes
 
 
 def script_arguments(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the config that the arguments of the training script say, where they are kept."""
+    """Fields of the config from the training script's arguments, if the file has them."""
 
     def said(name: str) -> Any:
         entry = entries.get(f"args/{name}")
@@ -148,7 +147,7 @@ def script_arguments(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _heads_of_64(width: int) -> int:
-    """An example: the number of heads nearest to 64 numbers wide that divides the width."""
+    """An example: the number of heads that divides the width with heads nearest to 64 wide."""
     divisors = (n for n in range(1, width + 1) if width % n == 0)
     return min(divisors, key=lambda n: abs(width / n - 64))
 
@@ -158,7 +157,7 @@ def _widths(known: Mapping[int, int]) -> str:
 
 
 def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(head, fields that names and shapes say)."""
+    """(head, fields found in names and shapes)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     head, prefix, *_ = table.names_in(shapes)
     kernel = f"{prefix}patch_embed.proj.weight"
@@ -204,7 +203,7 @@ def _read_off(path: Path, tensors: Mapping[str, Any]) -> tuple[str, dict[str, An
 
 
 def config_differences(config: VideoMAEConfig, head: str, pooler: bool = False) -> dict[str, Any]:
-    """What the authors' code computes, by field, where this config says something else."""
+    """What the authors' code computes, by field, for fields in which this config differs."""
     fixed = dict(_FUNCTION)
     if not pooler and (head != "classification" or not config.use_mean_pooling):
         del fixed["fc_norm_eps"]
@@ -216,8 +215,8 @@ def config_differences(config: VideoMAEConfig, head: str, pooler: bool = False) 
         fixed["use_mean_pooling"] = False
         if config.decoder_hidden_size in DECODER_HEADS:
             fixed["decoder_num_attention_heads"] = DECODER_HEADS[config.decoder_hidden_size]
-        # Normalised tubelets are the same whatever the statistics, and the authors have no rule
-        # for other channels than RGB.
+        # Normalised tubelets do not depend on the statistics, and the authors define none for other
+        # channels than RGB.
         pixels = config.num_channels == 3 and not config.norm_pix_loss
         if pixels and not predicts_as_published(config):
             fixed |= {"image_mean": None, "image_std": None}
@@ -227,10 +226,10 @@ def config_differences(config: VideoMAEConfig, head: str, pooler: bool = False) 
 def check_function(
     config: VideoMAEConfig, head: str, pooler: bool = False, beside: Path | None = None
 ) -> None:
-    """ConfigError where the authors' code would compute something else than this config says.
+    """ConfigError if the authors' code would compute something else than this config says.
 
-    `beside` is the config.json from which it was read with a checkpoint of theirs; without it the
-    checkpoint is still to be written.
+    `beside` is the config.json that lies beside their checkpoint; without it the checkpoint is
+    about to be written.
     """
     wrong = config_differences(config, head, pooler)
     if wrong:
@@ -240,8 +239,8 @@ def check_function(
         if beside:
             raise ConfigError(
                 f"{beside} says {listed}, and the code of VideoMAE's authors, whose checkpoint is "
-                f"beside it, computes {computed}. Remove it if it is of another model, or read it "
-                f"as the authors' model: --config {flags}"
+                f"beside it, computes {computed}. Remove it if it belongs to another model, or "
+                f"read it as the authors' model: --config {flags}"
             )
         raise ConfigError(
             f"a checkpoint of VideoMAE's authors does not hold its config, and their code computes "
@@ -258,7 +257,7 @@ def _typed(value: Any) -> str:
 
 
 def processor(config: VideoMAEConfig) -> Any:
-    """What the authors train with, ImageNet's mean and std; None for other than three channels."""
+    """The authors' preprocessing, ImageNet's mean and std; None unless there are 3 channels."""
     if config.num_channels != 3:
         return None
     height, width = config.frame_size

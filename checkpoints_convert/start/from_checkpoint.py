@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that training starts from, made of an opened checkpoint."""
+"""Makes the model that training starts from of an opened checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping

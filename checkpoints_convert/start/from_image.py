@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting a ViViT from an image model (section 3.4 of the paper, scenic's initialisation).
+"""Starts a ViViT from an image model (section 3.4 of the paper, scenic's initialisation).
 
-The image model is read as a ViViT of one frame, through a weight table like any checkpoint. What
-makes a video model of it is in this file: the patch kernel is inflated over time, the position
-table is repeated or resized, and blocks go where the variant has them. Everything else starts
-fresh and is named in the report.
+The image model is read as a ViViT of one frame, through a weight table like any checkpoint. This
+file makes a video model of it: it inflates the patch kernel over time, repeats or resizes the
+position table, and places the blocks where the variant has them. All other parameters start fresh
+and are named in the report.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class ImageOptions:
                 raise ConfigError(f"{name} must be one of {known}, got {value!r}")
 
     def time_of(self, config: VivitConfig) -> str:
-        """What temporal attention starts from in a model of `config`."""
+        """How temporal attention starts in a model of `config`."""
         default = "zero" if config.zero_init_temporal_attention else "copy"
         return self.temporal_attention or default
 
@@ -83,23 +83,23 @@ def init_from_image_model(
     an npz or msgpack file of vision_transformer or scenic. `config` is the video model's; a mapping
     changes fields of `video_config(image model)`: its sizes, 32 frames in tubelets of two.
 
-    * `inflation`: the kernel over time. "central_frame" puts it at frame t // 2 and zeros at the
-      others, so that a tubelet starts as its central frame; "average" spreads it over all frames;
-      "rank_pooling" weights them by approximate rank pooling, which sees change and, for two
-      frames, nothing in a still clip.
+    * `inflation`: the kernel over time. "central_frame" puts it at frame t // 2 and zeros
+      elsewhere, so that a tubelet starts as its central frame; "average" spreads it over all
+      frames; "rank_pooling" weights the frames by approximate rank pooling, which responds to
+      change and, with two frames, not to a still clip.
     * `positions`: "tile" repeats the image's table for every frame; "resize" resizes it, for tables
-      of one frame; "resize_tile" does what of both is needed. Resizing is linear with aligned
-      corners, as in scenic. The class token keeps its position.
-    * `temporal_attention`, in factorised self-attention: "copy" takes the image model's attention,
-      as scenic does; "zero" takes it with an output projection of zero, so that the block starts as
-      the image model's; "fresh" draws it anew. Its norm starts fresh, as in scenic. The default is
-      "zero" where the config says `zero_init_temporal_attention`, else "copy".
+      of one frame; "resize_tile" does both as needed. Resizing is linear with aligned corners, as
+      in scenic. The class token keeps its position.
+    * `temporal_attention`, in factorised self-attention: "copy" copies the image model's attention,
+      as scenic does; "zero" copies it with a zero output projection, so that the block starts as
+      the image model's; "fresh" draws it. Its norm starts fresh, as in scenic. The default is
+      "zero" if the config has `zero_init_temporal_attention`, else "copy".
 
-    The class token of a factorised encoder's spatial stage is taken too, so that a frame starts as
+    The class token of a factorised encoder's spatial stage is copied too, so that a frame starts as
     the image model sees it; scenic leaves it at zero and keeps its position.
 
-    The classifier, the temporal stage and whatever else the image model has not are drawn from
-    `seed`; the report names them and is logged. Raises ConfigError where the models do not fit.
+    The classifier, the temporal stage and other parameters that the image model lacks are drawn
+    from `seed`; the report names them and is logged. Raises ConfigError if the models do not fit.
     """
     options = ImageOptions(inflation, positions, temporal_attention)
     found, _ = read_image_model(source, config, options, head=head, revision=revision, seed=seed)
@@ -136,7 +136,7 @@ def read_image_model(
     prefix = "" if head == "none" else "backbone/"
     video = {prefix + path: value for path, value in video.items()}
     params, fresh = complete_params(model, video, seed, f"{image.title} inflated,")
-    # What is in no parameter: what the table leaves out, and a class token that has no place.
+    # Tensors that reach no parameter: those the table leaves out, and a class token without place.
     no_cls = config.pooling != "cls"
     unread = {row.src for row in rows if not row.dst or (no_cls and row.dst == ("cls",))}
     report = LoadReport(
@@ -152,10 +152,10 @@ def read_image_model(
 def complete_params(
     model: nn.Module, entries: Mapping[str, np.ndarray], seed: int, title: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The model's parameters, drawn from `seed` where there is no entry; the paths drawn.
+    """The model's parameters, those without an entry drawn from `seed`; and the paths drawn.
 
-    `entries` go by per-layer path. Raises CheckpointError, which begins with `title`, for one that
-    has no place in the model or another shape.
+    `entries` are by per-layer path. Raises CheckpointError, which begins with `title`, for an entry
+    that the model does not have, or has in another shape.
     """
     leaves = param_tree.shapes_of(param_tree.flatten(abstract_params(model)))
     slots = param_tree.slots(leaves)
@@ -166,7 +166,7 @@ def complete_params(
     for path in fresh:
         slot = slots[path]
         entries[path] = drawn[slot.leaf] if slot.layer is None else drawn[slot.leaf][slot.layer]
-    # Through the engine again: every entry must have its place and shape in the model.
+    # Through the engine again, which checks every entry's path and shape.
     rules = [Rule(path, path) for path in entries]
     flat = import_params(entries, rules, leaves, model.config.param_dtype, title)
     flat = {path: jax.device_put(array) for path, array in flat.items()}
@@ -176,7 +176,7 @@ def complete_params(
 def video_config(image: ImageModel, **changes: Any) -> VivitConfig:
     """The ViViT of an image model's sizes: joint attention, 32 frames, tubelets of two frames."""
     _, height, width = image.config.tubelet_size
-    # Left open where there is a class token, because not every variant can have one.
+    # Left open if there is a class token, because not every variant can have one.
     pooling = None if image.config.pooling == "cls" else image.config.pooling
     defaults = dict(num_frames=32, tubelet_size=(2, height, width), pooling=pooling)
     return dataclasses.replace(image.config, **{**defaults, **changes})
@@ -219,7 +219,7 @@ def inflate_positions(
 
 
 def resize_table(table: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
-    """A position table [tokens, d] of a grid as that of another grid of as many axes.
+    """A position table [tokens, d] resized from one grid to another with as many axes.
 
     Linear along each axis with aligned corners, as scenic resizes (scipy.ndimage.zoom of order 1).
     """
@@ -237,7 +237,7 @@ def _video_entries(
     config: VivitConfig,
     options: ImageOptions,
 ) -> dict[str, np.ndarray]:
-    """Parameters of the video model's backbone by path, for all that the image model gives."""
+    """The video model's backbone parameters that come from the image model, by path."""
     staged = config.attention_type == "factorised_encoder"
     stage = "spatial/" if staged else ""
     frames, height, width = config.grid
@@ -265,7 +265,7 @@ def _video_entries(
 def _placed(
     path: str, value: np.ndarray, config: VivitConfig, temporal_attention: str
 ) -> dict[str, np.ndarray]:
-    """An entry of the image model's blocks where the video model has it, once or twice."""
+    """An entry of the image model's blocks at its path, or two paths, in the video model."""
     found = re.fullmatch(r"(layers_\d+)/(ln_)?attention/(.+)", path)
     if config.attention_type != "factorised_self_attention" or not found:
         return {path: value}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From masked pre-training to fine-tuning, as VideoMAE's authors hand the encoder over."""
+"""Starts fine-tuning from masked pre-training, as VideoMAE's authors do."""
 
 import dataclasses
 import logging
@@ -28,11 +28,11 @@ def init_from_pretraining(
 ) -> InitialisedModel:
     """Make a VideoMAE classifier from a pre-trained model: (model, params, report).
 
-    The encoder's patch embedding and blocks are taken. Its final norm is dropped, and `fc_norm`, on
+    The encoder's patch embedding and blocks are kept. Its final norm is dropped, and `fc_norm`, on
     the mean of all tokens, starts at scale 1 and bias 0. The classifier is drawn from `seed`,
-    normal with `initializer_range`, and multiplied by `init_scale`, its bias too. Decoder and mask
-    token are dropped. The report names all of it, and where the checkpoint's config departs from
-    the authors' (epsilons, heads), which is kept; it is logged.
+    normal with `initializer_range`, and multiplied, with its bias, by `init_scale`. Decoder and
+    mask token are dropped. The report lists all of it, and where the checkpoint's config differs
+    from the authors' (epsilons, heads), which is kept; it is logged.
 
     `source` is a HuggingFace directory or hub id, an authors' .pth file, or an opened `Source`.
     `config` sets fields of
@@ -40,8 +40,8 @@ def init_from_pretraining(
     for example drop_path_rate, head_dropout, num_frames, image_size, dtype. Raises ConfigError for
     other fields or sizes, UserError for a checkpoint that is no pre-trained VideoMAE.
 
-    Source: VideoMAE and VideoMAE V2, fine-tuning. Their classifier is drawn from a normal
-    distribution truncated at 100 standard deviations, which is this one.
+    Source: VideoMAE and VideoMAE V2, fine-tuning. They draw the classifier from a normal
+    distribution truncated at 100 standard deviations, which is the same.
     """
     if not isinstance(config, Mapping):
         raise ConfigError(
@@ -57,13 +57,13 @@ def init_from_pretraining(
         )
     if not any(config.get(name) is not None for name in _LABELS[:3]):
         raise ConfigError(
-            "config says nothing of the classes to fine-tune on; give num_labels, id2label or "
+            "config does not say which classes to fine-tune on; give num_labels, id2label or "
             "class_splits"
         )
     if config.get("use_mean_pooling") is False:
         raise ConfigError(
-            "use_mean_pooling=False keeps the encoder's norm and reads the first token, which is "
-            "not what the authors do; load it with from_pretrained(source, 'classification')"
+            "use_mean_pooling=False keeps the encoder's norm and reads the first token, unlike the "
+            "authors' classifier; load it with from_pretrained(source, 'classification')"
         )
     labels = {name: config[name] for name in _LABELS if name in config}
     execution = {name: value for name, value in config.items() if known[name]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting a ViViT from a ViViT of other clips, or with another depth in time."""
+"""Starts a ViViT from a ViViT with other clip sizes or another temporal depth."""
 
 import dataclasses
 import logging
@@ -20,7 +20,7 @@ from vivit_jax.models.build import build_model
 
 logger = logging.getLogger(__name__)
 
-# The fields that may differ: how many learned positions there are, and blocks of the second stage.
+# Fields that may differ: they set the number of learned positions and of temporal blocks.
 SIZES = ("image_size", "num_frames", "num_temporal_layers")
 _LABELS = ("num_labels", "id2label", "class_splits", "split_names")
 _TEMPORAL = re.compile(r"(?:backbone/)?temporal/layers_(\d+)/.+")
@@ -37,24 +37,23 @@ def init_from_video_model(
 ) -> InitialisedModel:
     """Make a ViViT from one of another size: (model, params, report).
 
-    `source` is a HuggingFace directory or hub id, or a file of scenic. `config` changes fields of
-    its configuration: the sizes (`image_size`, `num_frames`, `num_temporal_layers`), labels, rates,
-    execution. `source_config` says sizes of the source that a file of scenic does not say itself.
-    `head` is as in `from_pretrained`.
+    `source` is a HuggingFace directory, a hub id, a scenic file or an opened `Source`. `config`
+    changes fields of its configuration: the sizes (`image_size`, `num_frames`,
+    `num_temporal_layers`), labels, rates, execution. `source_config` gives sizes of the source that
+    a scenic file leaves open. `head` is as in `from_pretrained`.
 
     Positions are resized separably along time, height and width, linearly with aligned corners, as
-    scenic resizes them (scipy.ndimage.zoom of order 1); the class tokens keep theirs. Of a joint
-    table scenic takes the square root of all tokens for the side of one frame, which is right for
-    images only; here it has its three axes.
+    scenic does (scipy.ndimage.zoom of order 1); class tokens keep theirs. For a joint table scenic
+    takes the square root of all tokens as the side of one frame, which is right only for images;
+    here the table has its three axes.
 
-    Blocks of the temporal stage go by their number, as in scenic: block i is block i of the source.
-    Those beyond `num_temporal_layers` are left out, where scenic's public code stops at the first
-    one that its model lacks; those that the source lacks are drawn from `seed`. The stage's last
-    norm is the source's.
+    Block i of the temporal stage is block i of the source, as in scenic. Blocks beyond
+    `num_temporal_layers` are left out, where scenic's public code fails; blocks that the source
+    lacks are drawn from `seed`. The stage's last norm is the source's.
 
-    The report names what is left out, what is drawn, what was resized and which blocks were taken;
-    it is logged. Raises ConfigError for fields that do not exist, UserError for a source that is no
-    ViViT, CheckpointError for other sizes that do not fit.
+    The report lists what is left out, drawn and resized, and which blocks were kept; it is logged.
+    Raises ConfigError for fields that do not exist, UserError for a source that is not a ViViT,
+    CheckpointError for other sizes that do not fit.
 
     Source: scenic, projects/vivit/model_utils.py, initialise_from_train_state.
     """
@@ -99,7 +98,7 @@ def init_from_video_model(
 def _resized(
     entries: Mapping[str, np.ndarray], old: VivitConfig, new: VivitConfig
 ) -> tuple[dict[str, np.ndarray], set[str]]:
-    """The entries that a model of the config `new` has, at its sizes, and the paths left out."""
+    """The entries resized for a model of the config `new`, and the paths left out."""
     left_out = {
         path
         for path in entries
@@ -108,7 +107,7 @@ def _resized(
     kept = {path: value for path, value in entries.items() if path not in left_out}
     first = int(old.pooling == "cls")
     staged = old.attention_type == "factorised_encoder"
-    # Which axes of the grid of tokens each table has.
+    # The axes of the token grid that each table has.
     axes = {"spatial/": slice(1, 3), "temporal/": slice(0, 1)} if staged else {"": slice(0, 3)}
     for stage, which in axes.items():
         for path in (f"backbone/{stage}pos_embed", f"{stage}pos_embed"):
@@ -120,7 +119,7 @@ def _resized(
 
 
 def _notes(old: VivitConfig, new: VivitConfig) -> list[str]:
-    """What was resized and which blocks were taken, in one line; nothing where sizes are equal."""
+    """What was resized and which blocks were kept, in one line; empty if sizes are equal."""
     changed = [
         f"{name} {getattr(new, name)} (there {getattr(old, name)})"
         for name in SIZES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifiers of fewer classes cut out of larger ones, as VideoMAE V2 does with Kinetics-710."""
+"""Cuts classifiers of fewer classes out of larger ones, as VideoMAE V2 does with Kinetics-710."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from vivit_jax.files.json_files import read_json
 
 
 def read_label_map(path: str | Path) -> tuple[int, ...]:
-    """A label map: a JSON list whose entry k is the class of the larger model that class k was.
+    """Read a label map: a JSON list whose entry k is the larger model's class for class k.
 
     The authors of VideoMAE V2 publish such files for Kinetics-400, 600 and 700 out of 710
     (misc/label_710to400.json). Raises UserError for anything else, OSError without a file.
@@ -33,14 +33,14 @@ def gather_classes(
 
     `params` is the parameter tree of a classification model, nested or flat ('/'-joined); the
     columns of `head/kernel` [d, classes] and `head/bias` [classes] are gathered, everything else is
-    passed on. Class names go with their classes. Raises UserError for a class that the model does
-    not have, for a model without a classifier and for one of several heads.
+    passed on. Class names follow their classes. Raises UserError for a class that the model does
+    not have, and for a model without a classifier or with several.
     """
     label_map = _checked(label_map, "label_map")
     if config.class_splits is not None:
         raise UserError(
             f"class_splits is {config.class_splits}: a label map lists classes of one classifier; "
-            "gather the heads apart"
+            "gather each head separately"
         )
     flat = param_tree.flatten(meta.unbox(params))
     if "head/kernel" not in flat or flat["head/kernel"].shape[-1] != config.num_labels:
@@ -52,7 +52,7 @@ def gather_classes(
     if max(label_map) >= config.num_labels:
         raise UserError(
             f"label_map lists class {max(label_map)}, the classifier has {config.num_labels} "
-            f"(0 to {config.num_labels - 1}); it is the map of another model"
+            f"(0 to {config.num_labels - 1}); the map belongs to another model"
         )
     rows = np.asarray(label_map)
     gathered = {path: flat[path][..., rows] for path in ("head/kernel", "head/bias")}
@@ -71,7 +71,7 @@ def _checked(values: Any, name: str) -> tuple[int, ...]:
         isinstance(v, int | np.integer) and not isinstance(v, bool) and v >= 0 for v in values
     ):
         raise UserError(
-            f"{name} must be a list of class indices, entry k the class of the larger model that "
-            f"class k was, got {str(values)[:80]}"
+            f"{name} must be a list of class indices, entry k the larger model's class for class "
+            f"k, got {str(values)[:80]}"
         )
     return tuple(int(v) for v in values)

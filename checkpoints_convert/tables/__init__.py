@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One weight table per layout and family, read in both directions."""
+"""One weight table for each layout and family, read in both directions."""

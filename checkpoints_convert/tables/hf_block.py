@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of one transformer block, shared by every table of HuggingFace names."""
+"""Rules of one transformer block, shared by the tables with HuggingFace names."""
 
 from collections.abc import Collection, Mapping
 
@@ -101,10 +101,10 @@ def blocks(
 ) -> list[Rule]:
     """All blocks under `src` (ends in '.{i}.') and `dst` (ends in 'layers_{i}/').
 
-    `names` and `biases` are those of `attention`. Where a block attends more than once, `over`
-    holds what is appended to the names of each attention layer and its norm: "_time", "_space".
-    The parameters of `cosine` attention and of `layer_scale`, which transformers does not have
-    here, get the names that it would give them.
+    `names` and `biases` are those of `attention`. If a block attends more than once, `over`
+    lists the suffixes of each attention layer and its norm: "_time", "_space". The parameters of
+    `cosine` attention and `layer_scale`, which transformers does not have here, get the names that
+    it would give them.
     """
     rules = []
     if cosine:
@@ -137,7 +137,7 @@ def blocks(
 def identify(
     tensors: Collection[str], head: str | None, prefix: str, pooler: str, dialect: str
 ) -> Names:
-    """The names of a checkpoint whose backbone has `prefix`, if any, and a `pooler` named so."""
+    """The names of a checkpoint; `prefix` may precede its backbone's, `pooler` its pooler's."""
     prefix = prefix if any(name.startswith(prefix) for name in tensors) else ""
     head = head or _head_of(tensors)
     pooled = head == "none" and any(n.startswith(pooler.format(prefix=prefix)) for n in tensors)

@@ -4,7 +4,8 @@
 Dialects differ in the attention biases: "hub" has q_bias and v_bias (every published file, default
 saves of transformers 4, 5.0 to 5.3 and from 5.18 on); "memory" has query.bias and value.bias
 (save_original_format=False); "key_bias" adds a key.bias (default saves of 5.6 to 5.16). Cosine
-attention and layer scale, which transformers refuses by the model_type, are spelt as it would.
+attention and layer scale, which transformers refuses by the model_type, have the names it would
+give them.
 """
 
 from collections.abc import Collection

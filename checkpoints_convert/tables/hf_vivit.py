@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ViViT as transformers writes it (reference: VivitModel, VivitForVideoClassification).
 
-What transformers does not have is spelt alike: the temporal stage of a factorised encoder as a
-model of its own below `temporal.`, and `_time` and `_space` after the attention layers of a block
-that has two. The spatial stage has the plain names, so that transformers' ViViT class, told to open
-such a file all the same, stops at the shape of the positions.
+Parts that transformers does not have are named alike: the temporal stage of a factorised encoder as
+a model of its own below `temporal.`, and `_time` and `_space` after the names of a block's two
+attention layers. The spatial stage has the plain names, so that transformers' ViViT class, forced
+to open such a file, fails at the shape of the positions.
 
 Dialects: "hub", the names of published files and of every default save; "memory", the names that
 transformers 5 writes with save_original_format=False.

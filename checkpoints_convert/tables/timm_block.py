@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of one transformer block in timm's names, which the authors of VideoMAE share."""
+"""Rules of one transformer block with timm's names, which VideoMAE's authors share."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,8 @@ def blocks(
 ) -> list[Rule]:
     """All blocks under `src` (ends in 'blocks.{i}.') and `dst` (ends in 'layers_{i}/').
 
-    `own` are the rules of a block's own parameters and `vectors` those of its attention's, which
-    a state dict of torch lists before the modules inside. Query, key and value share one tensor.
+    `own` are the rules of a block's own parameters, `vectors` those of its attention; a torch state
+    dict lists both before the modules inside. Query, key and value share one tensor.
     """
     sizes = {"n": heads}
     kernels = tuple(f"{dst}attention/{part}/kernel" for part in _QKV)
@@ -45,7 +45,7 @@ def blocks(
 
 
 def fused_bias(src: str, dst: str, *, layers: int, heads: int) -> Rule:
-    """The bias of query, key and value in one tensor, which not every model has."""
+    """The fused bias of query, key and value, which not every model has."""
     biases = tuple(f"{dst}attention/{part}/bias" for part in _QKV)
     sizes = {"n": heads}
     return Rule(f"{src}attn.qkv.bias", biases, "(s n e) -> s n e", layers=layers, sizes=sizes)

@@ -148,7 +148,7 @@ def test_every_truncation_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "model.msgpack"
     for keep in range(len(content)):
         assert f"{path} is not a complete msgpack file" in refused(saved(path, content[:keep]))
-    assert "goes on after" in refused(saved(path, content + b"\x00"))
+    assert "continues after" in refused(saved(path, content + b"\x00"))
     assert "copy or download it again" in refused(path)
 
 
@@ -329,7 +329,7 @@ def test_npz_that_could_run_code_or_is_ambiguous(tmp_path):
         archive.writestr("notes.txt", "hello")
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("a.npy", b"")
-    assert "a name twice: a.npy, notes.txt" in refused(path)
+    assert "or repeated names: a.npy, notes.txt" in refused(path)
 
 
 def test_damaged_npz(tmp_path):
@@ -421,7 +421,7 @@ def test_names_of_several_lines_are_told_in_one(tmp_path):
     path = tmp_path / "weights.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a\nb\x1b[2J", b"")
-    with pytest.raises(CheckpointError, match=r"a name twice: a\\u000ab\\u001b\[2J; write"):
+    with pytest.raises(CheckpointError, match=r"repeated names: a\\u000ab\\u001b\[2J; rewrite"):
         open_npz(path)
     path = tmp_path / "checkpoint"
     path.write_bytes(msgpack.packb({"a\nb/c": 1}))

@@ -121,7 +121,7 @@ def test_head_dropout_acts_on_the_features_alone(pretrained):
     [
         ({}, "give num_labels, id2label or class_splits"),
         ({"num_labels": 3, "num_label": 3}, "VideoMAEConfig has no num_label; expected some of"),
-        ({"num_labels": 3, "use_mean_pooling": False}, "which is not what the authors do"),
+        ({"num_labels": 3, "use_mean_pooling": False}, "unlike the authors' classifier"),
         ({"num_labels": 3, "hidden_size": 96}, "wrong shape"),
         (None, "must be a mapping of fields, such as .* got NoneType"),
         (config_of("mae cls"), "must be a mapping of fields, .* got VideoMAEConfig"),

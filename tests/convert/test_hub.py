@@ -118,7 +118,7 @@ def test_neither_path_nor_hub_id(offline, tmp_path):
 
 @pytest.mark.parametrize("name", ["org/na--me", "org/na..me", f"org/{'x' * 97}", "runs/best."])
 def test_a_name_that_the_hub_forbids(name):
-    with pytest.raises(vivit_jax.CheckpointError, match="does not exist, and is no hub id either"):
+    with pytest.raises(vivit_jax.CheckpointError, match="exist, and is not a hub id either"):
         resolve_checkpoint(name)
 
 
@@ -173,7 +173,7 @@ def test_one_weight_format_of_one_commit_is_downloaded(monkeypatch, checkpoints,
 
 def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(vivit_jax.MissingExtra, match=r"is no local path, .*vivit_jax\[hub\]"):
+    with pytest.raises(vivit_jax.MissingExtra, match=r"is not a local path, .*vivit_jax\[hub\]"):
         resolve_checkpoint(ID)
 
 

@@ -248,7 +248,7 @@ def test_convert_and_back_keeps_every_tensor(encoder, tmp_path, run):
 
     status, out, _ = run("convert", encoder, tmp_path / "hf")
     assert status == 0 and f"{4 + 13 * DEPTH} tensors read, 0 of them left out" in out
-    assert "transformers' VideoMAEModel computes the tokens and has no pooler_output" in out
+    assert "transformers' VideoMAEModel computes the tokens but no pooler_output" in out
     written = read_safetensors(tmp_path / "hf")
     assert (written["fc_norm.weight"] == weights()["fc_norm.weight"]).all()
     status, out, _ = run("convert", tmp_path / "hf", tmp_path / "back", "--to", "videomae")

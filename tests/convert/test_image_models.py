@@ -137,7 +137,7 @@ def test_timm_heads(images, tmp_path, caplog):
 
     unknown = images.path("timm")
     message = refused(unknown, {}, vivit_jax.ConfigError)
-    assert "width 48 is none of timm's plain ViTs (192, 384, " in message
+    assert "timm has no plain ViT of width 48 (192, 384, " in message
     assert "--config num_attention_heads=" in message
     message = refused(unknown, {"num_attention_heads": 5}, vivit_jax.ConfigError)
     assert "hidden_size 48 is not divisible by num_attention_heads 5" in message

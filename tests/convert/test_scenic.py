@@ -735,7 +735,7 @@ def test_inspect(run, tmp_path):
     for part in (
         f"layout      scenic: VivitForVideoClassification ({path})\n",
         "  image_size: [24, 16]\n",
-        "  rng  left out: training state, no weights of the model\n",
+        "  rng  left out: training state, not weights of the model\n",
         "8 of them left out, none missing",
     ):
         assert part in out, out

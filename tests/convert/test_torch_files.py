@@ -111,7 +111,7 @@ def laughs(begin: bytes, twice: bytes, levels: int = 40) -> bytes:
         ),
         (
             b"\x80\x02" + global_("numpy dtype") + b"X\x0b\x00\x00\x00V2000000000\x85R.",
-            "no plain number",
+            "another dtype than a plain number",
         ),
         (b"\x80\x02h\x05.", "takes a value that does not exist"),
         (b"\x80\x02K\x01\x86.", "takes a value that does not exist"),
@@ -188,7 +188,7 @@ def test_a_directory_that_gives_an_entry_another_place_or_checksum(tmp_path):
     wrong[first + 16] ^= 1  # its checksum
     path.write_bytes(wrong)
     opened = open_checkpoint(tmp_path).tensors
-    with pytest.raises(CheckpointError, match="the checksum of pytorch_model/data/0 is not"):
+    with pytest.raises(CheckpointError, match="the checksum of pytorch_model/data/0 does not"):
         opened["a"].read()
     assert opened["b"].read().tolist() == [1] * 50
 
