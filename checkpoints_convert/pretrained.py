@@ -68,6 +68,16 @@ class LoadReport:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The classes of a model's classifier, as `from_pretrained` takes them; None: unchanged."""
+
+    num_labels: int | None = None
+    id2label: Mapping[int, str] | Sequence[str] | None = None
+    class_splits: Sequence[int] | None = None
+    split_names: Sequence[str] | None = None
+
+
 class InitialisedModel(NamedTuple):
     """A model, its parameters, and a report of what was taken from the checkpoint."""
 
@@ -112,10 +122,7 @@ def from_pretrained(
         source,
         head,
         settings=config,
-        num_labels=num_labels,
-        id2label=id2label,
-        class_splits=class_splits,
-        split_names=split_names,
+        labels=Labels(num_labels, id2label, class_splits, split_names),
         revision=revision,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -146,10 +153,7 @@ def load_report(
         source,
         head,
         settings=config,
-        num_labels=num_labels,
-        id2label=id2label,
-        class_splits=class_splits,
-        split_names=split_names,
+        labels=Labels(num_labels, id2label, class_splits, split_names),
         revision=revision,
     ).report
 
@@ -235,14 +239,11 @@ def plan_load(
     *,
     settings: Mapping[str, Any] | Iterable[str] | None = None,
     changes: Mapping[str, Any] | None = None,
-    num_labels: int | None = None,
-    id2label: Mapping[int, str] | Sequence[str] | None = None,
-    class_splits: Sequence[int] | None = None,
-    split_names: Sequence[str] | None = None,
+    labels: Labels | None = None,
     revision: str | None = None,
     **execution: Any,
 ) -> Plan:
-    """Plan loading a checkpoint into a model with another head, other labels or `changes`.
+    """Plan loading a checkpoint into a model with another head, other `labels` or `changes`.
 
     `settings` are fields of the checkpoint's own config, `changes` fields of the model that it is
     loaded into.
@@ -254,7 +255,7 @@ def plan_load(
     held, tensors = opened.stored, opened.tensors
     head = head or held.head
     check_head(held.family, head)
-    config = _relabel(opened.config, head, num_labels, id2label, class_splits, split_names)
+    config = _relabel(opened.config, head, labels or Labels())
     config = dataclasses.replace(config, **(changes or {}))
     if as_stored:
         config = dataclasses.replace(config, param_dtype=stored_dtype(tensors))
@@ -324,9 +325,9 @@ def _split(
     return kept, fresh, [rule for rule in held.rules(stored) if rule.src not in read]
 
 
-def _relabel(
-    config: Config, head: str, num_labels: int | None, id2label, class_splits, split_names
-) -> Config:
+def _relabel(config: Config, head: str, labels: Labels) -> Config:
+    num_labels, id2label = labels.num_labels, labels.id2label
+    class_splits, split_names = labels.class_splits, labels.split_names
     if num_labels is None and id2label is None and class_splits is None:
         if split_names is not None:
             raise ConfigError(f"split_names {split_names!r} needs class_splits, got None")

@@ -9,11 +9,10 @@ from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.layouts.registry import layout_of
 from checkpoints_convert.pretrained import InitialisedModel, plan_load
 from checkpoints_convert.source import Source, open_source
+from checkpoints_convert.start.changes import sort_changes
 from checkpoints_convert.start.from_pretraining import init_from_pretraining
 from checkpoints_convert.start.from_video import SIZES, init_from_video_model
 from vivit_jax.config import VivitConfig
-
-_LABELS = ("num_labels", "id2label", "class_splits", "split_names")
 
 
 def open_start(checkpoint: Checkpoint, num_frames: int) -> Source:
@@ -47,11 +46,9 @@ def start_from(
         return init_from_pretraining(source, changes, seed=seed)
     if isinstance(source.config, VivitConfig) and _resized(source.config, changes):
         return init_from_video_model(source, changes, head=head, seed=seed)
-    running = {f.name for f in dataclasses.fields(source.config) if f.metadata.get("execution")}
-    arguments = {k: v for k, v in changes.items() if k in running or k in _LABELS}
-    settings = {k: v for k, v in changes.items() if k not in arguments}
-    plan = plan_load(source, head, settings=settings, **arguments)
-    return plan.load(arguments.get("param_dtype", "float32"), seed)
+    labels, execution, settings = sort_changes(type(source.config), changes)
+    plan = plan_load(source, head, settings=settings, labels=labels, **execution)
+    return plan.load(execution.get("param_dtype", "float32"), seed)
 
 
 def _resized(held: VivitConfig, changes: Mapping[str, Any]) -> bool:

@@ -17,11 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Float
 
 from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.layouts.image_vit import TIMM_HEADS, ImageModel, open_image_model
 from checkpoints_convert.pretrained import InitialisedModel, LoadReport
 from checkpoints_convert.rules import Rule, import_params, match_import, read_params
+from checkpoints_convert.start.changes import check_fields
 from vivit_jax import param_tree
 from vivit_jax.config import VivitConfig
 from vivit_jax.errors import ConfigError
@@ -182,8 +184,10 @@ def video_config(image: ImageModel, **changes: Any) -> VivitConfig:
     return dataclasses.replace(image.config, **{**defaults, **changes})
 
 
-def inflate_kernel(kernel: np.ndarray, frames: int, inflation: str) -> np.ndarray:
-    """A patch kernel [1, h, w, c, d] as a tubelet kernel [frames, h, w, c, d].
+def inflate_kernel(
+    kernel: Float[np.ndarray, "1 h w c d"], frames: int, inflation: str
+) -> Float[np.ndarray, "t h w c d"]:
+    """A patch kernel as a kernel of tubelets of so many frames.
 
     Approximate rank pooling (Bilen et al. 2016, as scenic scales it): frame t of T has the weight
     (2 (T - t + 1) - (T + 1) (H_T - H_(t-1))) / T, H_t the harmonic numbers.
@@ -201,8 +205,11 @@ def inflate_kernel(kernel: np.ndarray, frames: int, inflation: str) -> np.ndarra
 
 
 def inflate_positions(
-    table: np.ndarray, old: tuple[int, int], new: tuple[int, int, int], positions: str
-) -> np.ndarray:
+    table: Float[np.ndarray, "patches d"],
+    old: tuple[int, int],
+    new: tuple[int, int, int],
+    positions: str,
+) -> Float[np.ndarray, "tokens d"]:
     """An image's position table [h*w, d] as that of a grid of (frames, height, width) tokens."""
     frames, *size = new
     if positions == "tile" and old != tuple(size):
@@ -218,7 +225,9 @@ def inflate_positions(
     return np.tile(resize_table(table, old, tuple(size)), (frames, 1))
 
 
-def resize_table(table: np.ndarray, old: tuple[int, ...], new: tuple[int, ...]) -> np.ndarray:
+def resize_table(
+    table: Float[np.ndarray, "before d"], old: tuple[int, ...], new: tuple[int, ...]
+) -> Float[np.ndarray, "after d"]:
     """A position table [tokens, d] resized from one grid to another with as many axes.
 
     Linear along each axis with aligned corners, as scenic resizes (scipy.ndimage.zoom of order 1).
@@ -286,12 +295,7 @@ def _checked_changes(changes: Any) -> Mapping[str, Any]:
             f"config must be a VivitConfig, a mapping of its fields or None, got "
             f"{type(changes).__name__}"
         )
-    known = [field.name for field in dataclasses.fields(VivitConfig)]
-    unknown = [str(name) for name in changes if name not in known]
-    if unknown:
-        raise ConfigError(
-            f"config: VivitConfig has no {', '.join(unknown)}; expected some of {', '.join(known)}"
-        )
+    check_fields(VivitConfig, changes)
     return changes
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from checkpoints_convert.layouts.videomae_authors import config_differences
 from checkpoints_convert.pretrained import InitialisedModel, plan_load
 from checkpoints_convert.source import Source, open_source
+from checkpoints_convert.start.changes import Changes, sort_changes
 from vivit_jax import param_tree
 from vivit_jax.config import VideoMAEConfig
 from vivit_jax.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
-_LABELS = ("num_labels", "id2label", "class_splits", "split_names")
 
 
 def init_from_pretraining(
@@ -43,45 +43,15 @@ def init_from_pretraining(
     Source: VideoMAE and VideoMAE V2, fine-tuning. They draw the classifier from a normal
     distribution truncated at 100 standard deviations, which is the same.
     """
-    if not isinstance(config, Mapping):
-        raise ConfigError(
-            'config must be a mapping of fields, such as {"num_labels": 400}, got '
-            f"{type(config).__name__}"
-        )
-    known = {f.name: f.metadata.get("execution") for f in dataclasses.fields(VideoMAEConfig)}
-    unknown = [str(name) for name in config if name not in known]
-    if unknown:
-        raise ConfigError(
-            f"config: VideoMAEConfig has no {', '.join(unknown)}; expected some of "
-            f"{', '.join(known)}"
-        )
-    if not any(config.get(name) is not None for name in _LABELS[:3]):
-        raise ConfigError(
-            "config does not say which classes to fine-tune on; give num_labels, id2label or "
-            "class_splits"
-        )
-    if config.get("use_mean_pooling") is False:
-        raise ConfigError(
-            "use_mean_pooling=False keeps the encoder's norm and reads the first token, unlike the "
-            "authors' classifier; load it with from_pretrained(source, 'classification')"
-        )
-    labels = {name: config[name] for name in _LABELS if name in config}
-    execution = {name: value for name, value in config.items() if known[name]}
-    settings = {k: v for k, v in config.items() if k not in (*labels, *execution)}
-    settings.pop("use_mean_pooling", None)
+    labels, execution, settings = _checked(config)
     held = open_source(source, revision=revision, settings=settings)
     if held.family != VideoMAEConfig.model_type or held.head == "classification":
         raise UserError(
             f"{source} holds {held.architecture}, expected a pre-trained "
             "VideoMAE; load it with from_pretrained(source, num_labels=...)"
         )
-    plan = plan_load(
-        held,
-        "classification",
-        changes={"use_mean_pooling": True},
-        **labels,
-        **execution,
-    )
+    changes = {"use_mean_pooling": True}
+    plan = plan_load(held, "classification", changes=changes, labels=labels, **execution)
     params = plan.read(plan.model.config.param_dtype, seed)
     for path in ("head/kernel", "head/bias"):
         params[path] = params[path] * init_scale
@@ -98,3 +68,25 @@ def init_from_pretraining(
     report = dataclasses.replace(plan.report, notes=tuple(notes))
     logger.warning("%s", report)
     return InitialisedModel(plan.model, param_tree.unflatten(params), report)
+
+
+def _checked(config: Mapping[str, Any]) -> Changes:
+    """The changes to the config; ConfigError unless they make the authors' classifier."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            'config must be a mapping of fields, such as {"num_labels": 400}, got '
+            f"{type(config).__name__}"
+        )
+    changes = sort_changes(VideoMAEConfig, config)
+    labels = changes.labels
+    if labels.num_labels is None and labels.id2label is None and labels.class_splits is None:
+        raise ConfigError(
+            "config does not say which classes to fine-tune on; give num_labels, id2label or "
+            "class_splits"
+        )
+    if changes.settings.pop("use_mean_pooling", True) is False:
+        raise ConfigError(
+            "use_mean_pooling=False keeps the encoder's norm and reads the first token, unlike the "
+            "authors' classifier; load it with from_pretrained(source, 'classification')"
+        )
+    return changes

@@ -12,17 +12,17 @@ import numpy as np
 
 from checkpoints_convert.pretrained import InitialisedModel, plan_load
 from checkpoints_convert.source import Source
+from checkpoints_convert.start.changes import sort_changes
 from checkpoints_convert.start.from_image import complete_params, resize_table
 from vivit_jax import param_tree
 from vivit_jax.config import VivitConfig
-from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.errors import UserError
 from vivit_jax.models.build import build_model
 
 logger = logging.getLogger(__name__)
 
 # Fields that may differ: they set the number of learned positions and of temporal blocks.
 SIZES = ("image_size", "num_frames", "num_temporal_layers")
-_LABELS = ("num_labels", "id2label", "class_splits", "split_names")
 _TEMPORAL = re.compile(r"(?:backbone/)?temporal/layers_(\d+)/.+")
 
 
@@ -57,19 +57,11 @@ def init_from_video_model(
 
     Source: scenic, projects/vivit/model_utils.py, initialise_from_train_state.
     """
-    known = {f.name: f.metadata.get("execution") for f in dataclasses.fields(VivitConfig)}
-    unknown = [str(name) for name in config if name not in known]
-    if unknown:
-        raise ConfigError(
-            f"config: VivitConfig has no {', '.join(unknown)}; expected some of {', '.join(known)}"
-        )
-    labels = {name: config[name] for name in _LABELS if name in config}
-    execution = {name: value for name, value in config.items() if known[name]}
-    own = (*SIZES, *labels, *execution)
-    settings = {name: value for name, value in config.items() if name not in own}
+    labels, execution, settings = sort_changes(VivitConfig, config)
+    settings = {name: value for name, value in settings.items() if name not in SIZES}
     settings = {**(source_config or {}), **settings}
     plan = plan_load(
-        source, head, settings=settings, revision=revision, **labels, **execution
+        source, head, settings=settings, labels=labels, revision=revision, **execution
     )  # fmt: skip
     old = plan.model.config
     if not isinstance(old, VivitConfig):

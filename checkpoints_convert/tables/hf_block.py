@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules of one transformer block, shared by the tables with HuggingFace names."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from checkpoints_convert.rules import Rule
 from checkpoints_convert.tables.table import Names
@@ -96,24 +96,15 @@ def blocks(
     names: Mapping[str, str],
     biases: Mapping[str, str],
     over: tuple[str, ...] = ("",),
-    cosine: bool = False,
-    layer_scale: bool = False,
+    own: Sequence[Rule] = (),
 ) -> list[Rule]:
     """All blocks under `src` (ends in '.{i}.') and `dst` (ends in 'layers_{i}/').
 
     `names` and `biases` are those of `attention`. If a block attends more than once, `over`
-    lists the suffixes of each attention layer and its norm: "_time", "_space". The parameters of
-    `cosine` attention and `layer_scale`, which transformers does not have here, get the names that
-    it would give them.
+    lists the suffixes of each attention layer and its norm: "_time", "_space". `own` are rules of
+    further parameters of a block, which come first.
     """
-    rules = []
-    if cosine:
-        rules.append(
-            Rule(f"{src}attention.attention.scale", f"{dst}attention/scale", layers=layers)
-        )
-    if layer_scale:
-        rules.append(Rule(f"{src}lambda_1", f"{dst}scale_attention", layers=layers))
-        rules.append(Rule(f"{src}lambda_2", f"{dst}scale_mlp", layers=layers))
+    rules = [*own]
     for suffix in over:
         named = {ours: _suffixed(theirs, suffix) for ours, theirs in names.items()}
         vectors = {ours: _suffixed(theirs, suffix) for ours, theirs in biases.items()}

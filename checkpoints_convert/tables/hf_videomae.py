@@ -69,16 +69,21 @@ TABLE = Table(rules, names_in, PREFIX, ("classification", "pretraining"), "hub")
 
 
 def _blocks(config: VideoMAEConfig, src: str, dst: str, dialect: str) -> list[Rule]:
-    layers = config.num_hidden_layers
+    layers, ours = config.num_hidden_layers, dst + "layers_{i}/"
+    own = []
+    if config.cosine_attention:
+        own.append(Rule(f"{src}attention.attention.scale", f"{ours}attention/scale", layers=layers))
+    if config.layer_scale_init > 0:
+        own.append(Rule(f"{src}lambda_1", f"{ours}scale_attention", layers=layers))
+        own.append(Rule(f"{src}lambda_2", f"{ours}scale_mlp", layers=layers))
     table = blocks(
         src,
-        dst + "layers_{i}/",
+        ours,
         layers=layers,
         heads=config.num_attention_heads,
         names=HUB,
         biases=_BIASES[dialect] if config.qkv_bias else {},
-        cosine=config.cosine_attention,
-        layer_scale=config.layer_scale_init > 0,
+        own=own,
     )
     if dialect == "key_bias" and config.qkv_bias:
         table.append(Rule(f"{src}{HUB['key']}.bias", (), layers=layers, reason=KEY_BIAS_REASON))
