@@ -305,7 +305,7 @@ def test_round_trip(run, tmp_path, case):
     status, out, err = run("convert", tmp_path / "scenic", tmp_path / "hf", *flags_of(case))
     assert (status, err) == (0, "")
     state = "opt_state/0" if container == "params" else "optimizer/state"
-    assert f"\n  {state} (" in out and "rng  left out: training state, no weights" in out
+    assert f"\n  {state} (" in out and "rng  left out: training state, not weights" in out
     assert f"{sum(value.size for value in params.values()):,} parameters" in out
     flags = ["--to", "scenic", "--container", back]
     assert run("convert", tmp_path / "hf", tmp_path / "back", *flags)[0] == 0
