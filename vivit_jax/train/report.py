@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's report.html: its curves, settings and evaluations in one self-contained file."""
+"""A run's report.html: its curves, settings and evaluations in one self-contained file.
+
+A new metric needs no change here: each number in metrics.jsonl gets a curve, and a column in the
+table of evaluations. `_PANELS` groups metrics into charts with titles and units.
+"""
 
 import dataclasses
 import datetime
