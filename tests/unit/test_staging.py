@@ -101,6 +101,31 @@ def contents(directory):
     return {name: (directory / name).read_text() for name in names_in(directory)}
 
 
+@pytest.mark.parametrize("names", [["a.json"], ["a.json", "b.bin"]])
+def test_what_takes_its_place_is_on_the_disk(names, tmp_path, monkeypatch):
+    """Contents before they are moved, and the directory's names afterwards."""
+    done, sync, replace = [], os.fsync, os.replace
+
+    def synced(held):
+        done.append(("sync", os.fstat(held).st_ino))
+        sync(held)
+
+    def replaced(old, new):
+        done.append(("move", os.lstat(old).st_ino))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    paths = [tmp_path / name for name in names]
+    with whole_files(*paths) as partial:
+        for path in partial:
+            path.write_text("new")
+    for path in paths:
+        number = path.stat().st_ino
+        assert done.index(("sync", number)) < done.index(("move", number))
+    assert done[-1] == ("sync", tmp_path.stat().st_ino)
+
+
 @pytest.mark.parametrize(
     ("what", "key", "old", "new"),
     [
