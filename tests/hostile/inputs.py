@@ -243,7 +243,8 @@ def make(root: Path) -> None:
 def _checkpoints(root: Path) -> None:
     import jax
     import torch
-    from tiny_recipes import CLASSES, SIZES
+    from tiny import SMALL_VIDEOMAE
+    from tiny_recipes import CLASSES
 
     import vivit_jax
     from checkpoints_convert.convert import convert_checkpoint
@@ -255,7 +256,7 @@ def _checkpoints(root: Path) -> None:
         return drawn.standard_normal(leaf.shape).astype(np.float32)
 
     configs = {
-        "hf": vivit_jax.VideoMAEConfig(**SIZES, num_labels=CLASSES),
+        "hf": vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE, num_labels=CLASSES),
         "vivit": vivit_jax.VivitConfig(
             image_size=16, num_frames=4, tubelet_size=(2, 8, 8), hidden_size=16,
             num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,

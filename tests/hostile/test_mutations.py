@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent)]
-sys.path += [str(Path(__file__).parents[1] / name) for name in ("data", "train")]
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("", "data", "train")]
 
 import pool  # noqa: E402
 from inputs import KINDS, make  # noqa: E402
