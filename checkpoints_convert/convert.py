@@ -98,12 +98,12 @@ def convert_checkpoint(
 ) -> Conversion:
     """Write `source` (directory, file, hub id or opened checkpoint) as a directory in `to_layout`.
 
-    Values are bit-exact and dtypes preserved unless `dtype` asks for a cast; the processor's files
-    are copied. Files of scenic and of VideoMAE's authors, which have no config, get what `settings`
-    and the tensors say, and the processor that their authors train with. An image model becomes a
-    video model as `init_from_image_model` makes it with `image_options`, and with a classifier if
-    `settings` give it `num_labels`. Of a classifier only the classes stay that the file `label_map`
-    lists, see `read_label_map`. Raises a UserError or OSError and then leaves no directory behind.
+    Values are bit-exact and dtypes kept unless `dtype` asks for a cast; the processor's files are
+    copied. Files of scenic and of VideoMAE's authors, which have no config, get it from `settings`
+    and their tensors, and the processor that their authors train with. An image model becomes a
+    video model as `init_from_image_model` makes it with `image_options`, with a classifier if
+    `settings` include `num_labels`. A classifier keeps only the classes that the file `label_map`
+    lists, see `read_label_map`. Raises UserError or OSError, and then leaves no directory behind.
     """
     target = layout_named(to_layout)
     container = _container(target, container)

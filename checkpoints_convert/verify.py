@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tyro
+from jaxtyping import Float32
 
 from checkpoints_convert.convert import convert_checkpoint
 from checkpoints_convert.layouts.hf import runs_in_transformers, transformers_notes
@@ -98,6 +99,17 @@ class Verification:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What to run on, and how; see `verify_checkpoint`."""
+
+    clip: str | Path | None
+    tolerance: float
+    batch: int
+    seed: int
+    attention: str
+
+
 def verify_checkpoint(
     source: str | Path,
     *,
@@ -123,33 +135,37 @@ def verify_checkpoint(
             f"tolerance {tolerance} and batch {batch} must be positive and finite, seed {seed} not "
             "negative"
         )
+    options = _Options(clip, tolerance, batch, seed, attention)
     path, settings = resolve_checkpoint(source, revision), reusable(settings)
     opened = open_source(path, settings=settings)
     if not runs_in_transformers(opened.config, opened.head):
         raise UserError(_no_reference(opened))
     if not opened.layout.in_transformers or not opened.as_stored:
-        with tempfile.TemporaryDirectory() as directory:
-            convert_checkpoint(opened, directory)
-            found = verify_checkpoint(
-                directory,
-                clip=clip,
-                tolerance=tolerance,
-                batch=batch,
-                seed=seed,
-                attention=attention,
-            )
-        note = (
-            f"compared as converted to the hf layout, with transformers' {found.model}: no code of "
-            "its authors or of its repository is run"
-        )
-        return dataclasses.replace(
-            found, source=str(source), note="\n".join(filter(None, (note, found.note)))
-        )
-    if settings:
+        found = _compare_converted(opened, options)
+    elif settings:
         raise UserError(
             "--config is for checkpoints without a config.json; transformers would read "
             f"{path}/config.json as it is. Write another directory with vivit-convert convert"
         )
+    else:
+        found = _compare_frameworks(path, opened, options)
+    return dataclasses.replace(found, source=str(source))
+
+
+def _compare_converted(opened: Source, options: _Options) -> Verification:
+    """Compare a checkpoint that transformers does not read, converted to the hf layout."""
+    with tempfile.TemporaryDirectory() as directory:
+        convert_checkpoint(opened, directory)
+        found = _compare_frameworks(Path(directory), open_source(directory), options)
+    note = (
+        f"compared as converted to the hf layout, with transformers' {found.model}: no code of "
+        "its authors or of its repository is run"
+    )
+    return dataclasses.replace(found, note="\n".join(filter(None, (note, found.note))))
+
+
+def _compare_frameworks(path: Path, opened: Source, options: _Options) -> Verification:
+    """Compare a checkpoint that transformers reads from `path`."""
     stored, name = opened.stored, opened.architecture
     match_import(
         opened.tensors,
@@ -158,27 +174,23 @@ def verify_checkpoint(
         opened.title,
     )
     reference = load_transformers(path, name, "vivit-convert verify", pooler=stored.pooler)
-    model, params = from_pretrained(opened, attention=attention)
-    if clip is None:
-        config = model.config
-        shape = (batch, config.num_frames, *config.frame_size, config.num_channels)
-        pixels = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-        inputs = f"noise {shape}, seed {seed}"
-    else:
-        pixels = np.repeat(_read_clip(clip, path, model.config), batch, axis=0)
-        inputs = f"{clip} {pixels.shape}"
-    extra = _extra_inputs(model, stored.head, len(pixels), seed)
+    model, params = from_pretrained(opened, attention=options.attention)
+    pixels, inputs = _pixels(path, model.config, options)
+    extra = _extra_inputs(model, stored.head, len(pixels), options.seed)
     with jax.default_matmul_precision("highest"):
         ours = _run_in_jax(model, params, pixels, extra)
     pool = _torch_pooler(opened) if stored.pooler else None
     theirs = _run_in_torch(reference, pixels, extra, pool)
     double = copy.deepcopy(reference).double()
     truth = _run_in_torch(double, pixels.astype(np.float64), extra, pool)
-    rows = tuple(_compare(key, ours[key], theirs[key], truth[key], tolerance) for key in truth)
+    rows = tuple(
+        _compare(key, ours[key], theirs[key], truth[key], options.tolerance) for key in truth
+    )
     notes = list(transformers_notes(opened.config, stored.head, stored.pooler))
     if pool is not None:
         notes.append("pooler output: PyTorch's layer_norm of the mean of transformers' tokens")
-    return Verification(str(source), name, inputs, tolerance, rows, "\n".join(notes) or None)
+    note = "\n".join(notes) or None
+    return Verification(str(opened), name, inputs, options.tolerance, rows, note)
 
 
 def _no_reference(opened: Source) -> str:
@@ -324,10 +336,18 @@ def _as_directory(path: Path) -> Iterator[Path]:
         yield Path(directory)
 
 
-def _read_clip(clip, path: Path, config) -> np.ndarray:
-
+def _pixels(
+    path: Path, config: Any, options: _Options
+) -> tuple[Float32[np.ndarray, "b t h w c"], str]:
+    """The input of both sides, and what it is in words."""
+    if options.clip is None:
+        shape = (options.batch, config.num_frames, *config.frame_size, config.num_channels)
+        rng = np.random.default_rng(options.seed)
+        return rng.standard_normal(shape).astype(np.float32), f"noise {shape}, seed {options.seed}"
     processor = VideoProcessor.from_pretrained(path if path.is_dir() else path.parent)
-    return read_clip(clip, config).pixel_values(processor)
+    pixels = read_clip(options.clip, config).pixel_values(processor)
+    pixels = np.repeat(pixels, options.batch, axis=0)
+    return pixels, f"{options.clip} {pixels.shape}"
 
 
 def _extra_inputs(model, head: str, batch: int, seed: int) -> dict[str, np.ndarray]:
