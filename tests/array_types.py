@@ -12,9 +12,11 @@ import ast
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
-from typing import get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from beartype.door import is_bearable
 from jaxtyping import AbstractArray, jaxtyped
@@ -34,27 +36,46 @@ def checked(function):
     hints = {name: hint for name, hint in function.__annotations__.items() if holds_array(hint)}
     if not hints:
         return function
-    returned = hints.pop("return", None)
-    signature = inspect.signature(function)
+    fits = {name: fit_of(hint) for name, hint in hints.items()}
+    returned = fits.pop("return", None)
+    parameters = inspect.signature(function).parameters.values()
+    named_only = inspect.Parameter.KEYWORD_ONLY
+    places = [
+        (each.name, sys.maxsize if each.kind is named_only else place, fits[each.name])
+        for place, each in enumerate(parameters)
+        if each.name in fits
+    ]
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         __tracebackhide__ = True
-        given = signature.bind(*args, **kwargs).arguments
         with jaxtyped("context"):  # in which a letter stands for one size
-            wrong = [
-                name
-                for name, hint in hints.items()
-                if name in given and not is_bearable(given[name], hint)
-            ]
+            wrong = []
+            for name, place, fit in places:
+                if place < len(args):
+                    value = args[place]
+                elif name in kwargs:
+                    value = kwargs[name]
+                else:
+                    continue
+                if not fit(value):
+                    wrong.append((name, value))
             out = function(*args, **kwargs)
-            for name in wrong:
-                raise ArrayTypeError(message(function, name, given[name], hints[name]))
-            if returned is not None and not is_bearable(out, returned):
-                raise ArrayTypeError(message(function, "what it returns", out, returned))
+            for name, value in wrong:
+                raise ArrayTypeError(message(function, name, value, hints[name]))
+            if returned is not None and not returned(out):
+                raise ArrayTypeError(message(function, "what it returns", out, hints["return"]))
         return out
 
     return call
+
+
+def fit_of(hint) -> Callable[[Any], bool]:
+    """Whether a value fits an annotation; classes and unions of them need no beartype."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if all(isinstance(kind, type) and not get_args(kind) for kind in kinds):
+        return lambda value: isinstance(value, kinds)
+    return lambda value: is_bearable(value, hint)
 
 
 def holds_array(hint) -> bool:

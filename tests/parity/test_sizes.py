@@ -22,8 +22,8 @@ from vivit_jax.models.videomae import VideoMAEForPreTraining
 @pytest.fixture
 def said(caplog):
     """The warnings of sizes so far; each is said once a process."""
-    embed._say_what_is_left_out.cache_clear()
-    return lambda: [r for r in caplog.messages if "no multiple of the tubelet" in r]
+    embed._log_dropped_pixels.cache_clear()
+    return lambda: [r for r in caplog.messages if "not a multiple of the tubelet" in r]
 
 
 def opened(case, directory, **changes):
