@@ -66,7 +66,7 @@ class Layout:
     """
 
     name: str
-    tables: Mapping[str, Table]
+    tables: dict[str, Table]  # by family; `registry.register_table` adds to it
     parameters: Parameters
     patch_kernels: tuple[str, ...] = ()
     block_names: re.Pattern[str] | None = None

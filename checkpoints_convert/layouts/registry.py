@@ -28,6 +28,17 @@ def register(layout: Layout) -> None:
     LAYOUTS.append(layout)
 
 
+def register_table(layout: str, family: str, table: Table) -> None:
+    """Add the weight table of a family to a layout, which then reads and writes its models.
+
+    Raises UserError for a family that the layout already has a table of.
+    """
+    found = layout_named(layout)
+    if family in found.tables:
+        raise UserError(f"layout {layout!r} already has a table of {family}; remove one")
+    found.tables[family] = table
+
+
 def layout_names(*, writable: bool = False) -> tuple[str, ...]:
     """The names of all layouts, or of those that can be written."""
     return tuple(each.name for each in LAYOUTS if each.writable or not writable)

@@ -2,8 +2,10 @@
 """Model families: one record each, which builds, initialises and measures its models.
 
 A new family is a config (its names in config.json and in texts, its heads, how its papers read
-videos), a module file with the models and a record, a weight table for each layout in
-`checkpoints_convert.tables`, and a line in `FAMILIES`, or a call of `register_family`.
+videos), a module file with the models and a record, a weight table in `checkpoints_convert.tables`
+for each layout, and a line in `config.py`, in `FAMILIES` and in the layout. From outside,
+`register_family` and `checkpoints_convert.layouts.registry.register_table` take their place, as
+tests/models/test_family.py shows.
 """
 
 from flax import linen as nn

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families are records: one defined here, outside the packages, is used like those inside."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from helpers import random_params
+
+import vivit_jax
+from checkpoints_convert.__main__ import main as convert_main
+from checkpoints_convert.layouts import registry
+from checkpoints_convert.tables.hf_block import HUB, blocks, dense, identify, norm, patch_embed
+from checkpoints_convert.tables.table import Table
+from vivit_jax import config, param_tree
+from vivit_jax.layers.embed import TubeletEmbed, check_clip, sincos_positions
+from vivit_jax.layers.encoder import StackSpec, run_blocks
+from vivit_jax.layers.linear import LayerNorm
+from vivit_jax.models import family, products
+from vivit_jax.models.build import build_model, fresh_params
+from vivit_jax.models.flops import forward_flops
+from vivit_jax.models.head import classify
+from vivit_jax.outputs import ClassifierOutput, ModelOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig(config.TransformerConfig):
+    """A video transformer without masks and with computed positions."""
+
+    model_type: ClassVar[str] = "toy"
+    own_model_type: ClassVar[str] = "toy_jax"
+    title: ClassVar[str] = "Toy"
+    heads: ClassVar[Mapping[str, str]] = {
+        "none": "ToyModel",
+        "classification": "ToyForVideoClassification",
+    }
+    frame_stride: ClassVar[int] = 3
+
+    num_frames: int = 4
+    tubelet_size: int = 2
+    patch_size: int = 8
+    image_size: int | tuple[int, int] = 16
+    hidden_size: int = 24
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    intermediate_size: int = 40
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def tubelet(self):
+        return (self.tubelet_size, self.patch_size, self.patch_size)
+
+    @property
+    def key_bias(self):
+        return self.qkv_bias
+
+    @property
+    def in_transformers(self):
+        return False
+
+
+class ToyModel(nn.Module):
+    config: ToyConfig
+
+    @nn.compact
+    def __call__(self, pixel_values, *, deterministic=True, **_):
+        config = self.config
+        check_clip(config, pixel_values.shape, any_size=False)
+        x = TubeletEmbed(config, name="patch_embed")(pixel_values)
+        x = (x + sincos_positions(*x.shape[1:]).astype("f4")[None]).astype(config.dtype)
+        x, _ = run_blocks(config, StackSpec(config.num_hidden_layers), x)
+        return ModelOutput(LayerNorm(config, config.layer_norm_eps, name="ln_final")(x))
+
+
+class ToyForVideoClassification(nn.Module):
+    config: ToyConfig
+
+    @nn.compact
+    def __call__(self, pixel_values, *, labels=None, **options):
+        x = ToyModel(self.config, name="backbone")(pixel_values, **options).last_hidden_state
+        return ClassifierOutput(*classify(self.config, x.mean(1), labels))
+
+
+def stacks(config):
+    return (StackSpec(config.num_hidden_layers),)
+
+
+def flops(config, head, visible, decoded, all_tokens):
+    tokens = config.num_tokens
+    return products.Flops(
+        products.embedding(config, tokens),
+        products.joint_blocks(config, config.num_hidden_layers, tokens),
+        products.classifier(config, head),
+    )
+
+
+TOY = family.Family(
+    config=ToyConfig,
+    models={"none": ToyModel, "classification": ToyForVideoClassification},
+    stacks=stacks,
+    flops=flops,
+)
+
+
+def rules(config, names):
+    dst = "" if names.head == "none" else "backbone/"
+    biases = {name: f"{HUB[name]}.bias" for name in ("query", "key", "value")}
+    table = patch_embed("", dst) + blocks(
+        "encoder.layer.{i}.",
+        dst + "layers_{i}/",
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        names=HUB,
+        biases=biases if config.qkv_bias else {},
+    )
+    table += norm("layernorm", f"{dst}ln_final")
+    return table + (dense("classifier", "head") if names.head == "classification" else [])
+
+
+TABLE = Table(rules, lambda tensors, head: identify(tensors, head, "toy.", "pooler.", ""))
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The toy family, registered for one test."""
+    monkeypatch.setattr(config, "FAMILIES", list(config.FAMILIES))
+    monkeypatch.setattr(family, "FAMILIES", list(family.FAMILIES))
+    before = dict(config.ARCHITECTURES)
+    family.register_family(TOY)
+    registry.register_table("hf", "toy", TABLE)
+    yield ToyConfig(num_labels=5)
+    config.ARCHITECTURES.clear()
+    config.ARCHITECTURES.update(before)
+    del registry.layout_named("hf").tables["toy"]
+
+
+@pytest.fixture
+def directory(toy, tmp_path):
+    """A saved toy classifier."""
+    model = build_model(toy, "classification")
+    processor = vivit_jax.VideoProcessor.videomae(size=20, crop_size=(16, 16))
+    vivit_jax.save_pretrained(tmp_path / "toy", model, random_params(model), processor)
+    return tmp_path / "toy"
+
+
+def test_a_family_from_outside_is_built_and_measured(toy):
+    model = build_model(toy, "classification")
+    assert type(model) is ToyForVideoClassification
+    flat = param_tree.flatten(fresh_params(model, seed=0))
+    assert flat["backbone/layers/mlp_in/kernel"].shape == (2, 24, 40)
+    assert forward_flops(toy) > forward_flops(toy, "none") > 0
+    with pytest.raises(vivit_jax.UserError, match="Toy has no masked pre-training"):
+        forward_flops(toy, "pretraining")
+
+
+def test_a_family_from_outside_is_saved_loaded_and_converted(toy, directory, tmp_path):
+    stored = json.loads((directory / "config.json").read_text())
+    assert stored["model_type"] == "toy_jax"
+    assert stored["architectures"] == ["ToyForVideoClassification"]
+    model, params = vivit_jax.from_pretrained(directory)
+    assert model == build_model(toy, "classification")
+    expected = param_tree.flatten(random_params(model))
+    for path, value in param_tree.flatten(params).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    assert convert_main(["convert", str(directory), str(tmp_path / "again")]) == 0
+    held = "model.safetensors"
+    assert (tmp_path / "again" / held).read_bytes() == (directory / held).read_bytes()
+
+
+def test_a_family_from_outside_classifies_videos(toy, directory):
+    classifier = vivit_jax.VideoClassifier.from_pretrained(directory)
+    frames = np.random.default_rng(0).integers(0, 256, (30, 24, 20, 3), np.uint8)
+    (first, *_) = classifier(frames, top_k=5)
+    pixels = classifier.processor(frames[[10, 13, 16, 19]])  # every third, as the config says
+    model, params = vivit_jax.from_pretrained(directory)
+    logits = model.apply({"params": params}, pixels).logits[0]
+    np.testing.assert_allclose(first["score"], jax.nn.softmax(logits).max(), rtol=1e-5)
+
+
+def test_names_that_are_taken(toy):
+    with pytest.raises(vivit_jax.UserError, match="ToyForVideoClassification, .*toy.* is taken"):
+        family.register_family(TOY)
+    other = dataclasses.replace(TOY, models={"none": ToyModel})
+    with pytest.raises(vivit_jax.UserError, match="make them equal"):
+        family.register_family(other)
