@@ -22,7 +22,7 @@ def work(dtype="float32") -> Work:
 
 
 def off_by(share, x):
-    """x changed by so much of its norm."""
+    """x changed by this share of its norm."""
     error = RNG.standard_normal(x.shape)
     return x + error * share * np.linalg.norm(x) / np.linalg.norm(error)
 
@@ -36,7 +36,7 @@ def test_distance_is_that_of_the_worst_tensor():
 
 
 def test_what_is_nothing_but_rounding_has_no_say():
-    """As with the bias of keys, whose gradient is 0 on paper."""
+    """As for the key bias, whose gradient is 0 on paper."""
     noise = {name: GRADIENTS | {"zero": x} for name, x in (("a", 1e-9), ("b", -1e-9))}
     noise = {side: values | {"zero": np.full(2, values["zero"])} for side, values in noise.items()}
     assert agreement(work(), (OUTPUT, noise["a"]), (OUTPUT, noise["b"]), None).holds
@@ -46,7 +46,7 @@ def test_what_is_nothing_but_rounding_has_no_say():
 
 
 def test_the_bias_of_keys_counts_as_no_smaller_than_that_of_queries():
-    """Its gradient is 0 on paper: what there is of it is rounding, however small it is."""
+    """Its gradient is 0 on paper: any of it is rounding, however small."""
     own = GRADIENTS | {"0.query.bias": np.full(2, 1e-2), "0.key.bias": np.full(2, 1e-7)}
     other = own | {"0.key.bias": np.full(2, -1e-7)}
     assert distance(work(), (OUTPUT, other), (OUTPUT, own)).gradient == pytest.approx(2e-5)
@@ -103,7 +103,7 @@ def test_accelerators_round_float32(place, rounded, monkeypatch):
     assert is_rounded(work()) == rounded
 
 
-def test_weights_that_tell():
+def test_every_part_of_the_weights_shows():
     config = work().config
     model = build_model(config, "classification")
     ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract_params(model))

@@ -50,7 +50,7 @@ def test_a_quiet_machine_gives_no_warning():
 
 
 def test_a_load_average_without_its_memory_of_before():
-    """Before the rounds 4 threads wanted a core, in them 3, of which two were ours."""
+    """Four threads wanted a core before the rounds, and three during them, two of them ours."""
     kept = math.exp(-2)
     found = of_load(120.0, 4.0, 4 * kept + 3 * (1 - kept), 240.0, 2, 20)
     assert found.source == LOAD and found.others == pytest.approx(0.5)
@@ -112,7 +112,7 @@ def test_counters_that_stand_still_are_not_believed(monkeypatch):
     assert watch.busy().source == LOAD
 
 
-def test_a_system_that_does_not_tell(monkeypatch):
+def test_a_system_without_counters(monkeypatch):
     monkeypatch.setattr(busy, "_sample", lambda: None)
     monkeypatch.setattr(busy, "_load", lambda: None)
     watch = Watch()

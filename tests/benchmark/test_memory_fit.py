@@ -120,7 +120,7 @@ def test_largest_batch_fits_and_one_more_does_not():
     assert not fits(work("forward", batch=1), one - 1)
 
 
-# Bytes by batch, and the most analyses that were needed for any of the cases below.
+# Bytes by batch, and the most analyses that any case below needed.
 SHAPES = {
     "line": (lambda b: 5000 + 70 * b, 5),
     "line in steps": (lambda b: 5000 + 70 * b + 64 * (b % 2), 7),
@@ -258,7 +258,7 @@ def test_nothing_is_allocated():
     assert len(jax.live_arrays()) == arrays
 
 
-# What a fresh process needs beyond what it had after compiling, beside what was predicted.
+# A fresh process's memory beyond that after compiling, and the prediction.
 STATUS = """
 import re, sys
 from pathlib import Path
@@ -296,7 +296,7 @@ print(status("VmHWM") - before, predicted)
 
 
 def fresh(code, *args) -> list[int]:
-    """The numbers that a process of its own prints, which compiles as users do."""
+    """The numbers printed by a process that compiles as users do."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     env["PYTHONPATH"] = str(Path(__file__).parent)
     done = subprocess.run(

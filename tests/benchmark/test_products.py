@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix products of a program: which there are, and that they are what is timed."""
+"""The matrix products of a program, and that they are what is timed."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def test_products_are_those_of_the_formula(kind):
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_products_as_users_run_it(scan_layers):
-    """The backward pass of tiled attention makes the scores again, and nothing else."""
+    """The backward pass of tiled attention recomputes the scores, and nothing else."""
     config = VideoMAEConfig(**VIDEOMAE, scan_layers=scan_layers)
     forward, step = (Work("", config, kind) for kind in ("forward", "finetune"))
     assert operations(forward) == forward.flops()
@@ -77,7 +77,7 @@ def test_operations_and_precision_of_a_product():
 
 
 def test_a_product_is_timed_in_the_form_that_a_program_has_it():
-    """That of bfloat16 takes half the time of a plain one with a result of bfloat16 (jax 0.10)."""
+    """The bfloat16 form takes half the time of a plain product with bfloat16 result (jax 0.10)."""
     x, y = np.ones((4, 64), jnp.bfloat16), np.ones((64, 32), jnp.bfloat16)
     of_both = jax.grad(lambda x, y: matrix_product(x, y).astype(jnp.float32).sum(), (0, 1))
     found = products.products_of(jax.jit(of_both), x, y)

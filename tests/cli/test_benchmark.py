@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax benchmark`: what it measures is measured, and no ratio of unequal functions."""
+"""`vivit-jax benchmark`: every figure, and no ratio of different functions."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ TORCH = ("--against", "torch", "--variants", "sdpa")
 
 @pytest.fixture(autouse=True)
 def tiny(request, monkeypatch):
-    """The small model made tiny, but where another process has to know it by its name."""
+    """A tiny model under a preset's name; another process knows the real preset only."""
     if request.function is test_every_figure_is_there:
         return
     preset = work.PRESETS[SMALL]
@@ -64,7 +64,7 @@ def test_every_figure_is_there(tmp_path, capsys):
     for row in (ours, theirs):
         assert len(row["timing"]["seconds"]) == 2 and row["median_seconds"] > 0
         assert row["clips_per_second"] == pytest.approx(1 / row["median_seconds"])
-        # The weights are in memory, and not many times over.
+        # The weights are in memory, a few times at most.
         assert weights < row["peak"]["step"] <= row["peak"]["whole"] < 6 * weights
     assert ours["compilation"]["seconds"] > 0 and not ours["compilation"]["cached"]
     assert ours["ratio"] is None and theirs["compilation"] is None
@@ -106,7 +106,7 @@ def test_no_ratio_where_the_smallest_gradient_differs(monkeypatch, capsys):
 
     def wrong(side):
         found = moments(side)
-        # That of the keys' bias is 0, and some rounding error.
+        # The gradient of the key bias is 0 but for rounding.
         told = [name for name in found if not name.endswith("key.bias")]
         least = min(told, key=lambda name: np.linalg.norm(found[name]))
         return found | {least: -found[least]}
@@ -133,7 +133,7 @@ def test_no_ratio_where_scores_are_a_tenth_too_small(kind, dtype, monkeypatch, c
     attention = attention_module.attention
 
     def wrong(q, k, v, **options):
-        # Not in the float32 by which half precision is judged.
+        # But not in the float32 reference of half precision.
         is_side = q.dtype == dtype and jax.config.jax_default_matmul_precision != "highest"
         return attention(q * 0.9 if is_side else q, k, v, **options)
 
@@ -143,7 +143,7 @@ def test_no_ratio_where_scores_are_a_tenth_too_small(kind, dtype, monkeypatch, c
     assert "DIFFERS" in capsys.readouterr().out
 
 
-def test_a_variant_that_cannot_run_is_told_and_left_out(monkeypatch, capsys):
+def test_a_variant_that_cannot_run_is_named_and_left_out(monkeypatch, capsys):
     warm_up = TorchSide.warm_up
 
     def broken(side):
@@ -322,7 +322,7 @@ def test_the_share_of_what_a_device_is_sold_for(tmp_path, capsys):
 
 
 def test_why_memory_could_not_be_measured(tmp_path, monkeypatch):
-    """What the process says itself, not the last of what JAX had to note."""
+    """The process's own message, not the last of JAX's notes."""
     case = work_of("videomae-small-kinetics400", frames=2)
     with pytest.raises(UserError, match=f"memory of vivit_jax failed: .*{tmp_path}"):
         memory.peak_memory(case, "vivit_jax", tmp_path / "nothing")
@@ -358,7 +358,7 @@ def test_without_its_memory_a_side_is_timed_all_the_same(monkeypatch, capsys):
 
 
 def measured_as(monkeypatch, busy=None, **seconds):
-    """Rounds of made-up times; returns the `Rounds` that each comparison asked for."""
+    """Rounds of made-up times; returns the `Rounds` that each comparison requested."""
     asked = []
 
     def alternate(sides, rounds, reach):
@@ -399,7 +399,7 @@ def test_a_table_of_known_times(monkeypatch, capsys, tmp_path):
     assert result["busy"]["rounds"] == [2, 4, 5] and result["busy"]["told"]
 
 
-def test_a_quiet_machine_is_not_told_and_an_end_by_the_ceiling_is(monkeypatch, capsys):
+def test_a_quiet_machine_gives_no_warning_and_an_end_by_the_ceiling_does(monkeypatch, capsys):
     uneven = (1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0)
     measured_as(monkeypatch, Busy(STAT, 0.05, 2, 0.01, 0.0, (), 8), vivit_jax=uneven)
     assert main([*QUICK, *ALONE, "--rounds-until", "5%", "--most-rounds", "8"]) == 0
@@ -408,7 +408,7 @@ def test_a_quiet_machine_is_not_told_and_an_end_by_the_ceiling_is(monkeypatch, c
     assert "to +-5% of the median at 95 %: +-33.33%; ended by --most-rounds 8" in out
 
 
-def test_rounds_look_at_the_ratios_that_are_told(monkeypatch):
+def test_rounds_watch_the_ratios_of_the_table(monkeypatch):
     class Agrees:
         def __init__(self, holds):
             self.holds = holds

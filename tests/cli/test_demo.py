@@ -190,7 +190,7 @@ def test_demo_writes_what_it_says(finished):
     out, printed, progress = finished
     steps = [line for line in progress.splitlines() if line.startswith("step ")]
     assert len(steps) == 6 and "Traceback" not in progress and "WARNING:" not in progress
-    # What does not go over from pre-training is told, by name.
+    # What pre-training does not hand over is listed by name.
     assert "in the checkpoint, not in this model (23): decoder." in progress
     runs = {"pretraining", "finetuning", "scratch"}
     pictures = {"predictions.png", "reconstructions.png", "reconstruction.gif"}
@@ -217,7 +217,7 @@ def test_demo_writes_what_it_says(finished):
 
 
 def test_fine_tuning_starts_from_the_pre_training(finished):
-    """And differs from scratch in nothing else."""
+    """It differs from the run from scratch in nothing else."""
     out, printed, _ = finished
     recipes = {
         name: json.loads((out / name / "recipe.json").read_text())
@@ -270,7 +270,7 @@ def test_overwrite_replaces_a_demo_and_keeps_other_files(finished, tmp_path):
 
 
 def refuse(args, capsys) -> str:
-    """The one line on stderr of a demo that is refused."""
+    """The one line on stderr of a refused demo."""
     assert main(["demo", *map(str, args)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("vivit-jax: error: ") and err.count("\n") == 1
@@ -299,7 +299,7 @@ def test_bad_numbers_are_refused_before_anything_is_written(args, told, capsys, 
 def test_quick_takes_half_of_the_clips_and_a_sixth_of_the_steps(
     monkeypatch, tmp_path, flags, times, epochs
 ):
-    """Where there are as many clips as usual, by how many `times` as many it is told there are."""
+    """With the usual number of clips, and with `times` as many."""
 
     class Begun(Exception):
         """Stands in for the first training, with its recipe."""
@@ -431,7 +431,7 @@ def test_pre_training_helps_in_the_demo(tmp_path):
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_vivit_demo_is_accurate_and_sees_motion(tmp_path):
-    """On clips that repeat one of their frames the same training learns nothing."""
+    """Trained on clips that repeat one frame, it learns nothing."""
     out, control = tmp_path / "demo", tmp_path / "control"
     # In processes of their own, which see one device each.
     program = [sys.executable, "-m", "vivit_jax.cli"]

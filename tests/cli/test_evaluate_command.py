@@ -48,7 +48,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """A folder with four arrays, a file that is none, and lists of them."""
+    """A folder with four arrays, a file that is not one, and lists of them."""
     folder, rng = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
     for i, length in enumerate(LENGTHS):
         np.save(folder / f"{i}.npy", rng.integers(0, 256, (length, 30, 36, 3), np.uint8))
@@ -77,7 +77,7 @@ def printed(out):
 
 
 def test_one_central_view_of_a_vivit_as_scenic_takes_it(models, videos, capsys, tmp_path):
-    """Every figure of the file, from the model itself; a video that cannot be read is left out."""
+    """Every figure of the file, recomputed from the model; unreadable videos are left out."""
     path = tmp_path / "result.json"
     args = ("--out", path, "--views-at-once", 8)
     status, out, err = evaluated(capsys, models / "vivit", videos / "all.txt", *args)

@@ -86,7 +86,7 @@ def tiny(tmp_path_factory):
 
 
 def command(*args) -> str:
-    """What the command prints; it has to succeed."""
+    """The output of the command, which must succeed."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert main(["export", *map(str, args)]) == 0
@@ -148,7 +148,7 @@ def test_equal_to_the_live_model_at_batch_1_and_5(case, exported):
     assert about["params"]["count"] == count
     size = (place / "model.stablehlo").stat().st_size
     assert about["bytes"] == size and (size > 4 * count) == (about["params"]["at"] == "inside")
-    # Python's stack would name the files of the machine that exported.
+    # Python's stack would name files of the exporting machine.
     assert b".py" not in (place / "model.stablehlo").read_bytes()
 
 
@@ -166,7 +166,7 @@ def test_preprocessing_inside(name, exported):
 
 
 def test_other_parameters_give_other_outputs(tiny, tmp_path):
-    """The comparison can fail: a model that differs in one bias is told apart."""
+    """The comparison can fail: a difference in one bias is seen."""
     _, model, params = tiny
     pixels = clip(model.config, 1)
     exported = vivit_jax.export_model(model, params, precision="highest")

@@ -91,7 +91,7 @@ def load(path):
 
 
 def loop(model, params, processor, video, starts, stride, of):
-    """The naive way: each window is read, prepared and computed by itself."""
+    """The naive way: read, prepare and compute each window by itself."""
     rows = []
     for start in starts:
         indices = [start + stride * j for j in range(model.config.num_frames)]
@@ -263,8 +263,7 @@ def test_which_windows_there_are(models, tmp_path, total, windows, expected):
             window.clip, vivit_jax.read_video(path, indices=window.indices)
         )
         np.testing.assert_allclose(window.seconds, window.indices / 25, atol=1e-9)
-    # Shared frames are prepared once, and with those of a window that was dropped in the end none
-    # that no window has.
+    # Shared frames are prepared once, and frames of no kept window never.
     num_frames, frame_stride, stride, _ = windows
     offsets = range(0, num_frames * frame_stride, frame_stride)
     wanted = {start + k for start in range(0, total, stride) for k in offsets}
@@ -274,7 +273,7 @@ def test_which_windows_there_are(models, tmp_path, total, windows, expected):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_windows_by_the_second_follow_the_times_of_the_file(tmp_path, suffix):
-    """25 frames a second, a second of nothing after frame 9, then a frame every 0.3 s."""
+    """25 frames a second, a gap of a second after frame 9, then a frame every 0.3 s."""
     times = [*(k / 25 for k in range(10)), *(1.36 + 0.3 * k for k in range(5))]
     path = write_clip(tmp_path / f"a{suffix}", frames=len(times), times=times)
     windows = Windows(2, 1, 0.2, "repeat_last", in_seconds=True)
@@ -554,7 +553,7 @@ def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path, monkey
     assert status == 1 and "b.mp4: no readable video" in errors and errors.count("\n") == 1
     assert sorted(p.name for p in out.iterdir()) == ["a.safetensors", "c.safetensors"]
 
-    # What no reader foresees is one video's too, of whichever thread.
+    # An unforeseen error, in any thread, concerns one video only.
     def opened(path):
         if Path(path).name == "b.mp4":
             raise ValueError("31 is not a valid Type")
@@ -577,7 +576,7 @@ def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path, monkey
     (out / "a.safetensors").unlink()
     assert run_command(capsys, "extract", videos[0], *args)[0] == 0
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.iterdir()}
-    # Neither the batch nor where the model lies moves a number.
+    # No number depends on the batch or on the place of the model.
     status, told, errors = run_command(capsys, "extract", *videos, *args, "--batch-size", 2)
     assert status == 0 and not errors
     assert told.count("already in") == 2 and told.count("written to") == 1
@@ -601,7 +600,7 @@ def test_a_list_goes_on_where_it_stopped(model, videos, capsys, tmp_path, monkey
     ],
     ids=str,
 )
-def test_a_file_made_otherwise_is_not_taken(
+def test_a_file_with_other_settings_is_refused(
     models, model, videos, capsys, tmp_path, change, message
 ):
     out, args = tmp_path / "features", ["--model", model]
@@ -629,7 +628,7 @@ def test_a_file_made_otherwise_is_not_taken(
     assert status == 0 and "written to" in told and made.read_bytes() != before
 
 
-def test_equal_settings_are_told_from_others(model, video, capsys, tmp_path, monkeypatch):
+def test_equal_settings_are_recognised(model, video, capsys, tmp_path, monkeypatch):
     import jax
 
     args = (video, "--model", model, "--out", tmp_path / "a.safetensors", "--window-stride")
@@ -716,7 +715,7 @@ def test_wrong_input_is_one_line(model, video, capsys, tmp_path, args, message):
 
 
 def test_outputs_are_checked_before_the_model(video, capsys, tmp_path):
-    """The model is not even looked for; --overwrite does not replace a directory."""
+    """The model is not opened; --overwrite does not replace a directory."""
     (tmp_path / "f" / "a.safetensors").mkdir(parents=True)
     args = (video, "--model", "/nowhere", "--overwrite", "--out")
     for out, message in {
@@ -757,7 +756,7 @@ def test_models_that_do_not_fit(models, video):
 
 
 def test_a_list_says_how_much_of_it_is_left(model, video, monkeypatch, capsys, tmp_path):
-    """At intervals, of the video and of all; no time for a video that is not there."""
+    """At intervals, for the video and for all; a missing video takes no time."""
     monkeypatch.setattr(extract_module, "LiveLine", partial(LiveLine, every_seconds=0.0))
     videos = [tmp_path / f"{k}.mp4" for k in range(3)]
     for path in (videos[0], videos[2]):

@@ -123,7 +123,7 @@ def test_a_scenic_file_is_read_as_its_conversion(clip, capsys, caplog, tmp_path)
 
 
 def test_what_a_file_does_not_say_is_given_to_any_command(clip, capsys, tmp_path):
-    """A scenic file alone: the error names the option, and with it all is as with config.json."""
+    """A scenic file alone: the error names the option, with which it works as with config.json."""
     hf = save(tmp_path / "hf", "classification", VIVIT, vivit_jax.VivitConfig)
     convert(hf, tmp_path / "scenic", "--to", "scenic")
     sizes = ("num_frames=6", "image_size=24,16")
@@ -182,7 +182,7 @@ def test_what_a_file_does_not_say_is_given_to_any_command(clip, capsys, tmp_path
     )
 
 
-def test_settings_against_a_config_are_told_and_recorded(clip, capsys, caplog, tmp_path):
+def test_settings_against_a_config_are_reported_and_recorded(clip, capsys, caplog, tmp_path):
     hf = save(tmp_path / "hf", "pretraining", VIDEOMAE, processor=PROCESSOR)
     args = (clip, "--model", hf, "--out", tmp_path / "a.png", "--overwrite", "--config")
     for heads, told in ((4, None), (2, "num_attention_heads=2 (it says 4)")):
@@ -208,7 +208,7 @@ def test_settings_against_a_config_are_told_and_recorded(clip, capsys, caplog, t
 @pytest.mark.parametrize(
     "config", ["num_frames=6", 5, {3: 4}, [3], [("num_frames", 6)]], ids=lambda value: repr(value)
 )
-def test_what_is_no_config_is_told(tmp_path, config):
+def test_a_file_that_is_not_a_config_is_refused(tmp_path, config):
     hf = save(tmp_path / "hf", "classification", VIDEOMAE, processor=PROCESSOR)
     for load in (vivit_jax.from_pretrained, vivit_jax.VideoClassifier.from_pretrained):
         with pytest.raises(vivit_jax.ConfigError, match="config must be fields by name or a list"):

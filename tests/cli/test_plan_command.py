@@ -30,7 +30,7 @@ DEMO = ("--recipe", "demo-pretrain", *SMALL)
 
 
 class Here:
-    """As Apart, in this process."""
+    """Stands in for Apart, in this process."""
 
     def __init__(self, function, modules):
         self._function = function
@@ -53,7 +53,7 @@ class Here:
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Topologies are of this machine's CPU devices, so that nothing more has to be there."""
+    """Topologies of this machine's CPU devices, which need no other compiler."""
     monkeypatch.setattr(plan_command, "Apart", Here)
     monkeypatch.setattr(plan_module, "compile_only_devices", lambda t: jax.devices()[: t.count])
     monkeypatch.setattr(plan_module, "_versions", lambda topology: {"jax": "0"})
@@ -162,7 +162,7 @@ def test_a_compiler_that_is_missing(capsys, monkeypatch):
 
 
 def stubborn(recipe, topology, sizes, videos):
-    """A compiler that tells who asked that it is at work, and then hears nothing for long."""
+    """A compiler that reports that it works, and then does not react for long."""
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(300)
 
@@ -178,7 +178,7 @@ def test_an_interrupt_waits_for_no_compiler(capsys, monkeypatch, tmp_path):
 
 
 def overflowing(recipe, topology, sizes, videos):
-    """As libtpu ends on some programs; of two meshes of the demo this is the one of gathers."""
+    """Ends as libtpu does on some programs: of two meshes of the demo, on the one with gathers."""
     if sizes["fsdp"] > 1 or videos == 1000:
         os.write(2, b"*** SIGSEGV STACK OVERFLOW ***\n")
         os.kill(os.getpid(), signal.SIGKILL if sizes["tensor"] > 1 else signal.SIGSEGV)

@@ -26,7 +26,7 @@ def command(module: str, *args: str) -> subprocess.CompletedProcess:
 
 
 def cpu_seconds(start: Callable[[], subprocess.CompletedProcess]) -> float:
-    """The processor time of a process that ends well."""
+    """The processor time of a process that succeeds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = start()
     assert done.returncode == 0, done.stderr
@@ -86,8 +86,8 @@ def test_help_answers_quickly_and_without_jax(module):
         """
     )
     assert done.returncode == 0, done.stderr
-    # Beside what it cannot do without, since others who share a core make both slower. Measured
-    # 1.5; with JAX it would be 3.
+    # Relative to unavoidable imports, since load on a core slows down both. Measured 1.5; 3 would
+    # mean that JAX is imported.
     least = min(cpu_seconds(lambda: python("import numpy, tyro")) for _ in range(3))
     for _ in range(3):
         seconds = cpu_seconds(lambda: command(module, "--help"))
@@ -111,7 +111,7 @@ def test_a_users_mistake_is_one_line_and_status_2(module, args, message):
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_error():
-    """As before `| head -1`."""
+    """As with `| head -1`."""
     run = [sys.executable, "-m", "vivit_jax.cli", "recipes"]
     with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
         done.stdout.close()
@@ -156,7 +156,7 @@ def test_a_process_whose_command_was_stopped_dies_of_the_signal(number):
 
 
 def test_an_interrupt_while_a_program_is_compiled_ends_the_process_without_a_crash():
-    # XLA goes on compiling in a thread of its own, and would crash at the interpreter's end.
+    # XLA keeps compiling in a thread of its own, and would crash at the interpreter's exit.
     code = """
         import os, signal, sys, threading
         from vivit_jax.console import run
