@@ -42,7 +42,7 @@ from checkpoints_convert.start.from_image import ImageOptions, read_image_model
 from checkpoints_convert.start.label_map import gather_classes, read_label_map
 from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig
-from vivit_jax.console import ConfigOption, joined
+from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.errors import UserError
 from vivit_jax.hub import PROCESSOR_FILES
 from vivit_jax.models.build import expected_shapes
@@ -193,6 +193,43 @@ def _account(rows, tensors, target_rules) -> Iterable[str]:
             yield f"{text} -> {', '.join(became)}"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """What is written.
+
+    Attributes:
+        overwrite: Replace the model files of an existing DST.
+        dtype: Cast the weights; they are kept as stored by default.
+        max_shard_size: Split the weights into files of at most this size, for example 5GB.
+        container: Where the file holds the parameters. scenic: optimizer (optimizer/target, the
+            default) or params; videomae: model (the default), module or bare.
+        label_map: Keep these classes of the classifier: a JSON list whose entry k is the class of
+            SRC that becomes class k of DST, such as VideoMAE V2's label_710to400.json.
+    """
+
+    overwrite: bool = False
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    max_shard_size: str | None = None
+    container: "Literal[container_names()] | None" = None  # pyright: ignore[reportInvalidTypeForm]
+    label_map: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageFlags:
+    """How an image model becomes a video model.
+
+    Attributes:
+        inflation: Image models: how the kernel spreads over time (default central_frame).
+        positions: Image models: how the position table is adapted (default resize_tile).
+        temporal_attention: Image models, for factorised_self_attention: how temporal attention
+            starts (default copy).
+    """
+
+    inflation: Inflation | None = None
+    positions: Positions | None = None
+    temporal_attention: TemporalAttention | None = None
+
+
 def convert(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
@@ -200,15 +237,9 @@ def convert(
     from_layout: "Annotated[Literal[layout_names()] | None, tyro.conf.arg(name='from')]" = None,  # pyright: ignore[reportInvalidTypeForm]
     to_layout: "Annotated[Literal[layout_names(writable=True)], tyro.conf.arg(name='to')]" = "hf",  # pyright: ignore[reportInvalidTypeForm]
     config: ConfigOption = (),
-    overwrite: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None,
-    max_shard_size: str | None = None,
+    write: Annotated[WriteOptions, FLAT] = WriteOptions(),
+    image: Annotated[ImageFlags, FLAT] = ImageFlags(),
     revision: str | None = None,
-    container: "Literal[container_names()] | None" = None,  # pyright: ignore[reportInvalidTypeForm]
-    label_map: Path | None = None,
-    inflation: Inflation | None = None,
-    positions: Positions | None = None,
-    temporal_attention: TemporalAttention | None = None,
 ) -> None:
     """Rewrite a checkpoint; exit 0 means that every tensor is accounted for.
 
@@ -226,33 +257,18 @@ def convert(
         destination: The directory to write.
         from_layout: The layout of SRC; detected by default.
         to_layout: The layout of DST.
-        overwrite: Replace the model files of an existing DST.
-        dtype: Cast the weights; they are kept as stored by default.
-        max_shard_size: Split the weights into files of at most this size, for example 5GB.
         revision: Branch, tag or commit of a hub id.
-        container: Where the file holds the parameters. scenic: optimizer (optimizer/target, the
-            default) or params; videomae: model (the default), module or bare.
-        label_map: Keep these classes of the classifier: a JSON list whose entry k is the class of
-            SRC that becomes class k of DST, such as VideoMAE V2's label_710to400.json.
-        inflation: Image models: how the kernel spreads over time (default central_frame).
-        positions: Image models: how the position table is adapted (default resize_tile).
-        temporal_attention: Image models, for factorised_self_attention: how temporal attention
-            starts (default copy).
     """
-    image = dict(inflation=inflation, positions=positions, temporal_attention=temporal_attention)
+    given = {name: value for name, value in vars(image).items() if value is not None}
+    options: dict[str, Any] = vars(write) | given
     report = convert_checkpoint(
         source,
         destination,
         from_layout=from_layout,
         to_layout=to_layout,
         settings=joined(config),
-        dtype=dtype,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
         revision=revision,
-        container=container,
-        label_map=label_map,
-        **{name: value for name, value in image.items() if value is not None},
+        **options,
     )
     print(report)
 

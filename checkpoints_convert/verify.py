@@ -25,7 +25,7 @@ from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.rules import match_import
 from checkpoints_convert.source import Source, open_source
 from vivit_jax.config import VideoMAEConfig, VivitConfig
-from vivit_jax.console import ConfigOption, joined
+from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.read_clip import read_clip
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import CheckpointError, MissingExtra, UserError
@@ -455,13 +455,28 @@ def _named(hidden_states, decoder_states, outputs: dict[str, Any]) -> dict[str, 
     return {key: np.asarray(value) for key, value in named.items()}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What both sides run on, and how closely they have to agree.
+
+    Attributes:
+        clip: A video file to run on instead of noise.
+        tolerance: Largest difference allowed, times the largest value if that exceeds 1.
+        batch: Clips per run.
+        seed: Seed of the noise, the labels and the mask.
+        attention: The attention implementation of the JAX side.
+    """
+
+    clip: Path | None = None
+    tolerance: float = 1e-4
+    batch: int = 1
+    seed: int = 0
+    attention: Literal["auto", "xla", "chunked", "cudnn"] = "auto"
+
+
 def verify(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
-    clip: Path | None = None,
-    tolerance: float = 1e-4,
-    batch: int = 1,
-    seed: int = 0,
-    attention: Literal["auto", "xla", "chunked", "cudnn"] = "auto",
+    run: Annotated[RunOptions, FLAT] = RunOptions(),
     config: ConfigOption = (),
     json: bool = False,
     revision: str | None = None,
@@ -473,24 +488,11 @@ def verify(
 
     Args:
         source: A checkpoint directory, a weight file with config.json beside it, or a hub id.
-        clip: A video file to run on instead of noise.
-        tolerance: Largest difference allowed, times the largest value if that exceeds 1.
-        batch: Clips per run.
-        seed: Seed of the noise, the labels and the mask.
-        attention: The attention implementation of the JAX side.
         json: Print a JSON object instead of the table.
         revision: Branch, tag or commit of a hub id.
     """
-    result = verify_checkpoint(
-        source,
-        clip=clip,
-        tolerance=tolerance,
-        batch=batch,
-        seed=seed,
-        attention=attention,
-        settings=joined(config),
-        revision=revision,
-    )
+    options: dict[str, Any] = vars(run)
+    result = verify_checkpoint(source, settings=joined(config), revision=revision, **options)
     if json:
         rows = [dataclasses.asdict(row) | {"relative": row.relative} for row in result.rows]
         values = dataclasses.asdict(result) | {"rows": rows, "passed": result.passed}

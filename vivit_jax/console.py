@@ -201,6 +201,9 @@ def keep_compiled(directory: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# Annotates a dataclass of flags, which then have no prefix.
+FLAT = tyro.conf.arg(name="")
+
 # Takes both `--config a=1 b=2` and `--config a=1 --config b=2`.
 KeyValues = Annotated[
     tuple[tuple[str, ...], ...],

@@ -13,8 +13,9 @@ from vivit_jax.benchmark.intervals import LEAST
 from vivit_jax.benchmark.measure import Rounds, environment
 from vivit_jax.benchmark.sides import check_work, share_the_gpu
 from vivit_jax.benchmark.work import Work, has_pretraining, work_of
-from vivit_jax.cli.options import FLAT, Dtype
+from vivit_jax.cli.options import Dtype
 from vivit_jax.config_base import REMAT_POLICIES
+from vivit_jax.console import FLAT
 from vivit_jax.errors import UserError, quoted
 from vivit_jax.files.atomic import check_output, write_json
 

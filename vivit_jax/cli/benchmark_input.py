@@ -15,7 +15,7 @@ from vivit_jax.benchmark.input import SAMPLINGS, compare_readers, find_clip, one
 from vivit_jax.benchmark.loader import many_names, measure_loader
 from vivit_jax.benchmark.made_video import Video, write_video
 from vivit_jax.benchmark.measure import cpu_name, environment
-from vivit_jax.cli.options import FLAT
+from vivit_jax.console import FLAT
 from vivit_jax.data.video.decode import probe_video
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, write_json

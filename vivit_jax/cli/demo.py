@@ -17,8 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vivit_jax.cli import demo_stages
 from vivit_jax.cli.demo_run import CLIPS, FPS, MARKER, WRITTEN, Demo, say
-from vivit_jax.cli.options import FLAT
-from vivit_jax.console import keep_compiled
+from vivit_jax.console import FLAT, keep_compiled
 from vivit_jax.data.datasets.synthetic import CLASSES, write_dataset
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import write_json

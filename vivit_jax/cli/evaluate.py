@@ -11,9 +11,9 @@ import jax
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
-from vivit_jax.cli.options import FLAT, ONE_PROCESS, Dtype, ProcessOptions
+from vivit_jax.cli.options import ONE_PROCESS, Dtype, ProcessOptions
 from vivit_jax.cli.train import join
-from vivit_jax.console import ConfigOption, joined
+from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.datasets.dataset import read_dataset
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, write_json

@@ -15,8 +15,8 @@ from checkpoints_convert.files.tensors import LazyTensor
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
-from vivit_jax.cli.options import FLAT, Dtype
-from vivit_jax.console import ConfigOption, joined
+from vivit_jax.cli.options import Dtype
+from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.files.atomic import check_output, whole_files
 from vivit_jax.inference.export import check_extra, export_model

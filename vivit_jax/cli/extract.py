@@ -19,8 +19,8 @@ from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax import __version__
 from vivit_jax.cli.model import open_model
-from vivit_jax.cli.options import FLAT, Dtype
-from vivit_jax.console import ConfigOption, joined
+from vivit_jax.cli.options import Dtype
+from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.sliding_window import plan_windows
 from vivit_jax.errors import UserError, VideoError, printable
 from vivit_jax.files.atomic import check_directory, check_output, whole_file

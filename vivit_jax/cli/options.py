@@ -5,11 +5,6 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-# A group of flags without a prefix of its own.
-FLAT = tyro.conf.arg(name="")
-
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from vivit_jax.cli.model import open_model
-from vivit_jax.cli.options import FLAT, READ, Dtype, ReadOptions
-from vivit_jax.console import ConfigOption, joined
+from vivit_jax.cli.options import READ, Dtype, ReadOptions
+from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.read_clip import parse_start
 from vivit_jax.errors import UserError, printable
 from vivit_jax.inference.classifier import VideoClassifier

@@ -12,9 +12,9 @@ import tyro
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
-from vivit_jax.cli.options import FLAT, READ, PictureOptions, ReadOptions
+from vivit_jax.cli.options import READ, PictureOptions, ReadOptions
 from vivit_jax.cli.panels import Panels, as_frames, channels_note, real_time
-from vivit_jax.console import ConfigOption, joined
+from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.read_clip import parse_start, read_clip
 from vivit_jax.data.video.decode import frame_times
 from vivit_jax.errors import UserError
