@@ -198,6 +198,7 @@ def _completed(
 
 def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_number: bool) -> Start:
     source, seed = recipe.model.start, recipe.train.seed
+    assert source is not None
     kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
     checkpoint = find_checkpoint(source)  # once: a push to the hub must not mix commits
     if layout_of(checkpoint).image:
@@ -232,9 +233,10 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
 def _source_notes(
     recipe: Recipe, opened: Source, config, head: str, changes: Mapping[str, Any]
 ) -> list[str]:
-    """Sizes that were assumed for a file without a config; of another, where configs differ."""
+    """The sizes assumed for a file without a config, or how its config differs."""
     if opened.config_json is None:
-        sizes = ", ".join(f"{name} {value}" for name, value in dict(opened.settings).items())
+        assumed = opened.settings if isinstance(opened.settings, Mapping) else {}
+        sizes = ", ".join(f"{name} {value}" for name, value in assumed.items())
         return [f"{sizes}: taken of square frames, since the file does not say"] if sizes else []
     handed_over = hands_over(opened, head)
     skipped = ("use_mean_pooling",) if handed_over else ()
@@ -242,7 +244,7 @@ def _source_notes(
     sizes = SIZES if isinstance(config, VivitConfig) else ()
     names = [name for name in of_the_function(config, head) if name in changes]
     names = [name for name in names if name not in (*skipped, *sizes)]
-    notes = _config_notes(recipe.model.start, differing(config, opened.config, names))
+    notes = _config_notes(recipe, differing(config, opened.config, names))
     return notes + _preset_notes(recipe, opened.config, (*changes, *skipped))
 
 
@@ -301,7 +303,7 @@ def of_the_function(config, head: str) -> list[str]:
     ]
 
 
-def _config_notes(source: str, fields: Mapping[str, tuple[Any, Any]]) -> list[str]:
+def _config_notes(recipe: Recipe, fields: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """Notes on fields that differ. UserError for those of _FIXED, before anything is loaded."""
     refused = {name: both for name, both in fields.items() if name in _FIXED}
     if refused:
@@ -311,7 +313,7 @@ def _config_notes(source: str, fields: Mapping[str, tuple[Any, Any]]) -> list[st
         # As --set reads lists: without brackets.
         way_out = " ".join(f"model.config.{name}={v.strip('[]')}" for name, v in values.items())
         raise UserError(
-            f"model.start {source} does not fit the recipe's model.config: "
+            f"model.start {recipe.model.start} does not fit the recipe's model.config: "
             f"{differences_text(refused)}; {why}take the checkpoint's: --set {way_out}"
         )
     return [f"config differs from the checkpoint's: {differences_text(fields)}"] if fields else []
