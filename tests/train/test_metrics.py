@@ -46,7 +46,7 @@ def numpy_actions(logits, nouns, verbs):
 
 
 def test_split_logits():
-    noun, verb = split_logits(np.arange(10).reshape(2, 5), (2, 3))
+    noun, verb = split_logits(np.arange(10.0).reshape(2, 5), (2, 3))
     np.testing.assert_array_equal(noun, [[0, 1], [5, 6]])
     np.testing.assert_array_equal(verb, [[2, 3, 4], [7, 8, 9]])
 
