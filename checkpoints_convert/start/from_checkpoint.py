@@ -16,21 +16,21 @@ from vivit_jax.config import VivitConfig
 
 
 def open_start(checkpoint: Checkpoint, num_frames: int) -> Source:
-    """Read an opened checkpoint; sizes that its file leaves open are those of square frames.
+    """Read an opened checkpoint, assuming square frames if its file leaves sizes open.
 
-    Clips have `num_frames` where the file does not say. The sizes that were assumed are the
-    `settings` of the source.
+    Clips have `num_frames` unless the file says otherwise. The assumed sizes are the `settings` of
+    the source.
     """
-    source_of = layout_of(checkpoint)
+    layout = layout_of(checkpoint)
     sizes: dict[str, int] = {}
-    if source_of.square_sizes is not None and not checkpoint.has_config:
-        tensors, _ = source_of.parameters(checkpoint.path, checkpoint.tensors)
-        sizes = source_of.square_sizes(tensors, num_frames)
-    return open_source(checkpoint, layout=source_of.name, settings=sizes)
+    if layout.square_sizes is not None and not checkpoint.has_config:
+        tensors, _ = layout.parameters(checkpoint.path, checkpoint.tensors)
+        sizes = layout.square_sizes(tensors, num_frames)
+    return open_source(checkpoint, layout=layout.name, settings=sizes)
 
 
 def hands_over(source: Source, head: str) -> bool:
-    """Whether a model with this head takes the encoder of a pre-trained model."""
+    """Whether a model with this head starts from the encoder of a pre-trained model."""
     return head == "classification" and source.head == "pretraining"
 
 
