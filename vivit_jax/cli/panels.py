@@ -93,7 +93,7 @@ class Panels:
             noted = dataclasses.replace(self, notes=[*self.notes, note])
         times = [self.times[i] for i in shown]
         page = noted._page(rows, self.labels, times, shown)
-        Image.fromarray(page).save(path, "PNG", optimize=True)
+        Image.fromarray(page).save(path, "PNG")
 
     def save_mp4(self, path: Path, holds: Sequence[float]) -> None:
         """The clips side by side."""
