@@ -12,19 +12,20 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from vivit_jax.errors import printable
 
 _REDRAW = 0.1  # seconds between two drawings of a live line
 _UNBOUNDED = 1_000_000  # columns: nothing is wrapped
+_NO_CURSOR = ("dumb", "unknown")  # values of TERM, such as in Emacs' shell
 
 
 def is_terminal(stream: TextIO) -> bool:
     """Whether the stream can show a live line."""
-    if not stream.isatty():
+    if not stream.isatty() or os.environ.get("TERM") in _NO_CURSOR:
         return False
     try:
         # Some pseudo-terminals report 0 columns, where a live line would be empty.
@@ -41,6 +42,22 @@ def left(seconds: float) -> str:
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Do nothing; by default rich would end the process."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        """Do nothing: a signal that ends the process would leave the cursor hidden."""
+        return False
+
+
+class _Cut(TextColumn):
+    """A text that a narrow terminal cuts, and does not wrap; [brackets] are not markup."""
+
+    def __init__(self, text_format: str):
+        super().__init__(text_format, markup=False, table_column=Column(overflow="ellipsis"))
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap = True
+        return text
 
 
 class LiveLine:
@@ -71,10 +88,10 @@ class LiveLine:
         self._live = None
         if is_terminal(self._stream):
             self._live = Progress(
-                # Names and texts may hold [brackets]: they are not markup.
-                TextColumn("{task.description} {task.completed}/{task.total}", markup=False),
+                _Cut("{task.description}"),
+                TextColumn("{task.completed}/{task.total}"),
                 BarColumn(bar_width=12),
-                TextColumn("{task.fields[text]}", markup=False),
+                _Cut("{task.fields[text]}"),
                 console=_Console(file=self._stream, force_terminal=True),
                 auto_refresh=False,
                 transient=True,

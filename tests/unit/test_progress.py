@@ -57,10 +57,40 @@ def test_a_terminal_gets_one_live_line_whatever_its_texts_hold(clock, monkeypatc
         print("printed", file=stream)
     line.close()
     screen = shown(stream.getvalue())
+    assert "\x1b[?25" not in stream.getvalue()  # a killed process would leave the cursor hidden
     assert screen[:2] == ["said [b]", "printed"] and len(screen) == 2 + ends
     if ends:
         assert screen[2].startswith(r"{0}{name}[red]\u0007.mp4, frame 4/4 ")
         assert screen[2].endswith(" text [4]")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cut"),
+    [
+        ("step", "loss " * 20, r"step 3/10 ━+.* loss loss .*…"),
+        ("n" * 90, "loss 1.5", r"n+… 3/10 ━+.* loss 1\.5"),
+        ("n" * 90, "loss " * 20, r"n+… 3/10 ━+.* loss .*…"),
+    ],
+)
+def test_a_narrow_terminal_cuts_texts_and_keeps_the_count(clock, monkeypatch, name, text, cut):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    line = LiveLine(name, 10, stream=stream)
+    line.update(3, text)
+    line.close()
+    (row,) = shown(stream.getvalue())
+    assert len(row.rstrip()) <= 60 and re.fullmatch(cut, row.rstrip()), row
+
+
+def test_a_terminal_without_a_cursor_gets_lines(clock, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    line = LiveLine("step", 2, stream=stream)
+    line.update(1, "loss 1.5")
+    line.update(2, "loss 1.0")
+    line.close()
+    assert stream.getvalue() == "step 1/2  loss 1.5\nstep 2/2  loss 1.0\n"
 
 
 def shown(text: str) -> list[str]:
