@@ -6,6 +6,7 @@ import math
 import re
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -161,6 +162,14 @@ def test_the_page_needs_no_other_file(tmp_path):
 def test_the_same_metrics_make_the_same_page(tmp_path):
     write_metrics(tmp_path, [training(step) for step in range(1, 200)])
     first = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+def test_the_users_style_of_matplotlib_does_not_matter(tmp_path, monkeypatch):
+    write_metrics(tmp_path, [training(step) for step in range(1, 200)])
+    first = write_report(tmp_path).read_bytes()
+    for name, value in {"text.usetex": True, "lines.linestyle": "--", "font.size": 30}.items():
+        monkeypatch.setitem(matplotlib.rcParams, name, value)
     assert write_report(tmp_path).read_bytes() == first
 
 

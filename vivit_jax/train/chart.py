@@ -141,7 +141,7 @@ def _drawn(
 
     first, last = ends
     style: dict[Any, Any] = _STYLE | {"svg.hashsalt": salt}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | style):  # whatever the user's own is
         drawing = Figure(figsize=(5.2, 2.7), layout="constrained")
         axes = drawing.subplots()
         for i, curve in enumerate(curves):
