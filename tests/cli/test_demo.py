@@ -309,14 +309,14 @@ def test_quick_takes_half_of_the_clips_and_a_sixth_of_the_steps(
 
     def write(directory, counts, **how):
         asked.update(counts)
-        return written(directory, {"train": 8, "test": 1, "labelled": 1}, **how)
+        return written(directory, dict.fromkeys(counts, 1), **how)
 
     asked, written = {}, synthetic.write_dataset
     read = demo_stages.read_dataset
     monkeypatch.setattr("vivit_jax.cli.demo.write_dataset", write)
     monkeypatch.setattr(demo_stages, "train", begin)
     monkeypatch.setattr(
-        demo_stages, "read_dataset", lambda *a, **k: range(times * len(read(*a, **k)))
+        demo_stages, "read_dataset", lambda *a, **k: range(8 * times * len(read(*a, **k)))
     )
     with pytest.raises(Begun) as begun:
         main(["demo", "--out", str(tmp_path / "demo"), *flags])

@@ -100,6 +100,7 @@ def test_a_full_disk_leaves_the_files_that_were_there(name, on_cpu, capsys, tmp_
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_search_ranks_what_it_compiles(on_cpu, capsys, tmp_path):
     figures = tmp_path / "plan.json"
     status, out, err = run_command(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stochastic depth and dropout in training, and temporal attention that starts at zero."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,8 @@ def jit_apply(model):
     return jax.jit(model.apply, static_argnames=("output_hidden_states", "deterministic"))
 
 
-def added_by_block_1(config, deterministic=False, seed=0):
+@functools.cache
+def added_by_block_1(config, deterministic=False):
     """What the second block adds to each of many equal clips, [clips, frames, values].
 
     The first block is never left out, so that it sees the same tokens for all of them.
@@ -37,7 +40,7 @@ def added_by_block_1(config, deterministic=False, seed=0):
         x,
         output_hidden_states=True,
         deterministic=deterministic,
-        rngs={"dropout": jax.random.key(seed)},
+        rngs={"dropout": jax.random.key(0)},
     )
     first, second = np.asarray(out.hidden_states[1:3])
     np.testing.assert_array_equal(first, np.broadcast_to(first[:1], first.shape))
@@ -45,14 +48,16 @@ def added_by_block_1(config, deterministic=False, seed=0):
     return (second - first).reshape(CLIPS, frames, -1)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("rate", [0.5, 0.8])
+@pytest.mark.parametrize(
+    ("rate", "scan_layers"),
+    mostly_slow([(0.5, True), (0.5, False), (0.8, True), (0.8, False)], (0.5, True), (0.8, False)),
+)
 def test_branches_are_left_out_for_whole_clips(rate, scan_layers):
     """Each of the two branches independently, with probability rate * layer / (layers - 1)."""
     config = config_of(drop_path_rate=rate, scan_layers=scan_layers)
     added = added_by_block_1(config)[:, 0]
-    both = added_by_block_1(config, deterministic=True)[0, 0]
-    kinds, counts = np.unique(np.round(added, 4), axis=0, return_counts=True)
+    both = added_by_block_1(config_of(), deterministic=True)[0, 0]
+    kinds = np.unique(np.round(added, 4), axis=0)
     assert len(kinds) == 4  # both branches, either one, none
     neither = np.abs(added).max(axis=1) < 1e-6
     whole = np.abs(added - both).max(axis=1) < 1e-5

@@ -121,8 +121,9 @@ def assert_same(found, exact):
     ("name", "layout"),
     mostly_slow(
         [(name, layout) for layout in LAYOUTS for name in MODELS],
-        *((name, "heads") for name in MODELS),
-        *(("mae pretraining", layout) for layout in LAYOUTS if layout != "heads"),
+        *((name, "heads") for name in (*VIVITS[1:], "dual masking", "mae cls")),
+        *(("mae pretraining", layout) for layout in ("parts", "heads explicit")),
+        ("mae pretraining", "clips explicit, with rules"),
     ),
 )
 def test_output_and_gradient(name, layout):

@@ -18,7 +18,7 @@ import vivit_jax
 from vivit_jax.config_base import HIDDEN_ACTS
 
 ACTIVATIONS = tuple(name for name in HIDDEN_ACTS if name != "selu")  # transformers has none
-ALWAYS, ALL = 40, 300
+ALWAYS, SLOW, ALL = 12, 40, 300
 FIELDS = ("loss", "logits", "last_hidden_state", "pooler_output")
 
 
@@ -59,7 +59,7 @@ def assert_agree(ours, theirs, exact):
 @pytest.mark.parametrize(
     "number",
     [
-        n if n < ALWAYS else pytest.param(n, marks=[pytest.mark.slow, pytest.mark.long])
+        pytest.param(n, marks=[pytest.mark.slow] * (n >= ALWAYS) + [pytest.mark.long] * (n >= SLOW))
         for n in range(ALL)
     ],
 )

@@ -10,6 +10,7 @@ import types
 import jax
 import pytest
 from compilers import needs_cuda_plugin, needs_libtpu
+from helpers import mostly_slow
 from tiny import SMALL_VIVIT
 from tiny_recipes import FINETUNE, PRETRAIN, changed
 
@@ -256,7 +257,9 @@ def test_what_is_computed_again():
             assert grown == again or recipe is VIVIT  # whose last block reads one token
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "mesh", mostly_slow(["data=8", "data=2,fsdp=2,tensor=2"], "data=2,fsdp=2,tensor=2")
+)
 def test_a_plan_is_of_the_step_that_trains(mesh, on_cpu):
     topology = parse_topology("h100:8")
     sizes = parse_mesh(mesh, 8)
@@ -429,14 +432,20 @@ def test_meshes_come_in_the_order_of_their_compiled_steps(size, topology):
         ("RESOURCE_EXHAUSTED: something\nelse", "does not fit: RESOURCE_EXHAUSTED: something else"),
     ],
 )
-def test_refusals_are_one_line(said, message, on_cpu, monkeypatch):
+def test_refusals_are_one_line(said, message, on_cpu):
+    topology = parse_topology("h100:8")
+    setup = planned_setup(PRETRAIN, topology, parse_mesh("data=8", 8), 100)
+    told = str(refused(jax.errors.JaxRuntimeError(said), setup, topology))
+    assert re.search(message, told) and "\n" not in told
+
+
+def test_what_a_compiler_refuses_is_told(on_cpu, monkeypatch):
     def refuse(lowered):
-        raise jax.errors.JaxRuntimeError(said)
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such thing\nSuspected")
 
     monkeypatch.setattr(plan_module, "_compiled", refuse)
-    with pytest.raises(UserError, match=message) as told:
-        plan(PRETRAIN, parse_topology("h100:8"), parse_mesh("data=8", 8), videos=100)
-    assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match="refuses the step of tiny-finetune: INTERNAL: no such"):
+        plan(FINETUNE, parse_topology("h100:1"), parse_mesh("data=1", 1), videos=100)
 
 
 def test_a_peak_beyond_the_memory_is_refused(on_cpu, monkeypatch):

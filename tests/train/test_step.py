@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step function: whole or in parts, on one device or on a mesh, and never a step into NaN."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ import vivit_jax
 from vivit_jax import param_tree
 from vivit_jax.errors import UserError
 from vivit_jax.models.build import abstract_params, fresh_params
+from vivit_jax.train import step as step_module
 from vivit_jax.train.initial_model import starting_model
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.sharding import (
@@ -137,19 +140,48 @@ def test_parts_and_meshes_give_the_step_of_one_device(recipe, mesh, parts, alone
     assert_same(run(changed(recipe, train__accumulate=parts), mesh), alone(recipe))
 
 
-@pytest.mark.parametrize("recipe", mostly_slow([FINETUNE, PRETRAIN], FINETUNE), ids=name)
-def test_explicit_axes_of_a_mesh_are_taken_as_automatic(recipe, alone):
+@pytest.mark.parametrize(
+    ("recipe", "sizes"),
+    mostly_slow(
+        [(FINETUNE, (2, 1, 1)), (FINETUNE, (2, 2, 2)), (PRETRAIN, (2, 2, 2))], (FINETUNE, (2, 1, 1))
+    ),
+    ids=name,
+)
+def test_explicit_axes_of_a_mesh_are_taken_as_automatic(recipe, sizes, alone):
     """As `jax.make_mesh` makes them by default, set around and in the types of all arrays."""
-    mesh = jax.make_mesh((2, 2, 2), AXES)
+    mesh = jax.make_mesh(sizes, AXES)
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
     with jax.set_mesh(mesh):
         assert_same(run(recipe, mesh), alone(recipe))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(alone):
     """The comparison above can fail."""
     other = run(changed(FINETUNE, train__seed=1))
     assert np.abs(np.subtract(other[0], alone(FINETUNE)[0])).max() > 1e-3
+
+
+def test_every_clip_has_its_id_and_every_step_its_draws(monkeypatch):
+    """By an objective that tells them in the place of the loss."""
+
+    def ids(model, recipe, processor):
+        return lambda params, key, part: (jnp.sum(2.0 ** part["clip_ids"]), {})
+
+    def draw(model, recipe, processor):
+        return lambda params, key, part: (jax.random.uniform(key), {})
+
+    def losses(objective, **fields):
+        monkeypatch.setattr(step_module, "_classify", objective)
+        _BUILT.clear()
+        return run(changed(FINETUNE, **fields), steps=3)[0]
+
+    rows = FINETUNE.train.batch_size
+    for parts in (1, 2):
+        assert losses(ids, train__accumulate=parts) == [(2**rows - 1) / parts] * 3
+    drawn = [losses(draw, train__seed=seed) for seed in (0, 1)]
+    _BUILT.clear()
+    assert len(set(np.ravel(drawn))) == 6
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -258,8 +290,15 @@ def test_gradients_are_summed_in_float32_of_a_model_that_computes_in_bfloat16(al
     np.testing.assert_allclose(losses, alone(PRETRAIN)[0], rtol=2e-2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("recipe", [FINETUNE, PRETRAIN, DUAL, COLOURS_AND_SGD], ids=name)
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    mostly_slow(
+        itertools.product((FINETUNE, PRETRAIN, DUAL, COLOURS_AND_SGD), ("float32", "bfloat16")),
+        (COLOURS_AND_SGD, "bfloat16"),
+        (DUAL, "float32"),
+    ),
+    ids=name,
+)
 def test_strict_promotion(recipe, dtype):
     """Traced, with all that is drawn, mixed and optimised, in parts and with an average."""
     config = dict(recipe.model.config) | dict(dtype=dtype, drop_path_rate=0.1)
