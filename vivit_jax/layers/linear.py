@@ -214,7 +214,7 @@ def rounded_once(
 def with_axes(init: Callable, axes: tuple[str | None, ...]) -> Callable[..., jax.Array]:
     """An initialiser whose parameter has these logical axes.
 
-    It returns flax's box, of which `Module.param` returns the array; so the type says array.
+    It returns flax's box. `Module.param` takes the array out of it, hence the type.
     """
     boxed: Any = nn.with_logical_partitioning(init, axes)
     return boxed
