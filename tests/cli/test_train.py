@@ -2,6 +2,7 @@
 """`vivit-jax pretrain`, `finetune` and `recipes`: what they refuse in a line, and one story."""
 
 import json
+import re
 import sys
 import types
 
@@ -195,6 +196,15 @@ def test_what_is_no_step_to_go_on_from(step, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*PRETRAIN, "--out", str(tmp_path / "run"), "--resume", *step.split()])
     assert ended.value.code == 2 and "resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_help_names_what_every_run_needs_first(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    listed = re.findall(r"^\W*(--[a-z]+)", capsys.readouterr().out, re.MULTILINE)
+    assert listed[:4] == ["--out", "--recipe", "--data", "--start"]
+    assert listed[-3:] == ["--coordinator", "--processes", "--process"]
 
 
 def test_recipes_are_listed_with_what_they_are(capsys):

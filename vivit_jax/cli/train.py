@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
-import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from vivit_jax.cli.options import ProcessOptions
-from vivit_jax.console import KeyValues, in_order, stopped_by
+from vivit_jax.cli.options import ONE_PROCESS, ProcessOptions
+from vivit_jax.console import FLAT, KeyValues, in_order, stopped_by
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import apply_settings, recipe_named
 from vivit_jax.train.loop import train
@@ -42,7 +41,7 @@ _RESUME = PrimitiveConstructorSpec(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions(ProcessOptions):
+class RunOptions:
     """The flags of both commands.
 
     Attributes:
@@ -70,9 +69,10 @@ class RunOptions(ProcessOptions):
     mesh: str | None = None
     resume: Annotated[bool | int, _RESUME] = False
     tensorboard: bool = False
+    processes: Annotated[ProcessOptions, FLAT] = ONE_PROCESS
 
 
-Options = Annotated[RunOptions, tyro.conf.arg(name="")]
+Options = Annotated[RunOptions, FLAT]
 
 
 def pretrain(options: Options) -> int:
@@ -107,7 +107,7 @@ def _run(task: str, options: RunOptions) -> int:
     for name, value in (("data.train", options.data), ("model.start", options.start)):
         given += [f"{name}={value}"] if value is not None else []
     recipe = apply_settings(recipe, given)
-    join(options)
+    join(options.processes)
 
     # When a save fails, Orbax's threads log stack traces; the next step reports the error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -121,10 +121,10 @@ def _run(task: str, options: RunOptions) -> int:
             mesh_sizes=parse_mesh(options.mesh, jax.device_count()),
             tensorboard=options.tensorboard,
         )
-    if options.coordinator is not None:
+    if options.processes.coordinator is not None:
         jax.distributed.shutdown()  # now: a process that dies of a signal would not
     status = stopped_by(outcome.stopped) if outcome.stopped else 0
-    if options.process:
+    if options.processes.process:
         return status
     if outcome.stopped:
         print(
