@@ -184,6 +184,16 @@ def test_every_clip_has_its_id_and_every_step_its_draws(monkeypatch):
     assert len(set(np.ravel(drawn))) == 6
 
 
+def test_the_average_starts_as_the_parameters():
+    """And holds them itself: a step donates both."""
+    params = {"a": jnp.arange(3.0), "b": jnp.ones((2, 2))}
+    state = new_state(params, optax.sgd(1.0), averaged=True)
+    jax.tree.map(np.testing.assert_array_equal, state.average, params)
+    places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state, params))]
+    assert len(set(places)) == len(places)
+    assert new_state(params, optax.sgd(1.0)).average is None
+
+
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_fsdp_divides_what_a_device_holds(size):
     """All kernels; biases, norms and tokens are small and whole everywhere."""
