@@ -149,7 +149,8 @@ PARTS = {
     ("name", "layer", "pool"),
     mostly_slow(
         PARTS,
-        *(("mae", 2, "tokens"), ("vivit", 3, "cls"), ("staged", "temporal:2", "tokens")),
+        *(("mae", 2, "tokens"), ("vivit", "last", "mean"), ("vivit", 3, "cls")),
+        ("staged", "temporal:2", "tokens"),
     ),
 )
 def test_layers_and_pools(models, video, name, layer, pool):

@@ -117,6 +117,19 @@ def test_safetensors_are_preferred_over_pickles(tmp_path, tensors):
     assert open_checkpoint(tmp_path).path.name == "model.safetensors"
 
 
+def test_a_tensor_in_two_shards(tmp_path):
+    """One of the two is what the index does not mean, whatever it holds."""
+    from safetensors.numpy import save_file
+
+    value = np.zeros(2, np.float32)
+    for shard, names in (("one.safetensors", "ab"), ("two.safetensors", "bc")):
+        save_file(dict.fromkeys(names, value), tmp_path / shard)
+    weight_map = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert "b in one.safetensors is not in the index" in refused(tmp_path)
+
+
 def test_index_that_disagrees_with_its_shards(tmp_path, tensors):
     *_, index = write_weights(tmp_path, lazy(tensors), 50)
     good = json.loads(index.read_text())
