@@ -2,6 +2,7 @@
 """The plan of the packages: floors, no circles, few loose files, imports at the top of a file."""
 
 import ast
+import collections
 import os
 import re
 import shutil
@@ -19,7 +20,6 @@ PACKAGES = ("vivit_jax", "checkpoints_convert")
 LATE = {
     "torch": "extra torch, and 4 s to import",
     "transformers": "extra torch, and 1 s to import",
-    "torchcodec": "in no extra: what decodes in torch's place where the user has it",
     "av": "0.2 s to import, and only what opens a video needs it",
     "PIL": "only what reads or draws pictures needs it",
     "matplotlib": "0.5 s to import, and only what draws needs it",
@@ -177,6 +177,21 @@ def test_functions_import_heavy_and_optional_packages_only():
     del found["vivit_jax/console.py"]
     other = {name: names - set(LATE) for name, names in found.items() if names - set(LATE)}
     assert not other, f"to the top of the file: {other}"
+    assert set().union(*found.values()) == set(LATE)  # no reason is left without an import
+
+
+def test_only_the_public_names_import_packages_for_type_checkers_alone():
+    """The contracts leave such imports out, so that one might climb unseen."""
+    found = collections.defaultdict(set)
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                names = re.findall(
+                    r"^(?:from|import) ([\w.]+)", ast.unparse(node.body), re.MULTILINE
+                )
+                found[path.relative_to(ROOT).as_posix()] |= {name.split(".")[0] for name in names}
+    assert found.pop("vivit_jax/__init__.py") == set(PACKAGES)
+    assert found and not [name for name, roots in found.items() if roots & {"", *PACKAGES}]
 
 
 def test_modules_that_import_by_name_are_known():

@@ -115,7 +115,7 @@ def alternate(
             return Measured(timings, known, watch.busy())
 
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "av", "torch", "transformers", "torchcodec")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "av", "torch", "transformers")
 
 
 @dataclasses.dataclass(frozen=True)
