@@ -38,7 +38,11 @@ class Mask:
     decoded: AnyArray | None = None  # [b, k] int32
 
     @classmethod
-    def from_bool(cls, bool_masked_pos, decode_masked_pos=None) -> "Mask":
+    def from_bool(
+        cls,
+        bool_masked_pos: Bool[AnyArray, "b l"],
+        decode_masked_pos: Bool[AnyArray, "b l"] | None = None,
+    ) -> "Mask":
         """Convert HuggingFace's mask: bool [b, l], True = masked.
 
         `decode_masked_pos`, the second mask of VideoMAE V2, is True where the decoder predicts

@@ -31,14 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float32, Float64
 
 from vivit_jax.config import Config
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import SPLIT_HEADS, TIME
 from vivit_jax.layers.embed import check_clip, uniform_frames
 from vivit_jax.layers.encoder import Block
-from vivit_jax.masking import Grid
+from vivit_jax.masking import AnyArray, Grid
 from vivit_jax.models.build import headless
 from vivit_jax.models.family import family_of
 
@@ -85,7 +85,7 @@ class AttentionMaps:
 def map_attention(
     model: nn.Module,
     params: Any,
-    pixel_values,
+    pixel_values: Float[AnyArray, "b t h w c"],
     *,
     kind: str = "map",
     query: Query | None = None,

@@ -65,7 +65,7 @@ class Reconstruction:
     squared_errors: np.ndarray  # [b, ROWS, COLUMNS], means over predicted patches, in [0, 1] pixels
 
     @property
-    def masked_clips(self) -> np.ndarray:
+    def masked_clips(self) -> Float[np.ndarray, "b t h w c"]:
         """The clips as the encoder sees them, with hidden patches NaN."""
         patches = to_patches(self.original, self.tubelet)
         patches[self.hidden] = np.nan
@@ -81,7 +81,7 @@ class Reconstruction:
 def reconstruct(
     model: VideoMAEForPreTraining,
     params: Any,
-    pixel_values: np.ndarray,
+    pixel_values: Float[np.ndarray, "b t h w c"],
     mask: Mask,
     processor: VideoProcessor,
     *,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray
 
 from vivit_jax.masking import AnyArray
 
 
-def clip_keys(key: PRNGKeyArray, clip_ids: Int[AnyArray, " b"]) -> jax.Array:
+def clip_keys(key: PRNGKeyArray, clip_ids: Int[AnyArray, " b"]) -> Key[jax.Array, " b"]:
     """One key for each clip: a function of `key` and of the clip's id.
 
     So a batch computed in parts, or on several devices, draws what the whole batch on one device

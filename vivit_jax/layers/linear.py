@@ -23,7 +23,7 @@ from vivit_jax.masking import AnyArray
 PROJECTED = "projection"  # checkpoint name: a remat policy may keep these results
 
 
-def exact_gelu(x: jax.Array) -> jax.Array:
+def exact_gelu(x: Float[jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
     """x times the normal distribution's cumulative function, by erf as in PyTorch.
 
     `jax.nn.gelu` uses erfc, which takes XLA on CPU twice as long.

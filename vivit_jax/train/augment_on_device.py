@@ -12,26 +12,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Integer, Key, PRNGKeyArray
 
 from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import clip_keys
+from vivit_jax.masking import AnyArray
 from vivit_jax.models.losses import head_sizes
 
-Given = Array | np.ndarray
+Keys = Key[Array, " b"]  # one for each clip or group of clips
+ClassLabels = Integer[AnyArray, "b *heads"]
 # TensorFlow's grayscale weights of red, green and blue.
 _LUMA = (0.2989, 0.587, 0.114)
 _TRIES = 10  # to draw a box that fits, as in the papers' code
 
 
-def _uniform(keys: jax.Array, count: int) -> jax.Array:
+def _uniform(keys: Keys, count: int) -> jax.Array:
     """Uniform numbers [count, b] in [0, 1): `count` draws for each clip or group of keys [b]."""
     return jax.vmap(lambda key: jax.random.uniform(key, (count,)), out_axes=1)(_fold(keys, 0))
 
 
-def _fold(keys: jax.Array, number: int) -> jax.Array:
+def _fold(keys: Keys, number: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
@@ -46,7 +47,7 @@ class Colours(NamedTuple):
     grey: jax.Array  # bool
 
 
-def draw_colours(keys: jax.Array, probability: float, grayscale: float) -> Colours:
+def draw_colours(keys: Keys, probability: float, grayscale: float) -> Colours:
     """Draw for each of keys [b]; the two probabilities are independent."""
     first, *amounts, last = _uniform(keys, 6)
     ranges = ((-32 / 255, 32 / 255), (0.6, 1.4), (0.6, 1.4), (-0.2, 0.2))
@@ -57,7 +58,10 @@ def draw_colours(keys: jax.Array, probability: float, grayscale: float) -> Colou
 
 
 def colour_jitter(
-    keys: jax.Array, pixels: jax.Array, probability: float, grayscale: float = 0.1
+    keys: Keys,
+    pixels: Float[AnyArray, "b t h w 3"],
+    probability: float,
+    grayscale: float = 0.1,
 ) -> Float[Array, "b t h w 3"]:
     """scenic's colour augmentation; pixels float [b, t, h, w, 3] in [0, 1] -> the same.
 
@@ -82,13 +86,13 @@ def colour_jitter(
     return jnp.where(draws.grey, grey, x).astype(pixels.dtype)
 
 
-def adjust_contrast(pixels: Float[Given, "... h w c"], factor) -> Float[Array, "... h w c"]:
+def adjust_contrast(pixels: Float[AnyArray, "... h w c"], factor) -> Float[Array, "... h w c"]:
     """Scale the distance from the mean of each image and channel by factor."""
     mean = jnp.mean(pixels, axis=(-3, -2), keepdims=True)
     return (pixels - mean) * factor + mean
 
 
-def adjust_saturation(pixels: Float[Given, "... 3"], factor) -> Float[Array, "... 3"]:
+def adjust_saturation(pixels: Float[AnyArray, "... 3"], factor) -> Float[Array, "... 3"]:
     """Scale the HSV saturation of RGB pixels by factor, clipped to [0, 1].
 
     Values may lie outside [0, 1], as after a change of brightness: as in TensorFlow the largest
@@ -101,7 +105,7 @@ def adjust_saturation(pixels: Float[Given, "... 3"], factor) -> Float[Array, "..
     return high - (high - pixels) * new_spread / jnp.where(spread > 0, spread, 1)
 
 
-def adjust_hue(pixels: Float[Given, "... 3"], delta) -> Float[Array, "... 3"]:
+def adjust_hue(pixels: Float[AnyArray, "... 3"], delta) -> Float[Array, "... 3"]:
     """Rotate the hue of RGB pixels by delta, in turns; the extreme channels keep their values."""
     r, g, b = (pixels[..., i : i + 1] for i in range(3))
     high = jnp.max(pixels, axis=-1, keepdims=True)
@@ -135,7 +139,7 @@ class Box(NamedTuple):
 
 
 def draw_erased(
-    keys: jax.Array,
+    keys: Keys,
     size: tuple[int, int],
     probability: float,
     area: tuple[float, float] = (0.02, 1 / 3),
@@ -164,8 +168,8 @@ def draw_erased(
 
 
 def random_erasing(
-    keys: jax.Array,
-    pixels: Float[Given, "b t h w c"],
+    keys: Keys,
+    pixels: Float[AnyArray, "b t h w c"],
     probability: float,
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
@@ -192,7 +196,7 @@ class Mixing(NamedTuple):
     drawn: jax.Array  # the share before the box was cut at the border and rounded to pixels
 
 
-def draw_mixing(keys: jax.Array, size: tuple[int, int], settings: AugmentSettings) -> Mixing:
+def draw_mixing(keys: Keys, size: tuple[int, int], settings: AugmentSettings) -> Mixing:
     """Draw for each group of keys [g]; `size` is (height, width)."""
     height, width = size
     on, which, down, across = _uniform(keys, 4)
@@ -214,12 +218,12 @@ def draw_mixing(keys: jax.Array, size: tuple[int, int], settings: AugmentSetting
 
 
 def mix(
-    key: jax.Array,
-    pixels: jax.Array,
-    targets: jax.Array,
+    key: PRNGKeyArray,
+    pixels: Float[AnyArray, "b t h w c"],
+    targets: Float[AnyArray, "b classes"],
     settings: AugmentSettings,
-    clip_ids: jax.Array,
-) -> tuple[Shaped[Given, "b t h w c"], Float[Given, "b classes"]]:
+    clip_ids: Int[AnyArray, " b"],
+) -> tuple[Float[AnyArray, "b t h w c"], Float[AnyArray, "b classes"]]:
     """mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019) of clips and their targets.
 
     pixels [b, t, h, w, c] and targets float [b, classes] of `soft_targets` -> the same. In every
@@ -262,7 +266,7 @@ def mix(
 
 
 def soft_targets(
-    labels: jax.Array,
+    labels: ClassLabels,
     classes: int,
     smoothing: float = 0.0,
     class_splits: tuple[int, ...] | None = None,

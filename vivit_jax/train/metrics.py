@@ -5,12 +5,16 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
+from vivit_jax.config import Config
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import at_least_float32
+from vivit_jax.masking import AnyArray
 from vivit_jax.models.losses import (
     IGNORE_INDEX,
+    Labels,
+    Logits,
     head_sizes,
     read_labels,
     split_labels,
@@ -20,7 +24,7 @@ from vivit_jax.models.losses import (
 TOP_K = 5
 
 
-def action_scores(logits, class_splits: tuple[int, ...]) -> Float[Array, "b combinations"]:
+def action_scores(logits: Logits, class_splits: tuple[int, ...]) -> Float[Array, "b combinations"]:
     """The probability of each combination of classes, with independent heads.
 
     logits [b, sum(class_splits)] -> [b, prod(class_splits)] in float32 or wider: the outer product
@@ -39,7 +43,7 @@ def action_scores(logits, class_splits: tuple[int, ...]) -> Float[Array, "b comb
     return scores
 
 
-def topk_accuracy(scores, labels, k: int = 1) -> Float[Array, ""]:
+def topk_accuracy(scores: Logits, labels: Integer[AnyArray, " b"], k: int = 1) -> Float[Array, ""]:
     """The share of rows whose label is among the k largest scores, in float32 or wider.
 
     scores [b, classes], labels int [b]; rows with label -100 do not count (NaN if none does). Equal
@@ -72,8 +76,8 @@ def topk_accuracy(scores, labels, k: int = 1) -> Float[Array, ""]:
 
 
 def classification_metrics(
-    logits,
-    labels,
+    logits: Logits,
+    labels: Labels,
     class_splits: tuple[int, ...] | None = None,
     split_names: tuple[str, ...] | None = None,
 ) -> dict[str, Float[Array, ""]]:
@@ -116,13 +120,13 @@ def classification_metrics(
     return metrics
 
 
-def leading_accuracy(config, logits, labels) -> Float[Array, ""]:
+def leading_accuracy(config: Config, logits: Logits, labels: Labels) -> Float[Array, ""]:
     """The accuracy, of all heads together if the model has several."""
     metrics = classification_metrics(logits, labels, config.class_splits, config.split_names)
     return metrics[leading_name(config)]
 
 
-def leading_name(config) -> str:
+def leading_name(config: Config) -> str:
     """The name of `leading_accuracy` among `classification_metrics`."""
     if config.class_splits is None:
         return "accuracy"

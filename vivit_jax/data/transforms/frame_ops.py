@@ -88,7 +88,7 @@ def _array_frames(item: Any, frame_ndim: int) -> tuple[int, Any]:
 
 
 def channels_last(
-    frame: np.ndarray, input_format: str | None, channels: int | None
+    frame: Shaped[np.ndarray, "..."], input_format: str | None, channels: int | None
 ) -> Shaped[np.ndarray, "h w c"]:
     """Returns a view [h, w, c] of a frame [h, w, c], [c, h, w] or [h, w].
 
