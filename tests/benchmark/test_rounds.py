@@ -95,7 +95,7 @@ def test_a_median_its_interval_and_spread():
     found = interval((1.0, 2.0, 3.0, 4.0, 5.0))
     assert found == Interval(3.0, 1.0, 5.0)  # of five rounds all of them
     assert found.reach == pytest.approx(2 / 3) and str(found) == "1.000-5.000"
-    uneven = Interval(1.0, 0.99, 1.15)  # which a half of its width, 8 %, would tell too narrow
+    uneven = Interval(1.0, 0.99, 1.15)  # half of its width, 8 %, would be too narrow
     assert uneven.reach == pytest.approx(0.15)
     assert Interval(1.0, 0.85, 1.01).reach == pytest.approx(0.15)
     assert interval([2.0] * 7) == Interval(2.0, 2.0, 2.0)

@@ -101,7 +101,7 @@ def test_every_model(models, clip, capsys, drawn, tmp_path, name):
         with Image.open(picture) as image:
             page = np.asarray(image)
 
-        # The clip as `predict` takes it, of which a sampling model sees some.
+        # The clip as `predict` takes it; a sampling model sees some of its frames.
         stride = 2 if model.config.model_type == "vivit" else 4
         indices = np.arange(6) * stride + (40 - 5 * stride - 1) // 2
         frames = vivit_jax.read_video(clip, indices=indices)

@@ -319,7 +319,7 @@ def hub(tmp_path, checkpoints):
 
 
 def test_download_cache_and_no_network(hub):
-    """What was downloaded at two revisions is found again without the hub, the rest is told."""
+    """Files of two revisions are found again without the hub; the others are named."""
     main, v1, commit, file, no_config, no_revision, unknown = hub.ask(
         *("someone/model", "someone/model@v1", f"someone/model@{'b' * 40}"),
         "someone/model/model.safetensors@v1",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image checkpoints of every kind: what is read from each, and what is no image ViT."""
+"""Image checkpoints of every kind: what is read from each, and what is not an image ViT."""
 
 import json
 import shutil
@@ -171,7 +171,7 @@ def test_image_model_of_a_single_file_and_of_a_directory(images, tmp_path, video
     assert same(param_tree.flatten(params), video)
 
 
-# --- what is no image ViT ------------------------------------------------------------------------
+# --- what is not an image ViT --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["vivit cls", "vivit base", "mae base", "mae pretraining"])

@@ -84,7 +84,7 @@ class Checkpoints:
 
 
 def pop(*beginnings: str):
-    """Damage: a function that takes the tensors whose names begin so, of which there are some."""
+    """Damage: a function that removes the tensors, at least one, whose names begin so."""
 
     def edit(tensors):
         names = [name for name in tensors if name.startswith(beginnings)]

@@ -39,7 +39,7 @@ def small_tiles(monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A mesh by its axes, the first as long as it takes, and how it is told to a program."""
+    """A mesh by its axes, the first as long as it takes, and how a program gets it."""
 
     clips: tuple[str, ...]
     heads: str | None = None

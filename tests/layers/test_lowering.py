@@ -81,7 +81,7 @@ def test_accelerators_get_their_own_tile(model, training, dtype):
         text = lowered(source, platform)
         assert accelerators in products(text) and cpus not in products(text)
         assert loops(text) == 0
-    # What the two are told apart by is there.
+    # What distinguishes the two is there.
     text = lowered(source, "cpu")
     assert cpus in products(text) and accelerators not in products(text)
     assert loops(text) > 0

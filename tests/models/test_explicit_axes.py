@@ -211,7 +211,7 @@ def test_inside_a_shard_map_over_one_axis(manual):
 
     def on_device(params, x, inputs):
         out, gradient = both(model, params, x, inputs)
-        if manual == "data":  # of which each device has the mean over its own clips
+        if manual == "data":  # each device has the mean over its own clips
             gradient = jax.tree.map(lambda g: g / mesh.shape["data"], gradient)
             out = out.replace(loss=jax.lax.pmean(out.loss, "data"))
         return out.loss, out.logits, gradient
@@ -305,7 +305,7 @@ def test_numpy_without_jit():
 
 
 class Whole(nn.Module):
-    """A user's own model, of which ours is a part."""
+    """A user's own model that contains ours."""
 
     @nn.compact
     def __call__(self, x, inputs):

@@ -75,7 +75,7 @@ def watch() -> None:
         assert not told, f"a picture does not say what it shows: {told}"
 
     FigureCanvasBase.print_figure = print_figure
-    # A figure without plt.show() is drawn by a later callback of the same event, and told of when
+    # A figure without plt.show() is drawn by a later callback of the same event, and reported when
     # the next cell begins.
     for event in ("post_execute", "pre_execute"):
         get_ipython().events.register(event, tell)

@@ -46,7 +46,7 @@ BAD = 2  # the number of the video that cannot be read
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Five arrays of several lengths and shapes, wide and tall, and a file that is none."""
+    """Five arrays of several lengths and shapes, wide and tall, and a file that is not an array."""
     folder, examples = tmp_path_factory.mktemp("videos"), []
     rng = np.random.default_rng(1)
     shapes = [(30, 28, 40), (7, 40, 28), None, (19, 26, 33), (16, 64, 30), (12, 28, 28)]

@@ -168,7 +168,7 @@ def test_waiting_for_data_is_a_share_of_the_time(recipe, tmp_path, monkeypatch):
     told = read_metrics(tmp_path / "metrics.jsonl")
     shares = [line["wait_share"] for line in told if line["kind"] == "train"]
     assert min(shares) >= 0 and max(shares) <= 1
-    assert np.mean(shares) > 0.1  # all but the steps told at once, with no batch between
+    assert np.mean(shares) > 0.1  # all but the steps reported at once, with no batch between
 
 
 def test_the_best_and_the_last_checkpoints_are_kept(whole):

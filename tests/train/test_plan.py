@@ -315,7 +315,7 @@ def test_what_cannot_be_planned(recipe, topology, mesh, message, on_cpu):
     ],
 )
 def test_sizes_are_checked_before_there_are_devices(slices, mesh, message, monkeypatch):
-    """Of which 400000 take a quarter of a minute."""
+    """400000 of them take a quarter of a minute."""
 
     def never(topology):
         raise AssertionError("devices are made")

@@ -163,7 +163,7 @@ def test_another_seed_gives_another_run(alone):
 
 
 def test_every_clip_has_its_id_and_every_step_its_draws(monkeypatch):
-    """By an objective that tells them in the place of the loss."""
+    """By an objective that returns them instead of the loss."""
 
     def ids(model, recipe, processor):
         return lambda params, key, part: (jnp.sum(2.0 ** part["clip_ids"]), {})

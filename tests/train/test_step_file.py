@@ -142,7 +142,7 @@ def test_a_state_of_any_kind_is_taken_and_donated(tmp_path):
 
     assert places(step.state) == places(flat(setup.shapes))
     state, batch = first_state("mesh"), next(batches(setup.recipe))
-    arrays = as_numpy(first_state("mesh"))  # views, of which nothing can be donated
+    arrays = as_numpy(first_state("mesh"))  # views, which cannot be donated
     new, values = jax.block_until_ready(step(state, batch))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert places(new) == places(setup.shapes)
