@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of both command lines: dispatch, exit status, shared options."""
 
+import _thread
 import ast
 import contextlib
 import functools
@@ -12,7 +13,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -23,6 +25,7 @@ from vivit_jax.errors import ConfigError, UserError, first_line, printable
 Command = Callable[..., int | None]
 CACHE_FLAG = "--compilation-cache"
 _SIGNALLED = 128
+_AGAIN = 0.1  # seconds until a dropped interrupt is sent again
 
 
 def run(
@@ -74,13 +77,14 @@ def _run(
     logging.getLogger("huggingface_hub").propagate = False
     try:
         args = _compilation_cache(list(sys.argv[1:] if args is None else args))
-        status = tyro.extras.subcommand_cli_from_dict(
-            {name: _printing(c) for name, c in _imported(commands, args).items()},
-            prog=prog,
-            description=f"{description} {CACHE_FLAG} DIR before the command keeps compiled "
-            "programs there for later runs.",
-            args=args,
-        )
+        with _dropped_interrupts_sent_again():
+            status = tyro.extras.subcommand_cli_from_dict(
+                {name: _printing(c) for name, c in _imported(commands, args).items()},
+                prog=prog,
+                description=f"{description} {CACHE_FLAG} DIR before the command keeps compiled "
+                "programs there for later runs.",
+                args=args,
+            )
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -100,6 +104,39 @@ def _run(
             print(f"{prog}: interrupted", file=sys.stderr)
         return stopped_by("SIGINT")
     return status or 0
+
+
+@contextlib.contextmanager
+def _dropped_interrupts_sent_again() -> Iterator[None]:
+    """Send SIGINT again if its KeyboardInterrupt was raised in a callback, where Python drops it.
+
+    JAX has a callback of the garbage collector, so one Ctrl-C of several would only print a stack
+    trace.
+    """
+    shown, timers = sys.unraisablehook, list[threading.Timer]()
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            shown(dropped)
+            return
+        timers.append(threading.Timer(_AGAIN, _interrupt))  # later: the callback still runs
+        timers[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = shown
+        for timer in timers:
+            timer.cancel()
+
+
+def _interrupt() -> None:
+    """Send SIGINT to this process."""
+    if os.name == "nt":  # where os.kill would end the process
+        _thread.interrupt_main()
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _imported(commands: Mapping[str, Command | str], args: Sequence[str]) -> dict[str, Command]:

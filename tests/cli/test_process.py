@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only a fresh process shows: imports, start-up time, exit status and stderr."""
 
+import gc
 import resource
 import signal
 import subprocess
@@ -136,6 +137,41 @@ def test_ctrl_c_is_one_line_and_status_130(capsys):
     with handled(signal.SIGINT, signal.default_int_handler):
         assert run("tool", "A tool.", {"go": go, "stay": lambda: None}, ["go"]) == 130
     assert capsys.readouterr().err == "tool: interrupted\n"
+
+
+def test_an_interrupt_that_a_callback_drops_is_sent_again(capsys):
+    """JAX has a callback of the garbage collector, and Python only prints what such raise."""
+
+    def collected(phase: str, info: dict) -> None:
+        gc.callbacks.remove(collected)
+        signal.raise_signal(signal.SIGINT)
+
+    def go() -> None:
+        gc.callbacks.append(collected)
+        gc.collect()
+        time.sleep(60)
+
+    before = sys.unraisablehook
+    with handled(signal.SIGINT, signal.default_int_handler):
+        assert run("tool", "A tool.", {"go": go, "stay": lambda: None}, ["go"]) == 130
+    assert capsys.readouterr().err == "tool: interrupted\n"
+    assert sys.unraisablehook is before
+
+
+def test_other_errors_of_callbacks_are_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: shown.append(dropped.exc_value))
+
+    def fail(phase: str, info: dict) -> None:
+        gc.callbacks.remove(fail)
+        raise ValueError("wrong")
+
+    def go() -> None:
+        gc.callbacks.append(fail)
+        gc.collect()
+
+    assert run("tool", "A tool.", {"go": go, "stay": lambda: None}, ["go"]) == 0
+    assert list(map(str, shown)) == ["wrong"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
