@@ -32,7 +32,7 @@ from vivit_jax import param_tree
 from vivit_jax.config import ARCHITECTURES, Config, check_head
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.models.build import abstract_params, build_model, check_float64, initialise
-from vivit_jax.models.family import head_of
+from vivit_jax.models.registry import head_of
 
 logger = logging.getLogger(__name__)
 

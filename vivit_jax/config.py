@@ -368,7 +368,7 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {}  # class name -> (family, head)
 
 
 def register_config(config: type[Config]) -> None:
-    """Add a family's config; `vivit_jax.models.family.register_family` adds the whole family.
+    """Add a family's config; `vivit_jax.models.registry.register_family` adds the whole family.
 
     Raises UserError if its model_type or the name of one of its classes is taken.
     """

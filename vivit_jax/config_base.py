@@ -4,7 +4,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from vivit_jax.errors import ConfigError
 
@@ -17,8 +17,11 @@ HIDDEN_ACTS = (
 )  # fmt: skip
 # These transformers has too; they have trained parameters, which a checkpoint would hold.
 PARAMETRIC_ACTS = ("prelu", "xielu")
-ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "pallas")
-REMAT_POLICIES = ("none", "dots", "block")  # from the most memory to the least
+# `layers.attention.attention` computes them.
+Attention = Literal["auto", "xla", "chunked", "cudnn", "pallas"]
+ATTENTION_IMPLEMENTATIONS: tuple[str, ...] = get_args(Attention)
+Remat = Literal["none", "dots", "block"]  # from the most memory to the least
+REMAT_POLICIES: tuple[str, ...] = get_args(Remat)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 

@@ -21,8 +21,10 @@ from vivit_jax import config, param_tree
 from vivit_jax.layers.embed import TubeletEmbed, check_clip, sincos_positions
 from vivit_jax.layers.encoder import StackSpec, run_blocks
 from vivit_jax.layers.linear import LayerNorm
-from vivit_jax.models import family, products
+from vivit_jax.models import products
+from vivit_jax.models import registry as families
 from vivit_jax.models.build import build_model, fresh_params
+from vivit_jax.models.family import Family
 from vivit_jax.models.flops import forward_flops
 from vivit_jax.models.head import classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput
@@ -100,7 +102,7 @@ def flops(config, head, visible, decoded, all_tokens):
     )
 
 
-TOY = family.Family(
+TOY = Family(
     config=ToyConfig,
     models={"none": ToyModel, "classification": ToyForVideoClassification},
     stacks=stacks,
@@ -130,9 +132,9 @@ TABLE = Table(rules, lambda tensors, head: identify(tensors, head, "toy.", "pool
 def toy(monkeypatch):
     """The toy family, registered for one test."""
     monkeypatch.setattr(config, "FAMILIES", list(config.FAMILIES))
-    monkeypatch.setattr(family, "FAMILIES", list(family.FAMILIES))
+    monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
     before = dict(config.ARCHITECTURES)
-    family.register_family(TOY)
+    families.register_family(TOY)
     registry.register_table("hf", "toy", TABLE)
     yield ToyConfig(num_labels=5)
     config.ARCHITECTURES.clear()
@@ -185,7 +187,7 @@ def test_a_family_from_outside_classifies_videos(toy, directory):
 
 def test_names_that_are_taken(toy):
     with pytest.raises(vivit_jax.UserError, match="ToyForVideoClassification, .*toy.* is taken"):
-        family.register_family(TOY)
+        families.register_family(TOY)
     other = dataclasses.replace(TOY, models={"none": ToyModel})
     with pytest.raises(vivit_jax.UserError, match="make them equal"):
-        family.register_family(other)
+        families.register_family(other)

@@ -14,7 +14,7 @@ from vivit_jax.benchmark.measure import Rounds, environment
 from vivit_jax.benchmark.sides import check_work, share_the_gpu
 from vivit_jax.benchmark.work import Work, has_pretraining, work_of
 from vivit_jax.cli.options import Dtype
-from vivit_jax.config_base import REMAT_POLICIES
+from vivit_jax.config_base import REMAT_POLICIES, Attention, Remat
 from vivit_jax.console import FLAT
 from vivit_jax.errors import UserError, quoted
 from vivit_jax.files.atomic import check_output, write_json
@@ -60,8 +60,8 @@ class BenchmarkOptions:
     work: tuple[Literal["forward", "finetune", "pretrain"], ...] = ("forward",)
     batch: tuple[int, ...] | None = None
     dtype: tuple[Dtype, ...] = ("float32",)
-    attention: tuple[Literal["auto", "xla", "cudnn", "chunked", "pallas"], ...] = ("auto",)
-    remat: Literal["none", "dots", "block"] | None = None
+    attention: tuple[Attention, ...] = ("auto",)
+    remat: Remat | None = None
     frames: int | None = None
     repeats: int | None = None
     rounds_until: str | None = None

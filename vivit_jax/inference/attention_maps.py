@@ -40,7 +40,7 @@ from vivit_jax.layers.embed import check_clip, uniform_frames
 from vivit_jax.layers.encoder import Block
 from vivit_jax.masking import AnyArray, Grid
 from vivit_jax.models.build import headless
-from vivit_jax.models.family import family_of
+from vivit_jax.models.registry import family_of
 
 KINDS = ("map", "rollout")
 Query = str | tuple[int, int, int]  # "cls", "mean" or the token at (t, y, x)

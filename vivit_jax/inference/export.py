@@ -29,7 +29,7 @@ from vivit_jax.config_base import positive_int
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.transforms.processor_in_jax import pixels_inside
 from vivit_jax.errors import MissingExtra, UserError
-from vivit_jax.models.family import head_of
+from vivit_jax.models.registry import head_of
 from vivit_jax.outputs import RESULTS_ONLY
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-attention, with one entry point for all backends; each computes exact attention."""
+"""Self-attention, with one entry point for all backends; each computes exact attention.
+
+A new backend gets a name in `vivit_jax.config_base.Attention`, and either a module with both passes
+and an entry in `vivit_jax.layers.placed.PLACED`, or a branch in `attention`, which calls it. For
+"auto" to choose it, `choose_implementation` must name it.
+"""
 
 import functools
 import logging

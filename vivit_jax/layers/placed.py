@@ -11,18 +11,18 @@ must be inside the split, and no mechanism of JAX puts it there on all platforms
 * if not (an automatic mesh of other names without rules for logical axes, or arrays split with no
   mesh set), a primitive that decides when it is lowered. A program for one device, or one in which
   all axes are manual, gets the one-device function. Any other program gets
-  `vivit_jax.layers.blocks`, whose loop is over queries, which nobody splits, and whose products
-  every partitioner splits by itself. On TPU that takes 1.8 times as long by the compiler's estimate
-  (v5e, 8 clips of 1568 tokens, 12 heads of 64, bfloat16, both passes: 16.2 ms against 9.2).
+  `vivit_jax.layers.query_blocks`, whose loop is over queries, which nobody splits, and whose
+  products every partitioner splits by itself. On TPU that takes 1.8 times as long by the
+  compiler's estimate (v5e, 8 clips of 1568 tokens, 12 heads of 64, bfloat16, both passes: 16.2 ms
+  against 9.2).
 
 The two passes are placed separately, inside the derivative's rule: so no transposed `shard_map`
 sums values that several devices hold.
 """
 
 import logging
-from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -30,33 +30,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from vivit_jax.layers import blocks, chunked, pallas
+from vivit_jax.layers import chunked, pallas, query_blocks
 from vivit_jax.layers.axes import Placement, partitions, placement_of
 from vivit_jax.layers.chunked import SAVED, Keys, Queries
 
 log = logging.getLogger(__name__)
 
 
-class Local(NamedTuple):
-    """Attention on one device, for q [..., l, n, e], k and v [..., k, n, e].
-
-    `forward(q, k, v)` -> out as q, log_sum [..., l, n], float32 or wider: the logarithm of the sum
-    of each query's exponentials. `backward(q, k, v, out, log_sum, d_out)` -> d_q, d_k, d_v.
-    """
-
-    forward: Callable
-    backward: Callable
-
-
-PLACED = ("chunked", "pallas")  # the implementations that are placed here
-
-
-def _local(implementation: str) -> Local:
-    kernels = pallas if implementation == "pallas" else chunked
-    return Local(kernels.forward, kernels.backward)
-
-
-SPLIT = Local(blocks.forward, blocks.backward)  # for several devices; both take devices=
+# The implementations that are placed here: modules with both passes for one device.
+# `forward(q, k, v)` takes q [..., l, n, e], k and v [..., k, n, e] and returns out, like q, and
+# log_sum [..., l, n] in float32 or wider, the logarithm of the sum of each query's exponentials;
+# `backward(q, k, v, out, log_sum, d_out)` returns d_q, d_k, d_v.
+PLACED: dict[str, ModuleType] = {"chunked": chunked, "pallas": pallas}
 
 
 def placed_attention(
@@ -113,7 +98,7 @@ _share_p.multiple_results = True
 
 def _bind(implementation, way, *arrays):
     """The primitive; it carries the one-device program, for code that inspects programs."""
-    function = getattr(_local(implementation), way)
+    function = getattr(PLACED[implementation], way)
     # Traced anew for each call: what it reads of this module and `chunked` may have changed.
     local = jax.make_jaxpr(lambda *arrays: function(*arrays))(*arrays)
     return tuple(_share_p.bind(*arrays, implementation=implementation, way=way, local=local))
@@ -146,7 +131,7 @@ def _lower(ctx, *arrays, implementation, way, local):
                 "for 'batch' and 'heads' do",
                 devices,
             )
-        function = partial(getattr(SPLIT, way), devices=devices)
+        function = partial(getattr(query_blocks, way), devices=devices)
     return mlir.lower_fun(function, multiple_results=True)(ctx, *arrays)
 
 
@@ -171,7 +156,7 @@ batching.primitive_batchers[_share_p] = _batch
 def _differentiate(primals, tangents, *, way, **_):
     """Derivatives of second and higher order, of the form that partitioners split."""
     tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
-    return jax.jvp(partial(getattr(SPLIT, way), devices=1), primals, tangents)
+    return jax.jvp(partial(getattr(query_blocks, way), devices=1), primals, tangents)
 
 
 ad.primitive_jvps[_share_p] = _differentiate

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models."""
+"""The models: a file for each family and their registry; `family` says how to add one."""

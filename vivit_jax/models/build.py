@@ -16,7 +16,7 @@ from vivit_jax import param_tree
 from vivit_jax.config import Config, check_head
 from vivit_jax.errors import ConfigError
 from vivit_jax.layers.platform import flag, platform
-from vivit_jax.models.family import family_of, head_of
+from vivit_jax.models.registry import family_of, head_of
 
 
 def build_model(config: Config, head: str, add_pooling_layer: bool | None = None) -> nn.Module:

@@ -1,54 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families: one record each, which builds, initialises and measures its models.
+"""What a model family is: what builds, initialises and measures its models, in one record.
 
-A new family is a config (its names in config.json and in texts, its heads, how its papers read
-videos), a module file with the models and a record, a weight table in `checkpoints_convert.tables`
-for each layout, and a line in `config.py`, in `FAMILIES` and in the layout. From outside,
-`register_family` and `checkpoints_convert.layouts.registry.register_table` take their place, as
-tests/models/test_family.py shows.
+A new family is a config in `vivit_jax.config` (its fields, its names in config.json and in texts,
+its heads, how its papers read videos), a module file here with the models and their `Family`, a
+weight table in `checkpoints_convert.tables` for each layout, and a line in `config.py`, in
+`registry.FAMILIES` and in the layout. From outside, `registry.register_family` and
+`checkpoints_convert.layouts.registry.register_table` take the place of these lines, as
+tests/models/test_family.py shows. Named sizes go into `vivit_jax.presets`, recipes into
+`vivit_jax.recipes`, the initial values of its paper into `vivit_jax.train.initial_params`.
 """
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flax import linen as nn
 
-from vivit_jax.config import Config, register_config
-from vivit_jax.errors import UserError
-from vivit_jax.models import videomae, vivit
-from vivit_jax.models.record import Family
-
-FAMILIES: list[Family] = [vivit.FAMILY, videomae.FAMILY]
+from vivit_jax.config import Config
+from vivit_jax.layers.encoder import StackSpec
+from vivit_jax.models.products import Flops
 
 
-def register_family(family: Family) -> None:
-    """Add a family to those that every function and command knows.
+def _no_inputs(config: Any, head: str) -> dict[str, Any]:
+    return {}
 
-    Raises UserError for names that are taken, and for models that are not those that the config
-    names for its heads.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What builds, initialises and measures the models of one config class.
+
+    `models` has the class of each head, by the names in `config.heads`. Each takes the config, and
+    the headless one `add_pooling_layer` too if the family has pooling. `stacks(config)` are its
+    stacks of blocks: one, or one over space and one over time. `flops(config, head, visible,
+    decoded, all_tokens)` counts a forward pass, see `vivit_jax.models.flops`.
+    `init_inputs(config, head)` are the arguments besides a clip that initialisation needs.
     """
-    named = {head: cls.__name__ for head, cls in family.models.items()}
-    if named != dict(family.config.heads):
-        raise UserError(
-            f"{family.config.__name__} names the models {dict(family.config.heads)}, the record "
-            f"has {named}; make them equal"
-        )
-    register_config(family.config)
-    FAMILIES.append(family)
 
-
-def family_of(config: Config) -> Family:
-    """The family of a config. Raises UserError for one that is not registered."""
-    for family in FAMILIES:
-        if isinstance(config, family.config):
-            return family
-    raise UserError(
-        f"{type(config).__name__} is the config of no family; add it with register_family"
-    )
-
-
-def head_of(model: nn.Module) -> str:
-    """The head of a model: "none", "classification" or "pretraining"."""
-    for family in FAMILIES:
-        for head, cls in family.models.items():
-            if type(model) is cls:
-                return head
-    known = [cls.__name__ for family in FAMILIES for cls in family.models.values()]
-    raise UserError(f"{type(model).__name__} is not a model; expected one of {known}")
+    config: type[Config]
+    models: Mapping[str, type[nn.Module]]
+    stacks: Callable[[Any], tuple[StackSpec, ...]]
+    flops: Callable[[Any, str, int | None, int | None, bool], Flops]
+    init_inputs: Callable[[Any, str], dict[str, Any]] = _no_inputs

@@ -3,8 +3,8 @@
 
 from vivit_jax.config import Config
 from vivit_jax.errors import UserError
-from vivit_jax.models.family import family_of
 from vivit_jax.models.products import Flops
+from vivit_jax.models.registry import family_of
 
 HEADS = ("classification", "pretraining", "none")
 

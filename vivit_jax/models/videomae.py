@@ -19,7 +19,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import TubeletEmbed, check_clip, sincos_positions
 from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
-from vivit_jax.layers.explicit import as_automatic
+from vivit_jax.layers.explicit_axes import as_automatic
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32, with_axes
 from vivit_jax.layers.tubelets import (
     CHANNELS_FIRST,
@@ -31,9 +31,9 @@ from vivit_jax.layers.tubelets import (
 )
 from vivit_jax.masking import AnyArray, Grid, Mask
 from vivit_jax.models import products
+from vivit_jax.models.family import Family
 from vivit_jax.models.head import Labels, classify
 from vivit_jax.models.losses import reconstruction_loss, reconstruction_targets
-from vivit_jax.models.record import Family
 from vivit_jax.outputs import (
     ClassifierOutput,
     ModelOutput,

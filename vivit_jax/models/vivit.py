@@ -36,13 +36,13 @@ from vivit_jax.layers.encoder import (
     per_layer,
     run_blocks,
 )
-from vivit_jax.layers.explicit import as_automatic
+from vivit_jax.layers.explicit_axes import as_automatic
 from vivit_jax.layers.linear import LayerNorm, Projection, at_least_float32, with_axes
 from vivit_jax.layers.tubelets import PixelValues
 from vivit_jax.masking import AnyArray, Grid
 from vivit_jax.models import products
+from vivit_jax.models.family import Family
 from vivit_jax.models.head import Labels, classify
-from vivit_jax.models.record import Family
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, asked_for, choose_states
 
 _TIME, _SPACE = ("attention_time", TIME), ("attention_space", SPACE)

@@ -22,7 +22,7 @@ from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.layers.attention import choose_implementation
-from vivit_jax.layers.explicit import without_types
+from vivit_jax.layers.explicit_axes import without_types
 from vivit_jax.layers.platform import platform as platform_name
 from vivit_jax.models.losses import reconstruction_targets
 from vivit_jax.outputs import RESULTS_ONLY

@@ -31,7 +31,7 @@ from flax import linen as nn
 
 from vivit_jax import param_tree
 from vivit_jax.config import VivitConfig
-from vivit_jax.models.family import head_of
+from vivit_jax.models.registry import head_of
 
 # (generator, shape of one layer's parameter) -> float32
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]

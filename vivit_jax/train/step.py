@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
-from vivit_jax.layers.explicit import without_types
+from vivit_jax.layers.explicit_axes import without_types
 from vivit_jax.layers.linear import projections_in
 from vivit_jax.layers.platform import platform
 from vivit_jax.layers.tubelets import ByteClips
