@@ -12,7 +12,7 @@ import json as json_module
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.rules import match_import
 from checkpoints_convert.source import Source, open_source
 from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config_base import Attention
 from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.read_clip import read_clip
 from vivit_jax.data.transforms.processor import VideoProcessor
@@ -215,7 +216,11 @@ def _no_reference(opened: Source) -> str:
             "compares such models with a float64 implementation; vivit-convert inspect checks the "
             "tensors"
         )
-    assert isinstance(config, VivitConfig), "other families returned above"
+    if not isinstance(config, VivitConfig):
+        return (
+            f"{opened.checkpoint.path} is a {config.title}, which transformers does not have; "
+            "vivit-convert inspect checks the tensors"
+        )
     what = f"{config.attention_type} attention, pooling {config.pooling!r}"
     if config.num_sampled_frames is not None:
         what += f", {config.num_sampled_frames} sampled frames"
@@ -471,7 +476,7 @@ class RunOptions:
     tolerance: float = 1e-4
     batch: int = 1
     seed: int = 0
-    attention: Literal["auto", "xla", "chunked", "cudnn"] = "auto"
+    attention: Attention = "auto"
 
 
 def verify(

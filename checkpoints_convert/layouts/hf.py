@@ -13,6 +13,7 @@ from checkpoints_convert.layouts.hub_v2 import is_hub_form, read_hub_form
 from checkpoints_convert.layouts.layout import Layout, name_before
 from checkpoints_convert.layouts.state_dicts import USUAL, left_out, plain_name, unwrapped
 from checkpoints_convert.tables import hf_videomae, hf_vivit
+from checkpoints_convert.tables.table import Table
 from vivit_jax.config import (
     ARCHITECTURES,
     IMAGENET_MEAN,
@@ -30,7 +31,7 @@ from vivit_jax.files.staging import interrupted
 logger = logging.getLogger(__name__)
 NAME = "config.json"
 PATCH_KERNEL = "embeddings.patch_embeddings.projection.weight"
-PREFIXES = (hf_vivit.PREFIX, hf_videomae.PREFIX)  # of the backbones in models with a head
+TABLES: dict[str, Table] = {"vivit": hf_vivit.TABLE, "videomae": hf_videomae.TABLE}  # by family
 HF_FIXED_EPS = 1e-5  # VideoMAE's norms outside the blocks, in transformers
 
 
@@ -171,20 +172,22 @@ def write_config(
 
 
 def parameters(
-    path: Path, tensors: Mapping[str, Any], known: tuple[str, ...] = PREFIXES
+    path: Path, tensors: Mapping[str, Any], prefixes: tuple[str, ...] = ()
 ) -> tuple[Mapping[str, Any], dict[str, str]]:
     """The tensors of a model by HuggingFace's names, and the names left out with the reason.
 
-    `known` are the prefixes of a model's own names. Raises CheckpointError for another prefix, a
-    file with several models, and a file that is not a state dict.
+    A model's own names may have the prefix of a family, or one of `prefixes`. Raises
+    CheckpointError for another prefix, a file with several models, and a file that is not a state
+    dict.
     """
-    before = (name_before(name, PATCH_KERNEL) for name in tensors)
-    prefixes = [prefix for prefix in before if prefix is not None]
-    container = _container(path, prefixes)
+    known = (*prefixes, *(table.prefix for table in TABLES.values()))
+    before = [name_before(name, PATCH_KERNEL) for name in tensors]
+    found_before = [prefix for prefix in before if prefix is not None]
+    container = _container(path, found_before)
     if not container:
         check_flat(path, tensors)
     found = unwrapped(path, tensors, container)
-    inside = [p.removeprefix(container) for p in prefixes if p.startswith(container)]
+    inside = [p.removeprefix(container) for p in found_before if p.startswith(container)]
     if inside and not any(plain_name(prefix) in ("", *known) for prefix in inside):
         parts = inside[0].removesuffix(".").split(".")
         module = ".".join(parts[:-1] if f"{parts[-1]}." in known else parts)
@@ -210,7 +213,7 @@ def _container(path: Path, prefixes: list[str]) -> str:
 
 HF = Layout(
     name="hf",
-    tables={"vivit": hf_vivit.TABLE, "videomae": hf_videomae.TABLE},
+    tables=TABLES,
     parameters=parameters,
     patch_kernels=(PATCH_KERNEL,),
     in_transformers=True,

@@ -134,7 +134,7 @@ def parameters(
     if dialect == "flax":
         return scenic.parameters(path, tensors)
     if dialect == "hf":
-        return hf.parameters(path, tensors, ("vit.", *hf.PREFIXES))
+        return hf.parameters(path, tensors, prefixes=("vit.",))
     if dialect == "timm" and prefix:  # a training state of torch, as DeiT saves it
         found = unwrapped(path, tensors, prefix[: prefix.rfind("/") + 1])
         return {name: t for name, (_, t) in found.items()}, others_of(tensors, found)

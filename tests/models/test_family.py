@@ -9,8 +9,10 @@ from typing import ClassVar
 import jax
 import numpy as np
 import pytest
+from commands import run_command
 from flax import linen as nn
 from helpers import random_params
+from safetensors.numpy import load_file
 
 import vivit_jax
 from checkpoints_convert.__main__ import main as convert_main
@@ -113,19 +115,23 @@ TOY = Family(
 def rules(config, names):
     dst = "" if names.head == "none" else "backbone/"
     biases = {name: f"{HUB[name]}.bias" for name in ("query", "key", "value")}
-    table = patch_embed("", dst) + blocks(
-        "encoder.layer.{i}.",
+    table = patch_embed(names.prefix, dst) + blocks(
+        f"{names.prefix}encoder.layer.{{i}}.",
         dst + "layers_{i}/",
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         names=HUB,
         biases=biases if config.qkv_bias else {},
     )
-    table += norm("layernorm", f"{dst}ln_final")
+    table += norm(f"{names.prefix}layernorm", f"{dst}ln_final")
     return table + (dense("classifier", "head") if names.head == "classification" else [])
 
 
-TABLE = Table(rules, lambda tensors, head: identify(tensors, head, "toy.", "pooler.", ""))
+def names_in(tensors, head):
+    return identify(tensors, head, "toy.", "pooler.", "")
+
+
+TABLE = Table(rules, names_in, "toy.", ("classification",))
 
 
 @pytest.fixture
@@ -165,6 +171,7 @@ def test_a_family_from_outside_is_saved_loaded_and_converted(toy, directory, tmp
     stored = json.loads((directory / "config.json").read_text())
     assert stored["model_type"] == "toy_jax"
     assert stored["architectures"] == ["ToyForVideoClassification"]
+    assert "toy.layernorm.weight" in load_file(directory / "model.safetensors")
     model, params = vivit_jax.from_pretrained(directory)
     assert model == build_model(toy, "classification")
     expected = param_tree.flatten(random_params(model))
@@ -183,6 +190,22 @@ def test_a_family_from_outside_classifies_videos(toy, directory):
     model, params = vivit_jax.from_pretrained(directory)
     logits = model.apply({"params": params}, pixels).logits[0]
     np.testing.assert_allclose(first["score"], jax.nn.softmax(logits).max(), rtol=1e-5)
+
+
+def test_a_family_from_outside_has_no_reference(directory, capsys):
+    status, _, err = run_command(capsys, "verify", directory)
+    assert status == 2 and "is a Toy, which transformers does not have" in err
+
+
+def test_a_config_that_extends_another_family_s_has_a_family_of_its_own(toy):
+    """The nearest record counts, not the first whose config is a base class."""
+    names: dict = {"model_type": "other", "own_model_type": "other_jax"}
+    names["heads"] = {"none": "OtherModel"}
+    extended = dataclasses.dataclass(frozen=True, kw_only=True)(type("Other", (ToyConfig,), names))
+    model = type("OtherModel", (ToyModel,), {})
+    other = dataclasses.replace(TOY, config=extended, models={"none": model})
+    families.register_family(other)
+    assert families.family_of(extended()) is other and families.family_of(toy) is TOY
 
 
 def test_names_that_are_taken(toy):

@@ -30,9 +30,10 @@ def register_family(family: Family) -> None:
 
 def family_of(config: Config) -> Family:
     """The family of a config. Raises UserError for one that is not registered."""
-    for family in FAMILIES:
-        if isinstance(config, family.config):
-            return family
+    known = {family.config: family for family in FAMILIES}
+    for cls in type(config).__mro__:  # the nearest: a family's config may extend another's
+        if cls in known:
+            return known[cls]
     raise UserError(
         f"{type(config).__name__} is the config of no family; add it with register_family"
     )
