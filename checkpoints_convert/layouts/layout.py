@@ -5,8 +5,9 @@ A layout is how a group of publishers writes checkpoints: which names the tensor
 lie in a file, and where the config comes from. Variants of the names inside one layout are its
 *dialects*: "hub", "memory" and "key_bias" of hf; "hf", "timm" and "flax" of image ViTs.
 
-A new layout is a file in this package with one `Layout`, a table for each family in
+A new layout is a file in this package with one `Layout`, a weight table for each family in
 `checkpoints_convert.tables`, and a line in `registry.LAYOUTS` (or a call of `registry.register`).
+Every function and command then knows it.
 """
 
 import dataclasses

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One weight table for each layout and family, read in both directions."""
+"""Weight tables, one for each layout and family, read in both directions.
+
+`table` is the record of one; `hf_block` and `timm_block` hold the rules that several share.
+"""

@@ -31,7 +31,12 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentSettings:
-    """Augmentation of a training clip, the same for all of its frames."""
+    """Augmentation of a training clip, the same for all of its frames.
+
+    `vivit_jax.data.transforms.augment` computes the fields up to `rand_augment` on the host,
+    `vivit_jax.train.augment_on_device` the rest on the device; `vivit_jax.recipes.checks` has the
+    range of each.
+    """
 
     # Shortest side after a first resize; None: no resize. It suits the frame size of the recipe's
     # model and scales with that of `model.start`, unless it is `given`.

@@ -15,7 +15,7 @@ from vivit_jax.presets import PRESETS, Preset
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.typed import TypeMismatch, expected, from_json, override
 
-# (condition, text, fields); None is not checked.
+# (condition, text, fields) for every numeric field of a recipe; a value of None is not checked.
 _RANGES = (
     (
         lambda v: v >= 1,

@@ -5,9 +5,14 @@ All are functions of keys, and work under jit and with sharded batches. Each cli
 has a key of its own, so that a batch computed in parts or on several devices equals the whole
 batch. The frames of a clip share every draw except the noise of random erasing. Drawing is separate
 from applying. Give each augmentation its own keys: equal keys draw equal numbers.
+
+`training_pixels` applies all but mixing, which `vivit_jax.train.step` does. A new augmentation gets
+a field in `vivit_jax.data.settings.AugmentSettings`, its range in `vivit_jax.recipes.checks`, and a
+function here that `training_pixels` calls.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,16 +20,43 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Integer, Key, PRNGKeyArray
 
 from vivit_jax.data.settings import AugmentSettings
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
 from vivit_jax.layers.dropout import clip_keys
+from vivit_jax.layers.tubelets import ByteClips
 from vivit_jax.masking import AnyArray
 from vivit_jax.models.losses import head_sizes
+from vivit_jax.train.normalise import hashable_arithmetic, scaled_and_shifted
 
 Keys = Key[Array, " b"]  # one for each clip or group of clips
 ClassLabels = Integer[AnyArray, "b *heads"]
 # TensorFlow's grayscale weights of red, green and blue.
 _LUMA = (0.2989, 0.587, 0.114)
 _TRIES = 10  # to draw a box that fits, as in the papers' code
+
+
+def training_pixels(
+    processor: VideoProcessor, settings: AugmentSettings
+) -> Callable[[jax.Array, jax.Array, jax.Array], ByteClips | jax.Array]:
+    """(key, clip_ids [b], uint8 [b, t, h, w, c]) -> the model's input, augmented except for mixing.
+
+    The input is bytes with the processor's arithmetic if the settings change no pixel, else float32
+    pixels. Colour jitter precedes normalisation, as in scenic (which undoes it first); erasing
+    follows it, as in VideoMAE. A clip's augmentation is a function of the key and its id.
+    """
+    values = hashable_arithmetic(processor)
+    if not (settings.colour or settings.erase or settings.mixes):
+        return lambda key, clip_ids, clips: ByteClips(clips, *values)
+    normalise = scaled_and_shifted(*values)
+
+    def pixels(key, clip_ids, clips):
+        colour, erase = (clip_keys(jax.random.fold_in(key, i), clip_ids) for i in range(2))
+        if settings.colour:
+            clips = 255 * colour_jitter(colour, clips.astype(jnp.float32) / 255, settings.colour)
+        clips = normalise(clips)
+        return random_erasing(erase, clips, settings.erase) if settings.erase else clips
+
+    return pixels
 
 
 def _uniform(keys: Keys, count: int) -> jax.Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the bytes of a batch to the model's input, on the device and inside the jitted step."""
+"""A processor's normalisation, from the bytes of a batch to pixels, on the device."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.data.transforms.processor import VideoProcessor
-from vivit_jax.layers.dropout import clip_keys
-from vivit_jax.layers.tubelets import ByteClips
-from vivit_jax.train.augment_on_device import colour_jitter, random_erasing
 
 
 def arithmetic(
@@ -47,27 +43,3 @@ def scaled_and_shifted(scale, shift) -> Callable[[jax.Array], jax.Array]:
     """clips [b, t, h, w, c] -> clips * scale + shift in float32; scale and shift are [] or [c]."""
     scale, shift = (np.asarray(v, np.float32).reshape(1, 1, 1, 1, -1) for v in (scale, shift))
     return lambda clips: clips.astype(jnp.float32) * scale + shift
-
-
-def training_pixels(
-    processor: VideoProcessor, settings: AugmentSettings
-) -> Callable[[jax.Array, jax.Array, jax.Array], ByteClips | jax.Array]:
-    """(key, clip_ids [b], uint8 [b, t, h, w, c]) -> the model's input, augmented except for mixing.
-
-    The input is bytes with the processor's arithmetic if the settings change no pixel, else float32
-    pixels. Colour jitter precedes normalisation, as in scenic (which undoes it first); erasing
-    follows it, as in VideoMAE. A clip's augmentation is a function of the key and its id.
-    """
-    values = hashable_arithmetic(processor)
-    if not (settings.colour or settings.erase or settings.mixes):
-        return lambda key, clip_ids, clips: ByteClips(clips, *values)
-    normalise = scaled_and_shifted(*values)
-
-    def pixels(key, clip_ids, clips):
-        colour, erase = (clip_keys(jax.random.fold_in(key, i), clip_ids) for i in range(2))
-        if settings.colour:
-            clips = 255 * colour_jitter(colour, clips.astype(jnp.float32) / 255, settings.colour)
-        clips = normalise(clips)
-        return random_erasing(erase, clips, settings.erase) if settings.erase else clips
-
-    return pixels

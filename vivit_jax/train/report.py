@@ -2,7 +2,10 @@
 """A run's report.html: its curves, settings and evaluations in one self-contained file.
 
 A new metric needs no change here: each number in metrics.jsonl gets a curve, and a column in the
-table of evaluations. `_PANELS` groups metrics into charts with titles and units.
+table of evaluations. Metrics of training come from the step (`vivit_jax.train.step.make_step`, on
+the device) and from `_Loop._report` in `vivit_jax.train.loop` (rates, on the host), those of
+evaluation from `vivit_jax.train.metrics` and `vivit_jax.train.evaluate`. `_PANELS` groups metrics
+into charts with titles and units.
 """
 
 import dataclasses

@@ -23,9 +23,8 @@ from vivit_jax.masking import MASKS, Grid, Mask
 from vivit_jax.models.losses import multi_head_loss
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
-from vivit_jax.train.augment_on_device import mix, soft_targets
+from vivit_jax.train.augment_on_device import mix, soft_targets, training_pixels
 from vivit_jax.train.metrics import leading_accuracy
-from vivit_jax.train.normalise import training_pixels
 from vivit_jax.train.optim import trained, update_average
 from vivit_jax.train.sharding import BATCH, RULES, automatic, batch_shards, replicated
 from vivit_jax.train.state import TrainState
@@ -101,7 +100,7 @@ def make_step(
     mesh: Mesh,
     shapes: TrainState,
 ) -> "OnMesh":
-    """The jitted step of a recipe: (state, batch) -> (new state, scalars by name).
+    """The jitted step of a recipe: (state, batch) -> (new state, metrics: scalars by name).
 
     A batch holds "clips", uint8 [b, t, h, w, c], and for fine-tuning "labels", int [b] or
     [b, heads]; shapes with shardings will do to trace or lower the step. The old state is donated.
