@@ -5,6 +5,10 @@ Letters used for axes everywhere: b batch, t frames, h w pixels, c channels; l t
 query and key tokens differ), n heads, e head dim, d width, f MLP width, p patch pixels, m masked
 tokens. Token order is (t, h, w) row-major; pixels are channels-last `b t h w c`.
 
+Each room imports from those to its right only: `cli`; `inference`, `benchmark`; `train`;
+`checkpoints_convert`; `models`, `recipes`; `layers`, `data`; `files` and the modules beside this
+one, which hold configs, presets, outputs and masks.
+
 Public names load on first use, so that `import vivit_jax` and `vivit-jax --help` stay fast.
 """
 
