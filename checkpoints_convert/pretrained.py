@@ -42,8 +42,8 @@ class LoadReport:
     """What loading a checkpoint into a model changes; `str()` is the message that is logged.
 
     `dropped` and `ignored` are tensor names of the checkpoint; `fresh` are per-layer parameter
-    paths of the model that the checkpoint does not have. `notes` say, among others, what was
-    assumed for a file without a config.
+    paths of the model that the checkpoint does not have. `notes` say what else matters, such
+    as what was assumed for a file without a config.
     """
 
     source: str
@@ -289,7 +289,7 @@ def plan_load(
 
 
 def _notes(model: nn.Module, held: StoredModel, stored: Config, fresh: bool) -> list[str]:
-    """Notes on what the lists of a report do not show."""
+    """Notes on changes that the lists of a report do not show."""
     notes = []
     labels = model.config.num_labels
     if held.head == "classification" and labels != stored.num_labels:

@@ -274,7 +274,7 @@ def load_transformers(
                 output_attentions=False,
                 **options,
             )
-        except Exception as error:  # whatever it raises, it is about the checkpoint
+        except Exception as error:  # whatever it raises is about the checkpoint
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise CheckpointError(f"transformers does not open {path}: {reason}") from error
     # A key bias cannot change the softmax; transformers leaves it out too.
@@ -308,7 +308,7 @@ def check_torch(purpose: str) -> None:
 
 @contextlib.contextmanager
 def quiet(transformers) -> Iterator[None]:
-    """Silence transformers' load report: what it warns of is an error here."""
+    """Silence transformers' load report: here its warnings are errors."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -344,7 +344,7 @@ def _as_directory(path: Path) -> Iterator[Path]:
 def _pixels(
     path: Path, config: Any, options: _Options
 ) -> tuple[Float32[np.ndarray, "b t h w c"], str]:
-    """The input of both sides, and what it is in words."""
+    """The input of both sides, and its description."""
     if options.clip is None:
         shape = (options.batch, config.num_frames, *config.frame_size, config.num_channels)
         rng = np.random.default_rng(options.seed)

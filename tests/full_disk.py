@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk that takes no more, for any user and any library, in Python or not."""
+"""A full disk, for any user and any library, in Python or not."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ import resource
 
 @contextlib.contextmanager
 def file_size(largest):
-    """No file may grow past `largest` bytes in the block: EFBIG, which Python is not killed for."""
+    """No file may grow past `largest` bytes in the block: EFBIG, which does not kill Python."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
     try:

@@ -41,7 +41,7 @@ TOLERANCE = {
     static_argnames=("output_hidden_states", "output_attentions", "interpolate_pos_encoding"),
 )
 def forward(model, params, pixel_values, **inputs):
-    """A model's outputs, compiled once for all tests that ask equal models for the same."""
+    """A model's outputs, compiled once for all tests of equal models and options."""
     return model.apply({"params": params}, pixel_values, **inputs)
 
 

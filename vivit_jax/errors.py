@@ -7,8 +7,8 @@ its stack trace.
 
 import re
 
-# Characters that terminals obey or that mislead readers: control characters except tab and newline,
-# marks that change the direction of text, and separators that some take for line ends.
+# Characters that terminals act on or that mislead readers: control characters except tab and
+# newline, marks that change the direction of text, and separators that some take for line ends.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _ANY_CONTROL = re.compile(rf"[\t\n]|{_CONTROL.pattern}")
 _SHOWN = 200
@@ -47,7 +47,7 @@ class MissingExtra(UserError, ImportError):
 def printable(text: str, one_line: bool = False) -> str:
     """A text with its control characters as \\u escapes, as JSON writes them.
 
-    Labels, paths and libraries' messages may hold some, which a terminal would obey. Tabs and
+    Labels, paths and libraries' messages may hold some, which a terminal would act on. Tabs and
     newlines stay, unless the text has to be one line.
     """
     pattern = _ANY_CONTROL if one_line else _CONTROL

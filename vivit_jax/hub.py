@@ -85,7 +85,7 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
 def resolve_processor(source: str, revision: str | None = None) -> Path:
     """The first of PROCESSOR_FILES in a hub repository, beside the weight file if one is named.
 
-    Raises as `resolve_checkpoint` does, and if there is none of them.
+    Raises as `resolve_checkpoint` does, and if none of them is there.
     """
     remote = _local_or_remote(source, revision)
     if isinstance(remote, Path):

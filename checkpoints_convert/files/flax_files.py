@@ -33,8 +33,8 @@ from vivit_jax.files.limits import check_unpacked
 
 MAX_CHUNK_SIZE = 2**30  # bytes; flax's limit, a little below msgpack's
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
-_OBJECT = 1024  # bytes of memory for a value, however small it is in the file
-_COUNTED = 1024  # values between two looks at the memory they take
+_OBJECT = 1024  # bytes of memory that a value takes, however small it is in the file
+_COUNTED = 1024  # values between two checks of the memory they take
 _CHUNKED = "__msgpack_chunked_array__"
 _BYTES, _EXTENSION = 0xC4, 0xC7  # first bytes with a length of 1 byte; the next two: 2, 4
 _BEYOND_SAFETENSORS = (np.uint16, np.uint32, np.uint64, np.complex64, np.complex128)

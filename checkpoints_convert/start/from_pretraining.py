@@ -35,10 +35,10 @@ def init_from_pretraining(
     from the authors' (epsilons, heads), which is kept; it is logged.
 
     `source` is a HuggingFace directory or hub id, an authors' .pth file, or an opened `Source`.
-    `config` sets fields of
-    the classifier: `num_labels` (or `id2label`, `class_splits`), and whatever fine-tuning changes,
-    for example drop_path_rate, head_dropout, num_frames, image_size, dtype. Raises ConfigError for
-    other fields or sizes, UserError for a checkpoint that is no pre-trained VideoMAE.
+    `config` sets fields of the classifier: `num_labels` (or `id2label`, `class_splits`), and
+    whatever fine-tuning changes, for example drop_path_rate, head_dropout, num_frames, image_size,
+    dtype. Raises ConfigError for other fields or sizes, UserError for a checkpoint that is not a
+    pre-trained VideoMAE.
 
     Source: VideoMAE and VideoMAE V2, fine-tuning. They draw the classifier from a normal
     distribution truncated at 100 standard deviations, which is the same.

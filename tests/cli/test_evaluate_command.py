@@ -236,7 +236,7 @@ def test_several_heads_average_logits_by_themselves(models, videos, capsys, tmp_
         ("vivit", "two.txt", (), "two.txt"),
         ("heads", "good.txt", (), "good.txt"),
         ("heads", "two.txt", ("--average", "softmax"), "set evaluation.average=logits (--average"),
-        ("vivit", "other", (), "1 of 1 folders are none of the model's classes: swim"),
+        ("vivit", "other", (), "1 of 1 folders are not among the model's classes: swim"),
         ("vivit", "bad.txt", ("--views-at-once", "8"), "none of the 1 videos of"),
         ("vivit", "good.txt", ("--resize", "20"), "smaller than the crop of 24 x 16"),
         ("vivit", "good.txt", ("--clips", "0"), "--clips must be at least 1, got 0"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-jax export`: files that a process without this library runs, to the live model's outputs.
+"""`vivit-jax export`: a process without this library runs the files, with the live model's outputs.
 
 Differences are those of `helpers.error`, the largest one over the RMS of the live model's output
 where that exceeds 1; allowed 1e-6.
@@ -29,7 +29,7 @@ from vivit_jax.data.transforms.processor_in_jax import pixels_inside
 ALLOWED = 1e-6
 SIZE = (24, 16)
 
-# What a user runs, for each directory given: the file, jax, and nothing of ours.
+# What a user runs for each directory: the file and jax, with nothing of ours.
 RUN = """
 import json, sys
 import numpy as np
@@ -166,7 +166,7 @@ def test_preprocessing_inside(name, exported):
 
 
 def test_other_parameters_give_other_outputs(tiny, tmp_path):
-    """The comparison can fail: a difference in one bias is seen."""
+    """The comparison can fail: it sees a difference in one bias."""
     _, model, params = tiny
     pixels = clip(model.config, 1)
     exported = vivit_jax.export_model(model, params, precision="highest")
@@ -293,7 +293,7 @@ def test_a_part_that_cannot_be_written_leaves_the_old_files(tiny, tmp_path, caps
         (["--out", "model.pb"], "ends in '.pb'; expected one of .stablehlo"),
         (["--out", "no/model.stablehlo"], "there is no directory"),
         (["--out", "/proc/a.stablehlo"], "no file can be made in /proc"),
-        # The program's own name is legal, that of a file beside it is too long.
+        # The program's own name is legal; that of a file beside it is too long.
         (["--out", f"{'a' * 240}.stablehlo"], "File name too long"),
         (["--input-size", "40x30"], "--input-size 40x30 needs --preprocess"),
         (["--preprocess", "--input-size", "40"], "'40', expected HxW"),

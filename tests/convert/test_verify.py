@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vivit-convert verify`: it agrees where it should, and it can say no."""
+"""`vivit-convert verify` agrees where it should, and can disagree."""
 
 import json
 

@@ -106,7 +106,7 @@ def test_a_stream_without_times_has_the_rate_it_states(tmp_path, name):
     ],
 )
 def test_joined_files(tmp_path, caplog, name, codec):
-    """The frames of a plain decode, numbered on; times continue where the second file begins."""
+    """A plain decode's frames, numbered through; times continue where the second file begins."""
     one = write_clip(tmp_path / name, codec=codec)
     path = tmp_path / f"joined.{name}"
     path.write_bytes(one.read_bytes() * 2)
@@ -312,7 +312,7 @@ def test_exif_of_motion_jpeg(tmp_path, name, orientation):
 
 
 def test_a_cover_picture_hides_no_missing_end(tmp_path, caplog):
-    """A cover picture is not a second video whose length the file might state."""
+    """A cover picture does not count as a second video whose length the file might state."""
     path, picture = tmp_path / "cover.mkv", io.BytesIO()
     Image.new("RGB", (64, 64)).save(picture, "png")
     with av.open(str(path), "w") as container:

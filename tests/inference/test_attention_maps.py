@@ -38,7 +38,7 @@ def made(case):
 
 
 def attentions(model, params, pixel_values):
-    """Attention weights of the whole model as it reports them, float64: over space, over time."""
+    """The attention weights that the whole model reports, in float64: over space, over time."""
     if isinstance(model, vivit_jax.VideoMAEForPreTraining):
         model, params = vivit_jax.VideoMAEModel(model.config), params["backbone"]
     out = forward(model, params, pixel_values, output_attentions=True)
@@ -240,7 +240,7 @@ def changed(params, ending, value):
 @pytest.mark.parametrize("kind", ["map", "rollout"])
 @pytest.mark.parametrize("case", ["joint", "encoder", "encoder mean", "dot product", "mae"])
 def test_uniform_attention_is_exactly_one(case, kind):
-    """Without queries every token looks at all alike."""
+    """Without queries every token attends to all equally."""
     model, params, pixels = made(case)
     params = changed(changed(params, "query/kernel", 0), "query/bias", 0)
     found = vivit_jax.map_attention(model, params, pixels, kind=kind)
@@ -254,8 +254,8 @@ def test_uniform_attention_is_exactly_one(case, kind):
 def test_a_head_that_looks_at_a_bright_patch():
     """Its keys are the patch's brightness, its queries the same for all; the others look anywhere.
 
-    So head 1 gives all to the bright tubelet, and the mean of four heads a quarter of that more
-    than uniform.
+    So head 1 attends to the bright tubelet only, which adds a quarter to the tubelet's share in the
+    mean of four heads.
     """
     config = vivit_jax.VideoMAEConfig(**VIDEOMAE | dict(num_hidden_layers=1))
     model = vivit_jax.VideoMAEModel(config)
@@ -318,7 +318,7 @@ def test_half_precision_is_close():
 
 
 def test_no_more_than_one_blocks_attention_is_held():
-    """The compiled step of a block needs memory for its own attention, not for all layers'."""
+    """The compiled step of a block needs memory for its own attention only, not for all layers."""
     from vivit_jax.inference.attention_maps import _through
     from vivit_jax.layers.encoder import Block, StackSpec
 

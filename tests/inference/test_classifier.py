@@ -23,7 +23,7 @@ LABELS = ("walk", "run", "jump", "fly", "sleep")
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A saved VideoMAE of frames that all clips here have to be resized and cropped for."""
+    """A saved VideoMAE whose frame size makes every clip here be resized and cropped."""
     config = vivit_jax.VideoMAEConfig(**VIDEOMAE, id2label=LABELS)
     module = vivit_jax.VideoMAEForVideoClassification(config)
     height, width = config.frame_size
@@ -120,7 +120,7 @@ def test_views_are_the_papers_and_are_averaged(directory, classifier, videos, av
             crop = resized[:, top : top + height, left : left + width]
             pixels = processor(crop, do_resize=False, do_center_crop=False)
             logits.append(np.asarray(net.apply({"params": params}, pixels).logits[0], np.float64))
-    assert np.ptp(logits, axis=0).max() > 1e-2  # they tell views apart
+    assert np.ptp(logits, axis=0).max() > 1e-2  # views differ
     if average == "logits":
         expected = jax.nn.softmax(np.mean(logits, 0))
     else:
@@ -217,7 +217,7 @@ def test_frames_too_small_for_crops_are_named(classifier):
     ],
 )
 def test_a_video_that_cannot_be_resized_is_not_the_end_of_a_list(classifier, size, told):
-    """One line of pixels: nothing is left of it, or gigabytes are made of it."""
+    """One line of pixels, which resizing would turn into nothing or into gigabytes."""
     total = classifier.config.num_frames
     other = _with(classifier, dataclasses.replace(classifier.processor, size=size))
     square, line = (np.zeros((total, *each, 3), np.uint8) for each in ((20, 20), (1, 20000)))
@@ -266,7 +266,7 @@ def _with(classifier, processor):
     ids=str,
 )
 def test_wrong_options_are_told(classifier, videos, options, message):
-    """Before any video is asked for, and not only once an answer is."""
+    """At the call, not only when the first answer is asked for."""
 
     def untouched():
         raise AssertionError("a video was asked for")

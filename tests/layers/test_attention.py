@@ -41,8 +41,7 @@ def test_every_backend_is_exact(implementation, length):
     np.testing.assert_allclose(out, reference(q, k, v), atol=5e-6)  # measured 6.0e-7
 
 
-# Queries, keys, tile; what `_plan` makes of it: queries in a block, heads at a time of the 10
-# that there are.
+# Queries, keys, tile; what `_plan` makes of them: queries in a block, heads at a time out of 10.
 PLANS = {
     "one block, all heads": (201, 201, Tile(4096, 2**14, 2**26), (201, 10)),
     "one block, 10 heads as 5 times 2, of 3 at most": (201, 201, Tile(4096, 603, 2**26), (201, 2)),
@@ -80,7 +79,7 @@ def test_chunked_in_tiles_of_every_kind(plan, monkeypatch):
     ("length", "width"), [(160, 64), (160, 88), (1568, 64), (1568, 80), (3137, 64)]
 )
 def test_chunked_at_published_sizes(length, width):
-    """What VideoMAE's encoder sees of a clip, its decoder, and ViViT, with published widths."""
+    """The sequences of VideoMAE's encoder and decoder and of ViViT, with published widths."""
     q, k, v = qkv(length, heads=2, width=width, batch=1)
     d_out = cotangent(q)
     found = with_gradients(placed_attention, q, k, v, d_out)
@@ -269,7 +268,7 @@ def test_what_auto_stands_for(platform, dtype, head_dim, length, expected, caplo
 
 
 def choices(caplog, platform, dtype, head_dim, length, expected):
-    """The one line that is logged for a choice, however often it is made."""
+    """The single line logged for a choice, however often it is made."""
     attention_module._choose.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
@@ -309,8 +308,8 @@ def test_cudnn_where_it_cannot_run_is_an_error_not_a_fallback():
 
 @pytest.fixture
 def pretended_cudnn(monkeypatch):
-    """Programs are traced and lowered as with cuDNN at hand; they cannot be run."""
-    from jax._src.cudnn import fused_attention_stablehlo  # jax has no public switch for it
+    """Programs are traced and lowered as if cuDNN were available; they cannot be run."""
+    from jax._src.cudnn import fused_attention_stablehlo  # jax has no public switch for this
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)

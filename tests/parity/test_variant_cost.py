@@ -32,7 +32,7 @@ def test_factorised_models_are_cheaper_than_the_joint_one():
         with jax.default_matmul_precision(None):
             run = apply.lower(variables, pixels).compile()
         runs[name] = lambda run=run, v=variables, x=pixels: jax.block_until_ready(run(v, x))
-    for _ in range(ROUNDS):  # in turns, so that a slow moment of the machine is shared
+    for _ in range(ROUNDS):  # in turns, so that a slow moment of the machine affects all
         for name, run in runs.items():
             start = time.perf_counter()
             logits = run()

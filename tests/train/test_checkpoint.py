@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints are whole, bit-equal on any mesh, and no more than asked for."""
+"""Checkpoints are whole, bit-equal on any mesh, and as few as asked for."""
 
 import errno
 import json
@@ -579,7 +579,7 @@ CHILD = textwrap.dedent("""
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_whole_checkpoints(tmp_path):
-    """SIGKILL at random moments; each process resumes from what the one before left."""
+    """SIGKILL at random moments; each process resumes from what the previous one left."""
     rng = random.Random(os.getpid())
     root = Path(__file__).parents[2]
     target = {
@@ -606,7 +606,7 @@ def test_a_killed_run_leaves_whole_checkpoints(tmp_path):
         names = step_directories(tmp_path / "checkpoints")
         unfinished += any("tmp" in name for name in names)
         checkpoints = Checkpoints(tmp_path, keep=2)
-        # The save that was under way may be lost; each one before it had to end first.
+        # The save in progress may be lost; each earlier one had to end first.
         assert checkpoints.latest() >= reported - 1 > reached
         reached = checkpoints.latest()
         for step in checkpoints.steps():

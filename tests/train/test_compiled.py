@@ -1,4 +1,4 @@
-"""What is read of compiled programs is what the program was written to do, on each platform."""
+"""What is read from compiled programs is what they were written to do, on each platform."""
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def total(program, kind, *axes):
 
 
 def test_the_collectives_of_a_step(trained):
-    """By what has to move, not by how many instructions the compiler makes of it."""
+    """By what has to move, not by how many instructions the compiler uses."""
     where, program = trained
     weights = LAYERS * 2 * WIDTH * INNER * 4
     activations = LAYERS * ROWS * LENGTH * WIDTH * 4
@@ -117,7 +117,7 @@ def test_the_loops_of_a_step(trained):
 
 def test_the_operations_of_a_step(trained):
     where, program = trained
-    # A condition is asked once more than its body runs.
+    # A condition runs once more than its body.
     assert program.bytes > 0
     assert {op.times for op in program.operations} == {1, LAYERS, LAYERS + 1}
     # Stacked weights are read a layer at a time.
@@ -153,7 +153,7 @@ def test_loops_within_loops(where):
 
 @pytest.mark.parametrize("where", ["cpu", TPU, GPU])
 def test_of_branches_the_costliest_counts(where):
-    """Operations of the other branches are listed all the same."""
+    """Operations of the other branches are listed too."""
     mesh = mesh_on(where)
 
     def often(x):
@@ -172,7 +172,7 @@ def test_of_branches_the_costliest_counts(where):
 
 @pytest.mark.parametrize("where", ["cpu", TPU, GPU])
 def test_a_condition_that_asks_other_devices(where):
-    """It is asked once before the one round that counts of a loop that may have any number."""
+    """A loop with an unknown number of rounds counts once, so its condition runs twice."""
     mesh = mesh_on(where)
 
     def step(x):
@@ -210,7 +210,7 @@ def test_axes_of_different_sizes(where, sizes):
 
 @pytest.mark.parametrize("where", ["cpu", TPU, GPU])
 def test_other_collectives(where):
-    """Those that a program asks for by name, inside of shard_map, each once."""
+    """Collectives that a program names itself, inside shard_map, each once."""
     mesh = mesh_on(where)
 
     def moved(x):

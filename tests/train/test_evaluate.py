@@ -278,7 +278,7 @@ def test_folders_are_numbered_as_the_model_numbers_its_classes(caplog):
     some = model_labels(folders(("fly", "run", "walk"), (0, 0, 2, 1)), config)
     assert [example.label for example in some.examples] == [3, 3, 0, 1]
     assert some.classes == config.labels and model_labels(some, config) == some
-    with pytest.raises(UserError, match="1 of 3 folders are none of the model's classes: swim; "):
+    with pytest.raises(UserError, match="1 of 3 folders are not among the model's classes: swim; "):
         model_labels(folders(("fly", "swim", "walk"), (0, 0, 2, 1)), config)
     # A model that does not name its classes, or a list of numbers, is taken by number.
     unnamed, names = config_of("mae cls"), ("e", "d", "c", "b", "a")

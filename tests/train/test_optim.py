@@ -195,7 +195,7 @@ def test_a_scanned_model_has_the_factors_of_a_looped_one():
     scanned, looped = (golden(f"vivit_classifier{kind}") for kind in ("", "_loop"))
     factors = param_tree.flatten(lr_factors(settings, scanned))
     leaf = factors["backbone/layers/attention/query/bias"]
-    assert leaf.shape == (2, 1, 1) and leaf[1] == 3  # of 3 layers the last is apart
+    assert leaf.shape == (2, 1, 1) and leaf[1] == 3  # the last of 3 layers is unscanned
     expected = param_tree.flatten(lr_factors(settings, looped))
     found = {}
     for name, slot in param_tree.slots(param_tree.shapes_of(param_tree.flatten(scanned))).items():
@@ -335,7 +335,7 @@ def test_what_is_frozen_does_not_move_and_has_no_state(algorithm):
     ("freeze", "factor"), [((), 0.5), (("head/bias",), 0.5), ((r"backbone/layers_[01]/.*",), 1)]
 )
 def test_a_known_norm_is_taken_but_where_a_leaf_is_frozen_in_part(freeze, factor):
-    """Twice the norm halves the step; that of layers that are frozen must not count."""
+    """Twice the norm halves the step; the norm of frozen layers must not count."""
     params = tiny_params()
     settings = OptimSettings(lr=1, algorithm="sgd", weight_decay=0, clip=0.5, freeze=freeze)
     optimizer = make_optimizer(settings, params, optax.constant_schedule(1.0))
@@ -463,7 +463,7 @@ def our_steps(tiny, settings):
 
 
 def difference(ours, theirs, start):
-    """The largest difference of a parameter, over how far that parameter moved at most."""
+    """The largest difference of a parameter, relative to how far it moved at most."""
     ours, theirs, start = (jax.tree.map(np.asarray, flat) for flat in (ours, theirs, start))
     assert ours.keys() == theirs.keys() == start.keys()
     return max(np.abs(ours[k] - theirs[k]).max() / np.abs(theirs[k] - start[k]).max() for k in ours)

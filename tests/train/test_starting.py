@@ -493,7 +493,7 @@ def test_a_number_of_classes_that_folders_contradict_is_an_error(clips, small):
 
 def test_names_that_folders_contradict_are_an_error(clips):
     recipe = data_recipe(clips, "folders")
-    with pytest.raises(UserError, match="none of the model's classes: white"):
+    with pytest.raises(UserError, match="not among the model's classes: white"):
         prepared(recipe, "model.config.id2label=red,blue,green,black")
     setup, _ = prepared(recipe, "model.config.id2label=red,blue,green,white")
     assert setup.model.config.labels == ("red", "blue", "green", "white")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What XLA makes of a step on one CPU device: nothing of the state is copied, and few kernels."""
+"""What XLA makes of a step on one CPU device: few kernels, and no copy of the state."""
 
 import re
 import time
@@ -57,7 +57,7 @@ def test_the_update_is_one_kernel_for_each_array_of_the_state(demo):
 
 @pytest.mark.parametrize("change", [{}, {"optim__algorithm": "sgd", "optim__ema": None}])
 def test_a_clipped_and_averaged_step_copies_nothing_either(change):
-    """The norm that clips is the one the step reports: none is taken again in the branch."""
+    """Clipping uses the norm that the step reports: the branch computes no second one."""
     text = compiled(setup_of(changed(FINETUNE, **change))).as_text()
     assert not COPIED.search(text)
     assert not kernels(text, "cond/branch_1_fun/reduce_sum")
@@ -76,7 +76,7 @@ def test_small_leaves_count_in_the_norm_as_large_ones():
 
 @pytest.mark.alone
 def test_the_demos_step_compiles_in_seconds():
-    """The smallest of three, as another program may be at work beside."""
+    """The smallest of three, since another program may be running."""
     seconds = []
     for _ in range(3):
         jax.clear_caches()

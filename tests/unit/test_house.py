@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("vivit_jax", "checkpoints_convert")
-# A function may import these, and nothing else: why each does not stand at the top of its file.
+# The only imports allowed inside functions, and why each is not at the top of its file.
 LATE = {
     "torch": "extra torch, and 4 s to import",
     "transformers": "extra torch, and 1 s to import",
@@ -32,7 +32,7 @@ LATE = {
     "fcntl": "Python has it on POSIX systems only",
     "resource": "Python has it on POSIX systems only",
 }
-# Modules that import others by name: why.
+# Modules that import others by name, and why.
 BY_NAME = {
     "vivit_jax/__init__.py": "public names load on first use",
     "vivit_jax/console.py": "of all commands only the one that was asked for is imported",
@@ -83,7 +83,7 @@ def test_rooms_import_from_lower_floors_only_and_in_no_circle():
             "A room imports from lower floors only",
             ("vivit_jax.data is not allowed to import checkpoints_convert",),
         ),
-        # Inside a function an import is one all the same.
+        # An import inside a function counts too.
         (
             {"recipes/planted.py": "def f():\n    import vivit_jax.models.build"},
             "A room imports from lower floors only",
@@ -119,7 +119,7 @@ def test_an_import_that_climbs_or_goes_round_is_named(copy, planted, verdict, na
 
 
 def test_every_room_has_its_floor():
-    """A new room stands in the contract, or it could import from anywhere."""
+    """A new room must be in the contract, or it could import from anywhere."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     (floors,) = [each["layers"] for each in settings["contracts"] if each["type"] == "layers"]
     placed = {name.strip() for floor in floors for name in floor.split("|")}

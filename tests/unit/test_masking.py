@@ -180,7 +180,7 @@ def test_dual_mask_counts_704_tokens_and_sees_80_again(kind):
 
 
 def test_the_two_masks_of_a_dual_mask_are_drawn_apart():
-    """One key for both would make the running cell a function of the tube or the other way."""
+    """With one key for both, the running cell would be a function of the tube, or vice versa."""
     key = jax.random.key(3)
     first, second = jax.random.split(key)
     mask = dual_mask(key, 8, CLIP)

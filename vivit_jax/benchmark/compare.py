@@ -20,7 +20,7 @@ from vivit_jax.benchmark.work import Work, program
 from vivit_jax.errors import UserError, first_line
 from vivit_jax.layers.platform import platform
 
-_REPORT = 10  # rounds between two lines on the progress of --rounds-until
+_REPORT = 10  # rounds between the progress lines of --rounds-until
 
 
 def compare(
@@ -44,7 +44,7 @@ def compare(
         directory = Path(parent) / "weights"
         write_weights(work, directory)
         sides, failures = _sides(work, directory, attention, variants), []
-        # Memory before any side is warm: the processes that measure it need room.
+        # Memory comes before any side is warm, since the processes that measure it need room.
         peaks = _peaks(sides, directory, failures) if memory else {}
         agreements = _warm_up(work, sides, directory, failures)
         large = large_product(work.config.dtype)
@@ -126,7 +126,7 @@ def _warm_up(
 def _reach(
     names: Sequence[str], agreements: dict[str, Agreement], rounds: Rounds
 ) -> Callable[[Timings], float | None]:
-    """The farthest reach of the ratios' intervals, or that of the first side's time without any."""
+    """The widest reach of the ratios' intervals; without ratios, that of the first side's time."""
     first, *others = names
     compared = [name for name in others if agreements[name].holds]
 

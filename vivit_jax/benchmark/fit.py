@@ -97,12 +97,12 @@ def _bytes(tree: Any) -> int:
 
 
 def fits(work: Work, memory: int) -> bool:
-    """Whether a step of the work takes no more than `memory` bytes."""
+    """Whether a step of the work takes at most `memory` bytes."""
     return memory_of(work).total <= memory
 
 
 def largest_batch(work: Work, memory: int) -> int:
-    """The most clips per step that take no more than `memory` bytes; 0 if one does not fit.
+    """The most clips per step that fit in `memory` bytes; 0 if even one does not.
 
     The search starts at the work's own batch. Memory grows almost in proportion to the batch, so a
     line through two analyses leads near the answer. The result was compiled and fits; one clip more
@@ -218,7 +218,7 @@ def device_memory() -> int | None:
     """Bytes that jax may use on its default device; None if unknown.
 
     On a GPU or TPU it is the limit of jax's allocator, by default three quarters of a GPU. On a CPU
-    it is all memory of the machine, whatever else uses it and whatever a container allows.
+    it is all of the machine's memory, regardless of other programs and of a container's limit.
     """
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")

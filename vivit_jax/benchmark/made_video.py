@@ -39,7 +39,7 @@ class Video:
         return int(max(self.minutes, 0) * 60 * self.fps)
 
     def check(self) -> None:
-        """Raise UserError for what cannot be encoded."""
+        """Raise UserError for a video that cannot be encoded."""
         for name in ("fps", "gop", "width", "height"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -36,7 +36,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class UnwrittenCheckpoint(CheckpointError, WriteError):
-    """A checkpoint that could not be written; earlier ones are whole."""
+    """A checkpoint that could not be written; earlier ones are intact."""
 
 
 class Checkpoints:
@@ -289,14 +289,14 @@ class Checkpoints:
             ) from error
 
     def lacks_model(self, step: int) -> bool:
-        """Whether the model of a checkpoint is missing, with a warning; alike in all processes."""
+        """Whether a checkpoint's model is missing, with a warning; all processes agree."""
         gone = bool(_from_first("" if (self._models / str(step)).is_dir() else "gone"))
         if gone:
             _warn(f"{self._models / str(step)} is gone; it is written again from the checkpoint")
         return gone
 
     def write_model(self, step: int, export: Callable[[Path], None] | None) -> None:
-        """Write the model of a step; an error ends all processes, not one of them."""
+        """Write the model of a step; an error ends all processes, not just one."""
         failed = None
         if export is not None:
             try:
@@ -395,7 +395,7 @@ def _warn(text: str) -> None:
 
 
 def _from_first(text: str) -> str:
-    """The first process's text, in all processes."""
+    """Share the first process's text with all processes."""
     if jax.process_count() == 1:
         return text
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views of test videos, in batches of which every process gets the same number."""
+"""Views of test videos in batches, equally many for every process."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ class Views:
 
     def __post_init__(self):
         self.found: list[tuple[np.ndarray | None, str | None]] = []
-        self.videos = -(-len(self.dataset) // self.count)  # of the process with the most
+        self.videos = -(-len(self.dataset) // self.count)  # of the process that has the most
         self.each = self.settings.clips * self.settings.crops
         self.steps = -(-self.videos * self.each // self.batch_size)
 

@@ -205,7 +205,7 @@ def _named_as(dataset: Dataset, folders: tuple[str, ...], config) -> Dataset:
     unknown = [name for name in folders if name not in numbers]
     if unknown:
         raise UserError(
-            f"{dataset.source}: {len(unknown)} of {len(folders)} folders are none of "
+            f"{dataset.source}: {len(unknown)} of {len(folders)} folders are not among "
             f"the model's classes: {', '.join(unknown[:5])}; name folders as the model does "
             f"({', '.join(config.labels[:3])}, ...), or pass a list of paths and numbers"
         )

@@ -26,7 +26,7 @@ _RESIZES = {
 def checked_sides(
     name: str, value: Any, used: bool, kind: str | None = None, *, square: bool = False
 ) -> dict[str, int]:
-    """A size in pixels by side; if its step is on (`used`), one that the class can resize to."""
+    """A size in pixels by side, which the class can resize to if its step is on (`used`)."""
     forms = [form for form, kinds in _RESIZES.items() if kind in kinds or not used]
     if square and used:
         forms = [("height", "width")]

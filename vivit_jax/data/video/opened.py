@@ -80,10 +80,10 @@ def open_video(name: str, several_threads: bool = True) -> Iterator[tuple]:
 
 
 def packet_table(name: str) -> Table:
-    """The packets of a file; logs a warning if it ends before what it announces.
+    """The packets of a file; logs a warning if it is shorter than it announces.
 
-    A long video has many, and the same file is often read again: its properties, a clip, the next
-    clip. So tables are cached while the file is unchanged.
+    A long video has many, and the same file is often read again: for its properties, a clip, the
+    next clip. So tables are cached while the file is unchanged.
     """
     table = scanned(name, file_state(name))
     if table.incomplete:
@@ -117,7 +117,7 @@ def _opened(name: str):
 
 
 def video_stream(name: str, container):
-    """The video stream that is read: the default one, or else the largest; logs it if of several.
+    """The video stream that is read: the default one, else the largest; logs a choice of several.
 
     Raises VideoError if there is none, or none that can be decoded.
     """
@@ -133,7 +133,7 @@ def video_stream(name: str, container):
         default, context = bool(stream.disposition & Disposition.default), stream.codec_context
         return context is not None, default, context.width * context.height if context else 0
 
-    stream = max(videos, key=rank)  # of equals the first
+    stream = max(videos, key=rank)  # the first of equals
     if len(videos) > 1:
         kinds = [
             f"stream {s.index} ({s.codec_context.width}x{s.codec_context.height}"

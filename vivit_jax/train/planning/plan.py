@@ -47,7 +47,7 @@ _ANY_STEPS = 1000  # in an epoch of unknown length
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step of a recipe costs on one device of a topology; all of it is estimated.
+    """The estimated cost of a recipe's step on one device of a topology.
 
     Sizes are bytes per device, times are seconds per step.
     """
@@ -95,7 +95,7 @@ class Plan:
     def waiting_seconds(self) -> float:
         """The exposed time of collectives.
 
-        Those that nothing overlaps, and the part of the others that exceeds all computing.
+        Collectives that nothing overlaps, and the part of the others that outlasts all computing.
         """
         known = [
             (each.seconds, each.beside_seconds) for each in self.moved if each.seconds is not None

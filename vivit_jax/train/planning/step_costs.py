@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operations and collectives of a compiled step cost on a chip; all of it is estimated."""
+"""Estimates what the operations and collectives of a compiled step cost on a chip."""
 
 import dataclasses
 import re
@@ -38,7 +38,7 @@ class Moved:
     bytes: int  # held by a device
     sent: int  # by each device
     seconds: float | None  # on the links; None between slices
-    beside_seconds: float  # of `seconds`, how many other operations may overlap
+    beside_seconds: float  # the part of `seconds` that other operations may overlap
 
 
 def kernel_seconds(operation: Operation, topology: Topology) -> float:
