@@ -98,6 +98,20 @@ def run(recipe, mesh="data=1", steps=STEPS, change=lambda i, batch: batch):
     return losses, flat, state
 
 
+def lowered(recipe, mesh):
+    """The text of the step's program, before the compiler has it."""
+    devices, *_, shapes, step = built(recipe, mesh)
+
+    def here(leaf, spec):
+        place = jax.NamedSharding(devices, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    state = jax.tree.map(lambda leaf: here(leaf, leaf.sharding.spec), shapes)
+    of_clips = batch_sharding(devices).spec
+    batch = {key: here(value, of_clips) for key, value in next(batches(recipe)).items()}
+    return step.lower(state, batch).as_text()
+
+
 @pytest.fixture(scope="module")
 def alone():
     """A run on one device, whole batches, of each recipe."""
@@ -140,17 +154,25 @@ def test_parts_and_meshes_give_the_step_of_one_device(recipe, mesh, parts, alone
     assert_same(run(changed(recipe, train__accumulate=parts), mesh), alone(recipe))
 
 
+EXPLICIT = [(FINETUNE, (2, 1, 1)), (FINETUNE, (2, 2, 2)), (PRETRAIN, (2, 2, 2))]
+
+
 @pytest.mark.parametrize(
-    ("recipe", "sizes"),
-    mostly_slow(
-        [(FINETUNE, (2, 1, 1)), (FINETUNE, (2, 2, 2)), (PRETRAIN, (2, 2, 2))], (FINETUNE, (2, 1, 1))
-    ),
-    ids=name,
+    ("recipe", "sizes"), mostly_slow(EXPLICIT, (FINETUNE, (2, 2, 2))), ids=name
 )
-def test_explicit_axes_of_a_mesh_are_taken_as_automatic(recipe, sizes, alone):
-    """As `jax.make_mesh` makes them by default, set around and in the types of all arrays."""
+def test_explicit_axes_give_the_program_of_automatic_ones(recipe, sizes):
+    """Explicit as `jax.make_mesh` makes them by default, set around and in the types of all."""
     mesh = jax.make_mesh(sizes, AXES)
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
+    automatic = lowered(recipe, mesh_text(mesh.shape))
+    with jax.set_mesh(mesh):
+        assert lowered(recipe, mesh) == automatic
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "sizes"), EXPLICIT, ids=name)
+def test_explicit_axes_give_the_step_of_one_device(recipe, sizes, alone):
+    mesh = jax.make_mesh(sizes, AXES)
     with jax.set_mesh(mesh):
         assert_same(run(recipe, mesh), alone(recipe))
 
@@ -270,12 +292,7 @@ def test_a_mesh_of_given_devices():
 
 def test_a_step_is_lowered_from_shapes():
     """As it runs: with the mesh, and with the table for logical axes, which splits the heads."""
-    mesh, *_, shapes, step = built(PRETRAIN, "data=2,tensor=2")
-    batch = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=batch_sharding(mesh))
-        for name, value in next(batches(PRETRAIN)).items()
-    }
-    text = step.lower(shapes, batch).as_text()
+    text = lowered(PRETRAIN, "data=2,tensor=2")
     assert '"tensor"' in text and "num_partitions = 4" in text
 
 
