@@ -22,15 +22,13 @@ from vivit_jax.data.cache import VideoCache
 from vivit_jax.data.datasets.dataset import Dataset, Example, read_training_clip
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.sampling import training_indices
-from vivit_jax.data.settings import AugmentSettings, DataSettings
+from vivit_jax.data.settings import FEW_CLIPS, AugmentSettings, DataSettings
 from vivit_jax.data.transforms.augment import train_transform
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.processes import follow_the_main_process, interrupts_held
 
 # More elements than any run reads, skipped clips included.
 _ENDLESS = 2**48
-# The share of bad clips is judged from this many clips on.
-_FEW = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,13 +291,13 @@ class Batches:
 
     def _check(self) -> None:
         limit, named = self._settings.max_bad_share, "; ".join(list(self.bad.values())[:3])
-        if self._read >= _FEW and self._left_out > limit * self._read:
+        if self._read >= FEW_CLIPS and self._left_out > limit * self._read:
             raise UserError(
                 f"{self._left_out} of {self._read} clips could not be read, more than "
                 f"data.max_bad_share {limit:g}: {named}; repair or remove these files, or raise "
                 "data.max_bad_share"
             )
-        if self._in_a_row >= max(len(self.sampler.dataset), _FEW):
+        if self._in_a_row >= max(len(self.sampler.dataset), FEW_CLIPS):
             raise UserError(
                 f"{self._in_a_row} clips in a row could not be read: {named}; repair or remove "
                 "these files"

@@ -18,6 +18,7 @@ from checkpoints_convert.start.from_image import init_from_image_model
 from checkpoints_convert.start.from_video import SIZES
 from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig, config_from_dict
+from vivit_jax.data.settings import MOST_CLASSES
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.models.build import abstract_params, build_model, fresh_params, initialise
@@ -35,7 +36,6 @@ from vivit_jax.train.preprocessing import (
 logger = logging.getLogger(__name__)
 # Fields of a preset that belong to the data, not to the weights that training starts from.
 _OF_THE_DATA = ("num_labels", "class_splits", "split_names")
-_MOST_CLASSES = 1_000_000  # a larger number in a list is taken for a mistake
 # Fields that fix the names and shapes of weights, or what weights of the same shapes compute.
 # `init_from_video_model` changes learned positions and the depth of ViViT's temporal stage.
 _FIXED = (
@@ -144,10 +144,10 @@ def _labelled(recipe: Recipe, config, classes: tuple[str, ...] | None, labels: i
         return dataclasses.replace(config, num_labels=len(classes), id2label=classes)
     if labels is None or set_by_hand or (config.id2label is not None and labels <= number):
         return config
-    if labels > _MOST_CLASSES:
+    if labels > MOST_CLASSES:
         raise UserError(
             f"{data}: its labels go up to {labels - 1}, which would make as many classes; expected "
-            f"numbers from 0, below {_MOST_CLASSES}, or set model.config.num_labels={labels}"
+            f"numbers from 0, below {MOST_CLASSES}, or set model.config.num_labels={labels}"
         )
     return dataclasses.replace(config, num_labels=labels, id2label=None)
 
