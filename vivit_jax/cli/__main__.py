@@ -10,6 +10,7 @@ COMMANDS = {
     "attention": "vivit_jax.cli.attention:attention",
     "benchmark": "vivit_jax.cli.benchmark:benchmark",
     "benchmark-input": "vivit_jax.cli.benchmark_input:benchmark_input",
+    "check-data": "vivit_jax.cli.check_data:check_data",
     "demo": "vivit_jax.cli.demo:demo",
     "evaluate": "vivit_jax.cli.evaluate:evaluate",
     "export": "vivit_jax.cli.export:export",
