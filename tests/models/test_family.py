@@ -73,13 +73,15 @@ class ToyModel(nn.Module):
     config: ToyConfig
 
     @nn.compact
-    def __call__(self, pixel_values, *, deterministic=True, **_):
+    def __call__(self, pixel_values, *, deterministic=True, output_hidden_states=False, **_):
         config = self.config
         check_clip(config, pixel_values.shape, any_size=False)
         x = TubeletEmbed(config, name="patch_embed")(pixel_values)
         x = (x + sincos_positions(*x.shape[1:]).astype("f4")[None]).astype(config.dtype)
-        x, _ = run_blocks(config, StackSpec(config.num_hidden_layers), x)
-        return ModelOutput(LayerNorm(config, config.layer_norm_eps, name="ln_final")(x))
+        stack = StackSpec(config.num_hidden_layers)
+        x, layers = run_blocks(config, stack, x, output_hidden_states=bool(output_hidden_states))
+        x = LayerNorm(config, config.layer_norm_eps, name="ln_final")(x)
+        return ModelOutput(x, hidden_states=layers.hidden)
 
 
 class ToyForVideoClassification(nn.Module):
@@ -180,6 +182,19 @@ def test_a_family_from_outside_is_saved_loaded_and_converted(toy, directory, tmp
     assert convert_main(["convert", str(directory), str(tmp_path / "again")]) == 0
     held = "model.safetensors"
     assert (tmp_path / "again" / held).read_bytes() == (directory / held).read_bytes()
+
+
+def test_a_family_from_outside_needs_no_pooling_layer(toy, directory, tmp_path):
+    model, params = vivit_jax.from_pretrained(directory)
+    pixels = np.random.default_rng(0).normal(size=(1, 4, 16, 16, 3)).astype("f4")
+    found = vivit_jax.map_attention(model, params, pixels)
+    np.testing.assert_allclose(found.maps.sum(), 1, rtol=1e-5)
+    backbone, of_backbone = vivit_jax.from_pretrained(directory, head="none")
+    assert backbone == build_model(toy, "none", add_pooling_layer=False)
+    vivit_jax.save_pretrained(tmp_path / "backbone", backbone, of_backbone)
+    assert vivit_jax.from_pretrained(tmp_path / "backbone")[0] == backbone
+    with pytest.raises(vivit_jax.ConfigError, match="ToyModel has no pooling layer"):
+        build_model(toy, "none", add_pooling_layer=True)
 
 
 def test_a_family_from_outside_classifies_videos(toy, directory):

@@ -23,13 +23,17 @@ def build_model(config: Config, head: str, add_pooling_layer: bool | None = None
     """The module for a config and a head.
 
     `add_pooling_layer` is for a headless model; None is its class's default: ViViT has a pooling
-    layer, VideoMAE has none.
+    layer, VideoMAE has none. Raises ConfigError if a family without pooling is to have one.
     """
     check_head(config.model_type, head)
+    model = family_of(config).models[head]
     options: dict[str, Any] = {"config": config}
     if head == "none" and add_pooling_layer is not None:
-        options["add_pooling_layer"] = add_pooling_layer
-    return family_of(config).models[head](**options)
+        if hasattr(model, "add_pooling_layer"):
+            options["add_pooling_layer"] = add_pooling_layer
+        elif add_pooling_layer:
+            raise ConfigError(f"{model.__name__} has no pooling layer; leave add_pooling_layer out")
+    return model(**options)
 
 
 def headless(model: nn.Module, params: Any) -> tuple[nn.Module, Any]:
