@@ -271,12 +271,37 @@ def test_folders_of_images_are_clips(tmp_path):
         (["a/x.mp4", "y.mp4"], "holds folders such as a and clips such as y.mp4"),
         (["a/1.jpg", "b/x.mp4"], "a holds images, b clips"),
         (["1.jpg", "2.jpg"], "a folder of images, which is one clip"),
-        (["a/b/c/x.mp4"], "its folder b holds no images"),
+        (["a/x.mp4", "b/c/y.mp4"], "different depths, such as a/x.mp4 and b/c/y.mp4; the folder"),
+        (["train/a/x.mp4", "val/a/y.mp4"], "folders train and val are splits .*/train and .*/val"),
+        (["T/a/x.mp4", "Test/a/y.mp4", "Val/b/z.mp4"], "folders Test and Val are splits"),
     ],
 )
 def test_refused_directories(tmp_path, names, message):
     touched(tmp_path, *names)
     with pytest.raises(UserError, match=message):
+        read_dataset(tmp_path)
+
+
+def test_the_class_is_the_folder_above_the_clip(tmp_path, caplog):
+    touched(tmp_path, "sport/swim/a.mp4", "sport/run/f/1.jpg", "home/cook/b.webm", "home/run/c.mp4")
+    (tmp_path / "home" / "sleep").mkdir()
+    (tmp_path / "notes").mkdir()
+    dataset = read_dataset(tmp_path)
+    assert dataset.classes == ("cook", "run", "sleep", "swim")
+    found = [(e.path.removeprefix(f"{tmp_path}/"), e.label) for e in dataset.examples]
+    assert found == [
+        ("home/cook/b.webm", 0),
+        ("home/run/c.mp4", 1),
+        ("sport/run/f", 1),
+        ("sport/swim/a.mp4", 3),
+    ]
+    assert "such as home/run and sport/run, are one class" in caplog.text
+
+
+def test_a_link_to_a_folder_above_ends(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="folders deep; is one of them a link"):
         read_dataset(tmp_path)
 
 

@@ -4,6 +4,8 @@
 import logging
 import os
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from vivit_jax.data.datasets.list_files import SOURCES, Entry
 from vivit_jax.data.video.images import is_webp
@@ -15,12 +17,19 @@ ARRAYS = (".npy", ".npz")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEOS = (".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv")
 VIDEOS += (".ts", ".webm", ".wmv")
+_SPLITS = (
+    "train", "training", "val", "valid", "validate", "validation", "dev", "eval", "test", "testing",
+)  # fmt: skip
+_DEEPEST = 16
 
 
 def read_directory(path: str) -> tuple[list[Entry], tuple[str, ...] | None]:
     """The clips in a directory, and the names of the classes if its folders are classes.
 
-    Raises UserError for a directory without clips, or with both folders and clips.
+    A clip's class is the name of the folder above it, which may lie in other folders.
+
+    Raises UserError for a directory without clips, with both folders and clips, with clips at
+    different depths, or with the splits of a data set.
     """
     folders, clips = _entries(path)
     if folders and clips:
@@ -42,20 +51,89 @@ def read_directory(path: str) -> tuple[list[Entry], tuple[str, ...] | None]:
                 "folders of images only"
             )
         return [Entry(folder) for folder in paths], None
-    examples = []
-    for label, folder in enumerate(paths):
-        inner, clips = _entries(folder)
-        # One is inspected for all: inspecting each takes minutes for a large data set.
-        if inner and not _holds_images(os.path.join(folder, inner[0])):
-            raise UserError(
-                f"{folder}: its folder {inner[0]} holds no images; expected clips in the folder of "
-                "their class, or write a list file"
-            )
-        for name in sorted(inner + clips):
-            examples.append(Entry(os.path.join(folder, name), label))
-    if not examples:
+    _check_splits(path, folders)
+    leaves = [leaf for name in folders for leaf in _leaves(path, (name,))]
+    filled = [leaf for leaf in leaves if leaf.clips]
+    if not filled:
         raise UserError(f"{path}: its folders hold no clips; {SOURCES}")
-    return examples, tuple(folders)
+    depth = len(filled[0].folders)
+    other = next((leaf for leaf in filled if len(leaf.folders) != depth), None)
+    if other is not None:
+        shown = [os.path.join(*leaf.folders, leaf.clips[0]) for leaf in (filled[0], other)]
+        raise UserError(
+            f"{path}: clips lie at different depths, such as {shown[0]} and {shown[1]}; the folder "
+            "above a clip is its class: put all as deep, or write a list file"
+        )
+    return _labelled(path, [leaf for leaf in leaves if len(leaf.folders) == depth])
+
+
+def _labelled(path: str, leaves: list["_Leaf"]) -> tuple[list[Entry], tuple[str, ...]]:
+    """The clips of folders, each of which is named after its class, and the classes."""
+    classes = tuple(sorted({leaf.folders[-1] for leaf in leaves}))
+    labels = {name: label for label, name in enumerate(classes)}
+    if len(classes) < len(leaves):
+        paths: dict[str, tuple[str, ...]] = {}
+        twice = next(
+            (first, leaf.folders)
+            for leaf in leaves
+            if (first := paths.setdefault(leaf.folders[-1], leaf.folders)) != leaf.folders
+        )
+        logger.warning(
+            "%s: %d folders of %d classes: folders of one name, such as %s and %s, are one class",
+            path,
+            len(leaves),
+            len(classes),
+            *(os.path.join(*folder) for folder in twice),
+        )
+    entries = [
+        Entry(os.path.join(path, *leaf.folders, name), labels[leaf.folders[-1]])
+        for leaf in leaves
+        for name in leaf.clips
+    ]
+    return entries, classes
+
+
+class _Leaf(NamedTuple):
+    """A folder without folders other than clips: the names on the way to it, and its clips."""
+
+    folders: tuple[str, ...]
+    clips: list[str]
+
+
+def _leaves(root: str, folders: tuple[str, ...]) -> Iterator[_Leaf]:
+    """The folders of clips at or below a folder."""
+    path = os.path.join(root, *folders)
+    if len(folders) > _DEEPEST:
+        raise UserError(
+            f"{path}: more than {_DEEPEST} folders deep; is one of them a link to a folder above?"
+        )
+    inner, clips = _entries(path)
+    # One is inspected for all: inspecting each takes minutes for a large data set.
+    of_images = (_holds_images(os.path.join(path, name)) for name in inner)
+    kind = next((found for found in of_images if found is not None), None)
+    if kind or not inner:
+        yield _Leaf(folders, sorted(inner + clips))
+        return
+    if clips:
+        yield _Leaf(folders, clips)
+    for name in inner:
+        yield from _leaves(root, (*folders, name))
+
+
+def _check_splits(path: str, folders: list[str]) -> None:
+    """Raise UserError if a directory holds splits of a data set, each with folders of classes."""
+    splits = [name for name in folders if name.lower() in _SPLITS]
+    if len(splits) < 2:
+        return
+    inner = [os.path.join(path, s, name) for s in splits for name in _entries(f"{path}/{s}")[0]]
+    if not inner or _holds_images(inner[0]):
+        return
+    first = next((name for name in splits if name.lower().startswith("train")), splits[0])
+    others = " and ".join(os.path.join(path, name) for name in splits if name != first)
+    raise UserError(
+        f"{path}: its folders {' and '.join(splits)} are splits of a data set, not classes; pass "
+        f"{os.path.join(path, first)} and {others}, each by itself"
+    )
 
 
 def ending(path: str) -> str:
