@@ -63,6 +63,15 @@ def videos(tmp_path_factory):
     for i, name in ((0, "run"), (1, "walk"), (2, "sleep"), (3, "run")):
         (folder / "folders" / name).mkdir(parents=True, exist_ok=True)
         (folder / "folders" / name / f"{i}.npy").write_bytes((folder / f"{i}.npy").read_bytes())
+    names = [f"{i}.npy,{CLASSES[label]}" for i, label in enumerate(labels)]
+    (folder / "names.csv").write_text("\n".join(["path,label", *names]))
+    (folder / "typo.csv").write_text("path,label\n0.npy,jumps\n1.npy,run\n2.npy,ride\n")
+    splits = ["split,clip,label", *(f"test,{name}" for name in names), "train,bad.npy,fly"]
+    (folder / "splits.csv").write_text("\n".join(splits))
+    (folder / "classes.txt").write_text("run\nwalk\nsleep\n")
+    numbers = [f"{i}.npy {(1, 0, 4, 1)[i]}" for i in range(4)]
+    swapped = [line[:-1] + {"0": "1", "1": "0", "4": "2"}[line[-1]] for line in numbers]
+    (folder / "numbered.txt").write_text("\n".join(swapped))
     (folder / "other" / "swim").mkdir(parents=True)
     (folder / "other" / "swim" / "0.npy").write_bytes((folder / "0.npy").read_bytes())
     return folder
@@ -134,6 +143,18 @@ def test_flags_change_the_views_of_a_recipe(models, videos, capsys, tmp_path):
     )
     for video, length in zip(result["videos"], LENGTHS, strict=True):
         assert video["frames"] == view_indices("linspace", length, 6, 3, 2).tolist()
+
+
+def test_names_are_matched_with_the_models(models, videos, capsys):
+    """Whatever names the classes, in any order, the result is that of the model's numbers."""
+    expected = evaluated(capsys, models / "vivit", videos / "good.txt")
+    assert expected[0] == 0 and "videos                   4" in expected[1]
+    for data, *flags in (
+        ("names.csv",),
+        ("splits.csv", "--split", "test"),
+        ("numbered.txt", "--class-names", videos / "classes.txt"),
+    ):
+        assert evaluated(capsys, models / "vivit", videos / data, *flags) == expected
 
 
 @pytest.mark.parametrize(
@@ -236,7 +257,16 @@ def test_several_heads_average_logits_by_themselves(models, videos, capsys, tmp_
         ("vivit", "two.txt", (), "two.txt"),
         ("heads", "good.txt", (), "good.txt"),
         ("heads", "two.txt", ("--average", "softmax"), "set evaluation.average=logits (--average"),
-        ("vivit", "other", (), "1 of 1 folders are not among the model's classes: swim"),
+        (
+            "vivit",
+            "typo.csv",
+            (),
+            "2 of 3 names are not among the model's classes: jumps (did you mean jump?), ride",
+        ),
+        ("vivit", "splits.csv", (), "several splits: test (4 rows), train (1 rows); say which"),
+        ("vivit", "splits.csv", ("--split", "fold"), "no rows of split fold: test (4 rows), train"),
+        ("vivit", "numbered.txt", ("--class-names", "none.txt"), "none.txt: No such file"),
+        ("vivit", "other", (), "1 of 1 names are not among the model's classes: swim"),
         ("vivit", "bad.txt", ("--views-at-once", "8"), "none of the 1 videos of"),
         ("vivit", "good.txt", ("--resize", "20"), "smaller than the crop of 24 x 16"),
         ("vivit", "good.txt", ("--clips", "0"), "--clips must be at least 1, got 0"),

@@ -278,7 +278,7 @@ def test_folders_are_numbered_as_the_model_numbers_its_classes(caplog):
     some = model_labels(folders(("fly", "run", "walk"), (0, 0, 2, 1)), config)
     assert [example.label for example in some.examples] == [3, 3, 0, 1]
     assert some.classes == config.labels and model_labels(some, config) == some
-    with pytest.raises(UserError, match="1 of 3 folders are not among the model's classes: swim; "):
+    with pytest.raises(UserError, match="1 of 3 names are not among the model's classes: swim; "):
         model_labels(folders(("fly", "swim", "walk"), (0, 0, 2, 1)), config)
     # A model that does not name its classes, or a list of numbers, is taken by number.
     unnamed, names = config_of("mae cls"), ("e", "d", "c", "b", "a")
@@ -287,10 +287,10 @@ def test_folders_are_numbered_as_the_model_numbers_its_classes(caplog):
     assert [example.label for example in by_order.examples] == [4, 1]
     assert model_labels(by_order, unnamed) == by_order
     assert [line.message for line in caplog.records] == [
-        "the model does not name its classes: the folders of videos/ are taken for them in order "
-        "of their names, e for 0 and so on"
+        "the model does not name its classes: those of videos/ are taken for them in their order, "
+        "e for 0 and so on"
     ]
-    with pytest.raises(UserError, match="2 folders, the model 5 classes without names, so that"):
+    with pytest.raises(UserError, match="names 2 classes, the model has 5 without names, so that"):
         model_labels(folders(names[:2], (0, 1)), unnamed)
     numbers = folders(None, (4, 0))
     assert model_labels(numbers, config) == numbers

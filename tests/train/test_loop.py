@@ -246,6 +246,20 @@ def test_the_model_comes_with_its_preprocessing(whole):
     assert list(theirs.image_mean) == [0.485, 0.456, 0.406]
 
 
+def test_names_of_a_table_train_as_folders_do(whole, recipe, data, tmp_path):
+    """The table has both splits."""
+    lines = ["video,class,split"]
+    for split in ("train", "test"):
+        dataset = read_dataset(data / split)
+        lines += [f"{e.path},{dataset.classes[e.label]},{split}" for e in dataset.examples]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(lines))
+    both = changed(recipe, data__train=str(table), data__validation=str(table))
+    outcome, _ = run(both, tmp_path / "run")
+    assert outcome.metrics == whole.metrics
+    assert vivit_jax.from_pretrained(outcome.model)[0].config.labels == FOLDERS
+
+
 def test_validation_goes_by_the_names_of_folders(whole, recipe, data, tmp_path):
     """Its folder 0 is the model's class 1."""
     model, params = vivit_jax.from_pretrained(whole.model.parent / str(STEPS))

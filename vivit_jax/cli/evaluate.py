@@ -31,17 +31,21 @@ class DataOptions:
     """The labelled videos.
 
     Attributes:
-        data: A list file with a path and a label in each line, or a directory with a folder for
-            each class.
+        data: A list file with a path and a label in each line or in columns, or a directory with a
+            folder for each class. Names of classes are matched with the model's.
         root: Directory of the relative paths of a list. Default: the list's own.
         frame_name: Names of images in folders of frames, as a Python format of their number.
         first_frame: Number of a folder's first image, if the list does not give it.
+        split: The rows of a list with several splits, such as test.
+        class_names: A file that names the classes of a list, in their order.
     """
 
     data: str
     root: str | None = None
     frame_name: str = "img_{:05}.jpg"
     first_frame: int = 1
+    split: str | None = None
+    class_names: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,8 @@ def evaluate(
         labels=len(source.config.split_sizes),
         frame_name=data.frame_name,
         first_frame=data.first_frame,
+        split=data.split,
+        class_names=data.class_names,
     )
     dataset = evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)

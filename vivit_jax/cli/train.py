@@ -48,8 +48,8 @@ class RunOptions:
         out: Directory to write: new or empty, or with --resume one that holds a run.
         recipe: A name of `vivit-jax recipes`. Default with --resume: the run's own.
         data: Clips to train on, as --set data.train=...: a list file with a path (to
-            fine-tune also a label) in each line, or a directory, to fine-tune with a folder for
-            each class.
+            fine-tune also a label) in each line or in columns, or a directory, to fine-tune with a
+            folder for each class.
         start: Weights to start from, as --set model.start=...: the same kind of model, or a ViViT
             of other sizes; to fine-tune also a masked autoencoder or, for a ViViT, an image ViT.
             Frames are prepared as the processor beside the weights says, unless --set changes it.

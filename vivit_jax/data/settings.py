@@ -16,6 +16,11 @@ class DataSettings:
     train: str = ""  # a list file, a directory with a folder per class, or a directory of clips
     validation: str | None = None
     root: str | None = None  # base of relative paths in lists; None: the list's own directory
+    # The rows of a list with several splits; a split's usual other names will do, and "test" where
+    # there is no "validation".
+    train_split: str = "train"
+    validation_split: str = "validation"
+    class_names: str | None = None  # a file that names the classes of a list, in order
     # How training clips are sampled; see `vivit_jax.data.sampling`. "hold": exact stride, short
     # videos hold their last frame (VideoMAE pre-training); "linspace": evenly spread over
     # num_frames * stride frames (VideoMAE fine-tuning); "loop": exact stride, short videos start

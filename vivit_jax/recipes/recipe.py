@@ -34,7 +34,7 @@ class ModelSettings:
     # How parameters that `start` lacks are drawn: as in the paper's code, or as in transformers,
     # normal with the configuration's initializer_range.
     initial: Literal["paper", "huggingface"] = "paper"
-    # The classes of a classifier. "data": as many as the data has, with the names of its folders.
+    # The classes of a classifier. "data": as many as the data has, with their names.
     # "checkpoint": those of the classifier in `start`, which is kept with its names; the data's
     # classes must be among them.
     classes: Literal["data", "checkpoint"] = "data"

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from vivit_jax import __version__, param_tree
+from vivit_jax.data.datasets.class_names import describe_unknown
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError
@@ -163,8 +164,8 @@ def unreadable_clips(dataset: Dataset, evaluation: Evaluation) -> dict[str, str]
 def model_labels(dataset: Dataset, config) -> Dataset:
     """The data set with labels in the numbering of the model's classes.
 
-    If folders name the classes and the model names its own, a folder gets the number of the model's
-    class with its name. Raises UserError for a folder without such a class, and for labels that are
+    If the data and the model name their classes, a clip gets the number of the model's class with
+    the name of its own. Raises UserError for a name that the model lacks, and for labels that are
     missing, differ in number from the model's heads, or are outside its classes. Idempotent.
     """
     sizes = config.split_sizes
@@ -185,34 +186,34 @@ def model_labels(dataset: Dataset, config) -> Dataset:
     return dataset
 
 
-def _named_as(dataset: Dataset, folders: tuple[str, ...], config) -> Dataset:
-    """A data set of named folders in the numbering of the model's classes."""
+def _named_as(dataset: Dataset, names: tuple[str, ...], config) -> Dataset:
+    """A data set of named classes in the numbering of the model's classes."""
     if config.labels == tuple(f"LABEL_{i}" for i in range(config.num_labels)):
-        if len(folders) != config.num_labels:
+        if len(names) != config.num_labels:
             raise UserError(
-                f"{dataset.source} has {len(folders)} folders, the model {config.num_labels} "
-                "classes without names, so that nothing says which folder is which class; make a "
-                "folder for each, which may be empty, or pass a list of paths and numbers"
+                f"{dataset.source} names {len(names)} classes, the model has {config.num_labels} "
+                "without names, so that nothing says which is which; make a folder for each, which "
+                "may be empty, or pass a list of paths and numbers"
             )
         logger.warning(
-            "the model does not name its classes: the folders of %s are taken for them in order of "
-            "their names, %s for 0 and so on",
+            "the model does not name its classes: those of %s are taken for them in their order, "
+            "%s for 0 and so on",
             dataset.source,
-            folders[0],
+            names[0],
         )
         return dataclasses.replace(dataset, classes=config.labels)
     numbers = {name: i for i, name in enumerate(config.labels)}
-    unknown = [name for name in folders if name not in numbers]
+    unknown = [name for name in names if name not in numbers]
     if unknown:
         raise UserError(
-            f"{dataset.source}: {len(unknown)} of {len(folders)} folders are not among "
-            f"the model's classes: {', '.join(unknown[:5])}; name folders as the model does "
+            f"{dataset.source}: {len(unknown)} of {len(names)} names are not among the model's "
+            f"classes: {describe_unknown(unknown, config.labels)}; name classes as the model does "
             f"({', '.join(config.labels[:3])}, ...), or pass a list of paths and numbers"
         )
     examples = []
     for example in dataset.examples:
-        assert isinstance(example.label, int)  # the number of its folder
-        label = numbers[folders[example.label]]
+        assert isinstance(example.label, int)  # its place among the names
+        label = numbers[names[example.label]]
         examples.append(dataclasses.replace(example, label=label))
     return dataclasses.replace(dataset, examples=tuple(examples), classes=config.labels)
 

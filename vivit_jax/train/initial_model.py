@@ -128,18 +128,18 @@ def _no_classes(recipe: Recipe, why: str) -> UserError:
 
 
 def _labelled(recipe: Recipe, config, classes: tuple[str, ...] | None, labels: int | None):
-    """The config with the classes of the data's folders or numbers."""
+    """The config with the classes of the data's names or numbers."""
     data, given = recipe.data.train, recipe.given
     if "model.config.id2label" in given:
-        return config  # folders and numbers are then compared with these names
+        return config  # names and numbers are then compared with these names
     number, set_by_hand = config.num_labels, "model.config.num_labels" in given
     if classes is not None:
         if set_by_hand and number != len(classes):
             shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
             raise UserError(
-                f"model.config.num_labels is {number}, but {data} has folders of {len(classes)} "
-                f"classes ({shown}), and there is a class for each: leave model.config.num_labels "
-                "out, or make or remove folders, which may be empty"
+                f"model.config.num_labels is {number}, but {data or 'the data set'} names "
+                f"{len(classes)} classes ({shown}): leave model.config.num_labels out, or change "
+                "the folders, which may be empty, or the file of class names"
             )
         return dataclasses.replace(config, num_labels=len(classes), id2label=classes)
     if labels is None or set_by_hand or (config.id2label is not None and labels <= number):

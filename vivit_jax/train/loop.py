@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,7 +98,8 @@ def train(
             checkpoints.check_step(resume_step)
         saved = resume and checkpoints.latest() is not None
         model_file = run.model_file if saved else None
-        setup, batches, start = _prepare(recipe, make_mesh(sizes), model_file)
+        data = _listed(recipe)
+        setup, batches, start = _prepare(recipe, make_mesh(sizes), model_file, data)
         enter(batches)
         if start is not None:
             state, taken = _first_state(setup, start.params), 0
@@ -132,26 +134,44 @@ def train(
     return Outcome(step, setup.steps, stopped, model, loop.metrics)
 
 
+def _listed(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    """The clips to train on and to validate with."""
+    settings = recipe.data
+    if not settings.train:
+        raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
+    finetune = recipe.task == "finetune"
+    listed = functools.partial(
+        read_dataset,
+        root=settings.root,
+        labels=len(model_config(recipe).split_sizes) if finetune else 0,
+        frame_name=settings.frame_name,
+        first_frame=settings.first_frame,
+    )
+
+    def read(source: str, split: str) -> Dataset:
+        # Folders name their own classes.
+        names = None if os.path.isdir(source) else settings.class_names
+        return listed(source, split=split, class_names=names)
+
+    dataset, validation = read(settings.train, settings.train_split), None
+    if settings.validation is not None:
+        validation = read(settings.validation, settings.validation_split)
+    return dataset, validation
+
+
 def _prepare(
-    recipe: Recipe, mesh: Mesh, model_file: Path | None
+    recipe: Recipe,
+    mesh: Mesh,
+    model_file: Path | None,
+    data: tuple[Dataset, Dataset | None],
 ) -> tuple[TrainSetup, Batches, Start | None]:
     """The setup, the batches, and what a new run starts from (None for a resumed one).
 
-    `model_file` describes the model of a resumed run. Writes nothing.
+    `model_file` describes the model of a resumed run, `data` are the clips of `_listed`. Writes
+    nothing.
     """
-    if not recipe.data.train:
-        raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
     finetune = recipe.task == "finetune"
-    heads = len(model_config(recipe).split_sizes) if finetune else 0
-    listed = functools.partial(
-        read_dataset,
-        root=recipe.data.root,
-        labels=heads,
-        frame_name=recipe.data.frame_name,
-        first_frame=recipe.data.first_frame,
-    )
-    dataset = listed(recipe.data.train)
-    validation = None if recipe.data.validation is None else listed(recipe.data.validation)
+    dataset, validation = data
     if model_file is None:
         classes = dataset.classes if finetune else None
         start = starting_model(recipe, classes, _numbers(dataset, validation))

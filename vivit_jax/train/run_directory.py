@@ -27,6 +27,7 @@ CHANGEABLE = (
     "data.train",  # the batches check that the clips are the same
     "data.validation",
     "data.root",
+    "data.class_names",
     "data.threads",
     "data.workers",
     "data.cache_gib",

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from vivit_jax.data.datasets.arrays import open_array
+from vivit_jax.data.datasets.class_names import read_class_names
 from vivit_jax.data.datasets.folders import (
     ARRAYS,
     IMAGES,
@@ -26,7 +27,9 @@ from vivit_jax.data.datasets.folders import (
     is_image,
     read_directory,
 )
-from vivit_jax.data.datasets.list_files import SOURCES, Label, count_labels, read_list
+from vivit_jax.data.datasets.list_files import SOURCES, Label, count_labels
+from vivit_jax.data.datasets.list_formats import read_listed
+from vivit_jax.data.datasets.list_rows import ListSource
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
@@ -59,7 +62,7 @@ class Dataset:
 
     Attributes:
         examples: at least one; all labelled, with the same number of labels, or all unlabelled.
-        classes: names by label, if folders name them.
+        classes: names by label, if folders or a list name them.
         source: the list file or directory that was read.
         root: the directory that relative paths start from.
     """
@@ -80,8 +83,8 @@ class Dataset:
         """
         digest, root = hashlib.sha256(), os.path.join(self.root, "")
         for example in self.examples:
-            path, *others = dataclasses.astuple(example)
-            values = (path.removeprefix(root) if self.root else path, *others)
+            path = example.path.removeprefix(root) if self.root else example.path
+            values = (path, example.label, example.start, example.total, example.frame_name)
             digest.update(repr(values).encode(errors="surrogateescape"))
         return digest.hexdigest()
 
@@ -98,14 +101,19 @@ def read_dataset(
     labels: int | None = None,
     frame_name: str = "img_{:05}.jpg",
     first_frame: int = 1,
+    split: str | None = None,
+    class_names: str | Path | None = None,
 ) -> Dataset:
     """Lists the examples of a data set, which is one of these:
 
     - A text file with one clip per line, `path label`, or another form of
       `vivit_jax.data.datasets.list_files.parse_line`. Empty lines and lines that begin with "#"
       are skipped.
-    - A directory with a folder of clips for each class. Classes are numbered in order of their
-      names, including empty folders.
+    - A list file of another of the `vivit_jax.data.datasets.list_formats.FORMATS`: columns by name,
+      `path,class`, or the files of Kinetics, Something-Something v2, UCF101 and HMDB51. Classes
+      with names are numbered in order of their names, or of the file of class names.
+    - A directory with a folder of clips for each class, which may lie in other folders. Classes are
+      numbered in order of their names, including empty folders.
     - A directory of clips, which are unlabelled.
 
     In directories a clip is a file with one of the endings `VIDEOS` or `ARRAYS`, an animated .webp,
@@ -117,6 +125,9 @@ def read_dataset(
         labels: number of labels per line of a list (see `parse_line`); 0 drops all labels.
         frame_name: pattern of image names in folders whose list gives a count, for `str.format`.
         first_frame: number of a folder's first image, if the list does not give it.
+        split: the rows to read of a list with several splits, such as "train", "validation" (or
+            "test", where there are no such rows) or "test". It has no effect on other sources.
+        class_names: a file of `read_class_names`, for lists.
 
     Raises:
         UserError: the source does not exist, a line cannot be read, there are no clips, only some
@@ -135,6 +146,11 @@ def read_dataset(
     if os.path.isdir(path):
         if labels is not None and labels > 1:
             raise UserError(f"{path}: folders give one label; for labels={labels} write a list")
+        if class_names is not None:
+            raise UserError(
+                f"{path}: folders name their classes; leave out the file of class names "
+                f"{os.fspath(class_names)}, or write a list"
+            )
         entries, classes = read_directory(path)
         if labels == 0:
             entries = [entry._replace(label=None) for entry in entries]
@@ -143,14 +159,16 @@ def read_dataset(
     if ending(path) in VIDEOS + ARRAYS + IMAGES:
         raise UserError(f"{path} is one clip; {SOURCES}")
     root = os.path.dirname(path) if root is None else os.fspath(root)
+    names = None if class_names is None else read_class_names(class_names)
+    entries, classes = read_listed(ListSource(path, root, labels, split, names))
     examples = []
-    for clip, label, start, total in read_list(path, labels):
+    for clip, label, start, total in entries:
         numbered = total is not None and ending(clip) not in (*VIDEOS, *ARRAYS, ".webp")
         if start is None:
             start = first_frame if numbered else 0
         name = frame_name if numbered else None
         examples.append(Example(os.path.join(root, clip), label, start, total, name))
-    return Dataset(tuple(examples), None, path, root)
+    return Dataset(tuple(examples), classes, path, root)
 
 
 def count_frames(example: Example) -> int:
@@ -158,7 +176,8 @@ def count_frames(example: Example) -> int:
 
     Raises VideoError as `read_frames` does.
     """
-    return _count(example, _stored(example))
+    stored = _stored(example)
+    return _count(example, stored)
 
 
 def read_frames(
@@ -173,7 +192,8 @@ def read_frames(
             frames of several sizes, or an array other than uint8 [t, h, w, c].
         UserError: `indices` is empty or holds anything but ints from 0.
     """
-    return _read(example, _stored(example), indices)
+    stored = _stored(example)
+    return _read(example, stored, indices)
 
 
 def read_whole(example: Example) -> UInt8[np.ndarray, "t h w c"]:

@@ -3,6 +3,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vivit_jax.errors import UserError
@@ -11,8 +12,8 @@ from vivit_jax.files.inputs import check_file
 logger = logging.getLogger(__name__)
 
 SOURCES = (
-    "expected a list file with lines 'path label', a directory with a folder for each class, or "
-    "one of clips"
+    "expected a list file with lines 'path label' or columns 'path,label', a directory with a "
+    "folder for each class, or one of clips"
 )
 
 # The largest label, since batches hold int32, and the largest end of a clip's frames.
@@ -62,8 +63,37 @@ def read_list(path: str, labels: int | None = None) -> list[Entry]:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
     if not entries:
         raise UserError(f"{path}: a list without a clip; {SOURCES}")
-    _check(path, entries, numbers)
+    check_entries(path, entries, numbers)
     return entries
+
+
+def first_content(path: str) -> tuple[int, str]:
+    """The number and the text of a file's first line that is neither empty nor a comment.
+
+    Raises UserError as `read_list` does.
+    """
+    check_file(path)
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                line = line.strip()
+                if "\0" in line:
+                    raise UserError(f"{path}: not a text file; {SOURCES}")
+                if line and not line.startswith("#"):
+                    return number, line
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
+    raise UserError(f"{path}: a list without a clip; {SOURCES}")
+
+
+def is_label(text: str) -> bool:
+    """Whether a text is an integer, or several that are separated by commas."""
+    return bool(_NUMBERS(text))
+
+
+def parse_label(text: str) -> Label:
+    """The label of a text for which `is_label` holds. Raises ValueError with the reason."""
+    return _label(text.split(","))
 
 
 def count_labels(label: Label) -> int:
@@ -121,25 +151,33 @@ def parse_line(line: str, labels: int | None = None) -> Entry:
     return Entry(path, _label(found), *_extent(rest))
 
 
-def _check(path: str, entries: list[Entry], numbers: list[int]) -> None:
+def check_entries(path: str, entries: Sequence[Entry], places: Sequence[int | str]) -> None:
+    """Check the clips of a list together; a place is the number of a line, or words.
+
+    Raises UserError if only some are labelled, or one has two labels; warns of repeated ones.
+    """
     counts, seen, repeated = {}, {}, 0
-    for number, (clip, label, start, total) in zip(numbers, entries, strict=True):
-        counts.setdefault(count_labels(label), number)
-        first, other = seen.setdefault((clip, start, total), (number, label))
+    for place, (clip, label, start, total) in zip(places, entries, strict=True):
+        counts.setdefault(count_labels(label), place)
+        first, other = seen.setdefault((clip, start, total), (place, label))
         if other != label:
             raise UserError(
-                f"{path}: {clip} has label {other} in line {first} and {label} in line {number}: "
-                "remove one of them"
+                f"{path}: {clip} has label {other} in {_words(first)} and {label} in "
+                f"{_words(place)}: remove one of them"
             )
-        repeated += first != number
+        repeated += first != place
     if len(counts) > 1:
-        found = " and ".join(f"{count} in line {number}" for count, number in counts.items())
+        found = " and ".join(f"{count} in {_words(place)}" for count, place in counts.items())
         raise UserError(
             f"{path}: differing numbers of labels: {found}; split the list, or pass labels=0 to "
             "drop them all"
         )
     if repeated:
         logger.warning("%s: %d lines repeat an earlier one, which counts again", path, repeated)
+
+
+def _words(place: int | str) -> str:
+    return f"line {place}" if isinstance(place, int) else place
 
 
 def _split(line: str, most: int) -> tuple[str, list[str]]:

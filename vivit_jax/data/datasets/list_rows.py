@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the formats of list files share: rows, splits, names of classes, and where clips lie."""
+
+import csv
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from vivit_jax.data.datasets.class_names import describe_unknown
+from vivit_jax.data.datasets.list_files import (
+    SOURCES,
+    Entry,
+    check_entries,
+    first_content,
+    is_label,
+    parse_label,
+)
+from vivit_jax.errors import UserError, quoted
+from vivit_jax.files.inputs import check_file
+
+logger = logging.getLogger(__name__)
+
+_TEST = ("test", "testing")
+_VALIDATION = ("validation", "val", "valid", "validate", "dev")
+# The names of a split; many data sets validate with their test clips.
+_SPLITS = (("train", "training"), _VALIDATION, _TEST)
+# Where a data set's clips lie below the root, for files that list only their names.
+_LAYOUTS = (
+    "{name}",
+    "{label}/{name}",
+    "{label_}/{name}",
+    "{split}/{name}",
+    "{split}/{label}/{name}",
+)
+_LOOKED_FOR = 1000  # clips
+
+
+@dataclasses.dataclass(frozen=True)
+class ListSource:
+    """A list file and what is wanted from it.
+
+    Attributes:
+        path: the file.
+        root: the directory that relative paths start from.
+        labels: see `read_dataset`.
+        split: the rows that are wanted, where the file has several splits.
+        class_names: names of classes 0, 1, ...; None if only the list names them.
+    """
+
+    path: str
+    root: str
+    labels: int | None = None
+    split: str | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+class Listed(NamedTuple):
+    """The clips of a list, and the names of their classes by label, if they are named."""
+
+    entries: list[Entry]
+    classes: tuple[str, ...] | None
+
+
+class Row(NamedTuple):
+    """What a file says of one clip, as texts; `place` is a line's number, or words."""
+
+    place: int | str
+    clip: str
+    label: str | None
+    split: str | None = None
+
+
+def collected(
+    source: ListSource, rows: Iterable[Row], order: tuple[str, ...] | None = None
+) -> tuple[Listed, str | None]:
+    """The clips of the wanted split, and its name in the file.
+
+    Labels are all integers, or all names of classes, which are numbered as `order` has them, or in
+    order of their names.
+    """
+    if source.labels is not None and source.labels > 1:
+        raise UserError(
+            f"{source.path}: gives one label for each clip; for labels={source.labels} write lines "
+            "'path label label'"
+        )
+    splits: dict[str | None, tuple[list[Entry], list[int | str]]] = {}
+    texts: dict[str, int] = {}  # by text, in order of appearance
+    for row in rows:
+        if not row.clip or "\0" in row.clip:
+            raise row_error(source, row.place, "there is no path of a clip")
+        label = texts.setdefault(row.label, len(texts)) if row.label else None
+        entries, places = splits.setdefault(row.split, ([], []))
+        entries.append(Entry(row.clip, label))
+        places.append(row.place)
+    if not splits:
+        raise UserError(f"{source.path}: a list without a clip; {SOURCES}")
+    split = _wanted(source, {name: len(entries) for name, (entries, _) in splits.items()})
+    entries, places = splits[split]
+    numbered, classes = {text: is_label(text) for text in texts}, None
+    if texts and all(numbered.values()):
+        try:
+            new = [parse_label(text) for text in texts]
+        except ValueError as error:
+            raise UserError(f"{source.path}: {error}") from None
+    elif any(numbered.values()):
+        number = next(text for text in texts if numbered[text])
+        name = next(text for text in texts if not numbered[text])
+        raise UserError(
+            f"{source.path}: labels are numbers such as {number} and names such as {quoted(name)}; "
+            "write names only, or numbers only"
+        )
+    else:
+        known = source.class_names or order
+        used = {entry.label for entry in entries}
+        classes = known or tuple(sorted(text for text, k in texts.items() if k in used))
+        numbers = {name: k for k, name in enumerate(classes)}
+        unknown = sorted(text for text, k in texts.items() if text not in numbers and k in used)
+        if unknown:
+            raise UserError(
+                f"{source.path}: {len(unknown)} classes are not in the file of class names: "
+                f"{describe_unknown(unknown, classes)}"
+            )
+        new = [numbers.get(text) for text in texts]
+    for k, entry in enumerate(entries):
+        if entry.label is not None:
+            assert isinstance(entry.label, int)
+            entries[k] = entry._replace(label=new[entry.label])
+    if source.labels != 0:
+        check_entries(source.path, entries, places)
+    return Listed(entries, classes or None), split
+
+
+def _wanted(source: ListSource, counts: dict[str | None, int]) -> str | None:
+    """The split to read, of those in a file with numbers of rows."""
+    if None in counts and len(counts) == 1:
+        return None
+    wanted = source.split
+    if wanted is None and len(counts) == 1:
+        return next(iter(counts))
+    if wanted is not None:
+        by_lower = {(name or "").lower(): name for name in counts}
+        others = next((names for names in _SPLITS if wanted.lower() in names), ())
+        for name in (wanted.lower(), *others, *(_TEST if others is _VALIDATION else ())):
+            if name in by_lower:
+                if others is _VALIDATION and name in _TEST:
+                    logger.warning(
+                        "%s: has no rows of split %s; those of %s are used",
+                        source.path,
+                        wanted,
+                        name,
+                    )
+                return by_lower[name]
+    found = ", ".join(f"{quoted(name or '(empty)')} ({n} rows)" for name, n in counts.items())
+    problem = "has several splits" if wanted is None else f"has no rows of split {quoted(wanted)}"
+    raise UserError(
+        f"{source.path}: {problem}: {found}; say which: --split, or in training data.train_split "
+        "and data.validation_split"
+    )
+
+
+def located(source: ListSource, listed: Listed, split: str | None) -> Listed:
+    """The clips of a list of mere names, below folders of their classes or not, as they lie."""
+    entries, classes = listed
+
+    def path(layout: str, entry: Entry) -> str:
+        label = classes[entry.label] if classes and isinstance(entry.label, int) else ""
+        values = {"label": label, "label_": label.replace(" ", "_"), "split": split or ""}
+        return os.path.normpath(layout.format(name=entry.path, **values).lstrip("/"))
+
+    for entry in entries[:_LOOKED_FOR]:
+        for layout in _LAYOUTS:
+            if os.path.exists(os.path.join(source.root, path(layout, entry))):
+                found = [each._replace(path=path(layout, each)) for each in entries]
+                return Listed(found, classes)
+    count = min(len(entries), _LOOKED_FOR)
+    raise UserError(
+        f"{source.path}: none of {'its' if count == len(entries) else 'the first'} {count} clips, "
+        f"such as {entries[0].path}, is in {source.root or '.'}, or there in a folder of its class "
+        "or split; say where they are: --root, or in training data.root"
+    )
+
+
+def row_error(source: ListSource, place: int | str, why: str) -> UserError:
+    where = f"line {place}" if isinstance(place, int) else place
+    return UserError(f"{source.path}, {where}: {why}")
+
+
+def _delimiter(line: str) -> str:
+    return next((mark for mark in "\t,;" if mark in line), ",")
+
+
+def fields_of(line: str) -> list[str]:
+    """A line's fields."""
+    try:
+        return [field.strip() for field in next(csv.reader([line], delimiter=_delimiter(line)))]
+    except csv.Error:
+        return []
+
+
+def header_of(line: str) -> list[str]:
+    return [field.lower() for field in fields_of(line)]
+
+
+def content_lines(path: str) -> Iterator[tuple[int, str]]:
+    """(number, line) for each stripped line with content, but not comments."""
+    check_file(path)
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip() and not line.startswith("#"):
+                    yield number, line.strip()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
+
+
+def table_rows(source: ListSource) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) for each row of a CSV or TSV file, all of one length."""
+    _, line = first_content(source.path)
+    width = len(fields_of(line))
+    with open(source.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader = csv.reader(lines, delimiter=_delimiter(line), skipinitialspace=True)
+        try:
+            for fields in reader:
+                fields = [field.strip() for field in fields]
+                if not any(fields) or fields[0].startswith("#"):
+                    continue
+                if len(fields) != width:
+                    why = f"it has {len(fields)} fields; expected {width}, as in the first line"
+                    raise row_error(source, reader.line_num, why)
+                yield reader.line_num, fields
+        except csv.Error as error:
+            raise row_error(source, reader.line_num, str(error)) from None
+
+
+def column_of(header: list[str], names: tuple[str, ...]) -> int | None:
+    return next((header.index(name) for name in names if name in header), None)
