@@ -16,7 +16,7 @@ from tiny import config_of
 
 import vivit_jax
 from vivit_jax import param_tree
-from vivit_jax.data.datasets.dataset import Dataset, Example, read_views
+from vivit_jax.data.datasets.dataset import Dataset, Example, from_objects, read_views
 from vivit_jax.data.transforms.augment import resize_shortest
 from vivit_jax.errors import UserError
 from vivit_jax.models.build import abstract_params
@@ -165,6 +165,13 @@ def test_softmax_averaged_over_the_views_is_that_of_a_loop(result, expected, dat
     for name, value in values.items():
         own = [r for r, label in zip(right, labels, strict=True) if "abcde"[label] == name]
         assert value["accuracy"] == pytest.approx(np.mean(own))
+
+
+def test_a_data_set_object_is_evaluated_like_a_list(result, classifier, dataset):
+    pairs = [(example.path, example.label) for example in dataset.examples]
+    found = run(classifier, from_objects(pairs))
+    assert found.metrics == result.metrics
+    assert "2.npy" in str(found.answers[BAD].error) and BAD == 2
 
 
 def test_the_average_is_over_all_views(result, expected, classifier, dataset):

@@ -26,7 +26,7 @@ import vivit_jax
 from vivit_jax import param_tree
 from vivit_jax.cli.__main__ import main
 from vivit_jax.data.datasets import dataset
-from vivit_jax.data.datasets.dataset import read_dataset
+from vivit_jax.data.datasets.dataset import from_objects, read_dataset
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import ModelSettings
@@ -246,16 +246,27 @@ def test_the_model_comes_with_its_preprocessing(whole):
     assert list(theirs.image_mean) == [0.485, 0.456, 0.406]
 
 
-def test_names_of_a_table_train_as_folders_do(whole, recipe, data, tmp_path):
-    """The table has both splits."""
-    lines = ["video,class,split"]
-    for split in ("train", "test"):
-        dataset = read_dataset(data / split)
-        lines += [f"{e.path},{dataset.classes[e.label]},{split}" for e in dataset.examples]
-    table = tmp_path / "table.csv"
-    table.write_text("\n".join(lines))
-    both = changed(recipe, data__train=str(table), data__validation=str(table))
-    outcome, _ = run(both, tmp_path / "run")
+@pytest.mark.parametrize("source", ["table", "objects"])
+def test_names_of_a_table_or_an_object_train_as_folders_do(source, whole, recipe, data, tmp_path):
+    """A table that has both splits; objects that replace what the recipe says."""
+    train, test = (read_dataset(data / split) for split in ("train", "test"))
+    rows = [
+        [(e.path, dataset.classes[e.label]) for e in dataset.examples] for dataset in (train, test)
+    ]
+    options = {}
+    if source == "table":
+        table = tmp_path / "table.csv"
+        lines = [
+            f"{path},{name},{split}\n"
+            for split, part in zip(("train", "test"), rows, strict=True)
+            for path, name in part
+        ]
+        table.write_text("".join(["video,class,split\n", *lines]))
+        changes = dict(data__train=str(table), data__validation=str(table))
+    else:
+        options = dict(dataset=from_objects(rows[0]), validation=from_objects(rows[1]))
+        changes = dict(data__train="", data__validation=None)
+    outcome, _ = run(changed(recipe, **changes), tmp_path / "run", **options)
     assert outcome.metrics == whole.metrics
     assert vivit_jax.from_pretrained(outcome.model)[0].config.labels == FOLDERS
 

@@ -465,7 +465,7 @@ def prepared(recipe, *settings):
     """The setup of a run, before its first step, and what it starts from."""
     mesh = make_mesh(parse_mesh("data=1", 1))
     recipe = apply_settings(recipe, settings)
-    setup, batches, start = loop._prepare(recipe, mesh, None, loop._listed(recipe))
+    setup, batches, start = loop._prepare(recipe, mesh, None, loop._listed(recipe, None, None))
     batches.close()
     return setup, start
 

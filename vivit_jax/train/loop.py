@@ -65,6 +65,8 @@ def train(
     resume: bool = False,
     resume_step: int | None = None,
     mesh_sizes: dict[str, int] | None = None,
+    dataset: Dataset | None = None,
+    validation: Dataset | None = None,
     tensorboard: bool = False,
     say: Callable[[str], None] = print,
 ) -> Outcome:
@@ -79,6 +81,9 @@ def train(
     the same devices and with the same `train.accumulate` bit for bit. SIGINT and SIGTERM end a run
     with a checkpoint after the current step or validation. `mesh_sizes` are those of
     `vivit_jax.train.sharding.parse_mesh`, by default all devices along "data".
+
+    `dataset` and `validation` replace `data.train` and `data.validation`: the results of
+    `read_dataset` or `from_objects`. A resumed run needs them again.
 
     Raises UserError before anything is written for a recipe that cannot run, and for a directory
     that holds a run if `resume` is not set. Also raises it, after saving the last good state, where
@@ -98,7 +103,7 @@ def train(
             checkpoints.check_step(resume_step)
         saved = resume and checkpoints.latest() is not None
         model_file = run.model_file if saved else None
-        data = _listed(recipe)
+        data = _listed(recipe, dataset, validation)
         setup, batches, start = _prepare(recipe, make_mesh(sizes), model_file, data)
         enter(batches)
         if start is not None:
@@ -134,10 +139,12 @@ def train(
     return Outcome(step, setup.steps, stopped, model, loop.metrics)
 
 
-def _listed(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
-    """The clips to train on and to validate with."""
+def _listed(
+    recipe: Recipe, dataset: Dataset | None, validation: Dataset | None
+) -> tuple[Dataset, Dataset | None]:
+    """The clips to train on and to validate with: those that are given, or the recipe's."""
     settings = recipe.data
-    if not settings.train:
+    if dataset is None and not settings.train:
         raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
     finetune = recipe.task == "finetune"
     listed = functools.partial(
@@ -153,8 +160,9 @@ def _listed(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
         names = None if os.path.isdir(source) else settings.class_names
         return listed(source, split=split, class_names=names)
 
-    dataset, validation = read(settings.train, settings.train_split), None
-    if settings.validation is not None:
+    if dataset is None:
+        dataset = read(settings.train, settings.train_split)
+    if validation is None and settings.validation is not None:
         validation = read(settings.validation, settings.validation_split)
     return dataset, validation
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists the examples of a data set on disk, and reads the frames of one.
+"""Lists the examples of a data set on disk or in an object, and reads the frames of one.
 
 Listing opens no clip: among half a million, a missing or damaged one is found when it is read, as a
 `VideoError` that names its path.
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -30,6 +31,7 @@ from vivit_jax.data.datasets.folders import (
 from vivit_jax.data.datasets.list_files import SOURCES, Label, count_labels
 from vivit_jax.data.datasets.list_formats import read_listed
 from vivit_jax.data.datasets.list_rows import ListSource
+from vivit_jax.data.datasets.objects import ObjectClips
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
@@ -54,6 +56,19 @@ class Example:
     start: int = 0
     total: int | None = None
     frame_name: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ObjectExample(Example):
+    """A clip of a data set object; its `path` only names it.
+
+    Attributes:
+        clips: the object.
+        index: the clip's place in it.
+    """
+
+    clips: ObjectClips | None = dataclasses.field(default=None, compare=False, repr=False)
+    index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +186,51 @@ def read_dataset(
     return Dataset(tuple(examples), classes, path, root)
 
 
+def from_objects(
+    source: Any,
+    *,
+    labels: Sequence[int | str | None] | None = None,
+    classes: Sequence[str] | None = None,
+    name: str | None = None,
+) -> Dataset:
+    """The data set of an object with `len(source)` and `source[i]`, for training and evaluation.
+
+    Such are the data sets of Hugging Face `datasets` and torchvision. An item is a mapping with the
+    key "video", "clip", "frames", "path" or "pixel_values" and, for a labelled clip, "label"; a
+    tuple that begins with the clip and ends with the label; or a clip alone. A clip is the path of
+    a file, or frames: integers from 0 to 255 [t, h, w, c] or [t, c, h, w], or a sequence of
+    pictures.
+
+    Clips are read when they are needed, by several threads at once. Labels come from `labels`, from
+    a column or an attribute of `source` (`label`, `targets`, `samples`), else from all items, which
+    reads each once.
+
+    Args:
+        source: the object; it is pickled for `data.workers`.
+        labels: the label of each item; None in it means unlabelled.
+        classes: names of classes 0, 1, ...; None: those that `source` gives, or in order of their
+            names if labels are names.
+        name: what messages call it; None: the name of its type.
+
+    Raises:
+        UserError: `source` is no such object or empty, labels differ in kind or number from what is
+            expected, or only some clips are labelled.
+    """
+    clips = ObjectClips(source, name or type(source).__name__)
+    found, known = clips.labels(labels, classes)
+    examples = tuple(
+        ObjectExample(f"{clips.name}[{k}]", label, clips=clips, index=k)
+        for k, label in enumerate(found)
+    )
+    return Dataset(examples, known, clips.name)
+
+
 def count_frames(example: Example) -> int:
     """The number of frames of a clip, at least 1; decodes only what `probe_video` decodes.
 
     Raises VideoError as `read_frames` does.
     """
-    stored = _stored(example)
+    example, stored = _opened(example)
     return _count(example, stored)
 
 
@@ -192,7 +246,7 @@ def read_frames(
             frames of several sizes, or an array other than uint8 [t, h, w, c].
         UserError: `indices` is empty or holds anything but ints from 0.
     """
-    stored = _stored(example)
+    example, stored = _opened(example)
     return _read(example, stored, indices)
 
 
@@ -201,7 +255,7 @@ def read_whole(example: Example) -> UInt8[np.ndarray, "t h w c"]:
 
     Raises VideoError as `read_frames` does, and for a video with undecodable frames.
     """
-    stored = _stored(example)
+    example, stored = _opened(example)
     if stored is None and example.start == 0 and example.total is None:
         # This counts the frames as it decodes them.
         return read_video(example.path, lost="error")
@@ -218,7 +272,7 @@ def read_training_clip(
 
     Raises VideoError as `read_frames` does, UserError as `training_indices` does.
     """
-    stored = _stored(example)
+    example, stored = _opened(example)
     total = _count(example, stored)
     return _read(example, stored, training_indices(sampler, total, num_frames, stride, rng))
 
@@ -230,7 +284,7 @@ def read_views(
 
     Raises VideoError as `read_frames` does, UserError as `view_indices` does.
     """
-    stored = _stored(example)
+    example, stored = _opened(example)
     indices = view_indices(sampler, _count(example, stored), num_frames, stride, clips)
     frames = _read(example, stored, indices.reshape(-1))
     return frames.reshape(*indices.shape, *frames.shape[1:]), indices
@@ -256,6 +310,17 @@ class _NumberedImages:
 
 
 _Stored = UInt8[np.ndarray, "total h w c"] | list[str] | _NumberedImages | None
+
+
+def _opened(example: Example) -> tuple[Example, _Stored]:
+    """The example with the path of its clip, and what is stored there."""
+    if isinstance(example, ObjectExample):
+        assert example.clips is not None, "from_objects gives it"
+        clip = example.clips.clip(example.index)
+        if not isinstance(clip, str):
+            return example, clip
+        example = Example(clip, example.label)
+    return example, _stored(example)
 
 
 def _stored(example: Example) -> _Stored:
