@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32
 
 from vivit_jax.errors import UserError
 
@@ -77,7 +77,7 @@ class Mask:
         return self.visible.shape[1] + self.masked.shape[1]
 
     @property
-    def predicted(self) -> Int32[AnyArray, "b k"]:
+    def predicted(self) -> Int[AnyArray, "b k"]:
         """Indices of the tokens that the decoder predicts."""
         return self.masked if self.decoded is None else self.decoded
 

@@ -12,8 +12,9 @@ from clips import number_in, write_clip
 from commands import run_command
 from PIL import Image
 
-from vivit_jax.cli import check_data
-from vivit_jax.cli.check_data import CheckOptions, contact_sheet
+from vivit_jax.cli import check_sheet, check_text
+from vivit_jax.cli.check_sheet import contact_sheet
+from vivit_jax.cli.check_text import CheckOptions
 from vivit_jax.data.datasets.check import check_dataset
 from vivit_jax.data.datasets.dataset import read_dataset
 
@@ -166,7 +167,7 @@ def test_the_sheet_has_the_middle_frames_of_each_class(data, capsys, tmp_path):
     assert panels.clips[0][0][0, 0].tolist() == [255] * 3  # beside an upright frame
     with Image.open(sheet) as image:
         page = np.asarray(image)
-    height = 2 * check_data._TILE[0]
+    height = 2 * check_sheet._TILE[0]
     assert page.shape[0] > height and (page != 255).any(-1).mean() > 0.2
 
 
@@ -231,7 +232,7 @@ def test_progress_tells_the_time_left_and_readers_log_again_afterwards(data, cap
         def close(self):
             pass
 
-    monkeypatch.setattr(check_data, "LiveLine", Line)
+    monkeypatch.setattr(check_sheet, "LiveLine", Line)
     assert check(capsys, data)[0] == 0
     assert lines[0] == ("clips", 24) and [done for done, _ in lines[1:]] == list(range(1, 25))
     assert lines[-2][1].endswith(" left")
@@ -247,6 +248,6 @@ def test_many_classes_are_shown_in_part(capsys, tmp_path, made):
             path = made / "clap" / f"a {number % 12}.mp4"
             shutil.copy(path, tmp_path / name / f"{copy}.mp4")
     report = check_dataset(read_dataset(tmp_path))
-    text = check_data.as_text(report, CheckOptions())
+    text = check_text.as_text(report, CheckOptions())
     rows = [line for line in text.splitlines() if line[:1].isdigit()]
     assert len(rows) == 20 and rows[-1].startswith("7 class 07") and "... 5 more" in text

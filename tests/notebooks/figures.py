@@ -66,7 +66,8 @@ def watch() -> None:
 
     @functools.wraps(drawn)
     def print_figure(self, *args, **how):
-        found.extend(problems(self.figure))
+        if self.manager is not None:  # pyplot's; a run's report draws figures of its own
+            found.extend(problems(self.figure))
         return drawn(self, *args, **how)
 
     def tell():
