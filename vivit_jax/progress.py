@@ -92,7 +92,7 @@ class LiveLine:
                 TextColumn("{task.completed}/{task.total}"),
                 BarColumn(bar_width=12),
                 _Cut("{task.fields[text]}"),
-                console=_Console(file=self._stream, force_terminal=True),
+                console=_Console(file=self._stream, force_terminal=True, force_jupyter=False),
                 auto_refresh=False,
                 transient=True,
                 redirect_stdout=False,
@@ -184,7 +184,8 @@ def format_table(
         table.add_column(justify=align if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))  # cells may hold [brackets]: they are not markup
-    console = Console(file=io.StringIO(), width=_UNBOUNDED, color_system=None)
+    # In a notebook rich would show the text as an output of its own too.
+    console = Console(file=io.StringIO(), width=_UNBOUNDED, color_system=None, force_jupyter=False)
     with console.capture() as captured:
         console.print(table)
     return [line.rstrip() for line in captured.get().splitlines()]

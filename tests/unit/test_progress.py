@@ -154,3 +154,13 @@ def test_pace_leaves_the_first_update_out(clock):
     clock.now += 5
     pace.update(20)  # a pause counts
     assert pace.left(80) == "0:01:20 left" and pace.left(-3) == "0:00:00 left"
+
+
+def test_a_notebook_gets_the_table_once(monkeypatch):
+    """rich takes every console in a notebook's kernel for the notebook, and shows what it prints."""
+    table = [["name", "seconds"], ["ours", "1.5"]]
+    plain = format_table(table)
+    shown = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *given: shown.append(given))
+    assert format_table(table) == plain and not shown
