@@ -157,7 +157,7 @@ def test_pace_leaves_the_first_update_out(clock):
 
 
 def test_a_notebook_gets_the_table_once(monkeypatch):
-    """rich takes every console in a notebook's kernel for the notebook, and shows what it prints."""
+    """In a notebook rich shows what any console prints, unless asked not to."""
     table = [["name", "seconds"], ["ours", "1.5"]]
     plain = format_table(table)
     shown = []
