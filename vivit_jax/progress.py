@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TextIO
 
 from rich.console import Console
@@ -171,6 +171,26 @@ class Pace:
     def left(self, rest: float) -> str | None:
         """The time for the rest, as "0:02:39 left"; None while unknown."""
         return left(max(rest, 0) / self._rate) if self._rate > 0 else None
+
+
+@contextlib.contextmanager
+def live_line(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A live line, from the first call on, with the time left."""
+    line, pace = None, Pace()
+
+    def update(done: int, total: int) -> None:
+        nonlocal line
+        line = line or LiveLine(name, total, ends=False)
+        pace.update(done)
+        line.update(done, pace.left(total - done) or "")
+        if done == total:
+            line.close()
+
+    try:
+        yield update
+    finally:
+        if line is not None:
+            line.close()
 
 
 def format_table(

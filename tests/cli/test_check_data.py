@@ -232,7 +232,7 @@ def test_progress_tells_the_time_left_and_readers_log_again_afterwards(data, cap
         def close(self):
             pass
 
-    monkeypatch.setattr(check_sheet, "LiveLine", Line)
+    monkeypatch.setattr("vivit_jax.progress.LiveLine", Line)
     assert check(capsys, data)[0] == 0
     assert lines[0] == ("clips", 24) and [done for done, _ in lines[1:]] == list(range(1, 25))
     assert lines[-2][1].endswith(" left")

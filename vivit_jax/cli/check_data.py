@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from vivit_jax.cli.check_sheet import contact_sheet, live_line
+from vivit_jax.cli.check_sheet import contact_sheet
 from vivit_jax.cli.check_text import (
     CHECK,
     CheckOptions,
@@ -29,10 +29,12 @@ from vivit_jax.data.datasets.check import (
     Report,
     Span,
     check_dataset,
+    counted,
 )
 from vivit_jax.data.datasets.dataset import Dataset, read_dataset
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, whole_file, write_json
+from vivit_jax.progress import live_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +101,8 @@ def check_data(
         if output.draw is not None:
             _draw(report, output.draw, check.threads)
     if warnings:
-        noun = "warning" if len(warnings) == 1 else "warnings"
-        found = Finding("warning", f"{len(warnings)} {noun} while reading", "", tuple(warnings))
+        text = f"{counted(len(warnings), 'warning')} while reading"
+        found = Finding("warning", text, "", tuple(warnings))
         findings = (*report.findings, found)
         findings = sorted(findings, key=lambda finding: LEVELS.index(finding.level))
         report = dataclasses.replace(report, findings=tuple(findings))

@@ -2,45 +2,24 @@
 """The contact sheet of `vivit-jax check-data`: a frame of some clips of each class."""
 
 import collections
-import contextlib
 import logging
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vivit_jax.cli.panels import Panels
-from vivit_jax.data.datasets.check import ClipFacts, Report, class_name, in_threads
+from vivit_jax.data.datasets.check import ClipFacts, Report, class_name, counted, in_threads
 from vivit_jax.data.datasets.dataset import read_frames
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.errors import VideoError, printable
-from vivit_jax.progress import LiveLine, Pace
+from vivit_jax.progress import live_line
 
 _TILE = 108, 144  # height, width of a frame on the sheet
 _COLUMNS, _SHEET_ROWS, _LETTERS = 6, 30, 24
 _BLANK, _MISSING = 255, 200  # grey levels: no more clips, a frame that cannot be read
-
-
-@contextlib.contextmanager
-def live_line(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A live line, from the first call on, with the time left."""
-    line, pace = None, Pace()
-
-    def update(done: int, total: int) -> None:
-        nonlocal line
-        line = line or LiveLine(name, total, ends=False)
-        pace.update(done)
-        line.update(done, pace.left(total - done) or "")
-        if done == total:
-            line.close()
-
-    try:
-        yield update
-    finally:
-        if line is not None:
-            line.close()
 
 
 def contact_sheet(report: Report, threads: int = 2) -> Panels:
@@ -81,7 +60,7 @@ def _sheet_rows(report: Report) -> tuple[list[tuple[str, list[ClipFacts]]], int,
     for label in _evenly(sorted(by_label), _SHEET_ROWS):
         name = class_name(report.dataset, label)
         of_class = by_label[label]
-        count = f"{len(of_class)} clip{'s' * (len(of_class) != 1)}"
+        count = counted(len(of_class), "clip")
         rows.append((f"{_short(name)}\n{count}", _evenly(of_class, _COLUMNS)))
     return rows, len(rows), len(by_label)
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from vivit_jax.data.datasets.check import ClassFacts, ClipFacts, Finding, Report, Span
+from vivit_jax.data.datasets.check import ClassFacts, ClipFacts, Finding, Report, Span, counted
 from vivit_jax.errors import printable
 from vivit_jax.progress import format_table, readable
 
@@ -51,17 +51,16 @@ def as_text(report: Report, check: CheckOptions) -> str:
     parts.append(_split_line(report, check))
     verdict = "training would run" if report.trains else "training would stop"
     counts = collections.Counter(finding.level for finding in report.findings)
-    said = [f"{counts[e]} {e}{'s' * (counts[e] > 1)}" for e in ("warning", "note") if counts[e]]
+    said = [counted(counts[e], e) for e in ("warning", "note") if counts[e]]
     parts.append(", ".join([verdict, *said]))
     return "\n\n".join(parts)
 
 
 def _headline(report: Report) -> str:
     clips = report.clips
-    parts = [f"{len(clips)} clip{'s' * (len(clips) != 1)}"]
+    parts = [counted(len(clips), "clip")]
     if report.classes:
-        count = len(report.classes)
-        parts.append(f"{count} class{'es' * (count != 1)}")
+        parts.append(counted(len(report.classes), "class", "classes"))
     parts.append(f"{sum(each.frames for each in clips):,} frames")
     seconds = sum(each.seconds or 0 for each in clips)
     if seconds:

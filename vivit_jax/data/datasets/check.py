@@ -387,10 +387,10 @@ def _of_copies(
         named = zip(paths, labels, strict=True)
         contrary.append(_equal([f"{p} ({class_name(dataset, label)})" for p, label in named]))
     if contrary:
-        text = f"{_counted(len(contrary), 'clip')} in copies with different labels"
+        text = f"{counted(len(contrary), 'clip')} in copies with different labels"
         yield Finding("warning", text, "keep the right one", tuple(contrary))
     if alike:
-        text = f"{_counted(len(alike), 'clip')} in several copies"
+        text = f"{counted(len(alike), 'clip')} in several copies"
         way_out = "keep one of each; copies on both sides of a split make accuracy look better"
         yield Finding("warning", text, way_out, tuple(alike))
 
@@ -405,11 +405,11 @@ def _of_names(classes: Sequence[ClassFacts]) -> Iterator[Finding]:
     mirrored = tuple(n for n, some in words.items() if any(map(_MIRRORED.fullmatch, some)))
     vertical = tuple(n for n, some in words.items() if any(map(_VERTICAL.fullmatch, some)))
     if mirrored:
-        text = f"{_counted(len(mirrored), 'class name')} may tell left from right"
+        text = f"{counted(len(mirrored), 'class name')} may tell left from right"
         way_out = "if so, train with augment.flip=0: a mirrored clip would keep its label"
         yield Finding("warning", text, way_out, mirrored)
     if vertical:
-        text = f"{_counted(len(vertical), 'class name')} may tell up from down"
+        text = f"{counted(len(vertical), 'class name')} may tell up from down"
         way_out = "augment.flip mirrors left to right only and is safe; flip nothing upside down"
         yield Finding("note", text, way_out, vertical)
 
@@ -419,10 +419,10 @@ def _of_counts(classes: Sequence[ClassFacts]) -> Iterator[Finding]:
     empty = tuple(name for name, count in readable.items() if count == 0)
     single = tuple(name for name, count in readable.items() if count == 1)
     if empty:
-        text = f"{_counted(len(empty), 'class', 'classes')} without a readable clip"
+        text = f"{counted(len(empty), 'class', 'classes')} without a readable clip"
         yield Finding("warning", text, "add clips, or remove the folder or number", empty)
     if single:
-        text = f"{_counted(len(single), 'class', 'classes')} with one readable clip"
+        text = f"{counted(len(single), 'class', 'classes')} with one readable clip"
         way_out = "add clips: one clip cannot be both trained on and held out"
         yield Finding("warning", text, way_out, single)
     some = {name: count for name, count in readable.items() if count}
@@ -447,12 +447,12 @@ def _of_frames(readable: Sequence[ClipFacts], span: Span) -> Iterator[Finding]:
         else:
             fewer = sum(each.frames < span.frames for each in short)
             way_out = f"leave them out: {fewer} of them have fewer than {span.frames} frames in all"
-        items = tuple(f"{e.example.path}: {_counted(e.frames, 'frame')}" for e in short)
+        items = tuple(f"{e.example.path}: {counted(e.frames, 'frame')}" for e in short)
         yield Finding("warning", text, way_out, items)
     other = [each for each in readable if each.channels != 3]
     if other:
-        items = tuple(f"{e.example.path}: {_counted(e.channels, 'channel')}" for e in other)
-        text = f"{_counted(len(other), 'array')} without the 3 channels of a published model"
+        items = tuple(f"{e.example.path}: {counted(e.channels, 'channel')}" for e in other)
+        text = f"{counted(len(other), 'array')} without the 3 channels of a published model"
         way_out = "only a model of as many channels (model.config.num_channels) reads them"
         yield Finding("warning", text, way_out, items)
     rates = [each.fps for each in readable if each.fps]
@@ -463,5 +463,6 @@ def _of_frames(readable: Sequence[ClipFacts], span: Span) -> Iterator[Finding]:
         yield Finding("note", text, "convert the clips to one rate if speed tells classes apart")
 
 
-def _counted(count: int, noun: str, plural: str | None = None) -> str:
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things in words, "1 clip" or "2 clips"."""
     return f"{count} {noun if count == 1 else plural or noun + 's'}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the clips in a directory, and whether its folders are classes or clips."""
 
+import itertools
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vivit_jax.data.datasets.list_files import SOURCES, Entry
+from vivit_jax.data.datasets.list_rows import SPLITS
 from vivit_jax.data.video.images import is_webp
 from vivit_jax.errors import UserError
 
@@ -17,9 +19,7 @@ ARRAYS = (".npy", ".npz")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEOS = (".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv")
 VIDEOS += (".ts", ".webm", ".wmv")
-_SPLITS = (
-    "train", "training", "val", "valid", "validate", "validation", "dev", "eval", "test", "testing",
-)  # fmt: skip
+_SPLITS = {"eval", *itertools.chain.from_iterable(SPLITS)}
 _DEEPEST = 16
 
 

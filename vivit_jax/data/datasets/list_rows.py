@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 _TEST = ("test", "testing")
 _VALIDATION = ("validation", "val", "valid", "validate", "dev")
-# The names of a split; many data sets validate with their test clips.
-_SPLITS = (("train", "training"), _VALIDATION, _TEST)
+# The names of each split; many data sets validate with their test clips.
+SPLITS = (("train", "training"), _VALIDATION, _TEST)
 # Where a data set's clips lie below the root, for files that list only their names.
 _LAYOUTS = (
     "{name}",
@@ -141,7 +141,7 @@ def _wanted(source: ListSource, counts: dict[str | None, int]) -> str | None:
         return next(iter(counts))
     if wanted is not None:
         by_lower = {(name or "").lower(): name for name in counts}
-        others = next((names for names in _SPLITS if wanted.lower() in names), ())
+        others = next((names for names in SPLITS if wanted.lower() in names), ())
         for name in (wanted.lower(), *others, *(_TEST if others is _VALIDATION else ())):
             if name in by_lower:
                 if others is _VALIDATION and name in _TEST:
