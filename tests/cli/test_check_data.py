@@ -251,3 +251,18 @@ def test_many_classes_are_shown_in_part(capsys, tmp_path, made):
     text = check_text.as_text(report, CheckOptions())
     rows = [line for line in text.splitlines() if line[:1].isdigit()]
     assert len(rows) == 20 and rows[-1].startswith("7 class 07") and "... 5 more" in text
+
+
+def test_a_split_of_a_list_is_checked_by_the_names_of_a_file(capsys, tmp_path):
+    """The flags of `evaluate`, from the same dataclass."""
+    for name in ("a", "b", "c"):
+        np.save(tmp_path / f"{name}.npy", np.full((70, 8, 8, 3), ord(name), np.uint8))
+    (tmp_path / "list.csv").write_text(
+        "path,label,split\na.npy,0,test\nb.npy,1,test\nc.npy,1,train\n"
+    )
+    (tmp_path / "names.txt").write_text("walk\nrun\n")
+    flags = ("--split", "test", "--class-names", tmp_path / "names.txt")
+    status, out, _ = run_command(capsys, "check-data", tmp_path / "list.csv", *flags)
+    assert status == 0 and "2 clips" in out and "0 walk" in out and "1 run" in out
+    status, out, _ = run_command(capsys, "check-data", tmp_path / "list.csv")
+    assert status == 1 and "say which" in out

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -22,6 +22,7 @@ from vivit_jax.cli.check_text import (
     finding_dict,
     finding_line,
 )
+from vivit_jax.cli.options import SourceOptions
 from vivit_jax.console import FLAT
 from vivit_jax.data.datasets.check import (
     LEVELS,
@@ -31,27 +32,21 @@ from vivit_jax.data.datasets.check import (
     check_dataset,
     counted,
 )
-from vivit_jax.data.datasets.dataset import Dataset, read_dataset
+from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, whole_file, write_json
 from vivit_jax.progress import live_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """How the data set is read, as in training.
+class ClipOptions(SourceOptions):
+    """The clips to check.
 
     Attributes:
-        root: Directory of the relative paths of a list. Default: the list's own.
         labels: Labels in each line of a list. 0 checks clips for pre-training, which needs none.
-        frame_name: Names of images in folders of frames, as a Python format of their number.
-        first_frame: Number of a folder's first image, if the list does not give it.
     """
 
-    root: str | None = None
     labels: int = 1
-    frame_name: str = "img_{:05}.jpg"
-    first_frame: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +71,7 @@ def check_data(
     data: Annotated[Path, tyro.conf.Positional],
     /,
     *,
-    source: Annotated[SourceOptions, FLAT] = SourceOptions(),
+    source: Annotated[ClipOptions, FLAT] = ClipOptions(),
     check: Annotated[CheckOptions, FLAT] = CHECK,
     output: Annotated[OutputOptions, FLAT] = OutputOptions(),
 ) -> int:
@@ -94,7 +89,7 @@ def check_data(
     to_stdout = str(output.json) == "-"
     with _collected_warnings() as warnings:
         try:
-            dataset = read_dataset(data, **dataclasses.asdict(source))
+            dataset = source.listed(data, source.labels)
         except UserError as error:
             return _not_read(error, output.json, to_stdout)
         report = _checked(dataset, check, labelled=source.labels > 0)
@@ -119,7 +114,7 @@ def check_data(
 
 
 def _check_options(
-    data: Path, source: SourceOptions, check: CheckOptions, output: OutputOptions
+    data: Path, source: ClipOptions, check: CheckOptions, output: OutputOptions
 ) -> None:
     for name in ("frames", "stride", "threads"):
         if getattr(check, name) < 1:
@@ -194,7 +189,7 @@ def _collected_warnings() -> Iterator[list[str]]:
         logger.removeHandler(handler)
 
 
-def write_split(report: Report, paths: tuple[Path, Path], source: SourceOptions) -> None:
+def write_split(report: Report, paths: tuple[Path, Path], source: ClipOptions) -> None:
     """Write the suggested split as two lists, and read them back.
 
     UserError if there is nothing to hold out, or a path that a list cannot hold.
@@ -204,7 +199,7 @@ def write_split(report: Report, paths: tuple[Path, Path], source: SourceOptions)
     if source.labels and not report.dataset.labels_per_example:
         raise UserError("--write-split: the clips have no labels; for pre-training pass --labels 0")
     sides = (report.train, report.validation)
-    how: dict[str, Any] = dataclasses.asdict(source) | {"root": None}
+    how = dataclasses.replace(source, root=None, split=None, class_names=None)
     with contextlib.ExitStack() as files:
         for path, side in zip(paths, sides, strict=True):
             examples = [report.clips[i].example for i in side]
@@ -213,7 +208,7 @@ def write_split(report: Report, paths: tuple[Path, Path], source: SourceOptions)
             text = "".join(_list_line(example) for example in examples)
             partial.write_text(text, encoding="utf-8", errors="surrogateescape")
             with contextlib.suppress(UserError):
-                if read_dataset(partial, **how).examples == tuple(examples):
+                if how.listed(partial, how.labels).examples == tuple(examples):
                     continue
             raise UserError(
                 f"--write-split {path}: a path with a tab or a line break cannot stand in a list; "

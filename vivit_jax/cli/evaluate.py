@@ -11,10 +11,9 @@ import jax
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
-from vivit_jax.cli.options import ONE_PROCESS, Dtype, ProcessOptions
+from vivit_jax.cli.options import ONE_PROCESS, Dtype, ProcessOptions, SourceOptions
 from vivit_jax.cli.train import join
 from vivit_jax.console import FLAT, ConfigOption, joined
-from vivit_jax.data.datasets.dataset import read_dataset
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, write_json
 from vivit_jax.recipes import recipe_named
@@ -27,25 +26,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(SourceOptions):
     """The labelled videos.
 
     Attributes:
         data: A list file with a path and a label in each line or in columns, or a directory with a
             folder for each class. Names of classes are matched with the model's.
-        root: Directory of the relative paths of a list. Default: the list's own.
-        frame_name: Names of images in folders of frames, as a Python format of their number.
-        first_frame: Number of a folder's first image, if the list does not give it.
-        split: The rows of a list with several splits, such as test.
-        class_names: A file that names the classes of a list, in their order.
     """
 
     data: str
-    root: str | None = None
-    frame_name: str = "img_{:05}.jpg"
-    first_frame: int = 1
-    split: str | None = None
-    class_names: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,8 +110,6 @@ def evaluate(
     ):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
-    if data.first_frame < 0:
-        raise UserError(f"--first-frame must be at least 0, got {data.first_frame}")
     mesh = make_mesh(parse_mesh(work.mesh, jax.device_count()))
     changes = joined(config)
     source = open_model(model, changes, dtype=work.dtype)
@@ -130,15 +117,7 @@ def evaluate(
         raise UserError(
             f"--model {model} holds no classifier; fine-tune it first (vivit-jax finetune --start)"
         )
-    dataset = read_dataset(
-        data.data,
-        data.root,
-        labels=len(source.config.split_sizes),
-        frame_name=data.frame_name,
-        first_frame=data.first_frame,
-        split=data.split,
-        class_names=data.class_names,
-    )
+    dataset = data.listed(data.data, len(source.config.split_sizes))
     dataset = evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)
     net, params = from_pretrained(source, "classification", dtype=work.dtype)

@@ -2,8 +2,12 @@
 """Groups of flags that several commands share."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
+
+from vivit_jax.data.datasets.dataset import Dataset, read_dataset
+from vivit_jax.errors import UserError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -22,6 +26,39 @@ class ReadOptions:
     stride: int | None = None
     start: str = "center"
     pad: Literal["error", "repeat_last", "loop"] = "error"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How a data set is listed, as in training.
+
+    Attributes:
+        root: Directory of the relative paths of a list. Default: the list's own.
+        frame_name: Names of images in folders of frames, as a Python format of their number.
+        first_frame: Number of a folder's first image, if the list does not give it.
+        split: The rows of a list with several splits, such as test.
+        class_names: A file that names the classes of a list, in their order.
+    """
+
+    root: str | None = None
+    frame_name: str = "img_{:05}.jpg"
+    first_frame: int = 1
+    split: str | None = None
+    class_names: str | None = None
+
+    def listed(self, source: str | os.PathLike, labels: int) -> Dataset:
+        """The data set with so many labels for each clip. Raises UserError."""
+        if self.first_frame < 0:
+            raise UserError(f"--first-frame must be at least 0, got {self.first_frame}")
+        return read_dataset(
+            source,
+            self.root,
+            labels=labels,
+            frame_name=self.frame_name,
+            first_frame=self.first_frame,
+            split=self.split,
+            class_names=self.class_names,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
