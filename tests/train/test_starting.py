@@ -25,6 +25,7 @@ from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import EvalSettings, ModelSettings
 from vivit_jax.train import loop
 from vivit_jax.train.initial_model import _FIXED, description, of_the_function, starting_model
+from vivit_jax.train.prepare import listed, prepare
 from vivit_jax.train.preprocessing import described_preprocessing
 from vivit_jax.train.run_directory import RunDirectory, saved_recipe
 from vivit_jax.train.sharding import make_mesh, parse_mesh
@@ -465,7 +466,7 @@ def prepared(recipe, *settings):
     """The setup of a run, before its first step, and what it starts from."""
     mesh = make_mesh(parse_mesh("data=1", 1))
     recipe = apply_settings(recipe, settings)
-    setup, batches, start = loop._prepare(recipe, mesh, None, loop._listed(recipe, None, None))
+    setup, batches, start = prepare(recipe, mesh, None, listed(recipe))
     batches.close()
     return setup, start
 

@@ -35,6 +35,7 @@ LATE = {
 # Modules that import others by name, and why.
 BY_NAME = {
     "vivit_jax/__init__.py": "public names load on first use",
+    "vivit_jax/train/__init__.py": "public names load on first use",
     "vivit_jax/console.py": "of all commands only the one that was asked for is imported",
     "vivit_jax/processes.py": "a process of its own imports the module of the function it runs",
     "checkpoints_convert/verify.py": "asks whether the extra's packages are there",
@@ -191,6 +192,7 @@ def test_only_the_public_names_import_packages_for_type_checkers_alone():
                 )
                 found[path.relative_to(ROOT).as_posix()] |= {name.split(".")[0] for name in names}
     assert found.pop("vivit_jax/__init__.py") == set(PACKAGES)
+    assert found.pop("vivit_jax/train/__init__.py") == {"vivit_jax"}
     assert found and not [name for name, roots in found.items() if roots & {"", *PACKAGES}]
 
 

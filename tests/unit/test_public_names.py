@@ -8,6 +8,7 @@ import pytest
 
 import checkpoints_convert
 import vivit_jax
+import vivit_jax.train
 
 # A name leaves this list only with an entry in CHANGELOG.md that says what takes its place.
 PUBLIC = (
@@ -20,18 +21,24 @@ PUBLIC = (
     "read_video", "read_video_pyav", "reconstruct", "running_cell", "sample_frame_indices",
     "save_pretrained", "tube_mask",
 )  # fmt: skip
+PUBLIC_IN_TRAIN = (
+    "Callback", "Dataset", "EarlyStop", "Event", "Outcome", "Recipe", "RunOptions", "TrainState",
+    "apply_settings", "from_objects", "read_dataset", "recipe_named", "train",
+)  # fmt: skip
+NAMES = [(vivit_jax, PUBLIC), (vivit_jax.train, PUBLIC_IN_TRAIN)]
 
 
-def test_no_public_name_is_lost():
-    assert sorted(vivit_jax.__all__) == sorted(PUBLIC)
-    assert set(PUBLIC) <= set(dir(vivit_jax))
-    for name in PUBLIC:
-        assert getattr(vivit_jax, name) is not None, name
+@pytest.mark.parametrize("package, names", NAMES)
+def test_no_public_name_is_lost(package, names):
+    assert sorted(package.__all__) == sorted(names)
+    assert set(names) <= set(dir(package))
+    for name in names:
+        assert getattr(package, name) is not None, name
 
 
-def imports_for_type_checkers() -> dict[str, str]:
-    """What `if TYPE_CHECKING:` imports in vivit_jax/__init__.py: module by name."""
-    tree = ast.parse(Path(vivit_jax.__file__).read_text(encoding="utf-8"))
+def imports_for_type_checkers(package) -> dict[str, str]:
+    """What `if TYPE_CHECKING:` imports in a package's __init__.py: module by name."""
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (block,) = [
         node
         for node in tree.body
@@ -43,9 +50,10 @@ def imports_for_type_checkers() -> dict[str, str]:
     return {alias.name: module for alias, module in names}
 
 
-def test_type_checkers_see_what_is_loaded_on_first_use():
-    assert imports_for_type_checkers() == vivit_jax._PUBLIC
-    assert vivit_jax.__all__ == sorted(vivit_jax._PUBLIC)
+@pytest.mark.parametrize("package, names", NAMES)
+def test_type_checkers_see_what_is_loaded_on_first_use(package, names):
+    assert imports_for_type_checkers(package) == package._PUBLIC
+    assert package.__all__ == sorted(package._PUBLIC)
 
 
 @pytest.mark.parametrize("package", [vivit_jax, checkpoints_convert])
@@ -53,6 +61,8 @@ def test_packages_say_that_they_are_typed(package):
     assert (Path(package.__file__).parent / "py.typed").is_file()
 
 
-def test_a_name_that_is_not_public():
-    with pytest.raises(AttributeError, match="module 'vivit_jax' has no attribute 'VivitModels'"):
-        _ = vivit_jax.VivitModels
+@pytest.mark.parametrize("package", [vivit_jax, vivit_jax.train])
+def test_a_name_that_is_not_public(package):
+    told = f"module '{package.__name__}' has no attribute 'VivitModels'"
+    with pytest.raises(AttributeError, match=told):
+        _ = package.VivitModels

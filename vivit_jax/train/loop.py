@@ -3,10 +3,8 @@
 
 import contextlib
 import dataclasses
-import functools
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +14,22 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from checkpoints_convert.pretrained import save_pretrained
-from vivit_jax.data.datasets.dataset import Dataset, read_dataset
-from vivit_jax.data.pipeline import Batches, ClipShape, ProcessShard
+from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError, WriteError
-from vivit_jax.recipes.checks import check, model_config
+from vivit_jax.recipes.checks import check
 from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.train.callbacks import Callback, Callbacks, Event, Kind
 from vivit_jax.train.checkpoint import Checkpoints
-from vivit_jax.train.evaluate import (
-    evaluate,
-    evaluate_reconstruction,
-    model_labels,
-    unreadable_clips,
-)
-from vivit_jax.train.initial_model import Start, described_model, description, starting_model
+from vivit_jax.train.evaluate import evaluate, evaluate_reconstruction, unreadable_clips
+from vivit_jax.train.initial_model import description
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import leading_name
-from vivit_jax.train.preprocessing import described_preprocessing
+from vivit_jax.train.prepare import first_state, listed, prepare, summary
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory
-from vivit_jax.train.setup import TrainSetup, make_setup
-from vivit_jax.train.sharding import (
-    batch_sharding,
-    bytes_on_a_device,
-    gathered,
-    make_mesh,
-    mesh_text,
-    parse_mesh,
-)
-from vivit_jax.train.state import TrainState, new_state
+from vivit_jax.train.setup import TrainSetup
+from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, parse_mesh
+from vivit_jax.train.state import TrainState
 from vivit_jax.train.stop_signals import agreed_stop, stop_of_one, stop_signals
 
 
@@ -56,19 +42,36 @@ class Outcome:
     stopped: str | None  # the signal that ended it early
     model: Path  # the best model's directory; without validation the last one's
     metrics: dict[str, float]  # of the last validation
+    stop_reason: str | None = None  # of the callback that ended it early
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run is run.
+
+    Attributes:
+        resume: continue the run in the directory, from the latest checkpoint that is not damaged.
+        resume_step: with `resume`, from the checkpoint of this step; it replaces later ones.
+        mesh_sizes: those of `vivit_jax.train.sharding.parse_mesh`; None: all devices along "data".
+        tensorboard: whether to write TensorBoard files too.
+        say: takes the lines about the start and the end.
+    """
+
+    resume: bool = False
+    resume_step: int | None = None
+    mesh_sizes: Mapping[str, int] | None = None
+    tensorboard: bool = False
+    say: Callable[[str], None] = print
 
 
 def train(
     recipe: Recipe,
     out: str | Path,
     *,
-    resume: bool = False,
-    resume_step: int | None = None,
-    mesh_sizes: dict[str, int] | None = None,
-    dataset: Dataset | None = None,
-    validation: Dataset | None = None,
-    tensorboard: bool = False,
-    say: Callable[[str], None] = print,
+    callbacks: Sequence[Callback] = (),
+    dataset: Any = None,
+    validation: Any = None,
+    **options: Any,
 ) -> Outcome:
     """Run a recipe into the directory `out`, or resume the run that is there.
 
@@ -76,56 +79,63 @@ def train(
     needs), models/ (each kept checkpoint's model as a HuggingFace directory, from the moving
     average where there is one), bad_clips.json if clips could not be read, and report.html.
 
-    `resume` continues from the latest checkpoint that is not damaged, or from `resume_step`, and
-    replaces later ones. The run continues as if it had never stopped, on any number of devices; on
+    With `resume=True` the run continues as if it had never stopped, on any number of devices; on
     the same devices and with the same `train.accumulate` bit for bit. SIGINT and SIGTERM end a run
-    with a checkpoint after the current step or validation. `mesh_sizes` are those of
-    `vivit_jax.train.sharding.parse_mesh`, by default all devices along "data".
+    with a checkpoint after the current step or validation.
 
-    `dataset` and `validation` replace `data.train` and `data.validation`: the results of
-    `read_dataset` or `from_objects`. A resumed run needs them again.
+    Args:
+        recipe: its settings.
+        out: a new or empty directory; with `resume=True` one that holds a run of the recipe.
+        callbacks: see each step and evaluation, and may end the run: `vivit_jax.train.callbacks`.
+        dataset: replaces `data.train`: a result of `read_dataset` or `from_objects`, or any object
+            that the latter takes. A resumed run needs it again.
+        validation: replaces `data.validation`, likewise.
+        options: the fields of `RunOptions`: resume, resume_step, mesh_sizes, tensorboard, say.
 
     Raises UserError before anything is written for a recipe that cannot run, and for a directory
     that holds a run if `resume` is not set. Also raises it, after saving the last good state, where
-    losses stay not finite or too many clips cannot be read.
+    losses stay not finite, too many clips cannot be read, or a callback fails.
     """
     check(recipe)
-    sizes = mesh_sizes or parse_mesh(None, jax.device_count())
+    given, told = RunOptions(**options), Callbacks(callbacks)
+    sizes = given.mesh_sizes or parse_mesh(None, jax.device_count())
     first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
 
         def enter(thing):
             return stack.enter_context(contextlib.closing(thing))
 
-        run = enter(RunDirectory(Path(out), recipe, resume=resume))
+        run = enter(RunDirectory(Path(out), recipe, resume=given.resume))
         checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
-        if resume_step is not None:
-            checkpoints.check_step(resume_step)
-        saved = resume and checkpoints.latest() is not None
+        if given.resume_step is not None:
+            checkpoints.check_step(given.resume_step)
+        saved = given.resume and checkpoints.latest() is not None
         model_file = run.model_file if saved else None
-        data = _listed(recipe, dataset, validation)
-        setup, batches, start = _prepare(recipe, make_mesh(sizes), model_file, data)
+        data = listed(recipe, dataset, validation)
+        setup, batches, start = prepare(recipe, make_mesh(sizes), model_file, data)
         enter(batches)
         if start is not None:
-            state, taken = _first_state(setup, start.params), 0
+            state, taken = first_state(setup, start.params), 0
         else:
-            state, data, taken = checkpoints.restore(setup.shapes, resume_step)
+            state, saved_data, taken = checkpoints.restore(setup.shapes, given.resume_step)
             checkpoints.rewind(taken)
             # The batches refuse a number of processes that differs.
-            batches.restore(data.get(str(jax.process_index()), data["0"]))
+            own = saved_data.get(str(jax.process_index()), saved_data["0"])
+            batches.restore(own)
+            told.restore(own.get("callbacks", ()))
         run.begin(None if start is None else description(start, recipe.task))
         progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
         log = enter(
             MetricLog(
                 run.path,
-                resume_at=taken if resume else None,
-                tensorboard=tensorboard,
+                resume_at=taken if given.resume else None,
+                tensorboard=given.tensorboard,
                 enabled=first_process,
             )
         )
         if first_process:
-            say(_summary(setup, batches, run, taken))
-        loop = _Loop(setup, run, checkpoints, batches, log, progress, state, taken)
+            given.say(summary(setup, batches, run.path, taken))
+        loop = _Loop(setup, run, checkpoints, batches, log, progress, told, state, taken)
         stopped = loop.take_steps()
         checkpoints.wait()
         best, step = checkpoints.best(), checkpoints.latest()
@@ -133,90 +143,11 @@ def train(
     if first_process:
         bad = run.bad_clips()
         if bad and step > taken:
-            say(f"left out, as they could not be read: {bad}; {run.path / BAD_CLIPS} says why")
+            where = run.path / BAD_CLIPS
+            given.say(f"left out, as they could not be read: {bad}; {where} says why")
         write_report(run.path)
     model = run.path / "models" / str(step if best is None else best)
-    return Outcome(step, setup.steps, stopped, model, loop.metrics)
-
-
-def _listed(
-    recipe: Recipe, dataset: Dataset | None, validation: Dataset | None
-) -> tuple[Dataset, Dataset | None]:
-    """The clips to train on and to validate with: those that are given, or the recipe's."""
-    settings = recipe.data
-    if dataset is None and not settings.train:
-        raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
-    finetune = recipe.task == "finetune"
-    listed = functools.partial(
-        read_dataset,
-        root=settings.root,
-        labels=len(model_config(recipe).split_sizes) if finetune else 0,
-        frame_name=settings.frame_name,
-        first_frame=settings.first_frame,
-    )
-
-    def read(source: str, split: str) -> Dataset:
-        # Folders name their own classes.
-        names = None if os.path.isdir(source) else settings.class_names
-        return listed(source, split=split, class_names=names)
-
-    if dataset is None:
-        dataset = read(settings.train, settings.train_split)
-    if validation is None and settings.validation is not None:
-        validation = read(settings.validation, settings.validation_split)
-    return dataset, validation
-
-
-def _prepare(
-    recipe: Recipe,
-    mesh: Mesh,
-    model_file: Path | None,
-    data: tuple[Dataset, Dataset | None],
-) -> tuple[TrainSetup, Batches, Start | None]:
-    """The setup, the batches, and what a new run starts from (None for a resumed one).
-
-    `model_file` describes the model of a resumed run, `data` are the clips of `_listed`. Writes
-    nothing.
-    """
-    finetune = recipe.task == "finetune"
-    dataset, validation = data
-    if model_file is None:
-        classes = dataset.classes if finetune else None
-        start = starting_model(recipe, classes, _numbers(dataset, validation))
-        model, frames = start.model, start.preprocessing
-    else:
-        start, model = None, described_model(model_file)
-        frames = described_preprocessing(model_file, recipe, model.config)
-    config, recipe, processor = model.config, frames.recipe, frames.processor
-    if finetune:
-        dataset = model_labels(dataset, config)
-        validation = None if validation is None else model_labels(validation, config)
-    batches = Batches(
-        dataset,
-        recipe.data,
-        recipe.augment,
-        shape=ClipShape(config.num_frames, config.frame_size, config.num_channels),
-        batch_size=recipe.train.batch_size,
-        seed=recipe.train.seed,
-        shard=ProcessShard(jax.process_index(), jax.process_count()),
-        labelled=finetune,
-    )
-    per_epoch = batches.sampler.steps_per_epoch
-    setup = make_setup(recipe, mesh, model, processor, per_epoch, validation)
-    return setup, batches, start
-
-
-def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
-    """The number of classes of clips with one numeric label: the largest plus one.
-
-    None for named classes, for several labels, and where all labels are equal.
-    """
-    both = [dataset] if validation is None else [dataset, validation]
-    if any(each.classes is not None or each.labels_per_example != 1 for each in both):
-        return None
-    labels = (example.label for each in both for example in each.examples)
-    found = {label for label in labels if isinstance(label, int)}
-    return 1 + max(found) if len(found) > 1 else None
+    return Outcome(step, setup.steps, stopped, model, loop.metrics, loop.stop_reason)
 
 
 @dataclasses.dataclass
@@ -229,11 +160,13 @@ class _Loop:
     batches: Batches
     log: MetricLog
     progress: Progress
+    callbacks: Callbacks
     state: TrainState
     taken: int  # steps
 
     def __post_init__(self):
         self.metrics: dict[str, float] = {}  # of the last validation
+        self.stop_reason: str | None = None  # of the callback that ended the run
         self._unreadable: dict[str, str] | None = None  # clips of the last validation: path -> why
         self._clock, self._position = _Clock(), self.batches.state()
         self._pending: tuple[int, dict[str, jax.Array]] | None = None  # not reported yet
@@ -247,7 +180,10 @@ class _Loop:
         with stop_signals() as received:
             try:
                 while self.taken < last and stopped is None:
+                    before = self.taken
                     stopped = self._step(received) or stop_of_one(received)
+                    if self.taken == before:  # a callback ends the run
+                        break
                     validate = self._validation_due()
                     if stopped or validate or self._checkpoint_due():
                         self._report_pending()
@@ -255,20 +191,23 @@ class _Loop:
                             # A validated step is saved: it may turn out to be the best.
                             self._save(self._validated() if validate else None)
                         stopped = stopped or stop_of_one(received)
+                self._end()
             except WriteError:  # a disk that takes no log takes no checkpoint either
                 raise
             except UserError:
                 # The state is good: steps without finite gradients change nothing.
                 with contextlib.suppress(UserError):
                     self._report_pending()
-                if self.taken and self.checkpoints.latest() != self.taken:
-                    self._save()
+                self._save_once()
                 raise
             self.checkpoints.wait()
         return stopped if self.taken < last else None
 
     def _step(self, received: list[str]) -> str | None:
-        """Take a step and report the one before. The signal after which all processes end."""
+        """Take a step and report the one before. The signal after which all processes end.
+
+        Takes none if a callback asked for the end.
+        """
         batch = failed = None
         try:
             batch = self._clock.fetch(self.batches, self._pending and self._pending[1]["loss"])
@@ -278,7 +217,13 @@ class _Loop:
             self._bad_reported = True
             why = next(iter(self.batches.bad.values()))
             self.progress.say(f"left out, as every clip that cannot be read will be: {why}")
-        stopped = agreed_stop(received, failed)
+        if self.callbacks:
+            # They are to see the state, whose memory the next step takes.
+            self._report_pending()
+        asked = self.callbacks.reason is not None
+        stopped, ended = agreed_stop(received, failed or self.callbacks.failed, asked)
+        if ended:
+            return None
         assert batch is not None  # else agreed_stop raised
         self.state, values = self.setup.step(self.state, _placed(batch, self.setup.mesh))
         self.taken, self._position = self.taken + 1, self.batches.state()
@@ -287,6 +232,17 @@ class _Loop:
         if previous is not None:
             self._report(*previous)
         return stopped
+
+    def _end(self) -> None:
+        """After the last step: what callbacks said of it counts too."""
+        agreed_stop([], self.callbacks.failed)
+        reasons = [each for each in gathered(self.callbacks.reason) if each is not None]
+        if reasons and self.taken < self.setup.last:
+            self.stop_reason = reasons[0]
+            text = f"a callback ended the run: {self.stop_reason}"
+            self.log.write("event", self.taken, {"text": text})
+            self.progress.say(f"step {self.taken}: {text}")
+        self._save_once()
 
     def _checkpoint_due(self) -> bool:
         every = self.setup.recipe.train.checkpoint_every or self.setup.per_epoch
@@ -312,6 +268,7 @@ class _Loop:
         self.progress.update(
             step, loss=numbers["loss"], lr=numbers["lr"], wait_seconds=waited, seconds=seconds
         )
+        self._tell("train", numbers | rate)
         if not bad:
             return
         what = f"loss {numbers['loss']:g}, gradient norm {numbers['gradient_norm']:g}"
@@ -323,6 +280,13 @@ class _Loop:
                 "optim.clip, or compute in float32"
             )
 
+    def _tell(self, kind: Kind, metrics: dict[str, float], score: float | None = None) -> None:
+        """Call the callbacks about the last step."""
+        if self.callbacks:
+            epoch = self.taken / self.setup.per_epoch
+            at = (self.taken, metrics, self.state, self.setup.steps, epoch, score)
+            self.callbacks.call(Event(kind, *at, self.callbacks.stop))
+
     def _validated(self) -> dict[str, float]:
         """Validate and log the metrics; returns them with the score of the checkpoint."""
         self.metrics, self._unreadable = _validate(self.setup, self.state)
@@ -330,12 +294,22 @@ class _Loop:
         text = ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items())
         epochs = self.taken / self.setup.per_epoch
         self.progress.say(f"step {self.taken}, after {epochs:g} epochs: {text}")
-        return _scored(self.setup, self.metrics)
+        scored = _scored(self.setup, self.metrics)
+        # Before the checkpoint, which has the callbacks' states.
+        self._tell("evaluate", self.metrics, scored["score"])
+        return scored
 
     def _save(self, scores: dict[str, float] | None = None) -> None:
-        data = _of_all_processes(self._position)
+        states = self.callbacks.state()
+        own = self._position | ({"callbacks": states} if states else {})
+        data = _of_all_processes(own)
         self.checkpoints.save(self.taken, self.state, data, scores, self._model_writer())
         self.run.write_bad_clips(data, self._unreadable)
+
+    def _save_once(self) -> None:
+        """Save the last step, unless it is saved."""
+        if self.taken and self.checkpoints.latest() != self.taken:
+            self._save()
 
     def _model_writer(self) -> Callable[[Path], None] | None:
         """What writes the model, in the first process; all take part in gathering it."""
@@ -344,36 +318,6 @@ class _Loop:
         if jax.process_index():
             return None
         return lambda path: save_pretrained(path, setup.model, params, setup.processor)
-
-
-def _first_state(setup: TrainSetup, params: Any) -> TrainState:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.shapes)
-    averaged = setup.recipe.optim.ema is not None
-    place = jax.jit(
-        lambda params: new_state(params, setup.optimizer, averaged=averaged),
-        out_shardings=shardings,
-    )
-    return place(jax.device_put(params, shardings.params))
-
-
-def _summary(setup: TrainSetup, batches: Batches, run: RunDirectory, taken: int) -> str:
-    if taken >= setup.last:
-        return (
-            f"{run.path}: the run has reached its last step, {taken} of {setup.steps}; nothing is "
-            "left to do"
-        )
-    params, kept = (
-        bytes_on_a_device(tree) / 2**20 for tree in (setup.shapes.params, setup.shapes.optimizer)
-    )
-    clips = f"{len(batches.sampler.dataset)} clips"
-    if setup.recipe.task == "finetune":  # as many classes as folders name, whatever recipes say
-        clips += f" of {setup.model.config.num_labels} classes"
-    return (
-        f"{type(setup.model).__name__}, {clips}, "
-        f"{setup.per_epoch} steps an epoch, steps {taken + 1} to {setup.last} of "
-        f"{setup.steps}; mesh {mesh_text(setup.mesh.shape)}; on each device {params:.1f} MiB "
-        f"of parameters and {kept:.1f} MiB of optimiser state"
-    )
 
 
 def _validate(setup: TrainSetup, state: TrainState) -> tuple[dict[str, float], dict[str, str]]:

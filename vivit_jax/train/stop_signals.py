@@ -51,23 +51,25 @@ def stop_signals() -> Iterator[list[str]]:
         restore()
 
 
-def agreed_stop(received: list[str], failed: UserError | None) -> str | None:
-    """The signal that any process received, so that all stop after the same step.
+def agreed_stop(
+    received: list[str], failed: UserError | None, asked: bool = False
+) -> tuple[str | None, bool]:
+    """What all processes agree on: the signal that any received, and whether any `asked` to end.
 
     Raises `failed`; the other processes raise a UserError that names the one that failed.
     """
     if failed is not None and jax.process_count() == 1:
         raise failed
     if jax.process_count() == 1:
-        return received[0] if received else None
+        return received[0] if received else None, asked
 
     number = signal.Signals[received[0]].value if received else 0
-    every = process_allgather(np.array([number, failed is not None], np.int32))
+    every = process_allgather(np.array([number, failed is not None, asked], np.int32))
     if every[:, 1].any():
         which = int(every[:, 1].argmax())
         raise failed or UserError(f"process {which} cannot continue; its own message says why")
     largest = int(every[:, 0].max())
-    return signal.Signals(largest).name if largest else None
+    return signal.Signals(largest).name if largest else None, bool(every[:, 2].any())
 
 
 def stop_of_one(received: list[str]) -> str | None:

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run does before its first step: its clips, model, batches and state. Writes nothing."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from vivit_jax.data.datasets.dataset import Dataset, from_objects, read_dataset
+from vivit_jax.data.pipeline import Batches, ClipShape, ProcessShard
+from vivit_jax.errors import UserError
+from vivit_jax.recipes.checks import model_config
+from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.train.evaluate import model_labels
+from vivit_jax.train.initial_model import Start, described_model, starting_model
+from vivit_jax.train.preprocessing import described_preprocessing
+from vivit_jax.train.setup import TrainSetup, make_setup
+from vivit_jax.train.sharding import bytes_on_a_device, mesh_text
+from vivit_jax.train.state import TrainState, new_state
+
+
+def listed(
+    recipe: Recipe, dataset: Any = None, validation: Any = None
+) -> tuple[Dataset, Dataset | None]:
+    """The clips to train on and to validate with: those that are given, or the recipe's.
+
+    What is given may be any object that `from_objects` takes.
+    """
+    settings = recipe.data
+    if dataset is None and not settings.train:
+        raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
+    finetune = recipe.task == "finetune"
+    read_list = functools.partial(
+        read_dataset,
+        root=settings.root,
+        labels=len(model_config(recipe).split_sizes) if finetune else 0,
+        frame_name=settings.frame_name,
+        first_frame=settings.first_frame,
+    )
+
+    def read(source: str, split: str) -> Dataset:
+        # Folders name their own classes.
+        names = None if os.path.isdir(source) else settings.class_names
+        return read_list(source, split=split, class_names=names)
+
+    def given(source: Any, name: str) -> Dataset:
+        if isinstance(source, Dataset):
+            return source
+        if isinstance(source, str | Path):
+            raise UserError(
+                f"{name} is {str(source)!r}; expected a data set: "
+                f"vivit_jax.data.datasets.dataset.read_dataset({str(source)!r}), or set the "
+                f"recipe's data.{'train' if name == 'dataset' else name}"
+            )
+        return from_objects(source)
+
+    if dataset is None:
+        dataset = read(settings.train, settings.train_split)
+    else:
+        dataset = given(dataset, "dataset")
+    if validation is not None:
+        validation = given(validation, "validation")
+    elif settings.validation is not None:
+        validation = read(settings.validation, settings.validation_split)
+    return dataset, validation
+
+
+def prepare(
+    recipe: Recipe,
+    mesh: Mesh,
+    model_file: Path | None,
+    data: tuple[Dataset, Dataset | None],
+) -> tuple[TrainSetup, Batches, Start | None]:
+    """The setup, the batches, and what a new run starts from (None for a resumed one).
+
+    `model_file` describes the model of a resumed run, `data` are the clips of `listed`.
+    """
+    finetune = recipe.task == "finetune"
+    dataset, validation = data
+    if model_file is None:
+        classes = dataset.classes if finetune else None
+        start = starting_model(recipe, classes, _numbers(dataset, validation))
+        model, frames = start.model, start.preprocessing
+    else:
+        start, model = None, described_model(model_file)
+        frames = described_preprocessing(model_file, recipe, model.config)
+    config, recipe, processor = model.config, frames.recipe, frames.processor
+    if finetune:
+        dataset = model_labels(dataset, config)
+        validation = None if validation is None else model_labels(validation, config)
+    batches = Batches(
+        dataset,
+        recipe.data,
+        recipe.augment,
+        shape=ClipShape(config.num_frames, config.frame_size, config.num_channels),
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        shard=ProcessShard(jax.process_index(), jax.process_count()),
+        labelled=finetune,
+    )
+    per_epoch = batches.sampler.steps_per_epoch
+    setup = make_setup(recipe, mesh, model, processor, per_epoch, validation)
+    return setup, batches, start
+
+
+def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
+    """The number of classes of clips with one numeric label: the largest plus one.
+
+    None for named classes, for several labels, and where all labels are equal.
+    """
+    both = [dataset] if validation is None else [dataset, validation]
+    if any(each.classes is not None or each.labels_per_example != 1 for each in both):
+        return None
+    labels = (example.label for each in both for example in each.examples)
+    found = {label for label in labels if isinstance(label, int)}
+    return 1 + max(found) if len(found) > 1 else None
+
+
+def first_state(setup: TrainSetup, params: Any) -> TrainState:
+    """The state before the first step, on the mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.shapes)
+    averaged = setup.recipe.optim.ema is not None
+    place = jax.jit(
+        lambda params: new_state(params, setup.optimizer, averaged=averaged),
+        out_shardings=shardings,
+    )
+    return place(jax.device_put(params, shardings.params))
+
+
+def summary(setup: TrainSetup, batches: Batches, path: Path, taken: int) -> str:
+    """One line about a run in `path` that is about to take the steps after `taken`."""
+    if taken >= setup.last:
+        return (
+            f"{path}: the run has reached its last step, {taken} of {setup.steps}; nothing is "
+            "left to do"
+        )
+    params, kept = (
+        bytes_on_a_device(tree) / 2**20 for tree in (setup.shapes.params, setup.shapes.optimizer)
+    )
+    clips = f"{len(batches.sampler.dataset)} clips"
+    if setup.recipe.task == "finetune":  # as many classes as folders name, whatever recipes say
+        clips += f" of {setup.model.config.num_labels} classes"
+    return (
+        f"{type(setup.model).__name__}, {clips}, "
+        f"{setup.per_epoch} steps an epoch, steps {taken + 1} to {setup.last} of "
+        f"{setup.steps}; mesh {mesh_text(setup.mesh.shape)}; on each device {params:.1f} MiB "
+        f"of parameters and {kept:.1f} MiB of optimiser state"
+    )
