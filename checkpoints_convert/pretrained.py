@@ -3,7 +3,10 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +38,14 @@ from vivit_jax.models.build import abstract_params, build_model, check_float64, 
 from vivit_jax.models.registry import head_of
 
 logger = logging.getLogger(__name__)
+_NAMED = 4  # names in a line of a brief report
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What loading a checkpoint into a model changes; `str()` is the message that is logged.
+    """What loading a checkpoint into a model changes; `str()` has all names.
+
+    The message that is logged is `brief`, which counts names where they are many.
 
     `dropped` and `ignored` are tensor names of the checkpoint; `fresh` are per-layer parameter
     paths of the model that the checkpoint does not have. `notes` say what else matters, such
@@ -57,6 +63,18 @@ class LoadReport:
         return bool(self.dropped or self.ignored or self.fresh or self.notes)
 
     def __str__(self) -> str:
+        return self._text(collapse)
+
+    @property
+    def brief(self) -> str:
+        """The same with counts in place of long lists of names, and where the names are."""
+        text = self._text(_few_or_counted)
+        if _many(self.dropped) or _many(self.ignored):
+            source = shlex.quote(self.source)
+            text += f"\n  the checkpoint's tensors by name: vivit-convert inspect {source}"
+        return text
+
+    def _text(self, listed: Callable[[Sequence[str]], Sequence[str]]) -> str:
         lines = [f"{self.source} loaded into {self.model}:"]
         for title, names in (
             ("freshly initialised, not in the checkpoint", self.fresh),
@@ -64,8 +82,20 @@ class LoadReport:
             ("in the checkpoint, without effect", self.ignored),
         ):
             if names:
-                lines.append(f"  {title} ({len(names)}): {', '.join(collapse(names))}")
+                lines.append(f"  {title} ({len(names)}): {', '.join(listed(names))}")
         return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+
+def _many(names: Sequence[str]) -> bool:
+    return len(collapse(names)) > _NAMED
+
+
+def _few_or_counted(names: Sequence[str]) -> list[str]:
+    """A few names, or how many there are under each first part of a name."""
+    if not _many(names):
+        return collapse(names)
+    parts = Counter(re.split("[./]", name)[0] for name in names)
+    return [part if count == 1 else f"{part} {count}" for part, count in parts.items()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +248,7 @@ class Plan:
     def load(self, param_dtype: str | None, seed: int) -> InitialisedModel:
         """The model with its parameters; logs the report unless it is empty."""
         if self.report:
-            logger.warning("%s", self.report)
+            logger.warning("%s", self.report.brief)
         params = param_tree.unflatten(self.read(param_dtype, seed))
         return InitialisedModel(self.model, params, self.report)
 

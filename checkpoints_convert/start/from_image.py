@@ -105,7 +105,7 @@ def init_from_image_model(
     """
     options = ImageOptions(inflation, positions, temporal_attention)
     found, _ = read_image_model(source, config, options, head=head, revision=revision, seed=seed)
-    logger.warning("%s", found.report)
+    logger.warning("%s", found.report.brief)
     return found
 
 

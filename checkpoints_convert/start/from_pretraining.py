@@ -66,7 +66,7 @@ def init_from_pretraining(
         theirs = ", ".join(f"{name}={value}" for name, value in differs.items())
         notes.append(f"kept as the checkpoint has them: {kept}; the authors have {theirs} (config)")
     report = dataclasses.replace(plan.report, notes=tuple(notes))
-    logger.warning("%s", report)
+    logger.warning("%s", report.brief)
     return InitialisedModel(plan.model, param_tree.unflatten(params), report)
 
 

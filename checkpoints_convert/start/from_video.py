@@ -83,7 +83,7 @@ def init_from_video_model(
         dropped=tuple(sorted((*plan.report.dropped, *dropped))),
         notes=(*_notes(old, new), *plan.report.notes),
     )
-    logger.warning("%s", report)
+    logger.warning("%s", report.brief)
     return InitialisedModel(model, params, report)
 
 

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import shlex
 
 import jax
 import numpy as np
@@ -55,7 +56,15 @@ def test_classifier_on_a_pretraining_checkpoint(checkpoints, caplog):
     assert report.fresh == ("head/kernel", "head/bias")
     assert "use_mean_pooling is false" in str(report)
     assert len(report.dropped) == 2 * 15 + 2 + 4 and "mask_token" in report.dropped
-    assert [(r.levelno, r.getMessage()) for r in caplog.records] == [(logging.WARNING, str(report))]
+    (record,) = caplog.records
+    assert (record.levelno, record.getMessage()) == (logging.WARNING, report.brief)
+    # Few names are listed, many counted; the whole list is one command away.
+    lines = report.brief.splitlines()
+    assert "  freshly initialised, not in the checkpoint (2): head/kernel, head/bias" in lines
+    counts = "decoder 34, encoder_to_decoder, mask_token"
+    assert f"  in the checkpoint, not in this model (36): {counts}" in lines
+    assert lines[-1].endswith(f": vivit-convert inspect {shlex.quote(str(path))}")
+    assert "decoder.decoder_layers.{0-1}.attention.output.dense.bias" in str(report)
     held = vivit_jax.from_pretrained(path)[1]
     assert same(params["backbone"], held["backbone"])
 

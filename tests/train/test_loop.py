@@ -151,7 +151,8 @@ def test_a_run_tells_each_step_once_and_each_validation(whole):
     assert [line["step"] for line in validated] == [6, 12]
     assert {line["videos"] for line in validated} == {18}
     assert validated[-1]["accuracy"] == whole.metrics["accuracy"]
-    assert lines(out, "event") == []
+    (start,) = lines(out, "event")
+    assert start["step"] == 0 and "fresh" in start["text"]
     assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 

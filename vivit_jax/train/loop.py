@@ -133,6 +133,8 @@ def train(
                 enabled=first_process,
             )
         )
+        if start is not None:
+            log.write("event", taken, {"text": start.report})
         if first_process:
             given.say(summary(setup, batches, run.path, taken))
         loop = _Loop(setup, run, checkpoints, batches, log, progress, told, state, taken)
