@@ -137,13 +137,44 @@ def test_a_restored_sequence_goes_on_bit_for_bit(clips, tmp_path, step):
         assert other.state() == source.state() != state
 
 
-def test_another_number_of_processes_cannot_go_on(clips):
-    with batches(clips, batch_size=4, shard=ProcessShard(0, 2)) as source:
-        state = source.state()
-    with pytest.raises(
-        UserError, match="2 processes read the clips, .* now there are 1; resume with as many"
-    ):
-        batches(clips, batch_size=4).restore(state)
+@pytest.mark.parametrize("counts", [(1, 2, 4, 1), (2, 1), (4, 2, 1)])
+def test_any_number_of_processes_goes_on_with_the_same_batches(clips, tmp_path, counts):
+    """Also where clips cannot be read, of which the spare ones are the same everywhere."""
+    for k in (1, 2):
+        (tmp_path / f"{k}.npy").write_bytes(b"no array")
+    data = dataclasses.replace(DATA, max_bad_share=0.9)
+    whole = first(3 * len(counts), clips, data, batch_size=4)
+    states = []
+    for turn, count in enumerate(counts):
+        parts = [
+            batches(clips, data, batch_size=4, shard=ProcessShard(i, count)) for i in range(count)
+        ]
+        for part in parts:
+            if states:
+                part.restore(*states)
+        for step in range(3 * turn, 3 * turn + 3):
+            shares = [next(part) for part in parts]
+            for name, expected in whole[step].items():
+                found = np.concatenate([share[name] for share in shares])
+                np.testing.assert_array_equal(found, expected, strict=True)
+        states = [json.loads(json.dumps(part.state())) for part in parts]
+        for part in parts:
+            part.close()
+        paths = {path for state in states for path in state["bad"]}
+        assert paths == {str(tmp_path / "1.npy"), str(tmp_path / "2.npy")}
+        assert sum(state["read"] - state["left_out"] for state in states) <= 12 * (turn + 1)
+
+
+def test_a_run_of_an_earlier_version_goes_on_unless_it_left_out_clips(clips):
+    with batches(clips, batch_size=4) as source:
+        for _ in range(2):
+            next(source)
+        state, expected = source.state(), [next(source) for _ in range(2)]
+        old = {name: state[name] for name in ("clips", "left_out", "bad")}
+        source.restore(old | {"processes": 2, "read": 4})
+        assert_same([next(source) for _ in range(2)], expected)
+        with pytest.raises(UserError, match="an earlier version saved this run, and 1 clips"):
+            source.restore(old | {"processes": 2, "read": 5, "left_out": 1})
 
 
 def test_other_clips_labels_or_another_order_cannot_go_on(clips):
@@ -187,25 +218,41 @@ def test_repeats_are_neighbours_of_the_same_frames_augmented_differently(clips):
 
 
 def test_a_clip_that_cannot_be_read_is_left_out_and_named(clips, tmp_path):
-    """The next clip takes its place, and the sequence is otherwise unchanged."""
-    bad = str(tmp_path / "3.npy")
-    with batches(clips) as source:
-        order = source.sampler
-        wanted = [order[i][1] for i in range(40) if order[i][0].path != bad]
-    whole = {}
-    for step, batch in enumerate(first(10, clips)):
-        whole |= {3 * step + row: batch["clips"][row] for row in range(3)}
+    """Another takes its place, with draws of its own, and the sequence is otherwise unchanged."""
+    bad, read = str(tmp_path / "3.npy"), train_transform(CROPS, (16, 16))
+    whole = first(6, clips)
     (tmp_path / "3.npy").write_bytes(b"no array")
+    tries, replaced = 0, set()
     with batches(clips, dataclasses.replace(DATA, max_bad_share=0.5)) as source:
         for step in range(6):
             batch = next(source)
-            assert batch["clips"].shape[0] == 3 and 3 not in batch["labels"]
-            for row, element in enumerate(wanted[3 * step : 3 * step + 3]):
-                np.testing.assert_array_equal(batch["clips"][row], whole[element])
+            for row in range(3):
+                element, label = 3 * step + row, whole[step]["labels"][row]
+                expected = whole[step]["clips"][row]
+                if label == 3:
+                    start = np.random.default_rng((5, element, 2)).integers(COUNT)
+                    attempt = 2 if (start + 1) % COUNT == 3 else 1
+                    label, tries = (start + attempt) % COUNT, tries + attempt
+                    rng = np.random.default_rng((5, element, 1, attempt))
+                    frames = read_training_clip(
+                        clips.examples[label], rng, num_frames=4, stride=1, sampler="loop"
+                    )
+                    expected = read(rng, frames)
+                    replaced.add(label)
+                assert batch["labels"][row] == label
+                np.testing.assert_array_equal(batch["clips"][row], expected)
         state = source.state()
     assert list(source.bad) == [bad] and bad in source.bad[bad]
-    assert state["read"] == wanted[17] + 1
-    assert state["left_out"] == wanted[17] + 1 - 18 > 1
+    assert len(replaced) > 1 and 3 not in replaced
+    assert state["left_out"] == tries and state["read"] == 18 + tries and state["steps"] == 6
+
+
+def test_one_clip_in_many_that_can_be_read_is_found(clips, tmp_path):
+    for k in range(COUNT - 1):
+        (tmp_path / f"{k}.npy").write_bytes(b"no array")
+    data = dataclasses.replace(DATA, max_bad_share=1.0)
+    found = [batch["labels"].tolist() for batch in first(3, clips, data)]
+    assert found == [[COUNT - 1] * 3] * 3
 
 
 def test_an_array_of_other_channels_is_a_bad_clip(clips, tmp_path):

@@ -2,9 +2,9 @@
 """Batches of augmented clips, read ahead by grain in threads or processes.
 
 Element i of a run is a pure function of (seed, i): epoch i // clips per epoch has its own order of
-the examples, and a clip's random draws (frames, crop, colours) come from (seed, i). So a run
-resumes from its position in that sequence alone, and any number of processes and workers reads the
-same batches.
+the examples, a clip's random draws (frames, crop, colours) come from (seed, i), and so does the
+clip that takes the place of an unreadable one. So a run resumes from its number of steps alone, and
+any number of processes and workers reads the same batches.
 """
 
 import atexit
@@ -29,6 +29,7 @@ from vivit_jax.processes import follow_the_main_process, interrupts_held
 
 # More elements than any run reads, skipped clips included.
 _ENDLESS = 2**48
+_ATTEMPTS = FEW_CLIPS  # clips that are tried for one element before any is reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,14 @@ class EpochSampler:
         order = _permutation(len(self.dataset), self.seed, epoch)
         return self.dataset.examples[order[position]], element
 
+    def spare(self, element: int, attempt: int) -> Example:
+        """What takes an element's place if its own clip and `attempt` - 1 others are unreadable.
+
+        As many attempts as there are examples try each of them.
+        """
+        start = int(np.random.default_rng((self.seed, element, 2)).integers(len(self.dataset)))
+        return self.dataset.examples[(start + attempt) % len(self.dataset)]
+
 
 @functools.lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -87,25 +96,36 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 class LoadClip:
     """Reads an element's clip, then augments it `repeats` times.
 
-    Returns {"clips": uint8 [repeats, t, h, w, c], "label"}, or {"bad": message, "path"} for a file
-    that cannot be read.
+    Returns {"clips": uint8 [repeats, t, h, w, c], "label", "bad"}, where "bad" has the path and the
+    message of each clip that could not be read before this one. After _ATTEMPTS of them it returns
+    {"bad", "element", "next"}, to go on with `read`.
     """
 
     settings: DataSettings
     transform: Callable[[np.random.Generator, np.ndarray], np.ndarray]
     shape: ClipShape
-    seed: int
+    sampler: EpochSampler
     cache: VideoCache
 
     def __call__(self, item: tuple[Example, int]) -> dict[str, Any]:
         example, element = item
-        rng = np.random.default_rng((self.seed, element, 1))
-        try:
-            with one_clip(example.path):
-                frames = self._frames(example, rng)
-                return {"clips": self._augmented(example, rng, frames), "label": example.label}
-        except VideoError as error:
-            return {"bad": str(error), "path": example.path}
+        return self.read(element, 0, example)
+
+    def read(self, element: int, first: int, example: Example | None = None) -> dict[str, Any]:
+        """Read an element, whose clip is `example`, or from a spare clip on."""
+        bad = []
+        for attempt in range(first, first + _ATTEMPTS):
+            clip = self.sampler.spare(element, attempt) if example is None else example
+            again = (attempt,) if attempt else ()
+            rng = np.random.default_rng((self.sampler.seed, element, 1, *again))
+            try:
+                with one_clip(clip.path):
+                    clips = self._augmented(clip, rng, self._frames(clip, rng))
+                return {"clips": clips, "label": clip.label, "bad": bad}
+            except VideoError as error:
+                bad.append((clip.path, str(error)))
+            example = None
+        return {"bad": bad, "element": element, "next": first + _ATTEMPTS}
 
     def _augmented(
         self, example: Example, rng: np.random.Generator, frames: UInt8[np.ndarray, "_ _ _ _"]
@@ -135,6 +155,20 @@ class LoadClip:
         return video[training_indices(sampler, len(video), num_frames, stride, rng)]
 
 
+def _steps(state: dict[str, Any], batch_size: int) -> int:
+    """The steps at which a state was taken."""
+    if "steps" in state:
+        return state["steps"]
+    # Until December 2026 each process counted its clips, and the next one replaced a bad one.
+    if state["left_out"]:
+        raise UserError(
+            f"an earlier version saved this run, and {state['left_out']} clips that it could not "
+            "read had moved the order of the others; go on with that version, or start another "
+            "run from the model so far (model.start)"
+        )
+    return state["read"] // (batch_size // state["processes"])
+
+
 def _start_worker(index: int, count: int) -> None:
     """Set up one of grain's processes: it ignores Ctrl-C and ends with the main process."""
     follow_the_main_process()
@@ -147,10 +181,10 @@ def _collect() -> None:
 class Batches:
     """Endless batches {"clips": uint8 [b, t, h, w, c], "labels": int32 [b] or [b, heads]}.
 
-    `b` is this process's part of batch_size * repeats; the copies of a clip are neighbours. The
-    next clip replaces a bad one, and `bad` names it; UserError if bad clips are more than
-    `settings.max_bad_share` of those read. `state()` and `restore()` are for checkpoints. Close it,
-    or use it in a `with` statement, to end grain's threads and processes.
+    `b` is this process's part of batch_size * repeats; the copies of a clip are neighbours. Another
+    clip, drawn at random, replaces a bad one, and `bad` names it; UserError if bad clips are more
+    than `settings.max_bad_share` of those read. `state()` and `restore()` are for checkpoints.
+    Close it, or use it in a `with` statement, to end grain's threads and processes.
     """
 
     def __init__(
@@ -179,17 +213,17 @@ class Batches:
             raise UserError(f"{dataset.source} has no labels, which this task needs")
         self.sampler = EpochSampler(dataset, batch_size, seed, shard)
         self.bad: dict[str, str] = {}  # path -> reason, of clips that could not be read
-        self._read, self._left_out, self._in_a_row = 0, 0, 0
+        self._steps, self._read, self._left_out, self._in_a_row = 0, 0, 0, 0
         self._settings, self._labelled = settings, labelled
         self._rows = batch_size // shard.count
         self._cache = VideoCache(settings.cache_gib * 2**30)
         transform = train_transform(augment, shape.size)
-        self._load_clip = LoadClip(settings, transform, shape, seed, self._cache)
+        self._load_clip = LoadClip(settings, transform, shape, self.sampler, self._cache)
         self._elements: Any = None  # grain's DatasetIterator, or None
         self._first: list[dict[str, Any]] = []  # the element read while processes started
 
     def _start(self) -> Any:
-        """grain's iterator, from the element after the last one read."""
+        """grain's iterator, from the batch after the last one."""
         import grain.python as grain
 
         threads, workers = self._settings.threads, self._settings.workers
@@ -197,7 +231,7 @@ class Batches:
         # demo from 30 to 50 ms, most of it waiting.
         ahead = -(-2 * self._rows // max(workers, 1)) + threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        order = dataclasses.replace(self.sampler, first=self._read)
+        order = dataclasses.replace(self.sampler, first=self._steps * self._rows)
         elements = grain.MapDataset.source(order).map(self._load_clip).to_iter_dataset(options)
         if workers:
             from absl import flags
@@ -224,15 +258,12 @@ class Batches:
         found: list[dict[str, Any]] = []
         while len(found) < self._rows:
             element = self._first.pop() if self._first else next(self._elements)
-            self._read += 1
-            if "bad" in element:
-                self._left_out += 1
-                self._in_a_row += 1
-                self.bad[element["path"]] = element["bad"]
-                self._check()
-            else:
-                self._in_a_row = 0
-                found.append(element)
+            self._count(element)
+            while "clips" not in element:
+                element = self._load_clip.read(element["element"], element["next"])
+                self._count(element)
+            found.append(element)
+        self._steps += 1
         batch = {"clips": np.concatenate([element["clips"] for element in found])}
         if self._labelled:
             labels = np.array([element["label"] for element in found], np.int32)
@@ -243,32 +274,36 @@ class Batches:
         """The position in the sequence, as JSON values; valid for any `threads` and `workers`."""
         return {
             "clips": self.sampler.dataset.fingerprint,
-            "processes": self.sampler.shard.count,
+            "steps": self._steps,
             "read": self._read,
             "left_out": self._left_out,
             "bad": dict(self.bad),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Resume after the batch at which `state()` was taken, with as many processes.
+    def restore(self, *states: dict[str, Any]) -> None:
+        """Resume after the batch at which all processes, by their numbers, took their `state()`.
 
-        Raises UserError for another number of processes, other clips, or another order of them, as
-        the position would be meaningless.
+        Now there may be more of them, or fewer.
+
+        Raises UserError for other clips, or another order of them, as the position would be
+        meaningless.
         """
-        if state["clips"] != self.sampler.dataset.fingerprint:
+        if states[0]["clips"] != self.sampler.dataset.fingerprint:
             raise UserError(
                 f"{self.sampler.dataset.source} lists other clips or labels than when the run was "
                 "saved, or in another order; restore it, or start another run from the "
                 "model so far (model.start)"
             )
-        if state["processes"] != self.sampler.shard.count:
-            raise UserError(
-                f"{state['processes']} processes read the clips, each in its own order, and now "
-                f"there are {self.sampler.shard.count}; resume with as many as before"
-            )
+        steps = _steps(states[0], self.sampler.batch_size)
+        parts = self.sampler.shard.count
+        if len(states) == parts:
+            states, parts = (states[self.sampler.shard.index],), 1
         self.close()
-        self._read, self._left_out, self._in_a_row = state["read"], state["left_out"], 0
-        self.bad = dict(state["bad"])
+        self._steps, self._in_a_row = steps, 0
+        self._read, self._left_out = (
+            sum(state[name] for state in states) // parts for name in ("read", "left_out")
+        )
+        self.bad = {path: why for state in states for path, why in state["bad"].items()}
 
     def close(self) -> None:
         """End the threads and processes that read ahead; the next batch starts them again."""
@@ -288,6 +323,18 @@ class Batches:
 
     def __exit__(self, *_):
         self.close()
+
+    def _count(self, element: dict[str, Any]) -> None:
+        """Count the clips that were read for an element. UserError if too many of them are bad."""
+        for path, why in element["bad"]:
+            self._read += 1
+            self._left_out += 1
+            self._in_a_row += 1
+            self.bad[path] = why
+            self._check()
+        if "clips" in element:
+            self._read += 1
+            self._in_a_row = 0
 
     def _check(self) -> None:
         limit, named = self._settings.max_bad_share, "; ".join(list(self.bad.values())[:3])

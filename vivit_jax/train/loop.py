@@ -119,9 +119,8 @@ def train(
         else:
             state, saved_data, taken = checkpoints.restore(setup.shapes, given.resume_step)
             checkpoints.rewind(taken)
-            # The batches refuse a number of processes that differs.
+            batches.restore(*(saved_data[number] for number in sorted(saved_data, key=int)))
             own = saved_data.get(str(jax.process_index()), saved_data["0"])
-            batches.restore(own)
             told.restore(own.get("callbacks", ()))
         run.begin(None if start is None else description(start, recipe.task))
         progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
