@@ -29,7 +29,7 @@ from vivit_jax.config_base import Attention
 from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.read_clip import read_clip
 from vivit_jax.data.transforms.processor import VideoProcessor
-from vivit_jax.errors import CheckpointError, MissingExtra, UserError
+from vivit_jax.errors import CheckpointError, MissingExtra, UserError, install
 from vivit_jax.hub import read_index, resolve_checkpoint
 from vivit_jax.masking import Mask
 from vivit_jax.models.build import expected_shapes
@@ -302,7 +302,7 @@ def check_torch(purpose: str) -> None:
     if version < OLDEST_TRANSFORMERS:
         raise UserError(
             f"{purpose} needs transformers >= 5.18, got {transformers.__version__}: earlier "
-            "releases load VideoMAE weights without their biases. pip install 'vivit_jax[torch]'"
+            f"releases load VideoMAE weights without their biases. {install('torch')}"
         )
 
 
@@ -486,10 +486,11 @@ def verify(
     json: bool = False,
     revision: str | None = None,
 ) -> int:
-    """Run a checkpoint in PyTorch and in JAX and compare; exit status 1 if they differ.
+    """Run a checkpoint in PyTorch and in JAX and compare.
 
-    One row each for the embeddings, every block, logits and loss: the largest absolute difference,
-    its share of the largest value, and the error of each side against PyTorch in float64.
+    The exit status is 1 if they differ. One row each for the embeddings, every block, logits and
+    loss: the largest absolute difference, its share of the largest value, and the error of each
+    side against PyTorch in float64.
 
     Args:
         source: A checkpoint directory, a weight file with config.json beside it, or a hub id.

@@ -5,7 +5,14 @@ The command lines print these as one line and exit with status 2; anything else 
 its stack trace.
 """
 
+import difflib
+import os
 import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 # Characters that terminals act on or that mislead readers: control characters except tab and
 # newline, marks that change the direction of text, and separators that some take for line ends.
@@ -39,9 +46,49 @@ class MissingExtra(UserError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed: "
-            f"pip install 'vivit_jax[{extra}]'"
+            f"{purpose} needs the package {package!r}, which is not installed: {install(extra)}"
         )
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra here.
+
+    In a checkout that is what pip installed; elsewhere pip has the package under its name, and
+    looks for nothing but the extra's packages on an index.
+    """
+    root = Path(__file__).parents[1]
+    settings = root / "pyproject.toml"
+    if not (settings.is_file() and 'name = "vivit_jax"' in settings.read_text(encoding="utf-8")):
+        return f"{_pip()} install 'vivit_jax[{extra}]'"
+    place = "." if os.path.samefile(root, os.curdir) else str(root)
+    return f"{_pip()} install -e {shlex.quote(f'{place}[{extra}]')}"
+
+
+def _pip() -> str:
+    """The pip of this Python, as a shell in this directory finds it."""
+    own = Path(sys.executable).with_name("pip.exe" if os.name == "nt" else "pip")
+    found = shutil.which("pip")
+    if not own.exists() or found is not None and Path(found).absolute() == own.absolute():
+        return "pip"
+    path = os.path.relpath(own)
+    return shlex.quote(str(own) if path.startswith(os.pardir) else path)
+
+
+def similar(name: str, known: Iterable[str]) -> list[str]:
+    """At most three of the known names that are like this one, the closest first."""
+    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.65)
+
+
+def closest(name: str, known: Iterable[str], short: bool = False) -> str:
+    """The end of a message about an unknown name: similar names, and all known names.
+
+    `short` omits the second if there is the first.
+    """
+    known = list(known)
+    close = similar(name, known)
+    meant = [f"did you mean {' or '.join(close)}?"] if close else []
+    listed = [] if close and short else [f"known: {', '.join(known)}"]
+    return f"; {' '.join(meant + listed)}"
 
 
 def printable(text: str, one_line: bool = False) -> str:

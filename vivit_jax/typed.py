@@ -16,7 +16,6 @@ field, without the spaces around it:
 
 import ast
 import dataclasses
-import difflib
 import json
 import re
 import types
@@ -26,7 +25,7 @@ from typing import Any, Literal
 
 from vivit_jax.config import Config
 from vivit_jax.config_base import number
-from vivit_jax.errors import ConfigError
+from vivit_jax.errors import ConfigError, closest
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 # An entry of a list that begins with a quote.
@@ -224,8 +223,7 @@ def parse_settings(cls: type[Config], settings: Settings) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for name, value in given:
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}"
+            hint = closest(name, fields, short=True)
             if name in {f.name for f in dataclasses.fields(cls)}:
                 hint = ": it sets how a model runs, not what it computes; pass it as an argument"
             raise ConfigError(f"{where}: {what} has no field {name!r}{hint}")

@@ -230,7 +230,7 @@ def test_what_fits_with_each_attention(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "vivit-c"], "unknown model 'vivit-c'"),
+        (["--models", "vivit-c"], "there is no preset 'vivit-c'"),
         (["--models", "vivit-b-16x2-kinetics400", "--work", "pretrain"], "needs a VideoMAE"),
         (["--work", "pretrain", "--models", *VIVITS], "a ViViT, which has no masked"),
         (["--models", SMALL, SMALL], "--models must be one value or several different ones"),

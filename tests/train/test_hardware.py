@@ -59,7 +59,7 @@ def test_what_is_no_topology(text, slices, message):
 @pytest.mark.parametrize(("text", "extra"), [("v5e:2x2", "plan"), ("h100:8", "cuda")])
 def test_a_compiler_that_is_missing(text, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=rf"pip install 'vivit_jax\[{extra}\]'"):
+    with pytest.raises(MissingExtra, match=rf"pip install .*\[{extra}\]"):
         compile_only_devices(parse_topology(text))
 
 

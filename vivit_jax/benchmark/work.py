@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 
 from vivit_jax.config import Config
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, closest
 from vivit_jax.masking import Mask, dual_mask, tube_mask
 from vivit_jax.models.build import abstract_params, build_model
 from vivit_jax.models.flops import forward_flops, step_flops
@@ -109,7 +109,7 @@ def has_pretraining(preset: str) -> bool:
 
 def _preset(name: str) -> Preset:
     if name not in PRESETS:
-        raise UserError(f"unknown model {name!r}; `vivit-jax presets` lists them")
+        raise UserError(f"there is no preset {name!r}{closest(name, PRESETS, short=True)}")
     return PRESETS[name]
 
 

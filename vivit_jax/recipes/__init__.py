@@ -9,9 +9,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, closest
 from vivit_jax.recipes import demo, videomae_v1, videomae_v2, vivit
-from vivit_jax.recipes.checks import check, closest, model_config
+from vivit_jax.recipes.checks import check, model_config
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import apply_settings, from_dict, to_dict
 

@@ -2,15 +2,14 @@
 """Checks a recipe before anything is read or built, and gives the config of its model."""
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vivit_jax.config import Config
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.transforms.randaugment import parse_rand_augment
-from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.errors import ConfigError, UserError, closest
 from vivit_jax.presets import PRESETS, Preset
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.typed import TypeMismatch, expected, from_json, override
@@ -126,18 +125,6 @@ def check_frames(recipe: Recipe, config: Config) -> None:
                 f"augment.resize {augment.resize} with jitter_scale {augment.jitter_scale} leaves "
                 f"{smallest} pixels to crop the model's {side} from: set augment.resize higher too"
             )
-
-
-def closest(name: str, known: Iterable[str], short: bool = False) -> str:
-    """The end of a message about an unknown name: similar names, and all known names.
-
-    `short` omits the second if there is the first.
-    """
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
-    meant = [f"did you mean {' or '.join(close)}?"] if close else []
-    listed = [] if close and short else [f"known: {', '.join(known)}"]
-    return f"; {' '.join(meant + listed)}"
 
 
 def wrong(path: str, value: Any, wanted: str) -> UserError:

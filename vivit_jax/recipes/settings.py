@@ -6,8 +6,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vivit_jax.errors import UserError
-from vivit_jax.recipes.checks import check, closest, config_fields, wrong
+from vivit_jax.errors import UserError, closest
+from vivit_jax.recipes.checks import check, config_fields, wrong
 from vivit_jax.recipes.recipe import Given, Recipe
 from vivit_jax.typed import TypeMismatch, expected, from_json, from_text
 
