@@ -123,7 +123,6 @@ def train(
             own = saved_data.get(str(jax.process_index()), saved_data["0"])
             told.restore(own.get("callbacks", ()))
         run.begin(None if start is None else description(start, recipe.task))
-        progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
         log = enter(
             MetricLog(
                 run.path,
@@ -136,6 +135,8 @@ def train(
             log.write("event", taken, {"text": start.report})
         if first_process:
             given.say(summary(setup, batches, run.path, taken))
+        # A live line, below the summary.
+        progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
         loop = _Loop(setup, run, checkpoints, batches, log, progress, told, state, taken)
         stopped = loop.take_steps()
         checkpoints.wait()
