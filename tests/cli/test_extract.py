@@ -131,6 +131,37 @@ def test_command_equals_a_naive_loop(models, model, video, capsys, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p != out]
 
 
+def test_videos_of_folders_keep_their_folders(model, video, capsys, tmp_path, monkeypatch):
+    """A directory of classes, several directories, and files of one name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/a b/0.mp4", "data/c/0.mp4", "data/c/1.mp4", "other/0.mp4"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).symlink_to(video)
+
+    def places(*given):
+        return sorted(
+            str(path) for _, path in _outputs([Path(each) for each in given], Path("f"), "npz")
+        )
+
+    classes = ["f/a b/0.npz", "f/c/0.npz", "f/c/1.npz"]
+    assert places("data") == places(tmp_path / "data") == classes
+    assert places("data/a b", "data/c") == classes
+    assert places("data/a b/0.mp4", "data/c/0.mp4", "data/c/1.mp4") == classes
+    assert places("data/a b", "other") == ["f/data/a b/0.npz", "f/other/0.npz"]
+    # As before: one file of each name.
+    assert places("data/a b/0.mp4", "data/c/1.mp4") == ["f/0.npz", "f/1.npz"]
+    args = ("data", "--model", model, "--out", "f", "--frame-stride", 8)
+    status, told, _ = run_command(capsys, "extract", *args)
+    assert status == 0 and told.count("features of 90 frames") == 3
+    made = sorted(str(p) for p in Path("f").rglob("*") if p.is_file())
+    assert made == [name.replace("npz", "safetensors") for name in classes]
+    assert run_command(capsys, "extract", *args)[1].count("already in") == 3
+    Path("broken/d").mkdir(parents=True)
+    Path("broken/d/0.mp4").write_bytes(b"no video")
+    status, _, err = run_command(capsys, "extract", "broken", *args[1:4], "g")
+    assert status == 1 and err.count("\n") == 1 and not Path("g").exists()
+
+
 PARTS = {
     # name of the model, layer, pool -> what of the naive loop's output it is
     ("mae", 0, "mean"): lambda out: out.hidden_states[0].mean(1),

@@ -21,9 +21,11 @@ from vivit_jax import __version__
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import Dtype
 from vivit_jax.console import FLAT, ConfigOption, joined
+from vivit_jax.data.datasets.folders import read_directory
 from vivit_jax.data.sliding_window import plan_windows
 from vivit_jax.errors import UserError, VideoError, printable
 from vivit_jax.files.atomic import check_directory, check_output, whole_file
+from vivit_jax.files.staging import made_parents
 from vivit_jax.inference.feature_file import SUFFIXES, RowWriter, changed, read_metadata
 from vivit_jax.inference.features import check_features, extract_features, has_head
 from vivit_jax.param_tree import params_hash
@@ -77,21 +79,21 @@ def extract(
     format: Literal["safetensors", "npz"] | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Slide a window over whole videos and write a row of features for each position.
+    """Write features of whole videos, from a sliding window.
 
-    A file has the arrays features [rows, d], frame_indices [rows, frames of a window] and
-    frame_seconds of the same shape, from the video's first frame, and its settings as JSON. Memory
-    grows with the length of a video only by an index of its packets. A video is skipped if its file
-    exists, is undamaged and was made the same way, so an interrupted list can be continued. A video
-    that cannot be read is reported on stderr, the others are still done, and the exit status is 1.
-    In Python this is `vivit_jax.extract_features`.
+    A file has a row for each position of the window, in the arrays features [rows, d],
+    frame_indices [rows, frames of a window] and frame_seconds of the same shape, from the video's
+    first frame, and its settings as JSON. Memory grows with the length of a video only by an index
+    of its packets. A video is skipped if its file exists, is undamaged and was made the same way,
+    so an interrupted list can be continued. A video that cannot be read is reported on stderr, the
+    others are still done, and the exit status is 1. In Python this is `vivit_jax.extract_features`.
 
     Args:
-        videos: Video files.
+        videos: Video files, or directories of videos or with folders of them.
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic; with any head.
         out: For one video, a .safetensors or .npz file; or a directory, in which each video gets a
-            file named after it.
+            file named after it. Videos of a directory keep their folders, as do files of one name.
         batch_size: Windows that go through the model together. On a CPU they go one by one and no
             bit depends on it; elsewhere rounding does.
         format: Format of the files in a directory. Default: safetensors.
@@ -116,8 +118,6 @@ def extract(
     settings = _settings(net.config, params, processor, how | {"exact": exact})
     if not overwrite:
         jobs = [job for job in jobs if not _is_done(*job, settings)]
-    if out.suffix.lower() not in SUFFIXES:
-        out.mkdir(parents=True, exist_ok=True)
     failed, listing = False, _Listing([video for video, _ in jobs])
     for video, path in jobs:
         rows = functools.partial(
@@ -193,14 +193,14 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
     """Each video and its file. Raises UserError."""
     if not videos:
         raise UserError("extract needs at least one video file")
-    suffix = out.suffix.lower()
+    places, suffix = _places(videos), out.suffix.lower()
     if suffix in SUFFIXES and not os.path.isdir(out):
-        if len(videos) > 1:
-            raise UserError(f"--out {out} is one file, for {len(videos)} videos; name a directory")
+        if len(places) > 1:
+            raise UserError(f"--out {out} is one file, for {len(places)} videos; name a directory")
         if format not in (None, suffix[1:]):
             raise UserError(f"--out {out} and --format {format} contradict each other; leave one")
         check_output(out, SUFFIXES, overwrite=True)
-        return [(videos[0], out)]
+        return [(places[0][0], out)]
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(
             f"--out {out} is a file; expected a directory, or for one video a file name that ends "
@@ -212,16 +212,42 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
             "(create one of this name first)"
         )
     jobs: dict[Path, Path] = {}
-    for video in videos:
-        path = out / f"{video.stem}.{format or 'safetensors'}"
+    for video, place in places:
+        path = out / place.parent / f"{place.stem}.{format or 'safetensors'}"
         if path in jobs:
             raise UserError(
                 f"{jobs[path]} and {video} would both be written to {path}; rename one, or choose "
                 "another --out for it"
             )
         jobs[path] = video
-    check_directory(out, [path.name for path in jobs])
+    for folder in {path.parent for path in jobs}:
+        check_directory(folder, [path.name for path in jobs if path.parent == folder])
     return [(video, path) for path, video in jobs.items()]
+
+
+def _places(given: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Each video with its place below --out, named after it.
+
+    Videos in directories keep their path below these, or below the folder that these have in
+    common. Other videos go by their names alone, unless two of one name lie in different folders:
+    then these keep their path below the folder that they have in common.
+    """
+    folders = [path for path in given if path.is_dir()]
+    files = [path for path in given if not path.is_dir()]
+    if len({path.name for path in files}) < len(set(files)):
+        top = _common([path.parent for path in files])
+        places = [(path, Path(os.path.relpath(path, top))) for path in files]
+    else:
+        places = [(path, Path(path.name)) for path in files]
+    top = _common(folders)
+    for folder in folders:
+        entries, _ = read_directory(str(folder))
+        places += [(Path(e.path), Path(os.path.relpath(e.path, top))) for e in entries]
+    return places
+
+
+def _common(folders: Sequence[Path]) -> str:
+    return os.path.commonpath([os.path.abspath(folder) for folder in folders]) if folders else ""
 
 
 def _settings(config, params, processor, how: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +330,7 @@ def _write(
 
     rows = rows_of(progress=count)
     state = _state(video)
-    with whole_file(path) as partial, RowWriter(partial) as file:
+    with made_parents(path), whole_file(path) as partial, RowWriter(partial) as file:
         for row in rows:
             features = row.features
             row_shape = features.shape
