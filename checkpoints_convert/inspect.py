@@ -37,7 +37,9 @@ def inspect(
     config: ConfigOption = (),
     revision: str | None = None,
 ) -> None:
-    """Show a checkpoint's layout, config, tensors and hash, and everything that does not fit.
+    """Show what a checkpoint holds, and everything that does not fit.
+
+    Prints its layout, config, tensors and hash.
 
     Args:
         source: A checkpoint directory, a weight file with config.json beside it, or a hub id.

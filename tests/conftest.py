@@ -11,6 +11,9 @@ array_types.install()  # before anything of the packages is imported
 
 from tpu_compiler import Compiler  # noqa: E402
 
+from vivit_jax import progress  # noqa: E402
+
+progress._LONG = 60.0  # a busy machine compiles slowly, and tests read what is said on stderr
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -139,13 +139,13 @@ FAULTS = [
     ),
     Fault(
         "an exit status that is always 0",
-        "vivit_jax/console.py",
+        "vivit_jax/console/run.py",
         "    return status or 0",
         "    return 0",
     ),
     Fault(
         "escapes of a file's name sent to the terminal",
-        "vivit_jax/console.py",
+        "vivit_jax/console/run.py",
         "return self._stream.write(printable(text))",
         "return self._stream.write(text)",
     ),

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress and tables as text: live on a terminal, plain lines elsewhere."""
+"""Progress and tables as text: live and coloured on a terminal, plain lines elsewhere."""
 
 import contextlib
 import datetime
 import io
 import math
 import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TextIO
@@ -21,6 +23,8 @@ from vivit_jax.errors import printable
 _REDRAW = 0.1  # seconds between two drawings of a live line
 _UNBOUNDED = 1_000_000  # columns: nothing is wrapped
 _NO_CURSOR = ("dumb", "unknown")  # values of TERM, such as in Emacs' shell
+_SOON, _LONG = 0.5, 3.0  # seconds of a compilation until it is shown, on a terminal and elsewhere
+_CLEAR = "\r\x1b[2K"  # the line
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -32,6 +36,15 @@ def is_terminal(stream: TextIO) -> bool:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except OSError:
         return True
+
+
+def bold(text: str) -> str:
+    """A text for standard output, bold on a terminal.
+
+    NO_COLOR turns this off, and FORCE_COLOR turns it on for files and pipes.
+    """
+    forced = bool(os.environ.get("FORCE_COLOR")) or is_terminal(sys.stdout)
+    return f"\x1b[1m{text}\x1b[0m" if forced and not os.environ.get("NO_COLOR") else text
 
 
 def left(seconds: float) -> str:
@@ -58,6 +71,9 @@ class _Cut(TextColumn):
         text = super().render(task)
         text.no_wrap = True
         return text
+
+
+_live_lines: list["LiveLine"] = []  # on a terminal now, the newest last
 
 
 class LiveLine:
@@ -100,8 +116,16 @@ class LiveLine:
             )
             self._live.add_task(self._name, total=total, completed=initial, text="")
             self._every = _REDRAW
+            _live_lines.append(self)
             with contextlib.suppress(OSError):
                 self._live.start()
+
+    def note(self, text: str) -> None:
+        """Show a text in the live line until the next update."""
+        if self._live is not None:
+            with contextlib.suppress(OSError):
+                self._live.update(self._live.task_ids[0], text=text)
+                self._live.refresh()
 
     def update(self, done: int, text: str) -> None:
         """Show that `done` of the total are done, with a text."""
@@ -128,6 +152,8 @@ class LiveLine:
         """End the live line: it stays as it is or, with `ends` False, is removed."""
         if self._live is None:
             return
+        if self in _live_lines:
+            _live_lines.remove(self)
         with contextlib.suppress(OSError):
             self._live.stop()
             if self._ends:
@@ -144,6 +170,64 @@ class LiveLine:
         yield
         with contextlib.suppress(OSError):
             self._live.start()
+
+
+class CompileClock:
+    """Shows on standard error that XLA compiles, and for how long.
+
+    On a terminal this is a clock, in the live line if there is one. Elsewhere it is a line once a
+    compilation has taken `_LONG` seconds, and one at its end. Both methods are called in the thread
+    that compiles.
+    """
+
+    def __init__(self):
+        self._running: dict[int, tuple[threading.Event, threading.Thread]] = {}
+
+    def began(self, name: str) -> None:
+        """A program of this name is being compiled."""
+        if self._running:  # by another thread; one clock is enough
+            return
+        stop = threading.Event()
+        clock = threading.Thread(target=_tick, args=(printable(name), stop), daemon=True)
+        self._running[threading.get_ident()] = stop, clock
+        clock.start()
+
+    def ended(self) -> None:
+        """It is compiled."""
+        stop, clock = self._running.pop(threading.get_ident(), (None, None))
+        if stop is not None and clock is not None:
+            stop.set()
+            clock.join()  # so that it has left the line
+
+
+def _tick(name: str, stop: threading.Event) -> None:
+    """Show how long a program has been compiled, until `stop` is set."""
+    began, stream, on_terminal = time.monotonic(), sys.stderr, is_terminal(sys.stderr)
+    if stop.wait(_SOON if on_terminal else _LONG):
+        return
+
+    def said(verb: str) -> str:
+        return f"{verb} {name}, {datetime.timedelta(seconds=int(time.monotonic() - began))}"
+
+    line = _live_lines[-1] if _live_lines else None
+    with contextlib.suppress(OSError):
+        if not on_terminal:
+            print(said("compiling"), file=stream, flush=True)
+            stop.wait()
+            print(said("compiled"), file=stream, flush=True)
+        elif line is not None:
+            line.note(said("compiling"))
+            while not stop.wait(1.0):
+                line.note(said("compiling"))
+        else:
+            columns = shutil.get_terminal_size().columns
+            while True:
+                print(
+                    f"{_CLEAR}{said('compiling')[: columns - 1]}", end="", file=stream, flush=True
+                )
+                if stop.wait(1.0):
+                    break
+            print(_CLEAR, end="", file=stream, flush=True)
 
 
 class Pace:

@@ -292,9 +292,7 @@ def test_bad_input_is_one_line(models, videos, capsys, model, data, flags, words
 
 
 def test_nothing_is_left_out_of_the_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", "--help"])
+    assert main(["evaluate", "--help"]) == 0 and jax.device_count() == 8
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and jax.device_count() == 8
     for flag in ("--model", "--data", "--recipe", "--clips", "--crops", "--average", "--out"):
         assert flag in text

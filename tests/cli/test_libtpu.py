@@ -8,8 +8,7 @@ import sys
 import pytest
 from compilers import needs_libtpu
 
-from vivit_jax import console
-from vivit_jax.console import run
+from vivit_jax.console import devices, has_tpu, run
 
 CODE = """
 from vivit_jax.console import run
@@ -28,8 +27,8 @@ def nothing(monkeypatch, tmp_path):
     """A machine without a TPU, and an environment without answers."""
     for name in (*NAMES, "JAX_FORCE_TPU_INIT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(console, "_DEVICES", (f"{tmp_path}/accel*",))
-    monkeypatch.setattr(console, "_VENDORS", f"{tmp_path}/*/vendor")
+    monkeypatch.setattr(devices, "_DEVICES", (f"{tmp_path}/accel*",))
+    monkeypatch.setattr(devices, "_VENDORS", f"{tmp_path}/*/vendor")
     return tmp_path
 
 
@@ -58,7 +57,7 @@ def test_a_tpu_speaks_for_itself(how, nothing, monkeypatch):
 
 
 @needs_libtpu
-@pytest.mark.skipif(console.has_tpu(), reason="there may be a TPU")
+@pytest.mark.skipif(has_tpu(), reason="there may be a TPU")
 def test_commands_are_silent_beside_libtpu():
     free = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TPU_"))}
     done = subprocess.run(

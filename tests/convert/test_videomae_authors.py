@@ -568,18 +568,17 @@ def test_without_torch(tmp_path, monkeypatch):
     path = write(tmp_path / "x.pth", state("fine-tuned"))
     monkeypatch.setitem(sys.modules, "torch", None)
     for use in (lambda: open_source(path), lambda: videomae_authors.write(tmp_path, {}, "model")):
-        with pytest.raises(MissingExtra, match=r"pip install 'vivit_jax\[torch\]'"):
+        with pytest.raises(MissingExtra, match=r"pip install .*\[torch\]"):
             use()
 
 
 # --- writing: refusals, other layouts -----------------------------------------------------------
 
 
-def test_containers_offered_are_those_of_the_layouts(run, tmp_path, capsys):
+def test_containers_offered_are_those_of_the_layouts(run, tmp_path):
     assert container_names() == ("optimizer", "params", "model", "module", "bare")
-    with pytest.raises(SystemExit):
-        run("convert", "--help")
-    assert f"--container {{None,{','.join(container_names())}}}" in capsys.readouterr().out
+    shown = run("convert", "--help")[1]
+    assert f"--container {{{','.join(container_names())}}}" in shown
     path = write(tmp_path / "x.pth", state("fine-tuned"))
     for to, container in (("hf", "model"), ("videomae", "params"), ("scenic", "bare")):
         flags = ["--to", to, "--container", container]

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
 import re
+import sys
+import time
 
+import jax
+import numpy as np
 import pytest
 
 from vivit_jax import progress
-from vivit_jax.progress import LiveLine, Pace, format_table
+from vivit_jax.console.devices import compilation_shown
+from vivit_jax.progress import CompileClock, LiveLine, Pace, format_table
 
 
 class Clock:
@@ -164,3 +169,72 @@ def test_a_notebook_gets_the_table_once(monkeypatch):
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setattr("rich.jupyter.display", lambda *given: shown.append(given))
     assert format_table(table) == plain and not shown
+
+
+class Compiler:
+    """A compilation that takes until the clock has said something, or for a moment."""
+
+    def __init__(self, monkeypatch, stream, *, long=True):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(progress, "_SOON", 0.0 if long else 60.0)
+        monkeypatch.setattr(progress, "_LONG", 0.0 if long else 60.0)
+        self._clock, self._stream, self._long = CompileClock(), stream, long
+
+    def compile(self, name):
+        before = self._stream.tell()
+        self._clock.began(name)
+        deadline = time.monotonic() + 10
+        while self._long and self._stream.tell() == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._clock.ended()
+
+
+def test_a_long_compilation_is_a_line_before_and_one_after(monkeypatch):
+    stream = io.StringIO()
+    Compiler(monkeypatch, stream).compile("jit_step\x07")
+    assert stream.getvalue() == (
+        "compiling jit_step\\u0007, 0:00:00\ncompiled jit_step\\u0007, 0:00:00\n"
+    )
+
+
+def test_a_short_compilation_is_not_shown(monkeypatch):
+    for stream in (io.StringIO(), Terminal()):
+        Compiler(monkeypatch, stream, long=False).compile("jit_step")
+        assert stream.getvalue() == ""
+
+
+def test_a_compilation_is_a_clock_on_a_terminal_and_leaves_nothing(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    Compiler(monkeypatch, stream).compile("jit_step")
+    text = stream.getvalue()
+    assert "compiling jit_step, 0:00:00" in text and "\n" not in text
+    assert text.endswith("\r\x1b[2K")
+
+
+def test_a_compilation_is_told_in_the_live_line_that_there_is(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    line = LiveLine("step", 10, stream=stream)
+    Compiler(monkeypatch, stream).compile("jit_step")
+    assert re.search("step 0/10.*compiling jit_step, 0:00:00", stream.getvalue())
+    line.update(10, "loss 1.5")
+    line.close()
+    (row,) = shown(stream.getvalue())
+    assert "loss 1.5" in row and "compiling" not in row
+
+
+def test_xla_tells_when_it_compiles(monkeypatch):
+    heard = []
+    monkeypatch.setattr(CompileClock, "began", lambda self, name: heard.append(name))
+    monkeypatch.setattr(CompileClock, "ended", lambda self: heard.append("end"))
+
+    def twice(x):
+        return 2 * x
+
+    with compilation_shown():
+        jax.jit(twice).lower(np.ones(3)).compile()
+    assert heard == ["twice", "end"]
+    jax.jit(lambda x: 3 * x).lower(np.ones(3)).compile()
+    assert len(heard) == 2

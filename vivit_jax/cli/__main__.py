@@ -24,10 +24,20 @@ COMMANDS = {
     "reconstruct": "vivit_jax.cli.reconstruct:reconstruct",
 }
 
+# How `--help` groups them.
+GROUPS = {
+    "First": ("demo",),
+    "Data and training": ("check-data", "probe", "finetune", "pretrain", "recipes", "plan"),
+    "Using a model": ("predict", "evaluate", "extract", "attention", "reconstruct"),
+    "Sharing a model": ("push", "export", "presets"),
+    "Speed": ("benchmark", "benchmark-input"),
+}
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run("vivit-jax", "Video transformers in JAX: ViViT and VideoMAE.", COMMANDS, args)
+    description = "Video transformers in JAX: ViViT and VideoMAE."
+    return run("vivit-jax", description, COMMANDS, args, groups=GROUPS)
 
 
 if __name__ == "__main__":

@@ -81,11 +81,12 @@ def attention(
     read: Annotated[ReadOptions, FLAT] = READ,
     save: Path | None = None,
 ) -> int:
-    """Draw what a model attends to in a clip: over space on its frames, over time as a plot.
+    """Draw what a model attends to in a clip, in space and time.
 
-    Numbers are multiples of uniform attention: 1 is the share of a token if all tokens get the
-    same. Attention to a class token, which has no place in the clip, is left out, and its share is
-    printed. In Python this is `vivit_jax.map_attention`.
+    Space is drawn on the clip's frames, time as a plot. Numbers are multiples of uniform attention:
+    1 is the share of a token if all tokens get the same. Attention to a class token, which has no
+    place in the clip, is left out, and its share is printed. In Python this is
+    `vivit_jax.map_attention`.
 
     Args:
         clip: Video file, or .npy with frames [t, h, w, c] of any channel count, uint8 or float in

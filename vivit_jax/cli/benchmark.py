@@ -85,12 +85,12 @@ _OF_FIT = ("models", "work", "batch", "dtype", "attention", "remat", "frames", "
 
 
 def benchmark(options: Annotated[BenchmarkOptions, FLAT]) -> int:
-    """Time models on noise, with fresh weights: time, rate, memory, and the ratio to PyTorch.
+    """Time models on noise, and compare them with PyTorch.
 
-    Every combination of models, work, batch and dtype is a table, whose rows take turns. A step of
-    finetune or pretrain is loss, gradients and AdamW's update. With --against the outputs (and the
-    gradients of a step, tensor by tensor) are compared first; where they differ no ratio is printed
-    and the exit status is 1.
+    Weights are fresh. Every combination of models, work, batch and dtype is a table, whose rows
+    take turns. A step of finetune or pretrain is loss, gradients and AdamW's update. With --against
+    the outputs (and the gradients of a step, tensor by tensor) are compared first; where they
+    differ no ratio is printed and the exit status is 1.
     """
     if options.json is not None:
         check_output(options.json, (".json",), options.overwrite, flag="--json")

@@ -71,13 +71,13 @@ def benchmark_input(
     json: Path | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Time reading one clip of a video file beside the loop of transformers' documentation.
+    """Time reading clips of video files, and compare with PyAV's loop.
 
-    The loop decodes from the first frame to the last one asked for. Dense clips have frames
-    --stride apart, sparse clips one in each of --frames equal parts of the video. The frames are
-    compared first; where they differ in any bit no ratio is printed and the exit status is 1. Every
-    clip is timed as the first of its file: later ones take less, since read_video keeps the list of
-    a file's packets.
+    The loop of transformers' documentation decodes from the first frame to the last one asked for.
+    Dense clips have frames --stride apart, sparse clips one in each of --frames equal parts of the
+    video. The frames are compared first; where they differ in any bit no ratio is printed and the
+    exit status is 1. Every clip is timed as the first of its file: later ones take less, since
+    read_video keeps the list of a file's packets.
 
     With --loader, batches of a recipe's training clips are read, decoded and augmented, and counted
     in clips per second: what a training run gets at most.

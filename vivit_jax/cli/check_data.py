@@ -75,7 +75,7 @@ def check_data(
     check: Annotated[CheckOptions, FLAT] = CHECK,
     output: Annotated[OutputOptions, FLAT] = OutputOptions(),
 ) -> int:
-    """Check a data set before training: clips, classes, sizes, lengths, damage, copies.
+    """Check a data set before training: classes, damage, copies.
 
     Opens every clip, and decodes only what that needs. The most serious findings come first, each
     with what helps. The exit status is 1 if training would stop, and 0 if it would run, whatever

@@ -50,7 +50,7 @@ def demo(
     epochs: int | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Pre-train without labels, fine-tune on few, compare with training from scratch, and export.
+    """Pre-train, fine-tune, evaluate and export on generated videos.
 
     Needs no network, data or accelerator, and takes about four minutes on two idle cores. The data
     are mp4 files of moving shapes, in eight classes that differ in motion only. A VideoMAE learns
@@ -83,12 +83,12 @@ def demo(
     }
     if model == "videomae":
         splits["labelled"] = clips.labelled_clips_per_class
-    _prepare(out, overwrite)
-
     seconds: dict[str, float] = {}
     stage = functools.partial(_timed, seconds)
     with stage("start"):
         device = jax.devices()[0].platform
+    _prepare(out, overwrite)
+
     say(f"vivit-jax demo, seed {seed}, on {device} with {os.cpu_count()} processors")
     with stage("write clips"):
         written = write_dataset(out / "data", splits, seed=data_seed, fps=FPS)

@@ -88,7 +88,7 @@ def evaluate(
     overwrite: bool = False,
     processes: Annotated[ProcessOptions, FLAT] = ONE_PROCESS,
 ) -> int:
-    """Score a classifier on labelled videos, several views of each averaged into one answer.
+    """Score a classifier on labelled videos, by several views of each.
 
     Views are clips along time by crops along the longer side. --recipe takes the views of a recipe,
     which other flags change; without it, one central view is taken as usual for the model's family.

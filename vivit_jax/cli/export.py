@@ -63,11 +63,12 @@ def export(
     overwrite: bool = False,
     json: bool = False,
 ) -> int:
-    """Write a model as one StableHLO file for CPU, CUDA and TPU, parameters included.
+    """Write a model as one StableHLO file, parameters included.
 
-    The program takes pixel_values, float32 [b, t, h, w, c], of any number of clips, and returns a
-    dict: logits of a classifier, or last_hidden_state (and pooler_output) of a model without one.
-    Running it needs jax and flatbuffers (and safetensors with --params beside), not vivit_jax:
+    The program, for CPU, CUDA and TPU, takes pixel_values, float32 [b, t, h, w, c], of any number
+    of clips, and returns a dict: logits of a classifier, or last_hidden_state (and pooler_output)
+    of a model without one. Running it needs jax and flatbuffers (and safetensors with --params
+    beside), not vivit_jax:
 
     jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read())).call(pixel_values)
 

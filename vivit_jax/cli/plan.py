@@ -69,11 +69,12 @@ class PlanOptions:
 
 
 def plan(options: Annotated[PlanOptions, tyro.conf.arg(name="")]) -> int:
-    """Compile a recipe's training step for absent TPUs or GPUs, and estimate its cost.
+    """Plan a training step for TPUs or GPUs that are not there.
 
-    Prints memory, arithmetic, time by part of the model, collectives, step time, days, and how many
-    clips each host has to decode. Everything is an estimate: nothing is run or allocated, and this
-    machine's accelerator is not used. Takes minutes for a model of size B, on two cores.
+    Compiles the step of a recipe, and prints memory, arithmetic, time by part of the model,
+    collectives, step time, days, and how many clips each host has to decode. Everything is an
+    estimate: nothing is run or allocated, and this machine's accelerator is not used. Takes minutes
+    for a model of size B, on two cores.
     """
     _check_numbers(options)
     for path, suffixes, flag in (

@@ -12,7 +12,7 @@ from vivit_jax.progress import format_table
 
 
 def presets(*, json: bool = False) -> None:
-    """List the named model configurations with their sizes and where weights are published.
+    """List the named models, their sizes, and where weights are.
 
     Args:
         json: Print one JSON object, name to config.json content and parameter count.

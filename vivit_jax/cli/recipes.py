@@ -14,7 +14,7 @@ from vivit_jax.recipes import RECIPES, recipe_named, summary, to_dict
 def recipes(
     name: Annotated[str | None, tyro.conf.Positional] = None, /, *, json: bool = False
 ) -> None:
-    """List the published recipes, or show one: its source, its published result and every field.
+    """List the published recipes, or one with its source and fields.
 
     Args:
         name: The recipe to show.

@@ -60,12 +60,12 @@ def reconstruct(
     true_statistics: bool = False,
     read: Annotated[ReadOptions, FLAT] = READ,
 ) -> int:
-    """Hide most of a clip and draw the original, the visible rest, and the reconstruction.
+    """Hide most of a clip and draw what a model makes of the rest.
 
-    A model trained with norm_pix_loss predicts patches without their mean and variance, which are
-    estimated from visible patches: nothing hidden leaks into the picture. The error on hidden
-    patches is printed beside that of two baselines: each patch flat at its mean, and a copy of the
-    nearest visible patch.
+    Draws the original, the visible rest and the reconstruction. A model trained with norm_pix_loss
+    predicts patches without their mean and variance, which are estimated from visible patches:
+    nothing hidden leaks into the picture. The error on hidden patches is printed beside that of two
+    baselines: each patch flat at its mean, and a copy of the nearest visible patch.
 
     Args:
         clip: Video file, or .npy with frames [t, h, w, c] of any channel count, uint8 or float in

@@ -76,11 +76,12 @@ Options = Annotated[RunOptions, FLAT]
 
 
 def pretrain(options: Options) -> int:
-    """Train a masked autoencoder without labels, by one of the published recipes.
+    """Train a masked autoencoder on clips without labels.
 
-    Ctrl-C and SIGTERM end the run after the current step or validation, with a checkpoint, and a
-    second one at once; the exit status is 130 or 143, and --resume continues the run. For several
-    processes, start each with --coordinator, --processes and its own --process.
+    This runs one of the published recipes. Ctrl-C and SIGTERM end the run after the current step or
+    validation, with a checkpoint, and a second one at once; the exit status is 130 or 143, and
+    --resume continues the run. For several processes, start each with --coordinator, --processes
+    and its own --process.
     """
     return _run("pretrain", options)
 

@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of both command lines: dispatch, exit status, shared options."""
+"""Runs the command that a command line names, and turns its end into an exit status."""
 
 import _thread
-import ast
 import contextlib
-import functools
-import glob
-import importlib.util
 import io
-import itertools
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
-import tyro
+from vivit_jax import __version__
+from vivit_jax.console.arguments import completion, parsed
+from vivit_jax.console.devices import answer_libtpu, compilation_shown, has_tpu, no_device
+from vivit_jax.console.program import (
+    CACHE_FLAG,
+    PRINT_COMPLETION,
+    WRITE_COMPLETION,
+    Command,
+    Program,
+    versions,
+)
+from vivit_jax.errors import UserError, first_line, printable
 
-from vivit_jax.errors import ConfigError, UserError, first_line, printable
-
-Command = Callable[..., int | None]
-CACHE_FLAG = "--compilation-cache"
 _SIGNALLED = 128
 _AGAIN = 0.1  # seconds until a dropped interrupt is sent again
 
@@ -33,18 +35,21 @@ def run(
     description: str,
     commands: Mapping[str, Command | str],
     args: Sequence[str] | None = None,
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> int:
     """Parse `args`, call the command and return the exit status.
 
     A command is a function or its place, "package.module:function". Only the command that runs is
-    imported, so `--help` and misspelt names answer without loading jax.
+    imported, so `--help`, `--version` and misspelt names answer without loading jax. `groups` are
+    the titles of the help's sections, with the commands of each.
 
     The status is 0 for success, 1 for a command's negative answer, 2 for wrong input (one line on
     stderr) and 128 + n for signal n, as in a shell: 130 for Ctrl-C, 143 for SIGTERM. Any other
     failure is a bug and keeps its stack trace. Without `args`, those of the process are parsed, and
     a command that a signal stopped ends the process by that signal.
     """
-    status = _run(prog, description, commands, args)
+    status = _run(Program(prog, description, commands, groups or {}), args)
     if args is None and status > _SIGNALLED:
         end_by(status - _SIGNALLED)
     return status
@@ -55,12 +60,8 @@ def stopped_by(name: str) -> int:
     return _SIGNALLED + signal.Signals[name]
 
 
-def _run(
-    prog: str,
-    description: str,
-    commands: Mapping[str, Command | str],
-    args: Sequence[str] | None,
-) -> int:
+def _run(program: Program, args: Sequence[str] | None) -> int:
+    prog = program.name
     for stream in ("stdout", "stderr"):  # None if it was closed at start-up
         if getattr(sys, stream) is None:
             setattr(sys, stream, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
@@ -78,13 +79,7 @@ def _run(
     try:
         args = _compilation_cache(list(sys.argv[1:] if args is None else args))
         with _dropped_interrupts_sent_again():
-            status = tyro.extras.subcommand_cli_from_dict(
-                {name: _printing(c) for name, c in _imported(commands, args).items()},
-                prog=prog,
-                description=f"{description} {CACHE_FLAG} DIR before the command keeps compiled "
-                "programs there for later runs.",
-                args=args,
-            )
+            status = _answer(program, args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -92,18 +87,47 @@ def _run(
     except (UserError, OSError) as error:
         print(printable(f"{prog}: error: {error}"), file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
-        # XLA raises RuntimeError for everything; only its text names exhausted memory.
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        message = f"{prog}: error: not enough memory: {first_line(error)}"
-        print(printable(message), file=sys.stderr)
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        message = no_device(error)
+        if message is None:
+            # XLA raises RuntimeError for everything; only its text names exhausted memory.
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            message = f"not enough memory: {first_line(error)}"
+        print(printable(f"{prog}: error: {message}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # its reader may have been interrupted too
             print(f"{prog}: interrupted", file=sys.stderr)
         return stopped_by("SIGINT")
     return status or 0
+
+
+def _answer(program: Program, args: Sequence[str]) -> int | None:
+    """Do what the arguments ask for. Raises UserError where they ask for nothing that exists."""
+    first, rest = (args[0], args[1:]) if args else ("", [])
+    if first in ("-h", "--help"):
+        print(program.help())
+    elif first == "--version":
+        print(f"{program.name} {__version__}")
+    elif first == "--versions":
+        print("\n".join([f"{program.name} {__version__}", *versions()]))
+    elif first in (PRINT_COMPLETION, WRITE_COMPLETION):
+        print(completion(program, args))
+    elif not first:
+        raise UserError(f"name a command; {program.name} --help lists them")
+    elif first not in program.commands:
+        raise UserError(program.unknown(first))
+    else:
+        found = parsed(f"{program.name} {first}", program.imported(first), rest)
+        if isinstance(found, str):
+            print(found)
+            return 0
+        # Control characters are escaped on stdout, where commands print labels and paths. Live
+        # lines on stderr move the cursor, so what is written there is escaped by its writer.
+        with compilation_shown(), contextlib.redirect_stdout(_Printable(sys.stdout)):
+            return found()
+    return 0
 
 
 @contextlib.contextmanager
@@ -139,39 +163,6 @@ def _interrupt() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def _imported(commands: Mapping[str, Command | str], args: Sequence[str]) -> dict[str, Command]:
-    """The commands as functions: the one that `args` names is imported, the others only have help.
-
-    Completion scripts (tyro's own flags) need the options of all commands.
-    """
-    everything = any(arg.startswith("--tyro-") for arg in args)
-    found: dict[str, Command] = {}
-    for name, command in commands.items():
-        if not isinstance(command, str):
-            found[name] = command
-        elif everything or args[:1] == [name]:
-            module, _, function = command.partition(":")
-            found[name] = getattr(importlib.import_module(module), function)
-        else:
-            found[name] = _help_only(command)
-    return found
-
-
-def _help_only(place: str) -> Command:
-    """A function with the first paragraph of the docstring at "module:function", without import."""
-    module, _, function = place.partition(":")
-    spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, place
-    tree = ast.parse(Path(spec.origin).read_bytes())
-    found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
-
-    def command() -> None:
-        raise AssertionError(f"{place} is imported before it is called")
-
-    command.__doc__ = (ast.get_docstring(found) or "").partition("\n\n")[0]
-    return command
-
-
 class _Formatter(logging.Formatter):
     """Escapes control characters in messages."""
 
@@ -193,21 +184,6 @@ class _Printable:
 
     def flush(self) -> None:
         self._stream.flush()
-
-
-def _printing(command: Callable[..., int | None]) -> Callable[..., int | None]:
-    """The command with control characters escaped on stdout, where it prints labels and paths.
-
-    The parser's own output is coloured, and live lines on stderr move the cursor, so those streams
-    are left alone; what is written to stderr is escaped by its writer.
-    """
-
-    @functools.wraps(command)
-    def printing(*args, **kwargs):
-        with contextlib.redirect_stdout(_Printable(sys.stdout)):
-            return command(*args, **kwargs)
-
-    return printing
 
 
 def _compilation_cache(args: list[str]) -> list[str]:
@@ -238,46 +214,6 @@ def keep_compiled(directory: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# Annotates a dataclass of flags, which then have no prefix.
-FLAT = tyro.conf.arg(name="")
-
-# Takes both `--config a=1 b=2` and `--config a=1 --config b=2`.
-KeyValues = Annotated[
-    tuple[tuple[str, ...], ...],
-    tyro.conf.UseAppendAction,
-    tyro.conf.arg(metavar="KEY=VALUE"),
-]
-
-ConfigOption = Annotated[
-    tuple[tuple[str, ...], ...],
-    tyro.conf.UseAppendAction,
-    tyro.conf.arg(
-        metavar="KEY=VALUE",
-        help="Changes to the config, by the field names of config.json. A file without config.json "
-        "may need some, such as num_frames=32 image_size=224.",
-    ),
-]
-
-
-def in_order(settings: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    """All settings in the order given."""
-    return tuple(itertools.chain.from_iterable(settings))
-
-
-def joined(config: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    """All settings of `--config`.
-
-    Raises ConfigError for a value without "=", usually a positional placed after --config.
-    """
-    settings = in_order(config)
-    for setting in settings:
-        if "=" not in setting:
-            raise ConfigError(
-                f"--config takes KEY=VALUE, got {setting!r}; put positional arguments before it"
-            )
-    return settings
-
-
 def end_by(number: int) -> NoReturn:
     """End the process by a signal, so that Ctrl-C also stops a loop of the calling shell.
 
@@ -289,24 +225,3 @@ def end_by(number: int) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
     raise AssertionError("the signal ends the process")
-
-
-# jax loads libtpu wherever it is installed (extras `plan` and `tpu`). Without a TPU, libtpu prints
-# five lines on stderr about an unknown machine, unless the environment holds these answers.
-_ANSWERS = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
-_GOOGLE = "0x1ae0"  # vendor id of PCI devices
-_VENDORS = "/sys/bus/pci/devices/*/vendor"
-_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")  # TPUs on Linux, by generation
-
-
-def has_tpu() -> bool:
-    """Whether there may be a TPU; a VFIO device may be something else."""
-    if "JAX_FORCE_TPU_INIT" in os.environ or any(map(glob.glob, _DEVICES)):
-        return True
-    return any(Path(vendor).read_text().strip() == _GOOGLE for vendor in glob.glob(_VENDORS))
-
-
-def answer_libtpu() -> None:
-    """Set libtpu's environment variables that are unset; only for a process without a TPU."""
-    for name, value in _ANSWERS.items():
-        os.environ.setdefault(name, value)

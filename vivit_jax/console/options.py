@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of options that many commands have."""
+
+import itertools
+from collections.abc import Iterable
+from typing import Annotated
+
+import tyro
+
+from vivit_jax.errors import ConfigError
+
+# Annotates a dataclass of flags, which then have no prefix.
+FLAT = tyro.conf.arg(name="")
+
+# Takes both `--config a=1 b=2` and `--config a=1 --config b=2`.
+KeyValues = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(metavar="KEY=VALUE"),
+]
+
+ConfigOption = Annotated[
+    tuple[tuple[str, ...], ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        metavar="KEY=VALUE",
+        help="Changes to the config, by the field names of config.json. A file without config.json "
+        "may need some, such as num_frames=32 image_size=224.",
+    ),
+]
+
+
+def in_order(settings: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """All settings in the order given."""
+    return tuple(itertools.chain.from_iterable(settings))
+
+
+def joined(config: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """All settings of `--config`.
+
+    Raises ConfigError for a value without "=", usually a positional placed after --config.
+    """
+    settings = in_order(config)
+    for setting in settings:
+        if "=" not in setting:
+            raise ConfigError(
+                f"--config takes KEY=VALUE, got {setting!r}; put positional arguments before it"
+            )
+    return settings
