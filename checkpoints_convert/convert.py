@@ -43,7 +43,7 @@ from checkpoints_convert.start.label_map import gather_classes, read_label_map
 from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig
 from vivit_jax.console import FLAT, ConfigOption, joined
-from vivit_jax.errors import UserError
+from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.hub import PROCESSOR_FILES
 from vivit_jax.models.build import expected_shapes
 from vivit_jax.typed import Settings, parse_settings, reusable
@@ -128,6 +128,12 @@ def convert_checkpoint(
     config, head = loaded.config, loaded.head
     # Refuses families that the layout does not hold.
     rules = published(config.model_type, head, loaded.pooler, target).rules(config)
+    if head == "classification" and config.attentive_heads and not target.in_transformers:
+        raise ConfigError(
+            f"layout {target.name!r} has no attentive head (attentive_heads "
+            f"{config.attentive_heads}), which only hf directories of this library hold: write "
+            "--to hf"
+        )
     if target.check_function is not None:
         target.check_function(config, head, loaded.pooler)
     written = export_params(loaded.params, rules, loaded.expected)

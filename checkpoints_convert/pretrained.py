@@ -286,6 +286,8 @@ def plan_load(
     head = head or held.head
     check_head(held.family, head)
     config = _relabel(opened.config, head, labels or Labels())
+    if head != "classification" and config.attentive_heads is not None:
+        config = dataclasses.replace(config, attentive_heads=None)  # of the classifier
     config = dataclasses.replace(config, **(changes or {}))
     if as_stored:
         config = dataclasses.replace(config, param_dtype=stored_dtype(tensors))

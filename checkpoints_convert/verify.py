@@ -203,6 +203,12 @@ def _no_reference(opened: Source) -> str:
             f"{opened.checkpoint.path} cannot be compared with PyTorch: {reason}. vivit-convert "
             "inspect checks the tensors"
         )
+    if config.attentive_heads:
+        return (
+            f"{opened.checkpoint.path} has an attentive head, which transformers does not have. "
+            "tests/models/test_attentive.py of this project compares such heads with PyTorch's "
+            "attention; vivit-convert inspect checks the tensors"
+        )
     if opened.family == "videomae":
         parts = {
             "cosine attention": config.cosine_attention,

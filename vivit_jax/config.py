@@ -88,6 +88,7 @@ class VivitConfig(TransformerConfig):
     zero_init_temporal_attention: bool = optional_field(False)
     pooling: str | None = optional_field(None)
     num_sampled_frames: int | None = optional_field(None)
+    attentive_heads: int | None = optional_field(None)
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **TransformerConfig.unsupported,
@@ -180,7 +181,7 @@ class VivitConfig(TransformerConfig):
     def in_transformers(self):
         """transformers has only joint attention on tubelets, read from the class token."""
         joint = self.attention_type == "joint" and self.pooling == "cls"
-        return joint and self.num_sampled_frames is None
+        return joint and self.num_sampled_frames is None and self.attentive_heads is None
 
     @property
     def temporal_layers(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -272,6 +273,7 @@ class VideoMAEConfig(TransformerConfig):
     head_dropout: float = optional_field(0.0)
     cosine_attention: bool = optional_field(False)
     layer_scale_init: float = optional_field(0.0)
+    attentive_heads: int | None = optional_field(None)
     image_mean: float | tuple[float, ...] | None = optional_field(None)
     image_std: float | tuple[float, ...] | None = optional_field(None)
 
@@ -313,8 +315,9 @@ class VideoMAEConfig(TransformerConfig):
 
     @property
     def in_transformers(self):
-        """transformers has neither cosine attention nor layer scale."""
-        return not self.cosine_attention and not self.layer_scale_init
+        """transformers has neither cosine attention nor layer scale, nor an attentive head."""
+        own = self.cosine_attention or self.layer_scale_init or self.attentive_heads
+        return not own
 
     def computed_tables(self, head):
         """The fixed positions of the encoder and of pre-training's decoder, with bytes."""
@@ -347,6 +350,7 @@ class VideoMAEConfig(TransformerConfig):
             num_hidden_layers=self.decoder_num_hidden_layers,
             num_attention_heads=self.decoder_num_attention_heads,
             intermediate_size=self.decoder_intermediate_size,
+            attentive_heads=None,
         )
 
     def to_dict(self):

@@ -81,6 +81,10 @@ class TransformerConfig:
     number of classes all the same: {1: "a", 2: "b"} names class 1 of two classes and leaves class 0
     its placeholder. It is then kept as pairs of index and name.
 
+    `attentive_heads`, where a family has it, lets the classifier read what a learned query gathers
+    from all tokens in so many heads (`vivit_jax.models.head.AttentivePool`), and not the model's
+    own pooling; transformers has no such models.
+
     `output_hidden_states` and `output_attentions` are what a model reports by default.
 
     `extra` holds the other keys of a config.json: they have no effect and are written back.
@@ -111,6 +115,7 @@ class TransformerConfig:
     pooling = None
     spatial_only = False
     num_sampled_frames = None
+    attentive_heads = None
     temporal_layers = 0
     # Values that change nothing, by keys that transformers computes with and this library does not;
     # every other value is refused.
@@ -257,6 +262,10 @@ class TransformerConfig:
                 f"{self.tubelet[0]}; choose at least that"
             )
         self.check_head_width()
+        heads = self.attentive_heads
+        good = heads is None or (positive_int(heads) and self.hidden_size % heads == 0)
+        wanted = f"null or a divisor of hidden_size {self.hidden_size}"
+        self.require("attentive_heads", good, wanted)
 
     def check_shape(self, name: str, length: int, allow_int: bool = True) -> None:
         value = getattr(self, name)

@@ -42,6 +42,21 @@ def dense(src: str, dst: str, bias: bool = True, layers: int | None = None) -> l
     return rules + ([Rule(f"{src}.bias", f"{dst}/bias", layers=layers)] if bias else [])
 
 
+def attentive(heads: int | None) -> list[Rule]:
+    """The pooling by a learned query before a classifier, which no other library has; [] without.
+
+    It has the same names in every layout: a model that starts from another has it fresh.
+    """
+    if heads is None:
+        return []
+    src, dst, sizes = "attentive_pooler", "attentive", {"n": heads}
+    kernels = [
+        Rule(f"{src}.{name}.weight", f"{dst}/{name}/kernel", _HEADS_OUT, sizes=sizes)
+        for name in ("key", "value")
+    ]
+    return [Rule(f"{src}.query", f"{dst}/query", _HEADS_BIAS, sizes=sizes), *kernels]
+
+
 def norm(src: str, dst: str, layers: int | None = None) -> list[Rule]:
     """A torch LayerNorm and our scale and bias."""
     return [

@@ -11,7 +11,15 @@ give them.
 from collections.abc import Collection
 
 from checkpoints_convert.rules import Rule
-from checkpoints_convert.tables.hf_block import HUB, blocks, dense, identify, norm, patch_embed
+from checkpoints_convert.tables.hf_block import (
+    HUB,
+    attentive,
+    blocks,
+    dense,
+    identify,
+    norm,
+    patch_embed,
+)
 from checkpoints_convert.tables.table import Names, Table
 from vivit_jax.config import VideoMAEConfig
 
@@ -40,9 +48,11 @@ def rules(config: VideoMAEConfig, names: Names) -> list[Rule]:
     ]
     if not config.use_mean_pooling:
         table += norm(f"{prefix}layernorm", f"{dst}ln_final")
-    if pooler or (head == "classification" and config.use_mean_pooling):
+    averages = config.use_mean_pooling and config.attentive_heads is None
+    if pooler or (head == "classification" and averages):
         table += norm("fc_norm", "fc_norm")
     if head == "classification":
+        table += attentive(config.attentive_heads)
         table += dense("classifier", "head") if config.num_labels else []
     if head == "pretraining":
         table += [

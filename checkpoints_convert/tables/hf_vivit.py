@@ -17,6 +17,7 @@ from checkpoints_convert.tables.hf_block import (
     CONV2D,
     HUB,
     MEMORY,
+    attentive,
     blocks,
     dense,
     identify,
@@ -45,6 +46,7 @@ def rules(config: VivitConfig, names: Names) -> list[Rule]:
     if pooler:
         table += dense(f"{prefix}pooler.dense", f"{dst}pooler")
     if head == "classification":
+        table += attentive(config.attentive_heads)
         table += dense("classifier", "head") if config.num_labels else []
     return table
 

@@ -9,6 +9,7 @@ image kernel has no time axis.
 from collections.abc import Collection
 
 from checkpoints_convert.rules import Rule
+from checkpoints_convert.tables.hf_block import attentive
 from checkpoints_convert.tables.table import Names, Table
 from vivit_jax.config import VivitConfig
 
@@ -30,7 +31,7 @@ def rules(config: VivitConfig, names: Names) -> list[Rule]:
     if names.pooler:
         table += _dense("pre_logits", f"{dst}pooler")
     if names.head == "classification":
-        table += _dense("output_projection", "head")
+        table += [*attentive(config.attentive_heads), *_dense("output_projection", "head")]
     return table
 
 

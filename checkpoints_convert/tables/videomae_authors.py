@@ -9,7 +9,7 @@ prefixes of their names.
 from collections.abc import Collection
 
 from checkpoints_convert.rules import Rule
-from checkpoints_convert.tables.hf_block import CONV3D, dense, norm
+from checkpoints_convert.tables.hf_block import CONV3D, attentive, dense, norm
 from checkpoints_convert.tables.table import Names, Table
 from checkpoints_convert.tables.timm_block import blocks
 from vivit_jax.config import VideoMAEConfig
@@ -37,9 +37,11 @@ def rules(config: VideoMAEConfig, names: Names) -> list[Rule]:
             *dense("decoder.head", "decoder/head"),
             *dense("encoder_to_decoder", "to_decoder", bias=False),
         ]
-    if pooler or (head == "classification" and config.use_mean_pooling):
+    averages = config.use_mean_pooling and config.attentive_heads is None
+    if pooler or (head == "classification" and averages):
         table += norm("fc_norm", "fc_norm")
     if head == "classification":
+        table += attentive(config.attentive_heads)
         table += dense("head", "head")
     return table
 

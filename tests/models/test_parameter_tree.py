@@ -29,6 +29,7 @@ TREES = {
     "vivit_factorised_dot_product": ("dot product", {}),
     "videomae_model": ("mae base norm", {}),
     "videomae_classifier": ("mae cls", {}),
+    "videomae_attentive": ("mae cls", dict(attentive_heads=3)),
     "videomae_pretraining": ("mae pretraining", {}),
     "videomae_v2_options": ("mae pretraining", V2),
 }

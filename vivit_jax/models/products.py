@@ -32,9 +32,15 @@ def embedding(config: Config, tokens: int) -> int:
     return product(tokens, math.prod(config.tubelet) * config.num_channels, config.hidden_size)
 
 
-def classifier(config: Config, head: str) -> int:
-    """The classifier of one clip; 0 for another head."""
-    return product(1, config.hidden_size, config.num_labels) if head == "classification" else 0
+def classifier(config: Config, head: str, tokens: int = 0) -> int:
+    """The classifier of one clip, and the attentive pool of its tokens; 0 for another head."""
+    if head != "classification":
+        return 0
+    d, found = config.hidden_size, product(1, config.hidden_size, config.num_labels)
+    if config.attentive_heads is not None:
+        # The query and the keys' kernel; scores and weighted sums of tokens; the values' kernel.
+        found += 2 * product(1, d, d) + 2 * product(tokens, d, config.attentive_heads)
+    return found
 
 
 def attended_width(config: Config) -> int:

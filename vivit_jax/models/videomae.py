@@ -32,7 +32,7 @@ from vivit_jax.layers.tubelets import (
 from vivit_jax.masking import AnyArray, Grid, Mask
 from vivit_jax.models import products
 from vivit_jax.models.family import Family
-from vivit_jax.models.head import Labels, classify
+from vivit_jax.models.head import AttentivePool, Labels, classify
 from vivit_jax.models.losses import reconstruction_loss, reconstruction_targets
 from vivit_jax.outputs import (
     ClassifierOutput,
@@ -239,7 +239,8 @@ class VideoMAEForVideoClassification(nn.Module):
     """Linear classifier on the norm (`fc_norm`) of the mean of all tokens.
 
     With `use_mean_pooling` off it reads the first tubelet's token after the final norm, as
-    HuggingFace does with a pre-training configuration.
+    HuggingFace does with a pre-training configuration, and with `attentive_heads` what an
+    `AttentivePool` gathers, in place of both.
     """
 
     config: VideoMAEConfig
@@ -274,7 +275,9 @@ class VideoMAEForVideoClassification(nn.Module):
             deterministic=deterministic,
             clip_ids=clip_ids,
         )
-        if config.use_mean_pooling:
+        if config.attentive_heads:
+            x = AttentivePool(config, name="attentive")(out.last_hidden_state)
+        elif config.use_mean_pooling:
             x = _mean_pooled(config, out.last_hidden_state)
         else:
             x = out.last_hidden_state[:, 0]
@@ -339,7 +342,7 @@ def flops(
     _check_token_counts(config, head, visible, decoded)
     tokens = config.num_tokens if visible is None else visible
     blocks = products.joint_blocks(config, config.num_hidden_layers, tokens)
-    heads = products.classifier(config, head)
+    heads = products.classifier(config, head, tokens)
     if head == "pretraining":
         decoder = config.decoder()
         decoded = config.num_tokens - tokens if decoded is None else decoded

@@ -42,7 +42,7 @@ from vivit_jax.layers.tubelets import PixelValues
 from vivit_jax.masking import AnyArray, Grid
 from vivit_jax.models import products
 from vivit_jax.models.family import Family
-from vivit_jax.models.head import Labels, classify
+from vivit_jax.models.head import AttentivePool, Labels, classify
 from vivit_jax.outputs import ClassifierOutput, ModelOutput, asked_for, choose_states
 
 _TIME, _SPACE = ("attention_time", TIME), ("attention_space", SPACE)
@@ -226,7 +226,11 @@ class VivitModel(nn.Module):
 
 
 class VivitForVideoClassification(nn.Module):
-    """ViViT with a linear classifier on the pooled token after the final norm."""
+    """ViViT with a linear classifier on the pooled token after the final norm.
+
+    With `attentive_heads` an `AttentivePool` of all tokens, the class token among them, takes the
+    place of the pooled one.
+    """
 
     config: VivitConfig
 
@@ -248,7 +252,8 @@ class VivitForVideoClassification(nn.Module):
     ) -> ClassifierOutput | tuple:
         """As `VivitModel`; logits [b, classes]; labels add `loss`, see `classification_loss`."""
         config = self.config
-        backbone = VivitModel(config, add_pooling_layer=False, pooled_only=True, name="backbone")
+        pooled = config.attentive_heads is None
+        backbone = VivitModel(config, add_pooling_layer=False, pooled_only=pooled, name="backbone")
         out = backbone(
             pixel_values,
             head_mask=head_mask,
@@ -259,7 +264,9 @@ class VivitForVideoClassification(nn.Module):
             deterministic=deterministic,
             clip_ids=clip_ids,
         )
-        loss, logits = classify(config, pool(config, out.last_hidden_state), labels)
+        x = out.last_hidden_state
+        x = pool(config, x) if pooled else AttentivePool(config, name="attentive")(x)
+        loss, logits = classify(config, x, labels)
         out = ClassifierOutput(
             loss,
             logits,
@@ -278,7 +285,7 @@ def flops(
     return products.Flops(
         products.embedding(config, config.num_tokens),
         _block_flops(config, head, all_tokens),
-        products.classifier(config, head),
+        products.classifier(config, head, _last_tokens(config)),
     )
 
 
@@ -287,7 +294,8 @@ def _block_flops(config: VivitConfig, head: str, all_tokens: bool) -> int:
     layers, tokens, has_cls = config.num_hidden_layers, config.num_tokens, config.pooling == "cls"
     # The tokens that the last block of a stage is read at: a frame's class token, the classifier's.
     of_frame = 1 if has_cls and not all_tokens else None
-    of_clip = of_frame if head == "classification" else None
+    read_there = head == "classification" and config.attentive_heads is None
+    of_clip = of_frame if read_there else None
     if config.attention_type == "factorised_encoder":
         found = t * products.joint_blocks(config, layers, has_cls + h * w, of_frame)
         return found + products.joint_blocks(config, config.temporal_layers, has_cls + t, of_clip)
@@ -298,6 +306,14 @@ def _block_flops(config: VivitConfig, head: str, all_tokens: bool) -> int:
     if config.attention_type == "factorised_dot_product":
         return layers * products.block(config, tokens, attended // 2)
     return products.joint_blocks(config, layers, has_cls + tokens, of_clip)
+
+
+def _last_tokens(config: VivitConfig) -> int:
+    """The tokens of last_hidden_state."""
+    t, h, w = config.grid
+    if config.attention_type != "factorised_encoder":
+        return t * h * w + (config.pooling == "cls")
+    return t + (config.pooling == "cls" and not config.spatial_only)
 
 
 FAMILY = Family(

@@ -92,6 +92,7 @@ def _rules(model: nn.Module) -> Rules:
         (rf"{_LAYER}scale_\w+", _constant(config.layer_scale_init)),
         (rf"{_ATTENTION}/scale", _constant(math.log(10))),
         (rf"{_ATTENTION}/\w+/bias", _constant(0.0)),
+        (r"attentive/(query|(key|value)/kernel)", _normal(config.initializer_range)),
     )
     if config.initial_values == "scenic":
         return constants + _scenic(config)

@@ -27,7 +27,7 @@ _EVERYTHING: Rules = ((".*", 1.0),)
 # to every parameter.
 _DECAYED: Rules = (
     (r"(.*/)?kernel", 1.0),
-    (r"(.*/)?(bias|scale(_\w+)?|cls|mask_token|pos_embed)", 0.0),
+    (r"(.*/)?(bias|scale(_\w+)?|cls|query|mask_token|pos_embed)", 0.0),
 )
 _BLOCK = re.compile(r"((?:backbone/)?(?:spatial/|temporal/)?)layers_(\d+)/.*")
 _TOKENS = r"(.*/)?(patch_embed/.*|cls|mask_token|pos_embed)"
