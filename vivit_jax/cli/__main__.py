@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": "vivit_jax.cli.train:finetune",
     "plan": "vivit_jax.cli.plan:plan",
     "predict": "vivit_jax.cli.predict:predict",
+    "probe": "vivit_jax.cli.probe:probe_command",
     "presets": "vivit_jax.cli.presets:presets",
     "pretrain": "vivit_jax.cli.train:pretrain",
     "recipes": "vivit_jax.cli.recipes:recipes",

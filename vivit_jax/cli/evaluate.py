@@ -19,7 +19,7 @@ from vivit_jax.files.atomic import check_output, write_json
 from vivit_jax.recipes import recipe_named
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train import evaluate as evaluation
-from vivit_jax.train.preprocessing import resize_for
+from vivit_jax.train.preprocessing import central_view
 from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
 
 logger = logging.getLogger(__name__)
@@ -104,10 +104,8 @@ def evaluate(
         check_output(out, (".json",), overwrite)
     join(processes)
 
-    for flag, value in (
-        *((f"--{name}", getattr(views, name)) for name in ("clips", "crops", "stride", "resize")),
-        *(("--views-at-once", work.views_at_once), ("--threads", work.threads)),
-    ):
+    check_views(views)
+    for flag, value in (("--views-at-once", work.views_at_once), ("--threads", work.threads)):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
     mesh = make_mesh(parse_mesh(work.mesh, jax.device_count()))
@@ -121,7 +119,7 @@ def evaluate(
     dataset = evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)
     net, params = from_pretrained(source, "classification", dtype=work.dtype)
-    chosen = _chosen_views(views, net.config, processor)
+    chosen = chosen_views(views, net.config, processor)
     placed = jax.device_put(params, param_shardings(net, mesh))
     result = evaluation.evaluate(
         net,
@@ -152,9 +150,17 @@ def evaluate(
     return int(bool(unreadable))
 
 
-def _chosen_views(options: ViewOptions, config, processor) -> EvalSettings:
+def check_views(options: ViewOptions) -> None:
+    """UserError for a number below 1."""
+    for name in ("clips", "crops", "stride", "resize"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+
+
+def chosen_views(options: ViewOptions, config, processor) -> EvalSettings:
     """The views of the flags; warns where a resize that was to be expected is overridden."""
-    chosen, overridden = _one_view(config, processor), None
+    chosen, overridden = central_view(config, processor), None
     if options.recipe is not None:
         published = recipe_named(options.recipe).evaluation
         if published.resize != chosen.resize:
@@ -172,16 +178,6 @@ def _chosen_views(options: ViewOptions, config, processor) -> EvalSettings:
             "the shorter side is resized to %d, as %s, not to %s", views.resize, source, overridden
         )
     return views
-
-
-def _one_view(config, processor) -> EvalSettings:
-    """One central view, as usual for the model's family, resized as its processor says."""
-    return EvalSettings(
-        sampler=config.view_sampler,
-        stride=config.frame_stride,
-        resize=max(resize_for(processor, min(config.frame_size)), *config.frame_size),
-        average=config.average,
-    )
 
 
 def _record(net, params, dataset, views, processor, result, model: str) -> dict:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
+from jaxtyping import UInt8
 
 from vivit_jax import param_tree
 from vivit_jax.config import ARCHITECTURES
@@ -102,21 +103,28 @@ def extract_features(
             f"batch_size must be an int of at least 1 (--batch-size), got {batch_size!r}"
         )
     exact = jax.default_backend() == "cpu" if exact is None else exact
-    values = hashable_arithmetic(processor)
     check_features(config, processor, layer, pool, has_head=_has_head(model))
-    model, params = _model_for(model, meta.unbox(params), layer, pool)
-    program = _program(model, layer, pool, values)
+    function = feature_function(model, params, processor, layer=layer, pool=pool)
     with one_clip(video):
         stream = open_stream(video)
-    return _rows(
-        stream,
-        windows,
-        processor,
-        functools.partial(program, params),
-        batch_size,
-        exact,
-        progress,
-    )
+    return _rows(stream, windows, processor, function, batch_size, exact, progress)
+
+
+def feature_function(
+    model: nn.Module,
+    params: Any,
+    processor: VideoProcessor,
+    *,
+    layer: str | int = "last",
+    pool: str = "mean",
+) -> Callable[[UInt8[np.ndarray, "b t h w c"]], jax.Array]:
+    """The function from frames, resized and cropped, to features [b, ...], as `extract_features`.
+
+    It normalises pixels as the processor does and is compiled once for equal models.
+    """
+    model, params = _model_for(model, meta.unbox(params), layer, pool)
+    program = _program(model, layer, pool, hashable_arithmetic(processor))
+    return functools.partial(program, params)
 
 
 def has_head(head: str, family: str, pooler: bool) -> bool:

@@ -19,7 +19,7 @@ from vivit_jax.data.transforms.processor_keys import FILTERS
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes.checks import check_frames, model_config, preset_named
-from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.recipe import EvalSettings, Recipe
 from vivit_jax.train.normalise import arithmetic
 
 NORMALISATION = (
@@ -143,6 +143,16 @@ def resize_for(processor: VideoProcessor, side: int) -> int:
     """
     crop, shortest = _crop(processor), shortest_side(processor)
     return side if shortest is None or crop is None else round(shortest * side / crop)
+
+
+def central_view(config: Any, processor: VideoProcessor) -> EvalSettings:
+    """One central view, as usual for the model's family, resized as its processor says."""
+    return EvalSettings(
+        sampler=config.view_sampler,
+        stride=config.frame_stride,
+        resize=max(resize_for(processor, min(config.frame_size)), *config.frame_size),
+        average=config.average,
+    )
 
 
 def differing(ours: Any, theirs: Any, names: Any) -> dict[str, tuple[Any, Any]]:

@@ -239,7 +239,7 @@ def find_copies(
             first.setdefault(each.example.path, index)
     by_size = _grouped(first.items(), lambda item: facts[item[1]].bytes)
     same_size = [item for group in by_size for item in group]
-    digests = in_threads(lambda item: _digest(item[0]), same_size, threads, progress)
+    digests = in_threads(lambda item: content_digest(item[0]), same_size, threads, progress)
     found = zip(same_size, list(digests), strict=True)
     groups = _grouped(found, lambda pair: pair[1])
     return tuple(tuple(index for (_, index), _ in group) for group in groups)
@@ -253,7 +253,8 @@ def _grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Ite
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _digest(path: str) -> str:
+def content_digest(path: str) -> str:
+    """A hash of the bytes of a clip's file, or of its images in order."""
     whole = hashlib.sha256()
     for name in _files(path):
         with open(name, "rb") as file:

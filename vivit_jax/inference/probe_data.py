@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The clips of a probe: those that its head is trained on, and those that are held out."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vivit_jax.data.datasets.check import (
+    ClipFacts,
+    counted,
+    find_copies,
+    in_threads,
+    inspect,
+)
+from vivit_jax.data.datasets.check import (
+    split as held_out_split,
+)
+from vivit_jax.data.datasets.dataset import Dataset, ObjectExample, read_dataset
+from vivit_jax.data.settings import MOST_CLASSES
+from vivit_jax.errors import UserError
+from vivit_jax.progress import live_line
+
+SHARE = 0.2  # that is held out where the data say nothing
+
+# A share of each class, a list or directory, a data set, or None for what the data say.
+Validation = float | str | Path | Dataset | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Training clips, held-out clips, and how they were told apart.
+
+    `unreadable` are path -> why, of clips that are on neither side.
+    """
+
+    train: Dataset
+    held_out: Dataset | None
+    how: str
+    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def sides_of(
+    data: str | Path | Dataset,
+    validation: Validation,
+    threads: int = 2,
+    *,
+    split: str = "train",
+    **reading: Any,
+) -> Sides:
+    """The two sides of a data set; `split` and `reading` are arguments of `read_dataset`.
+
+    Without `validation` the rows for it are taken of a list with several splits, and a fifth of
+    each class of anything else. A share is held out as `check-data` suggests: by class, with clips
+    of one file and copies on the side that is trained on.
+
+    Raises UserError for clips without exactly one label each, and as `read_dataset`.
+    """
+    reading = {"labels": 1, **reading}
+    train = data if isinstance(data, Dataset) else read_dataset(data, split=split, **reading)
+    _check_labels(train)
+    if len({example.label for example in train.examples}) < 2:
+        raise UserError(
+            f"{train.source}: all {counted(len(train), 'clip')} are of one class, and there is "
+            "nothing to tell apart; add clips of another"
+        )
+    if validation is None and not isinstance(data, Dataset) and os.path.isfile(data):
+        with contextlib.suppress(UserError):  # a list of training clips only
+            held = read_dataset(data, split="validation", **reading)
+            if held.fingerprint != train.fingerprint:
+                return Sides(train, held, "the list's own split")
+    if validation is None or isinstance(validation, float | int):
+        share = SHARE if validation is None else validation
+        return _by_share(train, share, threads) if share else Sides(train, None, "")
+    held = validation
+    if not isinstance(held, Dataset):
+        held = read_dataset(held, split="validation", **reading)
+    _check_labels(held)
+    return Sides(train, held, str(held.source))
+
+
+def class_names(dataset: Dataset) -> tuple[str, ...]:
+    """The names of the classes; LABEL_0 and so on for numbers."""
+    if dataset.classes is not None:
+        return dataset.classes
+    number = 1 + max(
+        example.label for example in dataset.examples if isinstance(example.label, int)
+    )
+    if number > MOST_CLASSES:
+        raise UserError(
+            f"{dataset.source}: its labels go up to {number - 1}, which would make as many "
+            f"classes; expected numbers from 0, below {MOST_CLASSES}"
+        )
+    return tuple(f"LABEL_{i}" for i in range(number))
+
+
+def _check_labels(dataset: Dataset) -> None:
+    labels = dataset.labels_per_example
+    if labels != 1:
+        raise UserError(
+            f"{dataset.source}: clips have {labels or 'no'} labels, and probing needs one each; "
+            "sort the clips into a folder for each class, or write a list of paths and labels"
+        )
+
+
+def _by_share(dataset: Dataset, share: float, threads: int) -> Sides:
+    # What an object holds is found when it is read.
+    in_object = any(isinstance(example, ObjectExample) for example in dataset.examples)
+    with live_line("clips opened") as progress:
+        look = ClipFacts if in_object else inspect
+        facts = tuple(in_threads(look, dataset.examples, threads, progress))
+    copies = () if in_object else find_copies(facts, threads)
+    chosen = held_out_split(facts, copies, share)
+    train, held = (
+        dataclasses.replace(dataset, examples=tuple(dataset.examples[i] for i in side))
+        for side in chosen
+    )
+    unreadable = {each.example.path: each.error for each in facts if each.error is not None}
+    if not chosen[0]:
+        error = next(iter(unreadable.values()))
+        raise UserError(
+            f"none of the {len(dataset)} clips of {dataset.source} could be read: {error}"
+        )
+    if not chosen[1]:
+        return Sides(train, None, "no clip can be held out", unreadable)
+    return Sides(train, held, f"{share:.0%} of each class", unreadable)
