@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-convert convert`: rewrites a checkpoint and accounts for every tensor."""
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from checkpoints_convert.card import CardFacts, base_of, write_card
+from checkpoints_convert.card_code import SavedModel
 from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.files.save import (
     check_destination,
@@ -43,6 +46,7 @@ from checkpoints_convert.start.label_map import gather_classes, read_label_map
 from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig
 from vivit_jax.console import FLAT, ConfigOption, joined
+from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.hub import PROCESSOR_FILES
 from vivit_jax.models.build import expected_shapes
@@ -145,6 +149,8 @@ def convert_checkpoint(
         # The report warns.
         write_config(staged, config, head, stored_dtype(written), warn=False)
         files += _write_processor(staged, loaded)
+        if target.in_transformers:
+            files += _write_card(staged, Path(destination), loaded, stored_dtype(written), opened)
     notes = transformers_notes(config, head, loaded.pooler) if target.in_transformers else ()
     return Conversion(
         source=loaded.title,
@@ -183,6 +189,30 @@ def _write_processor(staged: Path, loaded: "Loaded") -> list[Path]:
         return []
     loaded.processor.save_pretrained(staged)
     return [staged / PROCESSOR_FILES[0]]
+
+
+def _write_card(
+    staged: Path, destination: Path, loaded: "Loaded", dtype: str, opened: Checkpoint | Source
+) -> list[Path]:
+    """The model's card, unless the destination has one that was edited."""
+    checkpoint = opened if isinstance(opened, Checkpoint) else opened.checkpoint
+    processor = None
+    with contextlib.suppress(UserError):  # without one, or with one that is copied as it is
+        processor = VideoProcessor.from_pretrained(staged)
+    saved = SavedModel(
+        config=loaded.config,
+        head=loaded.head,
+        parameters=sum(array.size for array in loaded.params.values()),
+        dtype=dtype,
+        processor=processor,
+        pooler=loaded.pooler,
+    )
+    facts = CardFacts(
+        base=base_of(checkpoint),
+        how=(f"Converted by vivit-convert from {loaded.title.partition(' (')[0]}.",),
+    )
+    card = write_card(staged, destination, saved, facts)
+    return [] if card is None else [card]
 
 
 def _account(rows, tensors, target_rules) -> Iterable[str]:

@@ -15,6 +15,8 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
+from checkpoints_convert.card import CardFacts, write_card
+from checkpoints_convert.card_code import SavedModel
 from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.files.save import check_destination, replaced_directory, write_weights
 from checkpoints_convert.layouts.hf import write_config
@@ -196,13 +198,15 @@ def save_pretrained(
     *,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
+    card: CardFacts | None = None,
 ) -> None:
     """Write a directory that transformers opens as it is.
 
     It holds config.json, model.safetensors (or shards of at most `max_shard_size`, bytes or "5GB")
-    in the dtype of `params`, and the processor's preprocessor_config.json. The directory appears
-    complete or not at all; a non-empty one is an error unless `overwrite`, which replaces the model
-    files in it. Raises CheckpointError that lists every parameter that does not fit the model.
+    in the dtype of `params`, the processor's preprocessor_config.json, and a model card, README.md,
+    with what the model itself and `card` say. The directory appears complete or not at all; a
+    non-empty one is an error unless `overwrite`, which replaces the model files in it, but no card
+    that was edited. Raises CheckpointError that lists every parameter that does not fit the model.
     """
     if not isinstance(params, Mapping):
         raise UserError(
@@ -228,6 +232,15 @@ def save_pretrained(
         write_config(staged, config, head, stored_dtype(tensors), pooler=stored.pooler)
         if processor is not None:
             processor.save_pretrained(staged)
+        saved = SavedModel(
+            config=config,
+            head=head,
+            parameters=sum(leaf.size for leaf in flat.values()),
+            dtype=stored_dtype(tensors),
+            processor=processor,
+            pooler=stored.pooler,
+        )
+        write_card(staged, Path(directory), saved, card or CardFacts())
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

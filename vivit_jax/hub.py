@@ -20,7 +20,9 @@ _HUB_ID = re.compile(
     rf"(?:/(?P<file>(?:{_PART}/){{,15}}{_PART}\.(?:safetensors|bin|pth|pt|ckpt|msgpack)))?"
     rf"(?:@(?P<revision>(?:{_PART}/){{,15}}{_PART}))?",
 )
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFIG = "config.json"
+CARD = "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,21 @@ def resolve_config(source: str, revision: str | None = None) -> Path | None:
     """The config.json of a hub id; None if there is none."""
     remote = _local_or_remote(source, revision)
     return None if isinstance(remote, Path) else _download(remote, _beside(remote, _CONFIG))
+
+
+def resolve_card(remote: HubId, checkpoint: Path) -> Path | None:
+    """The card of the repository that a weight file in the cache came from, of the same commit.
+
+    None if the repository has none, and if the hub cannot be reached.
+    """
+    depth = 0 if remote.file is None else remote.file.count("/")
+    commit = checkpoint.parents[depth].name
+    if not _COMMIT.fullmatch(commit):
+        return None
+    try:
+        return _download(HubId(remote.repository, None, commit), CARD)
+    except CheckpointError:
+        return None
 
 
 def _processor_file(remote: HubId) -> Path | None:
@@ -188,7 +205,7 @@ def _download(remote: HubId, filename: str, *, required: bool = False) -> Path |
         what = f"{source} is not a local path, and downloading it"
         raise MissingExtra("huggingface_hub", "hub", what) from None
     # A commit does not change, so the hub is not asked again.
-    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+    if revision is not None and _COMMIT.fullmatch(revision):
         cached = cached_path(source, filename, revision=revision)
         if cached is _CACHED_NO_EXIST:
             return None

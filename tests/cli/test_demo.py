@@ -203,6 +203,7 @@ def test_demo_writes_what_it_says(finished):
     for name in runs:
         assert {path.name for path in (out / name).iterdir()} == RUN
     assert {path.name for path in (out / "model").iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",

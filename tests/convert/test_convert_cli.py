@@ -32,6 +32,7 @@ def test_convert_normalises_every_spelling(run, checkpoints, tmp_path, case, dia
     expected = checkpoints.hub_tensors(case)
     assert same_tensors(read_safetensors(tmp_path / "out"), expected)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]
@@ -92,7 +93,7 @@ def test_a_processor_goes_along_whatever_its_file_is_called(run, checkpoints, tm
     nested = {"video_processor": values} if name == "processor_config.json" else values
     (source / name).write_text(json.dumps(nested))
     status, out, _ = run("convert", source, tmp_path / "out")
-    assert status == 0 and f"{name}, config.json to" in out
+    assert status == 0 and f"{name}, README.md, config.json to" in out
     assert vivit_jax.VideoProcessor.from_pretrained(tmp_path / "out") == processor
 
 

@@ -27,7 +27,7 @@ def test_convert_writes_what_init_from_image_model_gives(run, images, tmp_path):
         "in the checkpoint, not in this model (2): classifier.bias, classifier.weight",
         "56 tensors read, 2 of them left out",
         "patch kernel inflated to 2 frames: central_frame",
-        "wrote model.safetensors, preprocessor_config.json, config.json to",
+        "wrote model.safetensors, preprocessor_config.json, README.md, config.json to",
     ):
         assert part in out, out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

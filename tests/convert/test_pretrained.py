@@ -262,6 +262,7 @@ def test_processor_and_overwrite(checkpoints, tmp_path):
     assert "is not empty" in refused(vivit_jax.save_pretrained, out, model, params)
     vivit_jax.save_pretrained(out, model, params, overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",

@@ -772,3 +772,27 @@ def test_a_model_is_described_and_built_again(tmp_path):
     start = starting_model(changed(FINETUNE, model__config=settings))
     (tmp_path / "model.json").write_text(json.dumps(description(start, "finetune")))
     assert described_model(tmp_path / "model.json") == start.model
+
+
+def test_the_card_of_a_model_has_the_metrics_of_its_step(whole, data):
+    """And no more of this machine than the names of the data's folders."""
+    from huggingface_hub import ModelCard
+
+    out = whole.model.parents[1]
+    told = {line["step"]: line for line in lines(out, "evaluate")}
+    for path in (out / "models").iterdir():
+        card = ModelCard((path / "README.md").read_text("utf-8"))
+        assert str(data) not in card.content and str(out) not in card.content
+        assert "| training | train | 25 | 4 |" in card.text
+        assert f"{path.name} steps of 8 clips" in card.text
+        found = told.get(int(path.name))
+        if found is None:  # a checkpoint between two validations
+            assert card.data.eval_results is None
+            continue
+        (result,) = card.data.eval_results
+        share = found["accuracy"]
+        assert result.metric_value == round(share, 6) and result.dataset_name == "test"
+        error = round((share * (1 - share) / 18) ** 0.5, 6)
+        assert result.metric_args["videos"] == 18
+        assert result.metric_args["standard_error"] == error
+        assert "1 x 1 views" in result.metric_args["protocol"]

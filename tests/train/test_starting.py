@@ -16,6 +16,7 @@ from tiny_recipes import FINETUNE, PRETRAIN, VIEWS, changed
 
 import vivit_jax
 from checkpoints_convert.__main__ import main as convert
+from checkpoints_convert.card import Base
 from checkpoints_convert.start.from_video import init_from_video_model
 from vivit_jax import param_tree
 from vivit_jax.config import VideoMAEConfig, VivitConfig
@@ -24,7 +25,13 @@ from vivit_jax.recipes import RECIPES, apply_settings, from_dict, recipe_named, 
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import EvalSettings, ModelSettings
 from vivit_jax.train import loop
-from vivit_jax.train.initial_model import _FIXED, description, of_the_function, starting_model
+from vivit_jax.train.initial_model import (
+    _FIXED,
+    described_base,
+    description,
+    of_the_function,
+    starting_model,
+)
 from vivit_jax.train.prepare import listed, prepare
 from vivit_jax.train.preprocessing import described_preprocessing
 from vivit_jax.train.run_directory import RunDirectory, saved_recipe
@@ -593,3 +600,21 @@ def test_a_run_validates_and_saves_what_the_checkpoint_sees(clips, small, tmp_pa
     outcome = loop.train(again, tmp_path / "run", resume=True, mesh_sizes=mesh, say=lambda _: None)
     assert vivit_jax.VideoProcessor.from_pretrained(outcome.model) == square(16)
     assert saved_recipe(tmp_path / "run").evaluation.resize == 224
+
+
+def test_what_the_weights_come_from_is_kept_for_a_resumed_runs_cards(tmp_path):
+    """With the licence of their card, which a fine-tuned model keeps."""
+    directory, _ = saved(tmp_path / "start", VivitConfig(**SMALL_VIVIT))
+    (tmp_path / "start/README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: a/b\n---\n")
+    start = starting_model(vivit_recipe(directory, **SMALL_VIVIT))
+    assert start.base == Base(name="start", hub_id="a/b", licence={"license": "cc-by-nc-4.0"})
+    held = description(start, "finetune")
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps(held))
+    assert described_base(file) == start.base
+    file.write_text(json.dumps({k: v for k, v in held.items() if k != "base"}))
+    assert described_base(file) is None  # as of older versions
+    for wrong in ("b", {"name": 1}, {"name": "x", "licence": []}, {"hub": "a/b"}):
+        file.write_text(json.dumps(held | {"base": wrong}))
+        with pytest.raises(UserError, match="base is .*, expected name, hub_id and licence"):
+            described_base(file)

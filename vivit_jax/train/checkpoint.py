@@ -153,6 +153,10 @@ class Checkpoints:
         """The step with the highest score, the latest of equal ones; None if none has a score."""
         return _best(self.steps(), self._scores)
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics that a step was saved with; {} without a validation."""
+        return {n: v for n, v in self._run(step)["metrics"].items() if v is not None}
+
     def check_step(self, step: int) -> None:
         """Raises UserError if a step has no checkpoint."""
         steps = self.steps()

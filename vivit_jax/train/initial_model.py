@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 
+from checkpoints_convert.card import Base, base_of
+from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.layouts.registry import layout_of
 from checkpoints_convert.pretrained import InitialisedModel
 from checkpoints_convert.source import Source, find_checkpoint
@@ -56,12 +58,16 @@ _OF_PRETRAINING = ("norm_pix_loss", "image_mean", "image_std")
 
 
 class Start(NamedTuple):
-    """A model, its initial parameters, a report of their sources, and the preprocessing."""
+    """A model, its initial parameters, a report of their sources, and the preprocessing.
+
+    `base` is the model that the parameters come from, for the card; None for fresh ones.
+    """
 
     model: nn.Module
     params: dict[str, Any]
     report: str
     preprocessing: Preprocessing
+    base: Base | None = None
 
 
 def starting_model(
@@ -177,7 +183,7 @@ def _fresh(recipe: Recipe, config, head: str) -> Start:
 
 
 def _completed(
-    recipe: Recipe, found: InitialisedModel, place: Path, held, notes: Sequence[str] = ()
+    recipe: Recipe, found: InitialisedModel, start: Checkpoint, held, notes: Sequence[str] = ()
 ) -> Start:
     """The start from a file; its loader drew the missing parameters as HuggingFace does.
 
@@ -186,14 +192,14 @@ def _completed(
     """
     model, params, report = found
     own_size = None if held is None else held.frame_size
-    frames = preprocessing(recipe, model.config, place, own_size, image=held is None)
+    frames = preprocessing(recipe, model.config, start.path, own_size, image=held is None)
     notes = (*notes, *frames.notes)
     for note in notes:
         logger.warning("model.start %s: %s", recipe.model.start, note)
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     if recipe.model.initial == "paper":
         params = papers_params(model, params, recipe.train.seed, report.fresh)
-    return Start(model, params, str(report), frames)
+    return Start(model, params, str(report), frames, base_of(start))
 
 
 def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_number: bool) -> Start:
@@ -210,7 +216,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
         if kept:
             raise _no_classes(recipe, f"{source} holds an image model")
         found = init_from_image_model(checkpoint, config, seed=seed)
-        return _completed(recipe, found, checkpoint.path, None)
+        return _completed(recipe, found, checkpoint, None)
     opened = open_start(checkpoint, config.num_frames)
     if opened.family != config.model_type:
         raise UserError(
@@ -227,7 +233,7 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
     found = start_from(opened, changes, head=head, seed=seed)
     if fresh_head:
         found = _fresh_head(found, seed)
-    return _completed(recipe, found, checkpoint.path, opened.config, notes)
+    return _completed(recipe, found, checkpoint, opened.config, notes)
 
 
 def _source_notes(
@@ -341,7 +347,8 @@ def description(start: Start, task: str) -> dict[str, Any]:
     fields = dataclasses.fields(config)
     execution = {f.name: getattr(config, f.name) for f in fields if f.metadata.get("execution")}
     values = {"head": HEADS[task], "config": config.to_dict(), "execution": execution}
-    return values | {"start": start.report, "preprocessing": described(start.preprocessing)}
+    values |= {"start": start.report, "preprocessing": described(start.preprocessing)}
+    return values | ({} if start.base is None else {"base": dataclasses.asdict(start.base)})
 
 
 def described_model(path: Path) -> nn.Module:
@@ -363,3 +370,22 @@ def described_model(path: Path) -> nn.Module:
         return build_model(config_from_dict(config, warn=False, **execution), values["head"])
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {error}; {hint}") from None
+
+
+def described_base(path: Path) -> Base | None:
+    """The base of a `description`, None where it has none. UserError for one that was changed."""
+    values = read_json(path, hint="restore it as it was written")
+    held = values.get("base") if isinstance(values, dict) else None
+    if held is None:
+        return None
+    try:
+        base = Base(**held)
+        texts = [base.name, *base.licence, *base.licence.values()]
+        texts += [] if base.hub_id is None else [base.hub_id]
+        assert all(isinstance(text, str) for text in texts)
+    except (TypeError, AttributeError, AssertionError):
+        raise UserError(
+            f"{path}: base is {held!r}, expected name, hub_id and licence; restore it as it was "
+            "written, or remove base from it"
+        ) from None
+    return base

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
+from checkpoints_convert.card import Base
 from checkpoints_convert.pretrained import save_pretrained
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError, WriteError
@@ -21,9 +22,10 @@ from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.callbacks import Callback, Callbacks, Event, Kind
 from vivit_jax.train.checkpoint import Checkpoints
 from vivit_jax.train.evaluate import evaluate, evaluate_reconstruction, unreadable_clips
-from vivit_jax.train.initial_model import description
+from vivit_jax.train.initial_model import described_base, description
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import leading_name
+from vivit_jax.train.model_card import run_facts
 from vivit_jax.train.prepare import first_state, listed, prepare, summary
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory
@@ -137,7 +139,8 @@ def train(
             given.say(summary(setup, batches, run.path, taken))
         # A live line, below the summary.
         progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
-        loop = _Loop(setup, run, checkpoints, batches, log, progress, told, state, taken)
+        base = start.base if start is not None else described_base(run.model_file)
+        loop = _Loop(setup, run, checkpoints, batches, log, progress, told, state, taken, base)
         stopped = loop.take_steps()
         checkpoints.wait()
         best, step = checkpoints.best(), checkpoints.latest()
@@ -165,6 +168,7 @@ class _Loop:
     callbacks: Callbacks
     state: TrainState
     taken: int  # steps
+    base: Base | None  # the model that the run started from
 
     def __post_init__(self):
         self.metrics: dict[str, float] = {}  # of the last validation
@@ -178,7 +182,8 @@ class _Loop:
         """Take the steps that are left. The signal that ended them early, None where none did."""
         last, stopped = self.setup.last, None
         if self.taken and self.checkpoints.lacks_model(self.taken):
-            self.checkpoints.write_model(self.taken, self._model_writer())
+            metrics = self.checkpoints.metrics(self.taken)
+            self.checkpoints.write_model(self.taken, self._model_writer(metrics))
         with stop_signals() as received:
             try:
                 while self.taken < last and stopped is None:
@@ -305,7 +310,7 @@ class _Loop:
         states = self.callbacks.state()
         own = self._position | ({"callbacks": states} if states else {})
         data = _of_all_processes(own)
-        self.checkpoints.save(self.taken, self.state, data, scores, self._model_writer())
+        self.checkpoints.save(self.taken, self.state, data, scores, self._model_writer(scores))
         self.run.write_bad_clips(data, self._unreadable)
 
     def _save_once(self) -> None:
@@ -313,13 +318,17 @@ class _Loop:
         if self.taken and self.checkpoints.latest() != self.taken:
             self._save()
 
-    def _model_writer(self) -> Callable[[Path], None] | None:
-        """What writes the model, in the first process; all take part in gathering it."""
+    def _model_writer(self, metrics: Mapping[str, float] | None) -> Callable[[Path], None] | None:
+        """What writes the model, in the first process; all take part in gathering it.
+
+        `metrics` are those of this step's validation, for the card.
+        """
         state, setup = self.state, self.setup
         params = _whole(state.params if state.average is None else state.average)
         if jax.process_index():
             return None
-        return lambda path: save_pretrained(path, setup.model, params, setup.processor)
+        card = run_facts(setup, self.batches.sampler.dataset, self.base, self.taken, metrics)
+        return lambda path: save_pretrained(path, setup.model, params, setup.processor, card=card)
 
 
 def _validate(setup: TrainSetup, state: TrainState) -> tuple[dict[str, float], dict[str, str]]:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the card of a run's model says: where it started, its data, its last validation."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.card import Base, CardFacts, DataSummary, Metric, binomial_error
+from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.recipes.recipe import EvalSettings, Recipe
+from vivit_jax.train.setup import TrainSetup
+
+
+def run_facts(
+    setup: TrainSetup,
+    dataset: Dataset,
+    base: Base | None,
+    step: int,
+    metrics: Mapping[str, float] | None = None,
+) -> CardFacts:
+    """The facts of the model after `step` steps; `metrics` are those of its validation, if any."""
+    recipe, config = setup.recipe, setup.model.config
+    task = "Fine-tuned" if recipe.task == "finetune" else "Pre-trained by masking, without labels,"
+    started = "from random weights" if base is None else f"from {base.name}"
+    epochs = step / setup.per_epoch
+    how = [
+        f"{task} {started} with vivit_jax by the recipe {recipe.name}: {step} steps of "
+        f"{recipe.train.batch_size} clips ({epochs:.4g} epochs), {recipe.optim.algorithm}.",
+    ]
+    data = [_summary("training", dataset)]
+    if setup.validation is not None:
+        data.append(_summary("validation", setup.validation))
+    return CardFacts(
+        base=base,
+        how=how,
+        data=data,
+        metrics=_metrics(setup, metrics or {}),
+        stride=_stride(recipe, config),
+    )
+
+
+def _summary(split: str, dataset: Dataset) -> DataSummary:
+    classes = None if dataset.classes is None else len(dataset.classes)
+    return DataSummary(split=split, name=data_name(dataset), clips=len(dataset), classes=classes)
+
+
+def data_name(dataset: Dataset) -> str:
+    """What a data set is called where its path is nobody's business: its last part."""
+    return Path(dataset.source).name or dataset.source
+
+
+def _stride(recipe: Recipe, config: Any) -> int | None:
+    """The stride between frames in tests, None where it is the family's or there is none."""
+    settings = recipe.evaluation
+    if settings.sampler == "segments" or settings.stride == config.frame_stride:
+        return None
+    return settings.stride
+
+
+def _metrics(setup: TrainSetup, metrics: Mapping[str, float]) -> list[Metric]:
+    if setup.validation is None:
+        return []
+    videos = int(metrics.get("videos", 0))
+    protocol = protocol_text(
+        dataclasses.replace(setup.recipe.evaluation, clips=1, crops=1), setup.model.config
+    )
+    return [
+        Metric(
+            name="validation loss" if name == "loss" else name,
+            value=value,
+            data=data_name(setup.validation),
+            videos=videos,
+            protocol=protocol,
+            standard_error=binomial_error(value, videos) if "accuracy" in name else None,
+        )
+        for name, value in metrics.items()
+        if (name == "loss" or "accuracy" in name) and math.isfinite(value)
+    ]
+
+
+def protocol_text(settings: EvalSettings, config: Any) -> str:
+    """The views that an evaluation takes of a video, in words."""
+    views = f"{settings.clips} x {settings.crops} views (clips x crops)"
+    averaged = f", mean of their {settings.average}" if settings.clips * settings.crops > 1 else ""
+    if settings.sampler == "segments":
+        frames = f"{config.num_frames} frames, one from each of as many segments"
+    else:
+        frames = f"{config.num_frames} frames {settings.stride} apart ({settings.sampler})"
+    height, width = config.frame_size
+    return f"{views}{averaged}; {frames}; shortest side {settings.resize}, {height} x {width}"
