@@ -171,6 +171,11 @@ def for_repository(text: str, repository: str, revision: str | None = None) -> s
     return _marked(_OPENS_HERE.sub(f'from_pretrained("{repository}"{at})', body))
 
 
+def has_metadata(text: str) -> bool:
+    """Whether a card begins with a block of metadata, right or wrong."""
+    return _METADATA.match(text.replace("\r\n", "\n").removeprefix("\ufeff")) is not None
+
+
 def front_matter(text: str) -> dict[str, Any]:
     """The metadata of a card, {} where it has none that can be read."""
     found = _METADATA.match(text.replace("\r\n", "\n").removeprefix("\ufeff"))

@@ -22,6 +22,11 @@ _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bi
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?i?)B?", re.IGNORECASE)
 
 
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name may hold the weights of a HuggingFace directory."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
 def write_weights(
     directory: str | Path, tensors: Mapping[str, Any], max_shard_size: int | str | None = None
 ) -> list[Path]:

@@ -4,16 +4,15 @@
 Nothing here touches the network.
 """
 
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import types
 
 import pytest
+from hub_server import Serving
 from huggingface_hub import errors
 
 import vivit_jax
@@ -202,56 +201,6 @@ def test_two_revisions():
         resolve_checkpoint("org/name@v1", "v2")
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers for repositories {id: {revision: (commit, directory)}} as huggingface.co does."""
-
-    repositories: dict = {}
-    asked: list = []
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, body):
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"] and parts[4] == "tree":
-            _, directory = self.repositories["/".join(parts[2:4])][parts[5]]
-            files = [p for p in directory.rglob("*") if p.is_file()]
-            listing = [
-                {"type": "file", "path": str(p.relative_to(directory)), "oid": "0", "size": 1}
-                for p in files
-            ]
-            return self.send(200, json.dumps(listing).encode(), {}, body)
-        repository, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
-        self.asked.append((self.command, revision, name))
-        held = self.repositories.get(repository)
-        if held is None:
-            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
-        found = {**held, **{commit: (commit, at) for commit, at in held.values()}}.get(revision)
-        if found is None:
-            return self.send(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
-        commit, directory = found
-        headers = {"X-Repo-Commit": commit}
-        if not (directory / name).is_file():
-            return self.send(404, b"", {"X-Error-Code": "EntryNotFound", **headers}, body)
-        content = (directory / name).read_bytes()
-        etag = f'"{len(content)}-{commit[:8]}-{name.replace("/", "-")}"'
-        return self.send(200, content, {"ETag": etag, **headers}, body)
-
-    def send(self, status, content, headers, body):
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-
 # One process asks for several sources: huggingface_hub reads its settings when it is imported.
 ASK = """
 import json, sys, time
@@ -288,10 +237,7 @@ def hub(tmp_path, checkpoints):
     (authors / "base/model.pth").write_bytes(b"weights")
     (authors / "README.md").write_text("no config.json here")
     repositories = {"someone/model": commits, "someone/authors": {"main": ("c" * 40, authors)}}
-    handler = type("Handler", (Hub,), {"repositories": repositories, "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    server = Serving(tmp_path, repositories=repositories)
 
     def ask(*sources, **environment):
         done = subprocess.run(
@@ -300,7 +246,7 @@ def hub(tmp_path, checkpoints):
             text=True,
             env={
                 **os.environ,
-                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_ENDPOINT": server.address,
                 "HF_HOME": str(tmp_path / "home"),
                 "HF_HUB_DISABLE_XET": "1",
                 **environment,
@@ -309,13 +255,8 @@ def hub(tmp_path, checkpoints):
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    def stop():
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    yield types.SimpleNamespace(ask=ask, stop=stop, asked=handler.asked)
-    stop()
+    yield types.SimpleNamespace(ask=ask, stop=server.stop, asked=server.handler.asked)
+    server.stop()
 
 
 def test_download_cache_and_no_network(hub):

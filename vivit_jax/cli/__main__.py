@@ -21,6 +21,7 @@ COMMANDS = {
     "probe": "vivit_jax.cli.probe:probe_command",
     "presets": "vivit_jax.cli.presets:presets",
     "pretrain": "vivit_jax.cli.train:pretrain",
+    "push": "vivit_jax.cli.push:push",
     "recipes": "vivit_jax.cli.recipes:recipes",
     "reconstruct": "vivit_jax.cli.reconstruct:reconstruct",
 }
