@@ -12,6 +12,7 @@ array_types.install()  # before anything of the packages is imported
 from tpu_compiler import Compiler  # noqa: E402
 
 from vivit_jax import progress  # noqa: E402
+from vivit_jax.models import build  # noqa: E402
 
 progress._LONG = 60.0  # a busy machine compiles slowly, and tests read what is said on stderr
 jax.config.update("jax_num_cpu_devices", 8)
@@ -30,17 +31,31 @@ def compiler(tmp_path_factory):
     found.close()
 
 
+def as_users(config) -> bool:
+    """Whether these are the full-size checks (-m alone), which compile as users do."""
+    return "alone" in config.option.markexpr.replace("not alone", "")
+
+
 def pytest_configure(config):
-    # The full-size checks (-m alone) compile as users do.
-    if "alone" not in config.option.markexpr.replace("not alone", ""):
+    if not as_users(config):
         os.environ.setdefault("XLA_FLAGS", " ".join(compiler_flags.TESTS))
+        # PyTorch's second thread waits for work by running, on the core of another worker.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_finish():
+def pytest_collection_finish(session):
+    if not as_users(session.config):
+        build.DRAW_OPTIONS = None  # the level in XLA_FLAGS, which compiles in half the time
     # Tracing makes many objects, and each full collection walks all that torch and jax imported.
     gc.collect()
+    gc.set_threshold(150_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """Full garbage collections walk what a file's tests made, and nothing older."""
+    gc.collect(1)
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):

@@ -10,13 +10,12 @@ import pytest
 import torch
 from compiler_flags import AS_USERS
 from flax import linen as nn
-from helpers import mostly_slow
 from tiny_recipes import FINETUNE, PRETRAIN, changed
 
 import vivit_jax
 from vivit_jax import param_tree
 from vivit_jax.models import build
-from vivit_jax.models.build import _compiled_draw, abstract_params, fresh_params
+from vivit_jax.models.build import DRAW_OPTIONS, abstract_params, fresh_params
 from vivit_jax.train.initial_model import starting_model
 from vivit_jax.train.initial_params import papers_params
 
@@ -310,15 +309,19 @@ def test_a_run_from_a_file_draws_what_the_file_has_not(tmp_path):
     assert start.params["head"]["kernel"].shape == (16, 9)
 
 
-@pytest.mark.parametrize("scan_layers", mostly_slow([True, False], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [True, False])
 def test_the_compiler_s_lower_level_draws_the_same_bits(scan_layers):
     """As its usual one, 3; as a part of another program it takes no options of its own."""
     config = dataclasses.replace(VIDEOMAE, scan_layers=scan_layers)
     model = vivit_jax.VideoMAEForPreTraining(config)
     leaves, key = tuple(sorted(param_tree.flatten(abstract_params(model)))), jax.random.key(3)
-    options = {"xla_backend_optimization_level": 3, **AS_USERS}
-    usual = jax.jit(build._drawn, static_argnums=(0, 1, 2), compiler_options=options)
-    usual, lower = (draw(model, leaves, "float32", key) for draw in (usual, _compiled_draw(True)))
+    levels = ({"xla_backend_optimization_level": 3}, DRAW_OPTIONS)
+    draws = (
+        jax.jit(build._drawn, static_argnums=(0, 1, 2), compiler_options={**level, **AS_USERS})
+        for level in levels
+    )
+    usual, lower = (draw(model, leaves, "float32", key) for draw in draws)
     inside = param_tree.flatten(jax.jit(lambda: fresh_params(model, 3))())
     for path in leaves:
         np.testing.assert_array_equal(lower[path], usual[path])

@@ -106,6 +106,9 @@ def initialise(model: nn.Module, leaves: set[str], seed: int) -> dict[str, jax.A
     return draw(model, tuple(sorted(leaves)), dtype, key)
 
 
+DRAW_OPTIONS: dict[str, Any] | None = {"xla_backend_optimization_level": 1}  # on a CPU
+
+
 @functools.cache
 def _compiled_draw(once_on_cpu: bool) -> Callable[..., dict[str, jax.Array]]:
     """`_drawn`, compiled so that only the results are computed, and once for equal models.
@@ -113,7 +116,7 @@ def _compiled_draw(once_on_cpu: bool) -> Callable[..., dict[str, jax.Array]]:
     It runs once, so LLVM's later passes do not pay: on a CPU the default level took 7.3 s to
     compile the demo's model and 6.4 s for VideoMAE-B's, this one 3.1 and 4.2 s, for the same bits.
     """
-    options = {"xla_backend_optimization_level": 1} if once_on_cpu else None
+    options = DRAW_OPTIONS if once_on_cpu else None
     return jax.jit(_drawn, static_argnums=(0, 1, 2), compiler_options=options)
 
 
