@@ -12,6 +12,12 @@ from vivit_jax.train.metrics import (
     topk_accuracy,
 )
 
+# Each as one program: their operations one by one take several times as long to compile.
+action_scores = jax.jit(action_scores, static_argnames="class_splits")
+topk_accuracy = jax.jit(topk_accuracy, static_argnames="k")
+classification_metrics = jax.jit(
+    classification_metrics, static_argnames=("class_splits", "split_names")
+)
 NAMES = ("noun", "verb")
 
 

@@ -115,13 +115,13 @@ def test_every_token_is_visible_or_masked(function, kind):
     [(0.9, 1408, 1411), (0.75, 1176, 1176), (0.95, 1488, 1489), (0.5, 784, 784), (0.01, 8, 15)],
 )
 def test_counts(kind, ratio, tube, random):
-    shapes = [f(source(kind), 1, CLIP, ratio).masked.shape for f in (tube_mask, random_mask)]
+    shapes = [draw(f, kind, 1, CLIP, ratio).masked.shape for f in (tube_mask, random_mask)]
     assert shapes == [(1, tube), (1, random)]
 
 
 @both_kinds
 def test_giants_counts(kind):
-    mask = tube_mask(source(kind), 1, (8, 16, 16), 0.9)  # patches of 14
+    mask = draw(tube_mask, kind, 1, (8, 16, 16), 0.9)  # patches of 14
     assert mask.visible.shape == (1, 208) and mask.masked.shape == (1, 1840)
 
 
