@@ -85,7 +85,7 @@ def contains(page, tile) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", mostly_slow(MODELS, "joint", "encoder", "self-attention", "mae pretraining")
+    "name", mostly_slow(MODELS, "encoder", "self-attention", "mae pretraining")
 )
 def test_every_model(models, clip, capsys, drawn, tmp_path, name):
     """Both kinds; the numbers are those of the library on the same pixels."""

@@ -121,7 +121,7 @@ def test_no_ratio_where_the_smallest_gradient_differs(monkeypatch, capsys):
     ("kind", "dtype"),
     [
         ("forward", "float32"),
-        ("forward", "float16"),
+        pytest.param("forward", "float16", marks=pytest.mark.slow),
         pytest.param("finetune", "bfloat16", marks=pytest.mark.slow),
     ],
 )
@@ -178,6 +178,7 @@ def test_the_tables_of_the_documentation(monkeypatch, capsys):
     assert all(len(row) == 11 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_side_that_cannot_run_leaves_its_row_of_the_table_empty(monkeypatch, capsys):
     monkeypatch.setattr(seeds, "work_of", lambda _, *args, **kw: work_of(SMALL, *args, frames=2))
     monkeypatch.setattr(compare, "peak_memory", lambda *_: Peak(2**20, 2**21))

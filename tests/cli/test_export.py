@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from commands import run_command
-from helpers import clip, error, forward, random_params
+from helpers import clip, error, forward, mostly_slow, random_params
 from tiny import CASES, config_of
 from variants import variant_config
 
@@ -59,6 +59,7 @@ MODELS = {
     "vivit base": ((), {"last_hidden_state", "pooler_output"}),
     "mae pretraining": ((), {"last_hidden_state"}),
 }
+ALWAYS = ("mae cls", "vivit cls", "mae pretraining")
 FRAMES = {"cropped": SIZE, "wide": (27, 61)}
 HIGHEST = ("--precision", "highest", "--json")
 
@@ -95,12 +96,21 @@ def command(*args) -> str:
 
 @pytest.fixture(scope="module")
 def exported(tiny, tmp_path_factory):
+    return exports((*ALWAYS, *FRAMES), tiny, tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="module")
+def exported_too(tiny, tmp_path_factory):
+    return exports(set(MODELS) - set(ALWAYS), tiny, tmp_path_factory.mktemp("exported too"))
+
+
+def exports(names, tiny, root):
     """By name: directory, what was printed, model, parameters, inputs.
 
     In the directories are the outputs of one fresh process.
     """
-    root, found = tmp_path_factory.mktemp("exported"), {}
-    for name in (*MODELS, *FRAMES):
+    found = {}
+    for name in names:
         place = root / name
         if name in MODELS:
             model, params = saved(place, name)
@@ -133,9 +143,10 @@ def exported(tiny, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("case", MODELS)
-def test_equal_to_the_live_model_at_batch_1_and_5(case, exported):
-    place, about, model, params, inputs = exported[case]
+@pytest.mark.parametrize("case", mostly_slow(MODELS, *ALWAYS))
+def test_equal_to_the_live_model_at_batch_1_and_5(case, request):
+    found = request.getfixturevalue("exported" if case in ALWAYS else "exported_too")
+    place, about, model, params, inputs = found[case]
     results, outputs = np.load(place / "out.npz"), MODELS[case][1]
     assert {name.partition(".")[2] for name in results} == set(about["outputs"]) == outputs
     assert about["platforms"] == ["cpu", "cuda", "tpu"]

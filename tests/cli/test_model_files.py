@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from clips import write_clip
 from commands import run_command
-from helpers import random_params
+from helpers import mostly_slow, random_params
 from tiny import VIDEOMAE, VIVIT
 
 import checkpoints_convert.__main__
@@ -31,6 +31,7 @@ AUTHORS = VIDEOMAE | dict(
     decoder_norm_eps=1e-6,
 )
 PROCESSOR = vivit_jax.VideoProcessor.videomae(size=28, crop_size=(24, 16))
+HEADS = ("classification", "pretraining")
 TOLD = "cropped to 16x16 and normalised by ImageNet's mean and std, as VideoMAE's authors do"
 
 
@@ -73,7 +74,7 @@ def command(head, clip, directory):
     return ("reconstruct", clip, "--mask-ratio", "0.5", "--out", directory / "a.png", "--overwrite")
 
 
-@pytest.mark.parametrize("head", ["classification", "pretraining"])
+@pytest.mark.parametrize("head", mostly_slow(HEADS, "pretraining"))
 def test_an_authors_file_alone_is_read_as_its_conversion(clip, capsys, caplog, tmp_path, head):
     file = authors_file(tmp_path, head)
     convert(file, tmp_path / "converted")
@@ -88,7 +89,7 @@ def test_an_authors_file_alone_is_read_as_its_conversion(clip, capsys, caplog, t
         assert f"beside {file}" in told and TOLD in told
 
 
-@pytest.mark.parametrize("head", ["classification", "pretraining"])
+@pytest.mark.parametrize("head", mostly_slow(HEADS, "classification"))
 def test_a_processor_beside_a_file_is_used(clip, capsys, tmp_path, head):
     file = authors_file(tmp_path, head)
     args = command(head, clip, tmp_path)
@@ -216,7 +217,7 @@ def test_a_file_that_is_not_a_config_is_refused(tmp_path, config):
     assert vivit_jax.VideoClassifier.from_pretrained(hf, config=None).config.num_frames == 6
 
 
-@pytest.mark.parametrize("head", ["classification", "pretraining"])
+@pytest.mark.parametrize("head", mostly_slow(HEADS, "pretraining"))
 def test_without_any_processor_the_error_says_what_to_do(clip, capsys, tmp_path, head):
     hf = save(tmp_path / "hf", head, AUTHORS | dict(use_mean_pooling=False))
     grey = save(tmp_path / "grey", head, AUTHORS | dict(use_mean_pooling=False, num_channels=1))

@@ -16,6 +16,7 @@ import pytest
 from commands import run_command
 from compilers import needs_libtpu
 from full_disk import file_size
+from helpers import mostly_slow
 from signals import handled
 
 from vivit_jax.cli import plan as plan_command
@@ -88,7 +89,9 @@ def test_a_plan_is_printed_and_written(on_cpu, capsys, tmp_path):
     assert status == 2 and "--overwrite" in err
 
 
-@pytest.mark.parametrize("name", ["--json plan.json", "--hlo plan.hlo"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["--json plan.json", "--hlo plan.hlo"], "--json plan.json")
+)
 def test_a_full_disk_leaves_the_files_that_were_there(name, on_cpu, capsys, tmp_path):
     flag, file = name.split()
     (tmp_path / file).write_text("mine")
@@ -193,7 +196,10 @@ def overflowing(recipe, topology, sizes, videos):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("data=2", "the compiler ended its process (SIGSEGV: an error of its own"),
+        pytest.param(
+            *("data=2", "the compiler ended its process (SIGSEGV: an error of its own"),
+            marks=pytest.mark.slow,
+        ),
         ("tensor=2", "the compiler's process was killed, as Linux does when memory runs out"),
     ],
 )
@@ -207,6 +213,7 @@ def test_a_compiler_that_ends_its_process(mesh, message, capsys, monkeypatch, tm
     assert err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_after_a_compiler_ends(capsys, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")  # for the other process
     monkeypatch.setattr(plan_command, "_planned", overflowing)
@@ -222,6 +229,7 @@ def test_a_search_goes_on_after_a_compiler_ends(capsys, monkeypatch):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_in_a_process_of_its_own(tmp_path):
     """Whatever the environment says, it leaves accelerators alone, and its compiler is silent and
     leaves no logs."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from clips import write_clip
 from commands import run_command
-from helpers import random_params
+from helpers import forward, random_params
 from tiny import VIVIT
 
 import vivit_jax
@@ -49,7 +49,7 @@ def test_json_holds_frames_and_scores_that_the_model_gives(model, clips, capsys)
     net, params = vivit_jax.from_pretrained(model)
     processor = vivit_jax.VideoProcessor.from_pretrained(model)
     pixels = processor(vivit_jax.read_video(clips["long"], indices=result["frames"]))
-    scores = np.asarray(jax.nn.softmax(net.apply({"params": params}, pixels).logits[0]))
+    scores = np.asarray(jax.nn.softmax(forward(net, params, pixels).logits[0]))
     assert [p["index"] for p in result["predictions"]] == np.argsort(-scores)[:3].tolist()
     for prediction in result["predictions"]:
         assert prediction["label"] == LABELS[prediction["index"]]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from helpers import mostly_slow
 from signals import handled
 
 from vivit_jax.console import run
@@ -100,7 +101,6 @@ def test_help_and_versions_answer_quickly_and_without_jax(module, flag):
     [
         ("vivit_jax.cli", ["predict", "x.mp4", "--model", "/nowhere"], "/nowhere"),
         ("checkpoints_convert", ["inspect", "/nowhere"], "/nowhere"),
-        ("checkpoints_convert", ["verify", "/nowhere"], "/nowhere"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_2(module, args, message):
@@ -117,7 +117,7 @@ def test_output_that_nobody_reads_to_its_end_is_no_error():
         assert (done.stderr.read(), done.wait()) == ("", 1)
 
 
-@pytest.mark.parametrize("closed", [1, 2])
+@pytest.mark.parametrize("closed", mostly_slow([1, 2], 1))
 def test_a_stream_that_is_closed_is_no_error(closed):
     run = [sys.executable, "-m", "vivit_jax.cli", "predict", "x.mp4", "--model", "/nowhere"]
     done = subprocess.run(

@@ -22,7 +22,10 @@ from vivit_jax.models.build import build_model
 ROOT = Path(__file__).parents[2]
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 TEXT = "\n".join(PAGES.values())
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = BLOCK.findall(TEXT)
+# What is in README.md runs always, what is in docs/ alone with -m slow.
+FRONT = [text for _, text in BLOCK.findall(PAGES[ROOT / "README.md"])]
 MOST_LINES = 220  # of the front page
 MOST_BYTES = 400_000  # of a picture
 PYTHON = [text for language, text in BLOCKS if language == "python"]
@@ -77,18 +80,27 @@ def _write_videomae(directory, head, **sizes):
     vivit_jax.save_pretrained(directory, model, random_params(model, scale=0.02))
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[-1][:40])
+def _slow_unless(quick):
+    return [] if quick else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [pytest.param(code, marks=_slow_unless(code in FRONT)) for code in PYTHON],
+    ids=lambda code: code.splitlines()[-1][:40],
+)
 def test_python_examples_run(code, beside_a_demo):
     exec(compile(code, "example of a page", "exec"), {})
 
 
-def _trains(block):
-    return any(shlex.split(line)[1] in LONG for line in block)
+def _quick(block):
+    trains = any(shlex.split(line)[1] in LONG for line in block)
+    return not trains and block in [text.splitlines() for text in FRONT]
 
 
 @pytest.mark.parametrize(
     "block",
-    [pytest.param(b, marks=[pytest.mark.slow] if _trains(b) else []) for b in COMMANDS],
+    [pytest.param(block, marks=_slow_unless(_quick(block))) for block in COMMANDS],
     ids=lambda block: block[0][:60],
 )
 def test_commands_work(block, beside_a_demo):

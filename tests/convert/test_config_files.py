@@ -5,7 +5,7 @@ import json
 import logging
 
 import pytest
-from helpers import clip
+from helpers import clip, forward
 from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
@@ -74,5 +74,5 @@ def test_unknown_keys_change_no_number(checkpoints, damaged):
     path = damaged("vivit cls", config=lambda values: values.update(OWN))
     a, b = (vivit_jax.from_pretrained(p) for p in (path, checkpoints.path("vivit cls")))
     pixels = clip(a[0].config)
-    with_keys, without = (model.apply({"params": params}, pixels) for model, params in (a, b))
+    with_keys, without = (forward(model, params, pixels) for model, params in (a, b))
     assert (with_keys.logits == without.logits).all()

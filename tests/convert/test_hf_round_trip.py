@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every model class in every spelling and kind of file, to JAX and back, bit for bit."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
-from helpers import assert_close, bool_mask, clip, to_torch, torch_model
+from helpers import assert_close, bool_mask, clip, mostly_slow, to_torch, torch_model
 from tiny import CASES, config_of
 from tiny_checkpoints import DIALECTS, STORAGE, read_safetensors, same_tensors
 
@@ -43,8 +45,13 @@ def test_hf_to_jax_to_hf_is_bit_exact(checkpoints, tmp_path, case, dialect, stor
     assert same_tensors(read_safetensors(tmp_path / "saved"), checkpoints.hub_tensors(case))
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "scan_layers"),
+    mostly_slow(
+        itertools.product(CASES, [True, False]),
+        *zip(CASES, itertools.cycle([True, False]), strict=False),
+    ),
+)
 def test_jax_to_hf_to_jax_is_bit_exact(tmp_path, case, scan_layers):
     model = CASES[case][0](config_of(case, scan_layers=scan_layers))
     params = random_params(model)

@@ -21,7 +21,7 @@ def test_convert_writes_what_init_from_image_model_gives(run, images, tmp_path):
     config = dict(attention_type=FE, num_temporal_layers=2, num_frames=6)
     wanted = init_from_image_model(images.path("hf"), config, head="none")
     assert model == wanted.model
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, wanted.params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, wanted.params))
     for part in (
         f"freshly initialised, not in the checkpoint ({len(wanted.report.fresh)}): temporal/",
         "in the checkpoint, not in this model (2): classifier.bias, classifier.weight",
@@ -47,7 +47,7 @@ def test_convert_with_options_and_a_classifier(run, images, tmp_path):
     )
     loaded, found = vivit_jax.from_pretrained(tmp_path / "out")
     assert loaded == model
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, found))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, found))
 
 
 def test_convert_of_a_jax_checkpoint_to_scenic(run, images, tmp_path):
@@ -55,7 +55,7 @@ def test_convert_of_a_jax_checkpoint_to_scenic(run, images, tmp_path):
     assert run("convert", images.path("npz"), tmp_path / "out", *settings)[0] == 0
     _, params, _ = init_from_image_model(images.path("npz"), dict(num_frames=4), head="none")
     _, found = vivit_jax.from_pretrained(tmp_path / "out")
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, found))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, found))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 from flax.serialization import msgpack_serialize
 from flax.training.checkpoints import convert_pre_linen, restore_checkpoint
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import assert_close
+from helpers import assert_close, mostly_slow
 from numpy_vivit import forward, random_params
 from tiny import VIVIT
 from tiny_checkpoints import pop, put, read_safetensors, same_tensors
@@ -243,7 +243,7 @@ def preset(name):
     return dataclasses.replace(large, num_temporal_layers=4)
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", mostly_slow(TREES, *[*TREES][::2]))
 def test_exported_trees_are_the_published_ones(name):
     tree, leaves, parameters = TREES[name]
     model = build_model(preset(name), "classification")
@@ -323,10 +323,10 @@ def test_round_trip(run, tmp_path, case):
     [
         "joint",
         "joint sampled",
-        "joint mean",
+        pytest.param("joint mean", marks=pytest.mark.slow),
         "encoder",
-        "encoder max",
-        "encoder spatial only",
+        pytest.param("encoder max", marks=pytest.mark.slow),
+        pytest.param("encoder spatial only", marks=pytest.mark.slow),
         "self-attention space first",
         "dot product",
     ],

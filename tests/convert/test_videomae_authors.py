@@ -125,7 +125,14 @@ def published_tree(kind, model, classes):
     return shapes(kind, **encoder, classes=classes, decoder=DECODERS.get(model))
 
 
-@pytest.mark.parametrize("key", PUBLISHED, ids=lambda key: " ".join(map(str, key[:2])))
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=[] if key[1] in ("small", "huge", "giant V2") else pytest.mark.slow)
+        for key in PUBLISHED
+    ],
+    ids=lambda key: " ".join(map(str, key[:2])),
+)
 def test_published_trees_both_ways(key):
     tree = published_tree(*key)
     assert sum(int(np.prod(shape)) for shape in tree.values()) == PUBLISHED[key]

@@ -36,7 +36,11 @@ def root(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("first", "count", "workers"),
-    [(0, 300, 1), pytest.param(10_000, 10_000, 2, marks=[pytest.mark.slow, pytest.mark.long])],
+    [
+        (0, 150, 1),
+        pytest.param(150, 300, 1, marks=pytest.mark.slow),
+        pytest.param(10_000, 10_000, 2, marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
 )
 def test_damaged_inputs(root, first, count, workers):
     results, told = timed(root, jobs(count, first), workers)

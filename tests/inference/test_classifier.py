@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import random_params
+from helpers import forward, random_params
 from tiny import VIDEOMAE, VIVIT
 
 import vivit_jax
@@ -119,7 +119,7 @@ def test_views_are_the_papers_and_are_averaged(directory, classifier, videos, av
         for top in (0, (tall - height) // 2, tall - height):
             crop = resized[:, top : top + height, left : left + width]
             pixels = processor(crop, do_resize=False, do_center_crop=False)
-            logits.append(np.asarray(net.apply({"params": params}, pixels).logits[0], np.float64))
+            logits.append(np.asarray(forward(net, params, pixels).logits[0], np.float64))
     assert np.ptp(logits, axis=0).max() > 1e-2  # views differ
     if average == "logits":
         expected = jax.nn.softmax(np.mean(logits, 0))
@@ -329,7 +329,7 @@ def test_the_middle_crop_of_a_vivit_is_scenics(videos):
         for top in (0, (tall - height + 1) // 2, tall - height)
     ]
     pixels = processor(np.stack(crops), do_resize=False, do_center_crop=False)
-    expected = jax.nn.softmax(module.apply({"params": params}, pixels).logits.mean(0))
+    expected = jax.nn.softmax(forward(module, params, pixels).logits.mean(0))
     found = VideoClassifier(module, params, processor)(frames, num_crops=3, stride=1)
     for label, score in scores(found).items():
         assert abs(score - expected[LABELS.index(label)]) < 1e-5

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from attention_in_float64 import cotangent, largest_errors, plain, qkv, reference, with_gradients
-from helpers import clip, random_params
+from helpers import clip, mostly_slow, random_params
 from tiny import VIDEOMAE, config_of
 
 from vivit_jax import (
@@ -33,8 +33,14 @@ from vivit_jax.layers.placed import placed_attention
 LENGTHS = [1, 17, 100, 200, 201, 399, 401, 640]
 
 
-@pytest.mark.parametrize("implementation", ["auto", "xla", "chunked"])
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("length", "implementation"),
+    mostly_slow(
+        itertools.product(LENGTHS, ["auto", "xla", "chunked"]),
+        *((length, "chunked") for length in LENGTHS),
+        *((1, "auto"), (640, "auto"), (17, "xla"), (401, "xla")),
+    ),
+)
 def test_every_backend_is_exact(implementation, length):
     q, k, v = qkv(length)
     out = attention(*map(jnp.asarray, (q, k, v)), implementation=implementation)
@@ -76,7 +82,10 @@ def test_chunked_in_tiles_of_every_kind(plan, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("length", "width"), [(160, 64), (160, 88), (1568, 64), (1568, 80), (3137, 64)]
+    ("length", "width"),
+    mostly_slow(
+        [(160, 64), (160, 88), (1568, 64), (1568, 80), (3137, 64)], (160, 64), (160, 88), (1568, 80)
+    ),
 )
 def test_chunked_at_published_sizes(length, width):
     """The sequences of VideoMAE's encoder and decoder and of ViViT, with published widths."""
@@ -321,7 +330,7 @@ def pretended_cudnn(monkeypatch):
         monkeypatch.setattr(module, "platform", lambda: "gpu")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "float16"], "bfloat16"))
 @pytest.mark.parametrize(("remat", "forwards"), [("none", 1), ("dots", 1), ("block", 2)])
 def test_cudnn_in_a_training_step_and_what_remat_keeps_of_it(
     remat, forwards, dtype, pretended_cudnn

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import bool_mask, clip, random_params
+from helpers import bool_mask, clip, mostly_slow, random_params
 from tiny import CASES, config_of
 
 from vivit_jax import Mask, UserError, VivitModel
@@ -116,8 +117,15 @@ def test_native_size_is_unchanged_by_interpolation():
     assert (np.asarray(plain) == np.asarray(flagged)).all()
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
-@pytest.mark.parametrize("case", CASES)
+INTEGERS = ("uint8", "int32", "bool")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    mostly_slow(
+        itertools.product(CASES, INTEGERS), *zip(CASES, itertools.cycle(INTEGERS), strict=False)
+    ),
+)
 def test_frames_that_no_processor_saw(case, dtype):
     """At a shape that fits; under eval_shape and so under jit, in every module."""
     config = config_of(case)

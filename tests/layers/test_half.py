@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of half precision on CPU: what XLA is given to compile, and what comes out."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,8 +106,14 @@ def assert_rounded_once(found, exact, dtype):
     assert (error <= half_unit * np.abs(exact) + 3e-6 * np.abs(exact).max()).all()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(50, 96, 40), (3, 35, 7), (1, 1, 1)])
+SHAPES = ((50, 96, 40), (3, 35, 7), (1, 1, 1))
+HALVES = ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    mostly_slow(itertools.product(SHAPES, HALVES), *zip(SHAPES, itertools.cycle(HALVES))),
+)
 def test_products_and_their_gradients_are_rounded_once(shape, dtype):
     m, k, n = shape
     x, y, g = operands(dtype, (m, k), (k, n), (m, n))

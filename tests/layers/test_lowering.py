@@ -2,6 +2,7 @@
 """Programs lowered for platforms that are not here: what they would run, not how fast."""
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -73,7 +74,7 @@ def loops(text) -> int:
 
 @pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16"], "bfloat16"))
 @pytest.mark.parametrize("training", mostly_slow([False, True], True))
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", mostly_slow(MODELS, "VideoMAE", "factorised encoder"))
 def test_accelerators_get_their_own_tile(model, training, dtype):
     _, step, accelerators, cpus = MODELS[model]
     source = traced(model, step if training else "forward", dtype=dtype)
@@ -87,8 +88,12 @@ def test_accelerators_get_their_own_tile(model, training, dtype):
     assert loops(text) > 0
 
 
-@pytest.mark.parametrize("place", ["tpu", "gpu"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "place"),
+    mostly_slow(
+        itertools.product(MODELS, ["tpu", "gpu"]), *zip(MODELS, ("tpu", "gpu", "tpu"), strict=True)
+    ),
+)
 def test_as_an_accelerator_traces_it(model, place, monkeypatch):
     """`auto` and the projections ask where they are; float32, for which no GPU asks cuDNN.
 

@@ -50,7 +50,7 @@ def added_by_block_1(config, deterministic=False):
 
 @pytest.mark.parametrize(
     ("rate", "scan_layers"),
-    mostly_slow([(0.5, True), (0.5, False), (0.8, True), (0.8, False)], (0.5, True), (0.8, False)),
+    mostly_slow([(0.5, True), (0.5, False), (0.8, True), (0.8, False)], (0.5, True)),
 )
 def test_branches_are_left_out_for_whole_clips(rate, scan_layers):
     """Each of the two branches independently, with probability rate * layer / (layers - 1)."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from commands import run_command
 from flax import linen as nn
-from helpers import random_params
+from helpers import forward, random_params
 from safetensors.numpy import load_file
 
 import vivit_jax
@@ -203,7 +203,7 @@ def test_a_family_from_outside_classifies_videos(toy, directory):
     (first, *_) = classifier(frames, top_k=5)
     pixels = classifier.processor(frames[[10, 13, 16, 19]])  # every third, as the config says
     model, params = vivit_jax.from_pretrained(directory)
-    logits = model.apply({"params": params}, pixels).logits[0]
+    logits = forward(model, params, pixels).logits[0]
     np.testing.assert_allclose(first["score"], jax.nn.softmax(logits).max(), rtol=1e-5)
 
 

@@ -88,7 +88,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "variant",
-    mostly_slow(VARIANTS, "joint", "factorised encoder", "factorised dot-product sampled frames"),
+    mostly_slow(VARIANTS, "factorised encoder", "factorised dot-product sampled frames"),
 )
 def test_vivit(variant):
     config = VivitConfig(**VIVIT | VARIANTS[variant] | EXECUTION)
@@ -117,10 +117,8 @@ def test_videomae(values):
     classifier = VideoMAEForVideoClassification(config)
     for visible in (None, 18, 5):
         assert forward_flops(config, visible=visible) == counted(classifier, visible=visible)
-        assert forward_flops(config, "none", visible) == counted(
-            VideoMAEModel(config), visible=visible
-        )
-    for visible in (1, 5, 17):
+    assert forward_flops(config, "none", 5) == counted(VideoMAEModel(config), visible=5)
+    for visible in (1, 17):
         flops = forward_flops(config, "pretraining", visible)
         assert flops == counted(VideoMAEForPreTraining(config), visible=visible)
         dual = forward_flops(config, "pretraining", visible, decoded=9)

@@ -5,7 +5,7 @@ import av
 import numpy as np
 import pytest
 from clips import write_clip
-from helpers import assert_close, torch_model
+from helpers import assert_close, forward, torch_model
 
 import vivit_jax
 
@@ -39,4 +39,4 @@ def test_same_logits_from_the_same_file(case, tmp_path):
     expected = inputs["pixel_values"].numpy().transpose(0, 1, 3, 4, 2)
     assert np.array_equal(pixel_values, expected)
     model, params = vivit_jax.from_pretrained(tmp_path / "model")
-    assert_close(model.apply({"params": params}, pixel_values).logits, theirs, "logits")
+    assert_close(forward(model, params, pixel_values).logits, theirs, "logits")

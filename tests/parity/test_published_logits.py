@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import to_torch, torch_model
+from helpers import mostly_slow, to_torch, torch_model
 from tiny import config_of
 
 import vivit_jax
@@ -113,7 +113,7 @@ STAND_INS = {
 }
 
 
-@pytest.fixture(scope="module", params=STAND_INS)
+@pytest.fixture(scope="module", params=mostly_slow(STAND_INS, "vivit cls", "mae pretraining"))
 def stand_in(request, tmp_path_factory):
     """A checkpoint that transformers wrote, a clip, and what transformers computes, in 4 digits."""
     import torch

@@ -9,13 +9,12 @@ import itertools
 
 import pytest
 from compilers import needs_libtpu
-from helpers import mostly_slow
 from partitioned import FAMILIES
 from tpu_compiler import FOUR_CHIPS
 
 from vivit_jax.train.planning.hardware import CHIPS
 
-pytestmark = needs_libtpu
+pytestmark = [needs_libtpu, pytest.mark.slow]
 CASES = [
     *itertools.product(FAMILIES, ["data=2,tensor=2"]),
     *itertools.product(["videomae pretrain", "self-attention"], ["data=4", "fsdp=4"]),
@@ -28,28 +27,23 @@ def check(found, chip="v5e"):
     assert 0 < found["peak"] < CHIPS[chip].memory
 
 
-@pytest.mark.parametrize(
-    ("family", "mesh"), mostly_slow(CASES, ("videomae pretrain", "data=2,tensor=2"))
-)
+@pytest.mark.parametrize(("family", "mesh"), CASES)
 def test_what_moves_between_chips(family, mesh, compiler):
     check(compiler("step", topology="v5e:2x2", family=family, mesh=mesh))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["chunked", "xla"])
 def test_each_backend_of_attention(backend, compiler):
     what = dict(family="videomae finetune", mesh="data=2,tensor=2", attention=backend)
     check(compiler("step", topology="v5e:2x2", **what))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chip", FOUR_CHIPS)
 @pytest.mark.parametrize("tokens", [160, 197, 1568])
 def test_attention_moves_nothing(chip, tokens, compiler):
     assert compiler("attention", topology=FOUR_CHIPS[chip], tokens=tokens) == []
 
 
-@pytest.mark.slow
 def test_a_step_from_a_file(compiler, tmp_path):
     """One file for all platforms, traced on CPU, compiles for a TPU's chips too."""
     path = str(tmp_path / "step.stablehlo")
@@ -57,7 +51,6 @@ def test_a_step_from_a_file(compiler, tmp_path):
     assert found["kinds"] == ["all-reduce"] and found["donated"] > 0.9
 
 
-@pytest.mark.slow
 def test_what_moves_between_chips_of_a_base_model(compiler):
     """The published recipe, 8 clips a chip; half a minute on two idle cores."""
     name = "videomae-v1-base-kinetics400-pretrain"

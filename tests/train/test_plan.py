@@ -489,7 +489,11 @@ def test_products_without_tiles_are_compiled_otherwise():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("recipe", [PRETRAIN, VIVIT], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe",
+    [PRETRAIN, pytest.param(VIVIT, marks=pytest.mark.slow)],
+    ids=lambda recipe: recipe.name,
+)
 def test_a_plan_for_tpus(recipe):
     found = plan(recipe, FOUR, parse_mesh("data=2,fsdp=2", 4), videos=1000)
     assert found.cycles > 0 and found.peak > found.arguments
@@ -507,6 +511,7 @@ def test_a_plan_for_tpus(recipe):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_plan_for_slices():
     """Of each device's gradients, scattered within its slice, its part is sent to the other."""
     found = plan(PRETRAIN, parse_topology("v5e:2x1", 2), parse_mesh("data=4", 4), videos=1000)

@@ -5,6 +5,7 @@ import math
 
 import jax
 import pytest
+from helpers import mostly_slow
 from variants import FDP, FSA, VARIANTS, variant_config
 
 from vivit_jax import PRESETS, ConfigError, VideoMAEConfig, VivitConfig
@@ -14,7 +15,8 @@ from vivit_jax.layers.linear import ACTIVATIONS
 from vivit_jax.models.build import abstract_params, build_model
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# One in six of the list, which goes from model to model and from size to size.
+@pytest.mark.parametrize("name", mostly_slow(PRESETS, *[*PRESETS][::6]))
 def test_preset_has_the_published_parameter_count(name):
     preset = PRESETS[name]
     model = build_model(preset.config, preset.head)
