@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax evaluate`: what it prints and writes, and what it refuses."""
 
+import csv
 import json
 import os
 import shutil
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -19,6 +21,7 @@ from vivit_jax.data.datasets.dataset import Example, read_views
 from vivit_jax.data.sampling import view_indices
 from vivit_jax.data.transforms.augment import resize_shortest
 from vivit_jax.param_tree import params_hash
+from vivit_jax.train.outcomes import wilson_interval
 
 CLASSES = ("walk", "run", "jump", "fly", "sleep")
 LENGTHS = (30, 18, 9, 24)
@@ -72,6 +75,8 @@ def videos(tmp_path_factory):
     numbers = [f"{i}.npy {(1, 0, 4, 1)[i]}" for i in range(4)]
     swapped = [line[:-1] + {"0": "1", "1": "0", "4": "2"}[line[-1]] for line in numbers]
     (folder / "numbered.txt").write_text("\n".join(swapped))
+    (folder / "unlabelled").mkdir()
+    (folder / "unlabelled" / "0.npy").write_bytes((folder / "0.npy").read_bytes())
     (folder / "other" / "swim").mkdir(parents=True)
     (folder / "other" / "swim" / "0.npy").write_bytes((folder / "0.npy").read_bytes())
     return folder
@@ -94,21 +99,24 @@ def test_one_central_view_of_a_vivit_as_scenic_takes_it(models, videos, capsys, 
     result = json.loads(path.read_text())
     model, params = vivit_jax.from_pretrained(models / "vivit")
     processor = vivit_jax.VideoProcessor.from_pretrained(models / "vivit")
-    answers, right = [], []
+    answers, right, sure = [], [], []
     for i, label in enumerate((1, 0, 4, 1)):
         example = Example(str(videos / f"{i}.npy"), None)
         how = dict(num_frames=6, stride=2, sampler="loop", clips=1)
         (frames,), indices = read_views(example, **how)
         frames = resize_shortest(frames, 28)  # 28 x 33, of which the middle is rounded up
-        pixels = frames[:, 2:26, 9:25] / 127.5 - 1
-        logits = forward(model, params, pixels[None].astype(np.float32)).logits[0]
+        pixels = processor(frames[:, 2:26, 9:25], do_resize=False, do_center_crop=False)
+        logits = forward(model, params, pixels).logits[0]
         answers.append(int(logits.argmax()))
         right.append(answers[-1] == label)
+        sure.append(float(jax.nn.softmax(logits).max()))
         video = result["videos"][i + (i > 0)]
         assert video == {
             "path": str(videos / f"{i}.npy"),
             "label": label,
             "answer": answers[-1],
+            "confidence": pytest.approx(sure[-1], abs=1e-4),
+            "views": [answers[-1]],
             "frames": indices.tolist(),
         }
     assert (
@@ -117,8 +125,29 @@ def test_one_central_view_of_a_vivit_as_scenic_takes_it(models, videos, capsys, 
     )
     assert f"left out {videos}/bad.npy: not an array" in out
     assert result["metrics"] == {"accuracy": np.mean(right), "videos": 4, "unreadable": 1}
-    assert printed(out)["accuracy"] == f"{np.mean(right):.4f}" and printed(out)["videos"] == "4"
-    assert result["per_class"]["run"] == {"videos": 2, "accuracy": (right[0] + right[3]) / 2}
+    assert printed(out)["accuracy"] == f"{np.mean(right):.2%}" and printed(out)["videos"] == "4"
+    assert result["per_class"]["run"] == {
+        "videos": 2,
+        "accuracy": (right[0] + right[3]) / 2,
+        "interval_95": list(wilson_interval(right[0] + right[3], 2)),
+    }
+    assert result["summary"] == {
+        "videos": 4,
+        "accuracy": np.mean(right),
+        "standard_error": pytest.approx(np.sqrt(np.mean(right) * (1 - np.mean(right)) / 4)),
+        "interval_95": list(wilson_interval(sum(right), 4)),
+        "calibration_error": pytest.approx(result["summary"]["calibration_error"]),
+        "calibration_bins": 15,
+        "views_disagree": 0,
+        "protocol": {
+            "clips": 1, "crops": 1, "frames": 6, "stride": 2, "sampler": "loop",
+            "average": "logits",
+        },
+    }  # fmt: skip
+    wrong = [(CLASSES[y], CLASSES[a]) for y, a in zip((1, 0, 4, 1), answers, strict=True) if y != a]
+    told = [(each["label"], each["answer"]) for each in result["confusions"] for _ in
+            range(each["videos"])]  # fmt: skip
+    assert sorted(told) == sorted(wrong) and wrong
     assert result["per_class"].keys() == {"walk", "run", "sleep"}
     conditions = result["conditions"]
     assert conditions["views"] == dict(
@@ -247,6 +276,54 @@ def test_several_heads_average_logits_by_themselves(models, videos, capsys, tmp_
         assert 0 <= noun < 3 and 0 <= verb < 4
 
 
+def page_of(path):
+    """The root of a page; the parser refuses one that is not well-formed."""
+    return ElementTree.fromstring(path.read_text(encoding="utf-8"))
+
+
+def test_a_report_needs_no_other_file_and_names_no_directory(models, videos, capsys, tmp_path):
+    report, table, out = (tmp_path / name for name in ("r.html", "c.csv", "r.json"))
+    files = ("--report", report, "--confusion", table, "--out", out)
+    args = ("--clips", 2, "--crops", 3, "--views-at-once", 24, *files)
+    status, printed_out, _ = evaluated(capsys, models / "vivit", videos / "all.txt", *args)
+    assert status == 1
+    result = json.loads(out.read_text())
+    head, *rows = csv.reader(table.read_text().splitlines())
+    assert head == ["true class", *CLASSES] and [row[0] for row in rows] == list(CLASSES)
+    matrix = np.array([row[1:] for row in rows], int)
+    assert matrix.sum() == 4 and np.trace(matrix) / 4 == result["metrics"]["accuracy"]
+    for each in result["confusions"]:
+        at = CLASSES.index(each["label"]), CLASSES.index(each["answer"])
+        assert matrix[at] == each["videos"] and matrix[at[0]].sum() == each["of"]
+    page = page_of(report)
+    assert page.findtext("body/h1") == "vivit on all.txt"
+    headings = [element.text for element in page.iter("h2")]
+    assert headings[:4] == ["Result", "Classes", "Confusion matrix", "Most confused"]
+    assert headings[-1] == "Clips that could not be read"
+    assert len(list(page.iter("img"))) == 4 - np.trace(matrix)
+    text = report.read_text()
+    assert str(videos) not in text and str(tmp_path) not in text and "bad.npy" in text
+    assert "2 x 3 views (clips x crops) of 6 frames, 2 apart, averaged logits" in text
+    disagree = sum(len(set(video["views"])) > 1 for video in result["videos"] if "views" in video)
+    assert f"{disagree} of 4 clips, of 6 views each." in text
+    assert printed(printed_out)["views_disagree"] == str(disagree)
+    lines = printed_out.splitlines()
+    assert [line for line in lines if line.startswith("written")] == [
+        f"written to {path}" for path in (out, report, table)
+    ]
+
+
+def test_a_report_has_the_sections_of_each_head(models, videos, capsys, tmp_path):
+    report, table = tmp_path / "r.html", tmp_path / "c.csv"
+    args = ("--views-at-once", 8, "--report", report, "--confusion", table)
+    status, out, _ = evaluated(capsys, models / "heads", videos / "two.txt", *args)
+    assert status == 0 and "verb_calibration_error" in out
+    headings = [element.text for element in page_of(report).iter("h2")]
+    assert {"Classes of noun", "Classes of verb", "Confusion matrix of verb"} <= {*headings}
+    noun, verb = table.read_text().split("\n\n")
+    assert len(noun.splitlines()) == 4 and len(verb.splitlines()) == 5
+
+
 @pytest.mark.parametrize(
     ("model", "data", "flags", "words"),
     [
@@ -282,6 +359,9 @@ def test_several_heads_average_logits_by_themselves(models, videos, capsys, tmp_
         ),
         ("vivit", "good.txt", ("--recipe", "vivit"), "there is no recipe 'vivit'"),
         ("vivit", "good.txt", ("--out", "x.txt"), "--out x.txt ends in '.txt'"),
+        ("vivit", "good.txt", ("--report", "x.pdf"), "--report x.pdf ends in '.pdf'"),
+        ("vivit", "good.txt", ("--confusion", "no/x.csv"), "there is no directory no"),
+        ("vivit", "unlabelled", (), "has no labels for each clip, the model has 1 heads"),
         ("vivit", "good.txt", ("--process", "1"), "--processes 1 --process 1 need --coordinator"),
     ],
     ids=str,

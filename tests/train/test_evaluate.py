@@ -30,7 +30,7 @@ from vivit_jax.train.evaluate import (
     evaluate,
     evaluate_reconstruction,
     model_labels,
-    per_class,
+    outcomes_of,
     unreadable_clips,
 )
 from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
@@ -158,13 +158,27 @@ def test_softmax_averaged_over_the_views_is_that_of_a_loop(result, expected, dat
         "unreadable": 1,
     }
     assert 0 < sum(right) < 5  # or it would say little
-    values = per_class(dataset, result, tuple("abcde"))
-    assert [(name, v["videos"]) for name, v in values.items()] == [
-        ("a", 1), ("b", 1), ("d", 2), ("e", 1),
+    (found,) = outcomes_of(config_of("mae cls"), dataset, result)
+    assert found.right.tolist() == right
+    assert found.accuracy == pytest.approx(result.metrics["accuracy"], abs=1e-6)
+    assert [(each.label, each.clips) for each in found.per_class() if each.clips] == [
+        (0, 1), (1, 1), (3, 2), (4, 1),
     ]  # fmt: skip
-    for name, value in values.items():
-        own = [r for r, label in zip(right, labels, strict=True) if "abcde"[label] == name]
-        assert value["accuracy"] == pytest.approx(np.mean(own))
+    assert list(found.clips) == [f"{i}.npy" for i in range(6) if i != BAD]
+    np.testing.assert_allclose(found.confidences, [s.max() for s, _ in expected], rtol=1e-4)
+
+
+def test_each_view_has_its_own_answer(result, classifier, dataset):
+    """In the order of clips and, in them, crops."""
+    model, params = classifier
+    found = [answer.views for answer in result.answers if answer.error is None]
+    for i, answers in zip((0, 1, 3, 4, 5), found, strict=True):
+        pixels = [imagenet(view) for view in views(dataset.examples[i], SIX)[0]]
+        logits = jax.vmap(lambda x: model.apply({"params": params}, x[None]).logits[0])(
+            np.stack(pixels).astype(np.float32)
+        )
+        assert answers.tolist() == [[int(best)] for best in logits.argmax(-1)]
+    assert len({int(answer) for each in found for answer in each[:, 0]}) > 1
 
 
 def test_a_data_set_object_is_evaluated_like_a_list(result, classifier, dataset):
@@ -311,11 +325,15 @@ def test_what_processes_say_of_videos_they_cannot_read_comes_together(monkeypatc
     views = SimpleNamespace(videos=2, dataset=range(2), count=1, settings=SIX)
     error = os.fsdecode(b"caf\xff\xc3\xa9.npy: no such file")
     scores, indices = np.arange(5, dtype=np.float32), np.zeros((2, 6), np.int32)
+    best = np.arange(6, dtype=np.int32)[:, None]
     both = _gathered(
-        [Answer(None, None, error), Answer(scores, indices)], views, config_of("mae cls")
+        [Answer(None, None, error), Answer(scores, indices, None, best)],
+        views,
+        config_of("mae cls"),
     )
     assert both[0].error == error and both[1].error is None
     np.testing.assert_array_equal(both[1].scores, scores)
+    np.testing.assert_array_equal(both[1].views, best)
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,16 @@ def test_a_run_tells_each_step_once_and_each_validation(whole):
     assert validated[-1]["accuracy"] == whole.metrics["accuracy"]
     (start,) = lines(out, "event")
     assert start["step"] == 0 and "fresh" in start["text"]
-    assert (out / "report.html").read_text().startswith("<!DOCTYPE html>")
+    report = (out / "report.html").read_text()
+    assert report.startswith("<!DOCTYPE html>") and str(out.parent) not in report
+    best = max(validated, key=lambda line: (line["accuracy"], line["step"]))
+    held = json.loads((out / "validation.json").read_text())
+    assert held["step"] == best["step"] and held["score"] == best["accuracy"]
+    assert held["summary"]["videos"] == 18 and held["summary"]["protocol"]["clips"] == 1
+    (head,) = held["heads"]
+    right = [a == b for a, b in zip(head["labels"], head["answers"], strict=True)]
+    assert np.mean(right) == pytest.approx(best["accuracy"], abs=1e-6)
+    assert ("src=" in report) == (not all(right)) and "Confusion matrix" in report
 
 
 def test_waiting_for_data_is_a_share_of_the_time(recipe, tmp_path, monkeypatch):

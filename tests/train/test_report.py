@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report is one well-formed page that shows every metric, whatever was measured."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -9,8 +11,11 @@ from xml.etree import ElementTree
 import matplotlib
 import numpy as np
 import pytest
+from PIL import Image
 
 from vivit_jax.errors import UserError
+from vivit_jax.recipes import recipe_named
+from vivit_jax.recipes.settings import to_dict
 from vivit_jax.train.chart import Curve, figure
 from vivit_jax.train.log import METRICS, MetricLog
 from vivit_jax.train.report import write_report
@@ -123,9 +128,9 @@ def test_every_metric_has_a_curve_and_every_part_its_table(tmp_path):
         *("step", "loss", "videos", "noun_accuracy", "noun-verb_accuracy_top_5")
     ]
     assert shown["Evaluations"][1:] == [
-        ["4", "1", "7", "0.25", "0.333333"],
-        ["8", "1", "7", "0.5", "0.666667"],
-        ["12", "1", "7", "0.75", "1"],
+        ["4", "1", "7", "25.00%", "33.33%"],
+        ["8", "1", "7", "50.00%", "66.67%"],
+        ["12", "1", "7", "75.00%", "100.00%"],
     ]
     assert shown["Settings"] == [
         ["name", "tiny"],
@@ -281,3 +286,107 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match=r"recipe\.json is not valid JSON.*restore or remove it"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+RECIPE = "videomae-v1-base-kinetics400-finetune"
+
+
+def test_what_was_noticed_and_what_differs_from_the_recipe_come_first(tmp_path):
+    recipe = to_dict(recipe_named(RECIPE)) | {"given": ["processor"]}
+    recipe["train"] = recipe["train"] | {"epochs": 7}
+    recipe["data"] = recipe["data"] | {"train": str(tmp_path / "my clips" / "train")}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    log = MetricLog(tmp_path)
+    log.write("event", 3, {"notice": "the loss stays at ln 4"})
+    log.write("event", 4, {"notice": "kind", "text": "no clip is <taken> for grow"})
+    log.write("event", 5, {"text": f"see {tmp_path}/my clips/train/grow/1.mp4"})
+    log.close()
+    page = page_of(tmp_path)
+    shown = tables(page)
+    headings = [element.text for element in page.iter("h2")]
+    assert headings[:2] == ["What to look at", "Settings that differ from the recipe"]
+    texts = [text_of(p) for p in page.iter("p") if p.get("class") == "notice"]
+    assert texts == ["step 3: the loss stays at ln 4", "step 4: no clip is <taken> for grow"]
+    assert shown["Events"][1:] == [["5", "see grow/1.mp4"]]
+    published = recipe_named(RECIPE)
+    assert shown["Settings that differ from the recipe"] == [
+        ["", "this run", f"recipe {RECIPE}"],
+        ["data.train", "my clips/train", "-"],
+        ["train.epochs", "7", str(published.train.epochs)],
+    ]
+    text = (tmp_path / "report.html").read_text()
+    assert str(tmp_path) not in text and "/tmp" not in text
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ([{"accuracy": a} for a in (0.25, 0.75, 0.75, 0.5)], 3),  # as the checkpoint: the latest
+        ([{"noun_accuracy": 1 - a, "noun-verb_accuracy": a} for a in (0.1, 0.3, 0.2)], 2),
+        ([{"loss": value} for value in (0.5, math.nan, 0.2, 0.3)], 3),
+        ([{"videos": 3}], None),
+    ],
+)
+def test_the_best_step_is_marked(tmp_path, values, best):
+    write_metrics(tmp_path, [("evaluate", step, each) for step, each in enumerate(values, 1)])
+    page = page_of(tmp_path)
+    marks = [text_of(span) for span in page.iter("span") if span.get("class") == "marked"]
+    assert marks == ([] if best is None else [f"best step {best}"])
+    if best is not None:
+        assert any(row[0] == f"best evaluation, step {best}" for row in tables(page)["Summary"])
+
+
+def validation(tmp_path, step):
+    """A run's file of three clips, one of which is wrong, of a class with an odd name."""
+    np.save(tmp_path / "b c.npy", np.full((9, 20, 30, 3), 90, np.uint8))
+    names = ("a.npy", "b c.npy", "d.npy")
+    head = {
+        "head": "",
+        "classes": ["walk", HOSTILE.replace("\ud800", "")],
+        "labels": [0, 1, 1],
+        "answers": [0, 0, 1],
+        "confidences": [0.9, 0.8, None],
+        "ranks": [0, 1, 0],
+    }
+    clips = [{"name": n, "path": str(tmp_path / n), "frames": [0, 4, 8]} for n in names]
+    values = {"step": step, "score": 2 / 3, "protocol": "1 x 1 views", "clips": clips}
+    return values | {"heads": [head]}
+
+
+def test_what_became_of_the_held_out_clips(tmp_path):
+    write_metrics(tmp_path, [training(1), ("evaluate", 2, {"accuracy": 2 / 3})])
+    path = tmp_path / "validation.json"
+    path.write_text(json.dumps(validation(tmp_path, 2)))
+    page = page_of(tmp_path)
+    found = tables(page)
+    assert found["Result"][0][1].startswith("66.7% \u00b1 27.2% (standard error); 95 % interval")
+    assert found["Result"][1] == ["clips", "3 clips, 2 right; step 2, 1 x 1 views"]
+    assert [row[1:4] for row in found["Classes"][1:]] == [["2", "1", "50.0%"], ["1", "1", "100.0%"]]
+    (image,) = page.iter("img")  # of the wrong clip, three frames side by side
+    assert image.get("src").startswith("data:image/jpeg;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(image.get("src").partition(",")[2]))) as picture:
+        assert picture.size == (3 * 108 + 2 * 3, 72)
+        assert np.abs(np.asarray(picture).astype(int)[:, :100] - 90).max() < 4
+    assert "b c.npy, 80% sure" in text_of(page)
+    assert {"Confusion matrix", "Confidence"} <= charts(page).keys()
+    (link,) = page.iter("a")
+    table = base64.b64decode(link.get("href").partition(",")[2]).decode()
+    assert table.splitlines()[1] == "walk,1,0"
+    text = (tmp_path / "report.html").read_text()
+    assert str(tmp_path) not in text
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    (tmp_path / "b c.npy").unlink()  # the data has moved
+    assert "its frames cannot be read any more" in text_of(page_of(tmp_path))
+
+
+def test_a_validation_of_another_step_is_not_shown_and_a_damaged_one_is_told(tmp_path):
+    write_metrics(tmp_path, [training(1), ("evaluate", 2, {"accuracy": 2 / 3})])
+    path, values = tmp_path / "validation.json", validation(tmp_path, 4)
+    path.write_text(json.dumps(values))
+    assert "Confusion matrix" not in text_of(page_of(tmp_path))
+    values["heads"][0]["answers"] = [0, 0, 2]
+    for damaged in (values, {"step": 2}, [], {"step": 2, "clips": [1]}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"validation\.json has changed since it was written"):
+            write_report(tmp_path)

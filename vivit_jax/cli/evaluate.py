@@ -2,9 +2,14 @@
 """`vivit-jax evaluate`: the accuracy of a classifier, with all settings that affect it."""
 
 import dataclasses
+import functools
+import itertools
 import logging
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 
@@ -14,15 +19,24 @@ from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import ONE_PROCESS, Dtype, ProcessOptions, SourceOptions
 from vivit_jax.cli.train import join
 from vivit_jax.console import FLAT, ConfigOption, joined
+from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.errors import UserError
-from vivit_jax.files.atomic import check_output, write_json
+from vivit_jax.files.atomic import check_output, whole_file, write_json
 from vivit_jax.recipes import recipe_named
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train import evaluate as evaluation
+from vivit_jax.train.evaluate import Evaluation, clip_names, outcomes_of
+from vivit_jax.train.metrics import TOP_K
+from vivit_jax.train.outcome_page import confusion_csv, outcome_sections
+from vivit_jax.train.outcomes import BINS, Outcomes
+from vivit_jax.train.page import page, percent, table
 from vivit_jax.train.preprocessing import central_view
 from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
+from vivit_jax.train.validation import protocol_text, shown_clips, summary
 
 logger = logging.getLogger(__name__)
+
+_CONFUSIONS = 3  # printed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +91,25 @@ class WorkOptions:
     mesh: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Files to write.
+
+    Attributes:
+        out: JSON file for the result, the answer for each video, and all settings that affect them.
+        report: HTML file, which needs no other, with pictures: classes, confusions with frames of
+            some videos, how right the confidences are, and videos whose views disagree.
+        confusion: CSV file for the confusion matrix: a row for each true class, a column for each
+            answer.
+        overwrite: Replace these files.
+    """
+
+    out: Path | None = None
+    report: Path | None = None
+    confusion: Path | None = None
+    overwrite: bool = False
+
+
 def evaluate(
     *,
     model: str,
@@ -84,8 +117,7 @@ def evaluate(
     data: Annotated[DataOptions, FLAT],
     views: Annotated[ViewOptions, FLAT] = ViewOptions(),
     work: Annotated[WorkOptions, FLAT] = WorkOptions(),
-    out: Path | None = None,
-    overwrite: bool = False,
+    output: Annotated[OutputOptions, FLAT] = OutputOptions(),
     processes: Annotated[ProcessOptions, FLAT] = ONE_PROCESS,
 ) -> int:
     """Score a classifier on labelled videos, by several views of each.
@@ -97,11 +129,8 @@ def evaluate(
 
     Args:
         model: Directory, weight file or hub id, with its preprocessor_config.json.
-        out: JSON file for the result, the answer for each video, and all settings that affect them.
-        overwrite: Replace the file of --out.
     """
-    if out is not None:
-        check_output(out, (".json",), overwrite)
+    _check_outputs(output)
     join(processes)
 
     check_views(views)
@@ -137,17 +166,93 @@ def evaluate(
         if answer.error
     ]
     if jax.process_index() == 0:
+        found = _Found(net.config, dataset, chosen, result)
         # First of all, so that nothing that goes wrong with the printing can lose it.
-        if out is not None:
-            record = _record(net, params, dataset, chosen, processor, result, model)
-            write_json(out, record | {"config": list(changes)})
-        for name, value in result.metrics.items():
-            print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+        if output.out is not None:
+            record = _record(net, params, found, processor, model)
+            write_json(output.out, record | {"config": list(changes)})
+        _write_pictures(output, found, model)
+        print("\n".join(_lines(found)))
         for path, error in unreadable:
             print(f"left out {error if error.startswith(path) else f'{path}: {error}'}")
-        if out is not None:
-            print(f"written to {out}")
+        for path in (output.out, output.report, output.confusion):
+            if path is not None:
+                print(f"written to {path}")
     return int(bool(unreadable))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A model's answers on a data set, and how they were got."""
+
+    config: Any
+    dataset: Dataset
+    views: EvalSettings
+    result: Evaluation
+
+    @functools.cached_property
+    def heads(self) -> list[Outcomes]:
+        return outcomes_of(self.config, self.dataset, self.result)
+
+
+def _check_outputs(output: OutputOptions) -> None:
+    for flag, path, suffixes in (
+        ("--out", output.out, (".json",)),
+        ("--report", output.report, (".html",)),
+        ("--confusion", output.confusion, (".csv",)),
+    ):
+        if path is not None:
+            check_output(path, suffixes, output.overwrite, flag=flag)
+
+
+def _write_pictures(output: OutputOptions, found: _Found, model: str) -> None:
+    if output.confusion is not None:
+        with whole_file(output.confusion) as partial:
+            text = "\n".join(confusion_csv(head) for head in found.heads)
+            partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+    if output.report is None:
+        return
+    shown, protocol = (
+        shown_clips(found.dataset, found.result),
+        protocol_text(found.config, found.views),
+    )
+    title = f"{os.path.basename(os.path.abspath(model))} on "
+    title += os.path.basename(os.path.abspath(found.dataset.source))
+    sections = [
+        section
+        for head in found.heads
+        for section in outcome_sections(head, shown, protocol, TOP_K)
+    ]
+    pairs = zip(
+        clip_names(found.dataset), found.dataset.examples, found.result.answers, strict=True
+    )
+    left_out = [
+        [name, (answer.error or "").replace(example.path, name)]
+        for name, example, answer in pairs
+        if answer.error
+    ]
+    sections.append(("Clips that could not be read", table(left_out, ["clip", "reason"])))
+    with whole_file(output.report) as partial:
+        partial.write_text(page(title, sections), encoding="utf-8")
+
+
+def _lines(found: _Found) -> Iterator[str]:
+    """What is printed: a line for each number."""
+    metrics = found.result.metrics
+    for name, value in metrics.items():
+        yield f"{name:24} {value:.2%}" if isinstance(value, float) else f"{name:24} {value}"
+    for head in found.heads:
+        prefix = f"{head.head}_" if head.head else ""
+        low, high = head.interval
+        error, _ = head.calibration()
+        yield f"{prefix + 'standard_error':24} {head.standard_error:.2%}"
+        yield f"{prefix + 'interval_95':24} {low:.2%} to {high:.2%} (Wilson)"
+        yield f"{prefix + 'calibration_error':24} {percent(error, 2)} (ECE, {BINS} bins)"
+        if head.views.shape[1] > 1:
+            yield f"{prefix + 'views_disagree':24} {len(head.disagreeing)}"
+        for each in head.confusions(_CONFUSIONS):
+            label, answer = head.classes[each.label], head.classes[each.answer]
+            yield f"{prefix + 'confused':24} {each.clips} of {each.of} {label} taken for {answer}"
 
 
 def check_views(options: ViewOptions) -> None:
@@ -180,19 +285,62 @@ def chosen_views(options: ViewOptions, config, processor) -> EvalSettings:
     return views
 
 
-def _record(net, params, dataset, views, processor, result, model: str) -> dict:
-
-    config = net.config
+def _record(net, params, found: _Found, processor, model: str) -> dict[str, Any]:
+    config, dataset, result = found.config, found.dataset, found.result
+    heads, places = found.heads, itertools.count()
     videos = []
     for example, answer in zip(dataset.examples, result.answers, strict=True):
         video = {"path": example.path, "label": example.label}
         if answer.error:
             videos.append(video | {"error": answer.error})
             continue
+        place = next(places)
         video["answer"] = evaluation.best_classes(config, answer.scores)
+        # As far as rounding on other devices leaves it alone.
+        sure = [_number(round(head.confidences[place], 4)) for head in heads]
+        views = [head.views[place].tolist() for head in heads]
+        whole = config.class_splits is None
+        video |= {
+            "confidence": sure[0] if whole else sure,
+            "views": views[0] if whole else views,
+        }
         videos.append(video | {"frames": answer.indices.tolist()})
     record = {"model": model, "data": dataset.source, "metrics": result.metrics}
-    record["conditions"] = evaluation.conditions(net, params, views, processor)
+    record["summary"] = summary(config, found.views, heads)
+    record["conditions"] = evaluation.conditions(net, params, found.views, processor)
+    details = [_details(head) for head in heads]
     if config.class_splits is None:
-        record["per_class"] = evaluation.per_class(dataset, result, config.labels)
+        record |= details[0]
+    else:
+        record["heads"] = {h.head: each for h, each in zip(heads, details, strict=True)}
     return record | {"videos": videos}
+
+
+def _details(head: Outcomes) -> dict[str, Any]:
+    """The classes, the confusions and the calibration of a head, as JSON values."""
+    names = head.classes
+    _, bins = head.calibration()
+    return {
+        "per_class": {
+            names[each.label]: {
+                "videos": each.clips,
+                "accuracy": each.accuracy,
+                "interval_95": list(each.interval),
+            }
+            for each in head.per_class()
+            if each.clips
+        },
+        "confusions": [
+            {"label": names[e.label], "answer": names[e.answer], "videos": e.clips, "of": e.of}
+            for e in head.confusions()
+        ],
+        "never_answered": [names[i] for i in head.never_answered()],
+        "calibration": [
+            {name: _number(value) for name, value in each._asdict().items()} for each in bins
+        ],
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if math.isfinite(value) else None

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from vivit_jax import __version__, param_tree
 from vivit_jax.data.datasets.class_names import describe_unknown
@@ -31,6 +32,7 @@ from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
 from vivit_jax.train.eval_views import Views
 from vivit_jax.train.metrics import classification_metrics
 from vivit_jax.train.normalise import Arithmetic, hashable_arithmetic, scaled_and_shifted
+from vivit_jax.train.outcomes import Outcomes, outcomes
 from vivit_jax.train.sharding import batch_sharding, batch_shards, gathered, replicated
 from vivit_jax.train.step import OnMesh, draw_mask
 
@@ -44,6 +46,7 @@ class Answer:
     scores: np.ndarray | None  # [classes]: logits, or logarithms of probabilities
     indices: np.ndarray | None  # [clips, t]
     error: str | None = None
+    views: np.ndarray | None = None  # int32 [views, heads]: the best class of each view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +86,13 @@ def evaluate(
     views = _local_views(dataset, config, settings, mesh, views_at_once, threads)
     forward = _forward(model, hashable_arithmetic(processor), settings.average, mesh)
     scores = _local_results(views, lambda clips: forward(params, clips), mesh)
-    scores = scores.astype(np.float64).reshape(views.videos, views.each, -1).mean(1)
+    scores = scores.astype(np.float64).reshape(views.videos, views.each, -1)
+    best, scores = _best_of_heads(config, scores), scores.mean(1)
     if settings.average == "softmax":
         with np.errstate(divide="ignore"):
             scores = np.log(scores)
     answers = [
-        Answer(None if error else scores[i], indices, error)
+        Answer(None, None, error) if error else Answer(scores[i], indices, None, best[i])
         for i, (indices, error) in enumerate(views.found)
     ]
     if views.count > 1:
@@ -170,9 +174,10 @@ def model_labels(dataset: Dataset, config) -> Dataset:
     """
     sizes = config.split_sizes
     if dataset.labels_per_example != len(sizes):
+        way_out = "" if dataset.labels_per_example else ": `vivit-jax predict DIR` needs no labels"
         raise UserError(
             f"{dataset.source} has {dataset.labels_per_example or 'no'} labels for each clip, the "
-            f"model has {len(sizes)} heads; an evaluation compares one label with each"
+            f"model has {len(sizes)} heads; an evaluation compares one label with each{way_out}"
         )
     if dataset.classes is not None and dataset.classes != config.labels:
         dataset = _named_as(dataset, dataset.classes, config)
@@ -218,31 +223,58 @@ def _named_as(dataset: Dataset, names: tuple[str, ...], config) -> Dataset:
     return dataclasses.replace(dataset, examples=tuple(examples), classes=config.labels)
 
 
-def per_class(dataset: Dataset, evaluation: Evaluation, names: tuple[str, ...]) -> dict[str, Any]:
-    """The number of videos and the accuracy of each class that occurs, for a model of one head.
+def best_classes(config, scores: Float[np.ndarray, " classes"]) -> int | list[int]:
+    """The class with the highest score, one for each head of several."""
+    best = _best_of_heads(config, scores).tolist()
+    return best[0] if config.class_splits is None else best
+
+
+def _best_of_heads(
+    config, scores: Float[np.ndarray, "*b classes"]
+) -> Int32[np.ndarray, "*b heads"]:
+    """The class with the highest score of each head."""
+    heads = np.split(scores, np.cumsum(config.split_sizes)[:-1], axis=-1)
+    return np.stack([head.argmax(-1).astype(np.int32) for head in heads], axis=-1)
+
+
+def outcomes_of(config, dataset: Dataset, evaluation: Evaluation) -> list[Outcomes]:
+    """What became of the readable videos, for each head of the model.
 
     `dataset` has the labels of `model_labels`.
     """
-    rights: dict[int, list[bool]] = {}
-    for example, answer in zip(dataset.examples, evaluation.answers, strict=True):
-        if answer.scores is not None:
-            assert isinstance(example.label, int)
-            # argmax names a class even among NaN.
-            finite = bool(np.isfinite(answer.scores.max()))
-            right = finite and int(answer.scores.argmax()) == example.label
-            rights.setdefault(example.label, []).append(right)
-    return {
-        names[label]: {"videos": len(values), "accuracy": sum(values) / len(values)}
-        for label, values in sorted(rights.items())
-    }
+    pairs = zip(dataset.examples, clip_names(dataset), evaluation.answers, strict=True)
+    readable = [(example, name, a) for example, name, a in pairs if a.scores is not None]
+    labels = np.array([example.label for example, _, _ in readable], np.int64)
+    labels = labels.reshape(len(readable), -1)
+    ends = np.cumsum(config.split_sizes)
+    scores = np.split(np.stack([a.scores for _, _, a in readable]), ends[:-1], axis=-1)
+    views = [a.views for _, _, a in readable if a.views is not None]
+    whole = np.stack(views) if len(views) == len(readable) else None  # [n, views, heads]
+    names = config.split_names or tuple(str(i + 1) for i in range(len(ends)))
+    found = []
+    for head, (own, end, size) in enumerate(zip(scores, ends, config.split_sizes, strict=True)):
+        found.append(
+            outcomes(
+                own,
+                labels[:, head],
+                classes=config.labels[end - size : end],
+                clips=[name for _, name, _ in readable],
+                views=None if whole is None else whole[:, :, head],
+                head="" if config.class_splits is None else names[head],
+            )
+        )
+    return found
 
 
-def best_classes(config, scores: Float[np.ndarray, " classes"]) -> int | list[int]:
-    """The class with the highest score, one for each head of several."""
-    if config.class_splits is None:
-        return int(scores.argmax())
-    heads = np.split(scores, np.cumsum(config.class_splits)[:-1])
-    return [int(head.argmax()) for head in heads]
+def clip_names(dataset: Dataset) -> list[str]:
+    """The path of each clip below the data set's root; of one elsewhere its name alone."""
+    root = os.path.join(dataset.root, "") if dataset.root else ""
+    return [
+        example.path.removeprefix(root)
+        if root and example.path.startswith(root) or not os.path.isabs(example.path)
+        else os.path.basename(example.path)
+        for example in dataset.examples
+    ]
 
 
 def conditions(model: nn.Module, params: Any, settings: EvalSettings, processor) -> dict[str, Any]:
@@ -344,18 +376,21 @@ def _local_results(views: Views, forward: Callable, mesh: Mesh) -> np.ndarray:
 
 def _gathered(answers: list[Answer], views: Views, config) -> list[Answer]:
     """The answers of all processes, in the data set's order."""
-    most = views.videos
+    most, heads = views.videos, len(config.split_sizes)
     scores = np.zeros((most, config.num_labels), np.float32)
     indices = np.zeros((most, views.settings.clips, config.num_frames), np.int32)
+    best = np.zeros((most, views.settings.clips * views.settings.crops, heads), np.int32)
     for i, answer in enumerate(answers):
         if answer.scores is not None and answer.indices is not None:
-            scores[i], indices[i] = answer.scores, answer.indices
-    scores, indices = process_allgather(scores), process_allgather(indices)
+            scores[i], indices[i], best[i] = answer.scores, answer.indices, answer.views
+    scores, indices, best = map(process_allgather, (scores, indices, best))
     whole = []
     for i, error in enumerate(_gathered_errors([answer.error for answer in answers], views)):
         at = i % views.count, i // views.count
         whole.append(
-            Answer(scores[at], indices[at]) if error is None else Answer(None, None, error)
+            Answer(scores[at], indices[at], None, best[at])
+            if error is None
+            else Answer(None, None, error)
         )
     return whole
 

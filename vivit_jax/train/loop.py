@@ -18,10 +18,15 @@ from checkpoints_convert.pretrained import save_pretrained
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError, WriteError
 from vivit_jax.recipes.checks import check
-from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.recipe import EvalSettings, Recipe
 from vivit_jax.train.callbacks import Callback, Callbacks, Event, Kind
 from vivit_jax.train.checkpoint import Checkpoints
-from vivit_jax.train.evaluate import evaluate, evaluate_reconstruction, unreadable_clips
+from vivit_jax.train.evaluate import (
+    Evaluation,
+    evaluate,
+    evaluate_reconstruction,
+    unreadable_clips,
+)
 from vivit_jax.train.initial_model import described_base, description
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import leading_name
@@ -33,6 +38,7 @@ from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, parse_mesh
 from vivit_jax.train.state import TrainState
 from vivit_jax.train.stop_signals import agreed_stop, stop_of_one, stop_signals
+from vivit_jax.train.validation import validation_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,8 @@ def train(
 
     The directory gets recipe.json, model.json, metrics.jsonl, checkpoints/ (all that resuming
     needs), models/ (each kept checkpoint's model as a HuggingFace directory, from the moving
-    average where there is one), bad_clips.json if clips could not be read, and report.html.
+    average where there is one), validation.json (what the best model answered for the held-out
+    clips), bad_clips.json if clips could not be read, and report.html.
 
     With `resume=True` the run continues as if it had never stopped, on any number of devices; on
     the same devices and with the same `train.accumulate` bit for bit. SIGINT and SIGTERM end a run
@@ -150,7 +157,7 @@ def train(
         if bad and step > taken:
             where = run.path / BAD_CLIPS
             given.say(f"left out, as they could not be read: {bad}; {where} says why")
-        write_report(run.path)
+        write_report(run.path, setup.validation)
     model = run.path / "models" / str(step if best is None else best)
     return Outcome(step, setup.steps, stopped, model, loop.metrics, loop.stop_reason)
 
@@ -296,15 +303,26 @@ class _Loop:
 
     def _validated(self) -> dict[str, float]:
         """Validate and log the metrics; returns them with the score of the checkpoint."""
-        self.metrics, self._unreadable = _validate(self.setup, self.state)
+        found = _validate(self.setup, self.state)
+        assert self.setup.validation is not None
+        self.metrics = found.metrics
+        self._unreadable = unreadable_clips(self.setup.validation, found)
         self.log.write("evaluate", self.taken, self.metrics)
         text = ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items())
         epochs = self.taken / self.setup.per_epoch
         self.progress.say(f"step {self.taken}, after {epochs:g} epochs: {text}")
         scored = _scored(self.setup, self.metrics)
+        if self.setup.recipe.task == "finetune":
+            self.run.write_validation(self.taken, scored["score"], lambda: self._record(found))
         # Before the checkpoint, which has the callbacks' states.
         self._tell("evaluate", self.metrics, scored["score"])
         return scored
+
+    def _record(self, found: Evaluation) -> dict[str, Any]:
+        """What became of the held-out clips."""
+        config, dataset = self.setup.model.config, self.setup.validation
+        assert dataset is not None
+        return validation_record(config, _one_view(self.setup), dataset, found)
 
     def _save(self, scores: dict[str, float] | None = None) -> None:
         states = self.callbacks.state()
@@ -331,23 +349,25 @@ class _Loop:
         return lambda path: save_pretrained(path, setup.model, params, setup.processor, card=card)
 
 
-def _validate(setup: TrainSetup, state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
-    """The metrics, and which clips could not be read: path -> why."""
+def _one_view(setup: TrainSetup) -> EvalSettings:
+    """The views of a validation."""
+    one = dataclasses.replace(setup.recipe.evaluation, clips=1, crops=1)
+    if setup.model.config.class_splits is not None:
+        one = dataclasses.replace(one, average="logits")
+    return one
+
+
+def _validate(setup: TrainSetup, state: TrainState) -> Evaluation:
     recipe, dataset = setup.recipe, setup.validation
     assert dataset is not None
     params = state.params if state.average is None else state.average
-    one = dataclasses.replace(recipe.evaluation, clips=1, crops=1)
-    if setup.model.config.class_splits is not None:
-        one = dataclasses.replace(one, average="logits")
-    what = (setup.model, params, dataset, one)
+    what = (setup.model, params, dataset, _one_view(setup))
     mesh, threads = setup.mesh, recipe.data.threads
     if recipe.task == "pretrain":
-        found = evaluate_reconstruction(
+        return evaluate_reconstruction(
             *what, recipe.mask, setup.processor, mesh=mesh, threads=threads
         )
-    else:
-        found = evaluate(*what, setup.processor, mesh=mesh, threads=threads)
-    return found.metrics, unreadable_clips(dataset, found)
+    return evaluate(*what, setup.processor, mesh=mesh, threads=threads)
 
 
 def _scored(setup: TrainSetup, metrics: dict[str, float]) -> dict[str, float]:

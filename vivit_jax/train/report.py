@@ -11,6 +11,8 @@ into charts with titles and units.
 import dataclasses
 import datetime
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,17 +20,28 @@ from typing import Any
 
 import numpy as np
 
+from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.files.json_files import read_json
-from vivit_jax.train.chart import CHART_STYLE, Curve, escape, figure
+from vivit_jax.recipes import RECIPES, recipe_named
+from vivit_jax.recipes.settings import to_dict
+from vivit_jax.train.chart import Curve, escape, figure
 from vivit_jax.train.log import METRICS, read_metrics
-from vivit_jax.train.run_directory import BAD_CLIPS, RECIPE
+from vivit_jax.train.metrics import TOP_K
+from vivit_jax.train.outcome_page import Shown, outcome_sections
+from vivit_jax.train.page import page, percent, table
+from vivit_jax.train.run_directory import BAD_CLIPS, RECIPE, VALIDATION
+from vivit_jax.train.validation import read_validation
 
 REPORT = "report.html"
 _OWN = ("kind", "step", "time")
 _COUNTS = ("videos", "unreadable")  # of an evaluation: shown in its table, without a curve
 _ROWS = 500  # of a table
+# The directories of an absolute path, of which the last name stays.
+_ABSOLUTE = re.compile(
+    r"(?<![\w.~<:/\\])(?:/|[A-Za-z]:[\\/])(?:[^\s/\\<>:;,\"'()&]+[/\\])+(?=[^\s/\\])"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,38 +65,125 @@ _PANELS = (
     _Panel("Gradient norm", "gradient_norm", from_zero=True),
 )
 
+_MARKED = ("Loss", "Accuracy")  # charts that show the best step
 
-def write_report(directory: str | Path) -> Path:
+
+def write_report(directory: str | Path, validation: Dataset | None = None) -> Path:
     """Write report.html beside a run's metrics.jsonl and return its path.
 
     Shows every number over steps (training and evaluation share a chart where both measure it), the
-    settings in recipe.json if that is there, and tables of evaluations and events. Raises UserError
-    for files that are missing or damaged.
+    settings in recipe.json if that is there, those that differ from the published recipe first,
+    what became of the held-out clips, and tables of evaluations and events. Frames of clips that
+    were wrong come from their files, or from `validation`, where that data set is an object. Paths
+    are relative. Raises UserError for files that are missing or damaged.
     """
     directory = Path(directory)
     lines = read_metrics(directory / METRICS)
-    settings = dict(_fields(_read_json(directory / RECIPE)))
+    recipe = _read_json(directory / RECIPE)
+    settings = dict(_fields(recipe))
+    measured = [line for line in lines if line["kind"] != "event" and "notice" not in line]
+    evaluations = [line for line in measured if line["kind"] == "evaluate"]
+    best = best_step(evaluations)
     title = f"{settings.get('name') or directory.resolve().name}: training report"
-    charts = "".join(_charts([line for line in lines if line["kind"] != "event"]))
-    sections = {
-        "Summary": _table(_summary(lines)),
-        "Curves": f'<div class="charts">{charts}</div>' if charts else "<p>No metrics yet.</p>",
-        "Evaluations": _lines_table([line for line in lines if line["kind"] == "evaluate"]),
-        "Events": _lines_table([line for line in lines if line["kind"] == "event"]),
-        "Clips that could not be read": _bad_clips(_read_json(directory / BAD_CLIPS)),
-        "Settings": _table(list(settings.items())),
-    }
-    body = "".join(f"<h2>{name}</h2>{content}" for name, content in sections.items() if content)
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        '<meta name="viewport" content="width=device-width"/>'
-        f"<title>{escape(title)}</title><style>{_STYLE}{CHART_STYLE}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1>{body}</body></html>\n"
-    )
+    charts = "".join(_charts(measured, best))
+    events = [line for line in lines if line["kind"] == "event" and "notice" not in line]
+    relative = _Relative(recipe)
+    sections = [
+        ("What to look at", _notices([line for line in lines if "notice" in line])),
+        ("Settings that differ from the recipe", relative.table(_differences(recipe))),
+        ("Summary", table(_summary(measured, best))),
+        ("Curves", f'<div class="charts">{charts}</div>' if charts else "<p>No metrics yet.</p>"),
+        ("Evaluations", _lines_table(evaluations)),
+        *_outcomes(directory / VALIDATION, evaluations, validation),
+        ("Events", relative.text(_lines_table(events))),
+        (
+            "Clips that could not be read",
+            relative.text(_bad_clips(_read_json(directory / BAD_CLIPS))),
+        ),
+        ("Settings", relative.table([*settings.items()])),
+    ]
     path = directory / REPORT
     with whole_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page(title, sections), encoding="utf-8")
     return path
+
+
+def best_step(evaluations: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step whose checkpoint is kept as the best, the latest of equal ones; None if unknown.
+
+    By the accuracy, of all heads together if there are several, or by the loss of pre-training.
+    """
+    scored = []
+    for line in evaluations:
+        accuracies = [name for name in line if name.endswith("accuracy")]
+        score = line[accuracies[-1]] if accuracies else line.get("loss")
+        if isinstance(score, int | float) and math.isfinite(score):
+            scored.append((score if accuracies else -score, line["step"]))
+    return max(scored)[1] if scored else None
+
+
+def _notices(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What the run noticed, above all else."""
+    return "".join(
+        f'<p class="notice">step {line["step"]:,}: '
+        f"{escape(str(line.get('text', line['notice'])))}</p>"
+        for line in lines
+    )
+
+
+def _differences(recipe: Mapping[str, Any]) -> list[list[str]]:
+    """The settings of a run that its published recipe has otherwise: name, here, there."""
+    name = recipe.get("name")
+    if not isinstance(name, str) or name not in RECIPES:
+        return []
+    published = to_dict(recipe_named(name))
+    here = dict(_fields({name: value for name, value in recipe.items() if name != "given"}))
+    there = dict(_fields(json.loads(json.dumps(published))))
+    rows = [
+        [field, here.get(field) or "-", there.get(field) or "-"]
+        for field in dict.fromkeys([*here, *there])
+        if here.get(field) != there.get(field)
+    ]
+    return [["", "this run", f"recipe {name}"], *rows] if rows else []
+
+
+class _Relative:
+    """Texts without the directories of this machine: paths below the data are relative to it."""
+
+    def __init__(self, recipe: Mapping[str, Any]):
+        data = recipe.get("data")
+        data = data if isinstance(data, Mapping) else {}
+        given = [data.get(name) for name in ("root", "train", "validation")]
+        roots = [os.path.abspath(each) for each in given if isinstance(each, str) and each]
+        roots += [os.path.dirname(root) for root in roots if os.path.splitext(root)[1]]
+        self._roots = sorted({f"{root}{os.sep}" for root in roots}, key=len, reverse=True)
+
+    def text(self, text: str) -> str:
+        for root in self._roots:
+            text = text.replace(escape(root), "")
+        return _ABSOLUTE.sub("", text)
+
+    def table(self, rows: Sequence[Sequence[str]]) -> str:
+        rows = [[row[0], *(_ABSOLUTE.sub("", cell) for cell in row[1:])] for row in rows]
+        return table(rows)
+
+
+def _outcomes(
+    path: Path, evaluations: Sequence[Mapping[str, Any]], dataset: Dataset | None
+) -> Iterator[tuple[str, str]]:
+    """Sections on the clips of the best validation, if it is one of this run's."""
+    if not path.exists():
+        return
+    found = read_validation(path)
+    if found.step not in [line["step"] for line in evaluations]:
+        return  # of steps that a run resumed before them has replaced
+    shown = found.shown
+    if dataset is not None:
+        named = {os.path.abspath(example.path): example for example in dataset.examples}
+        shown = [Shown(named.get(each.example.path, each.example), each.frames) for each in shown]
+    protocol = f"step {found.step:,}, {found.protocol}"
+    for head in found.heads:
+        yield from outcome_sections(head, shown, protocol, TOP_K)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -123,11 +223,11 @@ def _bad_clips(found: Mapping[str, Any]) -> str:
         cut = f"; the first {_ROWS:,} are listed" if len(rows) > _ROWS else ""
         if rows:
             text += f"<p>{what}{len(rows):,}{cut}.</p>"
-            text += _table(rows[:_ROWS], ["clip", "reason"])
+            text += table(rows[:_ROWS], ["clip", "reason"])
     return text
 
 
-def _summary(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _summary(lines: Sequence[Mapping[str, Any]], best: int | None) -> list[tuple[str, str]]:
     """How far the run got, how long it took, and its last metrics."""
     if not lines:
         return []
@@ -137,43 +237,37 @@ def _summary(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         ("first report", start.isoformat(" ", "seconds")),
         ("last report", f"{end.isoformat(' ', 'seconds')}, {str(end - start).split('.')[0]} later"),
     ]
-    for kind, title in (("train", "last of training"), ("evaluate", "last evaluation")):
-        found = [line for line in lines if line["kind"] == kind]
-        if found:
-            values = {name: value for name, value in found[-1].items() if name not in _OWN}
-            rows.append((title, ", ".join(f"{n} {_cell(v)}" for n, v in values.items())))
+    train, evaluate = ([e for e in lines if e["kind"] == kind] for kind in ("train", "evaluate"))
+    chosen = [("last of training", train[-1:]), ("last evaluation", evaluate[-1:])]
+    if best is not None:
+        found = [line for line in evaluate if line["step"] == best]
+        chosen.append((f"best evaluation, step {best:,}", found[-1:]))
+    for title, found in chosen:
+        for line in found:
+            values = {name: value for name, value in line.items() if name not in _OWN}
+            rows.append((title, ", ".join(f"{n} {_cell(n, v)}" for n, v in values.items())))
     return rows
 
 
-def _cell(value: Any) -> str:
+def _cell(name: str, value: Any) -> str:
+    """A value as text: shares in per cent."""
+    if isinstance(value, float) and any(p.share and re.fullmatch(p.names, name) for p in _PANELS):
+        return percent(value, 2)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _table(rows: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> str:
-    """Rows of text as a table, the first column as row headings; "" without rows."""
-    if not rows:
-        return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    body = "".join(
-        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(c)}</td>' for c in row[1:])}</tr>"
-        for row in rows
-    )
-    head = f"<thead><tr>{head}</tr></thead>" if head else ""
-    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def _lines_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Lines of one kind as a table, with a column for each name that occurs."""
     names = [name for name in dict.fromkeys(n for line in lines for n in line) if name not in _OWN]
     rows = [
-        [f"{line['step']:,}", *(_cell(line[n]) if n in line else "" for n in names)]
+        [f"{line['step']:,}", *(_cell(n, line[n]) if n in line else "" for n in names)]
         for line in lines[-_ROWS:]
     ]
     cut = f"<p>The last {_ROWS:,} of {len(lines):,}.</p>" if len(lines) > _ROWS else ""
-    return cut + _table(rows, ["step", *names])
+    return cut + table(rows, ["step", *names])
 
 
-def _charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _charts(lines: Sequence[Mapping[str, Any]], best: int | None) -> Iterator[str]:
     """A figure for each panel that has values, and for each metric without a panel."""
     series: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for line in lines:
@@ -202,25 +296,6 @@ def _charts(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 first=min(line["step"] for line in lines),
                 last=max(line["step"] for line in lines),
                 share=panel.share,
+                marked=best if panel.title in _MARKED else None,
                 from_zero=panel.from_zero,
             )
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --dim: #5f6670; --line: #dfe2e6; --page: #fff;
-  --c0: #1f6fc4; --c1: #c4500a; --c2: #1a7f4b; --c3: #9a3fb5; --c4: #a37800; --c5: #c02c5e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --dim: #9aa3ad; --line: #343a41;
-  --page: #15181c; --c0: #63a8f2; --c1: #f59154; --c2: #55c48a; --c3: #cf8be6; --c4: #dcb13c;
-  --c5: #f2799f; } }
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page);
-  max-width: 1140px; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
-  gap: 1.2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-tbody th { font-weight: 500; white-space: nowrap; color: var(--dim); }
-"""

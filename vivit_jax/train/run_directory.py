@@ -2,9 +2,10 @@
 """The directory of a training run: its files, its lock, and what resuming checks."""
 
 import logging
+import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vivit_jax.recipes.settings import from_dict, to_dict
 logger = logging.getLogger(__name__)
 
 RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
+VALIDATION = "validation.json"  # what the best model answered: vivit_jax.train.validation
 _BAD_CLIPS = {"training": "clips", "validation": "validation"}  # kind of videos: key
 # Fields that may change on resume: none changes what a step computes, except by rounding.
 CHANGEABLE = (
@@ -54,6 +56,7 @@ class RunDirectory:
         self.path, self.model_file, self._recipe = path, path / MODEL, recipe
         self._first, self._resumed = jax.process_index() == 0, resume
         self._lock: int | None = None
+        self._best: float | None = None  # score of the validation that is written
         held = path / RECIPE
         # Several processes do not probe an empty directory, or one might see another's probe.
         if resume or jax.process_count() == 1 or not os.path.isdir(path):
@@ -151,6 +154,23 @@ class RunDirectory:
             "validation": validation,
         }
         write_json(self.path / BAD_CLIPS, values)
+
+    def write_validation(
+        self, step: int, score: float, record: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        """Write what became of the held-out clips, unless an earlier step had a better score."""
+        if not self._first or not math.isfinite(score):
+            return
+        path = self.path / VALIDATION
+        if self._best is None and path.exists():
+            held = read_json(path, hint="remove it")
+            held = held if isinstance(held, dict) else {}
+            known = isinstance(held.get("step"), int) and isinstance(held.get("score"), float)
+            # Later steps are of before a resume from an earlier one.
+            self._best = held["score"] if known and held["step"] <= step else None
+        if self._best is None or score >= self._best:
+            self._best = score
+            write_json(path, {"step": step, "score": score, **record()})
 
     def _held_bad_clips(self) -> dict[str, Any]:
         """The contents of bad_clips.json, {} if there is none. UserError if it was changed."""
