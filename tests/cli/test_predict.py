@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import csv
 import json
+import shutil
 from fractions import Fraction
 
 import jax
@@ -8,10 +10,12 @@ import pytest
 from clips import write_clip
 from commands import run_command
 from helpers import forward, random_params
+from PIL import Image
 from tiny import VIVIT
 
 import vivit_jax
 from vivit_jax.cli.__main__ import main
+from vivit_jax.inference.timeline import score_over_time
 
 LABELS = ("walk", "run", "jump", "fly", "sleep")
 
@@ -220,6 +224,81 @@ def test_several_heads(clips, capsys, tmp_path):
     assert best == sorted(best, reverse=True)
     status, out, _ = run_command(capsys, "predict", *args)
     assert "  noun:\n" in out and "  verb:\n" in out
+
+
+def test_a_directory_is_classified_with_its_folders(model, clips, capsys, tmp_path):
+    """Files that cannot be read are named at the end, and the table has all of them."""
+    (tmp_path / "my clips" / "b").mkdir(parents=True)
+    for name, source in (("b/1 long.mp4", "long"), ("a.mp4", "broken"), (".hidden.mp4", "long")):
+        shutil.copy(clips[source], tmp_path / "my clips" / name)
+    (tmp_path / "my clips" / "notes.txt").write_text("no clip")
+    flags = ("--model", model, "--csv", tmp_path / "out.csv", "--top-k", 2)
+    status, out, err = run_command(capsys, "predict", tmp_path / "my clips", *flags)
+    lines = out.splitlines()
+    assert status == 1 and lines[0].startswith(f"{tmp_path}/my clips/b/1 long.mp4 (6 frames")
+    assert len(lines) == 4 and lines[-1] == f"written to {tmp_path}/out.csv"
+    told = err.splitlines()
+    assert told[-2] == "1 of 2 videos could not be read:"
+    assert told[-1].startswith(f"{tmp_path}/my clips/a.mp4: ")
+    head, *rows = csv.reader((tmp_path / "out.csv").read_text().splitlines())
+    assert head == ["path", "label_1", "score_1", "label_2", "score_2", "error"]
+    assert rows[0][:5] == [f"{tmp_path}/my clips/a.mp4", "", "", "", ""] and rows[0][5]
+    best, second = (line.split() for line in lines[1:3])
+    assert rows[1][1::2] == [best[1], second[1], ""]
+    assert float(rows[1][2]) == pytest.approx(float(best[0]), abs=1e-4)
+
+
+def test_a_video_is_drawn_with_its_labels_over_time(model, clips, capsys, tmp_path):
+    flags = ("--model", model, "--window-stride", 6, "--stride", 1)
+    for kind in ("mp4", "png"):
+        path = tmp_path / f"drawn.{kind}"
+        status, out, err = run_command(capsys, "predict", clips["long"], *flags, "--draw", path)
+        assert (status, err) == (0, "") and out.endswith(f"written to {path}\n")
+    video, drawn = vivit_jax.read_video(clips["long"]), vivit_jax.read_video(tmp_path / "drawn.mp4")
+    assert len(drawn) == len(video) == 40
+    scale = drawn.shape[2] // video.shape[2]
+    large = video.repeat(scale, 1).repeat(scale, 2)
+    left = (drawn.shape[2] - large.shape[2]) // 2
+    top = drawn[:, : large.shape[1], left : left + large.shape[2]]
+    assert np.abs(top.astype(int) - large).mean() < 6
+    found = score_over_time(
+        vivit_jax.VideoClassifier.from_pretrained(model), clips["long"], stride=1, window_stride=6
+    )
+    scores = found.over_frames()
+    blue = np.array([0x1F, 0x6F, 0xC4])
+    for i in (0, 20, 39):  # the bar of the best label has the dark colour and the score's length
+        foot = drawn[i, large.shape[1] + 4 :].astype(int)
+        dark = (np.abs(foot - blue).max(-1) < 40).sum(1).max()
+        track = (np.ptp(foot, axis=-1) < 12) & (np.abs(foot.mean(-1) - 0xE8) < 8)
+        light = track[np.abs(foot - blue).max(-1).min(1) < 40].sum(1).max()
+        assert dark / (dark + light) == pytest.approx(scores[i].max(), abs=0.05)
+    with Image.open(tmp_path / "drawn.png") as image:
+        assert image.width >= 640 and image.height > 300
+
+
+def test_what_cannot_be_drawn_is_told_before_anything_is_read(model, clips, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "a.npy", np.zeros((8, 24, 16, 3), np.uint8))
+    copy = shutil.copy(clips["long"], tmp_path / "copy.mp4")
+    before = sorted(tmp_path.iterdir())
+    for given, words in (
+        ((tmp_path / "empty",), "no clips (.3gp"),
+        ((clips["long"], clips["short"], "--draw", tmp_path / "x.mp4"), "draws one video, got 2"),
+        ((tmp_path / "a.npy", "--draw", tmp_path / "x.mp4"), "needs a video file"),
+        ((clips["long"], "--draw", tmp_path / "x.gif"), "ends in '.gif'"),
+        ((copy, "--draw", copy), "exists; choose another name"),
+        ((copy, "--draw", copy, "--overwrite"), "is the video itself"),
+        ((clips["long"], "--window-stride", 3), "--window-stride is for the windows of --draw"),
+        ((clips["long"], "--csv", tmp_path / "x.txt"), "--csv"),
+        ((clips["long"], "--csv", tmp_path / "no" / "x.csv"), "there is no directory"),
+        (
+            (clips["long"], "--draw", tmp_path / "x.png", "--window-stride", "0.5"),
+            "seconds such as 0.5s",
+        ),
+    ):
+        status, out, err = run_command(capsys, "predict", *given, "--model", model)
+        assert status == 2 and words in err and err.count("\n") == 1 and not out, given
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_presets(capsys):

@@ -239,7 +239,7 @@ class VideoClassifier:
 
         def finish(name: str, frames: np.ndarray, logits: list[np.ndarray]) -> Classified:
             scores, heads = self._scores(np.stack(logits), average, function)
-            best = _best(scores, top_k, config.labels, config.class_splits)
+            best = best_labels(scores, top_k, config.labels, config.class_splits)
             return Classified(name, frames, best, self._best_of_heads(heads, top_k))
 
         def results() -> Iterator[Classified]:
@@ -311,6 +311,14 @@ class VideoClassifier:
         for (_, found), values in zip(views, logits, strict=False):
             found.append(values)
 
+    def scores(self, logits: Float32[np.ndarray, " classes"]) -> Float32[np.ndarray, " scores"]:
+        """The scores of a view's logits: probabilities, unless the config's problem_type says else.
+
+        For a model of several heads those of combinations of the heads' classes.
+        """
+        scores, _ = self._scores(logits[None], "logits", _checked_function(None, self.config))
+        return scores
+
     def _scores(self, logits: np.ndarray, average: str, function: str):
         """Scores of classes, or of combinations of the heads' classes, and those of each head."""
         splits = self.config.class_splits
@@ -326,7 +334,7 @@ class VideoClassifier:
         config, labels = self.config, iter(self.config.labels)
         named = zip(config.split_names, config.class_splits, heads, strict=True)
         return {
-            name: _best(values, top_k, tuple(itertools.islice(labels, classes)))
+            name: best_labels(values, top_k, tuple(itertools.islice(labels, classes)))
             for name, classes, values in named
         }
 
@@ -411,7 +419,7 @@ def _read_ahead(videos: Iterable[Video], read, threads: int) -> Iterator[tuple[s
                 future.cancel()
 
 
-def _best(values: np.ndarray, top_k: int, labels, splits=None) -> list[dict[str, Any]]:
+def best_labels(values: np.ndarray, top_k: int, labels, splits=None) -> list[dict[str, Any]]:
     """The largest scores with labels; a combination has an index and a label for each head."""
     predictions = []
     for place in np.argsort(-values, kind="stable")[:top_k]:

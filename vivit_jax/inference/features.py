@@ -127,6 +127,34 @@ def feature_function(
     return functools.partial(program, params)
 
 
+def window_logits(
+    model: nn.Module,
+    params: Any,
+    processor: VideoProcessor,
+    stream: FrameStream | AnimationStream,
+    windows: Windows,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[FeatureRow]:
+    """The logits [classes] of each window, in float32; otherwise as `extract_features`."""
+    program = functools.partial(_logits(model, hashable_arithmetic(processor)), meta.unbox(params))
+    return _rows(stream, windows, processor, program, batch_size, False, progress)
+
+
+@functools.lru_cache(maxsize=8)
+def _logits(model: nn.Module, values) -> Callable:
+    """(params, uint8 [b, t, h, w, c]) -> [b, classes] in float32."""
+    normalise = scaled_and_shifted(*values)
+
+    @jax.jit
+    def logits(params, clips):
+        out: Any = model.apply({"params": params}, normalise(clips), **RESULTS_ONLY)
+        return out.logits.astype(jnp.float32)
+
+    return logits
+
+
 def has_head(head: str, family: str, pooler: bool) -> bool:
     """Whether a model with this head has the pooling "head"."""
     return head == "classification" or (family == "videomae" and pooler)

@@ -136,6 +136,35 @@ def _check_splits(path: str, folders: list[str]) -> None:
     )
 
 
+def clips_below(path: str) -> list[str]:
+    """The paths of all clips in a directory and in the folders below it, in order.
+
+    Hidden files and folders are skipped, and so are other files, with a warning. Raises UserError
+    if there are no clips, and for a directory that cannot be listed.
+    """
+    found, others = [], []
+
+    def refuse(error: OSError):
+        raise UserError(f"{error.filename}: {error.strerror}")
+
+    for folder, names, files in os.walk(path, onerror=refuse):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                file = os.path.join(folder, name)
+                (found if is_clip(file) else others).append(file)
+    if not found:
+        raise UserError(f"{path}: no clips ({', '.join(VIDEOS + ARRAYS)}) in it or below")
+    _warn_of_others(path, others)
+    return found
+
+
+def _warn_of_others(path: str, others: list[str]) -> None:
+    if others:
+        verb = "file is not a clip" if len(others) == 1 else "files are not clips"
+        logger.warning("%s: %d %s, such as %s", path, len(others), verb, min(others))
+
+
 def ending(path: str) -> str:
     """The lower-case ending of a file name, with its dot."""
     return os.path.splitext(path)[1].lower()
@@ -177,9 +206,7 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
     if others and all(is_image(name) for name in others) and not folders + clips:
         raise UserError(f"{path}: a folder of images, which is one clip; {SOURCES}")
-    if others:
-        verb = "file is not a clip" if len(others) == 1 else "files are not clips"
-        logger.warning("%s: %d %s, such as %s", path, len(others), verb, min(others))
+    _warn_of_others(path, others)
     return sorted(folders), sorted(clips)
 
 

@@ -19,7 +19,7 @@ neighbours. Reversed in time, a clip shows the same scene in the class `REVERSED
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -159,11 +159,11 @@ def make_clip(
 
 def write_mp4(
     path: Path,
-    frames: UInt8[np.ndarray, "t h w 3"],
+    frames: Iterable[UInt8[np.ndarray, "h w 3"]],
     fps: int | Fraction = 10,
     holds: Sequence[float] | None = None,
 ) -> None:
-    """Encode frames with even height and width as H.264 in mp4.
+    """Encode frames with even height and width, [t, h, w, 3] or one at a time, as H.264 in mp4.
 
     With `holds` frame i is shown for holds[i] seconds whatever `fps` is, rounded to milliseconds
     and at least one.
@@ -182,7 +182,6 @@ def write_mp4(
                 "this build of PyAV has no H.264 encoder (libx264); the wheels on PyPI have it: "
                 "pip install --force-reinstall av"
             ) from None
-        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
         starts = None
@@ -193,6 +192,8 @@ def write_mp4(
             stream.codec_context.time_base = _MILLISECOND
         packets = []
         for i, image in enumerate(frames):
+            if not i:
+                stream.height, stream.width = image.shape[:2]
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if starts is not None:
                 frame.pts, frame.time_base = starts[i], _MILLISECOND
