@@ -206,6 +206,19 @@ def test_settings_against_a_config_are_reported_and_recorded(clip, capsys, caplo
         assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("of", ["finetune", "probe"])
+def test_a_run_stands_for_its_best_model(of, clip, capsys, caplog, tmp_path):
+    run = tmp_path / "run"
+    models = [run / "model"] if of == "probe" else [run / "models/9", run / "models/10"]
+    for number, directory in enumerate(models):
+        label = {i: f"{number} {i}" for i in range(5)}
+        values = VIDEOMAE | dict(id2label=tuple(label.items()))
+        save(directory, "classification", values, processor=PROCESSOR)
+    status, text, _ = run_json(capsys, "predict", clip, "--model", run)
+    assert status == 0 and json.loads(text)[0]["predictions"][0]["label"][0] == f"{len(models) - 1}"
+    assert f"--model {run} is a run; its best model is {models[-1]}" in caplog.text
+
+
 @pytest.mark.parametrize(
     "config", ["num_frames=6", 5, {3: 4}, [3], [("num_frames", 6)]], ids=lambda value: repr(value)
 )

@@ -2,11 +2,13 @@
 """`--model` and `--config` of the commands that use a model."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.layouts.hf import config_path
 from checkpoints_convert.source import Source, open_source
 from vivit_jax.train.initial_model import of_the_function
+from vivit_jax.train.saved_models import model_directory
 
 logger = logging.getLogger(__name__)
 
@@ -14,8 +16,14 @@ logger = logging.getLogger(__name__)
 def open_model(model: str, changes: tuple[str, ...], **execution: Any) -> Source:
     """Open a checkpoint, weights not read; `changes` are the settings of `--config`.
 
-    Warns where these contradict a config.json: the weights then compute another function.
+    A run of training or of `probe` stands for its best model, which is logged. Warns where settings
+    contradict a config.json: the weights then compute another function.
     """
+    given = Path(model)
+    is_run = (given / "models").is_dir() or (given / "model").is_dir()
+    if is_run and not (given / "config.json").exists():
+        model = str(model_directory(given))
+        logger.warning("--model %s is a run; its best model is %s", given, model)
     source = open_source(model, settings=changes, **execution)
     config = source.config
     if changes and source.config_json is not None:
