@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import run_command
 from helpers import mostly_slow, random_params
+from huggingface_hub import ModelCard
 from tiny import SMALL_VIDEOMAE, SMALL_VIVIT
 
 import vivit_jax
@@ -125,6 +126,20 @@ def test_the_saved_model_has_the_probes_scores(linear, data, name):
     assert found["train"]["clips"] == 22 and found["classes"] == list(CLASSES)
     assert sum(each["clips"] for each in found["per_class"].values()) == 6
     assert len(found["trials"]) == 7 and found["folds"] == 5
+
+
+def test_the_card_of_the_model_says_what_was_found(linear, data):
+    out = linear("videomae")
+    found = json.loads((out / "probe.json").read_text())
+    card = ModelCard((out / "model" / "README.md").read_text("utf-8"))
+    (result,) = card.data.eval_results
+    held = found["held_out"]
+    assert result.metric_value == round(held["accuracy"], 6)
+    assert result.metric_args["standard_error"] == round(held["standard_error"], 6)
+    assert result.metric_args["videos"] == held["clips"] == 6
+    assert "2 x 2 views (clips x crops), mean of their softmax" in result.metric_args["protocol"]
+    assert "probed videomae: its weights are unchanged, and the head (linear" in card.text
+    assert "| held out | my clips | 6 | 3 |" in card.text and str(data.parent) not in card.content
 
 
 @pytest.mark.parametrize("name", mostly_slow(["videomae", "vivit"], "videomae"))

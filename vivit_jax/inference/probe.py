@@ -27,6 +27,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_directory, write_json
 from vivit_jax.files.staging import names_in
 from vivit_jax.inference.probe_attentive import AttentiveProbe
+from vivit_jax.inference.probe_card import probe_facts
 from vivit_jax.inference.probe_data import Sides, Validation, class_names, sides_of
 from vivit_jax.inference.probe_features import ClipFeatures, Frozen, clip_features
 from vivit_jax.inference.probe_linear import (
@@ -100,8 +101,9 @@ def probe(
     taken = {"features": featured - begun, "head": time.monotonic() - featured}
     notes = (*found.notes, *result.notes)
 
-    flat = param_tree.flatten(params)
-    save_pretrained(out / MODEL, net, param_tree.unflatten(flat | head), processor, overwrite=True)
+    whole = param_tree.unflatten(param_tree.flatten(params) | head)
+    card = probe_facts(result, source, sides, net.config, views)
+    save_pretrained(out / MODEL, net, whole, processor, overwrite=True, card=card)
     result = dataclasses.replace(
         result, model=out / MODEL, start=str(source), seconds=taken, notes=notes
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoints_convert.card import Base, CardFacts, DataSummary, Metric, binomial_error
 from vivit_jax.data.datasets.dataset import Dataset
-from vivit_jax.recipes.recipe import EvalSettings, Recipe
+from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.setup import TrainSetup
 
 
@@ -37,7 +37,7 @@ def run_facts(
         how=how,
         data=data,
         metrics=_metrics(setup, metrics or {}),
-        stride=_stride(recipe, config),
+        stride=card_stride(recipe.evaluation, config),
     )
 
 
@@ -51,9 +51,8 @@ def data_name(dataset: Dataset) -> str:
     return Path(dataset.source).name or dataset.source
 
 
-def _stride(recipe: Recipe, config: Any) -> int | None:
-    """The stride between frames in tests, None where it is the family's or there is none."""
-    settings = recipe.evaluation
+def card_stride(settings: EvalSettings, config: Any) -> int | None:
+    """The stride between a test clip's frames, None where it is the family's or there is none."""
     if settings.sampler == "segments" or settings.stride == config.frame_stride:
         return None
     return settings.stride
