@@ -21,7 +21,7 @@ from vivit_jax import __version__
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import Dtype
 from vivit_jax.console import FLAT, ConfigOption, joined
-from vivit_jax.data.datasets.folders import read_directory
+from vivit_jax.data.datasets.folders import clips_below
 from vivit_jax.data.sliding_window import plan_windows
 from vivit_jax.errors import UserError, VideoError, printable
 from vivit_jax.files.atomic import check_directory, check_output, whole_file
@@ -241,8 +241,8 @@ def _places(given: Sequence[Path]) -> list[tuple[Path, Path]]:
         places = [(path, Path(path.name)) for path in files]
     top = _common(folders)
     for folder in folders:
-        entries, _ = read_directory(str(folder))
-        places += [(Path(e.path), Path(os.path.relpath(e.path, top))) for e in entries]
+        clips = clips_below(str(folder))
+        places += [(Path(clip), Path(os.path.relpath(clip, top))) for clip in clips]
     return places
 
 
