@@ -313,6 +313,15 @@ def test_a_report_needs_no_other_file_and_names_no_directory(models, videos, cap
     ]
 
 
+def test_the_names_of_the_data_stand_for_those_that_a_model_lacks(models, videos, capsys, tmp_path):
+    for name, clip in zip(CLASSES, "01230", strict=True):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(videos / f"{clip}.npy", tmp_path / "data" / name)
+    args = ("--views-at-once", 8, "--out", tmp_path / "r.json")
+    assert evaluated(capsys, models / "videomae", tmp_path / "data", *args)[0] == 0
+    assert list(json.loads((tmp_path / "r.json").read_text())["per_class"]) == sorted(CLASSES)
+
+
 def test_a_report_has_the_sections_of_each_head(models, videos, capsys, tmp_path):
     report, table = tmp_path / "r.html", tmp_path / "c.csv"
     args = ("--views-at-once", 8, "--report", report, "--confusion", table)

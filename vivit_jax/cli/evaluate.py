@@ -145,7 +145,7 @@ def evaluate(
             f"--model {model} holds no classifier; fine-tune it first (vivit-jax finetune --start)"
         )
     dataset = data.listed(data.data, len(source.config.split_sizes))
-    dataset = evaluation.model_labels(dataset, source.config)
+    names, dataset = dataset.classes, evaluation.model_labels(dataset, source.config)
     processor = processor_of(source)
     net, params = from_pretrained(source, "classification", dtype=work.dtype)
     chosen = chosen_views(views, net.config, processor)
@@ -166,7 +166,7 @@ def evaluate(
         if answer.error
     ]
     if jax.process_index() == 0:
-        found = _Found(net.config, dataset, chosen, result)
+        found = _Found(net.config, dataset, chosen, result, names)
         # First of all, so that nothing that goes wrong with the printing can lose it.
         if output.out is not None:
             record = _record(net, params, found, processor, model)
@@ -189,10 +189,11 @@ class _Found:
     dataset: Dataset
     views: EvalSettings
     result: Evaluation
+    names: tuple[str, ...] | None  # of the data's classes
 
     @functools.cached_property
     def heads(self) -> list[Outcomes]:
-        return outcomes_of(self.config, self.dataset, self.result)
+        return outcomes_of(self.config, self.dataset, self.result, self.names)
 
 
 def _check_outputs(output: OutputOptions) -> None:

@@ -30,6 +30,7 @@ from vivit_jax.cli.panels import (
     real_time,
     text_width,
 )
+from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.synthetic import write_mp4
 from vivit_jax.data.video.decode import read_video
 from vivit_jax.data.video.frame_stream import open_stream
@@ -55,9 +56,10 @@ def save_png(path: Path, video: Path, timeline: Timeline) -> None:
     frames = np.stack([_within(f, *_TILE) for f in read_video(video, indices=places, lost="few")])
     times, axis = _clock(timeline)
     labels = [f"{times[i]:.3g} s" if axis == "seconds" else f"frame {i}" for i in places]
+    windows = counted(len(timeline.middles), "window")
     panels = Panels(
         title=printable(video.name, one_line=True),
-        notes=[f"{len(timeline.middles)} windows; labels with the highest score at any time."],
+        notes=[f"{windows}; labels with the highest score at any time."],
         warning=None,
         labels=[""],
         clips=[frames],

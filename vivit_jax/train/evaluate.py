@@ -191,9 +191,14 @@ def model_labels(dataset: Dataset, config) -> Dataset:
     return dataset
 
 
+def _unnamed(config) -> bool:
+    """Whether the classes have no names but those that every model is given."""
+    return config.labels == tuple(f"LABEL_{i}" for i in range(config.num_labels))
+
+
 def _named_as(dataset: Dataset, names: tuple[str, ...], config) -> Dataset:
     """A data set of named classes in the numbering of the model's classes."""
-    if config.labels == tuple(f"LABEL_{i}" for i in range(config.num_labels)):
+    if _unnamed(config):
         if len(names) != config.num_labels:
             raise UserError(
                 f"{dataset.source} names {len(names)} classes, the model has {config.num_labels} "
@@ -237,30 +242,34 @@ def _best_of_heads(
     return np.stack([head.argmax(-1).astype(np.int32) for head in heads], axis=-1)
 
 
-def outcomes_of(config, dataset: Dataset, evaluation: Evaluation) -> list[Outcomes]:
+def outcomes_of(
+    config, dataset: Dataset, evaluation: Evaluation, names: tuple[str, ...] | None = None
+) -> list[Outcomes]:
     """What became of the readable videos, for each head of the model.
 
-    `dataset` has the labels of `model_labels`.
+    `dataset` has the labels of `model_labels`, `names` are those of the data's classes, which stand
+    for those of a model without names.
     """
+    labels = names if names and _unnamed(config) else config.labels
     pairs = zip(dataset.examples, clip_names(dataset), evaluation.answers, strict=True)
     readable = [(example, name, a) for example, name, a in pairs if a.scores is not None]
-    labels = np.array([example.label for example, _, _ in readable], np.int64)
-    labels = labels.reshape(len(readable), -1)
+    truth = np.array([example.label for example, _, _ in readable], np.int64)
+    truth = truth.reshape(len(readable), -1)
     ends = np.cumsum(config.split_sizes)
     scores = np.split(np.stack([a.scores for _, _, a in readable]), ends[:-1], axis=-1)
     views = [a.views for _, _, a in readable if a.views is not None]
     whole = np.stack(views) if len(views) == len(readable) else None  # [n, views, heads]
-    names = config.split_names or tuple(str(i + 1) for i in range(len(ends)))
+    heads = config.split_names or tuple(str(i + 1) for i in range(len(ends)))
     found = []
     for head, (own, end, size) in enumerate(zip(scores, ends, config.split_sizes, strict=True)):
         found.append(
             outcomes(
                 own,
-                labels[:, head],
-                classes=config.labels[end - size : end],
+                truth[:, head],
+                classes=labels[end - size : end],
                 clips=[name for _, name, _ in readable],
                 views=None if whole is None else whole[:, :, head],
-                head="" if config.class_splits is None else names[head],
+                head="" if config.class_splits is None else heads[head],
             )
         )
     return found
