@@ -297,7 +297,7 @@ def test_what_was_noticed_and_what_differs_from_the_recipe_come_first(tmp_path):
     recipe["data"] = recipe["data"] | {"train": str(tmp_path / "my clips" / "train")}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     log = MetricLog(tmp_path)
-    log.write("event", 3, {"notice": "the loss stays at ln 4"})
+    log.write("event", 3, {"notice": f"the loss of {tmp_path}/run stays at ln 4"})
     log.write("event", 4, {"notice": "kind", "text": "no clip is <taken> for grow"})
     log.write("event", 5, {"text": f"see {tmp_path}/my clips/train/grow/1.mp4"})
     log.close()
@@ -306,7 +306,7 @@ def test_what_was_noticed_and_what_differs_from_the_recipe_come_first(tmp_path):
     headings = [element.text for element in page.iter("h2")]
     assert headings[:2] == ["What to look at", "Settings that differ from the recipe"]
     texts = [text_of(p) for p in page.iter("p") if p.get("class") == "notice"]
-    assert texts == ["step 3: the loss stays at ln 4", "step 4: no clip is <taken> for grow"]
+    assert texts == ["step 3: the loss of run stays at ln 4", "step 4: no clip is <taken> for grow"]
     assert shown["Events"][1:] == [["5", "see grow/1.mp4"]]
     published = recipe_named(RECIPE)
     assert shown["Settings that differ from the recipe"] == [

@@ -89,7 +89,7 @@ def write_report(directory: str | Path, validation: Dataset | None = None) -> Pa
     events = [line for line in lines if line["kind"] == "event" and "notice" not in line]
     relative = _Relative(recipe)
     sections = [
-        ("What to look at", _notices([line for line in lines if "notice" in line])),
+        ("What to look at", relative.text(_notices([e for e in lines if "notice" in e]))),
         ("Settings that differ from the recipe", relative.table(_differences(recipe))),
         ("Summary", table(_summary(measured, best))),
         ("Curves", f'<div class="charts">{charts}</div>' if charts else "<p>No metrics yet.</p>"),
