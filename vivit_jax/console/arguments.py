@@ -75,7 +75,15 @@ def _tried(
     said = io.StringIO()
     with _captured(said), contextlib.suppress(SystemExit):
         return tyro.cli(deferred, prog=prog, args=list(args), config=markers), ""
-    return None, said.getvalue()
+    return None, _without_boxes(said.getvalue())
+
+
+def _without_boxes(text: str) -> str:
+    """What tyro says as later releases print where there are no characters for boxes."""
+    text = re.sub(r"^╭─ (.*?) ─*╮$", r" \1\n ---", text, flags=re.MULTILINE)
+    text = re.sub(r"^│ (.*) │$", r"  \1", text, flags=re.MULTILINE)
+    text = re.sub(r"^╰─*╯$", "", text, flags=re.MULTILINE)
+    return text.replace("─", "-")
 
 
 @contextlib.contextmanager
@@ -167,7 +175,7 @@ def _entry_lines(option: str, text: str, width: int) -> list[str]:
 # --- errors ---------------------------------------------------------------------------------------
 
 _CHOICE = re.compile(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)\.")
-_MISSING_VALUE = re.compile(r"Missing value for argument '(.*)'\. Expected (\d+) values\.")
+_MISSING_VALUE = re.compile(r"Missing value for argument .*?([\w-]+)\W+Expected (\d+) values\.")
 _VALUE = re.compile(r"Error parsing (\S+): (.*)")
 _STRAY = re.compile(r"Unrecognized options: (.*)")
 _NO_TYPE = re.compile(r"no type matching (.*?) could be instantiated from")
