@@ -25,6 +25,7 @@ _SHELLS = ("bash", "zsh", "tcsh", "fish")
 _WIDEST = 100  # columns of help
 _COLUMN = 24  # of the texts that explain options
 _RULE = re.compile(r" *-{3,}")
+_REPEATED = re.compile(r"\{?\[+(\S+) \[\1 \.\.\.\]+\}?")  # such as [[PATH [PATH ...]]]
 
 
 def parsed(prog: str, command: Command, args: Sequence[str]) -> Callable[[], int | None] | str:
@@ -138,7 +139,7 @@ def _help(prog: str, command: Command) -> str:
     head, sections = _sections(prog, command)
     usage, *paragraphs = head.split("\n\n")
     usage = re.sub(r"\[-h\] ?", "", usage)
-    lines = [re.sub(r" \| --no-[\w-]+", "", usage).rstrip()]
+    lines = [_REPEATED.sub(r"[\1 ...]", re.sub(r" \| --no-[\w-]+", "", usage)).rstrip()]
     for paragraph in paragraphs:
         lines += ["", *textwrap.wrap(paragraph, width, break_on_hyphens=False)]
     for title, entries in sections.items():
@@ -155,7 +156,7 @@ def _place(entry: _Entry) -> int:
 
 def _tidied(entry: _Entry) -> _Entry:
     """An entry without what only repeats."""
-    option, text = entry
+    option, text = _REPEATED.sub(r"[\1 ...]", entry.option), entry.text
     if text.endswith("(default: False)"):
         option = re.sub(r", --no-[\w-]+$", "", option)
     return _Entry(option, re.sub(r" ?\(default: (None|False)?\)$", "", text))
