@@ -16,16 +16,16 @@ from vivit_jax.benchmark import fit
 from vivit_jax.benchmark.fit import (
     Memory,
     alternatives,
-    device_memory,
     fits,
     largest_batch,
     memory_of,
-    parse_bytes,
     readable,
     table,
 )
 from vivit_jax.benchmark.work import Work, program, work_of
 from vivit_jax.config_base import REMAT_POLICIES
+from vivit_jax.train.planning import memory as analysis
+from vivit_jax.train.planning.memory import device_memory, free_memory, parse_bytes
 
 MIB, GIB = 2**20, 2**30
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -242,6 +242,17 @@ def test_device_memory(monkeypatch):
     assert device_memory() is None
     Device.stats = {"bytes_limit": 60 * GIB}
     assert device_memory() == 60 * GIB
+
+
+def test_free_memory_is_at_most_a_containers_limit(tmp_path, monkeypatch):
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < free_memory() <= whole
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(analysis, "_LIMITS", (str(tmp_path / "none"), str(limit)))
+    limit.write_text("max\n")
+    assert MIB < free_memory() <= whole
+    limit.write_text(f"{MIB}\n")
+    assert free_memory() == MIB
 
 
 @linux

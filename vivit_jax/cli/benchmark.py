@@ -18,6 +18,7 @@ from vivit_jax.config_base import REMAT_POLICIES, Attention, Remat
 from vivit_jax.console import FLAT
 from vivit_jax.errors import UserError, quoted
 from vivit_jax.files.atomic import check_output, write_json
+from vivit_jax.train.planning.memory import device_memory, parse_bytes
 
 MODELS = ("videomae-base-kinetics400", "vivit-b-16x2-kinetics400")
 
@@ -238,7 +239,7 @@ class Fits:
     agrees = True
 
     def __init__(self, work: Work, memory: str | None, policies: Sequence[str]):
-        available = fit.device_memory() if memory is None else fit.parse_bytes(memory)
+        available = device_memory() if memory is None else parse_bytes(memory)
         if available is None:
             raise UserError("the memory of the device is unknown; pass --memory, such as 16GiB")
         self.work, self.memory = work, available
