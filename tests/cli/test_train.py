@@ -77,7 +77,8 @@ def refused(capsys, *args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["finetune"], "--recipe is missing; `vivit-jax recipes` lists the names"),
+        (["pretrain"], "--recipe is missing; `vivit-jax recipes` lists the names"),
+        (["finetune"], "--data (your clips) and --start (the weights to fine-tune"),
         (["finetune", "--recipe", "demo-fintune"], "did you mean demo-finetune"),
         ([*FINETUNE, *sets(optim__lrr=1)], "optim has no field 'lrr'; did you mean lr"),
         ([*FINETUNE, *sets(optim__clip="much")], "optim.clip is 'much', expected a number"),

@@ -183,7 +183,8 @@ def test_waiting_for_data_is_a_share_of_the_time(recipe, tmp_path, monkeypatch):
 
 def test_the_best_and_the_last_checkpoints_are_kept(whole):
     out = whole.model.parents[1]
-    best = max(lines(out, "evaluate"), key=lambda line: (line["accuracy"], line["step"]))["step"]
+    # Of equal accuracies the one with the lower loss is better.
+    best = max(lines(out, "evaluate"), key=lambda line: (line["accuracy"], -line["loss"]))["step"]
     for kind in ("checkpoints", "models"):
         assert {int(path.name) for path in (out / kind).iterdir()} == {best, 8, 12}
     assert whole.model == out / "models" / str(best)
@@ -294,7 +295,7 @@ def test_validation_goes_by_the_names_of_folders(whole, recipe, data, tmp_path):
         vivit_jax.VideoProcessor.from_pretrained(whole.model),
         mesh=make_mesh(ONE),
     )
-    assert result.metrics == whole.metrics
+    assert result.metrics == {k: v for k, v in whole.metrics.items() if k != "loss"}
     assert whole.metrics["accuracy"] > 0.5
 
 

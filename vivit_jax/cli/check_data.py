@@ -33,6 +33,7 @@ from vivit_jax.data.datasets.check import (
     counted,
 )
 from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.datasets.hold_out import list_line
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, whole_file, write_json
 from vivit_jax.progress import live_line
@@ -205,7 +206,7 @@ def write_split(report: Report, paths: tuple[Path, Path], source: ClipOptions) -
             examples = [report.clips[i].example for i in side]
             examples = [dataclasses.replace(e, path=os.path.abspath(e.path)) for e in examples]
             partial = files.enter_context(whole_file(path))
-            text = "".join(_list_line(example) for example in examples)
+            text = "".join(map(list_line, examples))
             partial.write_text(text, encoding="utf-8", errors="surrogateescape")
             with contextlib.suppress(UserError):
                 if how.listed(partial, how.labels).examples == tuple(examples):
@@ -214,16 +215,6 @@ def write_split(report: Report, paths: tuple[Path, Path], source: ClipOptions) -
                 f"--write-split {path}: a path with a tab or a line break cannot stand in a list; "
                 "rename the file"
             )
-
-
-def _list_line(example) -> str:
-    """`"path" [start total] [label]`."""
-    path = example.path.replace('"', '""')
-    fields = [] if example.total is None else [example.start, example.total]
-    label = example.label
-    if label is not None:
-        fields.append(",".join(map(str, label)) if isinstance(label, tuple) else label)
-    return " ".join([f'"{path}"', *map(str, fields)]) + "\n"
 
 
 def _draw(report: Report, path: Path, threads: int) -> None:

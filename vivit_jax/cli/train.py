@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +14,14 @@ import jax
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vivit_jax.cli.options import ONE_PROCESS, ProcessOptions
-from vivit_jax.console import FLAT, KeyValues, in_order, stopped_by
+from vivit_jax.cli.suggest import suggested_recipe
+from vivit_jax.console import FLAT, KeyValues, stopped_by
 from vivit_jax.errors import UserError
-from vivit_jax.recipes import apply_settings, recipe_named
+from vivit_jax.files.json_files import read_json
+from vivit_jax.recipes import apply_settings, from_dict, recipe_named
+from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.loop import train
-from vivit_jax.train.run_directory import saved_recipe
+from vivit_jax.train.run_directory import RunDirectory, saved_recipe
 from vivit_jax.train.sharding import parse_mesh
 
 
@@ -46,13 +49,16 @@ class RunOptions:
 
     Attributes:
         out: Directory to write: new or empty, or with --resume one that holds a run.
-        recipe: A name of `vivit-jax recipes`. Default with --resume: the run's own.
+        recipe: A name of `vivit-jax recipes`, or a recipe.json of a run. Default with --resume:
+            the run's own; to fine-tune, settings that suit --data, --start and this machine.
         data: Clips to train on, as --set data.train=...: a list file with a path (to
             fine-tune also a label) in each line or in columns, or a directory, to fine-tune with a
             folder for each class.
         start: Weights to start from, as --set model.start=...: the same kind of model, or a ViViT
             of other sizes; to fine-tune also a masked autoencoder or, for a ViViT, an image ViT.
             Frames are prepared as the processor beside the weights says, unless --set changes it.
+        validation: Clips to validate with, as --set data.validation=...; or the share of --data to
+            hold out for it, such as 0.2; or none.
         set: Fields of the recipe to change, such as optim.lr=1e-4; may be repeated. `vivit-jax
             recipes NAME` shows all fields.
         mesh: Sizes of the mesh of devices, such as data=4,fsdp=2,tensor=1. Default: all along data.
@@ -65,6 +71,7 @@ class RunOptions:
     recipe: str | None = None
     data: str | None = None
     start: str | None = None
+    validation: str | None = None
     set: KeyValues = ()
     mesh: str | None = None
     resume: Annotated[bool | int, _RESUME] = False
@@ -87,7 +94,10 @@ def pretrain(options: Options) -> int:
 
 
 def finetune(options: Options) -> int:
-    """Train a classifier by one of the published recipes.
+    """Train a classifier, by settings that suit your clips or by a published recipe.
+
+    Without --recipe, settings are chosen for --data, --start and this machine, and printed with
+    their reasons; the run's recipe.json has them. --set changes single ones.
 
     Ctrl-C and SIGTERM end the run after the current step or validation, with a checkpoint, and a
     second one at once; the exit status is 130 or 143, and --resume continues the run. For several
@@ -98,17 +108,9 @@ def finetune(options: Options) -> int:
 
 def _run(task: str, options: RunOptions) -> int:
     out, resume = options.out, options.resume is not False
-    if options.recipe is None and not resume:
-        raise UserError("--recipe is missing; `vivit-jax recipes` lists the names")
-    named = options.recipe
-    recipe = saved_recipe(out) if named is None else recipe_named(named)
-    if recipe.task != task:
-        raise UserError(f"{recipe.name} is a recipe to {recipe.task}; use vivit-jax {recipe.task}")
-    given = [*in_order(options.set)]
-    for name, value in (("data.train", options.data), ("model.start", options.start)):
-        given += [f"{name}={value}"] if value is not None else []
-    recipe = apply_settings(recipe, given)
     join(options.processes)
+    sizes = parse_mesh(options.mesh, jax.device_count())
+    recipe = _recipe(task, options, sizes)
 
     # When a save fails, Orbax's threads log stack traces; the next step reports the error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -119,7 +121,7 @@ def _run(task: str, options: RunOptions) -> int:
             out,
             resume=resume,
             resume_step=None if isinstance(options.resume, bool) else options.resume,
-            mesh_sizes=parse_mesh(options.mesh, jax.device_count()),
+            mesh_sizes=sizes,
             tensorboard=options.tensorboard,
         )
     if options.processes.coordinator is not None:
@@ -135,8 +137,84 @@ def _run(task: str, options: RunOptions) -> int:
     else:
         last = outcome.model.name == str(outcome.step)
         which = "model" if last else "the best model on the held-out clips"
-        print(f"step {outcome.step} done; {which} in {outcome.model}, curves in {out}/report.html")
+        done = f"step {outcome.step} done"
+        if outcome.stop_reason is not None:
+            done += f" of {outcome.steps}: {outcome.stop_reason}"
+        print(f"{done}; {which} in {outcome.model}, curves in {out}/report.html")
     return status
+
+
+def _recipe(task: str, options: RunOptions, sizes: dict[str, int]) -> Recipe:
+    """The recipe that is named, resumed or chosen, with the fields that are set."""
+    named, given = options.recipe, _given(options)
+    if named is None and options.resume is False:
+        return _chosen(task, options, sizes, given)
+    if named is None:
+        recipe = saved_recipe(options.out)
+    elif named.endswith(".json"):
+        recipe = from_dict(read_json(named, hint="name a recipe.json as a run writes it"))
+    else:
+        recipe = recipe_named(named)
+    if recipe.task != task:
+        raise UserError(f"{recipe.name} is a recipe to {recipe.task}; use vivit-jax {recipe.task}")
+    return apply_settings(recipe, given, agree=False)
+
+
+def _chosen(task: str, options: RunOptions, sizes: dict[str, int], given: Sequence[str]) -> Recipe:
+    """A recipe that suits the clips, the start and the machine; says why."""
+    if task != "finetune":
+        raise UserError("--recipe is missing; `vivit-jax recipes` lists the names")
+    values = dict(each.split("=", 1) for each in given if "=" in each)
+    missing = [
+        f"{flag} ({what})"
+        for flag, name, what in (
+            ("--data", "data.train", "your clips"),
+            ("--start", "model.start", "the weights to fine-tune, such as MCG-NJU/videomae-base"),
+        )
+        if not values.get(name)
+    ]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} missing, to choose settings for; or name a --recipe: "
+            "`vivit-jax recipes` lists them"
+        )
+    # Before the clips are opened.
+    RunDirectory(options.out, recipe_named("demo-finetune"), resume=False).close()
+    say = print if not options.processes.process else lambda text: None
+    return suggested_recipe(values["data.train"], values["model.start"], sizes, given, say)
+
+
+def _given(options: RunOptions) -> list[str]:
+    """The fields that are set; a later --set replaces what an earlier one says of a field."""
+    given: dict[str, str] = {}
+    for together in options.set:
+        names = [each.partition("=")[0].strip() for each in together]
+        given = {name: text for name, text in given.items() if name not in names}
+        for place, (name, text) in enumerate(zip(names, together, strict=True)):
+            # One that is repeated within a --set is refused by `apply_settings`.
+            given[name if names.index(name) == place else f"{name} again"] = text
+    found = [*given.values()]
+    for name, value in (("data.train", options.data), ("model.start", options.start)):
+        found += [f"{name}={value}"] if value is not None else []
+    return found + _validation(options.validation)
+
+
+def _validation(value: str | None) -> list[str]:
+    """--validation as settings: a share, clips or none."""
+    if value is None:
+        return []
+    if value.lower() == "none":
+        return ["data.validation=none", "data.hold_out=none"]
+    try:
+        share = float(value)
+    except ValueError:
+        return [f"data.validation={value}", "data.hold_out=none"]
+    if not 0 < share < 1:
+        raise UserError(
+            f"--validation is {value}; expected a share of the clips above 0 and below 1, such as "
+            "0.2, a list or directory of held-out clips, or none"
+        )
+    return [f"data.hold_out={value}", "data.validation=none"]
 
 
 @contextlib.contextmanager

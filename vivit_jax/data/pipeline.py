@@ -169,6 +169,22 @@ def _steps(state: dict[str, Any], batch_size: int) -> int:
     return state["read"] // (batch_size // state["processes"])
 
 
+def unshared(batch_size: int, processes: int) -> str:
+    """Why so many processes cannot read a batch."""
+    return (
+        f"train.batch_size {batch_size} is not a multiple of the {processes} processes "
+        "that share it; use one that is"
+    )
+
+
+def few_clips(dataset: Dataset, batch_size: int) -> str:
+    """Why a data set is too small for a batch."""
+    return (
+        f"{dataset.source} has {len(dataset)} clips, train.batch_size is {batch_size}; "
+        "the clips of a batch are all different: use a smaller batch, or data.repeats"
+    )
+
+
 def _start_worker(index: int, count: int) -> None:
     """Set up one of grain's processes: it ignores Ctrl-C and ends with the main process."""
     follow_the_main_process()
@@ -200,15 +216,9 @@ class Batches:
         labelled: bool = True,
     ):
         if batch_size % shard.count:
-            raise UserError(
-                f"train.batch_size {batch_size} is not a multiple of the {shard.count} processes "
-                "that share it; use one that is"
-            )
+            raise UserError(unshared(batch_size, shard.count))
         if len(dataset) < batch_size:
-            raise UserError(
-                f"{dataset.source} has {len(dataset)} clips, train.batch_size is {batch_size}; "
-                "the clips of a batch are all different: use a smaller batch, or data.repeats"
-            )
+            raise UserError(few_clips(dataset, batch_size))
         if labelled and not dataset.labels_per_example:
             raise UserError(f"{dataset.source} has no labels, which this task needs")
         self.sampler = EpochSampler(dataset, batch_size, seed, shard)

@@ -15,6 +15,9 @@ class DataSettings:
 
     train: str = ""  # a list file, a directory with a folder per class, or a directory of clips
     validation: str | None = None
+    # Share of each class of `train` to hold out for validation instead, drawn by train.seed; see
+    # `vivit_jax.data.datasets.hold_out`.
+    hold_out: float | None = None
     root: str | None = None  # base of relative paths in lists; None: the list's own directory
     # The rows of a list with several splits; a split's usual other names will do, and "test" where
     # there is no "validation".

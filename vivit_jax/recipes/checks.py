@@ -2,6 +2,7 @@
 """Checks a recipe before anything is read or built, and gives the config of its model."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from vivit_jax.data.transforms.randaugment import parse_rand_augment
 from vivit_jax.errors import ConfigError, UserError, closest
 from vivit_jax.presets import PRESETS, Preset
 from vivit_jax.recipes.recipe import HEADS, Recipe
+from vivit_jax.recipes.refusals import Refusal, Rule, refuse, rounded, value_of
 from vivit_jax.typed import TypeMismatch, expected, from_json, override
 
 # (condition, text, fields) for every numeric field of a recipe; a value of None is not checked.
@@ -21,8 +23,8 @@ _RANGES = (
         "1 or more",
         "data.stride data.repeats data.threads augment.resize optim.lr_batch train.epochs "
         "train.batch_size train.accumulate train.steps train.checkpoint_every train.evaluate_every "
-        "train.keep train.max_bad_steps evaluation.clips evaluation.crops evaluation.stride "
-        "evaluation.resize",
+        "train.keep train.max_bad_steps train.patience evaluation.clips evaluation.crops "
+        "evaluation.stride evaluation.resize",
     ),
     (lambda v: v > 0, "above 0", "optim.lr optim.eps optim.clip"),
     (
@@ -43,7 +45,11 @@ _RANGES = (
         "in 0 to below 1",
         "augment.smoothing optim.b1 optim.b2 optim.momentum",
     ),
-    (lambda v: 0 < v < 1, "above 0 and below 1", "mask.ratio mask.decoder_ratio optim.ema"),
+    (
+        lambda v: 0 < v < 1,
+        "above 0 and below 1",
+        "mask.ratio mask.decoder_ratio optim.ema data.hold_out",
+    ),
     (lambda v: 0 < v <= 1, "above 0 and at most 1", "optim.layer_decay"),
     (lambda v: 0 < v[0] <= v[1] <= 1, "two areas above 0, in order, to 1", "augment.crop_scale"),
     (
@@ -89,42 +95,47 @@ def model_config(recipe: Recipe) -> Config:
 def check(recipe: Recipe) -> Recipe:
     """The recipe, if every field has the right type and range, and the fields agree.
 
-    Otherwise raises UserError, which names the field, or the fields that disagree and what to set.
-    Does not look at files: `data.train` may be empty.
+    Otherwise raises UserError, which names each field, or the fields that disagree, and what to
+    set. Does not look at files: `data.train` may be empty.
     """
+    check_values(recipe)
+    refuse(recipe, AGREEMENTS)
+    return recipe
+
+
+def check_values(recipe: Recipe) -> None:
+    """UserError for fields of the wrong type or range, each by itself."""
     _check_types(recipe)
     _check_ranges(recipe)
     _check_names(recipe)
-    config = model_config(recipe)
-    if recipe.model.start is None or "image_size" in recipe.model.config:
-        check_frames(recipe, config)  # otherwise `start` decides the frame size, once it is read
-    _check_batch(recipe)
-    if recipe.task == "finetune":
-        _check_labelled(recipe)
-    else:
-        _check_unlabelled(recipe)
-    _check_schedule(recipe)
-    _check_patterns(recipe)
-    return recipe
+    model_config(recipe)
 
 
 def check_frames(recipe: Recipe, config: Config) -> None:
     """UserError if the config's frames exceed the frames that views or crops are cut from."""
+    for refusal in _of_frames(recipe, config):
+        raise UserError(refusal.text)
+
+
+def _of_frames(recipe: Recipe, config: Config) -> Iterator[Refusal]:
     side = min(config.frame_size)
     if recipe.evaluation.resize < side:
-        raise UserError(
+        text = (
             f"evaluation.resize is {recipe.evaluation.resize}, but the model's frames have a side "
             f"of {side} pixels: set evaluation.resize={side} or more too, or change "
             "model.config.image_size"
         )
+        yield Refusal(text, {"evaluation.resize": side})
     augment = recipe.augment
     if augment.resize is not None and augment.crop in ("random", "center"):
-        smallest = int(augment.resize * min(1.0, (augment.jitter_scale or (1.0,))[0]))
+        scale = min(1.0, (augment.jitter_scale or (1.0,))[0])
+        smallest = int(augment.resize * scale)
         if smallest < side:
-            raise UserError(
+            text = (
                 f"augment.resize {augment.resize} with jitter_scale {augment.jitter_scale} leaves "
                 f"{smallest} pixels to crop the model's {side} from: set augment.resize higher too"
             )
+            yield Refusal(text, {"augment.resize": math.ceil(side / scale)})
 
 
 def wrong(path: str, value: Any, wanted: str) -> UserError:
@@ -171,12 +182,13 @@ def _check_type(path: str, wanted: Any, value: Any) -> None:
 
 
 def _check_ranges(recipe: Recipe) -> None:
-    for good, wanted, paths in _RANGES:
-        for path in paths.split():
-            section, name = path.split(".")
-            value = getattr(getattr(recipe, section), name)
-            if value is not None and not good(value):
-                raise wrong(path, value, wanted)
+    found = [
+        Refusal(str(wrong(path, value, wanted)))
+        for good, wanted, paths in _RANGES
+        for path in paths.split()
+        if (value := value_of(recipe, path)) is not None and not good(value)
+    ]
+    refuse(recipe, (), found)
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -199,57 +211,85 @@ def _check_names(recipe: Recipe) -> None:
         )
 
 
-def _check_labelled(recipe: Recipe) -> None:
+def _frames_agree(recipe: Recipe) -> Iterator[Refusal]:
+    # Otherwise `start` decides the frame size, once it is read.
+    if recipe.model.start is None or "image_size" in recipe.model.config:
+        yield from _of_frames(recipe, model_config(recipe))
+
+
+def _parts_agree(recipe: Recipe) -> Iterator[Refusal]:
+    train = recipe.train
+    if train.batch_size % train.accumulate:
+        text = (
+            f"train.batch_size {train.batch_size} does not divide into train.accumulate "
+            f"{train.accumulate} equal parts: change one of them"
+        )
+        parts = max(n for n in range(1, train.accumulate) if train.batch_size % n == 0)
+        yield Refusal(text, {"train.accumulate": parts})
+
+
+def _mixing_agrees(recipe: Recipe) -> Iterator[Refusal]:
     augment, train = recipe.augment, recipe.train
     clips = train.batch_size * recipe.data.repeats
-    if not augment.mixes:
+    if recipe.task != "finetune" or not augment.mixes:
         return
     group, part = augment.mix_group or clips, clips // train.accumulate
     if group % 2 or part % group:
         parts = f", {part} in each of train.accumulate {train.accumulate}," * (part < clips)
-        raise UserError(
+        text = (
             f"train.batch_size {train.batch_size} x data.repeats {recipe.data.repeats} = {clips} "
             f"clips{parts} are not whole groups of augment.mix_group {augment.mix_group}, which "
             "mix in pairs: set augment.mix_group too, to an even number that divides them"
             + (", or none for all of them" if part == clips and clips % 2 == 0 else "")
         )
+        yield Refusal(text, mixing_of(part, group))
 
 
-def _check_unlabelled(recipe: Recipe) -> None:
-    for name in ("mixup", "cutmix", "smoothing"):
+def mixing_of(part: int, group: int) -> dict[str, Any]:
+    """Settings with which `part` clips mix in groups of at most `group`, or not at all."""
+    fitting = [n for n in range(2, min(part, group) + 1, 2) if part % n == 0]
+    if not fitting:
+        return {"augment.mixup": 0.0, "augment.cutmix": 0.0}
+    return {"augment.mix_group": fitting[-1]}
+
+
+def _unlabelled_agree(recipe: Recipe) -> Iterator[Refusal]:
+    for name in ("mixup", "cutmix", "smoothing") if recipe.task == "pretrain" else ():
         value = getattr(recipe.augment, name)
         if value > 0:
-            raise UserError(
+            text = (
                 f"augment.{name} is {value}, which changes labels, and task 'pretrain' has none: "
                 f"set augment.{name}=0"
             )
+            yield Refusal(text, {f"augment.{name}": 0.0})
 
 
-def _check_batch(recipe: Recipe) -> None:
-    train = recipe.train
-    if train.batch_size % train.accumulate:
-        raise UserError(
-            f"train.batch_size {train.batch_size} does not divide into train.accumulate "
-            f"{train.accumulate} equal parts: change one of them"
-        )
-
-
-def _check_schedule(recipe: Recipe) -> None:
+def _schedule_agrees(recipe: Recipe) -> Iterator[Refusal]:
     optim, epochs = recipe.optim, recipe.train.epochs
     if optim.schedule == "constant":
         return
     if optim.warmup_epochs >= epochs:
-        raise UserError(
+        text = (
             f"optim.warmup_epochs {optim.warmup_epochs:g} leaves nothing of train.epochs {epochs}: "
             "set optim.warmup_epochs too, below them, or train.steps to stop early"
         )
+        yield Refusal(text, {"optim.warmup_epochs": rounded(epochs / 10)})
     if optim.min_lr > optim.lr:
-        raise UserError(
-            f"optim.min_lr {optim.min_lr:g} is above optim.lr {optim.lr:g}: set optim.min_lr too"
+        text = f"optim.min_lr {optim.min_lr:g} is above optim.lr {optim.lr:g}: set optim.min_lr too"
+        yield Refusal(text, {"optim.min_lr": 0.0})
+
+
+def _held_out_agrees(recipe: Recipe) -> Iterator[Refusal]:
+    data = recipe.data
+    if data.hold_out is not None and data.validation is not None:
+        text = (
+            f"data.hold_out {data.hold_out:g} holds clips of data.train out, and data.validation "
+            f"{data.validation} names others: set one of them to none"
         )
+        yield Refusal(text, {"data.hold_out": None})
 
 
-def _check_patterns(recipe: Recipe) -> None:
+def _patterns_agree(recipe: Recipe) -> Iterator[Refusal]:
     optim = recipe.optim
     patterns = [("optim.freeze", pattern, 1.0) for pattern in optim.freeze]
     for name in ("lr_rules", "decay_rules"):
@@ -258,9 +298,16 @@ def _check_patterns(recipe: Recipe) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(
+            yield Refusal(
                 f"{path}: {pattern!r} is not a regular expression ({error}); it must match "
                 "parameter paths, such as backbone/patch_embed/.*"
-            ) from None
+            )
         if factor < 0:
-            raise UserError(f"{path}: the factor of {pattern!r} is {factor}, expected 0 or more")
+            yield Refusal(f"{path}: the factor of {pattern!r} is {factor}, expected 0 or more")
+
+
+# What the fields of a recipe must agree on, without its data.
+AGREEMENTS: tuple[Rule, ...] = (
+    _frames_agree, _parts_agree, _mixing_agrees, _unlabelled_agree, _schedule_agrees,
+    _held_out_agrees, _patterns_agree,
+)  # fmt: skip

@@ -83,6 +83,7 @@ class TrainSettings:
     steps: int | None = None  # stop after this many steps; the schedule still spans all epochs
     checkpoint_every: int | None = None  # steps; None: every epoch
     evaluate_every: int = 1  # epochs between validations
+    patience: int | None = None  # validations in a row without a better score that end the run
     keep: int = 2  # most recent checkpoints, besides the best
     max_bad_steps: int = 5  # in a row without finite loss and gradients, then the run stops
 

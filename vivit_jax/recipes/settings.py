@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vivit_jax.errors import UserError, closest
-from vivit_jax.recipes.checks import check, config_fields, wrong
+from vivit_jax.recipes.checks import check, check_values, config_fields, wrong
 from vivit_jax.recipes.recipe import Given, Recipe
 from vivit_jax.typed import TypeMismatch, expected, from_json, from_text
 
@@ -19,16 +19,19 @@ _SECTIONS = {
     if dataclasses.is_dataclass(kind)
 }
 # Defaults of fields that the files of older runs lack.
-_LATER = {"given": (), "model.classes": "data"}
+_LATER = {
+    "given": (), "model.classes": "data", "data.hold_out": None, "train.patience": None,
+}  # fmt: skip
 
 
-def apply_settings(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+def apply_settings(recipe: Recipe, assignments: Sequence[str], *, agree: bool = True) -> Recipe:
     """The recipe with fields set as typed: "optim.lr=1e-4", "model.config.drop_path_rate=0.2".
 
     Values are read by the type of their field, see `typed.from_text`; the fields of the model's
     configuration are those of the preset, including one that is set here. All settings are applied
     before the result is checked, so fields that must agree can be set together. Fields that a
-    checkpoint or the data would decide are added to `given`.
+    checkpoint or the data would decide are added to `given`. Without `agree` each field is checked
+    by itself, and the caller sees to it that they agree.
 
     Raises UserError for text that is not an assignment, an unknown field, a field set twice, a
     value of another type, and as `check` does.
@@ -57,7 +60,16 @@ def apply_settings(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
         place[name] = value
     given = (*changes.get("given", recipe.given), *(p for p in texts if p in _DECIDED))
     changes["given"] = tuple(dict.fromkeys(given))
-    return check(_replaced(recipe, changes))
+    changed = _replaced(recipe, changes)
+    if agree:
+        return check(changed)
+    check_values(changed)
+    return changed
+
+
+def fields_set(assignments: Sequence[str]) -> set[str]:
+    """The full names of the fields that assignments set."""
+    return {assignment.partition("=")[0].strip() for assignment in assignments}
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -4,6 +4,8 @@
 A callback is a function, or an object with `__call__`, that takes an `Event`. It is called after
 each step and each evaluation, once all of their metrics are logged, with the state as it then is.
 So a run with callbacks reports a step before it begins the next one, and a run without them after.
+One that reads evaluations only says so by an attribute `evaluations_only = True`, is not called
+after steps, and costs that no time.
 
 **Which processes.** A callback is called in the first process only: most write to a file or a
 service, once for a run. One that computes with `event.state`, which is spread over all processes,
@@ -86,6 +88,8 @@ class EarlyStop:
     finite never is. Resuming keeps the count.
     """
 
+    evaluations_only = True
+
     def __init__(self, patience: int = 3, *, metric: str | None = None, margin: float = 0.0):
         if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
             raise UserError(f"patience is {patience!r}; expected 1 or more evaluations")
@@ -95,7 +99,7 @@ class EarlyStop:
         self.best, self.since = -math.inf, 0
 
     def __call__(self, event: Event) -> None:
-        if event.kind != "evaluate":
+        if event.kind != "evaluate":  # from a caller's own loop
             return
         value = self._value(event)
         if math.isfinite(value) and value > self.best + self.margin:
@@ -153,21 +157,32 @@ class Callbacks:
                     f"callbacks has {each!r}; expected functions that take an event, or objects "
                     "with __call__, see vivit_jax.train.Callback"
                 )
-        self._all = tuple(callbacks)
-        first = jax.process_index() == 0
-        self._called = [c for c in self._all if first or getattr(c, "every_process", False)]
         self.failed: UserError | None = None
         self.reason: str | None = None
+        self._all: tuple[Callback, ...] = ()
+        self.put_first(callbacks)
+
+    def put_first(self, callbacks: Sequence[Callback]) -> None:
+        """Add callbacks, such as the run's own, before the others."""
+        self._all, first = (*callbacks, *self._all), jax.process_index() == 0
+        self._called = [c for c in self._all if first or getattr(c, "every_process", False)]
 
     def __bool__(self) -> bool:
         """Whether there are any, in this process or another."""
         return bool(self._all)
+
+    @property
+    def see_steps(self) -> bool:
+        """Whether there are any, in this process or another, that see steps."""
+        return not all(getattr(c, "evaluations_only", False) for c in self._all)
 
     def call(self, event: Event) -> None:
         """Call those of this process; notes an error or a wish to stop, which all must agree on."""
         for callback in self._called:
             if self.failed is not None:
                 return
+            if event.kind == "train" and getattr(callback, "evaluations_only", False):
+                continue
             try:
                 callback(event)
             except Exception as error:

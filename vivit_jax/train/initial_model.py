@@ -207,22 +207,12 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
     assert source is not None
     kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
     checkpoint = find_checkpoint(source)  # once: a push to the hub must not mix commits
-    if layout_of(checkpoint).image:
-        if not isinstance(config, VivitConfig) or head != "classification":
-            raise UserError(
-                f"model.start {source} holds an image model, from which only a ViViT classifier "
-                f"starts; model.preset is {recipe.model.preset!r}"
-            )
+    opened = _opened(recipe, checkpoint, config, head)
+    if opened is None:
         if kept:
             raise _no_classes(recipe, f"{source} holds an image model")
         found = init_from_image_model(checkpoint, config, seed=seed)
         return _completed(recipe, found, checkpoint, None)
-    opened = open_start(checkpoint, config.num_frames)
-    if opened.family != config.model_type:
-        raise UserError(
-            f"model.start {source} holds a {opened.family}, model.preset {recipe.model.preset!r} "
-            f"is a {config.model_type}; use weights of that family"
-        )
     if kept and opened.head != "classification":
         raise _no_classes(recipe, f"{source} holds no classifier")
     notes = _source_notes(recipe, opened, config, head, changes)
@@ -234,6 +224,32 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
     if fresh_head:
         found = _fresh_head(found, seed)
     return _completed(recipe, found, checkpoint, opened.config, notes)
+
+
+def _opened(recipe: Recipe, checkpoint: Checkpoint, config, head: str) -> Source | None:
+    """The opened start; None for an image model. UserError if the recipe cannot start from it."""
+    source = recipe.model.start
+    if layout_of(checkpoint).image:
+        if not isinstance(config, VivitConfig) or head != "classification":
+            raise UserError(
+                f"model.start {source} holds an image model, from which only a ViViT classifier "
+                f"starts; model.preset is {recipe.model.preset!r}"
+            )
+        return None
+    opened = open_start(checkpoint, config.num_frames)
+    if opened.family != config.model_type:
+        raise UserError(
+            f"model.start {source} holds a {opened.family}, model.preset {recipe.model.preset!r} "
+            f"is a {config.model_type}; use weights of that family"
+        )
+    return opened
+
+
+def check_start(recipe: Recipe) -> None:
+    """UserError if `model.start` cannot be opened or is of another kind; reads no weights."""
+    if recipe.model.start is not None:
+        config = _config(recipe)
+        _opened(recipe, find_checkpoint(recipe.model.start), config, HEADS[recipe.task])
 
 
 def _source_notes(

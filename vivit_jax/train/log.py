@@ -50,6 +50,7 @@ class MetricLog:
     ):
         self._file: _Appended | None = None
         self._board: _Board | None = None
+        self.earlier: list[dict[str, Any]] = []  # what the file holds of earlier steps
         if not enabled:
             return
         directory = Path(directory)
@@ -63,9 +64,10 @@ class MetricLog:
                 "directory"
             )
         if had_file:
-            lines = [text for text, line in _read(path) if line["step"] <= resume_at]
+            found = [(text, line) for text, line in _read(path) if line["step"] <= resume_at]
+            self.earlier = [line for _, line in found]
             with whole_file(path) as partial:
-                partial.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
+                partial.write_text("".join(f"{text}\n" for text, _ in found), encoding="utf-8")
         self._file = _Appended(path)
         if board is not None:
             self._board = _Board(board, directory / "tensorboard", resume_at)

@@ -3,8 +3,9 @@
 
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from jax.sharding import Mesh
 
 from checkpoints_convert.card import Base
 from checkpoints_convert.pretrained import save_pretrained
+from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError, WriteError
-from vivit_jax.recipes.checks import check
+from vivit_jax.recipes.checks import check_values
 from vivit_jax.recipes.recipe import EvalSettings, Recipe
-from vivit_jax.train.callbacks import Callback, Callbacks, Event, Kind
+from vivit_jax.train.agreement import checked_clips
+from vivit_jax.train.callbacks import Callback, Callbacks, EarlyStop, Event, Kind
 from vivit_jax.train.checkpoint import Checkpoints
 from vivit_jax.train.evaluate import (
     Evaluation,
@@ -31,7 +34,7 @@ from vivit_jax.train.initial_model import described_base, description
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import leading_name
 from vivit_jax.train.model_card import run_facts
-from vivit_jax.train.prepare import first_state, listed, prepare, summary
+from vivit_jax.train.prepare import first_state, prepare, summary
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory
 from vivit_jax.train.setup import TrainSetup
@@ -39,6 +42,9 @@ from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, parse_
 from vivit_jax.train.state import TrainState
 from vivit_jax.train.stop_signals import agreed_stop, stop_of_one, stop_signals
 from vivit_jax.train.validation import validation_record
+from vivit_jax.train.watch import Notice, Watch, held_out_loss, watch_of
+
+_CREEP = 0.003  # of exp(-loss), which is no progress on held-out clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +111,7 @@ def train(
     that holds a run if `resume` is not set. Also raises it, after saving the last good state, where
     losses stay not finite, too many clips cannot be read, or a callback fails.
     """
-    check(recipe)
+    check_values(recipe)
     given, told = RunOptions(**options), Callbacks(callbacks)
     sizes = given.mesh_sizes or parse_mesh(None, jax.device_count())
     first_process = jax.process_index() == 0
@@ -120,7 +126,8 @@ def train(
             checkpoints.check_step(given.resume_step)
         saved = given.resume and checkpoints.latest() is not None
         model_file = run.model_file if saved else None
-        data = listed(recipe, dataset, validation)
+        data = checked_clips(recipe, sizes, dataset, validation, new=model_file is None)
+        told.put_first(_early_stop(recipe, data[1]))
         setup, batches, start = prepare(recipe, make_mesh(sizes), model_file, data)
         enter(batches)
         if start is not None:
@@ -132,6 +139,8 @@ def train(
             own = saved_data.get(str(jax.process_index()), saved_data["0"])
             told.restore(own.get("callbacks", ()))
         run.begin(None if start is None else description(start, recipe.task))
+        if start is not None and recipe.data.hold_out is not None:
+            run.write_lists(recipe.data, batches.sampler.dataset, setup.validation)
         log = enter(
             MetricLog(
                 run.path,
@@ -147,7 +156,9 @@ def train(
         # A live line, below the summary.
         progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
         base = start.base if start is not None else described_base(run.model_file)
-        loop = _Loop(setup, run, checkpoints, batches, log, progress, told, state, taken, base)
+        watch = watch_of(setup, batches.sampler.dataset, log.earlier)
+        tools = (run, checkpoints, batches, log, progress, told, watch)
+        loop = _Loop(setup, *tools, state, taken, base)
         stopped = loop.take_steps()
         checkpoints.wait()
         best, step = checkpoints.best(), checkpoints.latest()
@@ -173,6 +184,7 @@ class _Loop:
     log: MetricLog
     progress: Progress
     callbacks: Callbacks
+    watch: Watch | None
     state: TrainState
     taken: int  # steps
     base: Base | None  # the model that the run started from
@@ -231,7 +243,7 @@ class _Loop:
             self._bad_reported = True
             why = next(iter(self.batches.bad.values()))
             self.progress.say(f"left out, as every clip that cannot be read will be: {why}")
-        if self.callbacks:
+        if self.callbacks.see_steps:
             # They are to see the state, whose memory the next step takes.
             self._report_pending()
         asked = self.callbacks.reason is not None
@@ -253,7 +265,7 @@ class _Loop:
         reasons = [each for each in gathered(self.callbacks.reason) if each is not None]
         if reasons and self.taken < self.setup.last:
             self.stop_reason = reasons[0]
-            text = f"a callback ended the run: {self.stop_reason}"
+            text = f"ended early: {self.stop_reason}"
             self.log.write("event", self.taken, {"text": text})
             self.progress.say(f"step {self.taken}: {text}")
         self._save_once()
@@ -282,6 +294,8 @@ class _Loop:
         self.progress.update(
             step, loss=numbers["loss"], lr=numbers["lr"], wait_seconds=waited, seconds=seconds
         )
+        if self.watch is not None:
+            self._notice(step, self.watch.after_step(step, numbers))
         self._tell("train", numbers | rate)
         if not bad:
             return
@@ -294,23 +308,32 @@ class _Loop:
                 "optim.clip, or compute in float32"
             )
 
+    def _notice(self, step: int, notices: Iterable[Notice]) -> None:
+        """Log what the watch has noticed, and say it."""
+        for notice in notices:
+            self.log.write("event", step, notice.values)
+            self.progress.say(f"step {step}: notice: {notice.text}")
+
     def _tell(self, kind: Kind, metrics: dict[str, float], score: float | None = None) -> None:
         """Call the callbacks about the last step."""
-        if self.callbacks:
+        if kind == "evaluate" or self.callbacks.see_steps:
             epoch = self.taken / self.setup.per_epoch
             at = (self.taken, metrics, self.state, self.setup.steps, epoch, score)
             self.callbacks.call(Event(kind, *at, self.callbacks.stop))
 
     def _validated(self) -> dict[str, float]:
         """Validate and log the metrics; returns them with the score of the checkpoint."""
-        found = _validate(self.setup, self.state)
-        assert self.setup.validation is not None
-        self.metrics = found.metrics
-        self._unreadable = unreadable_clips(self.setup.validation, found)
+        dataset, found = self.setup.validation, _validate(self.setup, self.state)
+        assert dataset is not None  # else none is due
+        self.metrics = found.metrics | held_out_loss(self.setup.model.config, dataset, found)
+        self._unreadable = unreadable_clips(dataset, found)
         self.log.write("evaluate", self.taken, self.metrics)
         text = ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items())
         epochs = self.taken / self.setup.per_epoch
         self.progress.say(f"step {self.taken}, after {epochs:g} epochs: {text}")
+        if self.watch is not None:
+            notices = self.watch.after_validation(self.taken, dataset, found)
+            self._notice(self.taken, notices)
         scored = _scored(self.setup, self.metrics)
         if self.setup.recipe.task == "finetune":
             self.run.write_validation(self.taken, scored["score"], lambda: self._record(found))
@@ -357,6 +380,15 @@ def _one_view(setup: TrainSetup) -> EvalSettings:
     return one
 
 
+def _early_stop(recipe: Recipe, validation: Dataset | None) -> list[Callback]:
+    """The callback that `train.patience` asks for."""
+    if recipe.train.patience is None or validation is None:
+        return []
+    # A loss that creeps is no better: see `_scored`.
+    margin = 0.0 if recipe.task == "pretrain" else _CREEP / (1 + len(validation))
+    return [EarlyStop(recipe.train.patience, margin=margin)]
+
+
 def _validate(setup: TrainSetup, state: TrainState) -> Evaluation:
     recipe, dataset = setup.recipe, setup.validation
     assert dataset is not None
@@ -371,10 +403,16 @@ def _validate(setup: TrainSetup, state: TrainState) -> Evaluation:
 
 
 def _scored(setup: TrainSetup, metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics with the one by which checkpoints are compared."""
+    """The metrics with the one by which checkpoints are compared: the higher, the better.
+
+    Of a few held-out clips many models have the same accuracy; their loss then decides.
+    """
     if setup.recipe.task == "pretrain":
         return metrics | {"score": -metrics["loss"]}
-    return metrics | {"score": metrics[leading_name(setup.model.config)]}
+    score = metrics[leading_name(setup.model.config)]
+    if math.isfinite(metrics.get("loss", math.nan)):
+        score += math.exp(-metrics["loss"]) / (1 + metrics["videos"])  # less than one clip more
+    return metrics | {"score": score}
 
 
 def _placed(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

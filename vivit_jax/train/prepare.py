@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from vivit_jax.data.datasets.dataset import Dataset, from_objects, read_dataset
+from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.data.pipeline import Batches, ClipShape, ProcessShard
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.checks import model_config
@@ -27,7 +28,8 @@ def listed(
 ) -> tuple[Dataset, Dataset | None]:
     """The clips to train on and to validate with: those that are given, or the recipe's.
 
-    What is given may be any object that `from_objects` takes.
+    What is given may be any object that `from_objects` takes. Without clips to validate with,
+    `data.hold_out` holds out some of those to train on.
     """
     settings = recipe.data
     if dataset is None and not settings.train:
@@ -65,6 +67,8 @@ def listed(
         validation = given(validation, "validation")
     elif settings.validation is not None:
         validation = read(settings.validation, settings.validation_split)
+    elif settings.hold_out is not None:
+        dataset, validation = hold_out(dataset, settings.hold_out, recipe.train.seed)
     return dataset, validation
 
 

@@ -12,7 +12,10 @@ from typing import Any
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
-from vivit_jax.errors import UserError
+from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.datasets.hold_out import write_list
+from vivit_jax.data.settings import DataSettings
+from vivit_jax.errors import UserError, WriteError
 from vivit_jax.files.atomic import check_directory, write_json
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.staging import names_in
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
 VALIDATION = "validation.json"  # what the best model answered: vivit_jax.train.validation
+TRAIN_LIST, HELD_OUT_LIST = "train.csv", "validation.csv"  # of a run that holds clips out itself
 _BAD_CLIPS = {"training": "clips", "validation": "validation"}  # kind of videos: key
 # Fields that may change on resume: none changes what a step computes, except by rounding.
 CHANGEABLE = (
@@ -34,6 +38,7 @@ CHANGEABLE = (
     "data.workers",
     "data.cache_gib",
     "data.max_bad_share",
+    "train.patience",
     "train.accumulate",  # a batch that fits many devices may not fit a few
     "train.steps",
     "train.checkpoint_every",
@@ -131,6 +136,19 @@ class RunDirectory:
         write_json(self.path / RECIPE, to_dict(self._recipe) | given)
         if model is not None:
             write_json(self.model_file, dict(model))
+
+    def write_lists(self, settings: DataSettings, train: Dataset, held_out: Dataset | None) -> None:
+        """Write the clips that are trained on and those that are held out as two lists."""
+        for name, dataset in ((TRAIN_LIST, train), (HELD_OUT_LIST, held_out)):
+            if not self._first or dataset is None:
+                return
+            how = {"frame_name": settings.frame_name, "first_frame": settings.first_frame}
+            try:
+                write_list(self.path / name, dataset, labels=dataset.labels_per_example, **how)
+            except WriteError:
+                raise
+            except UserError as error:
+                logger.warning("the split is not written: %s", error)
 
     def write_bad_clips(
         self, states: Mapping[str, Any], validation: Mapping[str, str] | None = None

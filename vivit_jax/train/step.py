@@ -2,6 +2,7 @@
 """The training step: one function for a device and for a mesh, with or without accumulation."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,9 @@ from vivit_jax.layers.tubelets import ByteClips
 from vivit_jax.masking import MASKS, Grid, Mask
 from vivit_jax.models.losses import multi_head_loss
 from vivit_jax.outputs import RESULTS_ONLY
+from vivit_jax.recipes.checks import mixing_of
 from vivit_jax.recipes.recipe import MaskSettings, Recipe
+from vivit_jax.recipes.refusals import Refusal
 from vivit_jax.train.augment_on_device import mix, soft_targets, training_pixels
 from vivit_jax.train.metrics import leading_accuracy
 from vivit_jax.train.optim import trained, update_average
@@ -346,22 +349,34 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
 
 def check_division(recipe: Recipe, sizes: Mapping[str, int]) -> None:
     """Raises UserError if a mesh of these sizes does not divide the recipe's batch."""
-    shards, parts = batch_shards(sizes), recipe.train.accumulate
-    clips = recipe.train.batch_size * recipe.data.repeats
+    for refusal in undivided(recipe, sizes):
+        raise UserError(refusal.text)
+
+
+def undivided(recipe: Recipe, sizes: Mapping[str, int]) -> Iterator[Refusal]:
+    """Why a mesh of these sizes does not divide the recipe's batch, and what it divides."""
+    train, repeats = recipe.train, recipe.data.repeats
+    shards, parts = batch_shards(sizes), train.accumulate
+    clips = train.batch_size * repeats
     if clips % (shards * parts):
-        raise UserError(
-            f"train.batch_size {recipe.train.batch_size} x data.repeats {recipe.data.repeats} is "
+        unit = shards * parts // math.gcd(shards * parts, repeats)
+        fewer = train.batch_size // unit * unit
+        text = (
+            f"train.batch_size {train.batch_size} x data.repeats {repeats} is "
             f"{clips} clips, which {shards} devices in {parts} parts (train.accumulate) do not "
             f"divide; use a multiple of {shards * parts}"
         )
+        yield Refusal(text, {"train.batch_size": fewer or unit})
+        return
     augment, part = recipe.augment, clips // (shards * parts)
     group = augment.mix_group or clips
     # A group may span devices but not parts, since a part does not see the clips of another.
     if recipe.task == "finetune" and augment.mixes and parts > 1 and part % group:
-        raise UserError(
+        text = (
             f"augment.mix_group {group} does not divide the {part} clips of a part on a device; "
             "set augment.mix_group, or train.batch_size and train.accumulate"
         )
+        yield Refusal(text, mixing_of(part, group))
 
 
 def _check_colours(recipe: Recipe, channels: int) -> None:

@@ -201,7 +201,9 @@ def _facts(example: Example) -> ClipFacts:
         frames = count_frames(example)
         _, height, width, channels = read_frames(example, [0, frames - 1]).shape
         codec = ending(path)[1:] if ending(path) in ARRAYS else "images"
-        return ClipFacts(example, None, frames, width, height, channels, None, codec, _size(path))
+        return ClipFacts(
+            example, None, frames, width, height, channels, None, codec, clip_bytes(path)
+        )
     info = probe_video(path)
     frames = info.num_frames - example.start if example.total is None else example.total
     if frames < 1 or example.start + frames > info.num_frames:
@@ -210,7 +212,9 @@ def _facts(example: Example) -> ClipFacts:
             f"frame {example.start} on"
         )
     fps, codec = info.fps if math.isfinite(info.fps) else None, info.codec
-    return ClipFacts(example, None, frames, info.width, info.height, 3, fps, codec, _size(path))
+    return ClipFacts(
+        example, None, frames, info.width, info.height, 3, fps, codec, clip_bytes(path)
+    )
 
 
 def _files(path: str) -> list[str]:
@@ -222,7 +226,8 @@ def _files(path: str) -> list[str]:
     ]
 
 
-def _size(path: str) -> int:
+def clip_bytes(path: str) -> int:
+    """The size of a clip's file, or of all its images. Raises OSError."""
     return sum(map(os.path.getsize, _files(path)))
 
 
@@ -402,9 +407,8 @@ def _equal(names: Sequence[str]) -> str:
 
 
 def _of_names(classes: Sequence[ClassFacts]) -> Iterator[Finding]:
-    words = {each.name: [w.lower() for w in _LETTERS.findall(each.name)] for each in classes}
-    mirrored = tuple(n for n, some in words.items() if any(map(_MIRRORED.fullmatch, some)))
-    vertical = tuple(n for n, some in words.items() if any(map(_VERTICAL.fullmatch, some)))
+    names = [each.name for each in classes]
+    mirrored, vertical = _named_after(_MIRRORED, names), _named_after(_VERTICAL, names)
     if mirrored:
         text = f"{counted(len(mirrored), 'class name')} may tell left from right"
         way_out = "if so, train with augment.flip=0: a mirrored clip would keep its label"
@@ -413,6 +417,17 @@ def _of_names(classes: Sequence[ClassFacts]) -> Iterator[Finding]:
         text = f"{counted(len(vertical), 'class name')} may tell up from down"
         way_out = "augment.flip mirrors left to right only and is safe; flip nothing upside down"
         yield Finding("note", text, way_out, vertical)
+
+
+def mirrored_names(classes: Sequence[str]) -> tuple[str, ...]:
+    """The classes whose names may tell left from right."""
+    return _named_after(_MIRRORED, classes)
+
+
+def _named_after(words: re.Pattern, classes: Sequence[str]) -> tuple[str, ...]:
+    """The classes with one of the words in their name."""
+    parts = {name: [word.lower() for word in _LETTERS.findall(name)] for name in classes}
+    return tuple(name for name, found in parts.items() if any(map(words.fullmatch, found)))
 
 
 def _of_counts(classes: Sequence[ClassFacts]) -> Iterator[Finding]:

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax finetune` without a recipe: what it says, what it refuses, and what it learns."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+from commands import run_command
+from tiny import SMALL_VIDEOMAE
+
+import vivit_jax
+from vivit_jax.cli.__main__ import main
+from vivit_jax.data.datasets.dataset import read_dataset
+from vivit_jax.models.build import build_model, fresh_params
+from vivit_jax.recipes import from_dict
+from vivit_jax.train.log import read_metrics
+from vivit_jax.train.sharding import parse_mesh
+
+ONE = parse_mesh("data=1", 1)
+NAMES = ("left turn", "right turn", "stop")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """clips/<class> of three classes with five clips of several sizes, and a tiny start."""
+    root, rng = tmp_path_factory.mktemp("finetune"), np.random.default_rng(0)
+    for number, name in enumerate(NAMES):
+        (root / "my clips" / name).mkdir(parents=True)
+        for i in range(5):
+            frames = rng.integers(0, 120, (6, 18 + 2 * (i % 2), 20, 3))
+            frames[..., number] += 100
+            np.save(root / "my clips" / name / f"{i}.npy", frames.astype(np.uint8))
+    for name, count in (("one class", 1), ("few", 3), ("nothing", 0)):
+        for number in range(max(count, 1)):
+            (root / name / "clips" / str(number)).mkdir(parents=True)
+            for i in range({"one class": 4, "few": 1, "nothing": 0}[name]):
+                np.save(
+                    root / name / "clips" / str(number) / f"{i}.npy", frames.astype(np.uint8) + i
+                )
+    config = vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE, use_mean_pooling=False)
+    model = build_model(config, "pretraining")
+    vivit_jax.save_pretrained(root / "start", model, fresh_params(model, 0))
+    return root
+
+
+def line_of(capsys, *args):
+    """The error of a command that is refused, without the program's name."""
+    status, out, error = run_command(capsys, "finetune", *args)
+    assert status == 2 and out == "" and error.startswith("vivit-jax: error: ")
+    return error.removeprefix("vivit-jax: error: ").strip()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "{}/my clips"], "--start (the weights to fine-tune, such as MCG-NJU/videomae"),
+        (["--start", "{}/start"], "--data (your clips) missing"),
+        (["--data", "{}/nothing/clips", "--start", "{}/start"], "its folders hold no clips"),
+        (["--data", "{}/nowhere", "--start", "{}/start"], "nowhere: No such file or directory"),
+        (["--data", "{}/my clips", "--start", "{}/nowhere"], "nowhere does not exist, and is not"),
+        (
+            ["--data", "{}/one class/clips", "--start", "{}/start"],
+            "all clips are of one class, 0: there is nothing to tell apart",
+        ),
+        (
+            ["--data", "{}/few/clips", "--start", "{}/start"],
+            "no clip can be held out, since each class keeps one to train on",
+        ),
+        (
+            ["--data", "{}/my clips", "--start", "{}/start", "--validation", "0"],
+            "--validation is 0; expected a share of the clips above 0 and below 1",
+        ),
+        (
+            ["--data", "{}/my clips", "--start", "{}/start", "--validation", "1.5"],
+            "--validation is 1.5; expected a share of the clips above 0 and below 1",
+        ),
+        (
+            ["--data", "{}/my clips", "--start", "{}/start", "--validation", "{}/none"],
+            "none: No such file or directory",
+        ),
+        (
+            ["--data", "{}/my clips", "--start", "{}/start", "--set", "train.epoch=3"],
+            "train has no field 'epoch'; did you mean epochs",
+        ),
+        (
+            ["--data", "{}/my clips", "--start", "{}/start", "--mesh", "data=1"],
+            "--mesh 'data=1' is for 1 devices, there are 8",
+        ),
+        (["--recipe", "{}/none.json"], "none.json"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(args, message, place, tmp_path, capsys):
+    args = [arg.replace("{}", str(place)) for arg in args]
+    found = line_of(capsys, *args, "--out", tmp_path / "run")
+    assert message in found and "\n" not in found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_and_start_are_refused_together(place, tmp_path, capsys):
+    found = line_of(
+        capsys, "--data", place / "no", "--start", place / "none", "--out", tmp_path / "run"
+    )
+    assert found.startswith("2 reasons against this run:\n")
+    assert "none does not exist" in found and "no: No such file" in found
+
+
+def test_another_run_is_left_alone(place, tmp_path, capsys):
+    (tmp_path / "recipe.json").write_text("{}")
+    clips = ("--data", place / "my clips", "--start", place / "start")
+    found = line_of(capsys, *clips, "--out", tmp_path)
+    assert "holds a run; continue it with --resume, or choose another" in found
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """A short run without a recipe: its directory, its arguments and what it printed."""
+    out, said = place / "run", io.StringIO()
+    args = ["--data", place / "my clips", "--start", place / "start", "--out", out]
+    settings = ["train.epochs=8", "train.batch_size=8", "optim.lr=1e-9"]
+    args = [*map(str, args), "--set", *settings]
+    with contextlib.redirect_stdout(said):
+        assert main(["finetune", *args]) == 0
+    return out, args, said.getvalue()
+
+
+def test_settings_are_chosen_said_and_saved(finished, place):
+    out, _, said = finished
+    assert f"{place}/my clips: 15 clips of 3 classes, 12 to train on, 3 held out" in said
+    recipe = from_dict(json.loads((out / "recipe.json").read_text()))
+    rows = dict(re.findall(r"^([a-z]+\.[a-z_]+) +(\S+)  +\S.*$", said, re.MULTILINE))
+    assert rows["train.epochs"] == "8" and rows["optim.lr"] == "1e-09"
+    assert rows["augment.flip"] == "0" and "left turn, right turn" in said
+    assert recipe.augment.flip == 0 and recipe.augment.crop_scale == (0.5, 1.0)
+    assert recipe.data.hold_out == 0.2 and recipe.data.stride == 1
+    # The split can be used by itself.
+    train_clips, held = (read_dataset(out / f"{name}.csv") for name in ("train", "validation"))
+    assert (len(train_clips), len(held)) == (12, 3)
+    assert held.classes == NAMES and {e.label for e in held.examples} == {0, 1, 2}
+    model, _ = vivit_jax.from_pretrained(max((out / "models").iterdir()))
+    assert model.config.labels == NAMES
+
+
+def test_a_run_ends_early_and_its_recipe_repeats_it(finished, place, tmp_path, capsys):
+    """Nothing is learned at this rate, so that no validation is better than the first."""
+    out, _, _ = finished
+    lines = read_metrics(out / "metrics.jsonl")
+    steps = [line["step"] for line in lines if line["kind"] == "evaluate"]
+    recipe = from_dict(json.loads((out / "recipe.json").read_text()))
+    # One epoch is one step; the patience is 3 validations.
+    assert recipe.train.patience == 3 and 4 <= steps[-1] < 8
+    ended = [line["text"] for line in lines if line["kind"] == "event"]
+    assert ended[-1].startswith("ended early: the score was no better than")
+    assert f"step {steps[-1]} done of 8" in finished[2]
+    again = tmp_path / "again"
+    status, said, _ = run_command(
+        capsys, "finetune", "--recipe", out / "recipe.json", "--out", again
+    )
+    assert status == 0 and "setting" not in said
+    numbers = ("loss", "accuracy", "lr", "step")
+    told = [[line.get(n) for n in numbers] for line in lines]
+    repeated = [[line.get(n) for n in numbers] for line in read_metrics(again / "metrics.jsonl")]
+    assert repeated == told
+
+
+def test_a_later_set_replaces_an_earlier_one(finished, tmp_path, capsys):
+    """So that the settings of a message can be pasted after those that they mend."""
+    _, args, _ = finished
+    args = [a.replace("/run", "/other") if a.endswith("/run") else a for a in args]
+    wrong = ["--set", "train.batch_size=99", "optim.warmup_epochs=9", "train.accumulate=8"]
+    found = line_of(capsys, *args, *wrong)
+    assert "3 reasons against this run" in found
+    fitting = shlex.split(found.partition("what fits: ")[2])
+    status, said, _ = run_command(capsys, "finetune", *args, *wrong, *fitting, "--validation=none")
+    assert status == 0 and "held out" not in said

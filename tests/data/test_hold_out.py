@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The split that a run makes itself, and the lists that it writes."""
+
+import numpy as np
+import pytest
+
+from vivit_jax.data.datasets.dataset import from_objects, read_dataset
+from vivit_jax.data.datasets.hold_out import hold_out, write_list
+from vivit_jax.errors import UserError
+
+
+def write(root, clips):
+    """Folders of classes with so many clips."""
+    for number, (name, count) in enumerate(clips.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            np.save(root / name / f"{i}.npy", np.full((2, 4, 4, 3), 10 * number + i, np.uint8))
+    return read_dataset(root)
+
+
+def names(dataset):
+    return [example.path for example in dataset.examples]
+
+
+def test_each_class_gives_its_share_and_keeps_the_rest(tmp_path):
+    whole = write(tmp_path, {"a": 10, "b": 5, "c": 2, "d": 1})
+    train, held = hold_out(whole, 0.2, seed=3)
+    count = lambda part: np.bincount([e.label for e in part.examples], minlength=4).tolist()  # noqa: E731
+    assert count(held) == [2, 1, 1, 0] and count(train) == [8, 4, 1, 1]
+    assert sorted(names(train) + names(held)) == names(whole)
+    assert train.classes == held.classes == whole.classes
+    assert names(hold_out(whole, 0.2, seed=3)[1]) == names(held)
+    assert names(hold_out(whole, 0.2, seed=4)[1]) != names(held)
+
+
+def test_copies_are_on_one_side(tmp_path):
+    write(tmp_path, {"a": 3, "b": 3})
+    for i in (1, 2):
+        (tmp_path / "a" / f"{i}.npy").write_bytes((tmp_path / "a" / "0.npy").read_bytes())
+    for seed in range(8):
+        _, held = hold_out(read_dataset(tmp_path), 0.5, seed)
+        assert {e.label for e in held.examples} == {1}
+
+
+def test_where_nothing_can_be_held_out(tmp_path):
+    with pytest.raises(UserError, match="no clip can be held out, since each class keeps one"):
+        hold_out(write(tmp_path, {"a": 1, "b": 1}), 0.2)
+
+
+def test_clips_of_objects_are_held_out_too():
+    clips = [(np.zeros((2, 4, 4, 3), np.uint8), label) for label in (0, 0, 0, 1, 1, 1)]
+    train, held = hold_out(from_objects(clips), 0.3)
+    assert len(train) == 4 and sorted(e.label for e in held.examples) == [0, 1]
+    with pytest.raises(UserError, match="a list cannot hold items of objects"):
+        write_list("nowhere.csv", held)
+
+
+@pytest.mark.parametrize("classes", [("swim", "run, fast"), ("9", "10"), ("#1", '"a" b')])
+def test_a_list_reads_back_with_its_classes(classes, tmp_path):
+    """By name, unless names look like numbers, which lists read as numbers."""
+    whole = write(tmp_path / "clips with space", dict.fromkeys(classes, 2))
+    write_list(tmp_path / "list.csv", whole)
+    found = read_dataset(tmp_path / "list.csv")
+    assert names(found) == names(whole)
+    same = [e.label for e in found.examples] == [e.label for e in whole.examples]
+    assert same and found.classes in (whole.classes, None)
+    named = (tmp_path / "list.csv").read_text().startswith("path,label\n")
+    assert named == (classes != ("9", "10"))
+
+
+def test_a_list_with_ranges_and_no_names_reads_back(tmp_path):
+    lines = "a.mp4 0 5 1\na.mp4 5 5 0\nb c.mp4 2 9 1\n"
+    (tmp_path / "in.txt").write_text(lines)
+    whole = read_dataset(tmp_path / "in.txt", labels=1)
+    write_list(tmp_path / "out.csv", whole, labels=1)
+    assert read_dataset(tmp_path / "out.csv", labels=1).examples == whole.examples
+
+
+def test_a_path_that_no_list_can_hold(tmp_path):
+    whole = write(tmp_path / "of a\nline", {"9": 2, "10": 2})
+    with pytest.raises(UserError, match="nor paths with a line break"):
+        write_list(tmp_path / "list.csv", whole)
+    assert not (tmp_path / "list.csv").exists()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `vivit-jax finetune` says of the settings that it chooses without a recipe."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vivit_jax.data.datasets.check import counted
+from vivit_jax.progress import format_table, live_line, readable
+from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.refusals import value_text
+from vivit_jax.recipes.settings import from_dict, to_dict
+from vivit_jax.train.sharding import gathered
+from vivit_jax.train.suggest.suggested import Suggestion, suggested
+
+_KINDS = {
+    "image": "an image model",
+    "pretraining": "a masked autoencoder",
+    "classification": "a classifier",
+    "none": "a model without a head",
+}
+
+
+def suggested_recipe(
+    data: str, start: str, mesh_sizes: Mapping[str, int], settings: Sequence[str], say: Any
+) -> Recipe:
+    """The recipe of `suggested`; says why its settings are what they are."""
+    with live_line("clips") as progress:
+        found = suggested(data, start, mesh_sizes, settings, progress)
+    say("\n".join([*_heads(found), "", *_table(found), ""]))
+    # Processes may differ in free memory.
+    values = to_dict(found.recipe) | {"given": list(found.recipe.given)}
+    return from_dict(gathered(values)[0])
+
+
+def _heads(found: Suggestion) -> list[str]:
+    clips, config = found.data, found.start.config
+    whole = clips.train + clips.held_out
+    parts = [f"{found.recipe.data.train}: {counted(whole, 'clip')} of {clips.classes} classes"]
+    if clips.held_out:
+        parts.append(f"{clips.train} to train on, {clips.held_out} held out")
+    if clips.unreadable:
+        parts.append(f"{clips.unreadable} of {clips.looked_at} opened cannot be read")
+    height, width = config.frame_size
+    model = (
+        f"{found.start.name}: {_KINDS[found.start.kind]}; a {config.title} of "
+        f"{config.num_hidden_layers} blocks of width {config.hidden_size}, "
+        f"{config.num_frames} frames of {height}x{width}"
+    )
+    devices = counted(found.machine.shards, "device")
+    memory = found.machine.memory
+    size = "" if memory is None else f", {readable(memory)} for a step on each"
+    machine = f"{found.machine.platform}: {devices} for a batch{size}"
+    return [", ".join(parts), model, machine]
+
+
+def _table(found: Suggestion) -> list[str]:
+    rows = [("setting", "value", "reason")]
+    rows += [(each.path, value_text(each.value), each.reason) for each in found.choices]
+    return format_table(rows, align="left")
