@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pytest
 
 import checkpoints_convert.__main__
@@ -177,6 +178,11 @@ def test_colours_are_for_terminals_unless_the_environment_says_otherwise(
             r"JAX_PLATFORMS=tpu,cpu: jax finds no tpu device; .*\[tpu\]'",
         ),
         (
+            "gpu",
+            "Unable to initialize backend 'rocm': Backend 'rocm' is not in the list",
+            r"JAX_PLATFORMS=gpu: jax finds no gpu device; .*\[cuda\]'",
+        ),
+        (
             "cdua",
             "Unable to initialize backend 'cdua': Backend 'cdua' is not in the list",
             "JAX_PLATFORMS=cdua: jax has no platform cdua; did you mean cuda.*known: cpu, cuda, .*",
@@ -190,6 +196,20 @@ def test_a_platform_without_a_device_is_one_line(asked, said, line, monkeypatch)
     assert no_device(RuntimeError("RESOURCE_EXHAUSTED: Out of memory")) is None
 
 
+def test_an_assertion_of_jax_is_told_from_others(monkeypatch):
+    """Without any GPU, JAX_PLATFORMS=cuda leaves jax with no backend, which it only asserts."""
+
+    def no_default():
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert no_device(AssertionError("ours")) is None
+    monkeypatch.setattr(jax, "devices", no_default)
+    message = no_device(AssertionError())
+    assert message is not None and message.startswith("JAX_PLATFORMS=cuda: jax finds no cuda")
+    assert no_device(MemoryError()) is None
+
+
 DEVICES = [
     "demo --out {tmp}/out",
     "finetune --recipe demo-finetune --data {tmp}/clips --out {tmp}/out",
@@ -200,6 +220,8 @@ DEVICES = [
     "attention {tmp}/clips/a/0.mp4 --model {model} --out {tmp}/a.png",
     "reconstruct {tmp}/clips/a/0.mp4 --model {pretrained} --out {tmp}/a.png",
     "export {model} --out {tmp}/a.stablehlo",
+    "probe --data {tmp}/clips --model {model} --out {tmp}/out",
+    "push {model} org/name --dry-run",
     "benchmark --models videomae-small --no-peak-memory",
     "convert verify {model}",
 ]

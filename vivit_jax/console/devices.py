@@ -6,7 +6,6 @@ import glob
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,8 +42,10 @@ def no_device(error: BaseException) -> str | None:
     found, asked = _NO_BACKEND.search(str(error)), os.environ.get("JAX_PLATFORMS", "")
     if found is not None:
         name = found[1] or found[2]
-    elif isinstance(error, AssertionError) and _raised_in(error) == "xla_bridge.py":
-        name = asked  # without any GPU jax leaves "cuda" out and then lacks a default
+        if asked and name not in asked.split(","):  # jax takes "gpu" as "cuda,rocm"
+            name = asked
+    elif isinstance(error, AssertionError) and asked and _without_any():
+        name = asked  # without a GPU jax leaves "cuda" out, and then lacks a default
     else:
         return None
     given = f"JAX_PLATFORMS={quoted(asked)}" if asked else "jax"
@@ -55,8 +56,15 @@ def no_device(error: BaseException) -> str | None:
     return f"{given}: jax finds no {name} device; unset it, or set JAX_PLATFORMS=cpu{more}"
 
 
-def _raised_in(error: BaseException) -> str:
-    return os.path.basename(traceback.extract_tb(error.__traceback__)[-1].filename)
+def _without_any() -> bool:
+    """Whether jax finds no device at all."""
+    import jax
+
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError):
+        return True
+    return False
 
 
 @contextlib.contextmanager
