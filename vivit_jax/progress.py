@@ -43,8 +43,10 @@ def bold(text: str) -> str:
 
     NO_COLOR turns this off, and FORCE_COLOR turns it on for files and pipes.
     """
-    forced = bool(os.environ.get("FORCE_COLOR")) or is_terminal(sys.stdout)
-    return f"\x1b[1m{text}\x1b[0m" if forced and not os.environ.get("NO_COLOR") else text
+    if os.environ.get("NO_COLOR"):
+        return text
+    on_terminal = sys.stdout.isatty() and os.environ.get("TERM") not in _NO_CURSOR
+    return f"\x1b[1m{text}\x1b[0m" if on_terminal or os.environ.get("FORCE_COLOR") else text
 
 
 def left(seconds: float) -> str:
