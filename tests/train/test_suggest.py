@@ -75,6 +75,19 @@ def test_large_data_follow_the_papers():
     assert recipe.augment == paper.augment
 
 
+def test_deep_models_keep_what_the_lower_blocks_know():
+    recipe = chosen().recipe
+    assert recipe.optim.layer_decay == 0.75 and recipe.model.config["drop_path_rate"] == 0.1
+    assert chosen(start(VIVIT)).recipe.optim.layer_decay == 0.75
+    shallow = chosen(start(num_hidden_layers=3)).recipe
+    assert shallow.optim.layer_decay is None and "drop_path_rate" not in shallow.model.config
+
+
+def test_accelerators_compute_in_half_precision():
+    assert chosen(machine=GPUS).recipe.model.config["dtype"] == "bfloat16"
+    assert "dtype" not in chosen().recipe.model.config
+
+
 def test_given_settings_stay_and_others_follow_them():
     few = chosen(settings=["train.batch_size=2", "augment.flip=0.1"])
     rows = {each.path: each for each in few.choices}

@@ -18,10 +18,10 @@ from vivit_jax.train.evaluate import Evaluation
 from vivit_jax.train.setup import TrainSetup
 
 ABOUT = ("loss at chance", "ahead of held-out", "never predicted")
-_LEAST_STEPS = 20  # before anything is said
+_LEAST_STEPS = 20  # before anything is said, and twice as many before it is of the loss
 _LEAST_EPOCHS = 3
 _EARLY = 0.2  # of the epochs, in which nothing is said of the loss
-_NEAR = 0.97  # of the loss of guessing
+_NEAR = 0.98  # of the loss of guessing
 _AHEAD = 0.2  # of accuracy
 _ERRORS = 2.0  # standard errors
 _LEAST_REPORTS = 10  # steps whose mean is taken
@@ -76,7 +76,7 @@ class Watch:
         """Follow a training step's numbers; what is to be said now."""
         self._add(numbers)
         epoch, within = divmod(step, self._per_epoch)
-        few = step < _LEAST_STEPS or len(self._recent) < _LEAST_REPORTS
+        few = step < 2 * _LEAST_STEPS or len(self._recent) < _LEAST_REPORTS
         if within or epoch < self._early or few:
             return []
         loss = float(np.mean([each["loss"] for each in self._recent]))
@@ -87,9 +87,9 @@ class Watch:
         return self._once(
             "loss at chance",
             f"after {epoch} epochs the loss is {loss:.3f} and has not left {what} = "
-            f"{self._chance:.3f}, that of guessing: the model has learned nothing; raise optim.lr "
-            f"({self._peak:.2g} at most so far), or look whether labels belong to their clips "
-            "(vivit-jax check-data --draw)",
+            f"{self._chance:.3f}, that of guessing: the model learns next to nothing; raise "
+            f"optim.lr ({self._peak:.2g} at most so far), or look whether labels belong to their "
+            "clips (vivit-jax check-data --draw)",
         )
 
     def after_validation(self, step: int, dataset: Dataset, found: Evaluation) -> list[Notice]:
@@ -132,13 +132,11 @@ class Watch:
         names = ", ".join(self._names[label] for label in never[:_SHOWN])
         more = len(never) - _SHOWN
         names += f" and {more} more" if more > 0 else ""
-        which, they = (
-            ("a class was", "it has") if len(never) == 1 else ("classes were", "they have")
-        )
+        they = "it has" if len(never) == 1 else "they have"
         return self._once(
             "never predicted",
-            f"{names}: {which} never predicted on the held-out clips so far; look whether {they} "
-            "too few clips to train on, or look like another class (report.html)",
+            f"never predicted on the held-out clips so far: {names}; look whether {they} too few "
+            "clips to train on, or is taken for another class (report.html)",
         )
 
     def _once(self, about: str, text: str) -> list[Notice]:

@@ -42,7 +42,7 @@ def fit_memory(chosen: Chosen, memory: int | None, mesh: Mesh) -> None:
         reason = f"a step takes less than {readable(least)} of {device}"
         chosen.choose("train.accumulate", 1, reason)
         return
-    each = setup.clips // batch_shards(mesh.shape)
+    each = chosen.recipe.train.batch_size // batch_shards(mesh.shape)
     parts = [n for n in range(1, each + 1) if each % n == 0]
     for remat in dict.fromkeys((setup.model.config.remat, "block")):
         recipe = with_values(chosen.recipe, {"model.config.remat": remat})
@@ -52,7 +52,7 @@ def fit_memory(chosen: Chosen, memory: int | None, mesh: Mesh) -> None:
         count, total = found
         if remat != setup.model.config.remat:
             chosen.choose("model.config.remat", remat, "blocks are computed twice to save memory")
-        reason = f"a step of {each // count} clips on a device takes {readable(total)} of {device}"
+        reason = f"parts of {each // count} clips on a device take {readable(total)} of {device}"
         chosen.choose("train.accumulate", count, reason)
         return
     raise UserError(
