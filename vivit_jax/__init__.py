@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from vivit_jax.config import VideoMAEConfig, VivitConfig
     from vivit_jax.data.sampling import sample_frame_indices
     from vivit_jax.data.transforms.processor import VideoProcessor
-    from vivit_jax.data.video.decode import probe_video, read_video, read_video_pyav
+    from vivit_jax.data.video.decode import read_video_pyav
+    from vivit_jax.data.video.sources import probe_video, read_video
     from vivit_jax.errors import CheckpointError, ConfigError, MissingExtra, UserError, VideoError
     from vivit_jax.inference.attention_maps import map_attention
     from vivit_jax.inference.classifier import VideoClassifier
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from vivit_jax.inference.features import extract_features
     from vivit_jax.inference.reconstruction import reconstruct
     from vivit_jax.masking import Mask, dual_mask, random_mask, running_cell, tube_mask
+    from vivit_jax.models.nnx_bridge import from_nnx, to_nnx
     from vivit_jax.models.videomae import (
         VideoMAEForPreTraining,
         VideoMAEForVideoClassification,
@@ -59,6 +61,8 @@ _PUBLIC = {
     "VideoMAEForVideoClassification": "vivit_jax.models.videomae",
     "VideoClassifier": "vivit_jax.inference.classifier",
     "from_pretrained": "checkpoints_convert.pretrained",
+    "to_nnx": "vivit_jax.models.nnx_bridge",
+    "from_nnx": "vivit_jax.models.nnx_bridge",
     "save_pretrained": "checkpoints_convert.pretrained",
     "map_attention": "vivit_jax.inference.attention_maps",
     "extract_features": "vivit_jax.inference.features",
@@ -70,8 +74,8 @@ _PUBLIC = {
     "gather_classes": "checkpoints_convert.start.label_map",
     "read_label_map": "checkpoints_convert.start.label_map",
     "VideoProcessor": "vivit_jax.data.transforms.processor",
-    "read_video": "vivit_jax.data.video.decode",
-    "probe_video": "vivit_jax.data.video.decode",
+    "read_video": "vivit_jax.data.video.sources",
+    "probe_video": "vivit_jax.data.video.sources",
     "read_video_pyav": "vivit_jax.data.video.decode",
     "sample_frame_indices": "vivit_jax.data.sampling",
     "UserError": "vivit_jax.errors",
@@ -100,6 +104,7 @@ __all__ = [
     "dual_mask",
     "export_model",
     "extract_features",
+    "from_nnx",
     "from_pretrained",
     "gather_classes",
     "init_from_image_model",
@@ -115,6 +120,7 @@ __all__ = [
     "running_cell",
     "sample_frame_indices",
     "save_pretrained",
+    "to_nnx",
     "tube_mask",
 ]
 

@@ -3,6 +3,10 @@
 
 import copy
 import dataclasses
+import http.server
+import io
+import itertools
+import os
 import re
 import threading
 
@@ -11,10 +15,12 @@ import numpy as np
 import pytest
 from clips import write_clip
 from helpers import forward, random_params
+from PIL import Image
 from tiny import VIDEOMAE, VIVIT
 
 import vivit_jax
 from vivit_jax import UserError, VideoClassifier, VideoError
+from vivit_jax.data.datasets.dataset import read_dataset, read_frames
 from vivit_jax.data.read_clip import read_clips
 from vivit_jax.data.sampling import view_indices
 
@@ -235,10 +241,145 @@ def test_a_processor_that_fits_no_video_is_no_videos_fault(classifier):
     assert not isinstance(raised.value, VideoError)
 
 
-@pytest.mark.parametrize("link", ["https://x.org/a.mp4", "https://x.org/a.npy"])
-def test_a_link_is_not_opened(classifier, link):
-    with pytest.raises(VideoError, match=f"^{link}: links are not opened; download the file"):
-        classifier(link)
+@pytest.fixture(scope="module")
+def site(videos, tmp_path_factory):
+    """The address of a server on this machine; "moved" leads to another protocol, "huge" is so."""
+
+    class Answers(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(videos[0].parent))
+
+        def do_GET(self):
+            if self.path == "/moved":
+                self.send_response(302)
+                self.send_header("Location", videos[0].as_uri())
+            elif self.path == "/huge":
+                self.send_response(200)
+                self.send_header("Content-Length", str(2**40))
+            else:
+                return super().do_GET()
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}"
+        server.shutdown()
+
+
+def test_bytes_open_files_links_and_pictures_are_videos(classifier, videos, site):
+    import fsspec
+
+    video, content = videos[0], videos[0].read_bytes()
+    fsspec.filesystem("memory").pipe("/clip.mp4", content)
+    expected = classifier(video)
+    with open(video, "rb") as file:
+        same = [content, bytearray(content), io.BytesIO(content), file]
+        same += [video.as_uri(), "memory://clip.mp4", f"{site}/{video.name}?token=secret"]
+        assert classifier(same) == [expected] * len(same)
+        assert [x.clip for x in classifier.classify(same[:2])] == ["bytes 0", "bytes 1"]
+    assert classifier(content) == expected
+    frames = vivit_jax.read_video(content)
+    np.testing.assert_array_equal(frames, vivit_jax.read_video(os.fsencode(video)))
+    assert vivit_jax.probe_video(site + "/40.mp4") == vivit_jax.probe_video(video)
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for one in (pictures, tuple(pictures), list(frames)):
+        assert classifier(one) == classifier(frames)
+    with_alpha = [picture.convert("RGBA") for picture in pictures]
+    assert classifier([with_alpha, frames]) == [classifier(frames)] * 2
+    array = io.BytesIO()
+    np.save(array, frames)
+    assert classifier(array.getvalue()) == classifier(frames)
+
+
+def test_sources_that_cannot_be_read(classifier, videos, site, monkeypatch):
+    content = videos[0].read_bytes()
+    picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    broken = io.BytesIO(content)
+    broken.close()
+    for video, told in (
+        (content[:50], "^bytes 0: no readable video"),
+        (io.StringIO("clip"), "reading it gives str; expected bytes: open it in binary mode"),
+        (broken, "a BytesIO: reading it failed: I/O operation on closed file"),
+        (f"{site}/none.mp4?key=secret", r"/none.mp4: the server answers 404 .*; check the link$"),
+        (f"{site}/moved", "/moved: the server answers 302 .*file:.* is not allowed"),
+        (f"{site}/huge", "/huge: 1,099,511,627,776 bytes or more; expected at most 1,073,741,824"),
+        ("http://user:secret@localhost:1/a.mp4", "^http://localhost:1/a.mp4: cannot be fetched"),
+        ("memory://nothing.mp4", "^memory:///?nothing.mp4: .*FileNotFoundError"),
+        ("teleport://x/a.mp4", "teleport is no protocol that is known"),
+        ("zip://a.mp4::memory://b.zip", "a chain of protocols"),
+        (
+            [picture, picture.resize((4, 4))],
+            r"frames 0: frames of different kinds: uint8 \(4, 4, 3",
+        ),
+    ):
+        with pytest.raises(VideoError, match=told) as raised:
+            classifier(video)
+        assert "secret" not in str(raised.value)
+    monkeypatch.setenv("VIVIT_JAX_UNPACK_LIMIT", "1000")
+    for video in (content, io.BytesIO(content), f"{site}/40.mp4", videos[0].as_uri()):
+        with pytest.raises(VideoError, match="bytes or more; expected at most 1,000: save it as a"):
+            classifier(video)
+
+
+def test_a_protocol_whose_package_lacks_is_named(classifier, monkeypatch):
+    import fsspec
+
+    def lacks(*_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "open", lacks)
+    with pytest.raises(
+        VideoError, match="protocol s3 needs another package .Install s3fs to acces"
+    ):
+        classifier("s3://bucket/a.mp4")
+
+
+def test_links_in_lists_of_clips_are_not_opened(site, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text(f"{site}/40.mp4 0\n")
+    (example,) = read_dataset("list.txt").examples
+    with pytest.raises(VideoError, match="links are not opened; download the file"):
+        read_frames(example, [0])
+
+
+def test_probabilities_are_in_the_order_of_the_labels(classifier, videos, tmp_path, caplog):
+    found = classifier.predict_proba(iter([*videos, tmp_path / "none.mp4"]), batch_size=2)
+    assert found.shape == (4, 5) and found.dtype == np.float32
+    assert np.isnan(found[3]).all() and "a row of NaN: " in caplog.text
+    for row, predictions in zip(found, classifier([*videos], batch_size=2), strict=False):
+        expected = scores(predictions)
+        np.testing.assert_array_equal(row, [np.float32(expected[name]) for name in LABELS])
+    np.testing.assert_allclose(found[:3].sum(1), 1, rtol=1e-5)
+    assert classifier.predict_proba(videos[0]).shape == (1, 5)
+    assert classifier.predict_proba([]).shape == (0, 5)
+    with pytest.raises(VideoError, match="none.mp4: no such file"):
+        classifier.predict_proba(tmp_path / "none.mp4")
+    with pytest.raises(UserError, match="function_to_apply='softmax' or 'sigmoid'"):
+        classifier.predict_proba(videos[0], function_to_apply="none")
+
+
+def test_a_classifier_says_what_it_is(classifier):
+    assert repr(classifier) == (
+        "VideoClassifier(VideoMAEForVideoClassification: 5 classes (walk, run, jump, fly, ...); "
+        "clips of 6 frames of 24 x 16 pixels, stride 4; float32)"
+    )
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_generator_is_never_read_further_than_a_batch_and_what_is_read_ahead(
+    classifier, videos, views
+):
+    """Memory is bounded by videos that are read ahead of those whose views fill a batch."""
+    taken, rows, threads = [], 4, 3
+    endless = ((taken.append(k), videos[0])[1] for k in itertools.count())
+    options = dict(batch_size=rows, threads=threads, num_clips=views)
+    for given, _ in enumerate(classifier(endless, **options)):
+        assert len(taken) - given <= rows + threads + 1
+        if given == 12:
+            break
 
 
 def _with(classifier, processor):
@@ -283,10 +424,10 @@ def test_wrong_options_are_told(classifier, videos, options, message):
     [
         (7, "inputs is int, expected a path"),
         (None, "inputs is NoneType"),
-        (b"clip.mp4", "inputs is bytes"),
         ({"clip.mp4": 1}, "inputs is dict"),
         ([7], "video 0 is int, expected a path"),
         ([["clip.mp4"]], "video 0 is list"),
+        ([["clip.mp4"], []], "video 0 is list"),
     ],
     ids=str,
 )

@@ -28,6 +28,7 @@ LATE = {
     "orbax": "3 s to import, and only what trains needs it",
     "huggingface_hub": "extra hub",
     "flatbuffers": "extra export",
+    "fsspec": "only what opens a link needs it",
     "tensorboardX": "extra tensorboard",
     "fcntl": "Python has it on POSIX systems only",
     "resource": "Python has it on POSIX systems only",

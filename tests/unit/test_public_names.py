@@ -16,10 +16,10 @@ PUBLIC = (
     "VideoClassifier", "VideoError", "VideoMAEConfig", "VideoMAEForPreTraining",
     "VideoMAEForVideoClassification", "VideoMAEModel", "VideoProcessor", "VivitConfig",
     "VivitForVideoClassification", "VivitModel", "dual_mask", "export_model", "extract_features",
-    "from_pretrained", "gather_classes", "init_from_image_model", "init_from_pretraining",
-    "init_from_video_model", "map_attention", "probe_video", "random_mask", "read_label_map",
-    "read_video", "read_video_pyav", "reconstruct", "running_cell", "sample_frame_indices",
-    "save_pretrained", "tube_mask",
+    "from_nnx", "from_pretrained", "gather_classes", "init_from_image_model",
+    "init_from_pretraining", "init_from_video_model", "map_attention", "probe_video",
+    "random_mask", "read_label_map", "read_video", "read_video_pyav", "reconstruct",
+    "running_cell", "sample_frame_indices", "save_pretrained", "to_nnx", "tube_mask",
 )  # fmt: skip
 PUBLIC_IN_TRAIN = (
     "Callback", "Dataset", "EarlyStop", "Event", "Outcome", "Recipe", "RunOptions", "TrainState",

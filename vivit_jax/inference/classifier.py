@@ -5,9 +5,7 @@ import collections
 import dataclasses
 import itertools
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,10 @@ from vivit_jax.data.read_clip import (
 )
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError, VideoError
+from vivit_jax.inference.videos import Video, is_one, read_ahead, readable, several
 from vivit_jax.layers.embed import check_clip
 from vivit_jax.models.losses import split_logits
+from vivit_jax.models.registry import is_known
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.train.metrics import action_scores
 from vivit_jax.typed import reusable
@@ -41,21 +41,19 @@ AVERAGES = ("softmax", "logits")
 # By problem_type, as transformers' pipeline chooses; softmax where it says nothing.
 _FUNCTION_OF = {"multi_label_classification": "sigmoid", "regression": "none"}
 
-# A video file, an .npy file, or the frames themselves.
-Video = str | os.PathLike | np.ndarray | jax.Array
-_Readable = str | os.PathLike | np.ndarray
-
 
 @dataclasses.dataclass(frozen=True)
 class Classified:
     """The predictions for one video, best first, or why there are none."""
 
-    clip: str  # the path; "array 0" and so on for frames
+    clip: str  # the path or link; "array 0", "bytes 1", "frames 2" and so on for what has none
     frames: np.ndarray | None = None  # int64 [clips, t], the frames that were read
     predictions: list[dict[str, Any]] | None = None  # {"label", "index", "score"}
     # For a model of several heads: the predictions of each by its name.
     heads: dict[str, list[dict[str, Any]]] | None = None
     error: VideoError | None = None
+    # Of every class in the order of config.labels; of several heads each one's own.
+    scores: Float32[np.ndarray, " classes"] | None = None
 
 
 class VideoClassifier:
@@ -70,7 +68,7 @@ class VideoClassifier:
     | `image_processor`, `video_processor` | `processor`; by default the one beside the weights |
     | `dtype` (`torch_dtype`) | `dtype`: "float32", "bfloat16", "float16" |
     | `device` | JAX's default device; `with jax.default_device(...)` chooses another |
-    | `inputs`: a path, an http link, a list | a path, an array of frames, a list or generator |
+    | `inputs`: a path, an http link, a list | these, bytes, an open file, frames, a generator |
     | `top_k=5` | `top_k=5` |
     | `num_frames` | the model's own; another length needs another model |
     | `frame_sampling_rate=1` | `stride`; default ViViT 2, VideoMAE 4, less in a short video |
@@ -93,8 +91,12 @@ class VideoClassifier:
     """
 
     def __init__(self, model, params: Any, processor: VideoProcessor):
-        """`model` is a `VivitForVideoClassification` or `VideoMAEForVideoClassification`."""
-        if not hasattr(model, "config") or not isinstance(params, Mapping) or "head" not in params:
+        """`model` is a `VivitForVideoClassification` or `VideoMAEForVideoClassification`.
+
+        Or one of your own, as `vivit_jax.train.own_model` describes it.
+        """
+        pair = hasattr(model, "config") and isinstance(params, Mapping)
+        if not pair or (is_known(model) and "head" not in params):
             raise UserError(
                 f"VideoClassifier takes a classifier and its params, got {type(model).__name__} "
                 "without a head"
@@ -143,26 +145,66 @@ class VideoClassifier:
     def __call__(self, inputs: Video | Iterable[Video], **options: Any):
         """Labels and scores of one video, best first: [{"label", "index", "score"}, ...].
 
-        A list gives a list of these, any other iterable a lazy iterator. In both a video that
-        cannot be read gives its VideoError, with a warning, and the others are still classified.
+        A video is a path or a link (http, https, or a protocol of fsspec), the content of a file as
+        bytes, an open binary file, an array of frames [t, h, w, c], or a list of pictures (of
+        Pillow, or arrays [h, w, c]). A list of videos gives a list of answers, any other iterable a
+        lazy iterator. In both a video that cannot be read gives its VideoError, with a warning, and
+        the others are still classified.
+
         `options` are those of `classify`. A model of several heads gives the best combinations of
         labels; `classify` also gives those of each head.
 
         Raises VideoError for a single video that cannot be read or is too short, UserError for
         wrong options.
         """
-        if isinstance(inputs, Video):
-            (result,) = self.classify([inputs], **options)
+        if is_one(inputs):
+            one: Any = inputs
+            (result,) = self.classify([one], **options)
             if result.error is not None:
                 raise result.error
             return result.predictions
-        if not isinstance(inputs, Iterable) or isinstance(inputs, bytes | Mapping):
-            raise UserError(
-                f"inputs is {type(inputs).__name__}, expected a path, an array of frames "
-                "[t, h, w, c], or a list or generator of these"
-            )
-        found = _answers(self.classify(inputs, **options))
+        found = _answers(self.classify(several(inputs), **options))
         return list(found) if isinstance(inputs, list | tuple) else found
+
+    def predict_proba(
+        self, inputs: Video | Iterable[Video], **options: Any
+    ) -> Float32[np.ndarray, "n classes"]:
+        """The probability of every class, in the order of `config.labels`, for each video.
+
+        `inputs` and `options` are those of a call. One video gives one row. Of several, a video
+        that cannot be read gives a row of NaN, with a warning. A model of several heads gives the
+        probabilities of each head's classes, one head after another.
+
+        Raises UserError for a regression, and what a call raises.
+        """
+        function = _checked_function(options.pop("function_to_apply", None), self.config)
+        if function == "none":
+            raise UserError(
+                "predict_proba needs probabilities, and this model gives none: its problem_type is "
+                f"{self.config.problem_type!r}; call the classifier, or pass "
+                "function_to_apply='softmax' or 'sigmoid'"
+            )
+        one = is_one(inputs)
+        videos: Any = [inputs] if one else several(inputs)
+        rows = []
+        for result in self.classify(videos, function_to_apply=function, **options):
+            if result.error is not None:
+                if one:
+                    raise result.error
+                logger.warning("a row of NaN: %s", result.error)
+            none = np.full(self.config.num_labels, np.nan)
+            rows.append(none if result.scores is None else result.scores)
+        return np.array(rows, np.float32).reshape(-1, self.config.num_labels)
+
+    def __repr__(self) -> str:
+        config, most = self.config, 4
+        height, width = config.frame_size
+        names = ", ".join(config.labels[:most]) + (", ..." if len(config.labels) > most else "")
+        return (
+            f"VideoClassifier({type(self.model).__name__}: {config.num_labels} classes ({names}); "
+            f"clips of {config.num_frames} frames of {height} x {width} pixels, stride "
+            f"{config.frame_stride}; {config.dtype})"
+        )
 
     def classify(
         self,
@@ -183,8 +225,9 @@ class VideoClassifier:
         """Yields the predictions for each video, in order, or why it cannot be read.
 
         Args:
-            videos: paths of video files or .npy files, or uint8 frames [t, h, w, c]. An exception
-                of their iterator is raised after the results of the videos before it.
+            videos: of the kinds that a call takes, read at most `threads` videos ahead of those
+                whose views fill a batch. An exception of their iterator is raised after the results
+                of the videos before it.
             top_k: the number of classes.
             stride, start, pad: which frames, see `vivit_jax.data.read_clip.read_clips`.
             num_clips: clips along time, spread as the papers test.
@@ -221,11 +264,11 @@ class VideoClassifier:
             except VideoError as error:  # names frames, not their file
                 raise VideoError(f"{name}: {error}") from None
 
-        def read(name: str, video: _Readable) -> tuple[np.ndarray, np.ndarray] | VideoError:
+        def read(name: str, video: Any) -> tuple[np.ndarray, np.ndarray] | VideoError:
             try:
-                with one_clip(name):
+                with one_clip(name), readable(name, video) as source:
                     clips = read_clips(
-                        video,
+                        source,
                         config,
                         stride=stride,
                         start=start,
@@ -240,7 +283,8 @@ class VideoClassifier:
         def finish(name: str, frames: np.ndarray, logits: list[np.ndarray]) -> Classified:
             scores, heads = self._scores(np.stack(logits), average, function)
             best = best_labels(scores, top_k, config.labels, config.class_splits)
-            return Classified(name, frames, best, self._best_of_heads(heads, top_k))
+            each = np.concatenate(heads) if len(heads) else scores
+            return Classified(name, frames, best, self._best_of_heads(heads, top_k), scores=each)
 
         def results() -> Iterator[Classified]:
             for (name, found), logits in self._with_logits(videos, read, batch_size, threads):
@@ -280,7 +324,7 @@ class VideoClassifier:
         waiting: collections.deque = collections.deque()  # [(name, frames or error), views, logits]
         views: collections.deque = collections.deque()  # (pixels, logits to append to)
         raised = None
-        for name, found in _read_ahead(videos, read, threads):
+        for name, found in read_ahead(videos, read, threads):
             if name is None:
                 raised = found
                 break
@@ -374,49 +418,6 @@ def _answers(results: Iterator[Classified]) -> Iterator[list[dict[str, Any]] | V
         else:
             assert result.predictions is not None
             yield result.predictions
-
-
-def _named(number: int, video: Video) -> tuple[str, _Readable]:
-    if isinstance(video, np.ndarray | jax.Array):
-        return f"array {number}", np.asarray(video)
-    if not isinstance(video, str | os.PathLike):
-        raise UserError(
-            f"video {number} is {type(video).__name__}, expected a path or an array of frames "
-            "[t, h, w, c]"
-        )
-    return os.fspath(video), video
-
-
-def _read_ahead(videos: Iterable[Video], read, threads: int) -> Iterator[tuple[str | None, Any]]:
-    """(name, what `read` returns) of each video, in order, read in threads, a few ahead.
-
-    Ends with (None, error) if the videos' own iterator raises one.
-    """
-    with ThreadPoolExecutor(threads, thread_name_prefix="read clips") as pool:
-        ahead: collections.deque = collections.deque()
-        raised, numbered = None, enumerate(videos)
-        try:
-            while True:
-                try:
-                    name, video = _named(*next(numbered))
-                except StopIteration:
-                    break
-                except Exception as error:
-                    raised = error
-                    break
-                ahead.append((name, pool.submit(read, name, video)))
-                if len(ahead) > threads:
-                    name, future = ahead.popleft()
-                    yield name, future.result()
-            while ahead:
-                name, future = ahead.popleft()
-                yield name, future.result()
-            if raised is not None:
-                yield None, raised
-        finally:
-            # Stopping early waits for videos that are being read, not for those not begun.
-            for _, future in ahead:
-                future.cancel()
 
 
 def best_labels(values: np.ndarray, top_k: int, labels, splits=None) -> list[dict[str, Any]]:

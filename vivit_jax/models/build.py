@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,9 @@ from jax.core import Tracer
 
 from vivit_jax import param_tree
 from vivit_jax.config import Config, check_head
-from vivit_jax.errors import ConfigError
+from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.layers.platform import flag, platform
-from vivit_jax.models.registry import family_of, head_of
+from vivit_jax.models.registry import family_of, head_of, is_known
 
 
 def build_model(config: Config, head: str, add_pooling_layer: bool | None = None) -> nn.Module:
@@ -75,7 +75,8 @@ def _no_mesh():
 def _init_inputs(model: nn.Module) -> tuple[jax.ShapeDtypeStruct, dict[str, Any]]:
     config = model.config
     shape = (1, config.num_frames, *config.frame_size, config.num_channels)
-    inputs = family_of(config).init_inputs(config, head_of(model))
+    # A model of no family takes a clip alone.
+    inputs = family_of(config).init_inputs(config, head_of(model)) if is_known(model) else {}
     return jax.ShapeDtypeStruct(shape, np.float32), inputs
 
 
@@ -86,6 +87,21 @@ def expected_shapes(
     leaves = param_tree.flatten(abstract_params(build_model(config, head, pooler)))
     shapes = param_tree.shapes_of(leaves)
     return {path: slot.shape for path, slot in param_tree.slots(shapes).items()}
+
+
+def check_params(model: nn.Module, params: Mapping[str, Any]) -> None:
+    """UserError for params whose paths or shapes are not the model's."""
+    expected, found = (
+        param_tree.shapes_of(param_tree.flatten(tree)) for tree in (abstract_params(model), params)
+    )
+    wrong = [path for path in {**expected, **found} if expected.get(path) != found.get(path)]
+    if wrong:
+        path, more = wrong[0], f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"the params are not those of this {type(model).__name__}: {path} has shape "
+            f"{found.get(path, 'none')}, expected {expected.get(path, 'none')}{more}; take both "
+            "from one call of from_pretrained or init"
+        )
 
 
 def fresh_params(model: nn.Module, seed: int) -> dict[str, Any]:

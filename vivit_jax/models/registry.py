@@ -39,6 +39,11 @@ def family_of(config: Config) -> Family:
     )
 
 
+def is_known(model: nn.Module) -> bool:
+    """Whether a model is of a registered family."""
+    return any(type(model) is cls for family in FAMILIES for cls in family.models.values())
+
+
 def head_of(model: nn.Module) -> str:
     """The head of a model: "none", "classification" or "pretraining"."""
     for family in FAMILIES:

@@ -35,6 +35,7 @@ from vivit_jax.data.datasets.objects import ObjectClips
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
+from vivit_jax.data.video.opened import refuse_link
 from vivit_jax.errors import UserError, VideoError
 
 
@@ -331,6 +332,7 @@ def _stored(example: Example) -> _Stored:
         if frames.dtype != np.uint8:
             raise VideoError(f"{path}: an array of {frames.dtype}; expected uint8")
     elif not os.path.isdir(path):
+        refuse_link(path)
         if example.frame_name is not None:
             raise VideoError(f"{path}: no such folder of images; the list gives it {total}")
         return None
