@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Callbacks: what they see, how they end a run, and what resuming gives them back."""
 
-import dataclasses
 import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from tiny import SMALL_VIDEOMAE
-from tiny_recipes import FINETUNE, changed
-from tiny_runs import PLAIN, assert_same, lines, state, write_clip
+from tiny_recipes import changed
+from tiny_runs import PATIENCE, assert_same, free_port, lines, share_steps, small_recipe, state
 
 from vivit_jax.errors import UserError
-from vivit_jax.train import EarlyStop, Event, prepare, train
+from vivit_jax.train import EarlyStop, Event, train
 from vivit_jax.train.callbacks import Callbacks
-from vivit_jax.train.log import read_metrics
 from vivit_jax.train.sharding import parse_mesh
 
 STEPS, PER_EPOCH = 6, 2
@@ -23,36 +25,12 @@ STEPS, PER_EPOCH = 6, 2
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for split in ("train", "test"):
-        for label in range(2):
-            (root / split / str(label)).mkdir(parents=True)
-            for i in range(4):
-                write_clip(root / split / str(label) / f"{i}.npy", label, rng)
-    plain = dataclasses.replace(FINETUNE, augment=PLAIN)
-    return changed(
-        plain,
-        model__config=SMALL_VIDEOMAE | dict(num_labels=2, head_dropout=0.3),
-        optim__layer_decay=None,
-        data__train=str(root / "train"),
-        data__validation=str(root / "test"),
-        train__batch_size=4,
-        train__epochs=STEPS // PER_EPOCH,
-    )
+    return small_recipe(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def equal_steps_are_compiled_once():
-    made, make_setup = {}, prepare.make_setup
-
-    def remembered(recipe, mesh, model, processor, *others):
-        fixed = dataclasses.replace(recipe.train, steps=None)
-        key = repr((model, recipe.optim, fixed, mesh))
-        found = make_setup(recipe, mesh, model, processor, *others)
-        return dataclasses.replace(found, step=made.setdefault(key, found.step))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "make_setup", remembered)
+    with share_steps():
         yield
 
 
@@ -119,8 +97,8 @@ def test_a_callback_ends_a_run_after_its_step(recipe, plain, tmp_path):
 
     outcome = run(recipe, tmp_path / "run", stop)
     assert (outcome.step, outcome.stopped, outcome.stop_reason) == (3, None, "enough is known")
-    events = [x for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if x["kind"] == "event"]
-    assert events[-1]["text"] == "ended early: enough is known"
+    *_, event = lines(tmp_path / "run", "event")
+    assert event["text"] == "ended early: enough is known"
     assert lines(tmp_path / "run") == lines(plain)[:3]
     # Resumed without it, the run ends as one that was never stopped.
     assert run(recipe, tmp_path / "run", resume=True).step == STEPS
@@ -170,6 +148,13 @@ def test_callbacks_that_come_and_go_are_told(caplog):
     assert "no state of the callback Sum 0 is saved; it begins anew" in caplog.text
 
 
+def test_a_state_that_is_not_json_is_named():
+    callback = Sum()
+    callback.total = np.float32(1)
+    with pytest.raises(UserError, match=r"state\(\) of the callback Sum 0 gave .* not JSON values"):
+        Callbacks([callback]).state()
+
+
 def evaluation(step, score, **metrics):
     asked = []
     state: Any = None
@@ -201,6 +186,7 @@ def test_early_stop(scores, options, ends):
         assert all((metric or "the score") in reason for reason in reasons.values())
 
 
+@pytest.mark.slow
 def test_early_stop_ends_a_run(recipe, tmp_path):
     slow = changed(recipe, optim__lr=1e-9)
     outcome = run(slow, tmp_path / "run", EarlyStop(1))
@@ -208,11 +194,18 @@ def test_early_stop_ends_a_run(recipe, tmp_path):
     assert outcome.stop_reason.endswith("in 1 evaluation")
 
 
+def test_early_stop_without_evaluations_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match="EarlyStop looks at evaluations, and the run has none"):
+        run(changed(recipe, data__validation=None), tmp_path / "run", EarlyStop())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "callbacks, message",
     [
-        (lambda event: None, r"expected a list of them: callbacks=\[it\]"),
-        ("wandb", "is one callback"),
+        (lambda event: None, r"expected a list of callbacks: callbacks=\[it\]"),
+        ("wandb", "callbacks is 'wandb'"),
+        (None, "callbacks is None"),
         ([3], "callbacks has 3; expected functions"),
     ],
 )
@@ -220,3 +213,62 @@ def test_what_is_no_callback(recipe, callbacks, message, tmp_path):
     with pytest.raises(UserError, match=message):
         train(recipe, tmp_path / "run", callbacks=callbacks)
     assert not (tmp_path / "run").exists()
+
+
+_PROCESS = """
+import pickle, sys
+import jax
+port, process, out, recipe = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+from vivit_jax.errors import UserError
+from vivit_jax.train import train
+recipe = pickle.load(open(recipe, "rb"))
+sums = []
+
+def everywhere(event):
+    sums.append(float(sum(abs(x).sum() for x in jax.tree.leaves(event.state.params))))
+
+everywhere.every_process = True
+
+def first(event):
+    assert not int(process)
+    if event.step == 3:
+        event.stop("enough")
+    if event.step == 5:
+        raise KeyError("gone")
+
+def quiet(text):
+    pass
+
+outcome = train(recipe, out, callbacks=[everywhere, first], say=quiet)
+print(outcome.step, outcome.stop_reason, sums)
+try:
+    train(recipe, out, callbacks=[everywhere, first], resume=True, say=quiet)
+except UserError as error:
+    print(error)
+outcome = train(recipe, out, resume=True, say=quiet)
+print(outcome.step, outcome.stop_reason)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_what_a_callback_of_one_says(recipe, tmp_path):
+    held, port = tmp_path / "recipe", str(free_port())
+    held.write_bytes(pickle.dumps(recipe))
+    root = Path(__file__).parents[2]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), "XLA_FLAGS": ""}
+    lives = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, port, str(i), str(tmp_path / "run"), str(held)],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    told = [life.communicate(timeout=PATIENCE) for life in lives]
+    assert [life.returncode for life in lives] == [0, 0], told
+    (a, of_first, end_a), (b, of_second, end_b) = (text.splitlines() for text, _ in told)
+    assert a == b and a.startswith("3 enough [") and a.count(",") == 3  # with one evaluation
+    assert "callback first failed after step 5: KeyError: 'gone'; a checkpoint" in of_first
+    assert of_second == "process 0 cannot continue; its own message says why"
+    assert end_a == end_b == f"{STEPS} None"
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, STEPS + 1))

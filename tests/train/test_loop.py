@@ -77,14 +77,14 @@ def equal_steps_are_compiled_once():
     """Runs of one recipe on one mesh share the compiled step, which takes seconds."""
     made, make_step = {}, setup.make_step
 
-    def remembered(model, optimizer, schedule, recipe, processor, mesh, shapes):
+    def remembered(model, optimizer, schedule, recipe, processor, mesh, shapes, own):
         free = dict(steps=None, checkpoint_every=None, keep=1, max_bad_steps=1)
         rates = [float(schedule(i)) for i in range(8)]
         train = dataclasses.replace(recipe.train, **free)
         key = (model, recipe.task, recipe.optim, recipe.augment, recipe.mask, train, rates)
         key = repr((*key, recipe.data.repeats, processor.to_dict(), mesh))
         if key not in made:
-            made[key] = make_step(model, optimizer, schedule, recipe, processor, mesh, shapes)
+            made[key] = make_step(model, optimizer, schedule, recipe, processor, mesh, shapes, own)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,8 @@
 """Runs of tiny recipes: their data, their command lines, their processes and what they wrote."""
 
 import ast
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -13,9 +15,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+from tiny import SMALL_VIDEOMAE
+from tiny_recipes import FINETUNE, changed
 
 from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.recipes import recipe_named, to_dict
+from vivit_jax.train import prepare
 from vivit_jax.train.log import read_metrics
 from vivit_jax.train.run_directory import differences
 
@@ -30,6 +36,45 @@ def write_clip(path, label, rng):
     clip = rng.integers(0, 120, (6, 18, 20, 3))
     clip[..., (2, 1, 0, slice(None))[label]] += 100
     np.save(path, clip.astype(np.uint8))
+
+
+_STEPS: dict = {}  # of `share_steps`
+
+
+@contextlib.contextmanager
+def share_steps():
+    """Runs of one recipe on one mesh share the compiled step, which takes seconds."""
+    make_setup = prepare.make_setup
+
+    def remembered(recipe, mesh, model, processor, per_epoch, validation, own):
+        fixed = dataclasses.replace(recipe.train, steps=None)
+        of_recipe = (recipe.task, recipe.optim, recipe.augment, fixed)
+        key = repr((model, of_recipe, mesh, own.loss, own.augment))
+        found = make_setup(recipe, mesh, model, processor, per_epoch, validation, own)
+        return dataclasses.replace(found, step=_STEPS.setdefault(key, found.step))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "make_setup", remembered)
+        yield
+
+
+def small_recipe(root, classes=2, clips=4):
+    """The recipe of a run of 3 epochs of 2 steps; writes its clips below `root`."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(classes):
+            (root / split / str(label)).mkdir(parents=True)
+            for i in range(clips):
+                write_clip(root / split / str(label) / f"{i}.npy", label, rng)
+    return changed(
+        dataclasses.replace(FINETUNE, augment=PLAIN),
+        model__config=SMALL_VIDEOMAE | dict(num_labels=classes, head_dropout=0.3),
+        optim__layer_decay=None,
+        data__train=str(root / "train"),
+        data__validation=str(root / "test"),
+        train__batch_size=classes * clips // 2,
+        train__epochs=3,
+    )
 
 
 def settings(recipe, name=NAME):

@@ -22,8 +22,9 @@ PUBLIC = (
     "running_cell", "sample_frame_indices", "save_pretrained", "to_nnx", "tube_mask",
 )  # fmt: skip
 PUBLIC_IN_TRAIN = (
-    "Callback", "Dataset", "EarlyStop", "Event", "Outcome", "Recipe", "RunOptions", "TrainState",
-    "apply_settings", "from_objects", "read_dataset", "recipe_named", "train",
+    "Augment", "Callback", "ClipConfig", "Dataset", "EarlyStop", "Event", "Outcome", "Profile",
+    "Recipe", "RunOptions", "TrainState", "apply_settings", "from_objects", "read_dataset",
+    "read_params", "recipe_named", "train",
 )  # fmt: skip
 NAMES = [(vivit_jax, PUBLIC), (vivit_jax.train, PUBLIC_IN_TRAIN)]
 

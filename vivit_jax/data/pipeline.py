@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from vivit_jax.data.datasets.dataset import Dataset, Example, read_training_clip
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.sampling import training_indices
 from vivit_jax.data.settings import FEW_CLIPS, AugmentSettings, DataSettings
-from vivit_jax.data.transforms.augment import train_transform
+from vivit_jax.data.transforms.augment import Transform, train_transform
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.processes import follow_the_main_process, interrupts_held
 
@@ -102,7 +101,7 @@ class LoadClip:
     """
 
     settings: DataSettings
-    transform: Callable[[np.random.Generator, np.ndarray], np.ndarray]
+    transform: Transform
     shape: ClipShape
     sampler: EpochSampler
     cache: VideoCache
@@ -197,17 +196,18 @@ def _collect() -> None:
 class Batches:
     """Endless batches {"clips": uint8 [b, t, h, w, c], "labels": int32 [b] or [b, heads]}.
 
-    `b` is this process's part of batch_size * repeats; the copies of a clip are neighbours. Another
-    clip, drawn at random, replaces a bad one, and `bad` names it; UserError if bad clips are more
-    than `settings.max_bad_share` of those read. `state()` and `restore()` are for checkpoints.
-    Close it, or use it in a `with` statement, to end grain's threads and processes.
+    `augment` makes training clips of decoded ones: settings, or the function itself. `b` is this
+    process's part of batch_size * repeats; the copies of a clip are neighbours. Another clip, drawn
+    at random, replaces a bad one, and `bad` names it; UserError if bad clips are more than
+    `settings.max_bad_share` of those read. `state()` and `restore()` are for checkpoints. Close it,
+    or use it in a `with` statement, to end grain's threads and processes.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         settings: DataSettings,
-        augment: AugmentSettings,
+        augment: AugmentSettings | Transform,
         *,
         shape: ClipShape,
         batch_size: int,
@@ -227,7 +227,7 @@ class Batches:
         self._settings, self._labelled = settings, labelled
         self._rows = batch_size // shard.count
         self._cache = VideoCache(settings.cache_gib * 2**30)
-        transform = train_transform(augment, shape.size)
+        transform = augment if callable(augment) else train_transform(augment, shape.size)
         self._load_clip = LoadClip(settings, transform, shape, self.sampler, self._cache)
         self._elements: Any = None  # grain's DatasetIterator, or None
         self._first: list[dict[str, Any]] = []  # the element read while processes started

@@ -16,36 +16,47 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from vivit_jax.recipes.recipe import Recipe
     from vivit_jax.train.callbacks import Callback, EarlyStop, Event
     from vivit_jax.train.loop import Outcome, RunOptions, train
+    from vivit_jax.train.own import Augment
+    from vivit_jax.train.own_model import ClipConfig, read_params
+    from vivit_jax.train.profile import Profile
     from vivit_jax.train.state import TrainState
 
 # The module of each public name. tests/unit/test_public_names.py compares all three lists.
 _PUBLIC = {
+    "Augment": "vivit_jax.train.own",
     "Callback": "vivit_jax.train.callbacks",
+    "ClipConfig": "vivit_jax.train.own_model",
     "Dataset": "vivit_jax.data.datasets.dataset",
     "EarlyStop": "vivit_jax.train.callbacks",
     "Event": "vivit_jax.train.callbacks",
     "Outcome": "vivit_jax.train.loop",
+    "Profile": "vivit_jax.train.profile",
     "Recipe": "vivit_jax.recipes.recipe",
     "RunOptions": "vivit_jax.train.loop",
     "TrainState": "vivit_jax.train.state",
     "apply_settings": "vivit_jax.recipes",
     "from_objects": "vivit_jax.data.datasets.dataset",
     "read_dataset": "vivit_jax.data.datasets.dataset",
+    "read_params": "vivit_jax.train.own_model",
     "recipe_named": "vivit_jax.recipes",
     "train": "vivit_jax.train.loop",
 }
 __all__ = [
+    "Augment",
     "Callback",
+    "ClipConfig",
     "Dataset",
     "EarlyStop",
     "Event",
     "Outcome",
+    "Profile",
     "Recipe",
     "RunOptions",
     "TrainState",
     "apply_settings",
     "from_objects",
     "read_dataset",
+    "read_params",
     "recipe_named",
     "train",
 ]

@@ -36,16 +36,20 @@ _TRIES = 10  # to draw a box that fits, as in the papers' code
 
 
 def training_pixels(
-    processor: VideoProcessor, settings: AugmentSettings
+    processor: VideoProcessor,
+    settings: AugmentSettings,
+    own: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    floats: bool = False,
 ) -> Callable[[jax.Array, jax.Array, jax.Array], ByteClips | jax.Array]:
     """(key, clip_ids [b], uint8 [b, t, h, w, c]) -> the model's input, augmented except for mixing.
 
-    The input is bytes with the processor's arithmetic if the settings change no pixel, else float32
-    pixels. Colour jitter precedes normalisation, as in scenic (which undoes it first); erasing
-    follows it, as in VideoMAE. A clip's augmentation is a function of the key and its id.
+    The input is bytes with the processor's arithmetic if nothing changes a pixel and `floats` are
+    not asked for, else float32 pixels. Colour jitter precedes normalisation, as in scenic (which
+    undoes it first); erasing follows it, as in VideoMAE; `own`, (key, pixels of a clip) -> pixels,
+    comes last. A clip's augmentation is a function of the key and its id.
     """
     values = hashable_arithmetic(processor)
-    if not (settings.colour or settings.erase or settings.mixes):
+    if not (settings.colour or settings.erase or settings.mixes or own or floats):
         return lambda key, clip_ids, clips: ByteClips(clips, *values)
     normalise = scaled_and_shifted(*values)
 
@@ -54,9 +58,23 @@ def training_pixels(
         if settings.colour:
             clips = 255 * colour_jitter(colour, clips.astype(jnp.float32) / 255, settings.colour)
         clips = normalise(clips)
-        return random_erasing(erase, clips, settings.erase) if settings.erase else clips
+        clips = random_erasing(erase, clips, settings.erase) if settings.erase else clips
+        if own is not None:
+            clips = _by_own(own, clip_keys(jax.random.fold_in(key, 2), clip_ids), clips)
+        return clips
 
     return pixels
+
+
+def _by_own(own: Callable, keys: Keys, clips: jax.Array) -> jax.Array:
+    """Each clip as a function of the caller changes it."""
+    changed = jax.vmap(own)(keys, clips)
+    if not isinstance(changed, jax.Array) or changed.shape != clips.shape:
+        raise UserError(
+            f"the augmentation of pixels returned {jnp.shape(changed)[1:]} for a clip of "
+            f"{clips.shape[1:]}; expected an array of the same shape"
+        )
+    return changed.astype(clips.dtype)
 
 
 def _uniform(keys: Keys, count: int) -> jax.Array:

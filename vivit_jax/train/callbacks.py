@@ -22,14 +22,15 @@ so a checkpoint of the last step is saved first; `resume` goes on from it.
 
 import collections
 import dataclasses
+import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
-from vivit_jax.errors import UserError, first_line
+from vivit_jax.errors import UserError, first_line, quoted
 from vivit_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -148,9 +149,12 @@ class Callbacks:
     first said that asked for the end.
     """
 
-    def __init__(self, callbacks: Sequence[Callback]):
-        if callable(callbacks) or isinstance(callbacks, str):
-            raise UserError("callbacks is one callback; expected a list of them: callbacks=[it]")
+    def __init__(self, callbacks: Iterable[Callback]):
+        if callable(callbacks) or isinstance(callbacks, str) or not isinstance(callbacks, Iterable):
+            raise UserError(
+                f"callbacks is {callbacks!r}; expected a list of callbacks: callbacks=[it]"
+            )
+        callbacks = tuple(callbacks)
         for each in callbacks:
             if not callable(each):
                 raise UserError(
@@ -162,7 +166,7 @@ class Callbacks:
         self._all: tuple[Callback, ...] = ()
         self.put_first(callbacks)
 
-    def put_first(self, callbacks: Sequence[Callback]) -> None:
+    def put_first(self, callbacks: Iterable[Callback]) -> None:
         """Add callbacks, such as the run's own, before the others."""
         self._all, first = (*callbacks, *self._all), jax.process_index() == 0
         self._called = [c for c in self._all if first or getattr(c, "every_process", False)]
@@ -194,15 +198,35 @@ class Callbacks:
                 )
                 self.failed.__cause__ = error
 
-    def stop(self, reason: str) -> None:
+    def check(self, evaluated: bool) -> None:
+        """UserError if the run has no evaluations, and a callback does nothing without them."""
+        for callback in self._all:
+            if getattr(callback, "evaluations_only", False) and not evaluated:
+                raise UserError(
+                    f"the callback {_name(callback)} looks at evaluations, and the run has none: "
+                    "give it held-out clips, data.validation or validation=, or leave it out"
+                )
+
+    def stop(self, reason: str = "it asked for that") -> None:
         """An event's `stop`."""
         self.reason = self.reason or str(reason)
 
     def state(self) -> list[dict[str, Any]]:
-        """The states of those of this process that have one, as JSON values."""
-        return [{"name": name, "state": callback.state()} for name, callback in self._with_states()]
+        """The states of those of this process that have one. UserError if it is not JSON values."""
+        states = []
+        for name, callback in self._with_states():
+            state = callback.state()
+            try:
+                json.dumps(state, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"state() of the callback {name} gave {quoted(repr(state))}, which is not JSON "
+                    f"values: {first_line(error)}; return numbers, texts, lists and dicts"
+                ) from error
+            states.append({"name": name, "state": state})
+        return states
 
-    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def restore(self, states: Iterable[Mapping[str, Any]]) -> None:
         """Give each its state back. A warning names states and callbacks without a partner."""
         saved = {each["name"]: each["state"] for each in states}
         for name, callback in self._with_states():
@@ -210,7 +234,7 @@ class Callbacks:
                 callback.restore(saved.pop(name))
             else:
                 logger.warning("no state of the callback %s is saved; it begins anew", name)
-        if saved:
+        if saved and jax.process_index() == 0:  # another may have got the first one's states
             logger.warning("the run was saved with callbacks that are gone: %s", ", ".join(saved))
 
     def _with_states(self) -> list[tuple[str, Any]]:

@@ -357,14 +357,38 @@ def _preset_notes(recipe: Recipe, held, said: Collection[str]) -> list[str]:
     ]
 
 
-def description(start: Start, task: str) -> dict[str, Any]:
-    """The input of `described_model`, which rebuilds the model without weights, as JSON values."""
+def description(start: Start, task: str, own: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The input of `described_model`, which rebuilds the model without weights, as JSON values.
+
+    `own` are the names of what the caller gave in place of the recipe's, for `check_same`.
+    """
     config = start.model.config
-    fields = dataclasses.fields(config)
-    execution = {f.name: getattr(config, f.name) for f in fields if f.metadata.get("execution")}
-    values = {"head": HEADS[task], "config": config.to_dict(), "execution": execution}
+    values = {"head": HEADS[task], "config": config.to_dict(), "execution": execution_of(config)}
     values |= {"start": start.report, "preprocessing": described(start.preprocessing)}
-    return values | ({} if start.base is None else {"base": dataclasses.asdict(start.base)})
+    values |= {} if start.base is None else {"base": dataclasses.asdict(start.base)}
+    return values | ({"own": dict(own)} if own else {})
+
+
+def execution_of(config: Any) -> dict[str, Any]:
+    """The fields of a config that config.json does not have."""
+    fields = dataclasses.fields(config)
+    return {f.name: getattr(config, f.name) for f in fields if f.metadata.get("execution")}
+
+
+def check_same(path: Path, own: Mapping[str, str]) -> None:
+    """UserError if a resumed run gets other functions of the caller's than it had.
+
+    `path` holds its `description`, `own` are the names of what is given now.
+    """
+    values = read_json(path, hint="restore it as it was written")
+    held = values.get("own", {}) if isinstance(values, dict) else {}
+    for name in sorted({*held, *own}):
+        before, now = (each.get(name, "the recipe's own") for each in (held, own))
+        if before != now:
+            raise UserError(
+                f"{name} was {before} in the run so far and is now {now}; resume it from Python "
+                f"with what it had: vivit_jax.train.train(..., {name.partition('.')[0]}=...)"
+            )
 
 
 def described_model(path: Path) -> nn.Module:

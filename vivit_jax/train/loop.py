@@ -5,19 +5,20 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from checkpoints_convert.card import Base
-from checkpoints_convert.pretrained import save_pretrained
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.pipeline import Batches
+from vivit_jax.data.transforms.augment import Transform
 from vivit_jax.errors import UserError, WriteError
 from vivit_jax.recipes.checks import check_values
 from vivit_jax.recipes.recipe import EvalSettings, Recipe
@@ -34,7 +35,10 @@ from vivit_jax.train.initial_model import described_base, description
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import leading_name
 from vivit_jax.train.model_card import run_facts
+from vivit_jax.train.own import Augment, Loss, Own
+from vivit_jax.train.own_model import save_model
 from vivit_jax.train.prepare import first_state, prepare, summary
+from vivit_jax.train.profile import Profile, Tracer
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory
 from vivit_jax.train.setup import TrainSetup
@@ -82,9 +86,13 @@ def train(
     recipe: Recipe,
     out: str | Path,
     *,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Iterable[Callback] = (),
+    loss: Loss | None = None,
+    augment: Augment | Transform | None = None,
+    model: nn.Module | tuple[nn.Module, Any] | None = None,
     dataset: Any = None,
     validation: Any = None,
+    profile: Profile | str | Path | None = None,
     **options: Any,
 ) -> Outcome:
     """Run a recipe into the directory `out`, or resume the run that is there.
@@ -102,9 +110,16 @@ def train(
         recipe: its settings.
         out: a new or empty directory; with `resume=True` one that holds a run of the recipe.
         callbacks: see each step and evaluation, and may end the run: `vivit_jax.train.callbacks`.
+        loss: replaces the recipe's: (params, outputs, batch) -> (loss, metrics). A callable pytree,
+            such as `jax.tree_util.Partial(function, arrays)`, brings arrays. `vivit_jax.train.own`.
+        augment: after the recipe's augmentation: (numpy Generator, uint8 clip) -> clip, or an
+            `Augment`.
+        model: a linen module that replaces the recipe's, or one and its params, as
+            `from_pretrained` returns; of a family, or your own class: `vivit_jax.train.own_model`.
         dataset: replaces `data.train`: a result of `read_dataset` or `from_objects`, or any object
             that the latter takes. A resumed run needs it again.
         validation: replaces `data.validation`, likewise.
+        profile: a directory for a trace of a few steps by jax.profiler, or a `Profile`.
         options: the fields of `RunOptions`: resume, resume_step, mesh_sizes, tensorboard, say.
 
     Raises UserError before anything is written for a recipe that cannot run, and for a directory
@@ -112,7 +127,8 @@ def train(
     losses stay not finite, too many clips cannot be read, or a callback fails.
     """
     check_values(recipe)
-    given, told = RunOptions(**options), Callbacks(callbacks)
+    given, told, traced = RunOptions(**options), Callbacks(callbacks), Profile.checked(profile)
+    own = Own.checked(loss, augment, model)
     sizes = given.mesh_sizes or parse_mesh(None, jax.device_count())
     first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -128,17 +144,21 @@ def train(
         model_file = run.model_file if saved else None
         data = checked_clips(recipe, sizes, dataset, validation, new=model_file is None)
         told.put_first(_early_stop(recipe, data[1]))
-        setup, batches, start = prepare(recipe, make_mesh(sizes), model_file, data)
+        setup, batches, start = prepare(recipe, make_mesh(sizes), model_file, data, own)
         enter(batches)
+        told.check(setup.validation is not None)
+        arrays = own.placed_arrays(setup.mesh)
+        if own.loss is not None or own.pixels is not None:
+            setup.step.trace(setup.shapes, setup.batch_shapes, arrays)  # its errors come now
         if start is not None:
             state, taken = first_state(setup, start.params), 0
         else:
             state, saved_data, taken = checkpoints.restore(setup.shapes, given.resume_step)
             checkpoints.rewind(taken)
             batches.restore(*(saved_data[number] for number in sorted(saved_data, key=int)))
-            own = saved_data.get(str(jax.process_index()), saved_data["0"])
-            told.restore(own.get("callbacks", ()))
-        run.begin(None if start is None else description(start, recipe.task))
+            held = saved_data.get(str(jax.process_index()), saved_data["0"])
+            told.restore(held.get("callbacks", ()))
+        run.begin(None if start is None else description(start, recipe.task, own.named))
         if start is not None and recipe.data.hold_out is not None:
             run.write_lists(recipe.data, batches.sampler.dataset, setup.validation)
         log = enter(
@@ -155,10 +175,13 @@ def train(
             given.say(summary(setup, batches, run.path, taken))
         # A live line, below the summary.
         progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
+        tracer = enter(Tracer(traced, progress.say))
         base = start.base if start is not None else described_base(run.model_file)
-        watch = watch_of(setup, batches.sampler.dataset, log.earlier)
-        tools = (run, checkpoints, batches, log, progress, told, watch)
-        loop = _Loop(setup, *tools, state, taken, base)
+        # What it says of a loss is true of the recipe's.
+        known = own.loss is None
+        watch = watch_of(setup, batches.sampler.dataset, log.earlier) if known else None
+        tools = (run, checkpoints, batches, log, progress, told, watch, tracer)
+        loop = _Loop(setup, arrays, *tools, state, taken, base)
         stopped = loop.take_steps()
         checkpoints.wait()
         best, step = checkpoints.best(), checkpoints.latest()
@@ -169,8 +192,8 @@ def train(
             where = run.path / BAD_CLIPS
             given.say(f"left out, as they could not be read: {bad}; {where} says why")
         write_report(run.path, setup.validation)
-    model = run.path / "models" / str(step if best is None else best)
-    return Outcome(step, setup.steps, stopped, model, loop.metrics, loop.stop_reason)
+    best_model = run.path / "models" / str(step if best is None else best)
+    return Outcome(step, setup.steps, stopped, best_model, loop.metrics, loop.stop_reason)
 
 
 @dataclasses.dataclass
@@ -178,6 +201,7 @@ class _Loop:
     """The steps of a run: what they use, and how far they are."""
 
     setup: TrainSetup
+    arrays: list[jax.Array]  # of a loss of the caller's
     run: RunDirectory
     checkpoints: Checkpoints
     batches: Batches
@@ -185,6 +209,7 @@ class _Loop:
     progress: Progress
     callbacks: Callbacks
     watch: Watch | None
+    tracer: Tracer
     state: TrainState
     taken: int  # steps
     base: Base | None  # the model that the run started from
@@ -251,7 +276,10 @@ class _Loop:
         if ended:
             return None
         assert batch is not None  # else agreed_stop raised
-        self.state, values = self.setup.step(self.state, _placed(batch, self.setup.mesh))
+        with self.tracer.step(self.taken + 1) as results:
+            placed = _placed(batch, self.setup.mesh)
+            self.state, values = self.setup.step(self.state, placed, self.arrays)
+            results(values)
         self.taken, self._position = self.taken + 1, self.batches.state()
         # One step behind, so that the device has its next step before one is reported.
         previous, self._pending = self._pending, (self.taken, values)
@@ -369,7 +397,7 @@ class _Loop:
         if jax.process_index():
             return None
         card = run_facts(setup, self.batches.sampler.dataset, self.base, self.taken, metrics)
-        return lambda path: save_pretrained(path, setup.model, params, setup.processor, card=card)
+        return lambda path: save_model(path, setup.model, params, setup.processor, card)
 
 
 def _one_view(setup: TrainSetup) -> EvalSettings:

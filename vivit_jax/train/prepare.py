@@ -16,7 +16,9 @@ from vivit_jax.errors import UserError
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.evaluate import model_labels
-from vivit_jax.train.initial_model import Start, described_model, starting_model
+from vivit_jax.train.initial_model import Start, check_same, described_model, starting_model
+from vivit_jax.train.own import NOTHING, Own
+from vivit_jax.train.own_model import own_start, resumed_model
 from vivit_jax.train.preprocessing import described_preprocessing
 from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import bytes_on_a_device, mesh_text
@@ -77,6 +79,7 @@ def prepare(
     mesh: Mesh,
     model_file: Path | None,
     data: tuple[Dataset, Dataset | None],
+    own: Own = NOTHING,
 ) -> tuple[TrainSetup, Batches, Start | None]:
     """The setup, the batches, and what a new run starts from (None for a resumed one).
 
@@ -86,10 +89,16 @@ def prepare(
     dataset, validation = data
     if model_file is None:
         classes = dataset.classes if finetune else None
-        start = starting_model(recipe, classes, _numbers(dataset, validation))
+        if own.model is None:
+            start = starting_model(recipe, classes, _numbers(dataset, validation))
+        else:
+            start = own_start(recipe, own, classes)
         model, frames = start.model, start.preprocessing
     else:
-        start, model = None, described_model(model_file)
+        start = None
+        check_same(model_file, own.named)
+        known = own.model is None
+        model = described_model(model_file) if known else resumed_model(own, model_file)
         frames = described_preprocessing(model_file, recipe, model.config)
     config, recipe, processor = model.config, frames.recipe, frames.processor
     if finetune:
@@ -98,7 +107,7 @@ def prepare(
     batches = Batches(
         dataset,
         recipe.data,
-        recipe.augment,
+        own.transform(recipe.augment, config.frame_size),
         shape=ClipShape(config.num_frames, config.frame_size, config.num_channels),
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
@@ -106,7 +115,7 @@ def prepare(
         labelled=finetune,
     )
     per_epoch = batches.sampler.steps_per_epoch
-    setup = make_setup(recipe, mesh, model, processor, per_epoch, validation)
+    setup = make_setup(recipe, mesh, model, processor, per_epoch, validation, own)
     return setup, batches, start
 
 

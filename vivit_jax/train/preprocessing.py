@@ -68,7 +68,7 @@ def preprocessing(
             resize = resize_for(theirs, side) if _crop(theirs) == side or side != preset else resize
             resize = max(resize, *config.frame_size)
         elif follow and resize >= written:  # a smaller one is not for the recipe's frames
-            resize = max(round(resize * side / written), side)
+            resize = max(round(resize * side / written), *config.frame_size)
     augment = recipe.augment
     if follow and (augment.resize or 0) >= written and "augment.resize" not in recipe.given:
         follows = math.ceil(augment.resize * side / written)

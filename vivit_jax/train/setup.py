@@ -15,6 +15,7 @@ from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.models.build import abstract_params
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.optim import learning_rate, make_optimizer
+from vivit_jax.train.own import NOTHING, Own
 from vivit_jax.train.sharding import batch_sharding
 from vivit_jax.train.state import TrainState, state_shapes
 from vivit_jax.train.step import OnMesh, draw_mask, make_step
@@ -31,8 +32,9 @@ class TrainSetup:
     validation: Dataset | None
     optimizer: optax.GradientTransformation
     shapes: TrainState  # with the sharding of each leaf
-    step: OnMesh  # (state, batch) -> (state, values)
+    step: OnMesh  # (state, batch, own.loss_arrays) -> (state, values)
     per_epoch: int
+    own: Own = NOTHING
 
     @property
     def clips(self) -> int:
@@ -84,6 +86,7 @@ def make_setup(
     processor: VideoProcessor,
     per_epoch: int,
     validation: Dataset | None = None,
+    own: Own = NOTHING,
 ) -> TrainSetup:
     """The setup of a run on a mesh, with `per_epoch` steps in an epoch.
 
@@ -98,7 +101,7 @@ def make_setup(
     )
     optimizer = make_optimizer(recipe.optim, abstract_params(model), schedule)
     shapes = state_shapes(model, optimizer, mesh, averaged=recipe.optim.ema is not None)
-    step = make_step(model, optimizer, schedule, recipe, processor, mesh, shapes)
+    step = make_step(model, optimizer, schedule, recipe, processor, mesh, shapes, own)
     return TrainSetup(
-        recipe, mesh, model, processor, validation, optimizer, shapes, step, per_epoch
+        recipe, mesh, model, processor, validation, optimizer, shapes, step, per_epoch, own
     )

@@ -3,7 +3,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from vivit_jax.recipes.refusals import Refusal
 from vivit_jax.train.augment_on_device import mix, soft_targets, training_pixels
 from vivit_jax.train.metrics import leading_accuracy
 from vivit_jax.train.optim import trained, update_average
+from vivit_jax.train.own import NOTHING, Own
 from vivit_jax.train.sharding import BATCH, RULES, automatic, batch_shards, replicated
 from vivit_jax.train.state import TrainState
 
@@ -102,12 +103,14 @@ def make_step(
     processor: VideoProcessor,
     mesh: Mesh,
     shapes: TrainState,
+    own: Own = NOTHING,
 ) -> "OnMesh":
     """The jitted step of a recipe: (state, batch) -> (new state, metrics: scalars by name).
 
     A batch holds "clips", uint8 [b, t, h, w, c], and for fine-tuning "labels", int [b] or
     [b, heads]; shapes with shardings will do to trace or lower the step. The old state is donated.
-    `shapes` is `state_shapes` of the same model, optimiser and mesh. Explicit axes of the mesh, and
+    `shapes` is `state_shapes` of the same model, optimiser and mesh. With a loss of `own` that has
+    arrays, these are a third argument, `own.loss_arrays`. Explicit axes of the mesh, and
     arrays placed along them, are treated as automatic.
 
     Masks, dropout and augmentation are drawn for each clip from (seed, step, clip id), so that
@@ -124,15 +127,16 @@ def make_step(
     if pretraining:  # an impossible mask is refused before a step is traced
         grid = model.config.grid
         jax.eval_shape(lambda: draw_mask(recipe.mask, jax.random.key(0), 1, grid))
-    gradients_of = _accumulated(model, recipe, processor, mesh, shapes.params)
+    objective = (_reconstruct if pretraining else _classify)(model, recipe, processor, own)
+    gradients_of = _accumulated(model, recipe, objective, mesh, shapes.params)
     update = _guarded_update(optimizer, recipe.optim.ema, mesh)
 
-    def step(state: TrainState, batch: dict[str, jax.Array]):
-        state, batch = without_types((state, batch))
+    def step(state: TrainState, batch: dict[str, jax.Array], arrays: Sequence[jax.Array] = ()):
+        state, batch, arrays = without_types((state, batch, arrays))
         # This generator's numbers do not depend on how an array is split over devices.
         seed = jax.random.key(recipe.train.seed, impl="threefry2x32")
         (loss, aux), gradients = gradients_of(
-            state.params, jax.random.fold_in(seed, state.step), batch
+            state.params, jax.random.fold_in(seed, state.step), batch, arrays
         )
         new, norm = update(state, loss, gradients)
         rate = schedule(state.step - state.skipped)
@@ -148,15 +152,15 @@ def make_step(
 
 
 def _accumulated(
-    model: nn.Module, recipe: Recipe, processor: VideoProcessor, mesh: Mesh, shapes: Any
+    model: nn.Module, recipe: Recipe, objective: Callable, mesh: Mesh, shapes: Any
 ) -> Callable:
-    """(params, key, batch) -> ((loss, aux), gradients), summed over `train.accumulate` parts.
+    """(params, key, batch, arrays) -> ((loss, aux), gradients), over `train.accumulate` parts.
 
-    `shapes` are those of the params.
+    `objective` is (params, key, part of the batch, arrays) -> (loss, aux), and `shapes` are those
+    of the params.
     """
     pretraining, parts = recipe.task == "pretrain", recipe.train.accumulate
     clips = recipe.train.batch_size * recipe.data.repeats
-    objective = (_reconstruct if pretraining else _classify)(model, recipe, processor)
     learns = trained(recipe.optim, shapes)
     shards, constraint = batch_shards(mesh.shape), NamedSharding(mesh, PartitionSpec(None, BATCH))
 
@@ -166,7 +170,7 @@ def _accumulated(
         x = x.reshape(parts, -1, *x.shape[3:])
         return jax.lax.with_sharding_constraint(x, constraint)
 
-    def gradients_of(params, key, batch):
+    def gradients_of(params, key, batch, arrays):
         whole: dict[str, Any] = dict(batch, clip_ids=jnp.arange(clips, dtype=jnp.int32))
         weights = jnp.full(parts, 1 / parts)
         if pretraining:
@@ -178,7 +182,7 @@ def _accumulated(
             params = jax.tree.map(
                 lambda p, learn: p if np.any(learn) else jax.lax.stop_gradient(p), params, learns
             )
-            loss, aux = objective(params, jax.random.fold_in(key, 1), part)
+            loss, aux = objective(params, jax.random.fold_in(key, 1), part, arrays)
             return loss * weight, aux
 
         # Rounded here, what the layers multiply with is rounded once, and its gradients, which are
@@ -296,33 +300,37 @@ def _platform_of(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def _reconstruct(model, recipe: Recipe, processor) -> Callable:
-    """Loss of masked pre-training: (params, key, part of a batch) -> (loss, {})."""
-    pixels = training_pixels(processor, recipe.augment)
+def _reconstruct(model, recipe: Recipe, processor, own: Own) -> Callable:
+    """Loss of masked pre-training: (params, key, part of a batch, arrays) -> (loss, {})."""
+    pixels = training_pixels(processor, recipe.augment, own.pixels, own.takes_floats)
 
-    def objective(params, key, part):
+    def objective(params, key, part, arrays):
         augment, dropout = jax.random.split(key)
+        clips = pixels(augment, part["clip_ids"], part["clips"])
         out = model.apply(
             {"params": params},
-            pixels(augment, part["clip_ids"], part["clips"]),
+            clips,
             part["mask"],
             deterministic=False,
             clip_ids=part["clip_ids"],
             rngs={"dropout": dropout},
             **RESULTS_ONLY,
         )
+        if (loss := own.loss_with(arrays)) is not None:
+            batch = {"pixel_values": clips, "mask": part["mask"], "clip_ids": part["clip_ids"]}
+            return loss(params, out, batch)
         return out.loss, {}
 
     return objective
 
 
-def _classify(model, recipe: Recipe, processor) -> Callable:
-    """Soft cross entropy: (params, key, part of a batch) -> (loss, {"accuracy"} if unmixed)."""
+def _classify(model, recipe: Recipe, processor, own: Own) -> Callable:
+    """Soft cross entropy: (params, key, part, arrays) -> (loss, {"accuracy"} if unmixed)."""
     config, settings = model.config, recipe.augment
-    pixels = training_pixels(processor, settings)
+    pixels = training_pixels(processor, settings, own.pixels, own.takes_floats)
     splits = config.split_sizes
 
-    def objective(params, key, part):
+    def objective(params, key, part, arrays):
         augment, mixing, dropout = jax.random.split(key, 3)
         clip_ids, clips = part["clip_ids"], pixels(augment, part["clip_ids"], part["clips"])
         targets = soft_targets(
@@ -342,6 +350,10 @@ def _classify(model, recipe: Recipe, processor) -> Callable:
         aux = {}
         if not settings.mixes:
             aux["accuracy"] = leading_accuracy(config, out.logits, part["labels"])
+        if (loss := own.loss_with(arrays)) is not None:
+            batch = dict(pixel_values=clips, clip_ids=clip_ids, labels=part["labels"])
+            value, metrics = loss(params, out, batch | {"targets": targets})
+            return value, aux | metrics
         return multi_head_loss(out.logits, targets, splits), aux
 
     return objective

@@ -19,6 +19,8 @@ from vivit_jax.data.transforms.randaugment import RandAugment, parse_rand_augmen
 from vivit_jax.errors import UserError, VideoError
 
 Size = tuple[int, int]  # height, width
+# From a decoded clip, uint8 [t, h, w, c], to a training clip.
+Transform = Callable[[np.random.Generator, np.ndarray], np.ndarray]
 CROPS = ("multi_scale", "random_resized", "random", "center")
 _PIL_BILINEAR = 2
 _SCALES = (1, 0.875, 0.75, 0.66)
@@ -26,9 +28,7 @@ _SCALES = (1, 0.875, 0.75, 0.66)
 _QUARTERS = tuple((y, x) for y in range(5) for x in range(5) if y % 2 == x % 2)
 
 
-def train_transform(
-    settings: AugmentSettings, size: Size
-) -> Callable[[np.random.Generator, np.ndarray], np.ndarray]:
+def train_transform(settings: AugmentSettings, size: Size) -> Transform:
     """Returns the function that turns a decoded clip into a training clip.
 
     It resizes, jitters the scale, crops and flips. RandAugment comes after the resize in the

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of one's own in a run: a class of no family, and params that are given."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from tiny_recipes import PRETRAIN, changed
+from tiny_runs import assert_same, share_steps, small_recipe
+
+import vivit_jax
+from vivit_jax import param_tree
+from vivit_jax.data.datasets.dataset import read_dataset
+from vivit_jax.data.sampling import view_indices
+from vivit_jax.errors import UserError
+from vivit_jax.models.build import abstract_params
+from vivit_jax.outputs import ClassifierOutput
+from vivit_jax.train import ClipConfig, read_params, train
+from vivit_jax.train.sharding import parse_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WidthConfig(ClipConfig):
+    width: int = 6
+
+
+class Means(nn.Module):
+    """A classifier of the mean colour of each frame."""
+
+    config: ClipConfig
+
+    @nn.compact
+    def __call__(self, pixel_values, *, deterministic=True, **_):
+        x = nn.relu(nn.Dense(self.config.width)(pixel_values.mean((2, 3))))
+        x = nn.Dropout(0.2, deterministic=deterministic)(x)
+        return ClassifierOutput(logits=nn.Dense(self.config.num_labels)(x.mean(1)))
+
+
+CONFIG = WidthConfig(num_frames=4, image_size=(16, 12), num_labels=2)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return small_recipe(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equal_steps_are_compiled_once():
+    with share_steps():
+        yield
+
+
+def run(recipe, out, **options):
+    quiet = dict(mesh_sizes=parse_mesh("data=1", 1), say=lambda text: None)
+    return train(recipe, out, **quiet, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return run(recipe, out, model=Means(CONFIG))
+
+
+def test_a_model_of_no_family_is_trained_and_its_params_are_read_back(recipe, whole):
+    """The accuracy of the run is that of the model that it saved, on the held-out clips."""
+    params = read_params(whole.model)
+    flat = param_tree.flatten(params)
+    assert {path: x.shape for path, x in flat.items()} == {
+        path: x.shape for path, x in param_tree.flatten(abstract_params(Means(CONFIG))).items()
+    }
+    processor = vivit_jax.VideoProcessor.from_pretrained(whole.model)
+    dataset = read_dataset(recipe.data.validation)
+    indices = view_indices("loop", 6, 4, 1, 1)[0]
+    clips = processor([np.load(example.path)[indices] for example in dataset.examples])
+    logits = Means(CONFIG).apply({"params": params}, clips).logits
+    right = logits.argmax(-1) == jnp.array([example.label for example in dataset.examples])
+    classifier = vivit_jax.VideoClassifier(Means(CONFIG), params, processor)
+    example = np.load(dataset.examples[0].path)
+    row = classifier.predict_proba(example[indices], stride=1)[0]
+    np.testing.assert_allclose(row, np.exp(logits[0]) / np.exp(logits[0]).sum(), rtol=1e-5)
+    step = int(whole.model.name)
+    assert step <= whole.step == 6
+    if step == whole.step:
+        assert float(right.mean()) == whole.metrics["accuracy"]
+    else:
+        assert float(right.mean()) >= whole.metrics["accuracy"]
+
+
+def test_its_run_is_resumed_with_it_alone(recipe, whole, tmp_path):
+    model = Means(CONFIG)
+    run(changed(recipe, train__steps=3), tmp_path / "run", model=model)
+    wider = Means(dataclasses.replace(CONFIG, width=7))
+    for other, message in (
+        (None, "model was test_own_model.Means in the run so far and is now the recipe's own"),
+        (wider, "model differs from that of the run in .*run: config.width 6 there, 7 now"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(recipe, tmp_path / "run", model=other, resume=True)
+    run(recipe, tmp_path / "run", model=model, resume=True)
+    assert_same(tmp_path / "run", whole.model.parents[1], 6)
+
+
+def test_a_model_and_its_params_are_trained_on(recipe, whole, tmp_path):
+    """Also those of a family, in place of the recipe's preset and start."""
+    fixed = changed(recipe, optim__lr=0.0001, train__steps=1, data__validation=None)
+    params = read_params(whole.model)
+    found = read_params(run(fixed, tmp_path / "own", model=(Means(CONFIG), params)).model)
+    for path, value in param_tree.flatten(found).items():
+        np.testing.assert_allclose(value, param_tree.flatten(params)[path], atol=1e-3)
+    wrong = {"Dense_0": params["Dense_0"]}
+    with pytest.raises(UserError, match="not those of this Means: Dense_1/.* has shape none"):
+        run(fixed, tmp_path / "other", model=(Means(CONFIG), wrong))
+    assert not (tmp_path / "other").exists()
+
+
+class Bare(nn.Module):
+    def __call__(self, pixel_values):
+        return pixel_values
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("vit", "model is str; expected a flax.linen module"),
+        (
+            Bare(),
+            "whose config is NoneType; expected a field `config` with a vivit_jax.train.ClipC",
+        ),
+        (Means(dataclasses.replace(CONFIG, num_labels=1)), "test|labels 0 to 1, the model has"),
+        (
+            vivit_jax.VideoMAEForPreTraining(vivit_jax.VideoMAEConfig()),
+            "the recipe's task is 'finetune'; expected a model for classification",
+        ),
+    ],
+)
+def test_models_that_cannot_be_trained(recipe, model, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(recipe, tmp_path / "run", model=model)
+    pretrain = changed(PRETRAIN, data__train=recipe.data.train)
+    with pytest.raises(UserError, match="of no family, which can be fine-tuned only"):
+        run(pretrain, tmp_path / "run", model=Means(CONFIG))
+    with pytest.raises(UserError, match="model.safetensors: no such file; expected a directory"):
+        read_params(tmp_path)
+    assert not (tmp_path / "run").exists()
