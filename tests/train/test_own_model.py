@@ -128,7 +128,10 @@ class Bare(nn.Module):
             Bare(),
             "whose config is NoneType; expected a field `config` with a vivit_jax.train.ClipC",
         ),
-        (Means(dataclasses.replace(CONFIG, num_labels=1)), "test|labels 0 to 1, the model has"),
+        (
+            Means(dataclasses.replace(CONFIG, num_labels=1)),
+            "names 2 classes, the model has 1 without names",
+        ),
         (
             vivit_jax.VideoMAEForPreTraining(vivit_jax.VideoMAEConfig()),
             "the recipe's task is 'finetune'; expected a model for classification",
@@ -138,7 +141,7 @@ class Bare(nn.Module):
 def test_models_that_cannot_be_trained(recipe, model, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run(recipe, tmp_path / "run", model=model)
-    pretrain = changed(PRETRAIN, data__train=recipe.data.train)
+    pretrain = changed(PRETRAIN, data__train=recipe.data.train, train__batch_size=4)
     with pytest.raises(UserError, match="of no family, which can be fine-tuned only"):
         run(pretrain, tmp_path / "run", model=Means(CONFIG))
     with pytest.raises(UserError, match="model.safetensors: no such file; expected a directory"):
