@@ -71,7 +71,7 @@ def test_the_calibration_error_is_that_of_its_definition():
     right = np.array([False, True, False, True, True, True])
     error, bins = calibration(sure, right, 10)
     assert [each.clips for each in bins] == [0, 1, 0, 0, 0, 0, 2, 0, 1, 2]  # 0.9 is in (0.8, 0.9]
-    assert bins[6] == Bin(pytest.approx(0.6), pytest.approx(0.7), 2, pytest.approx(0.65), 0.5)
+    assert bins[6] == pytest.approx(Bin(0.6, 0.7, 2, 0.65, 0.5))
     by_hand = (1 * 0.15 + 2 * abs(0.5 - 0.65) + 1 * 0.1 + 2 * (1 - 0.975)) / 6
     assert error == pytest.approx(by_hand, abs=1e-12)
     assert math.isnan(calibration(np.zeros(0), np.zeros(0, bool))[0])

@@ -386,7 +386,9 @@ def test_a_validation_of_another_step_is_not_shown_and_a_damaged_one_is_told(tmp
     path.write_text(json.dumps(values))
     assert "Confusion matrix" not in text_of(page_of(tmp_path))
     values["heads"][0]["answers"] = [0, 0, 2]
-    for damaged in (values, {"step": 2}, [], {"step": 2, "clips": [1]}):
+    lost = validation(tmp_path, 2)
+    lost["clips"][0]["path"] = None
+    for damaged in (values, lost, {"step": 2}, [], {"step": 2, "clips": [1]}):
         path.write_text(json.dumps(damaged))
         with pytest.raises(UserError, match=r"validation\.json has changed since it was written"):
             write_report(tmp_path)

@@ -210,7 +210,7 @@ def _write_pictures(output: OutputOptions, found: _Found, model: str) -> None:
     if output.confusion is not None:
         with whole_file(output.confusion) as partial:
             text = "\n".join(confusion_csv(head) for head in found.heads)
-            partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     if output.report is None:
         return
     shown, protocol = (
@@ -292,7 +292,7 @@ def _record(net, params, found: _Found, processor, model: str) -> dict[str, Any]
     videos = []
     for example, answer in zip(dataset.examples, result.answers, strict=True):
         video = {"path": example.path, "label": example.label}
-        if answer.error:
+        if answer.scores is None or answer.indices is None:
             videos.append(video | {"error": answer.error})
             continue
         place = next(places)

@@ -2,7 +2,6 @@
 """Groups of flags that several commands share."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +45,7 @@ class SourceOptions:
     split: str | None = None
     class_names: str | None = None
 
-    def listed(self, source: str | os.PathLike, labels: int) -> Dataset:
+    def listed(self, source: str | Path, labels: int) -> Dataset:
         """The data set with so many labels for each clip. Raises UserError."""
         if self.first_frame < 0:
             raise UserError(f"--first-frame must be at least 0, got {self.first_frame}")

@@ -133,7 +133,7 @@ def predict(
         print(json.dumps(results, indent=2))
     if output.csv is not None:
         with whole_file(output.csv) as partial:
-            partial.write_text(_as_csv(results), encoding="utf-8", errors="surrogateescape")
+            partial.write_text(_as_csv(results), encoding="utf-8", errors="backslashreplace")
     if output.draw is not None and not failed:
         _draw(output, classifier, files[0], top_k, read.stride, views.batch_size)
     if not output.json:

@@ -5,16 +5,16 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Generator
-from typing import Literal
+from collections.abc import Callable, Generator, Iterator
+from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
 from vivit_jax.config import Config
 from vivit_jax.config_base import positive_int
-from vivit_jax.data.video.frame_stream import FrameStream, StreamedFrame
-from vivit_jax.data.video.images import AnimatedFrame, AnimationStream
+from vivit_jax.data.video.frame_stream import StreamedFrame
+from vivit_jax.data.video.images import AnimatedFrame
 from vivit_jax.errors import UserError, VideoError
 
 Pad = Literal["drop", "repeat_last"]
@@ -55,6 +55,19 @@ class Windows:
         return frame.seconds + _SAME_TIME if self.in_seconds else frame.index
 
 
+class Stream(Protocol):
+    """The frames of a video in order, as of a `FrameStream`."""
+
+    name: str
+    announced: int
+
+    def __iter__(self) -> Iterator[StreamedFrame | AnimatedFrame]: ...
+
+    def shortage(self, total: int) -> str:
+        """The end of the message about too few frames."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Window:
     """One window's frames and where they lie."""
@@ -91,7 +104,7 @@ def plan_windows(
 
 
 def slide(
-    stream: FrameStream | AnimationStream,
+    stream: Stream,
     windows: Windows,
     prepare: Callable[[np.ndarray], np.ndarray],
     on_progress: Callable[[int], None] = lambda frames: None,

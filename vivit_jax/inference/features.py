@@ -23,10 +23,9 @@ from vivit_jax import param_tree
 from vivit_jax.config import ARCHITECTURES
 from vivit_jax.config_base import positive_int
 from vivit_jax.data.one_clip import each_of_clip, one_clip
-from vivit_jax.data.sliding_window import Window, Windows, plan_windows, slide
+from vivit_jax.data.sliding_window import Stream, Window, Windows, plan_windows, slide
 from vivit_jax.data.transforms.processor import VideoProcessor
-from vivit_jax.data.video.frame_stream import FrameStream, open_stream, read_ahead
-from vivit_jax.data.video.images import AnimationStream
+from vivit_jax.data.video.frame_stream import open_stream, read_ahead
 from vivit_jax.errors import UserError
 from vivit_jax.layers.linear import at_least_float32
 from vivit_jax.models.build import headless
@@ -131,7 +130,7 @@ def window_logits(
     model: nn.Module,
     params: Any,
     processor: VideoProcessor,
-    stream: FrameStream | AnimationStream,
+    stream: Stream,
     windows: Windows,
     *,
     batch_size: int = 8,
@@ -291,7 +290,7 @@ def _read_by_head(model: nn.Module, params, pixels) -> jax.Array:
 
 
 def _rows(
-    stream: FrameStream | AnimationStream,
+    stream: Stream,
     windows: Windows,
     processor: VideoProcessor,
     program: Callable,

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from vivit_jax.data.one_clip import one_clip
-from vivit_jax.data.sliding_window import plan_windows
-from vivit_jax.data.video.frame_stream import FrameStream, StreamedFrame, open_stream
-from vivit_jax.data.video.images import AnimatedFrame, AnimationStream
+from vivit_jax.data.sliding_window import Stream, plan_windows
+from vivit_jax.data.video.frame_stream import StreamedFrame, open_stream
+from vivit_jax.data.video.images import AnimatedFrame
 from vivit_jax.errors import UserError
 from vivit_jax.inference.classifier import VideoClassifier, best_labels
 from vivit_jax.inference.features import check_features, window_logits
@@ -104,7 +104,7 @@ def check_drawable(
 class _Timed:
     """A stream that notes the time of each frame it has given."""
 
-    def __init__(self, stream: FrameStream | AnimationStream):
+    def __init__(self, stream: Stream):
         self._stream = stream
         self.name, self.announced = stream.name, stream.announced
         self.seconds: list[float] = []

@@ -256,7 +256,8 @@ def outcomes_of(
     truth = np.array([example.label for example, _, _ in readable], np.int64)
     truth = truth.reshape(len(readable), -1)
     ends = np.cumsum(config.split_sizes)
-    scores = np.split(np.stack([a.scores for _, _, a in readable]), ends[:-1], axis=-1)
+    scores = np.stack([a.scores for _, _, a in readable if a.scores is not None])
+    scores = np.split(scores, ends[:-1], axis=-1)
     views = [a.views for _, _, a in readable if a.views is not None]
     whole = np.stack(views) if len(views) == len(readable) else None  # [n, views, heads]
     heads = config.split_names or tuple(str(i + 1) for i in range(len(ends)))
@@ -391,6 +392,7 @@ def _gathered(answers: list[Answer], views: Views, config) -> list[Answer]:
     best = np.zeros((most, views.settings.clips * views.settings.crops, heads), np.int32)
     for i, answer in enumerate(answers):
         if answer.scores is not None and answer.indices is not None:
+            assert answer.views is not None, "evaluate gives all three"
             scores[i], indices[i], best[i] = answer.scores, answer.indices, answer.views
     scores, indices, best = map(process_allgather, (scores, indices, best))
     whole = []

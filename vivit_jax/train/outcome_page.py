@@ -97,7 +97,7 @@ def _classes(found: Outcomes) -> str:
 
 def _download(found: Outcomes) -> str:
     """A link that saves the matrix."""
-    text = confusion_csv(found).encode(errors="surrogateescape")
+    text = confusion_csv(found).encode(errors="backslashreplace")
     data = base64.b64encode(text).decode()
     name = f"confusion{'-' + found.head if found.head else ''}.csv"
     link = f'download="{escape(name)}" href="data:text/csv;charset=utf-8;base64,{data}"'

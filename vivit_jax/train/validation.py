@@ -104,19 +104,7 @@ def read_validation(path: Path) -> Validation:
     values: Any = read_json(path, hint=hint)
     try:
         clips = values["clips"]
-        shown = tuple(
-            Shown(
-                Example(
-                    each["path"],
-                    None,
-                    each.get("start", 0),
-                    each.get("total"),
-                    each.get("frame_name"),
-                ),
-                np.array(each["frames"], np.int64),
-            )
-            for each in clips
-        )
+        shown = tuple(_read_clip(each) for each in clips)
         names = tuple(str(each["name"]) for each in clips)
         heads = tuple(_read_head(each, names) for each in values["heads"])
         return Validation(
@@ -124,6 +112,15 @@ def read_validation(path: Path) -> Validation:
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} has changed since it was written ({error}); {hint}") from None
+
+
+def _read_clip(values: dict[str, Any]) -> Shown:
+    start, total, name = (values.get(key) for key in ("start", "total", "frame_name"))
+    whole = all(isinstance(each, int | None) for each in (start, total))
+    if not (whole and isinstance(values["path"], str) and isinstance(name, str | None)):
+        raise ValueError("a clip without its path and frames")
+    example = Example(values["path"], None, start or 0, total, name)
+    return Shown(example, np.array(values["frames"], np.int64))
 
 
 def _read_head(values: dict[str, Any], clips: tuple[str, ...]) -> Outcomes:
