@@ -109,8 +109,11 @@ class CardFacts:
 
 
 def binomial_error(share: float, count: int) -> float | None:
-    """The standard error of a share of `count` independent answers."""
-    return (share * (1 - share) / count) ** 0.5 if count > 0 and 0 <= share <= 1 else None
+    """The standard error of a share of `count` independent answers.
+
+    None for none and for all of them, of which the formula would say that they are certain.
+    """
+    return (share * (1 - share) / count) ** 0.5 if count > 0 and 0 < share < 1 else None
 
 
 def write_card(staged: Path, directory: Path, model: SavedModel, facts: CardFacts) -> Path | None:
@@ -362,7 +365,8 @@ def _metric_lines(metrics: Sequence[Metric]) -> list[str]:
 
 def _preprocessing_lines(model: SavedModel) -> list[str]:
     config = model.config
-    frames = f"{config.num_frames} frames, every {_ordinal(model.every)}, from the middle"
+    apart = f"every {_ordinal(model.every)}" if model.every > 1 else "one after the other"
+    frames = f"{config.num_frames} frames, {apart}, from the middle of the video"
     if model.processor is None:
         return [
             f"{frames}. How they become pixels is not known here: no processor of these models was "
@@ -382,10 +386,17 @@ def _steps(processor: VideoProcessor) -> str:
     if processor.do_rescale:
         offset = " minus 1" if processor.offset else ""
         factor = 1 / processor.rescale_factor if processor.rescale_factor else 0
-        steps.append(f"bytes over {factor:.6g}{offset}")
+        steps.append(f"bytes divided by {factor:.6g}{offset}")
     if processor.do_normalize:
-        steps.append(f"minus {processor.image_mean}, over {processor.image_std}")
+        mean, std = (_numbers(each) for each in (processor.image_mean, processor.image_std))
+        steps.append(f"minus the mean {mean}, divided by the deviation {std}")
     return "; ".join(steps) or "as it is"
+
+
+def _numbers(values: float | Sequence[float]) -> str:
+    """A number for each channel."""
+    each = [values] if isinstance(values, int | float) else values
+    return ", ".join(f"{value:.6g}" for value in each)
 
 
 def _ordinal(number: int) -> str:

@@ -169,8 +169,10 @@ def test_the_text_says_what_the_metadata_cannot(tmp_path):
         "| training | my clips | 1,234 | 5 |",
         r"5 in this order: clap, wave left, wave\_right, a\|b, \<b\>\`x\`.",
         "| Accuracy | 87.5% | 1.8% | held out, 320 videos | 4 x 3 views |",
-        "6 frames, every 4th, from the middle. Each frame: resized to shortest edge 26 (bilinear); "
-        "centre crop of 24 x 16; bytes over 255; minus (0.485, 0.456, 0.406)",
+        "| Top-5 accuracy | 100.0% | not known | held out, 320 videos | 4 x 3 views |",
+        "6 frames, every 4th, from the middle of the video. Each frame: resized to shortest edge "
+        "26 (bilinear); centre crop of 24 x 16; bytes divided by 255; minus the mean 0.485, 0.456, "
+        "0.406, divided by the deviation 0.229, 0.224, 0.225 (",
         "cc-by-nc-4.0, that of the base model [org/start](https://huggingface.co/org/start).",
     ):
         assert line in text

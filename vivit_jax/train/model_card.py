@@ -22,7 +22,9 @@ def run_facts(
 ) -> CardFacts:
     """The facts of the model after `step` steps; `metrics` are those of its validation, if any."""
     recipe, config = setup.recipe, setup.model.config
-    task = "Fine-tuned" if recipe.task == "finetune" else "Pre-trained by masking, without labels,"
+    task = "Trained" if base is None else "Fine-tuned"
+    if recipe.task == "pretrain":
+        task = "Pre-trained by masking, without labels,"
     started = "from random weights" if base is None else f"from {base.name}"
     epochs = step / setup.per_epoch
     how = [
@@ -32,6 +34,7 @@ def run_facts(
     data = [_summary("training", dataset)]
     if setup.validation is not None:
         data.append(_summary("validation", setup.validation))
+        how.append("The validation clips also chose among the run's checkpoints.")
     return CardFacts(
         base=base,
         how=how,
