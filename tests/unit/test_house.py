@@ -29,6 +29,8 @@ LATE = {
     "huggingface_hub": "extra hub",
     "flatbuffers": "extra export",
     "fsspec": "only what opens a link needs it",
+    "jax2onnx": "extra onnx, and 2 s to import",
+    "onnxruntime": "extra onnx",
     "tensorboardX": "extra tensorboard",
     "fcntl": "Python has it on POSIX systems only",
     "resource": "Python has it on POSIX systems only",

@@ -20,8 +20,9 @@ from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.errors import ConfigError, UserError
 from vivit_jax.files.atomic import check_output, whole_files
 from vivit_jax.inference.export import check_extra, export_model
+from vivit_jax.inference.export_onnx import EXECUTION, check_onnx_extra, export_onnx
 
-SUFFIX = ".stablehlo"
+SUFFIXES = {"stablehlo": ".stablehlo", "onnx": ".onnx"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,40 +60,49 @@ def export(
     out: Path,
     config: ConfigOption = (),
     head: Literal["classification", "none"] | None = None,
+    format: Literal["stablehlo", "onnx"] = "stablehlo",
     program: Annotated[ProgramOptions, FLAT] = ProgramOptions(),
     overwrite: bool = False,
     json: bool = False,
 ) -> int:
-    """Write a model as one StableHLO file, parameters included.
+    """Write a model as one StableHLO or ONNX file, parameters included.
 
     The program, for CPU, CUDA and TPU, takes pixel_values, float32 [b, t, h, w, c], of any number
     of clips, and returns a dict: logits of a classifier, or last_hidden_state (and pooler_output)
-    of a model without one. Running it needs jax and flatbuffers (and safetensors with --params
-    beside), not vivit_jax:
+    of a model without one. Running StableHLO needs jax and flatbuffers (and safetensors with
+    --params beside), not vivit_jax:
 
     jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read())).call(pixel_values)
 
     A .json beside it describes inputs and outputs, with labels, preprocessing, versions and a hash
     of the parameters. jax guarantees to read such files for six months of releases both ways.
 
+    With --format onnx (extra onnx) the same program, in float32, runs in onnxruntime and the like;
+    it is compared with the model before it is written.
+
     Args:
         model: Directory with config.json and weights, a weight file, a hub id, or a file of
             VideoMAE's authors or scenic.
-        out: File to write, .stablehlo.
+        out: File to write, .stablehlo or .onnx.
         head: none exports the model without its classifier. Of a masked autoencoder, the encoder is
             exported, with all patches visible.
+        format: What is written.
         overwrite: Replace files that exist. A parameter file of the old program is removed if the
             new one holds its parameters.
         json: Print the content of the .json, without labels, instead of text.
     """
-    files = _files(out, overwrite)
+    files = _files(out, overwrite, SUFFIXES[format])
     if program.input_size is not None and not program.preprocess:
         raise UserError(f"--input-size {program.input_size} needs --preprocess")
     size = None if program.input_size is None else parse_size(program.input_size)
     if program.batch is not None and program.batch < 1:
         raise UserError(f"--batch must be at least 1, got {program.batch}")
 
-    check_extra()
+    if format == "onnx":
+        _check_for_onnx(program)
+        check_onnx_extra()
+    else:
+        check_extra()
 
     changes = joined(config)
     source = open_model(model, changes)
@@ -113,17 +123,21 @@ def export(
         head,
         dtype=program.dtype,
         param_dtype=program.param_dtype,
+        **(EXECUTION if format == "onnx" else {}),
     )
-    artefact = export_model(
-        module,
-        weights,
-        processor,
-        preprocess=program.preprocess,
-        input_size=size,
-        batch=program.batch,
-        params_at=program.params,
-        precision=program.precision,
-    )
+    if format == "onnx":
+        artefact = export_onnx(module, weights, processor, batch=program.batch)
+    else:
+        artefact = export_model(
+            module,
+            weights,
+            processor,
+            preprocess=program.preprocess,
+            input_size=size,
+            batch=program.batch,
+            params_at=program.params,
+            precision=program.precision,
+        )
     about: dict[str, Any] = {"source": model, "file": out.name} | artefact.about
     if artefact.params is not None:
         about["params"]["file"] = files["params"].name
@@ -145,13 +159,22 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _files(out: Path, overwrite: bool) -> dict[str, Path]:
+def _check_for_onnx(program: ProgramOptions) -> None:
+    """UserError for options of StableHLO alone."""
+    fixed = {f.name: f.default for f in dataclasses.fields(program) if f.name != "batch"}
+    given = [name for name, value in fixed.items() if getattr(program, name) != value]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"{flags} is for --format stablehlo; leave it out, or write that")
+
+
+def _files(out: Path, overwrite: bool, suffix: str) -> dict[str, Path]:
     """The files beside the program; UserError for one that exists already.
 
     The parameter file is checked even if none is written, since an old one would be taken for this
     program's.
     """
-    check_output(out, (SUFFIX,), overwrite)
+    check_output(out, (suffix,), overwrite)
     files = {
         "about": out.with_name(f"{out.name}.json"),
         "params": out.with_name(f"{out.name}.safetensors"),
@@ -183,6 +206,15 @@ def _example(about: dict) -> str:
     """Python that runs the file in its directory."""
     (name, taken), *_ = about["inputs"].items()
     shape = ", ".join(str(2 if side == "b" else side) for side in taken["shape"])
+    if about["format"] == "onnx":
+        return "\n".join(
+            [
+                "import numpy as np, onnxruntime",
+                f"session = onnxruntime.InferenceSession({about['file']!r})",
+                f"{name} = np.zeros(({shape}), {taken['dtype']!r})",
+                f"print(session.run(None, {{{name!r}: {name}}}))",
+            ]
+        )
     lines = ["import jax, numpy as np", "from jax import export"]
     arguments = name
     if about["params"]["at"] == "beside":

@@ -139,14 +139,14 @@ def export_model(
         "calling_convention_version": exported.calling_convention_version,
         "platforms": list(exported.platforms),
         "model": type(model).__name__,
-        "inputs": {"frames" if preprocess else "pixel_values": _described(clips)},
-        "outputs": {name: _described(value) for name, value in given.items()},
+        "inputs": {"frames" if preprocess else "pixel_values": described_array(clips)},
+        "outputs": {name: described_array(value) for name, value in given.items()},
         "labels": list(config.labels) if "logits" in given else None,
         "preprocessing": _preprocessing(processor, preprocess, input_size),
         "config": config.to_dict(),
         "dtype": config.dtype,
         "matmul_precision": precision,
-        "params": {"at": params_at, **_described_params(flat)},
+        "params": {"at": params_at, **described_params(flat)},
         "versions": {
             "vivit_jax": __version__,
             "jax": jax.__version__,
@@ -162,20 +162,25 @@ def export_model(
 OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
 
 
-def _check(model, processor, preprocess, input_size, batch, params_at, platforms, precision):
+def check_exported(model: nn.Module, batch: int | None) -> None:
+    """Raises UserError for a model that needs a mask, and for a wrong number of clips."""
     if head_of(model) == "pretraining":
         raise UserError(
             f"a {type(model).__name__} needs a mask for each clip and cannot be exported; export "
             "its encoder: from_pretrained(..., head='none'), --head none"
         )
+    if batch is not None and not positive_int(batch):
+        raise UserError(f"batch is {batch!r}, expected None for any number of clips, or 1 or more")
+
+
+def _check(model, processor, preprocess, input_size, batch, params_at, platforms, precision):
+    check_exported(model, batch)
     if preprocess and processor is None:
         raise UserError("preprocess=True needs a processor, got None")
     if input_size is not None and not preprocess:
         raise UserError(f"input_size={input_size} needs preprocess=True (--preprocess)")
     if input_size is not None and (len(input_size) != 2 or not all(map(positive_int, input_size))):
         raise UserError(f"input_size is {input_size!r}, expected (height, width) in pixels")
-    if batch is not None and not positive_int(batch):
-        raise UserError(f"batch is {batch!r}, expected None for any number of clips, or 1 or more")
     for name, value, allowed in (
         ("params_at", params_at, PARAMS),
         ("precision", precision, PRECISIONS),
@@ -208,7 +213,8 @@ def _clips(config, preprocess: bool, input_size, batch: int | None) -> jax.Shape
     return jax.ShapeDtypeStruct(shape, np.uint8 if preprocess else np.float32)
 
 
-def _described(array) -> dict[str, Any]:
+def described_array(array) -> dict[str, Any]:
+    """The dtype and shape of an array, as JSON values."""
     shape = [side if isinstance(side, int) else str(side) for side in array.shape]
     return {"dtype": np.dtype(array.dtype).name, "shape": shape}
 
@@ -220,7 +226,8 @@ def _preprocessing(processor, preprocess: bool, input_size) -> dict[str, Any]:
     return {"inside": inside, "processor": None if processor is None else processor.to_dict()}
 
 
-def _described_params(flat: Mapping[str, Any]) -> dict[str, Any]:
+def described_params(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The number, bytes, dtypes and hash of parameters by path."""
     return {
         "count": sum(leaf.size for leaf in flat.values()),
         "bytes": sum(leaf.nbytes for leaf in flat.values()),
