@@ -2,13 +2,12 @@
 """The validation of a run: its views, its score, and the early stop that a recipe asks for."""
 
 import dataclasses
-import math
 
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.recipes.recipe import EvalSettings, Recipe
 from vivit_jax.train.callbacks import Callback, EarlyStop
 from vivit_jax.train.evaluate import Evaluation, evaluate, evaluate_reconstruction
-from vivit_jax.train.metrics import leading_name
+from vivit_jax.train.metrics import checkpoint_score
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.state import TrainState
 
@@ -27,7 +26,7 @@ def early_stop(recipe: Recipe, validation: Dataset | None) -> list[Callback]:
     """The callback that `train.patience` asks for."""
     if recipe.train.patience is None or validation is None:
         return []
-    # A loss that creeps is no better: see `scored`.
+    # A loss that creeps is no better: see `checkpoint_score`.
     margin = 0.0 if recipe.task == "pretrain" else _CREEP / (1 + len(validation))
     return [EarlyStop(recipe.train.patience, margin=margin)]
 
@@ -46,14 +45,6 @@ def validate(setup: TrainSetup, state: TrainState) -> Evaluation:
     return evaluate(*what, setup.processor, mesh=mesh, threads=threads)
 
 
-def scored(setup: TrainSetup, metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics with the one by which checkpoints are compared: the higher, the better.
-
-    Of a few held-out clips many models have the same accuracy; their loss then decides.
-    """
-    if setup.recipe.task == "pretrain":
-        return metrics | {"score": -metrics["loss"]}
-    score = metrics[leading_name(setup.model.config)]
-    if math.isfinite(metrics.get("loss", math.nan)):
-        score += math.exp(-metrics["loss"]) / (1 + metrics["videos"])  # less than one clip more
-    return metrics | {"score": score}
+def scored(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics with the score by which checkpoints are compared."""
+    return metrics | {"score": checkpoint_score(metrics)}

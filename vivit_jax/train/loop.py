@@ -356,7 +356,7 @@ class _Loop:
         if self.watch is not None:
             notices = self.watch.after_validation(self.taken, dataset, found)
             self._notice(self.taken, notices)
-        metrics = scored(self.setup, self.metrics)
+        metrics = scored(self.metrics)
         if self.setup.recipe.task == "finetune":
             self.run.write_validation(self.taken, metrics["score"], lambda: self._record(found))
         # Before the checkpoint, which has the callbacks' states.
