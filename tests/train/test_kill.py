@@ -4,6 +4,7 @@
 import functools
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -68,9 +69,9 @@ def saving(out):
 
 
 def told(out):
-    """How many lines metrics.jsonl has."""
+    """How many steps metrics.jsonl tells of."""
     path = out / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return path.read_bytes().count(b'"kind": "train"') if path.exists() else 0
 
 
 def live(parent, out, args, deaths, rng, steps):
@@ -166,7 +167,8 @@ def test_two_processes_stop_and_go_on_together(tmp_path, parent, cache, data):
     assert [life.end() for life in lives] == [143, 143], "\n".join(life.text for life in lives)
     assert "stopped by SIGTERM after step" in lives[0].text and 4 <= told(both) < 30
     # One process goes on for a while, with the same clips.
-    taken, life = told(both), parent.start(tmp_path / "one.log", [*run, "--out", both, "--resume"])
+    taken = int(re.search("after step ([0-9]+);", lives[0].text)[1])
+    life = parent.start(tmp_path / "one.log", [*run, "--out", both, "--resume"])
     assert life.until(lambda: told(both) >= taken + 3), life.text
     life.send(signal.SIGTERM)
     assert life.end() == 143 and f"steps {taken + 1} to 30" in life.text, life.text
@@ -191,6 +193,26 @@ def test_two_processes_stop_and_go_on_together(tmp_path, parent, cache, data):
     found, expected = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("both", "alone"))
     assert found["metrics"] == expected["metrics"] and found["metrics"]["videos"] == 8
     assert found["videos"] == expected["videos"] and found["per_class"] == expected["per_class"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_is_killed_is_named_by_the_other(tmp_path, parent, cache, data, dead):
+    """Which ends soon, and a new start of both goes on from the last checkpoint."""
+    run = [*cache, "finetune", *tiny(data, 60, data__train=str(data / "good.txt"))]
+    lives = together(parent, tmp_path, [*run, "--out", tmp_path / "run"])
+    assert lives[0].until(lambda: told(tmp_path / "run") >= 7), lives[0].text
+    lives[dead].send(signal.SIGKILL)
+    killed, other = time.monotonic(), lives[1 - dead]
+    # jax aborts where the process that it meets at is gone, before or after our own line.
+    aborted = dead == 0 and other.end() == -signal.SIGABRT
+    assert aborted or other.end() in (1, 2), other.text
+    assert time.monotonic() - killed < 40
+    if not aborted:
+        assert f"process {dead}" in other.text and "ended without a word" in other.text
+        assert "--resume goes on from the last checkpoint" in other.text
+    lives = together(parent, tmp_path, [*run, "--out", tmp_path / "run", "--resume"])
+    assert [life.end() for life in lives] == [0, 0], "\n".join(life.text for life in lives)
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import ONE_PROCESS, Dtype, ProcessOptions, SourceOptions
-from vivit_jax.cli.train import join
 from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.errors import UserError
@@ -131,14 +130,24 @@ def evaluate(
         model: Directory, weight file or hub id, with its preprocessor_config.json.
     """
     _check_outputs(output)
-    join(processes)
+    with processes.connected():
+        return _evaluated(model, joined(config), data, views, work, output)
 
+
+def _evaluated(
+    model: str,
+    changes: tuple[str, ...],
+    data: DataOptions,
+    views: ViewOptions,
+    work: WorkOptions,
+    output: OutputOptions,
+) -> int:
+    """The exit status, once the result is printed and written."""
     check_views(views)
     for flag, value in (("--views-at-once", work.views_at_once), ("--threads", work.threads)):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
     mesh = make_mesh(parse_mesh(work.mesh, jax.device_count()))
-    changes = joined(config)
     source = open_model(model, changes, dtype=work.dtype)
     if source.head != "classification":
         raise UserError(
@@ -241,7 +250,7 @@ def _lines(found: _Found) -> Iterator[str]:
     """What is printed: a line for each number."""
     metrics = found.result.metrics
     for name, value in metrics.items():
-        yield f"{name:24} {value:.2%}" if "accuracy" in name else f"{name:24} {value:g}"
+        yield f"{name:24} {value:.2%}" if isinstance(value, float) else f"{name:24} {value}"
     for head in found.heads:
         prefix = f"{head.head}_" if head.head else ""
         low, high = head.interval

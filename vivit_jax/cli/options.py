@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups of flags that several commands share."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Literal
 
 from vivit_jax.data.datasets.dataset import Dataset, read_dataset
 from vivit_jax.errors import UserError
+from vivit_jax.train.join import chosen, connected, detected
+from vivit_jax.train.peers import Patience
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -82,13 +85,35 @@ class ProcessOptions:
 
     Attributes:
         coordinator: Address of process 0, host:port, if there are several.
-        processes: How many processes there are.
+        processes: How many processes there are; auto: all of the TPU pod, SLURM, Open MPI or
+            Kubernetes job that this one belongs to, which gives the other flags too.
         process: Number of this process, from 0.
+        coordinator_timeout: Seconds to wait until all processes have come.
+        hang_timeout: Seconds that a process may stay behind the others before all end.
     """
 
     coordinator: str | None = None
-    processes: int = 1
+    processes: int | Literal["auto"] = 1
     process: int = 0
+    coordinator_timeout: float = 300.0
+    hang_timeout: float = 900.0
+
+    def connected(self) -> contextlib.AbstractContextManager[None]:
+        """Work together with the other processes in a block. Raises UserError."""
+        for name in ("coordinator_timeout", "hang_timeout"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} is {value:g}; expected seconds")
+        if self.processes == "auto":
+            if self.coordinator is not None or self.process:
+                raise UserError(
+                    "--processes auto asks the cluster; leave out --coordinator and --process"
+                )
+            member = detected(self.coordinator_timeout)
+        else:
+            member = chosen(self.coordinator, self.processes, self.process)
+        patience = Patience(meeting=self.coordinator_timeout, hang=self.hang_timeout)
+        return connected(member, patience)
 
 
 READ, ONE_PROCESS = ReadOptions(), ProcessOptions()  # defaults

@@ -14,14 +14,14 @@ import jax
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vivit_jax.cli.options import ONE_PROCESS, ProcessOptions
-from vivit_jax.cli.suggest import comparison, suggested_recipe
+from vivit_jax.cli.suggest import suggested_recipe
 from vivit_jax.console import FLAT, KeyValues, stopped_by
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes import apply_settings, from_dict, recipe_named
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.loop import train
-from vivit_jax.train.run_directory import HELD_OUT_LIST, RunDirectory, saved_recipe
+from vivit_jax.train.run_directory import RunDirectory, saved_recipe
 from vivit_jax.train.sharding import parse_mesh
 
 
@@ -88,7 +88,8 @@ def pretrain(options: Options) -> int:
     This runs one of the published recipes. Ctrl-C and SIGTERM end the run after the current step or
     validation, with a checkpoint, and a second one at once; the exit status is 130 or 143, and
     --resume continues the run. For several processes, start each with --coordinator, --processes
-    and its own --process.
+    and its own --process, or in a cluster's job with --processes auto. If one dies or hangs, the
+    others end too, and say which it was.
     """
     return _run("pretrain", options)
 
@@ -101,33 +102,30 @@ def finetune(options: Options) -> int:
 
     Ctrl-C and SIGTERM end the run after the current step or validation, with a checkpoint, and a
     second one at once; the exit status is 130 or 143, and --resume continues the run. For several
-    processes, start each with --coordinator, --processes and its own --process.
+    processes, start each with --coordinator, --processes and its own --process, or in a cluster's
+    job with --processes auto. If one dies or hangs, the others end too, and say which it was.
     """
     return _run("finetune", options)
 
 
 def _run(task: str, options: RunOptions) -> int:
-    out, resume = options.out, options.resume is not False
-    join(options.processes)
-    sizes = parse_mesh(options.mesh, jax.device_count())
-    recipe = _recipe(task, options, sizes)
-
     # When a save fails, Orbax's threads log stack traces; the next step reports the error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-    with _late_answers_dropped():
+    out = options.out
+    with options.processes.connected(), _late_answers_dropped():
+        first = jax.process_index() == 0
+        sizes = parse_mesh(options.mesh, jax.device_count())
         outcome = train(
-            recipe,
+            _recipe(task, options, sizes),
             out,
-            resume=resume,
+            resume=options.resume is not False,
             resume_step=None if isinstance(options.resume, bool) else options.resume,
             mesh_sizes=sizes,
             tensorboard=options.tensorboard,
         )
-    if options.processes.coordinator is not None:
-        jax.distributed.shutdown()  # now: a process that dies of a signal would not
     status = stopped_by(outcome.stopped) if outcome.stopped else 0
-    if options.processes.process:
+    if not first:
         return status
     if outcome.stopped:
         print(
@@ -141,8 +139,6 @@ def _run(task: str, options: RunOptions) -> int:
         if outcome.stop_reason is not None:
             done += f" of {outcome.steps}: {outcome.stop_reason}"
         print(f"{done}; {which} in {outcome.model}, curves in {out}/report.html")
-        if options.recipe is None and not resume and (out / HELD_OUT_LIST).exists():
-            print("\n".join(comparison(out, recipe)))
     return status
 
 
@@ -182,7 +178,7 @@ def _chosen(task: str, options: RunOptions, sizes: dict[str, int], given: Sequen
         )
     # Before the clips are opened.
     RunDirectory(options.out, recipe_named("demo-finetune"), resume=False).close()
-    say = print if not options.processes.process else lambda text: None
+    say = print if jax.process_index() == 0 else lambda text: None
     return suggested_recipe(values["data.train"], values["model.start"], sizes, given, say)
 
 
@@ -236,19 +232,3 @@ def _late_answers_dropped() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = shown
-
-
-def join(options: ProcessOptions) -> None:
-    """Connect this process with the others, if there are several. Raises UserError."""
-    processes, process = options.processes, options.process
-    if options.coordinator is None:
-        if processes != 1 or process != 0:
-            raise UserError(
-                f"--processes {processes} --process {process} need --coordinator host:port, the "
-                "address of process 0"
-            )
-        return
-    if not 0 <= process < processes:
-        raise UserError(f"--process {process} must be from 0 to {processes - 1} (--processes)")
-
-    jax.distributed.initialize(options.coordinator, processes, process)
