@@ -211,8 +211,8 @@ def test_places_in_contributing_exist():
     prose, *blocks = re.split(r"^```", text, flags=re.MULTILINE)
     prose, blocks = "".join([prose, *blocks[1::2]]), blocks[::2]
     lists = [block.strip().splitlines() for block in blocks if block.startswith("\n")]
-    kinds = "a family, a layout, an augmentation, a backend, a metric, an outcome"
-    assert len(lists) == 6, kinds
+    kinds = "a family, a layout, an augmentation, a backend, a metric, an outcome, a command"
+    assert len(lists) == 7, kinds
     for line in (line for lines in lists for line in lines):
         place, what = line.split(maxsplit=1)
         found = [path for path in ROOT.glob(re.sub(r"<\w+>", "*", place)) if path.exists()]
