@@ -86,7 +86,7 @@ def compilation_shown() -> Iterator[None]:
             name = str(about.get("fun_name", ""))  # jit(step)
             clock.began(name.removeprefix("jit(").removesuffix(")"))
 
-    def ended(event: str, duration: float, **about: str | int) -> None:
+    def ended(event: str, duration_secs: float, **about: str | int) -> None:
         if event == _COMPILING:
             clock.ended()
 
