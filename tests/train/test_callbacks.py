@@ -183,7 +183,7 @@ def test_early_stop(scores, options, ends):
             callback(event)
             reasons |= {k: asked[0]} if asked else {}
         assert min(reasons, default=None) == ends
-        assert all((metric or "the score") in reason for reason in reasons.values())
+        assert all((metric or "held-out score") in reason for reason in reasons.values())
 
 
 @pytest.mark.slow

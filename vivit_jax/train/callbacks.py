@@ -117,7 +117,7 @@ class EarlyStop:
 
     def _name(self) -> tuple[str, bool]:
         """What is compared, and whether lower is better."""
-        name = self.metric or "the score"
+        name = self.metric or "the held-out score"
         return name, name.endswith("loss")
 
     def _value(self, event: Event) -> float:
