@@ -353,7 +353,9 @@ def pretrained(tmp_path_factory):
         data=dataclasses.replace(recipe.data, train=str(folder / "data" / "train")),
         train=dataclasses.replace(recipe.train, epochs=30),
     )
-    return train(recipe, folder / "run", say=lambda line: None).model
+    return train(
+        recipe, folder / "run", mesh_sizes=parse_mesh("data=1", 1), say=lambda line: None
+    ).model
 
 
 @pytest.mark.slow

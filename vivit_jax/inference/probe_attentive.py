@@ -16,7 +16,12 @@ from flax.core import meta
 from jaxtyping import Bool, Float, Float32, Int
 
 from vivit_jax import param_tree
-from vivit_jax.inference.probe_features import ClipFeatures, read_tokens
+from vivit_jax.inference.probe_features import (
+    ClipFeatures,
+    count_views,
+    read_tokens,
+    read_view,
+)
 from vivit_jax.inference.probe_linear import Scaling, averaged, spread_at_least
 from vivit_jax.models.head import AttentivePool, classify
 from vivit_jax.progress import live_line
@@ -48,7 +53,7 @@ class TokenFiles:
         """Mean and spread of each of the d features over all tokens of all clips."""
         total, squares, count = 0.0, 0.0, 0
         for file in self.files:
-            tokens = read_tokens([file]).astype(np.float64)
+            tokens = read_tokens(file).astype(np.float64)
             tokens = tokens.reshape(-1, tokens.shape[-1])
             total, squares = total + tokens.sum(0), squares + (tokens**2).sum(0)
             count += len(tokens)
@@ -78,8 +83,8 @@ def train_heads(
         config, dtype="float32", param_dtype="float32", initializer_range=width**-0.5
     )
     head = AttentiveHead(config)
-    first = read_tokens(clips.files[:1])
-    values = head.init(jax.random.key(seed), jnp.asarray(first[:, 0]))["params"]
+    first, views = read_view(clips.files[0], 0), count_views(clips.files[0])
+    values = head.init(jax.random.key(seed), jnp.asarray(first[None]))["params"]
     count = len(weight_decays)
     params = jax.tree.map(lambda x: jnp.stack([x] * count), meta.unbox(values))
     scaling = clips.scaling()
@@ -94,12 +99,16 @@ def train_heads(
     )
     for number in range(steps):
         rows = order[number * _BATCH : (number + 1) * _BATCH]
-        tokens = read_tokens([clips.files[i] for i in rows])
-        view = rng.integers(tokens.shape[1], size=len(rows))
-        batch = tokens[np.arange(len(rows)), view], clips.labels[rows]
+        drawn = rng.integers(views, size=len(rows))
+        tokens = np.stack(
+            [read_view(clips.files[i], int(view)) for i, view in zip(rows, drawn, strict=True)]
+        )
         rate = LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * number / steps))
         weights = jnp.asarray(taken[:, rows], jnp.float32)
-        params, state = step(params, state, decays, scale, *batch, weights, np.float32(rate))
+        labels = clips.labels[rows]
+        params, state = step(
+            params, state, decays, scale, tokens, labels, weights, np.float32(rate)
+        )
         if progress is not None:
             progress(number + 1, steps)
     folded = jax.vmap(_folded, in_axes=(0, None, None))(params, *scale)
@@ -163,7 +172,7 @@ def head_scores(
         {path: jnp.stack([head[path] for head in heads]) for path in heads[0]}
     )
     scores = _scores(dataclasses.replace(config, dtype="float32"))
-    return np.stack([np.asarray(scores(params, read_tokens([f])[0])) for f in files], axis=1)
+    return np.stack([np.asarray(scores(params, read_tokens(f))) for f in files], axis=1)
 
 
 @functools.lru_cache(maxsize=4)

@@ -164,9 +164,21 @@ def clip_features(
     )
 
 
-def read_tokens(files: Sequence[Path]) -> Float32[np.ndarray, "clips views l d"]:
-    """The tokens of some clips, from their files."""
-    return np.stack([_arrays(file)[0] for file in files])
+def read_tokens(file: Path) -> Float32[np.ndarray, "views l d"]:
+    """The tokens of a clip, from its file."""
+    return _arrays(file)[0]
+
+
+def read_view(file: Path, view: int) -> Float32[np.ndarray, "l d"]:
+    """The tokens of one view of a clip; the others are not read."""
+    with safe_open(file, "np") as opened:
+        return opened.get_slice("features")[view]
+
+
+def count_views(file: Path) -> int:
+    """The number of views in a clip's file."""
+    with safe_open(file, "np") as opened:
+        return opened.get_slice("features").get_shape()[0]
 
 
 def _digests(examples: Sequence[Example], threads: int) -> tuple[dict[int, str], dict[int, str]]:
