@@ -319,7 +319,7 @@ def wrong(tmp_path_factory, data):
         (("--data", "{wrong}/far.txt"), "its labels go up to 99999999"),
         (("--data", "{wrong}/gone.txt"), "none of the 2 clips of"),
         (("--data", "{wrong}/nowhere"), "nowhere"),
-        (("--validation", "1.5"), "--validation must be at least 0 and less than 1"),
+        (("--validation", "1.5"), "validation must be at least 0 and less than 1"),
         (("--validation", "{wrong}/nowhere"), "nowhere"),
         (("--validation", "{wrong}/val.txt"), "has labels 7 to 7, the model has classes 0 to 2"),
         (("--folds", "1"), "folds must be an int of at least 2 (--folds), got 1"),

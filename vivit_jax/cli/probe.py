@@ -11,7 +11,7 @@ from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import SourceOptions
 from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.errors import UserError
-from vivit_jax.inference.probe import RESULT, check_out, probe
+from vivit_jax.inference.probe import RESULT, check_out, check_settings, probe
 from vivit_jax.inference.probe_data import sides_of
 from vivit_jax.inference.probe_record import PROBE, Probe, ProbeSettings
 from vivit_jax.progress import format_table
@@ -58,6 +58,7 @@ def probe_command(
         out: Directory to write: new, or that of an interrupted probe.
         overwrite: Replace the model and numbers of a finished probe.
     """
+    check_settings(settings)
     check_out(out, overwrite)
     check_views(views)
     if data.first_frame < 0:
@@ -88,14 +89,9 @@ def _said(line: str) -> None:
 def _validation(text: str | None) -> float | str | None:
     """--validation as a share, if it is a number, or as a place."""
     try:
-        share = None if text is None else float(text)
+        return None if text is None else float(text)
     except ValueError:
         return text
-    if share is not None and not 0 <= share < 1:
-        raise UserError(
-            f"--validation must be at least 0 and less than 1, or a list or directory, got {text}"
-        )
-    return share
 
 
 def as_text(found: Probe) -> str:

@@ -78,7 +78,7 @@ def probe(
     something else; otherwise what `open_source` and `read_dataset` raise.
     """
     out = Path(out)
-    _check_settings(settings)
+    check_settings(settings)
     check_out(out, overwrite)
     source = open_source(model, dtype=settings.dtype)
     processor = processor_of(source)
@@ -338,7 +338,8 @@ def _frozen_model(
     return plan.model, params, str(plan.report).splitlines()
 
 
-def _check_settings(settings: ProbeSettings) -> None:
+def check_settings(settings: ProbeSettings) -> None:
+    """UserError for settings that no probe can have."""
     for name, least in (("folds", 2), ("neighbours", 1), ("threads", 1), ("seed", 0)):
         value = getattr(settings, name)
         if not isinstance(value, int) or value < least:

@@ -73,6 +73,11 @@ def sides_of(
                 return Sides(train, held, "the list's own split")
     if validation is None or isinstance(validation, float | int):
         share = SHARE if validation is None else validation
+        if not 0 <= share < 1:
+            raise UserError(
+                "validation must be at least 0 and less than 1, or a list or directory "
+                f"(--validation), got {share:g}"
+            )
         return _by_share(train, share, threads) if share else Sides(train, None, "")
     held = validation
     if not isinstance(held, Dataset):
