@@ -253,7 +253,7 @@ def test_bad_and_short_clips_and_rare_classes_are_named(capsys, models, data, tm
     save_clip(mine / "rare" / "only.npy", 0, 6)
     (mine / "empty").mkdir()
     found, printed, _ = probed(
-        capsys, models / "videomae", mine, tmp_path / "run", "--validation", 0, "--folds", 9
+        capsys, models / "videomae", mine, tmp_path / "run", "--validation", "none", "--folds", 9
     )
     assert "left out" in printed and list(found["unreadable"]) == [str(mine / "red" / "broken.npy")]
     assert found["held_out"] is None and found["k"] == 1 and found["folds"] == 8

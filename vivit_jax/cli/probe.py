@@ -24,8 +24,8 @@ class DataOptions(SourceOptions):
     Attributes:
         data: A list file with a path and a label in each line or in columns, or a directory with a
             folder for each class.
-        validation: Held-out clips: a share of each class of the data such as 0.2, 0 for none, or a
-            list file or directory of their own. Default: the validation rows of a list that has
+        validation: Held-out clips: a share of each class of the data such as 0.2, none, or a list
+            file or directory of their own. Default: the validation rows of a list that has
             splits, else 0.2.
     """
 
@@ -68,7 +68,7 @@ def probe_command(
     sides = sides_of(
         data.data,
         _validation(data.validation),
-        settings.threads,
+        seed=settings.seed,
         split=data.split or "train",
         root=data.root,
         frame_name=data.frame_name,
@@ -89,7 +89,7 @@ def _said(line: str) -> None:
 def _validation(text: str | None) -> float | str | None:
     """--validation as a share, if it is a number, or as a place."""
     try:
-        return None if text is None else float(text)
+        return None if text is None else 0.0 if text == "none" else float(text)
     except ValueError:
         return text
 

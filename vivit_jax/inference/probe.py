@@ -82,7 +82,7 @@ def probe(
     check_out(out, overwrite)
     source = open_source(model, dtype=settings.dtype)
     processor = processor_of(source)
-    sides = data if isinstance(data, Sides) else sides_of(data, validation, settings.threads)
+    sides = data if isinstance(data, Sides) else sides_of(data, validation, seed=settings.seed)
     names = class_names(sides.train)
     net, params, report = _frozen_model(source, names, settings)
     views = central_view(net.config, processor) if views is None else views
@@ -138,7 +138,7 @@ class _Found:
         config = frozen.model.config
         train = clip_features(frozen, sides.train, folder, threads=threads, name="training clips")
         labels = _labels(sides.train, train)
-        unreadable = {**sides.unreadable, **train.unreadable}
+        unreadable = dict(train.unreadable)
         if len(np.unique(labels)) < 2:
             raise UserError(
                 f"{sides.train.source}: the {len(train)} readable clips are of one class, and "

@@ -4,24 +4,14 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vivit_jax.data.datasets.check import (
-    ClipFacts,
-    counted,
-    find_copies,
-    in_threads,
-    inspect,
-)
-from vivit_jax.data.datasets.check import (
-    split as held_out_split,
-)
-from vivit_jax.data.datasets.dataset import Dataset, ObjectExample, read_dataset
+from vivit_jax.data.datasets.check import counted
+from vivit_jax.data.datasets.dataset import Dataset, read_dataset
+from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.data.settings import MOST_CLASSES
 from vivit_jax.errors import UserError
-from vivit_jax.progress import live_line
 
 SHARE = 0.2  # that is held out where the data say nothing
 
@@ -31,30 +21,26 @@ Validation = float | str | Path | Dataset | None
 
 @dataclasses.dataclass(frozen=True)
 class Sides:
-    """Training clips, held-out clips, and how they were told apart.
-
-    `unreadable` are path -> why, of clips that are on neither side.
-    """
+    """Training clips, held-out clips, and how they were told apart."""
 
     train: Dataset
     held_out: Dataset | None
     how: str
-    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def sides_of(
     data: str | Path | Dataset,
     validation: Validation,
-    threads: int = 2,
     *,
+    seed: int = 0,
     split: str = "train",
     **reading: Any,
 ) -> Sides:
     """The two sides of a data set; `split` and `reading` are arguments of `read_dataset`.
 
     Without `validation` the rows for it are taken of a list with several splits, and a fifth of
-    each class of anything else. A share is held out as `check-data` suggests: by class, with clips
-    of one file and copies on the side that is trained on.
+    each class of anything else. A share is held out as in fine-tuning with this `seed`, see
+    `hold_out`.
 
     Raises UserError for clips without exactly one label each, and as `read_dataset`.
     """
@@ -78,7 +64,7 @@ def sides_of(
                 "validation must be at least 0 and less than 1, or a list or directory "
                 f"(--validation), got {share:g}"
             )
-        return _by_share(train, share, threads) if share else Sides(train, None, "")
+        return _by_share(train, share, seed) if share else Sides(train, None, "")
     held = validation
     if not isinstance(held, Dataset):
         held = read_dataset(held, split="validation", **reading)
@@ -110,24 +96,9 @@ def _check_labels(dataset: Dataset) -> None:
         )
 
 
-def _by_share(dataset: Dataset, share: float, threads: int) -> Sides:
-    # What an object holds is found when it is read.
-    in_object = any(isinstance(example, ObjectExample) for example in dataset.examples)
-    with live_line("clips opened") as progress:
-        look = ClipFacts if in_object else inspect
-        facts = tuple(in_threads(look, dataset.examples, threads, progress))
-    copies = () if in_object else find_copies(facts, threads)
-    chosen = held_out_split(facts, copies, share)
-    train, held = (
-        dataclasses.replace(dataset, examples=tuple(dataset.examples[i] for i in side))
-        for side in chosen
-    )
-    unreadable = {each.example.path: each.error for each in facts if each.error is not None}
-    if not chosen[0]:
-        error = next(iter(unreadable.values()))
-        raise UserError(
-            f"none of the {len(dataset)} clips of {dataset.source} could be read: {error}"
-        )
-    if not chosen[1]:
-        return Sides(train, None, "no clip can be held out", unreadable)
-    return Sides(train, held, f"{share:.0%} of each class", unreadable)
+def _by_share(dataset: Dataset, share: float, seed: int) -> Sides:
+    try:
+        train, held = hold_out(dataset, share, seed)
+    except UserError:  # a single clip of each class, or copies only
+        return Sides(dataset, None, "no clip can be held out")
+    return Sides(train, held, f"{share:.0%} of each class")

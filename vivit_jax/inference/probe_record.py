@@ -25,7 +25,7 @@ class ProbeSettings:
         neighbours: Nearest neighbours that vote, at most as many as the smallest class has clips.
         attentive_heads: Heads of the attentive pool. Default: as many as a block of the model has.
         dtype: What the frozen model computes in.
-        seed: Of the folds, and of the attentive head's initial values and batches.
+        seed: Of the held-out share, the folds, and the attentive head's first values and batches.
         threads: Threads that read clips.
     """
 
