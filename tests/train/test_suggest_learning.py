@@ -47,7 +47,7 @@ def held_out_accuracy(model, clips, views):
 def test_forty_clips_are_learnt_without_a_recipe(tmp_path, capsys):
     """Three seeds, each with clips of its own; 240 other clips score them.
 
-    Chance is 25 %. Measured: see the end of the test.
+    Chance is 25 %. Measured with 32 clips to train on: 92.5, 97.1 and 95.0 %, 10 s each.
     """
     synthetic.write_dataset(tmp_path / "unlabelled", {"train": 100}, seed=5)
     unlabelled = [f"data.train={tmp_path}/unlabelled/train", "train.epochs=40"]
