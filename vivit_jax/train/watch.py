@@ -165,5 +165,5 @@ def held_out_loss(config: Any, dataset: Dataset, found: Evaluation) -> dict[str,
     if config.class_splits is not None or not read:
         return {}
     scores = np.stack([each for _, each in read]).astype(np.float64)
-    own = scores[np.arange(len(read)), [label for label, _ in read]]
+    own = scores[np.arange(len(read)), np.array([label for label, _ in read])]
     return {"loss": float(np.mean(np.logaddexp.reduce(scores, axis=1) - own))}
