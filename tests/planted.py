@@ -171,13 +171,13 @@ FAULTS = [
     Fault(
         "every clip augmented alike",
         DATA + "pipeline.py",
-        "rng = np.random.default_rng((self.seed, element, 1))",
-        "rng = np.random.default_rng((self.seed, 0, 1))",
+        "rng = np.random.default_rng((self.sampler.seed, element, 1, *again))",
+        "rng = np.random.default_rng((self.sampler.seed, 0, 1, *again))",
     ),
     Fault(
         "bad clips that are forgotten in a saved position",
         DATA + "pipeline.py",
-        'self.bad = dict(state["bad"])',
+        'self.bad = {path: why for state in states for path, why in state["bad"].items()}',
         "self.bad = {}",
     ),
     Fault(
@@ -220,8 +220,8 @@ FAULTS = [
     Fault(
         "decay of biases",
         TRAIN + "optim.py",
-        r"(bias|scale(_\w+)?|cls|mask_token|pos_embed)",
-        r"(scale(_\w+)?|cls|mask_token|pos_embed)",
+        r"(bias|scale(_\w+)?|cls|query|mask_token|pos_embed)",
+        r"(scale(_\w+)?|cls|query|mask_token|pos_embed)",
     ),
     Fault(
         "layer decay that starts one block late",
@@ -280,8 +280,8 @@ FAULTS = [
     Fault(
         "views summed",
         TRAIN + "evaluate.py",
-        "scores.astype(np.float64).reshape(views.videos, views.each, -1).mean(1)",
-        "scores.astype(np.float64).reshape(views.videos, views.each, -1).sum(1)",
+        "best, scores = _best_of_heads(config, scores), scores.mean(1)",
+        "best, scores = _best_of_heads(config, scores), scores.sum(1)",
     ),
     Fault(
         "one class too many ahead",
@@ -349,8 +349,8 @@ FAULTS = [
     Fault(
         "an unreadable clip that does not count",
         CLI + "predict.py",
-        "                failed = True\n",
-        "                failed = False\n",
+        "return int(bool(failed))",
+        "return 0",
     ),
     Fault(
         "a gradient to the pixels counted",
