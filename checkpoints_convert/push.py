@@ -68,8 +68,8 @@ def check_extra() -> None:
         raise MissingExtra("huggingface_hub", "hub", "publishing a model") from None
 
 
-def check_repository(repository: str) -> None:
-    """UserError for a text that does not name a repository as org/name."""
+def check_repository(repository: str, revision: str | None = None) -> None:
+    """UserError for texts that do not name a repository, as org/name, and a branch of it."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     named = hub_id(repository)
@@ -84,6 +84,11 @@ def check_repository(repository: str) -> None:
         validate_repo_id(repository)
     except HFValidationError as error:
         raise UserError(f"{repository} is not a name that the hub takes: {error}") from None
+    if revision is not None and hub_id(f"{repository}@{revision}") is None:
+        raise UserError(
+            f"--revision {quoted(revision)!r} is not the name of a branch; expected letters, "
+            "digits, '.', '_', '-' and '/', such as v1"
+        )
 
 
 def prepare(directory: Path, repository: str, revision: str | None = None) -> Upload:
@@ -95,7 +100,7 @@ def prepare(directory: Path, repository: str, revision: str | None = None) -> Up
     that should not be published so.
     """
     check_extra()
-    check_repository(repository)
+    check_repository(repository, revision)
     source = _opened(directory)
     report = plan_load(source, None).report
     if report.dropped or report.fresh:
@@ -107,7 +112,7 @@ def prepare(directory: Path, repository: str, revision: str | None = None) -> Up
     others = sorted(name for name in names_in(directory) if name != CARD)
     sent = [n for n in others if n in wanted or (_ALSO.fullmatch(n) and (directory / n).is_file())]
     card = directory / CARD
-    text = card.read_text("utf-8") if card.is_file() else card_text(_saved(source))
+    text = _text_of(card) if card.is_file() else card_text(_saved(source))
     files: dict[str, Path | bytes] = {CARD: for_repository(text, repository, revision).encode()}
     files |= {name: directory / name for name in sent}
     for name, content in files.items():
@@ -147,6 +152,13 @@ def _saved(source: Source) -> SavedModel:
         processor=processor,
         pooler=source.stored.pooler,
     )
+
+
+def _text_of(card: Path) -> str:
+    try:
+        return card.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{card} is not UTF-8: {error}; save it as that") from None
 
 
 def _check_private(path: Path, content: Path | bytes) -> None:

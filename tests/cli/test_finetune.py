@@ -137,6 +137,8 @@ def test_settings_are_chosen_said_and_saved(finished, place):
     assert rows["augment.flip"] == "0" and "left turn, right turn" in said
     assert recipe.augment.flip == 0 and recipe.augment.crop_scale == (0.5, 1.0)
     assert recipe.data.hold_out == 0.2 and recipe.data.stride == 1
+    lists = f"--data {shlex.quote(f'{out}/train.csv')} --validation"
+    assert f"\n  vivit-jax probe --model {place}/start {lists}" in said
     # The split can be used by itself.
     train_clips, held = (read_dataset(out / f"{name}.csv") for name in ("train", "validation"))
     assert (len(train_clips), len(held)) == (12, 3)

@@ -185,6 +185,8 @@ def broken(model, kind):
     elif kind == "card path":
         card = model / "README.md"
         card.write_text(card.read_text() + "\nTrained on /mnt/clips/ours.\n")
+    elif kind == "card bytes":
+        (model / "README.md").write_bytes(b"---\nlicense: mit\n---\n\xff")
     elif kind == "card yaml":
         (model / "README.md").write_text("---\nlicense: [mit\n---\n")
     elif kind == "card index":
@@ -200,6 +202,7 @@ WRONG = {
     "pickle": "is not what the hub takes for a model, model.safetensors beside config.json",
     "config path": "names a place on this machine, /home/me/data",
     "card path": "names a place on this machine, /mnt/clips/ours.",
+    "card bytes": "README.md is not UTF-8",
     "card yaml": "the metadata between the lines --- is wrong",
     "card index": "the metadata between the lines --- is wrong",
     "card bare": "has no metadata for the hub",
@@ -227,6 +230,12 @@ def test_what_should_not_be_published_is_refused(run, no_network, model, kind):
 def test_names_that_are_none(run, no_network, model, name, told):
     status, _, err = run("push", model, name)
     assert status == 2 and told in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("revision", ["", "a b", '"', "../x"])
+def test_a_branch_that_is_none(run, no_network, model, revision):
+    status, _, err = run("push", model, ID, f"--revision={revision}")
+    assert status == 2 and "is not the name of a branch" in err and err.count("\n") == 1
 
 
 def test_directories_that_are_no_models(run, no_network, tmp_path):

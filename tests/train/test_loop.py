@@ -34,6 +34,7 @@ from vivit_jax.train import loop, setup
 from vivit_jax.train.evaluate import evaluate
 from vivit_jax.train.initial_model import described_model, description, starting_model
 from vivit_jax.train.log import MetricLog, read_metrics
+from vivit_jax.train.metrics import checkpoint_score
 from vivit_jax.train.sharding import make_mesh, parse_mesh
 from vivit_jax.train.stop_signals import stop_signals
 
@@ -155,9 +156,10 @@ def test_a_run_tells_each_step_once_and_each_validation(whole):
     assert start["step"] == 0 and "fresh" in start["text"]
     report = (out / "report.html").read_text()
     assert report.startswith("<!DOCTYPE html>") and str(out.parent) not in report
-    best = max(validated, key=lambda line: (line["accuracy"], -line["loss"]))
+    best = max(validated, key=lambda line: (line["accuracy"], -line["loss"], line["step"]))
     held = json.loads((out / "validation.json").read_text())
-    assert held["step"] == best["step"] and held["score"] >= best["accuracy"]
+    assert held["step"] == best["step"] and held["score"] == checkpoint_score(best)
+    assert f"best step {best['step']}" in report
     assert held["summary"]["videos"] == 18 and held["summary"]["protocol"]["clips"] == 1
     (head,) = held["heads"]
     right = [a == b for a, b in zip(head["labels"], head["answers"], strict=True)]

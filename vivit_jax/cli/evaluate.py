@@ -250,7 +250,7 @@ def _lines(found: _Found) -> Iterator[str]:
     """What is printed: a line for each number."""
     metrics = found.result.metrics
     for name, value in metrics.items():
-        yield f"{name:24} {value:.2%}" if isinstance(value, float) else f"{name:24} {value}"
+        yield f"{name:24} {value:.2%}" if "accuracy" in name else f"{name:24} {value:g}"
     for head in found.heads:
         prefix = f"{head.head}_" if head.head else ""
         low, high = head.interval

@@ -38,7 +38,7 @@ def push(
         dry_run: Check everything and show what would be sent, without a network.
     """
     check_extra()
-    check_repository(repository)
+    check_repository(repository, revision)
     directory = model_directory(model)
     upload = prepare(directory, repository, revision)
     branch = revision or "main"

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `vivit-jax finetune` says of the settings that it chooses without a recipe."""
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from vivit_jax.data.datasets.check import counted
@@ -9,6 +11,7 @@ from vivit_jax.progress import format_table, live_line, readable
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.refusals import value_text
 from vivit_jax.recipes.settings import from_dict, to_dict
+from vivit_jax.train.run_directory import HELD_OUT_LIST, TRAIN_LIST
 from vivit_jax.train.sharding import gathered
 from vivit_jax.train.suggest.suggested import Suggestion, suggested
 
@@ -30,6 +33,22 @@ def suggested_recipe(
     # Processes may differ in free memory.
     values = to_dict(found.recipe) | {"given": list(found.recipe.given)}
     return from_dict(gathered(values)[0])
+
+
+def comparison(out: Path, recipe: Recipe) -> list[str]:
+    """How a probe of the start does on the same clips, as a command: it is cheap, and may do."""
+    probed = {
+        "--model": recipe.model.start,
+        "--data": out / TRAIN_LIST,
+        "--validation": out / HELD_OUT_LIST,
+        "--stride": recipe.data.stride,
+        "--out": out.with_name(f"{out.name}-probe"),
+    }
+    flags = " ".join(f"{flag} {shlex.quote(str(value))}" for flag, value in probed.items())
+    return [
+        "compare with the same start, not trained, on the same clips:",
+        f"  vivit-jax probe {flags}",
+    ]
 
 
 def _heads(found: Suggestion) -> list[str]:

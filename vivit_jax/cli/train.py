@@ -14,14 +14,14 @@ import jax
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vivit_jax.cli.options import ONE_PROCESS, ProcessOptions
-from vivit_jax.cli.suggest import suggested_recipe
+from vivit_jax.cli.suggest import comparison, suggested_recipe
 from vivit_jax.console import FLAT, KeyValues, stopped_by
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes import apply_settings, from_dict, recipe_named
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.loop import train
-from vivit_jax.train.run_directory import RunDirectory, saved_recipe
+from vivit_jax.train.run_directory import HELD_OUT_LIST, RunDirectory, saved_recipe
 from vivit_jax.train.sharding import parse_mesh
 
 
@@ -112,14 +112,15 @@ def _run(task: str, options: RunOptions) -> int:
     # When a save fails, Orbax's threads log stack traces; the next step reports the error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-    out = options.out
+    out, resume = options.out, options.resume is not False
     with options.processes.connected(), _late_answers_dropped():
         first = jax.process_index() == 0
         sizes = parse_mesh(options.mesh, jax.device_count())
+        recipe = _recipe(task, options, sizes)
         outcome = train(
-            _recipe(task, options, sizes),
+            recipe,
             out,
-            resume=options.resume is not False,
+            resume=resume,
             resume_step=None if isinstance(options.resume, bool) else options.resume,
             mesh_sizes=sizes,
             tensorboard=options.tensorboard,
@@ -139,6 +140,8 @@ def _run(task: str, options: RunOptions) -> int:
         if outcome.stop_reason is not None:
             done += f" of {outcome.steps}: {outcome.stop_reason}"
         print(f"{done}; {which} in {outcome.model}, curves in {out}/report.html")
+        if options.recipe is None and not resume and (out / HELD_OUT_LIST).exists():
+            print("\n".join(comparison(out, recipe)))
     return status
 
 

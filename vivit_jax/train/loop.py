@@ -3,7 +3,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,25 +15,22 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from checkpoints_convert.card import Base
-from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.data.transforms.augment import Transform
 from vivit_jax.errors import UserError, WriteError
 from vivit_jax.recipes.checks import check_values
-from vivit_jax.recipes.recipe import EvalSettings, Recipe
+from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.agreement import checked_clips
-from vivit_jax.train.callbacks import Callback, Callbacks, EarlyStop, Event, Kind
+from vivit_jax.train.callbacks import Callback, Callbacks, Event, Kind
 from vivit_jax.train.checkpoint import Checkpoints
 from vivit_jax.train.evaluate import (
     Evaluation,
-    evaluate,
-    evaluate_reconstruction,
     unreadable_clips,
 )
+from vivit_jax.train.held_out import early_stop, one_view, scored, validate
 from vivit_jax.train.initial_model import described_base, description
 from vivit_jax.train.join import reached
 from vivit_jax.train.log import MetricLog, Progress
-from vivit_jax.train.metrics import leading_name
 from vivit_jax.train.model_card import run_facts
 from vivit_jax.train.own import Augment, Loss, Own
 from vivit_jax.train.own_model import save_model
@@ -48,8 +44,6 @@ from vivit_jax.train.state import TrainState
 from vivit_jax.train.stop_signals import agreed_stop, stop_of_one, stop_signals
 from vivit_jax.train.validation import validation_record
 from vivit_jax.train.watch import Notice, Watch, held_out_loss, watch_of
-
-_CREEP = 0.003  # of exp(-loss), which is no progress on held-out clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +138,7 @@ def train(
         saved = given.resume and checkpoints.latest() is not None
         model_file = run.model_file if saved else None
         data = checked_clips(recipe, sizes, dataset, validation, new=model_file is None)
-        told.put_first(_early_stop(recipe, data[1]))
+        told.put_first(early_stop(recipe, data[1]))
         setup, batches, start = prepare(recipe, make_mesh(sizes), model_file, data, own)
         enter(batches)
         told.check(setup.validation is not None)
@@ -236,12 +230,12 @@ class _Loop:
                     stopped = self._step(received) or stop_of_one(received)
                     if self.taken == before:  # a callback ends the run
                         break
-                    validate = self._validation_due()
-                    if stopped or validate or self._checkpoint_due():
+                    validation = self._validation_due()
+                    if stopped or validation or self._checkpoint_due():
                         self._report_pending()
                         with self._clock.paused():
                             # A validated step is saved: it may turn out to be the best.
-                            self._save(self._validated() if validate else None)
+                            self._save(self._validated() if validation else None)
                         stopped = stopped or stop_of_one(received)
                 self._end()
             except WriteError:  # a disk that takes no log takes no checkpoint either
@@ -353,7 +347,7 @@ class _Loop:
 
     def _validated(self) -> dict[str, float]:
         """Validate and log the metrics; returns them with the score of the checkpoint."""
-        dataset, found = self.setup.validation, _validate(self.setup, self.state)
+        dataset, found = self.setup.validation, validate(self.setup, self.state)
         assert dataset is not None  # else none is due
         self.metrics = found.metrics | held_out_loss(self.setup.model.config, dataset, found)
         self._unreadable = unreadable_clips(dataset, found)
@@ -364,18 +358,18 @@ class _Loop:
         if self.watch is not None:
             notices = self.watch.after_validation(self.taken, dataset, found)
             self._notice(self.taken, notices)
-        scored = _scored(self.setup, self.metrics)
+        metrics = scored(self.metrics)
         if self.setup.recipe.task == "finetune":
-            self.run.write_validation(self.taken, scored["score"], lambda: self._record(found))
+            self.run.write_validation(self.taken, metrics["score"], lambda: self._record(found))
         # Before the checkpoint, which has the callbacks' states.
-        self._tell("evaluate", self.metrics, scored["score"])
-        return scored
+        self._tell("evaluate", self.metrics, metrics["score"])
+        return metrics
 
     def _record(self, found: Evaluation) -> dict[str, Any]:
         """What became of the held-out clips."""
         config, dataset = self.setup.model.config, self.setup.validation
         assert dataset is not None
-        return validation_record(config, _one_view(self.setup), dataset, found)
+        return validation_record(config, one_view(self.setup), dataset, found)
 
     def _save(self, scores: dict[str, float] | None = None) -> None:
         states = self.callbacks.state()
@@ -400,49 +394,6 @@ class _Loop:
             return None
         card = run_facts(setup, self.batches.sampler.dataset, self.base, self.taken, metrics)
         return lambda path: save_model(path, setup.model, params, setup.processor, card)
-
-
-def _one_view(setup: TrainSetup) -> EvalSettings:
-    """The views of a validation."""
-    one = dataclasses.replace(setup.recipe.evaluation, clips=1, crops=1)
-    if setup.model.config.class_splits is not None:
-        one = dataclasses.replace(one, average="logits")
-    return one
-
-
-def _early_stop(recipe: Recipe, validation: Dataset | None) -> list[Callback]:
-    """The callback that `train.patience` asks for."""
-    if recipe.train.patience is None or validation is None:
-        return []
-    # A loss that creeps is no better: see `_scored`.
-    margin = 0.0 if recipe.task == "pretrain" else _CREEP / (1 + len(validation))
-    return [EarlyStop(recipe.train.patience, margin=margin)]
-
-
-def _validate(setup: TrainSetup, state: TrainState) -> Evaluation:
-    recipe, dataset = setup.recipe, setup.validation
-    assert dataset is not None
-    params = state.params if state.average is None else state.average
-    what = (setup.model, params, dataset, _one_view(setup))
-    mesh, threads = setup.mesh, recipe.data.threads
-    if recipe.task == "pretrain":
-        return evaluate_reconstruction(
-            *what, recipe.mask, setup.processor, mesh=mesh, threads=threads
-        )
-    return evaluate(*what, setup.processor, mesh=mesh, threads=threads)
-
-
-def _scored(setup: TrainSetup, metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics with the one by which checkpoints are compared: the higher, the better.
-
-    Of a few held-out clips many models have the same accuracy; their loss then decides.
-    """
-    if setup.recipe.task == "pretrain":
-        return metrics | {"score": -metrics["loss"]}
-    score = metrics[leading_name(setup.model.config)]
-    if math.isfinite(metrics.get("loss", math.nan)):
-        score += math.exp(-metrics["loss"]) / (1 + metrics["videos"])  # less than one clip more
-    return metrics | {"score": score}
 
 
 def _placed(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -2,6 +2,7 @@
 """Accuracies of one or several classification heads; pure functions, usable under jit."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,21 @@ def leading_name(config: Config) -> str:
         return "accuracy"
     names = config.split_names or (str(i + 1) for i in range(len(config.class_splits)))
     return f"{'-'.join(names)}_accuracy"
+
+
+def checkpoint_score(metrics: Mapping[str, float]) -> float:
+    """The score by which checkpoints are compared, from the metrics of an evaluation.
+
+    Their last accuracy, which is that of all heads together if there are several; of pre-training
+    the loss, negative. Of a few held-out clips many models have the same accuracy; their loss then
+    decides, by less than one clip more.
+    """
+    accuracies = [name for name in metrics if name.endswith("accuracy")]
+    loss = metrics.get("loss", math.nan)
+    if not accuracies:
+        return -loss
+    score = metrics[accuracies[-1]]
+    return score + math.exp(-loss) / (1 + metrics["videos"]) if math.isfinite(loss) else score
 
 
 def _accuracies(scores, labels, prefix: str) -> dict[str, jax.Array]:

@@ -28,7 +28,7 @@ from vivit_jax.recipes import RECIPES, recipe_named
 from vivit_jax.recipes.settings import to_dict
 from vivit_jax.train.chart import Curve, escape, figure
 from vivit_jax.train.log import METRICS, read_metrics
-from vivit_jax.train.metrics import TOP_K
+from vivit_jax.train.metrics import TOP_K, checkpoint_score
 from vivit_jax.train.outcome_page import Shown, outcome_sections
 from vivit_jax.train.page import page, percent, table
 from vivit_jax.train.run_directory import BAD_CLIPS, RECIPE, VALIDATION
@@ -111,14 +111,14 @@ def write_report(directory: str | Path, validation: Dataset | None = None) -> Pa
 def best_step(evaluations: Sequence[Mapping[str, Any]]) -> int | None:
     """The step whose checkpoint is kept as the best, the latest of equal ones; None if unknown.
 
-    By the accuracy, of all heads together if there are several, or by the loss of pre-training.
+    By `checkpoint_score`.
     """
     scored = []
     for line in evaluations:
-        accuracies = [name for name in line if name.endswith("accuracy")]
-        score = line[accuracies[-1]] if accuracies else line.get("loss")
-        if isinstance(score, int | float) and math.isfinite(score):
-            scored.append((score if accuracies else -score, line["step"]))
+        numbers = {name: v for name, v in line.items() if isinstance(v, int | float)}
+        score = checkpoint_score({"videos": 1, **numbers})
+        if math.isfinite(score):
+            scored.append((score, line["step"]))
     return max(scored)[1] if scored else None
 
 

@@ -114,7 +114,7 @@ def _numbered_lines(dataset: Dataset) -> str:
 def list_line(example: Example) -> str:
     """`"path" [start total] [label]`, as a line of a list."""
     path = example.path.replace('"', '""')
-    fields: list[int | str] = [] if example.total is None else [example.start, example.total]
+    fields: list[Any] = [] if example.total is None else [example.start, example.total]
     label = example.label
     if label is not None:
         fields.append(",".join(map(str, label)) if isinstance(label, tuple) else label)
