@@ -19,11 +19,11 @@ import yaml
 from checkpoints_convert.card_code import SavedModel, our_code, their_code
 from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.layouts.hf import runs_in_transformers, transformers_notes
-from vivit_jax import __version__
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.transforms.processor_keys import FILTERS
 from vivit_jax.errors import printable, quoted
 from vivit_jax.hub import CARD, hub_id, resolve_card
+from vivit_jax.version import __version__
 
 logger = logging.getLogger(__name__)
 _FENCE = "`" * 3

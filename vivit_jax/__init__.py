@@ -15,6 +15,8 @@ Public names load on first use, so that `import vivit_jax` and `vivit-jax --help
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vivit_jax.version import __version__  # noqa: F401
+
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from checkpoints_convert.pretrained import from_pretrained, save_pretrained
     from checkpoints_convert.start.from_image import init_from_image_model
@@ -41,8 +43,6 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     )
     from vivit_jax.models.vivit import VivitForVideoClassification, VivitModel
     from vivit_jax.presets import PRESETS
-
-__version__ = "0.1.0.dev0"
 
 # The module of each public name. tests/unit/test_public_names.py compares all three lists.
 _PUBLIC = {

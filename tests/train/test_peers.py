@@ -147,11 +147,28 @@ def test_nobody_comes():
 
 
 def test_one_that_waits_and_dies_is_waited_for_again():
+    address = free_address()
+    host, port = address.split(":")
+    hello = {"greeting": "vivit_jax processes, 1", "process": 1, "processes": 3, "host": "gone"}
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(meet, Place(address, 0, 3), QUICK, say=print, end=print)
+        time.sleep(0.3)
+        with socket.create_connection((host, int(port)), 5) as connection:
+            connection.sendall(json.dumps(hello).encode() + b"\n")
+            time.sleep(0.3)
+        # Without the end of the dead one this would be a second process 1, and refused.
+        others = [
+            pool.submit(meet, Place(address, k, 3), QUICK, say=print, end=print) for k in (1, 2)
+        ]
+        for each in (first, *others):
+            each.result().close()
+
+
+def test_a_stranger_is_left_out_and_one_of_another_size_is_named():
     address, said = free_address(), []
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(meet, Place(address, 0, 2), QUICK, say=said.append, end=print)
         time.sleep(0.3)
-        # Two for a meeting of three cannot happen here, so a stranger stands for it.
         connect(address, {"greeting": "vivit_jax processes, 1", "process": 1, "processes": 3})
         connect(address, {"GET": "/"})
         second = pool.submit(meet, Place(address, 1, 2), QUICK, say=said.append, end=print)

@@ -17,7 +17,6 @@ import tyro
 
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
-from vivit_jax import __version__
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import Dtype
 from vivit_jax.console import FLAT, ConfigOption, joined
@@ -30,6 +29,7 @@ from vivit_jax.inference.feature_file import SUFFIXES, RowWriter, changed, read_
 from vivit_jax.inference.features import check_features, extract_features, has_head
 from vivit_jax.param_tree import params_hash
 from vivit_jax.progress import LiveLine, Pace
+from vivit_jax.version import __version__
 
 # These endings mean a file, which is refused. Others, as in run.v1, may be a directory's.
 _OTHER_FILES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".pkl", ".csv", ".json", ".parquet", ".mp4")

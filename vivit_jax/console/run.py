@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from vivit_jax import __version__
 from vivit_jax.console.arguments import completion, parsed
 from vivit_jax.console.devices import answer_libtpu, compilation_shown, has_tpu, no_device
 from vivit_jax.console.program import (
@@ -25,6 +24,7 @@ from vivit_jax.console.program import (
     versions,
 )
 from vivit_jax.errors import UserError, first_line, printable
+from vivit_jax.version import __version__
 
 _SIGNALLED = 128
 _AGAIN = 0.1  # seconds until a dropped interrupt is sent again

@@ -20,9 +20,9 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from vivit_jax import __version__
 from vivit_jax.errors import MissingExtra, UserError, first_line, quoted
 from vivit_jax.files.limits import VARIABLE, unpack_limit
+from vivit_jax.version import __version__
 
 # A single letter is a drive of Windows.
 _LINK = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.")

@@ -24,13 +24,14 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from vivit_jax import __version__, param_tree
+from vivit_jax import param_tree
 from vivit_jax.config_base import positive_int
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.transforms.processor_in_jax import pixels_inside
 from vivit_jax.errors import MissingExtra, UserError
 from vivit_jax.models.registry import head_of
 from vivit_jax.outputs import RESULTS_ONLY
+from vivit_jax.version import __version__
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PRECISIONS = ("default", "high", "highest")
@@ -121,8 +122,7 @@ def export_model(
     def outputs(params, clips):
         pixels = clips if into_pixels is None else into_pixels(clips)
         out = model.apply({"params": param_tree.unflatten(params)}, pixels, **RESULTS_ONLY)
-        named = {name: getattr(out, name, None) for name in OUTPUTS}
-        return {name: value for name, value in named.items() if value is not None}
+        return named_outputs(out)
 
     clips = _clips(config, preprocess, input_size, batch)
     with traced_for("cpu"), jax.default_matmul_precision(precision):
@@ -147,6 +147,24 @@ def export_model(
         "dtype": config.dtype,
         "matmul_precision": precision,
         "params": {"at": params_at, **described_params(flat)},
+        **described_program(program),
+    }
+    beside = {path: np.asarray(leaf) for path, leaf in flat.items()}
+    return Artefact(program, about, beside if params_at == "beside" else None)
+
+
+_OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
+
+
+def named_outputs(out: Any) -> dict[str, Any]:
+    """The arrays of a model's output that an exported program returns, by name."""
+    named = {name: getattr(out, name, None) for name in _OUTPUTS}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def described_program(program: bytes | bytearray) -> dict[str, Any]:
+    """What made a program, its size and its hash, as JSON values."""
+    return {
         "versions": {
             "vivit_jax": __version__,
             "jax": jax.__version__,
@@ -155,11 +173,6 @@ def export_model(
         "bytes": len(program),
         "sha256": hashlib.sha256(program).hexdigest(),
     }
-    beside = {path: np.asarray(leaf) for path, leaf in flat.items()}
-    return Artefact(program, about, beside if params_at == "beside" else None)
-
-
-OUTPUTS = ("logits", "last_hidden_state", "pooler_output")
 
 
 def check_exported(model: nn.Module, batch: int | None) -> None:

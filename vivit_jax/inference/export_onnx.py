@@ -5,28 +5,27 @@ The file is compared before it is returned: a clip goes through onnxruntime and 
 """
 
 import contextlib
-import hashlib
 import io
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jaxlib.version
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from vivit_jax import __version__, param_tree
+from vivit_jax import param_tree
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import MissingExtra, UserError
 from vivit_jax.inference.export import (
     LARGEST,
-    OUTPUTS,
     Artefact,
     check_exported,
     described_array,
     described_params,
+    described_program,
+    named_outputs,
     traced_for,
 )
 from vivit_jax.outputs import RESULTS_ONLY
@@ -81,9 +80,7 @@ def export_onnx(
     whole = param_tree.unflatten(flat)
 
     def outputs(clips):
-        out = model.apply({"params": whole}, clips, **RESULTS_ONLY)
-        found = {name: getattr(out, name, None) for name in OUTPUTS}
-        return {name: value for name, value in found.items() if value is not None}
+        return named_outputs(model.apply({"params": whole}, clips, **RESULTS_ONLY))
 
     given = jax.eval_shape(outputs, jax.ShapeDtypeStruct((batch or 1, *shape), np.float32))
     names = sorted(given)
@@ -108,13 +105,7 @@ def export_onnx(
         "dtype": "float32",
         "differences": differences,
         "params": {"at": "inside", **described_params(flat)},
-        "versions": {
-            "vivit_jax": __version__,
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.version.__version__,
-        },
-        "bytes": len(program),
-        "sha256": hashlib.sha256(program).hexdigest(),
+        **described_program(program),
     }
     return Artefact(program, about, None)
 

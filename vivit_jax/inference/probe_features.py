@@ -22,7 +22,6 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from safetensors import safe_open
 
-from vivit_jax import __version__
 from vivit_jax.data.datasets.check import content_digest, in_threads
 from vivit_jax.data.datasets.dataset import Dataset, Example, ObjectExample
 from vivit_jax.data.one_clip import one_clip
@@ -34,6 +33,7 @@ from vivit_jax.param_tree import params_hash
 from vivit_jax.progress import live_line, readable
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.eval_views import Views
+from vivit_jax.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 from jaxtyping import Float, Int32
 
-from vivit_jax import __version__, param_tree
+from vivit_jax import param_tree
 from vivit_jax.data.datasets.class_names import describe_unknown
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.transforms.processor import VideoProcessor
@@ -35,6 +35,7 @@ from vivit_jax.train.normalise import Arithmetic, hashable_arithmetic, scaled_an
 from vivit_jax.train.outcomes import Outcomes, outcomes
 from vivit_jax.train.sharding import batch_sharding, batch_shards, gathered, replicated
 from vivit_jax.train.step import OnMesh, draw_mask
+from vivit_jax.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the card of a run's model says: where it started, its data, its last validation."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from checkpoints_convert.card import Base, CardFacts, DataSummary, Metric, binomial_error
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.recipes.recipe import EvalSettings
+from vivit_jax.train.held_out import one_view
 from vivit_jax.train.setup import TrainSetup
 
 
@@ -65,9 +65,7 @@ def _metrics(setup: TrainSetup, metrics: Mapping[str, float]) -> list[Metric]:
     if setup.validation is None:
         return []
     videos = int(metrics.get("videos", 0))
-    protocol = protocol_text(
-        dataclasses.replace(setup.recipe.evaluation, clips=1, crops=1), setup.model.config
-    )
+    protocol = protocol_text(one_view(setup), setup.model.config)
     return [
         Metric(
             name="validation loss" if name == "loss" else name,

@@ -126,7 +126,7 @@ class Peers:
             while not self._closed.is_set() and self._lost is None:
                 now = time.monotonic()
                 if now - sent >= beat:
-                    self._send({"step": self._reached})
+                    _tell(self._lines, {"step": self._reached})
                     sent = now
                 for key, _ in selector.select(min(beat, 0.2)):
                     heard[key.data] = time.monotonic()
@@ -144,12 +144,12 @@ class Peers:
         if self._lost is not None:
             if 0 in self._lines:
                 self._say(self._lost)  # at once: without process 0 jax soon aborts
-            self._send({"lost": self._lost})
+            _tell(self._lines, {"lost": self._lost})
             self._known.set()
             if not self._closed.wait(self._patience.ending):
                 self._end(self._lost)
         if self._goodbye is not None:
-            self._send(self._goodbye)
+            _tell(self._lines, self._goodbye)
         for line in self._lines.values():
             line.close()
 
@@ -190,10 +190,6 @@ class Peers:
 
     def _lose(self, why: str) -> None:
         self._lost = self._lost or why
-
-    def _send(self, message: dict[str, Any]) -> None:
-        for line in self._lines.values():
-            line.send(message)
 
 
 def meet(

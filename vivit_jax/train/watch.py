@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.datasets.list_files import Label
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.evaluate import Evaluation
 from vivit_jax.train.setup import TrainSetup
@@ -94,8 +95,7 @@ class Watch:
 
     def after_validation(self, step: int, dataset: Dataset, found: Evaluation) -> list[Notice]:
         """Follow a validation, of clips in the numbering of the model's classes."""
-        pairs = zip(dataset.examples, found.answers, strict=True)
-        read = [(e.label, answer.scores) for e, answer in pairs if answer.scores is not None]
+        read = _readable(dataset, found)
         labels = {label for label, _ in read if isinstance(label, int)}
         self._seen |= {int(scores.argmax()) for _, scores in read}
         self._validations += 1
@@ -160,10 +160,15 @@ def watch_of(
 
 def held_out_loss(config: Any, dataset: Dataset, found: Evaluation) -> dict[str, float]:
     """The mean cross entropy of the readable clips as a metric; none for several heads."""
-    pairs = zip(dataset.examples, found.answers, strict=True)
-    read = [(e.label, answer.scores) for e, answer in pairs if answer.scores is not None]
+    read = _readable(dataset, found)
     if config.class_splits is not None or not read:
         return {}
     scores = np.stack([each for _, each in read]).astype(np.float64)
     own = scores[np.arange(len(read)), np.array([label for label, _ in read])]
     return {"loss": float(np.mean(np.logaddexp.reduce(scores, axis=1) - own))}
+
+
+def _readable(dataset: Dataset, found: Evaluation) -> list[tuple[Label, np.ndarray]]:
+    """The label and the scores of each clip that could be read."""
+    pairs = zip(dataset.examples, found.answers, strict=True)
+    return [(e.label, answer.scores) for e, answer in pairs if answer.scores is not None]
