@@ -190,8 +190,11 @@ def test_demo_writes_what_it_says(finished):
     out, printed, progress = finished
     steps = [line for line in progress.splitlines() if line.startswith("step ")]
     assert len(steps) == 6 and "Traceback" not in progress and "WARNING:" not in progress
-    # What pre-training does not hand over is listed by name.
-    assert "in the checkpoint, not in this model (23): decoder." in progress
+    # What pre-training does not hand over is counted, and listed by name in the run's log.
+    left = "in the checkpoint, not in this model (23): decoder"
+    assert f"{left} 19, encoder_to_decoder, mask_token, videomae 2\n" in progress
+    begun = json.loads((out / "finetuning" / "metrics.jsonl").read_text().splitlines()[0])
+    assert f"{left}.decoder_layers.0." in begun["text"]
     runs = {"pretraining", "finetuning", "scratch"}
     pictures = {"predictions.png", "reconstructions.png", "reconstruction.gif"}
     found = {path.name for path in out.iterdir()}

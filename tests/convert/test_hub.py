@@ -6,6 +6,7 @@ Nothing here touches the network.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from huggingface_hub import errors
 
 import vivit_jax
 from vivit_jax.cli.__main__ import main
+from vivit_jax.errors import install
 from vivit_jax.hub import PROCESSOR_FILES, HubId, hub_id, resolve_checkpoint, resolve_processor
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -172,7 +174,9 @@ def test_one_weight_format_of_one_commit_is_downloaded(monkeypatch, checkpoints,
 
 def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(vivit_jax.MissingExtra, match=r"is not a local path, .*vivit_jax\[hub\]"):
+    with pytest.raises(
+        vivit_jax.MissingExtra, match=rf"is not a local path, .*{re.escape(install('hub'))}$"
+    ):
         resolve_checkpoint(ID)
 
 

@@ -187,11 +187,11 @@ def test_another_seed_gives_another_run(alone):
 def test_every_clip_has_its_id_and_every_step_its_draws(monkeypatch):
     """By an objective that returns them instead of the loss."""
 
-    def ids(model, recipe, processor):
-        return lambda params, key, part: (jnp.sum(2.0 ** part["clip_ids"]), {})
+    def ids(model, recipe, processor, own):
+        return lambda params, key, part, arrays: (jnp.sum(2.0 ** part["clip_ids"]), {})
 
-    def draw(model, recipe, processor):
-        return lambda params, key, part: (jax.random.uniform(key), {})
+    def draw(model, recipe, processor, own):
+        return lambda params, key, part, arrays: (jax.random.uniform(key), {})
 
     def losses(objective, **fields):
         monkeypatch.setattr(step_module, "_classify", objective)
