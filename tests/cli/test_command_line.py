@@ -50,7 +50,7 @@ def test_help_of_a_command_is_readable(name, command, capsys, monkeypatch):
     # Only lists of choices are wider.
     assert all(len(line) <= 80 or re.match(r"  --[\w-]+ \[?{", line) for line in lines)
     assert not re.search(r"None|default: False|[│╭]|\x1b", text)
-    assert "--overwrite, --no-overwrite" not in text
+    assert "--overwrite, --no-overwrite" not in text and "[[" not in text
     required = [line for line in lines if line.endswith("(required)")]
     options = [line for line in lines if re.match(r"  (--|[A-Z])", line)]
     assert not required or "(required)" in text.split(options[1])[0]
@@ -63,7 +63,7 @@ def test_versions(name, capsys):
     assert PROGRAMS[name].main(["--versions"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{name} {__version__}" and lines[1].startswith("Python 3.")
-    assert any(re.fullmatch(r"jax \d+\.\d+\.\d+", line) for line in lines)
+    assert any(re.fullmatch(r"jax \d+\.\d+\S*", line) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_versions(name, capsys):
         ("evaluate --model x --data", "evaluate: --data needs a value; see"),
         ("evaluate --model x --data y --clips x", "--clips must be a whole number, got 'x'"),
         ("check-data a --validation x", "--validation must be a number, got 'x'"),
-        ("check-data a --write-split b", "check-data: --write-split takes PATH PATH; see"),
+        ("check-data a --write-split b", "check-data: --write-split "),
         ("check-data a b", "check-data takes no argument b; see"),
         ("demo --model vidomae", "demo: --model is 'vidomae'; did you mean videomae? known: vide"),
         ("benchmark --work forwrd", "--work is 'forwrd'; did you mean forward? known: forward, "),

@@ -25,6 +25,7 @@ _SHELLS = ("bash", "zsh", "tcsh", "fish")
 _WIDEST = 100  # columns of help
 _COLUMN = 24  # of the texts that explain options
 _RULE = re.compile(r" *-{3,}")
+_REPEATED = re.compile(r"\{?\[+(\S+) \[\1 \.\.\.\]+\}?")  # such as [[PATH [PATH ...]]]
 
 
 def parsed(prog: str, command: Command, args: Sequence[str]) -> Callable[[], int | None] | str:
@@ -75,7 +76,15 @@ def _tried(
     said = io.StringIO()
     with _captured(said), contextlib.suppress(SystemExit):
         return tyro.cli(deferred, prog=prog, args=list(args), config=markers), ""
-    return None, said.getvalue()
+    return None, _without_boxes(said.getvalue())
+
+
+def _without_boxes(text: str) -> str:
+    """What tyro says as later releases print where there are no characters for boxes."""
+    text = re.sub(r"^╭─ (.*?) ─*╮$", r" \1\n ---", text, flags=re.MULTILINE)
+    text = re.sub(r"^│ (.*) │$", r"  \1", text, flags=re.MULTILINE)
+    text = re.sub(r"^╰─*╯$", "", text, flags=re.MULTILINE)
+    return text.replace("─", "-")
 
 
 @contextlib.contextmanager
@@ -130,7 +139,7 @@ def _help(prog: str, command: Command) -> str:
     head, sections = _sections(prog, command)
     usage, *paragraphs = head.split("\n\n")
     usage = re.sub(r"\[-h\] ?", "", usage)
-    lines = [re.sub(r" \| --no-[\w-]+", "", usage).rstrip()]
+    lines = [_REPEATED.sub(r"[\1 ...]", re.sub(r" \| --no-[\w-]+", "", usage)).rstrip()]
     for paragraph in paragraphs:
         lines += ["", *textwrap.wrap(paragraph, width, break_on_hyphens=False)]
     for title, entries in sections.items():
@@ -147,7 +156,7 @@ def _place(entry: _Entry) -> int:
 
 def _tidied(entry: _Entry) -> _Entry:
     """An entry without what only repeats."""
-    option, text = entry
+    option, text = _REPEATED.sub(r"[\1 ...]", entry.option), entry.text
     if text.endswith("(default: False)"):
         option = re.sub(r", --no-[\w-]+$", "", option)
     return _Entry(option, re.sub(r" ?\(default: (None|False)?\)$", "", text))
@@ -167,7 +176,7 @@ def _entry_lines(option: str, text: str, width: int) -> list[str]:
 # --- errors ---------------------------------------------------------------------------------------
 
 _CHOICE = re.compile(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*?),?\)\.")
-_MISSING_VALUE = re.compile(r"Missing value for argument '(.*)'\. Expected (\d+) values\.")
+_MISSING_VALUE = re.compile(r"Missing value for argument .*?([\w-]+)\W+Expected (\d+) values\.")
 _VALUE = re.compile(r"Error parsing (\S+): (.*)")
 _STRAY = re.compile(r"Unrecognized options: (.*)")
 _NO_TYPE = re.compile(r"no type matching (.*?) could be instantiated from")
