@@ -134,8 +134,7 @@ def read_clips(
         total, fps = len(frames), None
     length = config.num_frames
     if stride is None:
-        longest = (total - 1) // max(length - 1, 1)
-        stride = max(1, min(config.frame_stride, longest))
+        stride = usual_stride(config, total)
     if clips == 1:
         indices = clip_indices(total, length, stride, start, pad)[None]
     else:
@@ -157,6 +156,12 @@ def read_clips(
         )
     frames = frames.reshape(*indices.shape, *frames.shape[1:])
     return [Clip(some, places, fps) for some, places in zip(frames, indices, strict=True)]
+
+
+def usual_stride(config: Config, total: int) -> int:
+    """The recipe's stride, or the largest with which a clip fits into `total` frames."""
+    longest = (total - 1) // max(config.num_frames - 1, 1)
+    return max(1, min(config.frame_stride, longest))
 
 
 def check_reading(start: str | int, pad: str, clips: int) -> None:

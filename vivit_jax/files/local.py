@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from vivit_jax.errors import MissingExtra, UserError, first_line, quoted
+from vivit_jax.errors import UserError, first_line, quoted
 from vivit_jax.files.limits import VARIABLE, unpack_limit
 from vivit_jax.version import __version__
 
@@ -161,10 +161,8 @@ def _from_web(link: str, name: str, error: type[UserError]) -> Any:
 def _by_fsspec(link: str, protocol: str, name: str, error: type[UserError]) -> Any:
     if "::" in link:
         raise error(f"{name}: a chain of protocols; expected one link, or download the file")
-    try:
-        import fsspec
-    except ModuleNotFoundError as why:
-        raise MissingExtra("fsspec", "links", f"reading {name}") from why
+    import fsspec
+
     if protocol not in fsspec.available_protocols():
         raise error(
             f"{name}: {protocol} is no protocol that is known; expected http, https or one of "

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from vivit_jax.data.one_clip import one_clip
+from vivit_jax.data.read_clip import usual_stride
 from vivit_jax.data.sliding_window import Stream, plan_windows
 from vivit_jax.data.video.frame_stream import StreamedFrame, open_stream
 from vivit_jax.data.video.images import AnimatedFrame
@@ -67,8 +68,7 @@ def score_over_time(
     with one_clip(video):
         stream = _Timed(open_stream(video))
     if stride is None:
-        longest = (stream.announced - 1) // max(config.num_frames - 1, 1)
-        stride = max(1, min(config.frame_stride, longest))
+        stride = usual_stride(config, stream.announced)
     if window_stride is None:
         window_stride = max(1, config.num_frames * stride // _OVERLAP)
     windows = plan_windows(config, stride, window_stride, "repeat_last")
