@@ -131,8 +131,11 @@ def test_who_is_waited_for_is_said_until_all_have_come():
         last = pool.submit(meet, Place(address, 2, 3), QUICK, say=print, end=print)
         for each in [*first, last]:
             each.result().close()
-    assert said[0] and said[0] == said[1]
-    assert all(f"waiting for process 2 of 3 at {address}" in text for text in said[0])
+    # On a busy machine process 1 may come late, wait for process 0 first and miss a line.
+    heard = [text for text in said[1] if not text.startswith("waiting for process 0 at")]
+    assert heard and heard == said[0][-len(heard) :]
+    late = [text for text in said[0] if "waiting for processes 1, 2 of 3" not in text]
+    assert late and all(f"waiting for process 2 of 3 at {address}" in text for text in late)
 
 
 def test_nobody_comes():
