@@ -30,8 +30,8 @@ def saved(directory, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["videomae", "vivit"])
 def test_onnxruntime_gives_the_models_numbers(family, capsys, tmp_path):
-    pytest.importorskip("jax2onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime  # here, as this and jax2onnx take seconds
+
     saved(tmp_path / "model", family)
     out = tmp_path / "model.onnx"
     status, printed, err = run_command(
@@ -53,7 +53,8 @@ def test_onnxruntime_gives_the_models_numbers(family, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_written(capsys, tmp_path, monkeypatch):
-    jax2onnx = pytest.importorskip("jax2onnx")
+    import jax2onnx
+
     saved(tmp_path / "model", "videomae")
     translate = jax2onnx.to_onnx
 

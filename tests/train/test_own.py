@@ -54,7 +54,7 @@ def test_the_recipes_loss_written_as_ones_own_gives_the_same_run(recipe, plain, 
     assert {line["labels"] for line in ours} <= {0, 0.25, 0.5, 0.75, 1}
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() - b.keys() == {"largest", "labels"}
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)  # measured: the same bits
     with pytest.raises(UserError, match="loss was test_own.recipes_loss in the run so far"):
         run(changed(recipe, train__epochs=3), tmp_path / "run", resume=True)
 
