@@ -88,6 +88,15 @@ def test_a_failure_comes_with_its_message():
             assert ends[k].why.endswith("failed: no space left on /data")
 
 
+def test_process_0_leaves_last_so_that_others_can_say_why():
+    patient = Patience(10, 9, 0.05, 5, 5, ending=1.5)
+    with together(2, patient) as (peers, ends):
+        start = time.monotonic()
+        peers[0].close("no space left on /data")
+        assert ends[1].why.endswith("failed: no space left on /data")  # said before that returns
+        assert time.monotonic() - start > 1
+
+
 def test_one_that_ends_by_itself_is_not_ended():
     patient = Patience(10, 0.2, 0.05, 5, 5, ending=10)
     with together(2, patient) as (peers, ends):

@@ -142,14 +142,14 @@ class Peers:
                     }
                     self._find_hanging(moved)
         if self._lost is not None:
-            if 0 in self._lines:
-                self._say(self._lost)  # at once: without process 0 jax soon aborts
             _tell(self._lines, {"lost": self._lost})
             self._known.set()
             if not self._closed.wait(self._patience.ending):
                 self._end(self._lost)
         if self._goodbye is not None:
             _tell(self._lines, self._goodbye)
+            if "failed" in self._goodbye and self._place.process == 0:
+                self._wait_for_ends()
         for line in self._lines.values():
             line.close()
 
@@ -166,7 +166,17 @@ class Peers:
                 return False
         if messages is None:
             self._lose(f"{self._names[number]} ended without a word")
+            if number == 0 and self._lost is not None:
+                self._say(self._lost)  # at once: without process 0 jax soon aborts
         return messages is not None
+
+    def _wait_for_ends(self) -> None:
+        """Leave last: once process 0 is gone, jax aborts the others in the middle of a word."""
+        until = time.monotonic() + self._patience.ending + 2 * self._patience.beat
+        for line in self._lines.values():
+            line.socket.settimeout(max(until - time.monotonic(), 0.1))
+            while line.read() is not None:
+                pass
 
     def _find_silent(self, heard: dict[int, float]) -> None:
         for number, last in heard.items():
