@@ -279,7 +279,7 @@ FAULTS = [
     ),
     Fault(
         "views summed",
-        TRAIN + "evaluate.py",
+        TRAIN + "evaluation.py",
         "best, scores = _best_of_heads(config, scores), scores.mean(1)",
         "best, scores = _best_of_heads(config, scores), scores.sum(1)",
     ),

@@ -261,14 +261,19 @@ class Pace:
 
 @contextlib.contextmanager
 def live_line(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A live line, from the first call on, with the time left."""
+    """A live line, from the first call on, with the time left; a note in the one that there is."""
     line, pace = None, Pace()
+    outer = _live_lines[-1] if _live_lines else None
 
     def update(done: int, total: int) -> None:
         nonlocal line
-        line = line or LiveLine(name, total, ends=False)
         pace.update(done)
-        line.update(done, pace.left(total - done) or "")
+        rest = pace.left(total - done) or ""
+        if outer is not None:
+            outer.note(f"{printable(name, one_line=True)} {done}/{total}  {rest}".rstrip())
+            return
+        line = line or LiveLine(name, total, ends=False)
+        line.update(done, rest)
         if done == total:
             line.close()
 

@@ -24,7 +24,7 @@ from vivit_jax.inference.probe_data import sides_of
 from vivit_jax.inference.probe_record import ProbeSettings
 from vivit_jax.recipes.demo import demo_pretrain
 from vivit_jax.recipes.recipe import EvalSettings
-from vivit_jax.train.evaluate import evaluate
+from vivit_jax.train.evaluation import evaluate
 from vivit_jax.train.loop import train
 from vivit_jax.train.sharding import make_mesh, parse_mesh
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of several views against a loop over videos and views, on any mesh."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,14 +16,15 @@ from helpers import mostly_slow, random_params
 from tiny import config_of
 
 import vivit_jax
+import vivit_jax.train
 from vivit_jax import param_tree
 from vivit_jax.data.datasets.dataset import Dataset, Example, from_objects, read_views
 from vivit_jax.data.transforms.augment import resize_shortest
 from vivit_jax.errors import UserError
 from vivit_jax.models.build import abstract_params
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
-from vivit_jax.train import eval_views
-from vivit_jax.train.evaluate import (
+from vivit_jax.train import eval_views, evaluation
+from vivit_jax.train.evaluation import (
     Answer,
     _gathered,
     best_classes,
@@ -140,6 +142,21 @@ def expected(classifier, dataset):
 @pytest.fixture(scope="module")
 def result(classifier, dataset):
     return run(classifier, dataset)
+
+
+def test_the_public_function_takes_all_devices_and_says_how_far_it_is(
+    classifier, dataset, result, monkeypatch
+):
+    told = []
+
+    @contextlib.contextmanager
+    def live_line(name):
+        yield lambda *counts: told.append((name, *counts))
+
+    monkeypatch.setattr(evaluation, "live_line", live_line)
+    found = vivit_jax.train.evaluate(*classifier, dataset, SIX, VIDEOMAE)
+    assert found.metrics == pytest.approx(result.metrics)
+    assert told == [("videos", 6, 6)]  # 64 views at once on 8 devices, 36 in all
 
 
 def test_softmax_averaged_over_the_views_is_that_of_a_loop(result, expected, dataset):

@@ -31,7 +31,7 @@ from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import ModelSettings
 from vivit_jax.train import loop, setup
-from vivit_jax.train.evaluate import evaluate
+from vivit_jax.train.evaluation import evaluate
 from vivit_jax.train.initial_model import described_model, description, starting_model
 from vivit_jax.train.log import MetricLog, read_metrics
 from vivit_jax.train.metrics import checkpoint_score

@@ -16,7 +16,7 @@ from vivit_jax.data.transforms.augment import resize
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes import apply_settings, from_dict, recipe_named
-from vivit_jax.train.evaluate import evaluate
+from vivit_jax.train.evaluation import evaluate
 from vivit_jax.train.loop import train
 from vivit_jax.train.sharding import make_mesh, parse_mesh
 

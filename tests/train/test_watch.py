@@ -9,7 +9,7 @@ import pytest
 from tiny_recipes import FINETUNE, changed
 
 from vivit_jax.data.datasets.dataset import Dataset, Example
-from vivit_jax.train.evaluate import Answer, Evaluation
+from vivit_jax.train.evaluation import Answer, Evaluation
 from vivit_jax.train.watch import ABOUT, Watch, held_out_loss
 
 NAMES = ("ant", "bee", "cow", "dog")

@@ -10,7 +10,7 @@ import pytest
 
 from vivit_jax import progress
 from vivit_jax.console.devices import compilation_shown
-from vivit_jax.progress import CompileClock, LiveLine, Pace, format_table
+from vivit_jax.progress import CompileClock, LiveLine, Pace, format_table, live_line
 
 
 class Clock:
@@ -223,6 +223,22 @@ def test_a_compilation_is_told_in_the_live_line_that_there_is(monkeypatch):
     line.close()
     (row,) = shown(stream.getvalue())
     assert "loss 1.5" in row and "compiling" not in row
+
+
+def test_work_within_work_is_told_in_the_live_line_that_there_is(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    line = LiveLine("step", 10, stream=stream)
+    with live_line("videos") as update:
+        for done in (1, 2):
+            update(done, 2)
+    assert re.search("step 0/10.*videos 1/2", stream.getvalue())
+    line.update(10, "loss 1.5")
+    line.close()
+    (row,) = shown(stream.getvalue())
+    assert "loss 1.5" in row and "videos" not in row
 
 
 def test_xla_tells_when_it_compiles(monkeypatch):

@@ -23,8 +23,8 @@ PUBLIC = (
 )  # fmt: skip
 PUBLIC_IN_TRAIN = (
     "Augment", "Callback", "ClipConfig", "Dataset", "EarlyStop", "Event", "Outcome", "Profile",
-    "Recipe", "RunOptions", "TrainState", "apply_settings", "from_objects", "read_dataset",
-    "read_params", "recipe_named", "train",
+    "Recipe", "RunOptions", "TrainState", "apply_settings", "evaluate", "from_objects",
+    "read_dataset", "read_params", "recipe_named", "train",
 )  # fmt: skip
 NAMES = [(vivit_jax, PUBLIC), (vivit_jax.train, PUBLIC_IN_TRAIN)]
 

@@ -39,7 +39,7 @@ from vivit_jax.inference.reconstruction import error_dict, error_table, rmse
 from vivit_jax.models.videomae import VideoMAEForPreTraining
 from vivit_jax.recipes.demo import demo_finetune, demo_pretrain, demo_vivit
 from vivit_jax.recipes.recipe import Recipe
-from vivit_jax.train.evaluate import Evaluation, evaluate
+from vivit_jax.train.evaluation import Evaluation, evaluate
 from vivit_jax.train.loop import Outcome as Ended
 from vivit_jax.train.loop import train
 from vivit_jax.train.sharding import make_mesh, parse_mesh

@@ -23,8 +23,8 @@ from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, whole_file, write_json
 from vivit_jax.recipes import recipe_named
 from vivit_jax.recipes.recipe import EvalSettings
-from vivit_jax.train import evaluate as evaluation
-from vivit_jax.train.evaluate import Evaluation, clip_names, outcomes_of
+from vivit_jax.train import evaluation
+from vivit_jax.train.evaluation import Evaluation, clip_names, outcomes_of
 from vivit_jax.train.metrics import TOP_K
 from vivit_jax.train.outcome_page import confusion_csv, outcome_sections
 from vivit_jax.train.outcomes import BINS, Outcomes

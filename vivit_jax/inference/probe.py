@@ -39,7 +39,7 @@ from vivit_jax.inference.probe_linear import (
 )
 from vivit_jax.inference.probe_record import PROBE, Probe, ProbeSettings, Score, Trial
 from vivit_jax.recipes.recipe import EvalSettings
-from vivit_jax.train.evaluate import model_labels
+from vivit_jax.train.evaluation import model_labels
 from vivit_jax.train.preprocessing import central_view
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from vivit_jax.recipes import apply_settings, recipe_named
     from vivit_jax.recipes.recipe import Recipe
     from vivit_jax.train.callbacks import Callback, EarlyStop, Event
+    from vivit_jax.train.evaluation import evaluate
     from vivit_jax.train.loop import Outcome, RunOptions, train
     from vivit_jax.train.own import Augment
     from vivit_jax.train.own_model import ClipConfig, read_params
@@ -35,6 +36,7 @@ _PUBLIC = {
     "RunOptions": "vivit_jax.train.loop",
     "TrainState": "vivit_jax.train.state",
     "apply_settings": "vivit_jax.recipes",
+    "evaluate": "vivit_jax.train.evaluation",
     "from_objects": "vivit_jax.data.datasets.dataset",
     "read_dataset": "vivit_jax.data.datasets.dataset",
     "read_params": "vivit_jax.train.own_model",
@@ -54,6 +56,7 @@ __all__ = [
     "RunOptions",
     "TrainState",
     "apply_settings",
+    "evaluate",
     "from_objects",
     "read_dataset",
     "read_params",

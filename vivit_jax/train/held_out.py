@@ -6,7 +6,7 @@ import dataclasses
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.recipes.recipe import EvalSettings, Recipe
 from vivit_jax.train.callbacks import Callback, EarlyStop
-from vivit_jax.train.evaluate import Evaluation, evaluate, evaluate_reconstruction
+from vivit_jax.train.evaluation import Evaluation, evaluate, evaluate_reconstruction
 from vivit_jax.train.metrics import checkpoint_score
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.state import TrainState

@@ -23,7 +23,7 @@ from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.agreement import checked_clips
 from vivit_jax.train.callbacks import Callback, Callbacks, Event, Kind
 from vivit_jax.train.checkpoint import Checkpoints
-from vivit_jax.train.evaluate import (
+from vivit_jax.train.evaluation import (
     Evaluation,
     unreadable_clips,
 )

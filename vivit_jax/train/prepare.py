@@ -15,7 +15,7 @@ from vivit_jax.data.pipeline import Batches, ClipShape, ProcessShard
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import Recipe
-from vivit_jax.train.evaluate import model_labels
+from vivit_jax.train.evaluation import model_labels
 from vivit_jax.train.initial_model import Start, check_same, described_model, starting_model
 from vivit_jax.train.own import NOTHING, Own
 from vivit_jax.train.own_model import own_start, resumed_model

@@ -4,7 +4,7 @@
 A new metric needs no change here: each number in metrics.jsonl gets a curve, and a column in the
 table of evaluations. Metrics of training come from the step (`vivit_jax.train.step.make_step`, on
 the device) and from `_Loop._report` in `vivit_jax.train.loop` (rates, on the host), those of
-evaluation from `vivit_jax.train.metrics` and `vivit_jax.train.evaluate`. `_PANELS` groups metrics
+evaluation from `vivit_jax.train.metrics` and `vivit_jax.train.evaluation`. `_PANELS` groups metrics
 into charts with titles and units.
 """
 

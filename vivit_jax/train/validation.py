@@ -13,7 +13,7 @@ from vivit_jax.data.datasets.dataset import Dataset, Example
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes.recipe import EvalSettings
-from vivit_jax.train.evaluate import Evaluation, outcomes_of
+from vivit_jax.train.evaluation import Evaluation, outcomes_of
 from vivit_jax.train.metrics import TOP_K
 from vivit_jax.train.outcome_page import Shown
 from vivit_jax.train.outcomes import Outcomes

@@ -15,7 +15,7 @@ import numpy as np
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.datasets.list_files import Label
 from vivit_jax.recipes.recipe import Recipe
-from vivit_jax.train.evaluate import Evaluation
+from vivit_jax.train.evaluation import Evaluation
 from vivit_jax.train.setup import TrainSetup
 
 ABOUT = ("loss at chance", "ahead of held-out", "never predicted")

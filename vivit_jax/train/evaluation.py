@@ -28,12 +28,20 @@ from vivit_jax.layers.explicit_axes import without_types
 from vivit_jax.layers.platform import platform as platform_name
 from vivit_jax.models.losses import reconstruction_targets
 from vivit_jax.outputs import RESULTS_ONLY
+from vivit_jax.progress import live_line
 from vivit_jax.recipes.recipe import EvalSettings, MaskSettings
 from vivit_jax.train.eval_views import Views
 from vivit_jax.train.metrics import classification_metrics
 from vivit_jax.train.normalise import Arithmetic, hashable_arithmetic, scaled_and_shifted
 from vivit_jax.train.outcomes import Outcomes, outcomes
-from vivit_jax.train.sharding import batch_sharding, batch_shards, gathered, replicated
+from vivit_jax.train.sharding import (
+    batch_sharding,
+    batch_shards,
+    gathered,
+    make_mesh,
+    parse_mesh,
+    replicated,
+)
 from vivit_jax.train.step import OnMesh, draw_mask
 from vivit_jax.version import __version__
 
@@ -65,7 +73,7 @@ def evaluate(
     settings: EvalSettings,
     processor: VideoProcessor,
     *,
-    mesh: Mesh,
+    mesh: Mesh | None = None,
     views_at_once: int | None = None,
     threads: int = 2,
 ) -> Evaluation:
@@ -73,11 +81,12 @@ def evaluate(
 
     A video has `settings.clips` places in time by `settings.crops` crops. Their softmax or their
     logits are averaged before the best class is taken. `views_at_once` go through the model
-    together (default: 8 for each device). A video that cannot be read does not count, and its
-    answer says why. Raises UserError as `model_labels` does, and for averaged softmax of several
-    heads, which gives no joint answer.
+    together (default: 8 for each device of the `mesh`, by default all devices along data). A video
+    that cannot be read does not count, and its answer says why. Raises UserError as `model_labels`
+    does, and for averaged softmax of several heads, which gives no joint answer.
     """
     config: Any = model.config
+    mesh = make_mesh(parse_mesh(None, jax.device_count())) if mesh is None else mesh
     dataset = model_labels(dataset, config)
     if config.class_splits is not None and settings.average == "softmax":
         raise UserError(
@@ -379,9 +388,13 @@ def _local_views(dataset, config, settings, mesh: Mesh, at_once: int | None, thr
 def _local_results(views: Views, forward: Callable, mesh: Mesh) -> np.ndarray:
     """The results of `forward` for this process's views, [videos * views of each, ...]."""
     first, outputs = views.index * views.batch_size, []
-    for batch in views:
-        clips = jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
-        outputs.append(np.asarray(forward(clips))[first : first + views.batch_size])
+    with live_line("videos") as progress:
+        for number, batch in enumerate(views, 1):
+            clips = jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
+            outputs.append(np.asarray(forward(clips))[first : first + views.batch_size])
+            if views.index == 0:
+                done = number * views.batch_size // views.each
+                progress(min(done, views.videos), views.videos)
     return np.concatenate(outputs)[: views.videos * views.each]
 
 
