@@ -164,7 +164,12 @@ def test_other_directories_are_left_alone(data, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("given", "resume", "step"),
-    [([], False, None), (["--resume"], True, None), (["--resume", "1200"], True, 1200)],
+    [
+        ([], False, None),
+        (["--resume"], True, None),
+        (["--resume", "1200"], True, 1200),
+        (["--resume", "auto"], False, None),  # there is no run yet
+    ],
 )
 def test_where_a_run_goes_on(given, resume, step, data, tmp_path, monkeypatch):
     seen = {}
@@ -177,6 +182,13 @@ def test_where_a_run_goes_on(given, resume, step, data, tmp_path, monkeypatch):
     args = ["--data", str(data / "clips"), "--out", str(tmp_path / "run")]
     assert main([*PRETRAIN, *given, *args]) == 0
     assert (seen["resume"], seen["resume_step"]) == (resume, step)
+
+
+@pytest.mark.parametrize("text", ["10-15", "15:10", "0:3", "a:b", ":4", ""])
+def test_what_is_no_range_of_steps_to_trace(text, data, tmp_path, capsys):
+    args = [*PRETRAIN, "--data", data / "clips", "--out", tmp_path / "run", "--profile", text]
+    assert "expected the first and the last step to trace, such as 10:15" in refused(capsys, *args)
+    assert not (tmp_path / "run").exists()
 
 
 def test_late_answers_of_a_save_that_failed_are_not_shown(monkeypatch):
@@ -248,12 +260,20 @@ def test_pretraining_then_fine_tuning_then_evaluation(data, tmp_path, capsys):
     """As the commands print it, with a space in the name of the directory."""
     first, then = tmp_path / "pre train", tmp_path / "fine tune"
     clips = str(data / "clips")
-    assert main([*PRETRAIN, "--data", clips, "--out", str(first), "--tensorboard"]) == 0
+    once = [*PRETRAIN, "--data", clips, "--out", str(first), "--tensorboard", "--resume", "auto"]
+    assert main([*once, "--profile", "2:3"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert "12 clips, 1 steps an epoch, steps 1 to 6 of 6; mesh data=8;" in said[0]
     model = first / "models" / "6"
     assert said[1] == f"step 6 done; model in {model}, curves in {first}/report.html"
     assert list((first / "tensorboard").glob("events*"))
+    assert list((first / "profile").rglob("*.xplane.pb"))
+    assert main(once) == 0  # which has nothing left to do
+    assert "nothing is left to do" in capsys.readouterr().out
+    begin, past = once[:-2], tmp_path / "past"
+    begin[begin.index(str(first))] = str(past)
+    message = "the profile begins at step 9, and this run takes steps 1 to 6"
+    assert message in refused(capsys, *begin, "--profile", "9:12") and not past.exists()
 
     start = ["--data", clips, "--start", str(model), "--out", str(then)]
     assert main([*FINETUNE, *start, *sets(train__steps=2)]) == 0

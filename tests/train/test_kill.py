@@ -3,10 +3,13 @@
 
 import functools
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -245,3 +248,51 @@ def test_a_model_that_cannot_be_written_ends_both(tmp_path, parent, cache, data)
     assert [life.end() for life in lives] == [2, 2], "\n".join(life.text for life in lives)
     assert "File exists" in lives[0].text
     assert "process 0 cannot continue: " in lives[1].text and "File exists" in lives[1].text
+
+
+_STEPS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from vivit_jax.train.stop_signals import agreed_stop
+
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+mesh = Mesh(np.array(jax.devices()), ("data",))
+held, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+
+@jax.jit
+def step(weights, clips):
+    for _ in range(20):
+        weights = jnp.tanh(weights @ weights) / 2
+    return weights + 0 * clips.sum(), clips.sum()
+
+weights = jax.device_put(jnp.eye(400), held)
+clips = jax.make_array_from_process_local_data(split, np.ones((1, 8), np.float32))
+weights, loss = step(weights, clips)
+loss.block_until_ready()
+busy = 0
+for number in range(21):
+    signal = ["SIGTERM"] if (number, jax.process_index()) == (20, 1) else []
+    stopped, asked = agreed_stop(signal, None, number == 7)
+    assert (stopped, asked) == ("SIGTERM" if number == 20 else None, number == 7)
+    busy += not loss.is_ready()
+    before, (weights, loss) = loss, step(weights, clips)
+    before.block_until_ready()
+print(busy)
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_while_their_devices_are_busy():
+    """A step is given to the devices while they take the one before, in each process."""
+    port, environment = str(free_port()), os.environ | {"XLA_FLAGS": ""}
+    command = [sys.executable, "-c", _STEPS, port]
+    both = [
+        subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True, env=environment)
+        for n in range(2)
+    ]
+    for process in both:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        busy = said.splitlines()[-1]
+        assert int(busy) >= 10, f"of 21 steps, {busy} began before the last one's end"

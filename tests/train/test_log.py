@@ -213,6 +213,10 @@ def test_tensorboard_that_is_not_installed_is_named_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def lap(seconds, waited, **more):
+    return dict(step_seconds=seconds, wait_share=waited / seconds, **more)
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -222,9 +226,9 @@ def test_progress_on_a_pipe_is_plain_lines_at_intervals():
     stream = io.StringIO()
     progress = Progress(100, 10, 8, stream, every_seconds=3600)
     for step in range(11, 100):
-        progress.update(step, loss=2.0, lr=1e-3, wait_seconds=0.1, seconds=0.4)
+        progress.update(step, loss=2.0, lr=1e-3, measured=lap(0.4, 0.1))
     progress.say("checkpoint 99")
-    progress.update(100, loss=math.nan, lr=0.0, wait_seconds=0.1, seconds=0.4)
+    progress.update(100, loss=math.nan, lr=0.0, measured=lap(0.4, 0.1))
     progress.close()
     first, said, last = stream.getvalue().splitlines()
     assert first == ("step 11/100  loss 2.0000  lr 1.00e-03  0.4 s, with compilation")
@@ -236,7 +240,7 @@ def test_progress_on_a_pipe_is_plain_lines_at_intervals():
 def test_progress_that_is_not_enabled_shows_nothing():
     for stream in (io.StringIO(), Terminal()):
         progress = Progress(4, 0, 2, stream, enabled=False)
-        progress.update(1, loss=0.5, lr=1e-4, wait_seconds=0.0, seconds=0.5)
+        progress.update(1, loss=0.5, lr=1e-4, measured=lap(0.5, 0.0))
         progress.say("hello")
         progress.close()
         assert stream.getvalue() == ""
@@ -245,20 +249,22 @@ def test_progress_that_is_not_enabled_shows_nothing():
 def test_rates_leave_out_the_first_update_which_compiles():
     stream = io.StringIO()
     progress = Progress(1000, 0, 4, stream, every_seconds=0)
-    progress.update(1, loss=1.0, lr=0.1, wait_seconds=0.0, seconds=100.0)
-    progress.update(11, loss=1.0, lr=0.1, wait_seconds=1.0, seconds=2.0)
-    progress.update(21, loss=1.0, lr=0.1, wait_seconds=0.0, seconds=6.0)
+    progress.update(1, loss=1.0, lr=0.1, measured=lap(100.0, 0.0))
+    progress.update(11, loss=1.0, lr=0.1, measured=lap(2.0, 1.0))
+    progress.update(21, loss=1.0, lr=0.1, measured=lap(6.0, 0.0))
+    progress.update(31, loss=1.0, lr=0.1, measured=lap(2.0, 0.0, mfu=0.5))
     lines = stream.getvalue().splitlines()
     assert lines[0].endswith("lr 1.00e-01  100.0 s, with compilation")
     assert "20.0 clips/s  50% waiting  0:03:18 left" in lines[1]
     assert "10.0 clips/s  12% waiting  0:06:32 left" in lines[2]
+    assert "12.0 clips/s  10% waiting  10% MFU  0:05:23 left" in lines[3]
 
 
 def test_progress_on_a_terminal_is_one_live_line():
     stream = Terminal()
     progress = Progress(4, 0, 2, stream)
     for step in range(1, 5):
-        progress.update(step, loss=0.5, lr=1e-4, wait_seconds=0.0, seconds=0.5)
+        progress.update(step, loss=0.5, lr=1e-4, measured=lap(0.5, 0.0))
         if step == 2:
             progress.say("evaluated")
     progress.close()

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,8 @@ from vivit_jax.data.datasets.dataset import from_objects, read_dataset
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.recipe import ModelSettings
-from vivit_jax.train import loop, setup
+from vivit_jax.train import loop, setup, stalls
+from vivit_jax.train.clock import MEASURED
 from vivit_jax.train.evaluation import evaluate
 from vivit_jax.train.initial_model import described_model, description, starting_model
 from vivit_jax.train.log import MetricLog, read_metrics
@@ -109,7 +111,7 @@ def whole(recipe, tmp_path_factory):
 def interrupted(number, step):
     """New runs get a signal while the batch of that step is read."""
 
-    class Interrupting(loop._Clock):
+    class Interrupting(loop.Clock):
         fetched = 0
 
         def fetch(self, batches, running):
@@ -120,7 +122,7 @@ def interrupted(number, step):
 
     handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     with handled(number, handler), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_Clock", Interrupting)
+        patch.setattr(loop, "Clock", Interrupting)
         yield
         assert signal.getsignal(number) is handler
 
@@ -168,19 +170,26 @@ def test_a_run_tells_each_step_once_and_each_validation(whole):
 
 
 def test_waiting_for_data_is_a_share_of_the_time(recipe, tmp_path, monkeypatch):
-    """Also of steps that are reported one after another, or that end an epoch."""
-    following = Batches.__next__
+    """Also of steps that are reported one after another, or that end an epoch; once, a stall."""
+    following, steps = Batches.__next__, itertools.count(1)
 
     def slow(batches):
-        time.sleep(0.1)
+        time.sleep(2.0 if next(steps) == 9 else 0.1)
         return following(batches)
 
     monkeypatch.setattr(Batches, "__next__", slow)
+    monkeypatch.setattr(stalls, "_LEAST", 0.5)
     run(recipe, tmp_path)
     told = read_metrics(tmp_path / "metrics.jsonl")
-    shares = [line["wait_share"] for line in told if line["kind"] == "train"]
+    steps = [line for line in told if line["kind"] == "train"]
+    assert {*MEASURED} - {"mfu"} <= steps[0].keys()
+    shares = [line["wait_share"] for line in steps]
     assert min(shares) >= 0 and max(shares) <= 1
     assert np.mean(shares) > 0.1  # all but the steps reported at once, with no batch between
+    (stall,) = [line for line in told if line.get("about") == "stall"]
+    assert 7 <= stall["step"] <= 8
+    assert "MainThread: " in stall["notice"] and "batch = next(batches)" in stall["notice"]
+    assert "batch = next(batches)" in (tmp_path / "report.html").read_text()
 
 
 def test_the_best_and_the_last_checkpoints_are_kept(whole):

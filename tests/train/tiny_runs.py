@@ -22,6 +22,7 @@ from tiny_recipes import FINETUNE, changed
 from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.recipes import recipe_named, to_dict
 from vivit_jax.train import prepare
+from vivit_jax.train.clock import MEASURED
 from vivit_jax.train.log import read_metrics
 from vivit_jax.train.run_directory import differences
 
@@ -94,7 +95,7 @@ def settings(recipe, name=NAME):
 
 def lines(out, kind="train"):
     """What metrics.jsonl holds that time has no part in."""
-    own = ("time", "clips_per_second", "wait_share")
+    own = ("time", *MEASURED)
     found = [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == kind]
     return [{name: value for name, value in line.items() if name not in own} for line in found]
 

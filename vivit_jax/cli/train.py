@@ -21,24 +21,25 @@ from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes import apply_settings, from_dict, recipe_named
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.loop import train
-from vivit_jax.train.run_directory import HELD_OUT_LIST, RunDirectory, saved_recipe
+from vivit_jax.train.profile import Profile
+from vivit_jax.train.run_directory import HELD_OUT_LIST, RunDirectory, resumes, saved_recipe
 from vivit_jax.train.sharding import parse_mesh
 
 
-def _step(given: list[str]) -> bool | int:
-    """The value of --resume: a step, or nothing."""
+def _resume(given: list[str]) -> bool | int | str:
+    """The value of --resume: a step, auto, or nothing."""
     if not given:
         return True
-    if len(given) > 1 or not given[0].isdecimal():
-        raise ValueError(f"expected a step, such as 1200, or nothing; got {' '.join(given)}")
-    return int(given[0])
+    if len(given) == 1 and (given[0] == "auto" or given[0].isdecimal()):
+        return given[0] if given[0] == "auto" else int(given[0])
+    raise ValueError(f"expected a step, such as 1200, auto, or nothing; got {' '.join(given)}")
 
 
 _RESUME = PrimitiveConstructorSpec(
     nargs=(0, 1),
-    metavar="[STEP]",
-    instance_from_str=_step,
-    is_instance=lambda value: isinstance(value, bool | int),
+    metavar="[STEP|auto]",
+    instance_from_str=_resume,
+    is_instance=lambda value: isinstance(value, bool | int | str),
     str_from_instance=lambda value: [] if isinstance(value, bool) else [str(value)],
 )
 
@@ -63,7 +64,10 @@ class RunOptions:
             recipes NAME` shows all fields.
         mesh: Sizes of the mesh of devices, such as data=4,fsdp=2,tensor=1. Default: all along data.
         resume: Continue the run in --out from its latest undamaged checkpoint, or from that of
-            STEP, replacing later ones.
+            STEP, replacing later ones. With auto begin it, if --out holds none: for jobs that a
+            cluster stops and starts again.
+        profile: Steps to trace with jax.profiler, the first and the last, such as 10:15, into
+            profile/ in --out.
         tensorboard: Write TensorBoard files too (needs the extra tensorboard).
     """
 
@@ -74,7 +78,8 @@ class RunOptions:
     validation: str | None = None
     set: KeyValues = ()
     mesh: str | None = None
-    resume: Annotated[bool | int, _RESUME] = False
+    resume: Annotated[bool | int | str, _RESUME] = False
+    profile: str | None = None
     tensorboard: bool = False
     processes: Annotated[ProcessOptions, FLAT] = ONE_PROCESS
 
@@ -112,18 +117,21 @@ def _run(task: str, options: RunOptions) -> int:
     # When a save fails, Orbax's threads log stack traces; the next step reports the error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-    out, resume = options.out, options.resume is not False
+    out, traced = options.out, options.profile
+    step = None if isinstance(options.resume, bool | str) else options.resume
     with options.processes.connected(), _late_answers_dropped():
         first = jax.process_index() == 0
         sizes = parse_mesh(options.mesh, jax.device_count())
-        recipe = _recipe(task, options, sizes)
+        resume = step is not None or resumes(out, options.resume)
+        recipe = _recipe(task, options, sizes, resume)
         outcome = train(
             recipe,
             out,
             resume=resume,
-            resume_step=None if isinstance(options.resume, bool) else options.resume,
+            resume_step=step,
             mesh_sizes=sizes,
             tensorboard=options.tensorboard,
+            profile=None if traced is None else Profile.of_steps(traced, out / "profile"),
         )
     status = stopped_by(outcome.stopped) if outcome.stopped else 0
     if not first:
@@ -145,10 +153,10 @@ def _run(task: str, options: RunOptions) -> int:
     return status
 
 
-def _recipe(task: str, options: RunOptions, sizes: dict[str, int]) -> Recipe:
+def _recipe(task: str, options: RunOptions, sizes: dict[str, int], resume: bool) -> Recipe:
     """The recipe that is named, resumed or chosen, with the fields that are set."""
     named, given = options.recipe, _given(options)
-    if named is None and options.resume is False:
+    if named is None and not resume:
         return _chosen(task, options, sizes, given)
     if named is None:
         recipe = saved_recipe(options.out)

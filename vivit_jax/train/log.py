@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ class MetricLog:
         tensorboard: bool = False,
         enabled: bool = True,
     ):
+        self._lock = threading.Lock()  # a stall is written from a thread of its own
         self._file: _Appended | None = None
         self._board: _Board | None = None
         self.earlier: list[dict[str, Any]] = []  # what the file holds of earlier steps
@@ -90,10 +92,11 @@ class MetricLog:
                 line[name], not_finite[name] = None, json.dumps(value)
         if not_finite:
             line["not_finite"] = not_finite
-        self._file.append((json.dumps(line, allow_nan=False) + "\n").encode())
-        if self._board is not None:
-            finite = {f"{kind}/{name}": line[name] for name in values if line[name] is not None}
-            self._board.write(finite, line["step"], line["time"])
+        with self._lock:
+            self._file.append((json.dumps(line, allow_nan=False) + "\n").encode())
+            if self._board is not None:
+                finite = {f"{kind}/{name}": line[name] for name in values if line[name] is not None}
+                self._board.write(finite, line["step"], line["time"])
 
     def close(self) -> None:
         """Close the files."""
@@ -227,10 +230,10 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
 class Progress:
     """The progress of training: a live line on a terminal, a line now and then elsewhere.
 
-    Shows the step, loss, learning rate, clips per second, the share of time spent waiting for data
-    and the remaining time. Rates are those of the last 50 updates, without the first, which
-    compiles. Other streams than a terminal get a line every `every_seconds`, and one for the first
-    and the last step. With `enabled=False` nothing is shown.
+    Shows the step, loss, learning rate, clips per second, the share of time spent waiting for data,
+    MFU where it is known and the remaining time. Rates are those of the last 50 updates, without
+    the first, which compiles. Other streams than a terminal get a line every `every_seconds`, and
+    one for the first and the last step. With `enabled=False` nothing is shown.
     """
 
     def __init__(
@@ -251,27 +254,25 @@ class Progress:
                 "step", total_steps, first_step, stream=stream, every_seconds=every_seconds
             )
 
-    def update(
-        self, step: int, *, loss: float, lr: float, wait_seconds: float, seconds: float
-    ) -> None:
-        """Show `step` as done; `seconds` passed since the last update, `wait_seconds` idle."""
+    def update(self, step: int, *, loss: float, lr: float, measured: Mapping[str, float]) -> None:
+        """Show `step` as done; `measured` is a `vivit_jax.train.clock.Clock.lap`."""
         if self._line is None:
             return
         self._updates += 1
         if self._updates == 2:
             self._recent.clear()
-        self._recent.append((step - self._step, wait_seconds, seconds))
+        seconds = measured["step_seconds"]
+        shares = (measured["wait_share"], measured.get("mfu", 0.0))
+        self._recent.append((step - self._step, seconds, *(seconds * each for each in shares)))
         self._step = step
-        steps, wait, total = (sum(column) for column in zip(*self._recent, strict=True))
+        steps, total, wait, used = (sum(column) for column in zip(*self._recent, strict=True))
         parts = [f"loss {loss:.4f}", f"lr {lr:.2e}"]
         if self._updates == 1:
             parts.append(f"{total:.1f} s, with compilation")
         elif total > 0 and steps > 0:
-            parts += [
-                f"{steps * self._clips / total:.1f} clips/s",
-                f"{wait / total:.0%} waiting",
-                left((self._total - step) * total / steps),
-            ]
+            parts += [f"{steps * self._clips / total:.1f} clips/s", f"{wait / total:.0%} waiting"]
+            parts += [f"{used / total:.0%} MFU"] if "mfu" in measured else []
+            parts.append(left((self._total - step) * total / steps))
         self._line.update(step, "  ".join(parts))
 
     def say(self, text: str) -> None:

@@ -3,10 +3,11 @@
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.agreement import checked_clips
 from vivit_jax.train.callbacks import Callback, Callbacks, Event, Kind
 from vivit_jax.train.checkpoint import Checkpoints
+from vivit_jax.train.clock import Clock
 from vivit_jax.train.evaluation import (
     Evaluation,
     unreadable_clips,
@@ -37,7 +39,7 @@ from vivit_jax.train.own_model import save_model
 from vivit_jax.train.prepare import first_state, prepare, summary
 from vivit_jax.train.profile import Profile, Tracer
 from vivit_jax.train.report import write_report
-from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory
+from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory, resumes
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, parse_mesh
 from vivit_jax.train.state import TrainState
@@ -63,14 +65,15 @@ class RunOptions:
     """How a run is run.
 
     Attributes:
-        resume: continue the run in the directory, from the latest checkpoint that is not damaged.
+        resume: continue the run in the directory, from the latest checkpoint that is not damaged;
+            "auto": if there is one, else begin it.
         resume_step: with `resume`, from the checkpoint of this step; it replaces later ones.
         mesh_sizes: those of `vivit_jax.train.sharding.parse_mesh`; None: all devices along "data".
         tensorboard: whether to write TensorBoard files too.
         say: takes the lines about the start and the end.
     """
 
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
     resume_step: int | None = None
     mesh_sizes: Mapping[str, int] | None = None
     tensorboard: bool = False
@@ -123,6 +126,7 @@ def train(
     """
     check_values(recipe)
     given, told, traced = RunOptions(**options), Callbacks(callbacks), Profile.checked(profile)
+    resume = resumes(out, given.resume)
     own = Own.checked(loss, augment, model)
     sizes = given.mesh_sizes or parse_mesh(None, jax.device_count())
     first_process = jax.process_index() == 0
@@ -131,11 +135,11 @@ def train(
         def enter(thing):
             return stack.enter_context(contextlib.closing(thing))
 
-        run = enter(RunDirectory(Path(out), recipe, resume=given.resume))
+        run = enter(RunDirectory(Path(out), recipe, resume=resume))
         checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
         if given.resume_step is not None:
             checkpoints.check_step(given.resume_step)
-        saved = given.resume and checkpoints.latest() is not None
+        saved = resume and checkpoints.latest() is not None
         model_file = run.model_file if saved else None
         data = checked_clips(recipe, sizes, dataset, validation, new=model_file is None)
         told.put_first(early_stop(recipe, data[1]))
@@ -153,13 +157,15 @@ def train(
             batches.restore(*(saved_data[number] for number in sorted(saved_data, key=int)))
             held = saved_data.get(str(jax.process_index()), saved_data["0"])
             told.restore(held.get("callbacks", ()))
+        steps = range(taken + 1, setup.last + 1)
+        steps = steps if traced is None else traced.of_run(steps)
         run.begin(None if start is None else description(start, recipe.task, own.named))
         if start is not None and recipe.data.hold_out is not None:
             run.write_lists(recipe.data, batches.sampler.dataset, setup.validation)
         log = enter(
             MetricLog(
                 run.path,
-                resume_at=taken if given.resume else None,
+                resume_at=taken if resume else None,
                 tensorboard=given.tensorboard,
                 enabled=first_process,
             )
@@ -170,12 +176,13 @@ def train(
             given.say(summary(setup, batches, run.path, taken))
         # A live line, below the summary.
         progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
-        tracer = enter(Tracer(traced, progress.say))
+        clock = enter(Clock(setup.clips, setup.flops, functools.partial(_stalled, log, progress)))
+        tracer = enter(Tracer(traced, steps, progress.say))
         base = start.base if start is not None else described_base(run.model_file)
         # What it says of a loss is true of the recipe's.
         known = own.loss is None
         watch = watch_of(setup, batches.sampler.dataset, log.earlier) if known else None
-        tools = (run, checkpoints, batches, log, progress, told, watch, tracer)
+        tools = (run, checkpoints, batches, log, progress, clock, told, watch, tracer)
         loop = _Loop(setup, arrays, *tools, state, taken, base)
         stopped = loop.take_steps()
         checkpoints.wait()
@@ -202,6 +209,7 @@ class _Loop:
     batches: Batches
     log: MetricLog
     progress: Progress
+    clock: Clock
     callbacks: Callbacks
     watch: Watch | None
     tracer: Tracer
@@ -213,7 +221,7 @@ class _Loop:
         self.metrics: dict[str, float] = {}  # of the last validation
         self.stop_reason: str | None = None  # of the callback that ended the run
         self._unreadable: dict[str, str] | None = None  # clips of the last validation: path -> why
-        self._clock, self._position = _Clock(), self.batches.state()
+        self._position = self.batches.state()
         self._pending: tuple[int, dict[str, jax.Array]] | None = None  # not reported yet
         self._bad_reported = bool(self.batches.bad)
 
@@ -233,7 +241,7 @@ class _Loop:
                     validation = self._validation_due()
                     if stopped or validation or self._checkpoint_due():
                         self._report_pending()
-                        with self._clock.paused():
+                        with self.clock.paused():
                             # A validated step is saved: it may turn out to be the best.
                             self._save(self._validated() if validation else None)
                         stopped = stopped or stop_of_one(received)
@@ -256,7 +264,7 @@ class _Loop:
         """
         batch = failed = None
         try:
-            batch = self._clock.fetch(self.batches, self._pending and self._pending[1]["loss"])
+            batch = self.clock.fetch(self.batches, self._pending and self._pending[1]["loss"])
         except UserError as error:
             failed = error
         if self.batches.bad and not self._bad_reported:
@@ -312,15 +320,12 @@ class _Loop:
     def _report(self, step: int, values: dict[str, jax.Array]) -> None:
         """Log a step's values. UserError after `max_bad_steps` in a row that are not finite."""
         numbers = {name: float(value) for name, value in values.items()}
-        (seconds, waited), bad = self._clock.lap(), int(numbers.pop("bad_steps"))
-        rate = dict(clips_per_second=self.setup.clips / seconds, wait_share=waited / seconds)
-        self.log.write("train", step, numbers | rate)
-        self.progress.update(
-            step, loss=numbers["loss"], lr=numbers["lr"], wait_seconds=waited, seconds=seconds
-        )
+        bad, measured = int(numbers.pop("bad_steps")), self.clock.lap(step)
+        self.log.write("train", step, numbers | measured)
+        self.progress.update(step, loss=numbers["loss"], lr=numbers["lr"], measured=measured)
         if self.watch is not None:
             self._notice(step, self.watch.after_step(step, numbers))
-        self._tell("train", numbers | rate)
+        self._tell("train", numbers | measured)
         if not bad:
             return
         what = f"loss {numbers['loss']:g}, gradient norm {numbers['gradient_norm']:g}"
@@ -396,6 +401,15 @@ class _Loop:
         return lambda path: save_model(path, setup.model, params, setup.processor, card)
 
 
+def _stalled(log: MetricLog, progress: Progress, step: int, text: str) -> None:
+    """Say in every process, and log in the first, that no step has ended for long."""
+    log.write("event", step, Notice("stall", text).values)
+    if jax.process_index() == 0:
+        progress.say(f"step {step}: notice: {text}")
+    else:
+        print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
+
+
 def _placed(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     sharding = batch_sharding(mesh)
     return {
@@ -415,35 +429,3 @@ def _whole(params: Any) -> Any:
 def _of_all_processes(state: dict[str, Any]) -> dict[str, Any]:
     """The state of each process by its number."""
     return {str(i): each for i, each in enumerate(gathered(state))}
-
-
-class _Clock:
-    """How long a step takes, and for how much of it the device waits for data."""
-
-    def __init__(self):
-        self._last, self._waited = time.perf_counter(), 0.0
-
-    def fetch(self, batches: Batches, running: jax.Array | None) -> dict:
-        """The next batch. The lap counts how long the device waited for it.
-
-        `running` is a result of the previous step; until it is ready the device is busy.
-        """
-        start = time.perf_counter()
-        batch = next(batches)
-        if running is None or running.is_ready():  # pyright: ignore[reportAttributeAccessIssue]
-            self._waited += time.perf_counter() - start
-        return batch
-
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and how many of them the device waited."""
-        now = time.perf_counter()
-        lap = now - self._last, self._waited
-        self._last, self._waited = now, 0.0
-        return lap
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time spent in the block does not count."""
-        start = time.perf_counter()
-        yield
-        self._last += time.perf_counter() - start

@@ -32,13 +32,13 @@ from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.data.transforms.augment import Size, Transform, train_transform
 from vivit_jax.errors import UserError
 from vivit_jax.models.registry import is_known
+from vivit_jax.train.clock import MEASURED
 from vivit_jax.train.sharding import replicated
 
 Loss = Callable[[Any, Any, Mapping[str, Any]], tuple[Any, dict[str, Any]]]
 # What each line of metrics.jsonl has besides a loss's metrics.
 _TAKEN = (
-    "loss", "gradient_norm", "lr", "bad_steps", "clips_per_second", "wait_share",
-    "kind", "step", "time", "not_finite",
+    "loss", "gradient_norm", "lr", "bad_steps", *MEASURED, "kind", "step", "time", "not_finite",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 
 A new metric needs no change here: each number in metrics.jsonl gets a curve, and a column in the
 table of evaluations. Metrics of training come from the step (`vivit_jax.train.step.make_step`, on
-the device) and from `_Loop._report` in `vivit_jax.train.loop` (rates, on the host), those of
+the device) and from `vivit_jax.train.clock` (times and rates, on the host), those of
 evaluation from `vivit_jax.train.metrics` and `vivit_jax.train.evaluation`. `_PANELS` groups metrics
 into charts with titles and units.
 """
@@ -36,7 +36,7 @@ from vivit_jax.train.validation import read_validation
 
 REPORT = "report.html"
 _OWN = ("kind", "step", "time")
-_COUNTS = ("videos", "unreadable")  # of an evaluation: shown in its table, without a curve
+_COUNTS = ("videos", "unreadable", "compilations")  # shown in tables, without a curve
 _ROWS = 500  # of a table
 # The directories of an absolute path, of which the last name stays.
 _ABSOLUTE = re.compile(
@@ -63,6 +63,11 @@ _PANELS = (
     _Panel("Throughput", "clips_per_second", "clips per second", from_zero=True),
     _Panel("Waiting for data", "wait_share", "share of the time", share=True, from_zero=True),
     _Panel("Gradient norm", "gradient_norm", from_zero=True),
+    _Panel("Step time", "step_seconds", "seconds", from_zero=True),
+    _Panel("Compilation", "compile_seconds", "seconds", from_zero=True, noisy=False),
+    _Panel("Most memory of a device", "device_memory_gib", "GiB", from_zero=True, noisy=False),
+    _Panel("Model products of a device", "tflops_per_device", "TFLOP/s", from_zero=True),
+    _Panel("Model FLOP utilisation", "mfu", "of the peak", share=True, from_zero=True),
 )
 
 _MARKED = ("Loss", "Accuracy")  # charts that show the best step

@@ -210,6 +210,13 @@ class RunDirectory:
         )
 
 
+def resumes(path: str | Path, resume: bool | str) -> bool:
+    """Whether a run is continued: with "auto", if the directory holds one. Raises UserError."""
+    if resume not in (True, False, "auto"):
+        raise UserError(f"resume is {resume!r}; expected True, False or 'auto'")
+    return (Path(path) / RECIPE).exists() if resume == "auto" else bool(resume)
+
+
 def saved_recipe(path: Path) -> Recipe:
     """The recipe of the run in a directory. UserError if there is none."""
     file = path / RECIPE

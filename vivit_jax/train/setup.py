@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.models.build import abstract_params
+from vivit_jax.models.flops import step_flops
+from vivit_jax.models.registry import head_of, is_known
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.own import NOTHING, Own
@@ -63,6 +65,18 @@ class TrainSetup:
             labels = (self.clips,) if heads == 1 else (self.clips, heads)
             shapes["labels"] = jax.ShapeDtypeStruct(labels, np.int32, sharding=place)
         return shapes
+
+    @property
+    def flops(self) -> float | None:
+        """The matrix products of a step on each device, without what is computed twice.
+
+        None for a model that is not of a family.
+        """
+        if not is_known(self.model):
+            return None
+        config: Any = self.model.config
+        found = step_flops(config, head_of(self.model), *self.token_counts)
+        return found * self.clips / self.mesh.size
 
     @property
     def token_counts(self) -> tuple[int | None, int | None]:

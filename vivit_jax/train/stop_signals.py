@@ -2,17 +2,25 @@
 """The graceful end of a run: SIGINT and SIGTERM stop all its processes after the same step."""
 
 import contextlib
+import itertools
+import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
+
+# There is no public way to the service that `jax.distributed.initialize` starts.
+from jax._src import distributed
 from jax.experimental.multihost_utils import process_allgather
 
 from vivit_jax.errors import UserError
+
+_LONGEST_WAIT = 2**31 - 1  # milliseconds
 
 
 @contextlib.contextmanager
@@ -64,12 +72,35 @@ def agreed_stop(
         return received[0] if received else None, asked
 
     number = signal.Signals[received[0]].value if received else 0
-    every = process_allgather(np.array([number, failed is not None, asked], np.int32))
+    every = _exchanged([number, failed is not None, asked])
     if every[:, 1].any():
         which = int(every[:, 1].argmax())
         raise failed or UserError(f"process {which} cannot continue; its own message says why")
     largest = int(every[:, 0].max())
     return signal.Signals(largest).name if largest else None, bool(every[:, 2].any())
+
+
+_exchanges = itertools.count()  # all processes make the same ones
+
+
+def _exchanged(values: list[int]) -> np.ndarray:
+    """The numbers of all processes, [process, number].
+
+    Over JAX's coordination service: an exchange between devices would begin after the step that
+    they are taking, so that the next one would be given to them after its end.
+    """
+    client: Any = distributed.global_state.client
+    if client is None:  # a TPU's processes know each other without the service
+        return process_allgather(np.array(values, np.int32))
+    number, process = next(_exchanges), jax.process_index()
+    here, before = (f"vivit_jax/agreed/{n}" for n in (number, number - 1))
+    client.key_value_set(f"{here}/{process}", json.dumps(values))
+    # What hangs is `vivit_jax.train.peers`' to find out.
+    client.wait_at_barrier(here, _LONGEST_WAIT)
+    if process == 0:  # all have read it, since all are here
+        client.key_value_delete(f"{before}/")
+    found = dict(client.key_value_dir_get(f"{here}/"))
+    return np.array([json.loads(found[f"{here}/{n}"]) for n in range(jax.process_count())])
 
 
 def stop_of_one(received: list[str]) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from vivit_jax.errors import UserError
-from vivit_jax.models.flops import recomputed_flops, step_flops
+from vivit_jax.models.flops import recomputed_flops
 from vivit_jax.recipes.checks import check
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.train.initial_model import planned_model
@@ -218,7 +218,7 @@ def plan(
         optimizer=bytes_on_a_device(setup.shapes.optimizer),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        flops=round(step_flops(config, head, *counts) * on_one),
+        flops=round(setup.flops or 0),
         recomputed=round(recomputed_flops(config, head, *counts) * on_one),
         cycles=program.cycles,
         kernels=kernels,
