@@ -36,7 +36,6 @@ CASES = list(itertools.product(FAMILIES, MESHES, BACKENDS))
 QUICK = [
     ("videomae pretrain", "data=2,fsdp=2,tensor=2", "chunked"),
     ("videomae finetune", "fsdp=8", "xla"),
-    ("self-attention", "fsdp=4,tensor=2", "chunked"),
     ("dot product", "data=2,tensor=4", "chunked"),
 ]
 
@@ -48,14 +47,14 @@ def test_what_moves_between_devices(family, mesh, backend):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "mesh"),
-    mostly_slow(
+    list(
         itertools.product(
             ("videomae pretrain", "videomae finetune", "encoder", "self-attention", "dot product"),
             ("data=8", "data=4,tensor=2", "fsdp=4,tensor=2"),
-        ),
-        ("videomae pretrain", "data=4,tensor=2"),
+        )
     ),
 )
 def test_each_device_attends_for_its_own_heads(family, mesh, monkeypatch):

@@ -63,10 +63,11 @@ FROZEN = changed(
     optim__freeze=(r"backbone/layers_0/.*", r"backbone/patch_embed/.*"),
     optim__ema=None,
 )
+FEWEST = "frozen, sgd, no average"  # arrays of a state
 CASES = {
     "pretrain": (PRETRAIN, ONE),
     "finetune": (FINETUNE, ONE),
-    "frozen, sgd, no average": (FROZEN, ONE),
+    FEWEST: (FROZEN, ONE),
     "dual masks": (changed(DUAL, train__accumulate=2), ONE),
     "mesh": (PRETRAIN, dict(data=2, fsdp=2, tensor=2)),
 }
@@ -134,7 +135,7 @@ def steps_in_another_process(place, name):
         return dict(found)
 
 
-@pytest.mark.parametrize("name", mostly_slow(CASES, "frozen, sgd, no average"))
+@pytest.mark.parametrize("name", mostly_slow(CASES, FEWEST))
 def test_a_process_without_this_library_takes_the_same_steps(name, tmp_path):
     found = steps_in_another_process(tmp_path, name)
     state, values = steps_here(name)
@@ -168,12 +169,12 @@ def test_a_state_of_any_kind_is_taken_and_donated(tmp_path):
 
 def test_traced_as_for_cpu_whatever_the_machine_has(tmp_path, monkeypatch):
     """And without the names of the files that it was traced from."""
-    here = written(tmp_path, "finetune").read_bytes()
+    here = written(tmp_path, FEWEST).read_bytes()
     assert str(Path(vivit_jax.__file__).parent).encode() not in here
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert traced(tmp_path, "finetune").read_bytes() == here
+    assert traced(tmp_path, FEWEST).read_bytes() == here
     monkeypatch.setattr(file_module, "traced_for", lambda _: contextlib.nullcontext())
-    assert traced(tmp_path, "finetune").read_bytes() != here
+    assert traced(tmp_path, FEWEST).read_bytes() != here
 
 
 def test_what_does_not_fit_a_file_is_told(tmp_path):
@@ -198,7 +199,7 @@ def test_files_that_hold_no_step_are_told(tmp_path):
     path = tmp_path / "step.stablehlo"
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         load_step(path)
-    whole = written(tmp_path, "finetune").read_bytes()
+    whole = written(tmp_path, FEWEST).read_bytes()
     for content in (b"", b"step", whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="step.stablehlo is not a program that this jax"):
