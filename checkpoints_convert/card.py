@@ -96,8 +96,7 @@ class Base:
 class CardFacts:
     """What a card says beyond the model's own files; every part may be missing.
 
-    `name` is a title, `how` are sentences on how the model was made. `stride` is the number of
-    frames from one sampled frame to the next, where it is not the family's.
+    `name` is a title, `how` are sentences on how the model was made.
     """
 
     name: str | None = None
@@ -105,7 +104,6 @@ class CardFacts:
     how: Sequence[str] = ()
     data: Sequence[DataSummary] = ()
     metrics: Sequence[Metric] = ()
-    stride: int | None = None
 
 
 def binomial_error(share: float, count: int) -> float | None:
@@ -138,7 +136,6 @@ def write_card(staged: Path, directory: Path, model: SavedModel, facts: CardFact
 def card_text(model: SavedModel, facts: CardFacts | None = None) -> str:
     """The card: metadata, text and a mark that tells whether it was edited since."""
     facts = facts or CardFacts()
-    model = dataclasses.replace(model, stride=facts.stride)
     metadata = yaml.safe_dump(
         _metadata(model, facts), sort_keys=False, allow_unicode=True, width=2**31
     )
@@ -365,8 +362,11 @@ def _metric_lines(metrics: Sequence[Metric]) -> list[str]:
 
 def _preprocessing_lines(model: SavedModel) -> list[str]:
     config = model.config
-    apart = f"every {_ordinal(model.every)}" if model.every > 1 else "one after the other"
+    stride = config.frame_stride
+    apart = f"every {_ordinal(stride)}" if stride > 1 else "one after the other"
     frames = f"{config.num_frames} frames, {apart}, from the middle of the video"
+    if config.view_sampler == "segments":
+        frames = f"{config.num_frames} frames, one from each of as many equal parts of the video"
     if model.processor is None:
         return [
             f"{frames}. How they become pixels is not known here: no processor of these models was "

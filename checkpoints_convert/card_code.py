@@ -11,13 +11,13 @@ from string import Template
 from vivit_jax.config import Config, architecture
 from vivit_jax.data.transforms.processor import VideoProcessor
 
-_OURS_CLASSIFIES = Template("""\
+_OURS_CLASSIFIES = """\
 import vivit_jax
 
 classifier = vivit_jax.VideoClassifier.from_pretrained(".")
-for best in classifier("video.mp4", top_k=3$stride):
+for best in classifier("video.mp4", top_k=3):
     print(f"{best['score']:.4f}  {best['label']}")
-""")
+"""
 _OURS = Template("""\
 import numpy as np
 import vivit_jax
@@ -44,11 +44,7 @@ from transformers import AutoImageProcessor, $architecture
 
 with av.open("video.mp4") as video:
     frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-length, stride = $frames, $every
-span = (length - 1) * stride + 1
-start = max(len(frames) - span, 0) // 2  # the middle of the video, as vivit_jax takes it
-frames = frames[start : start + span : stride]
-
+$sampled
 processor = AutoImageProcessor.from_pretrained(".")
 model = $architecture.from_pretrained(".")
 with torch.no_grad():
@@ -56,6 +52,16 @@ with torch.no_grad():
 scores = $scores
 for index in scores.argsort(descending=True)[:3].tolist():
     print(f"{scores[index]:.4f}  {model.config.id2label[index]}")
+""")
+_THEIRS_APART = Template("""\
+length, stride = $frames, $every
+span = (length - 1) * stride + 1
+start = max(len(frames) - span, 0) // 2  # the middle of the video, as vivit_jax takes it
+frames = frames[start : start + span : stride]
+""")
+_THEIRS_SEGMENTS = Template("""\
+length, total = $frames, len(frames)  # the middle of each of as many parts, as vivit_jax takes it
+frames = [frames[(2 * i + 1) * total // (2 * length)] for i in range(length)]
 """)
 _THEIRS = Template("""\
 import torch
@@ -80,7 +86,7 @@ _RESULTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """What lies beside a card; `stride` is between frames in training, None where not known."""
+    """What lies beside a card."""
 
     config: Config
     head: str
@@ -88,17 +94,11 @@ class SavedModel:
     dtype: str
     processor: VideoProcessor | None = None
     pooler: bool = False
-    stride: int | None = None
 
     @property
     def architecture(self) -> str:
         """The class of the model, as transformers and this library name it."""
         return architecture(self.config.model_type, self.head)
-
-    @property
-    def every(self) -> int:
-        """The stride between frames that the card's code reads."""
-        return self.config.frame_stride if self.stride is None else self.stride
 
     @property
     def reads_videos(self) -> bool:
@@ -115,8 +115,7 @@ class SavedModel:
 def our_code(model: SavedModel) -> str:
     """Python that opens and runs the model with this library."""
     if model.head == "classification" and model.reads_videos and model.config.num_labels:
-        stride = "" if model.stride is None else f", stride={model.stride}"
-        return _OURS_CLASSIFIES.substitute(stride=stride)
+        return _OURS_CLASSIFIES
     sizes = _sizes(model)
     pixels = (_OURS_READS if model.reads_videos else _OURS_GIVEN).substitute(sizes)
     masks = model.head == "pretraining"
@@ -134,7 +133,9 @@ def their_code(model: SavedModel) -> str:
     sizes = _sizes(model)
     if model.names_classes and model.reads_videos:
         scores = _SCORES.get(model.config.problem_type or "", "logits.softmax(-1)")
-        return _THEIRS_CLASSIFIES.substitute(sizes, scores=scores)
+        segments = model.config.view_sampler == "segments"
+        sampled = (_THEIRS_SEGMENTS if segments else _THEIRS_APART).substitute(sizes)
+        return _THEIRS_CLASSIFIES.substitute(sizes, scores=scores, sampled=sampled)
     mask = masked = ""
     if model.head == "pretraining":
         t, h, w = model.config.grid
@@ -149,7 +150,7 @@ def _sizes(model: SavedModel) -> dict[str, object]:
     return {
         "architecture": model.architecture,
         "frames": config.num_frames,
-        "every": model.every,
+        "every": config.frame_stride,
         "height": height,
         "width": width,
         "channels": config.num_channels,

@@ -69,7 +69,6 @@ class VivitConfig(TransformerConfig):
         "none": "VivitModel",
         "classification": "VivitForVideoClassification",
     }
-    view_sampler: ClassVar[str] = "loop"
     view_average: ClassVar[str] = "logits"
     initial_values: ClassVar[str] = "scenic"
 
@@ -89,6 +88,7 @@ class VivitConfig(TransformerConfig):
     pooling: str | None = optional_field(None)
     num_sampled_frames: int | None = optional_field(None)
     attentive_heads: int | None = optional_field(None)
+    view_sampler: str = optional_field("loop")
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **TransformerConfig.unsupported,
@@ -255,7 +255,6 @@ class VideoMAEConfig(TransformerConfig):
         "pretraining": "VideoMAEForPreTraining",
         "classification": "VideoMAEForVideoClassification",
     }
-    frame_stride: ClassVar[int] = 4
 
     num_frames: int = 16
     tubelet_size: int = 2
@@ -276,6 +275,7 @@ class VideoMAEConfig(TransformerConfig):
     attentive_heads: int | None = optional_field(None)
     image_mean: float | tuple[float, ...] | None = optional_field(None)
     image_std: float | tuple[float, ...] | None = optional_field(None)
+    frame_stride: int = optional_field(4)
 
     probabilities: ClassVar[tuple[str, ...]] = (*TransformerConfig.probabilities, "head_dropout")
     may_be_zero: ClassVar[tuple[str, ...]] = (

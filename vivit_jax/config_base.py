@@ -23,6 +23,11 @@ ATTENTION_IMPLEMENTATIONS: tuple[str, ...] = get_args(Attention)
 Remat = Literal["none", "dots", "block"]  # from the most memory to the least
 REMAT_POLICIES: tuple[str, ...] = get_args(Remat)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# `data.sampling` computes them.
+Sampler = Literal["hold", "linspace", "loop", "segments"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
+# Fields that say how clips were read from videos in training; they do not change the function.
+READING = ("frame_stride", "view_sampler")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Keys of config.json that are written anew.
@@ -85,6 +90,11 @@ class TransformerConfig:
     from all tokens in so many heads (`vivit_jax.models.head.AttentivePool`), and not the model's
     own pooling; transformers has no such models.
 
+    `frame_stride` is the number of frames of a video from one of a clip to the next, in training
+    and therefore by default in every use, and `view_sampler` how `vivit_jax.data.sampling` placed
+    them. By default they are those of the family's papers. With "segments" the stride is only for
+    windows, as of `vivit_jax.extract_features`.
+
     `output_hidden_states` and `output_attentions` are what a model reports by default.
 
     `extra` holds the other keys of a config.json: they have no effect and are written back.
@@ -97,10 +107,7 @@ class TransformerConfig:
     title: ClassVar[str]
     # The class of the model with each head: "none", "classification", "pretraining".
     heads: ClassVar[Mapping[str, str]]
-    # How the family's papers take clips from a video: frames from sample to sample, the placing of
-    # several test clips (`vivit_jax.data.sampling.view_indices`), what is averaged over them.
-    frame_stride: ClassVar[int] = 2
-    view_sampler: ClassVar[str] = "linspace"
+    # What the family's papers average over the test clips of a video.
     view_average: ClassVar[str] = "softmax"
     # The initial values of its papers, see `vivit_jax.train.initial_params`.
     initial_values: ClassVar[str] = "videomae"
@@ -149,6 +156,8 @@ class TransformerConfig:
     drop_path_rescale: bool = optional_field(True)
     class_splits: tuple[int, ...] | None = optional_field(None)
     split_names: tuple[str, ...] | None = optional_field(None)
+    frame_stride: int = optional_field(2)
+    view_sampler: str = optional_field("linspace")
 
     dtype: str = execution_field("float32")
     param_dtype: str = execution_field("float32")
@@ -187,6 +196,7 @@ class TransformerConfig:
         self.one_of("param_dtype", DTYPES)
         self.one_of("attention", ATTENTION_IMPLEMENTATIONS)
         self.one_of("remat", REMAT_POLICIES)
+        self.one_of("view_sampler", SAMPLERS)
         if self.problem_type == "single_label_classification" and self.num_labels == 1:
             raise ConfigError(
                 "problem_type='single_label_classification' needs num_labels > 1, got 1; one label "
@@ -307,6 +317,11 @@ class TransformerConfig:
         Several heads have no joint softmax, so their logits are averaged.
         """
         return "logits" if self.class_splits else self.view_average
+
+    @property
+    def has_own_stride(self) -> bool:
+        """Whether the model was trained with another frame stride than its family's papers."""
+        return self.frame_stride != type(self).frame_stride
 
     @property
     def split_sizes(self) -> tuple[int, ...]:

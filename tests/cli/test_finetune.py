@@ -147,6 +147,24 @@ def test_settings_are_chosen_said_and_saved(finished, place):
     assert model.config.labels == NAMES
 
 
+def test_its_model_is_evaluated_as_it_was_trained(finished, tmp_path, capsys):
+    """Without a word of the stride, which is 1, on the run's own held-out clips."""
+    out, _, _ = finished
+    model = max((out / "models").iterdir(), key=lambda path: int(path.name))
+    config = json.loads((model / "config.json").read_text())
+    assert config["frame_stride"] == 1 and "view_sampler" not in config
+    lines = {e["step"]: e for e in read_metrics(out / "metrics.jsonl") if e["kind"] == "evaluate"}
+    args = ("--model", model, "--data", out / "validation.csv", "--out", tmp_path / "result.json")
+    status, said, _ = run_command(capsys, "evaluate", *args)
+    assert status == 0 and "of 4 frames, 1 apart (as the model was trained), sampler lin" in said
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"]["accuracy"] == lines[int(model.name)]["accuracy"]
+    assert result["summary"]["protocol"]["stride"] == 1
+    status, said, _ = run_command(capsys, "evaluate", *args, "--overwrite", "--stride", 2)
+    assert status == 0 and "of 4 frames, 2 apart (the model's: 1), sampler" in said
+    assert "4 frames, one after the other, from the middle" in (model / "README.md").read_text()
+
+
 def test_a_run_ends_early_and_its_recipe_repeats_it(finished, place, tmp_path, capsys):
     """Nothing is learned at this rate, so that no validation is better than the first."""
     out, _, _ = finished

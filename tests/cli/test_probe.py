@@ -139,6 +139,9 @@ def test_the_card_of_the_model_says_what_was_found(linear, data):
     assert result.metric_args["videos"] == held["clips"] == 6
     assert "2 x 2 views (clips x crops), mean of their softmax" in result.metric_args["protocol"]
     assert "probed videomae: its weights are unchanged, and the head (linear" in card.text
+    assert "4 frames, every 2nd, from the middle of the video" in card.text
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert config["frame_stride"] == 2  # the views', as evaluate then takes them
     assert "| held out | my clips | 6 | 3 |" in card.text and str(data.parent) not in card.content
 
 

@@ -77,7 +77,8 @@ def printed(code: str) -> str:
 
 RUN = {
     "mae cls": ("mae cls", VIDEOMAE, None, NAMES),
-    "vivit cls, stride": ("vivit cls", VIVIT, CardFacts(stride=3), NAMES),
+    "vivit cls, stride": ("vivit cls", VIVIT, None, NAMES | {"frame_stride": 3}),
+    "mae cls, segments": ("mae cls", VIDEOMAE, None, NAMES | {"view_sampler": "segments"}),
     "several labels": (
         *("vivit cls", VIVIT, None, {"problem_type": "multi_label_classification"}),
     ),
@@ -90,7 +91,7 @@ RUN = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_slow(RUN, "mae cls", "vivit cls, stride"))
+@pytest.mark.parametrize("name", mostly_slow(RUN, "mae cls, segments", "vivit cls, stride"))
 def test_both_blocks_of_code_run_and_agree(name, tmp_path, monkeypatch):
     case, processor, facts, changes = RUN[name]
     saved(tmp_path / "model", case, processor, facts, **changes)
@@ -111,7 +112,10 @@ def test_both_blocks_of_code_run_and_agree(name, tmp_path, monkeypatch):
     scores = np.array([[float(score) for score, _ in each] for each in rows])
     assert scores.shape == (2, 3)
     np.testing.assert_allclose(scores[0], scores[1], atol=2e-4)  # printed with four digits
-    assert ("stride=3" in ours + "".join(code_of(tmp_path / "model"))) == ("stride" in name)
+    card = card_of(tmp_path / "model")
+    assert ("length, stride = 6, 3\n" in card) == ("6 frames, every 3rd," in card)
+    assert ("every 3rd," in card) == ("stride" in name)
+    assert ("one from each of as many equal parts" in card) == ("segments" in name)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,6 @@ class ToyConfig(config.TransformerConfig):
         "none": "ToyModel",
         "classification": "ToyForVideoClassification",
     }
-    frame_stride: ClassVar[int] = 3
 
     num_frames: int = 4
     tubelet_size: int = 2
@@ -55,6 +54,7 @@ class ToyConfig(config.TransformerConfig):
     intermediate_size: int = 40
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
+    frame_stride: int = 3
 
     @property
     def tubelet(self):

@@ -20,6 +20,7 @@ from checkpoints_convert.card import Base
 from checkpoints_convert.start.from_video import init_from_video_model
 from vivit_jax import param_tree
 from vivit_jax.config import VideoMAEConfig, VivitConfig
+from vivit_jax.config_base import READING
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import RECIPES, apply_settings, from_dict, recipe_named, to_dict
 from vivit_jax.recipes.checks import model_config
@@ -482,6 +483,40 @@ def data_recipe(clips, which, start=None):
     plain = dataclasses.replace(FINETUNE.augment, mixup=0.0, cutmix=0.0, mix_group=None)
     recipe = dataclasses.replace(FINETUNE, augment=plain)
     return changed(recipe, data__train=str(clips / which), model__start=start, train__batch_size=4)
+
+
+def test_how_clips_are_read_is_of_the_model(clips, tmp_path, caplog):
+    """The recipe's, whatever the checkpoint's; a run of a version without it goes on as it was."""
+    config = VideoMAEConfig(**SMALL_VIDEOMAE, frame_stride=3, view_sampler="loop")
+    start, _ = saved(tmp_path / "start", config)
+    for sampler, kept, written, stride in (
+        ("loop", "loop", {"view_sampler": "loop", "frame_stride": 1}, 1),
+        ("hold", "linspace", {"frame_stride": 1}, 1),
+        ("segments", "segments", {"view_sampler": "segments", "frame_stride": 3}, 3),
+    ):
+        recipe = data_recipe(clips, "folders", start)
+        setup, found = prepared(recipe, f"data.sampler={sampler}")
+        for config in (setup.model.config, found.model.config):
+            assert (config.view_sampler, config.frame_stride) == (kept, stride)
+        told = "--set data.stride=3 evaluation.stride=3 takes those" in found.report
+        assert told == (sampler != "segments")
+        values = description(found, "finetune")
+        said = values["config"]
+        assert {k: v for k, v in said.items() if k in READING} == written
+        for name in written:  # as versions before wrote it
+            del said[name]
+        (tmp_path / "model.json").write_text(json.dumps(values))
+        mesh = make_mesh(parse_mesh("data=1", 1))
+        again, batches, _ = prepare(
+            setup.recipe, mesh, tmp_path / "model.json", listed(setup.recipe)
+        )
+        batches.close()
+        assert again.model.config.view_sampler == kept
+        assert again.model.config.frame_stride == (4 if sampler == "segments" else stride)
+    usual, found = prepared(recipe, "data.sampler=linspace", "data.stride=4")
+    assert not usual.model.config.to_dict().keys() & set(READING)
+    with pytest.raises(UserError, match="a run saves what data.stride is: set data.stride=2 inst"):
+        prepared(recipe, "model.config.frame_stride=2")
 
 
 def test_a_number_of_classes_that_folders_contradict_is_an_error(clips, small):

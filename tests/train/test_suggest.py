@@ -124,6 +124,21 @@ def test_frames_are_as_far_apart_as_where_the_model_was_trained(preset, fps, fra
     assert recipe.data.stride == recipe.evaluation.stride == stride
 
 
+@pytest.mark.parametrize(
+    ("frames", "stride", "reason"), [(100, 3, "as the checkpoint was trained"), (31, 2, "fit")]
+)
+def test_a_checkpoint_that_says_its_stride_is_followed(frames, stride, reason):
+    """Whatever the frame rate, which it does not say; but clips have to be long enough."""
+    found = chosen(start(frame_stride=3, view_sampler="loop"), clips(fps=10.0, frames=frames))
+    rows = {each.path: each for each in found.choices}
+    assert found.recipe.data.stride == found.recipe.evaluation.stride == stride
+    assert reason in rows["data.stride"].reason
+    assert found.recipe.data.sampler == found.recipe.evaluation.sampler == "loop"
+    assert rows["data.sampler"].reason == "as the checkpoint was trained"
+    given = chosen(start(frame_stride=3), settings=["data.stride=5"])
+    assert given.recipe.data.stride == given.recipe.evaluation.stride == 5
+
+
 def test_somethings_classifier_reads_segments():
     config = dict(num_labels=174, id2label=None)
     assert chosen(start(kind="classification", **config)).recipe.data.sampler == "segments"

@@ -19,6 +19,7 @@ from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import ONE_PROCESS, Dtype, ProcessOptions, SourceOptions
 from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.read_clip import strided_sampler
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import check_output, whole_file, write_json
 from vivit_jax.recipes import recipe_named
@@ -31,7 +32,7 @@ from vivit_jax.train.outcomes import BINS, Outcomes
 from vivit_jax.train.page import page, percent, table
 from vivit_jax.train.preprocessing import central_view
 from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
-from vivit_jax.train.validation import protocol_text, shown_clips, summary
+from vivit_jax.train.validation import protocol_line, protocol_text, shown_clips, summary
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class ViewOptions:
         clips: Clips along time.
         crops: Crops along the longer side.
         sampler: How frames are chosen: linspace or hold (VideoMAE), loop (ViViT), segments (TSN).
-        stride: Frames between sampled frames.
+        stride: Frames between sampled frames. Default: the model's, as it was trained.
         resize: Shortest side before the crop, in pixels. Default: the model's processor's.
         average: What is averaged over views, softmax (VideoMAE) or logits (scenic).
     """
@@ -247,7 +248,8 @@ def _write_pictures(output: OutputOptions, found: _Found, model: str) -> None:
 
 
 def _lines(found: _Found) -> Iterator[str]:
-    """What is printed: a line for each number."""
+    """What is printed: the protocol, and a line for each number."""
+    yield f"{'protocol':24} {protocol_line(found.config, found.views)}"
     metrics = found.result.metrics
     for name, value in metrics.items():
         yield f"{name:24} {value:.2%}" if "accuracy" in name else f"{name:24} {value:g}"
@@ -287,6 +289,8 @@ def chosen_views(options: ViewOptions, config, processor) -> EvalSettings:
         if options.resize != chosen.resize:
             overridden = f"{chosen.resize} of the model's processor"
     given = {n: v for n, v in vars(options).items() if n != "recipe" and v is not None}
+    if options.stride is not None and options.recipe is None:
+        given.setdefault("sampler", strided_sampler(config))
     views = dataclasses.replace(chosen, **given)
     if overridden is not None:
         logger.warning(

@@ -46,7 +46,8 @@ class FeatureOptions:
             [rows, l, d]; head, the input of a classifier, also for an encoder of VideoMAE V2
             without one. A numbered layer of a factorised encoder has tokens [t, s, d] and a class
             token for each time step.
-        frame_stride: Frames between a window's frames. Default: the recipe's (ViViT 2, VideoMAE 4).
+        frame_stride: Frames between a window's frames. Default: the model's, as in its
+            training.
         window_stride: Frames between the starts of windows, or seconds such as 0.5s: a window then
             starts at the first frame shown at its time or later. Default: windows do not overlap
             and leave no gap.

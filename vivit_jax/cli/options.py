@@ -19,8 +19,8 @@ class ReadOptions:
     """Which frames of a video make up its clip.
 
     Attributes:
-        stride: Frames between sampled frames. Default: the recipe's (ViViT 2, VideoMAE 4), less for
-            a video that is too short for it.
+        stride: Frames between sampled frames. Default: the model's, as it was trained, less for a
+            video that is too short for it.
         start: Where the clip starts: begin, center, end, or the index of its first frame.
         pad: How to fill up a video with fewer frames than the model takes.
     """

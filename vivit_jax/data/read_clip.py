@@ -114,12 +114,13 @@ def read_clips(
 ) -> list[Clip]:
     """Read clips of `config.num_frames` frames from a video file or an array of frames.
 
-    `stride` None is the recipe's (ViViT 2, VideoMAE 4), or less if the video is too short for it.
+    `stride` None is the model's (`config.frame_stride`), or less if the video is too short for it.
     One clip lies at `start`; `start` and `pad` are those of `vivit_jax.data.sampling.clip_indices`.
-    Several clips are spread over the video as the model's paper does in tests (`view_indices` with
-    the sampler of the family). An array or .npy file holds the frames themselves, [t, h, w, c] with
-    any number of channels, uint8 or float in [0, 1]. `square_pixels` is that of `read_video`, for
-    video files.
+    Several clips are spread over the video as `view_indices` does with the model's sampler. A model
+    that was trained on segments also reads one clip so, over the whole video, unless `stride` or
+    `start` is given or the video has fewer frames than the clip. An array or .npy file holds the
+    frames themselves, [t, h, w, c] with any number of channels, uint8 or float in [0, 1].
+    `square_pixels` is that of `read_video`, for video files.
 
     Raises VideoError for a video that cannot be read, has too few frames, is mostly undecodable or
     has another number of channels than the model takes; UserError for a wrong argument.
@@ -133,9 +134,12 @@ def read_clips(
     else:
         total, fps = len(frames), None
     length = config.num_frames
+    segments = stride is None and start == "center" and config.view_sampler == "segments"
     if stride is None:
         stride = usual_stride(config, total)
-    if clips == 1:
+    if segments and total >= length:
+        indices = view_indices("segments", total, length, stride, clips)
+    elif clips == 1:
         indices = clip_indices(total, length, stride, start, pad)[None]
     else:
         if (length - 1) * stride >= total:
@@ -143,7 +147,7 @@ def read_clips(
                 f"{name}: {total} frames are too few for {clips} clips of {length} frames at "
                 f"stride {stride}; take one clip, with pad to fill it up"
             )
-        indices = view_indices(config.view_sampler, total, length, stride, clips)
+        indices = view_indices(strided_sampler(config), total, length, stride, clips)
     flat = indices.reshape(-1)
     if frames is None:
         frames = read_video(source, indices=flat, square_pixels=square_pixels, lost="few")
@@ -159,9 +163,15 @@ def read_clips(
 
 
 def usual_stride(config: Config, total: int) -> int:
-    """The recipe's stride, or the largest with which a clip fits into `total` frames."""
+    """The model's stride, or the largest with which a clip fits into `total` frames."""
     longest = (total - 1) // max(config.num_frames - 1, 1)
     return max(1, min(config.frame_stride, longest))
+
+
+def strided_sampler(config: Config) -> str:
+    """The model's sampler; its family's in place of segments, which have no stride."""
+    own = config.view_sampler
+    return type(config).view_sampler if own == "segments" else own
 
 
 def check_reading(start: str | int, pad: str, clips: int) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
+from vivit_jax.config_base import SAMPLERS
 from vivit_jax.errors import UserError, VideoError
 
 STARTS = ("begin", "center", "end", "random")
 PADS = ("error", "repeat_last", "loop")
-SAMPLERS = ("hold", "linspace", "loop", "segments")
 
 
 def clip_indices(

@@ -4,7 +4,8 @@
 import dataclasses
 from typing import Literal
 
-Sampler = Literal["hold", "linspace", "loop", "segments"]
+from vivit_jax.config_base import Sampler
+
 MOST_CLASSES = 1_000_000  # a larger number in a list is taken for a mistake
 FEW_CLIPS = 20  # the share of unreadable clips is judged from this many on
 

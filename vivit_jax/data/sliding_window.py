@@ -82,7 +82,7 @@ def plan_windows(
 ) -> Windows:
     """The windows for a model's clips; raises UserError for wrong arguments.
 
-    Defaults are the frame stride of the model's recipe, and windows that do not overlap.
+    Defaults are the model's frame stride, and windows that do not overlap.
     """
     if pad not in ("drop", "repeat_last"):
         raise UserError(f"pad must be drop or repeat_last (--pad), got {pad!r}")

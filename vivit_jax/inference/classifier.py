@@ -71,7 +71,7 @@ class VideoClassifier:
     | `inputs`: a path, an http link, a list | these, bytes, an open file, frames, a generator |
     | `top_k=5` | `top_k=5` |
     | `num_frames` | the model's own; another length needs another model |
-    | `frame_sampling_rate=1` | `stride`; default ViViT 2, VideoMAE 4, less in a short video |
+    | `frame_sampling_rate=1` | `stride`; by default the model's, less in a short video |
     | the clip is the video's beginning | `start="center"`; `"begin"` is theirs |
     | `function_to_apply` | `function_to_apply`: "softmax", "sigmoid", "none"; same defaults |
     | `batch_size=1` | `batch_size=1`: clips that go through the model together |
@@ -199,11 +199,13 @@ class VideoClassifier:
     def __repr__(self) -> str:
         config, most = self.config, 4
         height, width = config.frame_size
+        spread = config.view_sampler == "segments"
+        apart = "one of each segment" if spread else f"stride {config.frame_stride}"
         names = ", ".join(config.labels[:most]) + (", ..." if len(config.labels) > most else "")
         return (
             f"VideoClassifier({type(self.model).__name__}: {config.num_labels} classes ({names}); "
-            f"clips of {config.num_frames} frames of {height} x {width} pixels, stride "
-            f"{config.frame_stride}; {config.dtype})"
+            f"clips of {config.num_frames} frames of {height} x {width} pixels, {apart}; "
+            f"{config.dtype})"
         )
 
     def classify(

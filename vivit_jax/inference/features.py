@@ -63,9 +63,9 @@ def extract_features(
     """Yield a `FeatureRow` for each window of a video file, in order, without holding the video.
 
     `model` and `params` are those of `from_pretrained`, with any head. A window is as many frames
-    as the model takes, `frame_stride` apart (default: the recipe's, ViViT 2, VideoMAE 4). Windows
-    begin every `window_stride` frames, or every "0.5s": at the first frame shown then or later
-    (default: each begins where the last one ends). `pad` is that of `Windows`.
+    as the model takes, `frame_stride` apart (default: `config.frame_stride`). Windows begin every
+    `window_stride` frames, or every "0.5s": at the first frame shown then or later (default: each
+    begins where the last one ends). `pad` is that of `Windows`.
 
     `layer` is "last" (last_hidden_state, after the final norm where there is one), a number from 0
     (the embedding) to the number of blocks, or "temporal:N" for the second stage of a factorised
@@ -91,7 +91,7 @@ def extract_features(
     >>> model, params = vivit_jax.from_pretrained("vivit-demo/pretrained")
     >>> processor = vivit_jax.VideoProcessor.from_pretrained("vivit-demo/pretrained")
     >>> video = "vivit-demo/data/test/grow/0000.mp4"
-    >>> rows = extract_features(model, params, processor, video, frame_stride=1)
+    >>> rows = extract_features(model, params, processor, video)
     >>> [row.features.shape == (model.config.hidden_size,) for row in rows]
     [True]
     """

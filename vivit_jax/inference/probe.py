@@ -40,7 +40,8 @@ from vivit_jax.inference.probe_linear import (
 from vivit_jax.inference.probe_record import PROBE, Probe, ProbeSettings, Score, Trial
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.evaluation import model_labels
-from vivit_jax.train.preprocessing import central_view
+from vivit_jax.train.preprocessing import as_trained, central_view
+from vivit_jax.train.validation import protocol_line
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def probe(
         validation: held-out clips, or the share of each class of `data` to hold out, 0 for none.
             Default: the list's own split, if it has one, else 0.2.
         views: the views of a clip that are averaged. Default: one central view, as in `evaluate`.
+            The model that is written takes its sampler and stride from them.
         settings: the head, cross-validation and the rest.
         overwrite: replace the model and the probe.json of a finished probe.
         say: called with lines on what is done.
@@ -85,7 +87,8 @@ def probe(
     sides = data if isinstance(data, Sides) else sides_of(data, validation, seed=settings.seed)
     names = class_names(sides.train)
     net, params, report = _frozen_model(source, names, settings)
-    views = central_view(net.config, processor) if views is None else views
+    if views is None:
+        views = central_view(net.config, processor)
     if sides.held_out is not None:
         sides = dataclasses.replace(sides, held_out=model_labels(sides.held_out, net.config))
     frozen = Frozen(net, params, processor, views, tokens=settings.head == "attentive")
@@ -103,22 +106,13 @@ def probe(
 
     whole = param_tree.unflatten(param_tree.flatten(params) | head)
     card = probe_facts(result, source, sides, net.config, views)
-    save_pretrained(out / MODEL, net, whole, processor, overwrite=True, card=card)
+    saved = net.clone(config=as_trained(net.config, views.sampler, views.stride))
+    save_pretrained(out / MODEL, saved, whole, processor, overwrite=True, card=card)
     result = dataclasses.replace(
         result, model=out / MODEL, start=str(source), seconds=taken, notes=notes
     )
     write_json(out / RESULT, result.to_dict() | {"taken_from_start": report})
     return result
-
-
-def protocol_line(config: Any, views: EvalSettings) -> str:
-    """Frames and views in words."""
-    height, width = config.frame_size
-    return (
-        f"{counted(views.clips, 'clip')} x {counted(views.crops, 'crop')} of {config.num_frames} "
-        f"frames, stride {views.stride} ({views.sampler}), shorter side {views.resize}, crop "
-        f"{height}x{width}, mean of {views.average}"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.inference.probe_data import Sides
 from vivit_jax.inference.probe_record import Probe, Score
 from vivit_jax.recipes.recipe import EvalSettings
-from vivit_jax.train.model_card import card_stride, data_name, protocol_text
+from vivit_jax.train.model_card import data_name, protocol_text
 
 
 def probe_facts(
@@ -26,9 +26,7 @@ def probe_facts(
     if sides.held_out is not None and held is not None:
         data.append(_summary("held out", sides.held_out, held.clips, result))
         metrics.append(_metric(held, sides.held_out, protocol_text(views, config)))
-    return CardFacts(
-        base=base, how=[how], data=data, metrics=metrics, stride=card_stride(views, config)
-    )
+    return CardFacts(base=base, how=[how], data=data, metrics=metrics)
 
 
 def _summary(split: str, dataset: Dataset, clips: int, result: Probe) -> DataSummary:

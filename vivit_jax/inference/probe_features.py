@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from safetensors import safe_open
 
+from vivit_jax.config_base import READING
 from vivit_jax.data.datasets.check import content_digest, in_threads
 from vivit_jax.data.datasets.dataset import Dataset, Example, ObjectExample
 from vivit_jax.data.one_clip import one_clip
@@ -38,11 +39,11 @@ from vivit_jax.version import __version__
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 8  # views that go through the model together, except on a CPU
-# What a probe replaces: parameters, and fields of the config.
+# What a probe replaces: parameters, and fields of the config. The views say how clips are read.
 _REPLACED = ("head", "attentive")
-_OF_THE_HEAD = (
+_LEFT_OUT = (
     "id2label", "label2id", "num_labels", "class_splits", "split_names", "problem_type",
-    "attentive_heads",
+    "attentive_heads", *READING,
 )  # fmt: skip
 
 
@@ -82,7 +83,7 @@ class Frozen:
         return {
             "features": "tokens" if self.tokens else "head",
             "params_sha256": params_hash(params),
-            "config": {k: v for k, v in config.to_dict().items() if k not in _OF_THE_HEAD},
+            "config": {k: v for k, v in config.to_dict().items() if k not in _LEFT_OUT},
             "dtype": config.dtype,
             "processor": self.processor.to_dict(),
             "views": views,

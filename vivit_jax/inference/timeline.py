@@ -56,8 +56,8 @@ def score_over_time(
 ) -> Timeline:
     """Classify windows of a video file, one after the other.
 
-    A window has `stride` frames between its frames (default: the recipe's, less for a video that
-    is too short for it), and windows begin every `window_stride` frames, or every "0.5s" (default:
+    A window has `stride` frames between its frames (default: the model's, less for a video that is
+    too short for it), and windows begin every `window_stride` frames, or every "0.5s" (default:
     a quarter of a window). One that repeats the last frame is added where frames are left over.
     `progress` is called with the frames done and those that the file announces.
 

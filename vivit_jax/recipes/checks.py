@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vivit_jax.config import Config
+from vivit_jax.config_base import READING
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.transforms.randaugment import parse_rand_augment
 from vivit_jax.errors import ConfigError, UserError, closest
@@ -85,6 +86,13 @@ def model_config(recipe: Recipe) -> Config:
     config = preset_named(recipe.model.preset).config
     running = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")}
     values = dict(recipe.model.config)
+    for name in READING:
+        if name in values:
+            field = "data.stride" if name == "frame_stride" else "data.sampler"
+            raise UserError(
+                f"model.config.{name} is {values[name]!r}, but a run saves what {field} is: set "
+                f"{field}={values[name]} instead"
+            )
     try:
         changed = override(config, {k: v for k, v in values.items() if k not in running})
         return dataclasses.replace(changed, **{k: v for k, v in values.items() if k in running})

@@ -20,6 +20,7 @@ from checkpoints_convert.start.from_image import init_from_image_model
 from checkpoints_convert.start.from_video import SIZES
 from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig, config_from_dict
+from vivit_jax.config_base import READING
 from vivit_jax.data.settings import MOST_CLASSES
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
@@ -47,11 +48,12 @@ _FIXED = (
     "decoder_num_attention_heads",
 )  # fmt: skip
 # Fields that do not change what a trained network computes: labels, initial values, rates of
-# training, and the pooler, which is not trained. The config marks dropout and execution itself.
+# training, how clips are read, and the pooler, which is not trained. The config marks dropout and
+# execution itself.
 _NO_FUNCTION = (
     "drop_path_rate",
     *_OF_THE_DATA, "id2label", "problem_type", "initializer_range", "zero_init_temporal_attention",
-    "drop_path_rescale", "pooler_output_size", "pooler_act",
+    "drop_path_rescale", "pooler_output_size", "pooler_act", *READING,
 )  # fmt: skip
 # Fields that only masked pre-training uses, besides the decoder's.
 _OF_PRETRAINING = ("norm_pix_loss", "image_mean", "image_std")
@@ -267,7 +269,19 @@ def _source_notes(
     names = [name for name in of_the_function(config, head) if name in changes]
     names = [name for name in names if name not in (*skipped, *sizes)]
     notes = _config_notes(recipe, differing(config, opened.config, names))
+    notes += _reading_notes(recipe, opened.config)
     return notes + _preset_notes(recipe, opened.config, (*changes, *skipped))
+
+
+def _reading_notes(recipe: Recipe, held) -> list[str]:
+    """A note where frames are not as far apart as the checkpoint says that it was trained."""
+    stride, theirs = recipe.data.stride, held.frame_stride
+    if not held.has_own_stride or stride == theirs or recipe.data.sampler == "segments":
+        return []
+    return [
+        f"frames of a clip are {stride} apart (data.stride), and were {theirs} apart where the "
+        f"checkpoint was trained; --set data.stride={theirs} evaluation.stride={theirs} takes those"
+    ]
 
 
 def _other_classes(

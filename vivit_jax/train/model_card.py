@@ -11,6 +11,7 @@ from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.held_out import one_view
 from vivit_jax.train.setup import TrainSetup
+from vivit_jax.train.validation import frames_text
 
 
 def run_facts(
@@ -21,7 +22,7 @@ def run_facts(
     metrics: Mapping[str, float] | None = None,
 ) -> CardFacts:
     """The facts of the model after `step` steps; `metrics` are those of its validation, if any."""
-    recipe, config = setup.recipe, setup.model.config
+    recipe = setup.recipe
     task = "Trained" if base is None else "Fine-tuned"
     if recipe.task == "pretrain":
         task = "Pre-trained by masking, without labels,"
@@ -40,7 +41,6 @@ def run_facts(
         how=how,
         data=data,
         metrics=_metrics(setup, metrics or {}),
-        stride=card_stride(recipe.evaluation, config),
     )
 
 
@@ -52,13 +52,6 @@ def _summary(split: str, dataset: Dataset) -> DataSummary:
 def data_name(dataset: Dataset) -> str:
     """What a data set is called where its path is nobody's business: its last part."""
     return Path(dataset.source).name or dataset.source
-
-
-def card_stride(settings: EvalSettings, config: Any) -> int | None:
-    """The stride between a test clip's frames, None where it is the family's or there is none."""
-    if settings.sampler == "segments" or settings.stride == config.frame_stride:
-        return None
-    return settings.stride
 
 
 def _metrics(setup: TrainSetup, metrics: Mapping[str, float]) -> list[Metric]:
@@ -84,9 +77,8 @@ def protocol_text(settings: EvalSettings, config: Any) -> str:
     """The views that an evaluation takes of a video, in words."""
     views = f"{settings.clips} x {settings.crops} views (clips x crops)"
     averaged = f", mean of their {settings.average}" if settings.clips * settings.crops > 1 else ""
-    if settings.sampler == "segments":
-        frames = f"{config.num_frames} frames, one from each of as many segments"
-    else:
-        frames = f"{config.num_frames} frames {settings.stride} apart ({settings.sampler})"
+    frames = frames_text(config, settings)
+    if settings.sampler != "segments":
+        frames += f" ({settings.sampler})"
     height, width = config.frame_size
     return f"{views}{averaged}; {frames}; shortest side {settings.resize}, {height} x {width}"

@@ -31,7 +31,7 @@ from checkpoints_convert.card import CardFacts
 from checkpoints_convert.files.save import replaced_directory
 from checkpoints_convert.pretrained import save_pretrained
 from vivit_jax import param_tree
-from vivit_jax.config_base import TransformerConfig
+from vivit_jax.config_base import READING, TransformerConfig
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError, first_line
 from vivit_jax.files.atomic import write_json
@@ -131,6 +131,10 @@ def resumed_model(own: Own, model_file: Path) -> nn.Module:
     names = held["config"].get("id2label")
     if config.id2label is None and names is not None:
         config = dataclasses.replace(config, id2label=names)
+    # The run's, whatever the caller's model says.
+    known = {field.name for field in dataclasses.fields(config)}.intersection(READING)
+    read = {name: held["config"].get(name, getattr(type(config), name)) for name in known}
+    config = dataclasses.replace(config, **read)
     now = {"config": config.to_dict(), "execution": execution_of(config)}
     now = json.loads(json.dumps(now))
     differs = differences({name: held.get(name) for name in now}, now)

@@ -19,7 +19,7 @@ from vivit_jax.train.evaluation import model_labels
 from vivit_jax.train.initial_model import Start, check_same, described_model, starting_model
 from vivit_jax.train.own import NOTHING, Own
 from vivit_jax.train.own_model import own_start, resumed_model
-from vivit_jax.train.preprocessing import described_preprocessing
+from vivit_jax.train.preprocessing import as_trained, described_preprocessing
 from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import bytes_on_a_device, mesh_text
 from vivit_jax.train.state import TrainState, new_state
@@ -100,6 +100,9 @@ def prepare(
         known = own.model is None
         model = described_model(model_file) if known else resumed_model(own, model_file)
         frames = described_preprocessing(model_file, recipe, model.config)
+    read = as_trained(model.config, recipe.data.sampler, recipe.data.stride)
+    model = model.clone(config=read)
+    start = None if start is None else start._replace(model=model)
     config, recipe, processor = model.config, frames.recipe, frames.processor
     if finetune:
         dataset = model_labels(dataset, config)

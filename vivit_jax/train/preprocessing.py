@@ -146,13 +146,25 @@ def resize_for(processor: VideoProcessor, side: int) -> int:
 
 
 def central_view(config: Any, processor: VideoProcessor) -> EvalSettings:
-    """One central view, as usual for the model's family, resized as its processor says."""
+    """One central view, as the model was trained to read clips, resized as its processor says."""
     return EvalSettings(
         sampler=config.view_sampler,
         stride=config.frame_stride,
         resize=max(resize_for(processor, min(config.frame_size)), *config.frame_size),
         average=config.average,
     )
+
+
+def as_trained(config: Any, sampler: str, stride: int) -> Any:
+    """The config of a model that is trained on clips that are read so, which is saved with it.
+
+    The test clips of "hold" are those of "linspace". With "segments" the stride stays as it was.
+    """
+    values: dict[str, Any] = {"view_sampler": "linspace" if sampler == "hold" else sampler}
+    if sampler != "segments":
+        values["frame_stride"] = stride
+    known = {field.name for field in dataclasses.fields(config)}  # a family may fix them
+    return dataclasses.replace(config, **{n: v for n, v in values.items() if n in known})
 
 
 def differing(ours: Any, theirs: Any, names: Any) -> dict[str, tuple[Any, Any]]:

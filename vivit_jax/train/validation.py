@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.dataset import Dataset, Example
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
@@ -47,8 +48,33 @@ def protocol_text(config, settings: EvalSettings) -> str:
     views = settings.clips * settings.crops
     average = f", averaged {settings.average}" if views > 1 else ""
     return (
-        f"{settings.clips} x {settings.crops} views (clips x crops) of {config.num_frames} frames, "
-        f"{settings.stride} apart{average}"
+        f"{settings.clips} x {settings.crops} views (clips x crops) of "
+        f"{frames_text(config, settings)}{average}"
+    )
+
+
+def frames_text(config, settings: EvalSettings) -> str:
+    """The frames of a view in words."""
+    if settings.sampler == "segments":
+        return f"{config.num_frames} frames, one from each of as many segments"
+    return f"{config.num_frames} frames, {settings.stride} apart"
+
+
+def protocol_line(config, settings: EvalSettings) -> str:
+    """All of it in words, and whether the stride is the model's."""
+    height, width = config.frame_size
+    if settings.sampler == "segments":
+        source = ""
+    elif settings.stride != config.frame_stride:
+        source = f" (the model's: {config.frame_stride})"
+    elif config.has_own_stride:
+        source = " (as the model was trained)"
+    else:
+        source = f" (usual for {config.title})"
+    return (
+        f"{counted(settings.clips, 'clip')} x {counted(settings.crops, 'crop')} of "
+        f"{frames_text(config, settings)}{source}, sampler {settings.sampler}, shorter side "
+        f"{settings.resize}, crop {height}x{width}, mean of {settings.average}"
     )
 
 

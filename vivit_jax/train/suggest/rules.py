@@ -105,8 +105,9 @@ def choose(
 
 def _sampling(chosen: Chosen, start: StartFacts, data: DataFacts) -> None:
     config = start.config
-    sampler = config.view_sampler
-    reason = f"as {start.published.name} reads clips"
+    sampler, trained = config.view_sampler, "as the checkpoint was trained"
+    own = sampler != type(config).view_sampler
+    reason = trained if own else f"as {start.published.name} reads clips"
     if start.kind == "classification" and config.num_labels == _SSV2 and sampler == "linspace":
         sampler = "segments"
         reason = "the checkpoint has the classes of Something-Something, read so by its recipe"
@@ -114,7 +115,9 @@ def _sampling(chosen: Chosen, start: StartFacts, data: DataFacts) -> None:
     chosen.choose("evaluation.sampler", value_of(chosen.recipe, "data.sampler"), "as in training")
     frames, stride = config.num_frames, config.frame_stride
     fps = data.fps or _FULL_RATE
-    wanted = max(1, round(stride * fps / _FULL_RATE))
+    # The papers' is that of videos at their rate; a checkpoint that says its own says no rate.
+    own = config.has_own_stride
+    wanted = stride if own else max(1, round(stride * fps / _FULL_RATE))
     fits = max(1, (data.frames - 1) // max(frames - 1, 1))
     if fits < wanted:
         text = (
@@ -123,7 +126,8 @@ def _sampling(chosen: Chosen, start: StartFacts, data: DataFacts) -> None:
         chosen.choose("data.stride", fits, text)
     else:
         text = f"{frames} frames last {frames * wanted / fps:.1f} s at {fps:.4g} frames a second"
-        chosen.choose("data.stride", wanted, f"{text}, as where the model was trained")
+        reason = f"{trained}: {text}" if own else f"{text}, as where the model was trained"
+        chosen.choose("data.stride", wanted, reason)
     chosen.choose("evaluation.stride", value_of(chosen.recipe, "data.stride"), "as in training")
 
 
