@@ -130,7 +130,7 @@ def test_ranges_of_frames_and_several_labels_stay_in_the_split(data, capsys, tmp
     status, *_ = check(capsys, listed, "--labels", 2, "--write-split", train, val)
     assert status == 0
     sides = [read_dataset(path, labels=2).examples for path in (train, val)]
-    assert set(sum(sides, ())) == set(read_dataset(listed, labels=2).examples)
+    assert {*sides[0], *sides[1]} == set(read_dataset(listed, labels=2).examples)
     assert len(sides[1]) == 2 and {e.label for e in sides[1]} == {(0, 4), (1, 4)}
 
 

@@ -86,9 +86,11 @@ class EpochSampler:
         return self.dataset.examples[(start + attempt) % len(self.dataset)]
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # an epoch and the next, of which clips are read ahead
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+    order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.uint64)
+    np.random.default_rng((seed, epoch)).shuffle(order)  # as `permutation`, in less memory
+    return order
 
 
 @dataclasses.dataclass(frozen=True)

@@ -191,8 +191,7 @@ def model_labels(dataset: Dataset, config) -> Dataset:
         )
     if dataset.classes is not None and dataset.classes != config.labels:
         dataset = _named_as(dataset, dataset.classes, config)
-    labels = np.array([example.label for example in dataset.examples]).reshape(-1, len(sizes))
-    for found, size in zip(labels.T, sizes, strict=True):
+    for found, size in zip(dataset.labels.T, sizes, strict=True):
         if found.min() < 0 or found.max() >= size:
             raise UserError(
                 f"{dataset.source} has labels {found.min()} to {found.max()}, the model has "
@@ -230,12 +229,8 @@ def _named_as(dataset: Dataset, names: tuple[str, ...], config) -> Dataset:
             f"classes: {describe_unknown(unknown, config.labels)}; name classes as the model does "
             f"({', '.join(config.labels[:3])}, ...), or pass a list of paths and numbers"
         )
-    examples = []
-    for example in dataset.examples:
-        assert isinstance(example.label, int)  # its place among the names
-        label = numbers[names[example.label]]
-        examples.append(dataclasses.replace(example, label=label))
-    return dataclasses.replace(dataset, examples=tuple(examples), classes=config.labels)
+    numbered = np.array([numbers[name] for name in names], np.int32)
+    return dataset.labelled(numbered[dataset.labels], classes=config.labels)
 
 
 def best_classes(config, scores: Float[np.ndarray, " classes"]) -> int | list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from vivit_jax.data.datasets.dataset import Dataset, from_objects, read_dataset
@@ -130,9 +131,8 @@ def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
     both = [dataset] if validation is None else [dataset, validation]
     if any(each.classes is not None or each.labels_per_example != 1 for each in both):
         return None
-    labels = (example.label for each in both for example in each.examples)
-    found = {label for label in labels if isinstance(label, int)}
-    return 1 + max(found) if len(found) > 1 else None
+    found = np.unique(np.concatenate([each.labels.ravel() for each in both]))
+    return 1 + int(found.max()) if len(found) > 1 else None
 
 
 def first_state(setup: TrainSetup, params: Any) -> TrainState:

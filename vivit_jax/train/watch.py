@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vivit_jax.data.datasets.columns import Label
 from vivit_jax.data.datasets.dataset import Dataset
-from vivit_jax.data.datasets.list_files import Label
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.evaluation import Evaluation
 from vivit_jax.train.setup import TrainSetup
@@ -153,9 +153,8 @@ def watch_of(
     config: Any = setup.model.config
     if setup.recipe.task == "pretrain" or config.class_splits is not None:
         return None
-    counts = collections.Counter(example.label for example in dataset.examples)
-    of_classes = [counts[label] for label in range(config.num_labels)]
-    return Watch(setup.recipe, setup.per_epoch, of_classes, config.labels, lines)
+    counts = np.bincount(dataset.labels.ravel(), minlength=config.num_labels).tolist()
+    return Watch(setup.recipe, setup.per_epoch, counts, config.labels, lines)
 
 
 def held_out_loss(config: Any, dataset: Dataset, found: Evaluation) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from vivit_jax.data.datasets.columns import Label
 from vivit_jax.data.datasets.dataset import (
     Dataset,
     Example,
@@ -21,7 +22,6 @@ from vivit_jax.data.datasets.dataset import (
     read_views,
 )
 from vivit_jax.data.datasets.folders import ARRAYS, by_number, ending, is_image
-from vivit_jax.data.datasets.list_files import Label
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.settings import FEW_CLIPS, MOST_CLASSES, DataSettings
 from vivit_jax.data.video.decode import probe_video

@@ -8,6 +8,7 @@ Listing opens no clip: among half a million, a missing or damaged one is found w
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int32, Int64, UInt8
 
 from vivit_jax.data.datasets.arrays import open_array
 from vivit_jax.data.datasets.class_names import read_class_names
+from vivit_jax.data.datasets.examples import Example, ListedExamples, described
 from vivit_jax.data.datasets.folders import (
     ARRAYS,
     IMAGES,
@@ -28,7 +30,7 @@ from vivit_jax.data.datasets.folders import (
     is_image,
     read_directory,
 )
-from vivit_jax.data.datasets.list_files import SOURCES, Label, count_labels
+from vivit_jax.data.datasets.list_files import SOURCES, count_labels
 from vivit_jax.data.datasets.list_formats import read_listed
 from vivit_jax.data.datasets.list_rows import ListSource
 from vivit_jax.data.datasets.objects import ObjectClips
@@ -37,26 +39,6 @@ from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
 from vivit_jax.data.video.opened import refuse_link
 from vivit_jax.errors import UserError, VideoError
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Example:
-    """A clip of a data set.
-
-    Attributes:
-        path: a video file, a folder of frames, or an .npy or .npz file.
-        label: its class; a tuple of one per head if there are several; None if it is unlabelled.
-        start: the clip's first frame, counted from 0, or with `frame_name` the number in its name.
-        total: number of frames; None: all from `start` on.
-        frame_name: pattern of image names in a folder of known `total`, for `str.format` with the
-            number. None: the images in the folder, in order of their names.
-    """
-
-    path: str
-    label: Label
-    start: int = 0
-    total: int | None = None
-    frame_name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +65,7 @@ class Dataset:
         root: the directory that relative paths start from.
     """
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     classes: tuple[str, ...] | None
     source: str
     root: str = ""
@@ -97,17 +79,35 @@ class Dataset:
 
         Paths under `root` are taken relative to it, so the data may move.
         """
-        digest, root = hashlib.sha256(), os.path.join(self.root, "")
-        for example in self.examples:
-            path = example.path.removeprefix(root) if self.root else example.path
-            values = (path, example.label, example.start, example.total, example.frame_name)
-            digest.update(repr(values).encode(errors="surrogateescape"))
+        digest, rows = hashlib.sha256(), described(self.examples, self.root)
+        while text := "".join(map(repr, itertools.islice(rows, 4096))):
+            digest.update(text.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     @property
     def labels_per_example(self) -> int:
         """Number of labels of each clip, 0 if they are unlabelled."""
         return count_labels(self.examples[0].label)
+
+    @functools.cached_property
+    def labels(self) -> Int32[np.ndarray, "clips heads"]:
+        """The labels of all clips; without columns if they are unlabelled."""
+        heads = self.labels_per_example
+        if isinstance(self.examples, ListedExamples):
+            return self.examples.columns.labels[:, :heads]
+        found = [example.label for example in self.examples] if heads else []
+        return np.array(found, np.int32).reshape(len(self), heads)
+
+    def labelled(self, labels: Int32[np.ndarray, "clips heads"], **changes: Any) -> "Dataset":
+        """The same clips with other labels, and other fields with `changes`."""
+        if isinstance(self.examples, ListedExamples):
+            examples: Sequence[Example] = self.examples.labelled(labels)
+        else:
+            single = labels.shape[1] == 1
+            rows = labels[:, 0].tolist() if single else map(tuple, labels.tolist())
+            pairs = zip(self.examples, rows, strict=True)
+            examples = tuple(dataclasses.replace(each, label=label) for each, label in pairs)
+        return dataclasses.replace(self, examples=examples, **changes)
 
 
 def read_dataset(
@@ -177,14 +177,7 @@ def read_dataset(
     root = os.path.dirname(path) if root is None else os.fspath(root)
     names = None if class_names is None else read_class_names(class_names)
     entries, classes = read_listed(ListSource(path, root, labels, split, names))
-    examples = []
-    for clip, label, start, total in entries:
-        numbered = total is not None and ending(clip) not in (*VIDEOS, *ARRAYS, ".webp")
-        if start is None:
-            start = first_frame if numbered else 0
-        name = frame_name if numbered else None
-        examples.append(Example(os.path.join(root, clip), label, start, total, name))
-    return Dataset(tuple(examples), classes, path, root)
+    return Dataset(ListedExamples(entries, root, frame_name, first_frame), classes, path, root)
 
 
 def from_objects(

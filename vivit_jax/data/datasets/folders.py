@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from vivit_jax.data.datasets.list_files import SOURCES, Entry
+from vivit_jax.data.datasets.columns import Entry
+from vivit_jax.data.datasets.list_files import SOURCES
 from vivit_jax.data.datasets.list_rows import SPLITS
 from vivit_jax.data.video.images import is_webp
 from vivit_jax.errors import UserError

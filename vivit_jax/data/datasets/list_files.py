@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """List files: each line has a path, then integers for its label and its range of frames."""
 
-import logging
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TextIO
 
+from vivit_jax.data.datasets.columns import Builder, Columns, Entry, Label
 from vivit_jax.errors import UserError
 from vivit_jax.files.inputs import check_file
-
-logger = logging.getLogger(__name__)
 
 SOURCES = (
     "expected a list file with lines 'path label' or columns 'path,label', a directory with a "
@@ -19,23 +16,18 @@ SOURCES = (
 # The largest label, since batches hold int32, and the largest end of a clip's frames.
 LARGEST = 2**31 - 1
 
-Label = int | tuple[int, ...] | None
-
 # A field may hold several labels, as in "3,7", unless commas separate the fields.
 _NUMBERS = re.compile(r"-?[0-9]+(?:,-?[0-9]+)*").fullmatch
 _NUMBER = re.compile(r"-?[0-9]+").fullmatch
 
 
-class Entry(NamedTuple):
-    """A line's content; `start` and `total` are None if the line omits them."""
-
-    path: str
-    label: Label = None
-    start: int | None = None
-    total: int | None = None
+# A line "path label" as most lists have it, which every reading takes alike. They are read
+# together, in pieces of so many characters.
+_PLAIN = re.compile(r'^(?!["#])(\S*[^\s,]) ([0-9]{1,9})\n', re.MULTILINE)
+_PIECE = 1 << 22
 
 
-def read_list(path: str, labels: int | None = None) -> list[Entry]:
+def read_list(path: str, labels: int | None = None) -> Columns:
     """The clips of a text file, one per line; skips empty lines and those that begin with "#".
 
     `labels` is that of `parse_line`. A line that repeats an earlier one counts, with a warning.
@@ -43,28 +35,47 @@ def read_list(path: str, labels: int | None = None) -> list[Entry]:
     Raises UserError if the file cannot be read or has no clip, a line is malformed, only some clips
     are labelled, or a clip has two labels.
     """
-    entries, numbers = [], []
+    found = Builder()
     check_file(path)
     try:
-        # Paths need not be UTF-8: other bytes are preserved.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, 1):
-                line = line.strip()
-                if not line or line.startswith("#"):
-                    continue
-                if "\0" in line:
-                    raise UserError(f"{path}: not a text file; {SOURCES}")
-                try:
-                    entries.append(parse_line(line, labels))
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: {line[:200]!r}: {error}") from None
-                numbers.append(number)
+        with open_list(path) as file:
+            _add_lines(found, path, file, labels)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
-    if not entries:
+    if not len(found):
         raise UserError(f"{path}: a list without a clip; {SOURCES}")
-    check_entries(path, entries, numbers)
-    return entries
+    return found.columns(path)
+
+
+def open_list(path: str) -> TextIO:
+    """A list file, open. Its paths need not be UTF-8: other bytes are preserved."""
+    return open(path, encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _add_lines(found: Builder, path: str, file: TextIO, labels: int | None) -> None:
+    first = 1
+    while text := file.read(_PIECE) + file.readline():
+        text += "" if text.endswith("\n") else "\n"
+        count = text.count("\n")
+        plain = _PLAIN.findall(text) if labels in (None, 0, 1) and "\0" not in text else []
+        if len(plain) == count:
+            paths, numbers = zip(*plain, strict=True)
+            found.add_lines(paths, [] if labels == 0 else [*map(int, numbers)], first)
+        else:
+            for number, line in enumerate(text.split("\n")[:-1], first):
+                _add_line(found, path, number, line.strip(), labels)
+        first += count
+
+
+def _add_line(found: Builder, path: str, number: int, line: str, labels: int | None) -> None:
+    if not line or line.startswith("#"):
+        return
+    if "\0" in line:
+        raise UserError(f"{path}: not a text file; {SOURCES}")
+    try:
+        found.add(parse_line(line, labels), number)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: {line[:200]!r}: {error}") from None
 
 
 def first_content(path: str) -> tuple[int, str]:
@@ -74,7 +85,7 @@ def first_content(path: str) -> tuple[int, str]:
     """
     check_file(path)
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        with open_list(path) as lines:
             for number, line in enumerate(lines, 1):
                 line = line.strip()
                 if "\0" in line:
@@ -149,35 +160,6 @@ def parse_line(line: str, labels: int | None = None) -> Entry:
     if labels not in (None, len(found)):
         raise ValueError(f"it has {len(found)} labels; expected {labels}")
     return Entry(path, _label(found), *_extent(rest))
-
-
-def check_entries(path: str, entries: Sequence[Entry], places: Sequence[int | str]) -> None:
-    """Check the clips of a list together; a place is the number of a line, or words.
-
-    Raises UserError if only some are labelled, or one has two labels; warns of repeated ones.
-    """
-    counts, seen, repeated = {}, {}, 0
-    for place, (clip, label, start, total) in zip(places, entries, strict=True):
-        counts.setdefault(count_labels(label), place)
-        first, other = seen.setdefault((clip, start, total), (place, label))
-        if other != label:
-            raise UserError(
-                f"{path}: {clip} has label {other} in {_words(first)} and {label} in "
-                f"{_words(place)}: remove one of them"
-            )
-        repeated += first != place
-    if len(counts) > 1:
-        found = " and ".join(f"{count} in {_words(place)}" for count, place in counts.items())
-        raise UserError(
-            f"{path}: differing numbers of labels: {found}; split the list, or pass labels=0 to "
-            "drop them all"
-        )
-    if repeated:
-        logger.warning("%s: %d lines repeat an earlier one, which counts again", path, repeated)
-
-
-def _words(place: int | str) -> str:
-    return f"line {place}" if isinstance(place, int) else place
 
 
 def _split(line: str, most: int) -> tuple[str, list[str]]:

@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Callable
 
+import numpy as np
+
 from vivit_jax.data.datasets.class_names import read_class_names
+from vivit_jax.data.datasets.columns import Columns
 from vivit_jax.data.datasets.folders import ARRAYS, VIDEOS, ending
 from vivit_jax.data.datasets.list_files import (
     SOURCES,
-    Entry,
     first_content,
     is_label,
     parse_line,
@@ -82,11 +84,7 @@ def read_listed(source: ListSource) -> Listed:
         if why is None:
             entries, classes = each.read(source)
             if source.labels == 0:
-                # In place, for ten million lines.
-                for k, entry in enumerate(entries):
-                    if entry.label is not None:
-                        entries[k] = entry._replace(label=None)
-                return Listed(entries, None)
+                return Listed(entries.unlabelled(), None)
             return Listed(entries, _checked_names(source, entries, classes))
         misfits.append(f"{each.name}: {why}")
     *others, lines = misfits
@@ -98,16 +96,16 @@ def read_listed(source: ListSource) -> Listed:
 
 
 def _checked_names(
-    source: ListSource, entries: list[Entry], classes: tuple[str, ...] | None
+    source: ListSource, entries: Columns, classes: tuple[str, ...] | None
 ) -> tuple[str, ...] | None:
     """The classes of a list, which may name them itself or only number them."""
     names = source.class_names
-    if classes is not None or names is None or entries[0].label is None:
+    labels = entries.labels
+    if classes is not None or names is None or not labels.size:
         return classes
-    wrong = next(
-        (e for e in entries if not isinstance(e.label, int) or e.label >= len(names)), None
-    )
-    if wrong is not None:
+    wrong = np.flatnonzero((labels >= len(names)).any(axis=1) | (labels.shape[1] > 1))
+    if wrong.size:
+        wrong = entries[int(wrong[0])]
         raise UserError(
             f"{source.path}: {wrong.path} has label {wrong.label}, and the file of class names "
             f"names classes 0 to {len(names) - 1}; use the file that belongs to this list"

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from vivit_jax.data.datasets.class_names import describe_unknown
+from vivit_jax.data.datasets.columns import Builder, Columns, Entry
 from vivit_jax.data.datasets.list_files import (
     SOURCES,
-    Entry,
-    check_entries,
     first_content,
     is_label,
+    open_list,
     parse_label,
 )
 from vivit_jax.errors import UserError, quoted
@@ -59,7 +59,7 @@ class ListSource:
 class Listed(NamedTuple):
     """The clips of a list, and the names of their classes by label, if they are named."""
 
-    entries: list[Entry]
+    entries: Columns
     classes: tuple[str, ...] | None
 
 
@@ -85,19 +85,19 @@ def collected(
             f"{source.path}: gives one label for each clip; for labels={source.labels} write lines "
             "'path label label'"
         )
-    splits: dict[str | None, tuple[list[Entry], list[int | str]]] = {}
+    splits: dict[str | None, Builder] = {}
     texts: dict[str, int] = {}  # by text, in order of appearance
     for row in rows:
         if not row.clip or "\0" in row.clip:
             raise row_error(source, row.place, "there is no path of a clip")
         label = texts.setdefault(row.label, len(texts)) if row.label else None
-        entries, places = splits.setdefault(row.split, ([], []))
-        entries.append(Entry(row.clip, label))
-        places.append(row.place)
+        if row.split not in splits:
+            splits[row.split] = Builder()
+        splits[row.split].add(Entry(row.clip, label), row.place)
     if not splits:
         raise UserError(f"{source.path}: a list without a clip; {SOURCES}")
-    split = _wanted(source, {name: len(entries) for name, (entries, _) in splits.items()})
-    entries, places = splits[split]
+    split = _wanted(source, {name: len(found) for name, found in splits.items()})
+    found = splits[split]
     numbered, classes = {text: is_label(text) for text in texts}, None
     if texts and all(numbered.values()):
         try:
@@ -113,23 +113,22 @@ def collected(
         )
     else:
         known = source.class_names or order
-        used = {entry.label for entry in entries}
+        used = {*found.unchecked().labels.ravel().tolist()}
         classes = known or tuple(sorted(text for text, k in texts.items() if k in used))
-        numbers = {name: k for k, name in enumerate(classes)}
-        unknown = sorted(text for text, k in texts.items() if text not in numbers and k in used)
+        places = {name: k for k, name in enumerate(classes)}
+        unknown = sorted(text for text, k in texts.items() if text not in places and k in used)
         if unknown:
             raise UserError(
                 f"{source.path}: {len(unknown)} classes are not in the file of class names: "
                 f"{describe_unknown(unknown, classes)}"
             )
-        new = [numbers.get(text) for text in texts]
-    for k, entry in enumerate(entries):
-        if entry.label is not None:
-            assert isinstance(entry.label, int)
-            entries[k] = entry._replace(label=new[entry.label])
-    if source.labels != 0:
-        check_entries(source.path, entries, places)
-    return Listed(entries, classes or None), split
+        new = [places.get(text, 0) for text in texts]  # 0: of a split that is not read
+    numbers = [label for label in new if isinstance(label, int)]
+    if len(numbers) < len(new):  # several labels, or -1 for none
+        found, numbers = found.relabelled(new), None
+    if source.labels == 0:
+        return Listed(found.unchecked(numbers), classes or None), split
+    return Listed(found.columns(source.path, numbers), classes or None), split
 
 
 def _wanted(source: ListSource, counts: dict[str | None, int]) -> str | None:
@@ -172,8 +171,7 @@ def located(source: ListSource, listed: Listed, split: str | None) -> Listed:
     for entry in entries[:_LOOKED_FOR]:
         for layout in _LAYOUTS:
             if os.path.exists(os.path.join(source.root, path(layout, entry))):
-                found = [each._replace(path=path(layout, each)) for each in entries]
-                return Listed(found, classes)
+                return Listed(entries.moved(path(layout, each) for each in entries), classes)
     count = min(len(entries), _LOOKED_FOR)
     raise UserError(
         f"{source.path}: none of {'its' if count == len(entries) else 'the first'} {count} clips, "
@@ -207,7 +205,7 @@ def content_lines(path: str) -> Iterator[tuple[int, str]]:
     """(number, line) for each stripped line with content, but not comments."""
     check_file(path)
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        with open_list(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip() and not line.startswith("#"):
                     yield number, line.strip()
