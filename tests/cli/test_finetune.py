@@ -17,6 +17,7 @@ from vivit_jax.cli.__main__ import main
 from vivit_jax.data.datasets.dataset import read_dataset
 from vivit_jax.models.build import build_model, fresh_params
 from vivit_jax.recipes import from_dict
+from vivit_jax.train import prepare
 from vivit_jax.train.log import read_metrics
 from vivit_jax.train.sharding import parse_mesh
 
@@ -71,12 +72,12 @@ def line_of(capsys, *args):
             "no clip can be held out, since each class keeps one to train on",
         ),
         (
-            ["--data", "{}/my clips", "--start", "{}/start", "--validation", "0"],
-            "--validation is 0; expected a share of the clips above 0 and below 1",
+            ["--data", "{}/my clips", "--start", "{}/start", "--validation", "nan"],
+            "--validation is nan; expected a share of each class, at least 0 and less than 1",
         ),
         (
             ["--data", "{}/my clips", "--start", "{}/start", "--validation", "1.5"],
-            "--validation is 1.5; expected a share of the clips above 0 and below 1",
+            "--validation is 1.5; expected a share of each class, at least 0 and less than 1",
         ),
         (
             ["--data", "{}/my clips", "--start", "{}/start", "--validation", "{}/none"],
@@ -187,13 +188,19 @@ def test_a_run_ends_early_and_its_recipe_repeats_it(finished, place, tmp_path, c
     assert repeated == told
 
 
-def test_a_later_set_replaces_an_earlier_one(finished, tmp_path, capsys):
+def test_a_later_set_replaces_an_earlier_one(finished, tmp_path, capsys, monkeypatch):
     """So that the settings of a message can be pasted after those that they mend."""
+    listings, read = [], prepare.read_dataset
+    monkeypatch.setattr(
+        prepare, "read_dataset", lambda *args, **how: listings.append(args) or read(*args, **how)
+    )
     _, args, _ = finished
     args = [a.replace("/run", "/other") if a.endswith("/run") else a for a in args]
     wrong = ["--set", "train.batch_size=99", "optim.warmup_epochs=9", "train.accumulate=8"]
     found = line_of(capsys, *args, *wrong)
     assert "3 reasons against this run" in found
     fitting = shlex.split(found.partition("what fits: ")[2])
-    status, said, _ = run_command(capsys, "finetune", *args, *wrong, *fitting, "--validation=none")
+    listings.clear()
+    status, said, _ = run_command(capsys, "finetune", *args, *wrong, *fitting, "--validation=0")
     assert status == 0 and "held out" not in said
+    assert len(listings) == 1  # or its warnings would be told twice

@@ -264,8 +264,19 @@ def test_bad_and_short_clips_and_rare_classes_are_named(capsys, models, data, tm
     assert "no clip to train on of empty: never predicted" in notes
     assert "1 clip too short for a view" in notes and "short.npy" in notes
     assert "8 folds, not 9: green has 8 clips to train on" in notes
-    assert "one clip only of rare: in no fold, always trained on" in notes
+    assert "one clip only to train on of rare: in no fold, always trained on; add clips" in notes
     assert all(note in printed for note in found["notes"])
+
+
+def test_an_error_in_the_lists_own_validation_clips_is_told(data, tmp_path):
+    rows = ["path,label,split", f"{data}/red/clip 0.npy,red,train"]
+    rows += [f"{data}/green/clip 0.npy,green,train", f"{data}/red/clip 1.npy,red,val"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    found = sides_of(tmp_path / "list.csv", None)
+    assert found.held_out is not None and len(found.held_out) == 1
+    (tmp_path / "list.csv").write_text("\n".join([*rows, f"{data}/red/clip 2.npy,,val"]))
+    with pytest.raises(vivit_jax.UserError, match="line 5.*label"):
+        sides_of(tmp_path / "list.csv", None)
 
 
 @pytest.mark.slow
@@ -322,7 +333,7 @@ def wrong(tmp_path_factory, data):
         (("--data", "{wrong}/far.txt"), "its labels go up to 99999999"),
         (("--data", "{wrong}/gone.txt"), "none of the 2 clips of"),
         (("--data", "{wrong}/nowhere"), "nowhere"),
-        (("--validation", "1.5"), "validation must be at least 0 and less than 1"),
+        (("--validation", "1.5"), "expected a share of each class, at least 0 and less than"),
         (("--validation", "{wrong}/nowhere"), "nowhere"),
         (("--validation", "{wrong}/val.txt"), "has labels 7 to 7, the model has classes 0 to 2"),
         (("--folds", "1"), "folds must be an int of at least 2 (--folds), got 1"),

@@ -98,7 +98,7 @@ CASES = [
     ("finetune --data clips --start pretrained --out full", 2, "--out full is not empty; choose a"),
     ("finetune --data clips --start pretrained --out notes.txt", 2, "is a file; expected a dir"),
     ("finetune --data 'one class' --start pretrained --out run", 2, "no clip can be held out"),
-    ("finetune --data clips --start pretrained --out run --validation 1.5", 2, "above 0 and below"),
+    ("finetune --data clips --start pretrained --out run --validation 1.5", 2, "at least 0 and"),
     ("finetune --data clips --start pretrained --out r --set train.epoch=3", 2, "mean epochs?"),
     ("finetune --data clips --start pretrained --out r --mesh data=3", 2, "there are 8; their"),
     ("push nowhere org/name --dry-run", 2, "nowhere is not a directory; expected a run, or a"),

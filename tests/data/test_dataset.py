@@ -21,6 +21,7 @@ from vivit_jax.data.datasets.arrays import open_array
 from vivit_jax.data.datasets.dataset import (
     Example,
     count_frames,
+    own_validation,
     read_dataset,
     read_frames,
     read_training_clip,
@@ -375,6 +376,23 @@ def test_refused_directories(tmp_path, names, message):
     touched(tmp_path, *names)
     with pytest.raises(UserError, match=message):
         read_dataset(tmp_path)
+
+
+def test_of_a_directory_of_splits_one_is_read(tmp_path, caplog):
+    touched(tmp_path, "train/a/x.mp4", "train/b/y.mp4", "Test/b/z.mp4")
+    train = read_dataset(tmp_path, split="train")
+    assert [e.path.removeprefix(f"{tmp_path}/") for e in train.examples] == [
+        "train/a/x.mp4",
+        "train/b/y.mp4",
+    ]
+    held_out = own_validation(tmp_path, train)
+    assert held_out is not None and held_out.classes == ("b",)
+    assert "no clips of split validation; those of test are used" in caplog.text
+    (tmp_path / "Test").rename(tmp_path / "eval")
+    assert own_validation(tmp_path, train).examples[0].path == f"{tmp_path}/eval/b/z.mp4"
+    with pytest.raises(UserError, match="no split test, only .*: --split"):
+        read_dataset(tmp_path, split="test")
+    assert own_validation(tmp_path / "train", read_dataset(tmp_path / "train")) is None
 
 
 def test_the_class_is_the_folder_above_the_clip(tmp_path, caplog):

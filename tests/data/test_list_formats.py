@@ -113,7 +113,7 @@ def test_only_the_rows_of_the_wanted_split_are_read(tmp_path, split, names):
 def test_test_rows_validate_where_there_are_no_others(tmp_path, caplog):
     text = SPLIT.replace("b.mp4,y,val\n", "")
     assert named(listed(tmp_path, text, split="validation"), tmp_path) == [("c.mp4", "z")]
-    assert "no rows of split validation; those of test are used" in caplog.text
+    assert "no clips of split validation; those of test are used" in caplog.text
     with pytest.raises(UserError, match="several splits: train .2 rows., Test .1 rows.*--split"):
         listed(tmp_path, text)
     one = "path,label,split\na.mp4,x,train\n"

@@ -4,11 +4,13 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from tiny import SMALL_VIDEOMAE, SMALL_VIVIT
 
 import vivit_jax
 from vivit_jax.errors import UserError
+from vivit_jax.inference.probe_data import sides_of
 from vivit_jax.models.build import build_model, fresh_params
 from vivit_jax.recipes import apply_settings, check, model_config, recipe_named
 from vivit_jax.recipes.refusals import value_of
@@ -18,6 +20,7 @@ from vivit_jax.train.suggest import memory
 from vivit_jax.train.suggest.facts import DataFacts, Machine, StartFacts, start_facts
 from vivit_jax.train.suggest.memory import fit_memory
 from vivit_jax.train.suggest.rules import choose, first_recipe
+from vivit_jax.train.suggest.suggested import suggested
 
 GIB = 2**30
 ONE = parse_mesh("data=1", 1)
@@ -177,6 +180,20 @@ def test_a_start_is_known_by_its_files(starts):
         config = model_config(first_recipe(found))
         assert (config.grid, config.head_width) == (found.config.grid, found.config.head_width)
         assert first_recipe(found).evaluation.resize in (16, 18)
+
+
+def test_the_datas_own_split_is_taken_as_in_probing(starts, tmp_path):
+    for name in ("train/a/0", "train/a/1", "train/b/0", "train/c/0", "val/a/2", "val/b/1"):
+        path = tmp_path / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.full((6, 18, 20, 3), len(name), np.uint8))
+    found = suggested(str(tmp_path), str(starts / "pretraining"), ONE)
+    sides = sides_of(tmp_path, None)
+    assert sides.held_out is not None and found.clips[1] is not None
+    assert found.recipe.data.validation == str(tmp_path) and found.recipe.data.hold_out is None
+    assert found.clips[0].fingerprint == sides.train.fingerprint
+    assert found.clips[1].fingerprint == sides.held_out.fingerprint
+    assert found.data.held_out == 2 and found.data.single == ("c",)
 
 
 def test_memory_decides_on_parts_and_recomputation(starts, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from vivit_jax.data.datasets.dataset import Dataset, read_dataset
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, quoted
 from vivit_jax.train.join import chosen, connected, detected
 from vivit_jax.train.peers import Patience
 
@@ -38,7 +38,7 @@ class SourceOptions:
         root: Directory of the relative paths of a list. Default: the list's own.
         frame_name: Names of images in folders of frames, as a Python format of their number.
         first_frame: Number of a folder's first image, if the list does not give it.
-        split: The rows of a list with several splits, such as test.
+        split: What to read of a list or directory with several splits, such as test.
         class_names: A file that names the classes of a list, in their order.
     """
 
@@ -61,6 +61,25 @@ class SourceOptions:
             split=self.split,
             class_names=self.class_names,
         )
+
+
+def validation_share(text: str) -> float | None:
+    """The share that --validation holds out, 0 for none, or None for a place of clips.
+
+    Raises UserError for a number that is no share.
+    """
+    if text.lower() == "none":
+        return 0.0
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    if not 0 <= share < 1:
+        raise UserError(
+            f"--validation is {quoted(text)}; expected a share of each class, at least 0 and less "
+            "than 1, such as 0.2, a list or directory of held-out clips, or none"
+        )
+    return share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

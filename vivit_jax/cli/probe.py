@@ -8,7 +8,7 @@ from typing import Annotated
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.evaluate import ViewOptions, check_views, chosen_views
 from vivit_jax.cli.model import open_model
-from vivit_jax.cli.options import SourceOptions
+from vivit_jax.cli.options import SourceOptions, validation_share
 from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.errors import UserError
 from vivit_jax.inference.probe import RESULT, check_out, check_settings, probe
@@ -24,9 +24,9 @@ class DataOptions(SourceOptions):
     Attributes:
         data: A list file with a path and a label in each line or in columns, or a directory with a
             folder for each class.
-        validation: Held-out clips: a share of each class of the data such as 0.2, none, or a list
-            file or directory of their own. Default: the validation rows of a list that has
-            splits, else 0.2.
+        validation: Held-out clips: a list file or directory of their own; or the share of each
+            class of --data to hold out, such as 0.2; or none, as 0. Default: the validation clips
+            of --data with splits (rows of a list, or folders train and val), else 0.2.
     """
 
     data: Path
@@ -63,11 +63,13 @@ def probe_command(
     check_views(views)
     if data.first_frame < 0:
         raise UserError(f"--first-frame must be at least 0, got {data.first_frame}")
+    held_out = data.validation
+    share = None if held_out is None else validation_share(held_out)
     source = open_model(model, joined(config), dtype=settings.dtype)
     chosen = chosen_views(views, source.config, processor_of(source))
     sides = sides_of(
         data.data,
-        _validation(data.validation),
+        held_out if share is None else share,
         seed=settings.seed,
         split=data.split or "train",
         root=data.root,
@@ -84,14 +86,6 @@ def probe_command(
 
 def _said(line: str) -> None:
     print(line, flush=True)
-
-
-def _validation(text: str | None) -> float | str | None:
-    """--validation as a share, if it is a number, or as a place."""
-    try:
-        return None if text is None else 0.0 if text == "none" else float(text)
-    except ValueError:
-        return text
 
 
 def as_text(found: Probe) -> str:

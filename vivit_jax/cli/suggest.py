@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vivit_jax.data.datasets.check import counted
+from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.progress import format_table, live_line, readable
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.refusals import value_text
@@ -15,6 +16,8 @@ from vivit_jax.train.run_directory import HELD_OUT_LIST, TRAIN_LIST
 from vivit_jax.train.sharding import gathered
 from vivit_jax.train.suggest.suggested import Suggestion, suggested
 
+Clips = tuple[Dataset | None, Dataset | None]  # to train on, and held out
+_NAMED = 5  # classes, in a warning
 _KINDS = {
     "image": "an image model",
     "pretraining": "a masked autoencoder",
@@ -25,14 +28,14 @@ _KINDS = {
 
 def suggested_recipe(
     data: str, start: str, mesh_sizes: Mapping[str, int], settings: Sequence[str], say: Any
-) -> Recipe:
-    """The recipe of `suggested`; says why its settings are what they are."""
+) -> tuple[Recipe, Clips]:
+    """The recipe of `suggested` and its clips; says why its settings are what they are."""
     with live_line("clips") as progress:
         found = suggested(data, start, mesh_sizes, settings, progress)
     say("\n".join([*_heads(found), "", *_table(found), ""]))
     # Processes may differ in free memory.
     values = to_dict(found.recipe) | {"given": list(found.recipe.given)}
-    return from_dict(gathered(values)[0])
+    return from_dict(gathered(values)[0]), found.clips
 
 
 def comparison(out: Path, recipe: Recipe) -> list[str]:
@@ -69,7 +72,16 @@ def _heads(found: Suggestion) -> list[str]:
     memory = found.machine.memory
     size = "" if memory is None else f", {readable(memory)} for a step on each"
     machine = f"{found.machine.platform}: {devices} for a batch{size}"
-    return [", ".join(parts), model, machine]
+    return [", ".join(parts), *_single_line(clips.single), model, machine]
+
+
+def _single_line(single: Sequence[str]) -> list[str]:
+    """A warning of classes with one clip."""
+    if not single:
+        return []
+    more = len(single) - _NAMED
+    names = ", ".join(single[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return [f"one clip only of {names}: no clip is left to hold out; add clips"]
 
 
 def _table(found: Suggestion) -> list[str]:

@@ -13,8 +13,8 @@ from typing import Annotated
 import jax
 from tyro.constructors import PrimitiveConstructorSpec
 
-from vivit_jax.cli.options import ONE_PROCESS, ProcessOptions
-from vivit_jax.cli.suggest import comparison, suggested_recipe
+from vivit_jax.cli.options import ONE_PROCESS, ProcessOptions, validation_share
+from vivit_jax.cli.suggest import Clips, comparison, suggested_recipe
 from vivit_jax.console import FLAT, KeyValues, stopped_by
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
@@ -58,8 +58,10 @@ class RunOptions:
         start: Weights to start from, as --set model.start=...: the same kind of model, or a ViViT
             of other sizes; to fine-tune also a masked autoencoder or, for a ViViT, an image ViT.
             Frames are prepared as the processor beside the weights says, unless --set changes it.
-        validation: Clips to validate with, as --set data.validation=...; or the share of --data to
-            hold out for it, such as 0.2; or none.
+        validation: Held-out clips, as --set data.validation=...: a list file or directory of their
+            own; or the share of each class of --data to hold out, such as 0.2; or none, as 0.
+            Default: the recipe's; without one, the validation clips of --data with splits (rows of
+            a list, or folders train and val), else 0.2.
         set: Fields of the recipe to change, such as optim.lr=1e-4; may be repeated. `vivit-jax
             recipes NAME` shows all fields.
         mesh: Sizes of the mesh of devices, such as data=4,fsdp=2,tensor=1. Default: all along data.
@@ -123,10 +125,12 @@ def _run(task: str, options: RunOptions) -> int:
         first = jax.process_index() == 0
         sizes = parse_mesh(options.mesh, jax.device_count())
         resume = step is not None or resumes(out, options.resume)
-        recipe = _recipe(task, options, sizes, resume)
+        recipe, (dataset, validation) = _recipe(task, options, sizes, resume)
         outcome = train(
             recipe,
             out,
+            dataset=dataset,
+            validation=validation,
             resume=resume,
             resume_step=step,
             mesh_sizes=sizes,
@@ -153,8 +157,13 @@ def _run(task: str, options: RunOptions) -> int:
     return status
 
 
-def _recipe(task: str, options: RunOptions, sizes: dict[str, int], resume: bool) -> Recipe:
-    """The recipe that is named, resumed or chosen, with the fields that are set."""
+def _recipe(
+    task: str, options: RunOptions, sizes: dict[str, int], resume: bool
+) -> tuple[Recipe, Clips]:
+    """The recipe that is named, resumed or chosen, with the fields that are set.
+
+    With the clips, where they were listed to choose it.
+    """
     named, given = options.recipe, _given(options)
     if named is None and not resume:
         return _chosen(task, options, sizes, given)
@@ -166,11 +175,13 @@ def _recipe(task: str, options: RunOptions, sizes: dict[str, int], resume: bool)
         recipe = recipe_named(named)
     if recipe.task != task:
         raise UserError(f"{recipe.name} is a recipe to {recipe.task}; use vivit-jax {recipe.task}")
-    return apply_settings(recipe, given, agree=False)
+    return apply_settings(recipe, given, agree=False), (None, None)
 
 
-def _chosen(task: str, options: RunOptions, sizes: dict[str, int], given: Sequence[str]) -> Recipe:
-    """A recipe that suits the clips, the start and the machine; says why."""
+def _chosen(
+    task: str, options: RunOptions, sizes: dict[str, int], given: Sequence[str]
+) -> tuple[Recipe, Clips]:
+    """A recipe that suits the clips, the start and the machine, and the clips; says why."""
     if task != "finetune":
         raise UserError("--recipe is missing; `vivit-jax recipes` lists the names")
     values = dict(each.split("=", 1) for each in given if "=" in each)
@@ -212,18 +223,10 @@ def _validation(value: str | None) -> list[str]:
     """--validation as settings: a share, clips or none."""
     if value is None:
         return []
-    if value.lower() == "none":
-        return ["data.validation=none", "data.hold_out=none"]
-    try:
-        share = float(value)
-    except ValueError:
+    share = validation_share(value)
+    if share is None:
         return [f"data.validation={value}", "data.hold_out=none"]
-    if not 0 < share < 1:
-        raise UserError(
-            f"--validation is {value}; expected a share of the clips above 0 and below 1, such as "
-            "0.2, a list or directory of held-out clips, or none"
-        )
-    return [f"data.hold_out={value}", "data.validation=none"]
+    return [f"data.hold_out={value if share else 'none'}", "data.validation=none"]
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def probe(
         data: the training clips, see `read_dataset`; a data set; or both sides of `sides_of`.
         out: a directory: new, or that of an interrupted probe.
         validation: held-out clips, or the share of each class of `data` to hold out, 0 for none.
-            Default: the list's own split, if it has one, else 0.2.
+            Default: the data's own split, if they have one, else 0.2.
         views: the views of a clip that are averaged. Default: one central view, as in `evaluate`.
             The model that is written takes its sampler and stride from them.
         settings: the head, cross-validation and the rest.
@@ -296,8 +296,9 @@ def _fold_notes(folds: Int[np.ndarray, " n"], count: int, found: _Found, wanted:
         clips = counted(fewest, "clip")
         notes.append(f"{count} folds, not {wanted}: {found.names[label]} has {clips} to train on")
     alone = [found.names[c] for c, number in different.items() if number == 1]
-    if count and alone:
-        notes.append(f"one clip only of {', '.join(alone)}: in no fold, always trained on")
+    if alone:
+        why = "in no fold, always trained on; add clips"
+        notes.append(f"one clip only to train on of {', '.join(alone)}: {why}")
     return notes
 
 

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The clips of a probe: those that its head is trained on, and those that are held out."""
 
-import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 from vivit_jax.data.datasets.check import counted
-from vivit_jax.data.datasets.dataset import Dataset, read_dataset
+from vivit_jax.data.datasets.dataset import Dataset, own_validation, read_dataset
 from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.data.settings import MOST_CLASSES
 from vivit_jax.errors import UserError
@@ -38,9 +36,9 @@ def sides_of(
 ) -> Sides:
     """The two sides of a data set; `split` and `reading` are arguments of `read_dataset`.
 
-    Without `validation` the rows for it are taken of a list with several splits, and a fifth of
-    each class of anything else. A share is held out as in fine-tuning with this `seed`, see
-    `hold_out`.
+    Without `validation` the clips for it are taken of a list or directory with several splits, and
+    a fifth of each class of anything else. A share is held out as in fine-tuning with this `seed`,
+    see `hold_out`; 0 holds out none.
 
     Raises UserError for clips without exactly one label each, and as `read_dataset`.
     """
@@ -52,11 +50,11 @@ def sides_of(
             f"{train.source}: all {counted(len(train), 'clip')} are of one class, and there is "
             "nothing to tell apart; add clips of another"
         )
-    if validation is None and not isinstance(data, Dataset) and os.path.isfile(data):
-        with contextlib.suppress(UserError):  # a list of training clips only
-            held = read_dataset(data, split="validation", **reading)
-            if held.fingerprint != train.fingerprint:
-                return Sides(train, held, "the list's own split")
+    if validation is None and not isinstance(data, Dataset):
+        held = own_validation(data, train, **reading)
+        if held is not None:
+            _check_labels(held)
+            return Sides(train, held, "the data's own split")
     if validation is None or isinstance(validation, float | int):
         share = SHARE if validation is None else validation
         if not 0 <= share < 1:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run does before its first step: its clips, model, batches and state. Writes nothing."""
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -37,19 +36,9 @@ def listed(
     settings = recipe.data
     if dataset is None and not settings.train:
         raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
-    finetune = recipe.task == "finetune"
-    read_list = functools.partial(
-        read_dataset,
-        root=settings.root,
-        labels=len(model_config(recipe).split_sizes) if finetune else 0,
-        frame_name=settings.frame_name,
-        first_frame=settings.first_frame,
-    )
 
     def read(source: str, split: str) -> Dataset:
-        # Folders name their own classes.
-        names = None if os.path.isdir(source) else settings.class_names
-        return read_list(source, split=split, class_names=names)
+        return read_dataset(source, split=split, **reading(recipe, source))
 
     def given(source: Any, name: str) -> Dataset:
         if isinstance(source, Dataset):
@@ -73,6 +62,19 @@ def listed(
     elif settings.hold_out is not None:
         dataset, validation = hold_out(dataset, settings.hold_out, recipe.train.seed)
     return dataset, validation
+
+
+def reading(recipe: Recipe, source: str) -> dict[str, Any]:
+    """How a recipe reads a list or directory: the arguments of `read_dataset` but for the split."""
+    settings, finetune = recipe.data, recipe.task == "finetune"
+    return {
+        "root": settings.root,
+        "labels": len(model_config(recipe).split_sizes) if finetune else 0,
+        "frame_name": settings.frame_name,
+        "first_frame": settings.first_frame,
+        # Folders name their own classes.
+        "class_names": None if os.path.isdir(source) else settings.class_names,
+    }
 
 
 def prepare(

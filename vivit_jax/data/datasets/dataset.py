@@ -27,12 +27,13 @@ from vivit_jax.data.datasets.folders import (
     VIDEOS,
     by_number,
     ending,
+    has_splits,
     is_image,
     read_directory,
 )
 from vivit_jax.data.datasets.list_files import SOURCES, count_labels
 from vivit_jax.data.datasets.list_formats import read_listed
-from vivit_jax.data.datasets.list_rows import ListSource
+from vivit_jax.data.datasets.list_rows import ListSource, NoSuchSplit
 from vivit_jax.data.datasets.objects import ObjectClips
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
@@ -129,7 +130,8 @@ def read_dataset(
       `path,class`, or the files of Kinetics, Something-Something v2, UCF101 and HMDB51. Classes
       with names are numbered in order of their names, or of the file of class names.
     - A directory with a folder of clips for each class, which may lie in other folders. Classes are
-      numbered in order of their names, including empty folders.
+      numbered in order of their names, including empty folders. Such directories may be the splits
+      in another one, as train and val.
     - A directory of clips, which are unlabelled.
 
     In directories a clip is a file with one of the endings `VIDEOS` or `ARRAYS`, an animated .webp,
@@ -141,8 +143,9 @@ def read_dataset(
         labels: number of labels per line of a list (see `parse_line`); 0 drops all labels.
         frame_name: pattern of image names in folders whose list gives a count, for `str.format`.
         first_frame: number of a folder's first image, if the list does not give it.
-        split: the rows to read of a list with several splits, such as "train", "validation" (or
-            "test", where there are no such rows) or "test". It has no effect on other sources.
+        split: what to read of a list, or directory, with several splits, such as "train",
+            "validation" (or "test", where there is none) or "test". It has no effect on other
+            sources.
         class_names: a file of `read_class_names`, for lists.
 
     Raises:
@@ -167,7 +170,7 @@ def read_dataset(
                 f"{path}: folders name their classes; leave out the file of class names "
                 f"{os.fspath(class_names)}, or write a list"
             )
-        entries, classes = read_directory(path)
+        entries, classes = read_directory(path, split)
         if labels == 0:
             entries = [entry._replace(label=None) for entry in entries]
         examples = tuple(Example(e.path, e.label) for e in entries)
@@ -178,6 +181,23 @@ def read_dataset(
     names = None if class_names is None else read_class_names(class_names)
     entries, classes = read_listed(ListSource(path, root, labels, split, names))
     return Dataset(ListedExamples(entries, root, frame_name, first_frame), classes, path, root)
+
+
+def own_validation(
+    source: str | Path, train: Dataset, *, split: str = "validation", **reading: Any
+) -> Dataset | None:
+    """The held-out clips that a list or directory of training clips has itself; None without any.
+
+    `train` are its training clips; `reading` are the other arguments of `read_dataset`, which says
+    what is raised.
+    """
+    if os.path.isdir(source) and not has_splits(os.fspath(source)):
+        return None
+    try:
+        held_out = read_dataset(source, split=split, **reading)
+    except NoSuchSplit:
+        return None
+    return None if held_out.fingerprint == train.fingerprint else held_out
 
 
 def from_objects(

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from vivit_jax.data.datasets.columns import Entry
 from vivit_jax.data.datasets.list_files import SOURCES
-from vivit_jax.data.datasets.list_rows import SPLITS
+from vivit_jax.data.datasets.list_rows import SPLITS, NoSuchSplit, split_named
 from vivit_jax.data.video.images import is_webp
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -20,17 +20,21 @@ ARRAYS = (".npy", ".npz")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VIDEOS = (".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv")
 VIDEOS += (".ts", ".webm", ".wmv")
-_SPLITS = {"eval", *itertools.chain.from_iterable(SPLITS)}
+_SPLITS = {*itertools.chain.from_iterable(SPLITS)}
 _DEEPEST = 16
 
 
-def read_directory(path: str) -> tuple[list[Entry], tuple[str, ...] | None]:
+def read_directory(
+    path: str, split: str | None = None
+) -> tuple[list[Entry], tuple[str, ...] | None]:
     """The clips in a directory, and the names of the classes if its folders are classes.
 
-    A clip's class is the name of the folder above it, which may lie in other folders.
+    A clip's class is the name of the folder above it, which may lie in other folders. Of a
+    directory with the splits of a data set, that of `split` is read.
 
     Raises UserError for a directory without clips, with both folders and clips, with clips at
-    different depths, or with the splits of a data set.
+    different depths, or with several splits where `split` is None; NoSuchSplit for one that is not
+    there.
     """
     folders, clips = _entries(path)
     if folders and clips:
@@ -52,7 +56,9 @@ def read_directory(path: str) -> tuple[list[Entry], tuple[str, ...] | None]:
                 "folders of images only"
             )
         return [Entry(folder) for folder in paths], None
-    _check_splits(path, folders)
+    splits = _splits(path, folders)
+    if splits:
+        return read_directory(os.path.join(path, _wanted_split(path, splits, split)))
     leaves = [leaf for name in folders for leaf in _leaves(path, (name,))]
     filled = [leaf for leaf in leaves if leaf.clips]
     if not filled:
@@ -121,19 +127,35 @@ def _leaves(root: str, folders: tuple[str, ...]) -> Iterator[_Leaf]:
         yield from _leaves(root, (*folders, name))
 
 
-def _check_splits(path: str, folders: list[str]) -> None:
-    """Raise UserError if a directory holds splits of a data set, each with folders of classes."""
+def has_splits(path: str) -> bool:
+    """Whether a directory holds splits of a data set, such as train and val."""
+    return bool(_splits(path, _entries(path)[0]))
+
+
+def _splits(path: str, folders: list[str]) -> list[str]:
+    """The folders of a directory that are splits of a data set, each with folders of classes."""
     splits = [name for name in folders if name.lower() in _SPLITS]
     if len(splits) < 2:
-        return
+        return []
     inner = [os.path.join(path, s, name) for s in splits for name in _entries(f"{path}/{s}")[0]]
-    if not inner or _holds_images(inner[0]):
-        return
+    return splits if inner and not _holds_images(inner[0]) else []
+
+
+def _wanted_split(path: str, splits: list[str], wanted: str | None) -> str:
+    """The folder of the wanted split. Raises UserError."""
+    if wanted is not None:
+        found = split_named(wanted, splits, path)
+        if found is None:
+            raise NoSuchSplit(
+                f"{path}: has no split {quoted(wanted)}, only {' and '.join(splits)}; say which: "
+                "--split, or in training data.train_split and data.validation_split"
+            )
+        return found
     first = next((name for name in splits if name.lower().startswith("train")), splits[0])
     others = " and ".join(os.path.join(path, name) for name in splits if name != first)
     raise UserError(
-        f"{path}: its folders {' and '.join(splits)} are splits of a data set, not classes; pass "
-        f"{os.path.join(path, first)} and {others}, each by itself"
+        f"{path}: its folders {' and '.join(splits)} are splits of a data set, not classes; say "
+        f"which (--split), or pass {os.path.join(path, first)} and {others}, each by itself"
     )
 
 

@@ -23,7 +23,7 @@ from vivit_jax.files.inputs import check_file
 logger = logging.getLogger(__name__)
 
 _TEST = ("test", "testing")
-_VALIDATION = ("validation", "val", "valid", "validate", "dev")
+_VALIDATION = ("validation", "val", "valid", "validate", "dev", "eval")
 # The names of each split; many data sets validate with their test clips.
 SPLITS = (("train", "training"), _VALIDATION, _TEST)
 # Where a data set's clips lie below the root, for files that list only their names.
@@ -35,6 +35,10 @@ _LAYOUTS = (
     "{split}/{label}/{name}",
 )
 _LOOKED_FOR = 1000  # clips
+
+
+class NoSuchSplit(UserError):
+    """A data set with splits that has not the one that is wanted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,24 +143,32 @@ def _wanted(source: ListSource, counts: dict[str | None, int]) -> str | None:
     if wanted is None and len(counts) == 1:
         return next(iter(counts))
     if wanted is not None:
-        by_lower = {(name or "").lower(): name for name in counts}
-        others = next((names for names in SPLITS if wanted.lower() in names), ())
-        for name in (wanted.lower(), *others, *(_TEST if others is _VALIDATION else ())):
-            if name in by_lower:
-                if others is _VALIDATION and name in _TEST:
-                    logger.warning(
-                        "%s: has no rows of split %s; those of %s are used",
-                        source.path,
-                        wanted,
-                        name,
-                    )
-                return by_lower[name]
-    found = ", ".join(f"{quoted(name or '(empty)')} ({n} rows)" for name, n in counts.items())
-    problem = "has several splits" if wanted is None else f"has no rows of split {quoted(wanted)}"
-    raise UserError(
-        f"{source.path}: {problem}: {found}; say which: --split, or in training data.train_split "
-        "and data.validation_split"
-    )
+        names = {name or "": name for name in counts}
+        found = split_named(wanted, names, source.path)
+        if found is not None:
+            return names[found]
+    listed = ", ".join(f"{quoted(name or '(empty)')} ({n} rows)" for name, n in counts.items())
+    way_out = "say which: --split, or in training data.train_split and data.validation_split"
+    if wanted is None:
+        raise UserError(f"{source.path}: has several splits: {listed}; {way_out}")
+    raise NoSuchSplit(f"{source.path}: has no rows of split {quoted(wanted)}: {listed}; {way_out}")
+
+
+def split_named(wanted: str, names: Iterable[str], path: str) -> str | None:
+    """Which of the names of splits means the wanted one, if any does.
+
+    Warns where test clips stand in for those of validation.
+    """
+    by_lower = {name.lower(): name for name in names}
+    others = next((names for names in SPLITS if wanted.lower() in names), ())
+    for name in (wanted.lower(), *others, *(_TEST if others is _VALIDATION else ())):
+        if name in by_lower:
+            if others is _VALIDATION and name in _TEST:
+                logger.warning(
+                    "%s: has no clips of split %s; those of %s are used", path, wanted, name
+                )
+            return by_lower[name]
+    return None
 
 
 def located(source: ListSource, listed: Listed, split: str | None) -> Listed:

@@ -76,6 +76,7 @@ class DataFacts:
         fps: the median frame rate, None if clips state none.
         decoded: bytes of all clips to train on, decoded.
         mirrored: classes whose names may tell left from right.
+        single: classes with one clip in all.
     """
 
     train: int
@@ -88,6 +89,7 @@ class DataFacts:
     fps: float | None
     decoded: int
     mirrored: tuple[str, ...]
+    single: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +212,15 @@ def data_facts(
         fps=float(np.median(rates)) if rates else None,
         decoded=round(size / len(readable) * len(train)),
         mirrored=mirrored_names(train.classes or ()),
+        single=_single(train, validation),
     )
+
+
+def _single(train: Dataset, validation: Dataset | None) -> tuple[str, ...]:
+    """The classes with one clip on both sides together."""
+    sides = [train] if validation is None else [train, validation]
+    counts = Counter(class_name(side, e.label) for side in sides for e in side.examples)
+    return tuple(name for name, count in counts.items() if count == 1)
 
 
 def this_machine(mesh_sizes: Mapping[str, int]) -> Machine:

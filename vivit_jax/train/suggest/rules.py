@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from vivit_jax.data.datasets.check import counted
 from vivit_jax.recipes.checks import mixing_of, model_config
 from vivit_jax.recipes.recipe import (
     ModelSettings,
@@ -94,6 +95,10 @@ def choose(
     if recipe.data.hold_out is not None:
         reason = f"of each class, {data.held_out} clips in all, to choose the model by"
         chosen.choose("data.hold_out", recipe.data.hold_out, reason)
+    elif recipe.data.validation is not None:
+        own = "the data's own split, " if recipe.data.validation == recipe.data.train else ""
+        reason = f"{own}{counted(data.held_out, 'clip')} to choose the model by"
+        chosen.choose("data.validation", recipe.data.validation, reason)
     _sampling(chosen, start, data)
     batch = _length(chosen, start, data, machine)
     _augmentation(chosen, start, data, batch)

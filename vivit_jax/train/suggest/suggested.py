@@ -5,13 +5,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from vivit_jax.data.datasets.check import Progress
+from vivit_jax.data.datasets.dataset import Dataset, own_validation
+from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import apply_settings, recipe_named
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.refusals import Refusal, refuse, with_values
 from vivit_jax.recipes.settings import fields_set
 from vivit_jax.train.agreement import run_rules
-from vivit_jax.train.prepare import listed
+from vivit_jax.train.prepare import listed, reading
 from vivit_jax.train.sharding import make_mesh
 from vivit_jax.train.suggest.facts import (
     DataFacts,
@@ -37,6 +39,7 @@ class Suggestion:
     start: StartFacts
     data: DataFacts
     machine: Machine
+    clips: tuple[Dataset, Dataset | None]  # to train on, and held out
 
 
 def suggested(
@@ -48,9 +51,10 @@ def suggested(
 ) -> Suggestion:
     """Settings that suit clips, a checkpoint and this machine.
 
-    `settings` are those of `apply_settings`, and are kept. Unless they name held-out clips, a fifth
-    of each class is held out. Up to 500 clips are opened (`progress` follows), and a step may be
-    compiled to see whether it fits the memory.
+    `settings` are those of `apply_settings`, and are kept. Unless they name held-out clips, those
+    of a list or directory with splits are taken, or a fifth of each class is held out. Up to 500
+    clips are opened (`progress` follows), and a step may be compiled to see whether it fits the
+    memory.
 
     Raises one UserError with all reasons against the data and the checkpoint.
     """
@@ -63,10 +67,10 @@ def suggested(
     try:
         first = recipe_named(_ANY) if found is None else first_recipe(found)
         first = with_values(first, {"data.train": data})
-        if not given & {"data.validation", "data.hold_out"}:
-            first = with_values(first, {"data.hold_out": HELD_OUT})
         recipe = apply_settings(first, settings, agree=False)
         train, validation = listed(recipe)
+        if not given & {"data.validation", "data.hold_out"}:
+            recipe, train, validation = _held_out(recipe, train)
         clips = data_facts(train, validation, threads=recipe.data.threads, progress=progress)
     except UserError as error:
         others.append(Refusal(str(error)))
@@ -78,4 +82,17 @@ def suggested(
     chosen = choose(recipe, given, found, clips, machine)
     refuse(chosen.recipe, run_rules(mesh_sizes, (train, validation)))
     fit_memory(chosen, machine.memory, make_mesh(mesh_sizes))
-    return Suggestion(chosen.recipe, tuple(chosen.choices), found, clips, machine)
+    sides = train, validation
+    return Suggestion(chosen.recipe, tuple(chosen.choices), found, clips, machine, sides)
+
+
+def _held_out(recipe: Recipe, train: Dataset) -> tuple[Recipe, Dataset, Dataset]:
+    """A recipe with clips held out: the data's own, or a share of each class."""
+    source = recipe.data.train
+    own = own_validation(
+        source, train, split=recipe.data.validation_split, **reading(recipe, source)
+    )
+    if own is not None:
+        return with_values(recipe, {"data.validation": source}), train, own
+    recipe = with_values(recipe, {"data.hold_out": HELD_OUT})
+    return recipe, *hold_out(train, HELD_OUT, recipe.train.seed)
