@@ -89,7 +89,7 @@ PUBLISHED = [name for name in RECIPES if not name.startswith("demo-")]
 
 def test_the_demos_recipes_are_sound():
     demos = [name for name in RECIPES if name not in PUBLISHED]
-    assert demos == ["demo-pretrain", "demo-finetune", "demo-vivit"]
+    assert demos == ["demo-pretrain", "demo-finetune", "demo-all-labels", "demo-vivit"]
     for name in demos:
         assert check(recipe_named(name)).name == name
 

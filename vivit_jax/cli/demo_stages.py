@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of `vivit-jax demo`."""
 
+import contextlib
 import dataclasses
+import io
+import operator
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,12 @@ import numpy as np
 from checkpoints_convert.files.save import replaced_directory
 from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.verify import verify_checkpoint
+from vivit_jax.cli.attention import MapOptions, attention
+from vivit_jax.cli.demo_few_labels import compare, draw_comparison
 from vivit_jax.cli.demo_run import (
-    CLIPS,
+    ATTENTION,
+    FEW_CHART,
+    FEW_RESULTS,
     FPS,
     MOVING,
     PREDICTIONS,
@@ -24,6 +32,7 @@ from vivit_jax.cli.demo_run import (
     Outcome,
     quoted,
     say,
+    shortened,
 )
 from vivit_jax.cli.options import PictureOptions
 from vivit_jax.cli.panels import RIGHT, WRONG, Panels
@@ -33,11 +42,11 @@ from vivit_jax.data.datasets.dataset import Dataset, read_dataset, read_frames
 from vivit_jax.data.datasets.synthetic import CLASSES
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import MissingExtra
-from vivit_jax.files.atomic import whole_file
+from vivit_jax.files.atomic import whole_file, write_json
 from vivit_jax.inference import reconstruction
-from vivit_jax.inference.reconstruction import error_dict, error_table, rmse
+from vivit_jax.inference.reconstruction import ROWS_OF_COLUMNS, error_dict, rmse
 from vivit_jax.models.videomae import VideoMAEForPreTraining
-from vivit_jax.recipes.demo import demo_finetune, demo_pretrain, demo_vivit
+from vivit_jax.recipes.demo import demo_all_labels, demo_pretrain, demo_vivit
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.evaluation import Evaluation, evaluate
 from vivit_jax.train.loop import Outcome as Ended
@@ -45,55 +54,52 @@ from vivit_jax.train.loop import train
 from vivit_jax.train.sharding import make_mesh, parse_mesh
 
 SHOWN = ("circle-clockwise", "grow", "move-left", "move-down")
+ATTENDED = "move-right"  # the class of the clip whose attention is drawn
+_MOST_SHOWN = 3  # kinds of mistakes in a line
 
 
 def videomae(demo: Demo) -> Outcome:
-    """Masked pre-training, fine-tuning on few labels, and the same model from scratch."""
+    """Masked pre-training, a comparison with and without it on few labels, a classifier on all."""
     data = demo.out / "data"
-    pretraining = demo.out / "pretrained"
-    _copy(_run(demo, demo_pretrain(), "pretraining", data / "train").model, pretraining)
+    pretrained = demo.out / "pretrained"
+    pretraining = _run(demo, demo_pretrain(), "pretraining", data / "train")
+    _copy(pretraining.model, pretrained)
+    say(f"loss on held-out clips {pretraining.metrics['loss']:.4f}; model in {pretrained}")
     with demo.stage("reconstruct"):
-        errors, recipe = _reconstructions(demo, pretraining)
-        file = sorted(demo.test.glob("grow/*.mp4"))[0]
-        options = f"--mask {recipe.mask.kind} --mask-ratio {recipe.mask.ratio:g}"
-        command = f"vivit-jax reconstruct {quoted(file)} --model {quoted(pretraining)} {options}"
-        say(f"\n$ {command} --out {quoted(demo.out / MOVING)}")
-        reconstruct(
-            file,
-            model=str(pretraining),
-            picture=PictureOptions(out=demo.out / MOVING),
-            mask=MaskOptions(mask=recipe.mask.kind, mask_ratio=recipe.mask.ratio),
-        )
-    few = data / "labelled"
-    finetuning = _run(demo, demo_finetune(), "finetuning", few, start=pretraining)
-    scratch = _run(demo, demo_finetune(), "scratch", few)
-    used = _use(demo, finetuning, recipe=demo_finetune())
-    accuracy, other = used.evaluation.metrics["accuracy"], scratch.metrics["accuracy"]
-    count = demo.labelled * len(CLASSES)
-    say(
-        f"\nheld-out accuracy with {count} labelled clips: {accuracy:.1%} after pre-training, "
-        f"{other:.1%} from scratch"
-    )
+        errors, command = _reconstructions(demo, pretrained)
+    say("\nfine-tuning on few labels, after pre-training and from scratch, for three seeds:")
+    with demo.stage("few labels"):
+        few = compare(demo, pretrained)
+        draw_comparison(few, demo.out / FEW_CHART)
+        write_json(demo.out / FEW_RESULTS, few.to_dict())
+    say(f"with {few.labels} labels right on {few.result} (mean and its standard error)")
+    recipe = demo_all_labels()
+    used = _use(demo, _run(demo, recipe, "finetuning", data / "train"), recipe)
+    with demo.stage("attention"):
+        attending = _attention(demo)
     return Outcome(
         passed=used.passed,
         summary=dict(
-            accuracy=accuracy,
-            accuracy_from_scratch=other,
+            accuracy=used.evaluation.metrics["accuracy"],
             predictions=used.predictions,
             rmse=errors,
+            few_labels=few.to_dict(),
         ),
         files={
+            PREDICTIONS: "picture: a held-out clip of every class with its prediction",
+            FEW_CHART: f"picture: accuracy with {few.labels} labels; numbers in {FEW_RESULTS}",
+            ATTENTION: "picture: where the classifier looks",
+            RECONSTRUCTIONS: "picture: held-out clips: original, masked, reconstruction",
+            MOVING: "one of them, moving",
             "pretraining/": "the run without labels; curves in its report.html",
             "pretrained/": "its model",
-            "finetuning/": "the run on few labels that starts from it",
-            "scratch/": "the same run from nothing",
-            RECONSTRUCTIONS: "held-out clips: original, masked, reconstruction",
-            MOVING: "one of them, moving",
-            PREDICTIONS: "a held-out clip of every class with its prediction",
+            "finetuning/": "the run on all labels, from scratch",
         },
         commands=(
             f"{command} --out reconstruction.mp4",
-            f"vivit-jax evaluate --model {quoted(demo.out / 'model')} --data {quoted(demo.test)}",
+            f"{attending} --out attention.mp4",
+            f"vivit-jax evaluate --recipe {recipe.name} --model {quoted(demo.out / 'model')} "
+            f"--data {quoted(demo.test)}",
             *used.commands,
         ),
     )
@@ -107,8 +113,8 @@ def vivit(demo: Demo) -> Outcome:
         passed=used.passed,
         summary=dict(accuracy=used.evaluation.metrics["accuracy"], predictions=used.predictions),
         files={
+            PREDICTIONS: "picture: a held-out clip of every class with its prediction",
             "finetuning/": "the run; curves in its report.html",
-            PREDICTIONS: "a held-out clip of every class with its prediction",
         },
         commands=used.commands,
     )
@@ -124,35 +130,25 @@ class _Used:
     commands: tuple[str, ...]
 
 
-def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None = None) -> Ended:
-    """Train into `demo.out / name`."""
+def _run(demo: Demo, recipe: Recipe, name: str, data: Path) -> Ended:
+    """Train into `demo.out / name`, and print the command."""
+    named = recipe
     task = recipe.task
-    begin = "" if start is None else f" --start {quoted(start)}"
-    say(
-        f"\n$ vivit-jax {task} --recipe {recipe.name} --data {quoted(data)}{begin} "
-        f"--out {quoted(demo.out / name)}"
-    )
     clips = len(read_dataset(data, labels=None if task == "finetune" else 0))
-    settings = recipe.train
-    epochs = settings.epochs if demo.epochs is None else demo.epochs
-    if demo.epochs is None and demo.quick and task == "pretrain":
-        # A sixth of the steps: a third of the epochs on half of the clips.
-        share = CLIPS["train"] * len(CLASSES) / clips
-        epochs = max(1, min(settings.epochs // 3, int(settings.epochs * share / 6)))
+    epochs = demo.epochs_of(recipe, clips, halved=task == "pretrain")
+    recipe = shortened(recipe, epochs, clips, demo.seed, None)
+    flags = [f"--recipe {recipe.name}", f"--data {quoted(data)}"]
+    flags += [f"--out {quoted(demo.out / name)}"]
+    changed = [f"{field}={new:g}" for field, old, new in _lengths(named, recipe) if new != old]
+    flags += ["--set", *changed] if changed else []
+    say(f"\n$ vivit-jax {task} {' '.join(flags)}")
     recipe = dataclasses.replace(
         recipe,
-        model=dataclasses.replace(recipe.model, start=None if start is None else str(start)),
         data=dataclasses.replace(recipe.data, train=str(data), validation=str(demo.test)),
-        optim=dataclasses.replace(
-            recipe.optim, warmup_epochs=min(recipe.optim.warmup_epochs, epochs / 4)
-        ),
         train=dataclasses.replace(
-            settings,
-            epochs=epochs,
-            batch_size=min(settings.batch_size, clips),
-            seed=demo.seed,
+            recipe.train,
             evaluate_every=epochs,
-            checkpoint_every=epochs * (clips // min(settings.batch_size, clips)),
+            checkpoint_every=epochs * (clips // recipe.train.batch_size),
         ),
     )
     with demo.stage(name):
@@ -161,6 +157,12 @@ def _run(demo: Demo, recipe: Recipe, name: str, data: Path, start: Path | None =
         # Training saved a checkpoint, but a demo is not resumed: stop as without one.
         signal.raise_signal(signal.Signals[outcome.stopped])
     return outcome
+
+
+def _lengths(*recipes: Recipe) -> Iterator[tuple[Any, ...]]:
+    """Fields that a demo changes: the name, and the value in each recipe."""
+    for name in ("train.epochs", "optim.warmup_epochs", "train.batch_size", "train.seed"):
+        yield name, *(operator.attrgetter(name)(recipe) for recipe in recipes)
 
 
 def _copy(model: Path, directory: Path) -> None:
@@ -181,16 +183,16 @@ def _use(demo: Demo, trained: Ended, recipe: Recipe) -> _Used:
     # Every clip was made here and can be read: none is without scores.
     scores = np.stack([a.scores for a in evaluation.answers if a.scores is not None])
     accuracy = evaluation.metrics["accuracy"]
-    say(
-        f"\nheld-out accuracy {accuracy:.1%} of {len(labels)} clips (chance {1 / len(CLASSES):.1%})"
-    )
     same = accuracy == trained.metrics["accuracy"]
-    verdict = (
-        "the same accuracy" if same else f"ANOTHER ACCURACY, {trained.metrics['accuracy']:.1%}"
+    say(
+        f"right on {accuracy:.1%} of {len(labels)} held-out clips (chance "
+        f"{1 / len(CLASSES):.1%}){_mistakes(labels, scores.argmax(-1))}"
     )
-    say(f"loaded back from {directory}: {verdict} as in training")
-    for line in _per_class(labels, scores.argmax(-1)):
-        say(f"  {line}")
+    if not same:
+        say(
+            f"LOADED BACK FROM {directory} IT HAS ANOTHER ACCURACY than in training, "
+            f"{trained.metrics['accuracy']:.1%}"
+        )
 
     file = Path(dataset.examples[0].path)
     say(f"\n$ vivit-jax predict {quoted(file)} --model {quoted(directory)}")
@@ -226,8 +228,8 @@ def _evaluate(demo: Demo, directory: Path, recipe: Recipe) -> Evaluation:
     )
 
 
-def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recipe]:
-    """Errors on hidden patches of held-out clips, and a picture of four of them."""
+def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], str]:
+    """Errors on hidden patches of held-out clips, pictures of some, and the command for one."""
     model, params = from_pretrained(directory)
     assert isinstance(model, VideoMAEForPreTraining)
     processor = VideoProcessor.from_pretrained(directory)
@@ -245,11 +247,22 @@ def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recip
         masks = draw_mask(kind, i, len(batch), model.config.grid, ratio)
         results.append(reconstruction.reconstruct(model, params, batch, masks, processor))
     errors = rmse(results)
+    file = sorted(demo.test.glob("grow/*.mp4"))[0]
+    options = f"--mask {kind} --mask-ratio {ratio:g}"
+    command = f"vivit-jax reconstruct {quoted(file)} --model {quoted(directory)} {options}"
+    say(f"\n$ {command} --out {quoted(demo.out / MOVING)}")
+    named = zip(ROWS_OF_COLUMNS[0], errors[:, 0], strict=True)
     say(
-        f"\nRMSE on hidden patches of {len(pixels)} held-out clips, pixels in [0, 1], {kind} masks "
-        f"of {ratio:g}:"
+        f"{ratio:.0%} of the patches hidden; RMSE there, pixels in [0, 1], {len(pixels)} held-out "
+        f"clips: {', '.join(f'{name} {error:.4f}' for name, error in named)}"
     )
-    say("\n".join(f"  {line}" for line in error_table(errors)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        reconstruct(
+            file,
+            model=str(directory),
+            picture=PictureOptions(out=demo.out / MOVING),
+            mask=MaskOptions(mask=kind, mask_ratio=ratio),
+        )
     chosen = [
         next(i for i, example in enumerate(examples) if Path(example.path).parent.name == name)
         for name in SHOWN
@@ -262,7 +275,22 @@ def _reconstructions(demo: Demo, directory: Path) -> tuple[dict[str, Any], Recip
     )
     with whole_file(demo.out / RECONSTRUCTIONS) as partial:
         panels.save_png(partial)
-    return {f"{kind} {ratio:g}": error_dict(errors)}, recipe
+    return {f"{kind} {ratio:g}": error_dict(errors)}, command
+
+
+def _attention(demo: Demo) -> str:
+    """Draw the classifier's attention on a held-out clip; returns the command."""
+    file = sorted(demo.test.glob(f"{ATTENDED}/*.mp4"))[0]
+    model = demo.out / "model"
+    command = f"vivit-jax attention {quoted(file)} --model {quoted(model)} --kind rollout"
+    say(f"\n$ {command} --out {quoted(demo.out / ATTENTION)}")
+    attention(
+        file,
+        model=str(model),
+        picture=PictureOptions(out=demo.out / ATTENTION),
+        attend=MapOptions(kind="rollout"),
+    )
+    return command
 
 
 def agrees_with_pytorch(directory: Path, clip: Path) -> bool:
@@ -272,22 +300,19 @@ def agrees_with_pytorch(directory: Path, clip: Path) -> bool:
     except MissingExtra as missing:
         say(f"\nnot compared with PyTorch: {missing}")
         return True
-    say(f"\n$ vivit-convert verify {quoted(directory)} --clip {quoted(clip)}\n{result}")
+    say(f"\n$ vivit-convert verify {quoted(directory)} --clip {quoted(clip)}")
+    *table, verdict = str(result).splitlines()
+    say(verdict if result.passed else "\n".join((*table, verdict)))
     return result.passed
 
 
-def _per_class(labels, predicted) -> Iterator[str]:
-    """One line per class: its accuracy and the wrong answers."""
-    width = max(map(len, CLASSES))
-    for k, name in enumerate(CLASSES):
-        answers = np.bincount(predicted[labels == k], minlength=len(CLASSES))
-        line = f"{name:{width}}  {answers[k] / answers.sum():6.1%}"
-        wrong = [
-            f"{answers[j]} as {CLASSES[j]}"
-            for j in np.argsort(-answers, kind="stable")
-            if j != k and answers[j]
-        ]
-        yield f"{line}   {', '.join(wrong)}".rstrip()
+def _mistakes(labels, predicted) -> str:
+    """The most frequent wrong answers, as the end of a line."""
+    wrong = labels != predicted
+    pairs = Counter(zip(labels[wrong].tolist(), predicted[wrong].tolist(), strict=True))
+    most = [f"{n} {CLASSES[a]} as {CLASSES[b]}" for (a, b), n in pairs.most_common(_MOST_SHOWN)]
+    more = ", ..." if len(pairs) > len(most) else ""
+    return f"; wrong: {', '.join(most)}{more}" if most else ""
 
 
 def _draw_predictions(

@@ -7,6 +7,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -42,6 +43,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _DIM,
     "ytick.color": _DIM,
 }
+_DPI = 150  # of a PNG file
 _METADATA = ("Date", "Creator", "Format", "Type")  # left out: the same page for the same metrics
 
 
@@ -247,6 +249,17 @@ def _inline(svg: str, title: str, finish: Callable[[ElementTree.Element], None])
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     return text
+
+
+def save_png(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    """Write what `draw` draws on a matplotlib figure of `size` inches as a PNG file."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | _STYLE):  # whatever the user's own is
+        drawing = Figure(figsize=size, dpi=_DPI, layout="constrained")
+        draw(drawing)
+        drawing.savefig(path, format="png")
 
 
 CHART_STYLE = """
