@@ -16,7 +16,7 @@ DRAWN = {
         *("reconstruct", "grow/0000.mp4", "pretrained"),
         *("--mask", "random", "--mask-ratio", "0.5"),
     ),
-    "attention.png": ("attention", "move-right/0000.mp4", "model", "--kind", "rollout"),
+    "attention.png": ("attention", "circle-clockwise/0003.mp4", "model", "--kind", "rollout"),
 }
 
 if __name__ == "__main__":

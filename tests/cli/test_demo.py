@@ -324,6 +324,16 @@ def test_the_bars_are_as_high_as_the_numbers(compared, tmp_path, monkeypatch):
     assert {text.get_text() for text in axes.get_xticklabels()} == {*ARMS.values()}
 
 
+def test_attention_is_drawn_for_a_shape_that_stays_clear_of_the_edges(tmp_path):
+    files = []
+    for number, (x, y) in enumerate([(0.1, 0.5), (0.5, 0.5), (0.9, 0.5), (0.5, 0.1)]):
+        scene = dataclasses.replace(scenes(4)[number], x=x, y=y, size=0.5, radius=0.5)
+        clip = synthetic.render(scene, demo_stages.ATTENDED, 8).astype(np.uint8)
+        files.append(tmp_path / f"{number}.mp4")
+        synthetic.write_mp4(files[-1], clip)
+    assert demo_stages.whole_path(files) == files[1]
+
+
 def test_predict_agrees_with_the_demo(finished, capsys):
     out, printed, _ = finished
     expected = json.loads((out / "vivit-demo.json").read_text())["predictions"]
@@ -496,7 +506,7 @@ def test_the_reconstructions_show_the_clips_beside_errors_of_baselines(finished)
     assert any(np.array_equal(page[y : y + 96, x : x + 96], tile) for y, x in corners)
     ((name, table),) = json.loads((out / "vivit-demo.json").read_text())["rmse"].items()
     kind, ratio = name.split()
-    assert f"{kind} masks of {ratio}" in printed and list(table) == list(ROWS)
+    assert f"{float(ratio):.0%} of the patches hidden" in printed and list(table) == list(ROWS)
     assert all(f"{row[COLUMNS[0]]:.4f}" in printed for row in table.values())
     # Flat patches, computed here from the files and the mask that the demo drew.
     files = sorted(out.glob("data/test/*/*.mp4"), key=lambda path: (path.name, path.parent))

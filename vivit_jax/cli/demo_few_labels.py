@@ -80,7 +80,7 @@ def compare(demo: Demo, pretrained: Path) -> Comparison:
         epochs = demo.epochs_of(recipe, labels, halved=True)
         for arm, start in (("pretrained", pretrained), ("scratch", None)):
             recipe = shortened(recipe, epochs, labels, seed, start)
-            with reports_hidden():  # they are those of fine-tuning on all labels
+            with reports_hidden():  # of the decoder, which no classifier has, for every seed
                 setup, batches, begin = prepare(recipe, mesh, None, (clips, test))
             assert begin is not None  # a new run
             # These recipes draw nothing inside a step, so that one compiled step serves all seeds.
