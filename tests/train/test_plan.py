@@ -193,6 +193,7 @@ def test_videos_of_recipes():
     assert {name for name, count in known.items() if count is None} == {
         "demo-pretrain",
         "demo-finetune",
+        "demo-all-labels",
         "demo-vivit",
     }
     assert known["videomae-v2-giant-kinetics710-kinetics600-finetune"] == 366_006

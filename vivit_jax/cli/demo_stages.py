@@ -73,7 +73,7 @@ def videomae(demo: Demo) -> Outcome:
         few = compare(demo, pretrained)
         draw_comparison(few, demo.out / FEW_CHART)
         write_json(demo.out / FEW_RESULTS, few.to_dict())
-    say(f"with {few.labels} labels right on {few.result} (mean and its standard error)")
+    say(f"with {few.labels} labels right on {few.result} (means and standard errors)")
     recipe = demo_all_labels()
     used = _use(demo, _run(demo, recipe, "finetuning", data / "train"), recipe)
     with demo.stage("attention"):
