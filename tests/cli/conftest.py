@@ -17,6 +17,9 @@ PROGRAM = (sys.executable, "-m", "vivit_jax.cli")
 WITHOUT_PYTORCH = """
 import sys
 from vivit_jax.cli.__main__ import main
+from vivit_jax.models import build
+
+build.DRAW_OPTIONS = None  # as in the rest of the suite
 
 class NoTorch:
     def find_spec(self, name, *_):

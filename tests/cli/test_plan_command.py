@@ -72,7 +72,7 @@ def test_a_plan_is_printed_and_written(on_cpu, capsys, tmp_path):
         "nothing was run",
         "it fits",
         "all-reduce",
-        "days for 44 epochs of 800 videos",
+        "days for 80 epochs of 800 videos",
         "the host reads",
         "ms of CPU for each, as measured here",
     ):

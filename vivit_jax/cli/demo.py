@@ -62,7 +62,7 @@ def demo(
 ) -> int:
     """Pre-train, compare, classify and export on generated videos.
 
-    Needs no network, data or accelerator, and takes about four minutes on two idle cores. The data
+    Needs no network, data or accelerator, and takes about three minutes on two idle cores. The data
     are mp4 files of moving shapes, in eight classes that differ in motion only. A VideoMAE learns
     to fill in hidden patches of clips without labels. Fine-tuned on few labels, it is compared with
     the same model from scratch, for three seeds, in a bar chart. With all labels no pre-training is
@@ -76,8 +76,8 @@ def demo(
         model: The family to train.
         seed: Seed of the initial weights and of the order of training.
         data_seed: Seed of the data.
-        quick: Take half of the time, with half of the clips, a quarter of the pre-training, and
-            half of the steps on few labels.
+        quick: Take less than half of the time, with half of the clips, a quarter of the
+            pre-training, and half of the steps on few labels.
         epochs: Passes over the clips in every training run. Default: the recipes'.
         overwrite: Replace what an earlier demo wrote to `out`; other files there are kept.
     """
