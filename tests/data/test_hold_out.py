@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The split that a run makes itself, and the lists that it writes."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -40,6 +43,23 @@ def test_copies_are_on_one_side(tmp_path):
     for seed in range(8):
         _, held = hold_out(read_dataset(tmp_path), 0.5, seed)
         assert {e.label for e in held.examples} == {1}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_files_that_cannot_be_compared_are_no_copies(tmp_path):
+    """Reading a FIFO, which has the size of an empty file, would wait for ever."""
+    write(tmp_path, {"a": 5, "b": 5})
+    pipe = tmp_path / "a" / "pipe.mp4"
+    os.mkfifo(pipe)
+    (tmp_path / "b" / "empty.mp4").touch()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(hold_out, read_dataset(tmp_path), 0.2)
+        try:
+            train, held = found.result(timeout=30)
+        finally:
+            if not found.done():  # let the reader go
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    assert len(train) == 10 and len(held) == 2
 
 
 def test_where_nothing_can_be_held_out(tmp_path):

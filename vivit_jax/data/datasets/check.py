@@ -26,6 +26,7 @@ from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.settings import FEW_CLIPS, MOST_CLASSES, DataSettings
 from vivit_jax.data.video.decode import probe_video
 from vivit_jax.errors import VideoError
+from vivit_jax.files.inputs import check_file
 
 _MIRRORED = re.compile(r"(?:left|right)(?:wards?)?|(?:anti|counter)?clockwise|c?cw")
 _VERTICAL = re.compile(r"(?:up|down)(?:wards?)?")
@@ -244,7 +245,7 @@ def find_copies(
             first.setdefault(each.example.path, index)
     by_size = _grouped(first.items(), lambda item: facts[item[1]].bytes)
     same_size = [item for group in by_size for item in group]
-    digests = in_threads(lambda item: content_digest(item[0]), same_size, threads, progress)
+    digests = in_threads(lambda item: _digest_of(item[0]), same_size, threads, progress)
     found = zip(same_size, list(digests), strict=True)
     groups = _grouped(found, lambda pair: pair[1])
     return tuple(tuple(index for (_, index), _ in group) for group in groups)
@@ -258,10 +259,22 @@ def _grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Ite
     return [group for group in groups.values() if len(group) > 1]
 
 
+def _digest_of(path: str) -> str:
+    """A hash of a clip's bytes; its path if they cannot be read, which its reader reports."""
+    try:
+        return content_digest(path)
+    except (OSError, VideoError):
+        return path
+
+
 def content_digest(path: str) -> str:
-    """A hash of the bytes of a clip's file, or of its images in order."""
+    """A hash of the bytes of a clip's file, or of its images in order.
+
+    Raises OSError; VideoError for what is not opened, as a FIFO, at which reading would wait.
+    """
     whole = hashlib.sha256()
     for name in _files(path):
+        check_file(name, VideoError)
         with open(name, "rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
