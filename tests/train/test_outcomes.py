@@ -10,9 +10,12 @@ import pytest
 import scipy.stats
 import torch
 
+from vivit_jax.data.datasets.dataset import Dataset, Example
+from vivit_jax.train.evaluation import Answer, Evaluation
 from vivit_jax.train.metrics import topk_accuracy
 from vivit_jax.train.outcome_page import confusion_csv
 from vivit_jax.train.outcomes import Bin, Confusion, calibration, outcomes, wilson_interval
+from vivit_jax.train.validation import shown_clips
 
 NAMES = ("walk", "run", "jump")
 # Six clips: label, answer, its probability.
@@ -130,3 +133,12 @@ def test_the_summary_is_small_and_plain():
     assert values["videos"] == 6 and values["accuracy"] == 0.5
     many = made([(0, 0, 0.9)], tuple("abcdef")).summary(5)
     assert many["accuracy_top_5"] == 1.0
+
+
+def test_strips_show_frames_of_all_views():
+    """Those of the first clip along time would show the beginning of a video only."""
+    indices = np.array([[0, 1, 2], [2, 3, 4], [8, 9, 9]])
+    answers = (Answer(None, None, "broken"), Answer(np.zeros(2), indices))
+    dataset = Dataset((Example("a.mp4", 0), Example("b.mp4", 1)), None, "list.csv")
+    (shown,) = shown_clips(dataset, Evaluation({}, answers))
+    assert shown.example.path == "b.mp4" and shown.frames.tolist() == [0, 1, 2, 3, 4, 8, 9]

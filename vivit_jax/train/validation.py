@@ -87,9 +87,9 @@ def summary(config, settings: EvalSettings, heads: list[Outcomes]) -> dict[str, 
 
 
 def shown_clips(dataset: Dataset, evaluation: Evaluation) -> list[Shown]:
-    """The frames that the model saw of each readable clip: those of the first of its clips."""
+    """The frames that the model saw of each readable clip, in all of its views, in order."""
     pairs = zip(dataset.examples, evaluation.answers, strict=True)
-    return [Shown(example, a.indices[0]) for example, a in pairs if a.indices is not None]
+    return [Shown(e, np.unique(a.indices)) for e, a in pairs if a.indices is not None]
 
 
 def validation_record(
