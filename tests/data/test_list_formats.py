@@ -128,7 +128,7 @@ def test_test_rows_validate_where_there_are_no_others(tmp_path, caplog):
         ("path,label\na.mp4,x\n,y\n", {}, "line 3: there is no path"),
         ("path,label\na.mp4,x\nb.mp4,3\n", {}, "numbers such as 3 and names such as x"),
         ("path,label\na.mp4,x\nb.mp4,\n", {}, "differing numbers of labels: 1 in line 2 and 0 in"),
-        ("path,label\na.mp4,x\na.mp4,y\n", {}, "a.mp4 has label 0 in line 2 and 1 in line 3"),
+        ("path,label\na.mp4,x\na.mp4,y\n", {}, "a.mp4 has label x in line 2 and y in line 3"),
         ("path,label\na.mp4,x\n", {"labels": 2}, "one label for each clip; for labels=2"),
         ("path,label\na.mp4,99999999999\n", {}, "label 99999999999; expected at most"),
         ("youtube_id,label\nx,y\n", {}, "line 1: .*no label.*Kinetics: no column time_start; col"),
@@ -140,6 +140,20 @@ def test_refused_tables(tmp_path, text, options, message):
     with pytest.raises(UserError, match=message) as caught:
         listed(tmp_path, text, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "encoding, message",
+    [
+        ("latin-1", "class L.+ufer is not UTF-8 text; save the file as UTF-8"),
+        ("utf-16", "UTF-16 text, save it as UTF-8"),
+    ],
+)
+def test_other_encodings_are_refused(tmp_path, encoding, message):
+    path = tmp_path / "list.csv"
+    path.write_text("path,label\na.mp4,Läufer\nb.mp4,x\n", encoding=encoding)
+    with pytest.raises(UserError, match=message):
+        read_dataset(path)
 
 
 def test_a_file_of_no_format_names_each_with_its_reason(tmp_path):

@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -195,11 +195,17 @@ class Builder:
             found.add(entry._replace(label=label), words)
         return found
 
-    def columns(self, source: str, numbers: Sequence[int] | None = None) -> Columns:
+    def columns(
+        self,
+        source: str,
+        numbers: Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> Columns:
         """The clips of a list file `source`.
 
-        With `numbers`, a label that was added stands for the one of that number. Raises UserError
-        if only some clips are labelled, or one has two labels, and warns of repeated ones.
+        With `numbers`, a label that was added stands for the one of that number; `classes` name
+        labels in messages. Raises UserError if only some clips are labelled, or one has two labels,
+        and warns of repeated ones.
         """
         found = self.unchecked(numbers)
         if len(self._counts) > 1:
@@ -208,7 +214,7 @@ class Builder:
                 f"{source}: differing numbers of labels: {' and '.join(each)}; split the list, or "
                 "pass labels=0 to drop them all"
             )
-        self._check_repeated(source, found)
+        self._check_repeated(source, found, classes)
         return found
 
     def unchecked(self, numbers: Sequence[int] | None = None) -> Columns:
@@ -226,7 +232,7 @@ class Builder:
             extents = np.array(self._extents, np.int32).reshape(count, 2)
         return Columns(bytes(self._paths), np.array(self._ends, np.int64), labels, extents)
 
-    def _check_repeated(self, source: str, found: Columns) -> None:
+    def _check_repeated(self, source: str, found: Columns, classes: Sequence[str] | None) -> None:
         keys = np.frombuffer(self._keys, np.int64)
         order = np.argsort(keys, kind="stable")
         same = keys[order[1:]] == keys[order[:-1]]
@@ -240,8 +246,12 @@ class Builder:
             path, label, start, total = found[int(k)]
             first, other = seen.setdefault((path, start, total), (int(k), label))
             if other != label:
+                one, two = (
+                    quoted(classes[each]) if classes and isinstance(each, int) else each
+                    for each in (other, label)
+                )
                 raise UserError(
-                    f"{source}: {path} has label {other} in {self._place(first)} and {label} in "
+                    f"{source}: {path} has label {one} in {self._place(first)} and {two} in "
                     f"{self._place(int(k))}: remove one of them"
                 )
             repeated += first != k

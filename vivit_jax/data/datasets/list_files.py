@@ -71,7 +71,7 @@ def _add_line(found: Builder, path: str, number: int, line: str, labels: int | N
     if not line or line.startswith("#"):
         return
     if "\0" in line:
-        raise UserError(f"{path}: not a text file; {SOURCES}")
+        raise UserError(f"{path}: {_other_text(line)}; {SOURCES}")
     try:
         found.add(parse_line(line, labels), number)
     except ValueError as error:
@@ -89,12 +89,18 @@ def first_content(path: str) -> tuple[int, str]:
             for number, line in enumerate(lines, 1):
                 line = line.strip()
                 if "\0" in line:
-                    raise UserError(f"{path}: not a text file; {SOURCES}")
+                    raise UserError(f"{path}: {_other_text(line)}; {SOURCES}")
                 if line and not line.startswith("#"):
                     return number, line
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
     raise UserError(f"{path}: a list without a clip; {SOURCES}")
+
+
+def _other_text(line: str) -> str:
+    """What a file is, of whose first line this is what UTF-8 makes."""
+    utf16 = line[:2] in ("\udcff\udcfe", "\udcfe\udcff")  # its byte order mark
+    return "UTF-16 text, save it as UTF-8" if utf16 else "not a text file"
 
 
 def is_label(text: str) -> bool:

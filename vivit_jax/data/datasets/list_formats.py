@@ -32,7 +32,7 @@ from vivit_jax.data.datasets.list_rows import (
     row_error,
     table_rows,
 )
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, quoted
 from vivit_jax.files.json_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,9 @@ def read_listed(source: ListSource) -> Listed:
             entries, classes = each.read(source)
             if source.labels == 0:
                 return Listed(entries.unlabelled(), None)
-            return Listed(entries, _checked_names(source, entries, classes))
+            classes = _checked_names(source, entries, classes)
+            _check_text(source, classes)
+            return Listed(entries, classes)
         misfits.append(f"{each.name}: {why}")
     *others, lines = misfits
     lines = lines.removeprefix(f"{FORMATS[-1].name}: ")
@@ -111,6 +113,17 @@ def _checked_names(
             f"names classes 0 to {len(names) - 1}; use the file that belongs to this list"
         )
     return names
+
+
+def _check_text(source: ListSource, classes: tuple[str, ...] | None) -> None:
+    """Raise UserError for names that no config.json can hold, as of files saved as Latin-1."""
+    for name in classes or ():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{source.path}: class {quoted(name)} is not UTF-8 text; save the file as UTF-8"
+            ) from None
 
 
 def _not_kinetics(source: ListSource, line: str) -> str | None:

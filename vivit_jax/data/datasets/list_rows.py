@@ -132,7 +132,7 @@ def collected(
         found, numbers = found.relabelled(new), None
     if source.labels == 0:
         return Listed(found.unchecked(numbers), classes or None), split
-    return Listed(found.columns(source.path, numbers), classes or None), split
+    return Listed(found.columns(source.path, numbers, classes), classes or None), split
 
 
 def _wanted(source: ListSource, counts: dict[str | None, int]) -> str | None:
