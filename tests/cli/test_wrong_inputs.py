@@ -74,6 +74,7 @@ CASES = [
         "taken.json exists; choose another",
     ),
     ("evaluate --data clips --model model --clips 0", 2, "--clips must be at least 1, got 0"),
+    ("evaluate --data clips --model model --resize 8", 2, "takes 16 x 16 pixels of a frame; exp"),
     ("evaluate --data clips --model model --recipe demo-vivi", 2, "did you mean demo-vivit?"),
     ("predict clips/hop/0.npy --model nowhere", 2, "nowhere does not exist, and is not a hub id"),
     ("predict nowhere.mp4 --model model", 1, "nowhere.mp4: no such file; expected a video file"),

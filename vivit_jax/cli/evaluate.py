@@ -292,6 +292,12 @@ def chosen_views(options: ViewOptions, config, processor) -> EvalSettings:
     if options.stride is not None and options.recipe is None:
         given.setdefault("sampler", strided_sampler(config))
     views = dataclasses.replace(chosen, **given)
+    height, width = config.frame_size
+    if views.resize < min(height, width):
+        raise UserError(
+            f"--resize is {views.resize}, and the model takes {height} x {width} pixels of a "
+            f"frame; expected {min(height, width)} or more"
+        )
     if overridden is not None:
         logger.warning(
             "the shorter side is resized to %d, as %s, not to %s", views.resize, source, overridden

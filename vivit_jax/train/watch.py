@@ -132,11 +132,12 @@ class Watch:
         names = ", ".join(self._names[label] for label in never[:_SHOWN])
         more = len(never) - _SHOWN
         names += f" and {more} more" if more > 0 else ""
-        they = "it has" if len(never) == 1 else "they have"
+        one = len(never) == 1
+        they, are = ("it has", "is") if one else ("they have", "are")
         return self._once(
             "never predicted",
             f"never predicted on the held-out clips so far: {names}; look whether {they} too few "
-            "clips to train on, or is taken for another class (report.html)",
+            f"clips to train on, or {are} taken for another class (report.html)",
         )
 
     def _once(self, about: str, text: str) -> list[Notice]:
