@@ -255,7 +255,10 @@ def test_labels(tmp_path, good):
     assert checked(tmp_path, labelled=False).trains
     listed = tmp_path / "list.txt"
     listed.write_text("a.mp4 0\nb.mp4 0\n")
-    assert finding(checked(listed), "all clips are of one class").level == "warning"
+    assert finding(checked(listed), "all clips are of one class").level == "stop"
+    listed.write_text("a.mp4 0\nb.mp4 1\n")
+    assert finding(checked(listed), "no clip can be held out").level == "stop"
+    assert checked(listed, holds_out=False).trains
     listed.write_text("a.mp4 0\nb.mp4 1000000\n")
     assert not checked(listed).trains
     assert finding(checked(listed), "labels go up to 1000000").level == "stop"

@@ -33,8 +33,9 @@ from vivit_jax.data.datasets.check import (
     counted,
 )
 from vivit_jax.data.datasets.dataset import Dataset
-from vivit_jax.data.datasets.hold_out import list_line
-from vivit_jax.errors import UserError
+from vivit_jax.data.datasets.hold_out import write_list
+from vivit_jax.data.settings import DataSettings
+from vivit_jax.errors import UserError, WriteError
 from vivit_jax.files.atomic import check_output, whole_file, write_json
 from vivit_jax.progress import live_line
 
@@ -58,7 +59,7 @@ class OutputOptions:
         draw: Picture (.png) of the middle frames of some clips of each class.
         json: File for everything found, with all clips concerned; - prints it instead of the text.
         write_split: Two list files (.csv or .txt), for training and validation, with the suggested
-            split. Paths in them are absolute, and classes are numbered as in the text.
+            split. Paths in them are absolute, and classes stand by name.
         overwrite: Replace these files.
     """
 
@@ -90,10 +91,12 @@ def check_data(
     to_stdout = str(output.json) == "-"
     with _collected_warnings() as warnings:
         try:
-            dataset = source.listed(data, source.labels)
+            dataset, others = _listed(data, source)
         except UserError as error:
             return _not_read(error, output.json, to_stdout)
-        report = _checked(dataset, check, labelled=source.labels > 0)
+        whole = source.split is None and not others
+        report = _checked(dataset, check, labelled=source.labels > 0, holds_out=whole)
+        report = dataclasses.replace(report, findings=(*report.findings, *others))
         if output.draw is not None:
             _draw(report, output.draw, check.threads)
     if warnings:
@@ -139,6 +142,24 @@ def _check_options(
         raise UserError(f"--write-split names {output.write_split[0]} twice; name two files")
 
 
+def _listed(data: Path, source: ClipOptions) -> tuple[Dataset, list[Finding]]:
+    """The clips, and a note where they are those of one split, which training takes."""
+    try:
+        return source.listed(data, source.labels), []
+    except UserError:
+        if source.split is not None:
+            raise
+        split = DataSettings().train_split
+        try:
+            dataset = dataclasses.replace(source, split=split).listed(data, source.labels)
+        except UserError:
+            pass  # the first error says more
+        else:
+            text = f"these are the clips of split {split}, which training takes"
+            return dataset, [Finding("note", text, "--split validation checks the others")]
+        raise
+
+
 def _not_read(error: UserError, json: Path | None, to_stdout: bool) -> int:
     """Report a data set that cannot be listed, at which training would stop too."""
     values = {"trains": False, "findings": [finding_dict(Finding("stop", str(error), ""))]}
@@ -151,7 +172,7 @@ def _not_read(error: UserError, json: Path | None, to_stdout: bool) -> int:
     return 1
 
 
-def _checked(dataset: Dataset, check: CheckOptions, labelled: bool) -> Report:
+def _checked(dataset: Dataset, check: CheckOptions, labelled: bool, holds_out: bool) -> Report:
     with (
         live_line("clips") as inspected,
         live_line("comparing files") as compared,
@@ -161,6 +182,7 @@ def _checked(dataset: Dataset, check: CheckOptions, labelled: bool) -> Report:
             span=Span(check.frames, check.stride),
             labelled=labelled,
             validation=check.validation,
+            holds_out=holds_out,
             decode=check.decode,
             threads=check.threads,
             progress=(inspected, compared),
@@ -191,7 +213,7 @@ def _collected_warnings() -> Iterator[list[str]]:
 
 
 def write_split(report: Report, paths: tuple[Path, Path], source: ClipOptions) -> None:
-    """Write the suggested split as two lists, and read them back.
+    """Write the suggested split as two lists, which read back as the same clips.
 
     UserError if there is nothing to hold out, or a path that a list cannot hold.
     """
@@ -199,22 +221,21 @@ def write_split(report: Report, paths: tuple[Path, Path], source: ClipOptions) -
         raise UserError("--write-split: no clip can be held out, so that nothing was written")
     if source.labels and not report.dataset.labels_per_example:
         raise UserError("--write-split: the clips have no labels; for pre-training pass --labels 0")
-    sides = (report.train, report.validation)
-    how = dataclasses.replace(source, root=None, split=None, class_names=None)
+    how = dict(labels=source.labels, frame_name=source.frame_name, first_frame=source.first_frame)
     with contextlib.ExitStack() as files:
-        for path, side in zip(paths, sides, strict=True):
-            examples = [report.clips[i].example for i in side]
-            examples = [dataclasses.replace(e, path=os.path.abspath(e.path)) for e in examples]
+        for path, side in zip(paths, (report.train, report.validation), strict=True):
+            examples = tuple(report.clips[i].example for i in side)
+            clips = dataclasses.replace(report.dataset, examples=examples)
             partial = files.enter_context(whole_file(path))
-            text = "".join(map(list_line, examples))
-            partial.write_text(text, encoding="utf-8", errors="surrogateescape")
-            with contextlib.suppress(UserError):
-                if how.listed(partial, how.labels).examples == tuple(examples):
-                    continue
-            raise UserError(
-                f"--write-split {path}: a path with a tab or a line break cannot stand in a list; "
-                "rename the file"
-            )
+            try:
+                write_list(partial, clips, **how)
+            except WriteError:
+                raise
+            except UserError:
+                raise UserError(
+                    f"--write-split {path}: a list cannot hold a path with a line break, or blanks "
+                    "at its end; rename the file"
+                ) from None
 
 
 def _draw(report: Report, path: Path, threads: int) -> None:

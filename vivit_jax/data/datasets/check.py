@@ -139,6 +139,7 @@ def check_dataset(
     span: Span = Span(),
     labelled: bool = True,
     validation: float = 0.2,
+    holds_out: bool = True,
     decode: bool = False,
     threads: int = 2,
     progress: tuple[Progress | None, Progress | None] = (None, None),
@@ -150,6 +151,7 @@ def check_dataset(
         span: the training clip that examples should have frames for.
         labelled: whether the training needs labels.
         validation: share of each class that the suggested split holds out.
+        holds_out: whether training has to hold clips out, as of data without splits of their own.
         decode: whether to read the frames of one training clip of each example too.
         threads: how many.
         progress: called as clips are inspected, and as files of equal size are compared.
@@ -162,7 +164,8 @@ def check_dataset(
     copies = find_copies(facts, threads, compared)
     train, held_out = split(facts, copies, validation)
     classes = _classes(dataset, facts, span, set(train), set(held_out))
-    findings = _findings(dataset, facts, copies, classes, span, labelled)
+    of_labels = _of_labels(dataset, facts, labelled, bool(held_out) or not holds_out)
+    findings = _findings(dataset, facts, copies, classes, span, of_labels)
     return Report(dataset, facts, copies, classes, findings, train, held_out)
 
 
@@ -342,9 +345,9 @@ def _findings(
     copies: Sequence[Sequence[int]],
     classes: Sequence[ClassFacts],
     span: Span,
-    labelled: bool,
+    of_labels: Iterable[Finding],
 ) -> tuple[Finding, ...]:
-    found = [*_unreadable(facts), *_of_labels(dataset, facts, labelled)]
+    found = [*_unreadable(facts), *of_labels]
     found += [*_of_copies(dataset, facts, copies), *_of_names(classes), *_of_counts(classes)]
     found += _of_frames([each for each in facts if each.error is None], span)
     return tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
@@ -362,7 +365,7 @@ def _unreadable(facts: Sequence[ClipFacts]) -> Iterator[Finding]:
         return
     seeds = "" if chance == 1 else f", for {chance:.0%} of seeds"
     text += f"stops at more than {limit:.0%} of those read so far{seeds}"
-    way_out += ", or raise data.max_bad_share"
+    way_out += ", or raise data.max_bad_share, as finetune without a recipe does"
     yield Finding("stop" if chance >= 0.5 else "warning", text, way_out, errors)
 
 
@@ -378,7 +381,9 @@ def stop_chance(bad: int, clips: int) -> float:
     return stops / _ORDERS
 
 
-def _of_labels(dataset: Dataset, facts: Sequence[ClipFacts], labelled: bool) -> Iterator[Finding]:
+def _of_labels(
+    dataset: Dataset, facts: Sequence[ClipFacts], labelled: bool, validates: bool
+) -> Iterator[Finding]:
     if labelled and not dataset.labels_per_example:
         text = "the clips have no labels, which fine-tuning needs"
         way_out = "sort them into a folder for each class, or write a list; for pre-training, check"
@@ -390,7 +395,14 @@ def _of_labels(dataset: Dataset, facts: Sequence[ClipFacts], labelled: bool) -> 
         yield Finding("stop", text, f"number the classes from 0; training takes {MOST_CLASSES:,}")
     if labelled and len(labels) == 1 and None not in labels:
         text = "all clips are of one class: there is nothing to tell apart"
-        yield Finding("warning", text, "add clips of another class")
+        yield Finding("stop", text, "add a folder with clips of another class")
+    elif not validates and labelled and dataset.labels_per_example == 1 and _read_any(facts):
+        text = "no clip can be held out to choose the model by: each class keeps one to train on"
+        yield Finding("stop", text, "add clips, or name held-out ones, or none: --validation")
+
+
+def _read_any(facts: Sequence[ClipFacts]) -> bool:
+    return any(each.error is None for each in facts)
 
 
 def _of_copies(

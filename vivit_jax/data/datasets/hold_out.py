@@ -40,7 +40,7 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Da
     if not held_out:
         raise UserError(
             f"{dataset.source}: no clip can be held out, since each class keeps one to train on, "
-            "and copies are trained on; add clips, or name held-out ones (data.validation)"
+            "and copies are trained on; add clips, or name held-out ones, or none (--validation)"
         )
     held = {*held_out}
     sides = ([i for i in range(len(dataset)) if (i in held) == side] for side in (False, True))
