@@ -9,7 +9,8 @@ from tiny import SMALL_VIDEOMAE
 
 import vivit_jax
 from vivit_jax import param_tree
-from vivit_jax.inference import probe_attentive
+from vivit_jax.inference import probe, probe_attentive
+from vivit_jax.inference.probe_features import ClipFeatures
 from vivit_jax.inference.probe_linear import (
     Regression,
     accuracy_and_loss,
@@ -18,6 +19,8 @@ from vivit_jax.inference.probe_linear import (
     standard_error,
     stratified_folds,
 )
+from vivit_jax.inference.probe_record import ProbeSettings, Trial
+from vivit_jax.recipes import recipe_named
 
 
 def clusters(n, d, classes=3, seed=0):
@@ -189,3 +192,22 @@ def test_attentive_heads_learn_what_a_mean_cannot_tell(tmp_path, monkeypatch):
         *("head/kernel", "head/bias"),
     }
     assert param_tree.unflatten(strong)["attentive"]["query"].shape == (2, 8)
+
+
+def test_of_equal_accuracies_the_lower_loss_decides():
+    trials = (Trial(0.1, 0.9, 0.5), Trial(1.0, 0.9, 0.4), Trial(10.0, 0.8, 0.3))
+    assert probe._chosen(trials, (0.1, 1.0, 10.0)) == (1.0, [])
+
+
+def test_copies_are_in_one_fold_of_the_cross_validation():
+    """Labels that features say nothing about: a copy in training would answer for the other."""
+    rng = np.random.default_rng(0)
+    features = np.repeat(rng.standard_normal((12, 1, 48)), 2, axis=0).astype(np.float32)
+    labels = np.repeat([0, 1], 12)
+    groups = tuple(str(i // 2) for i in range(24))
+    clips = ClipFeatures(features, (), tuple(range(24)), groups, {}, ())
+    found = probe._Found(clips, labels, None, np.zeros(0, np.int64), ("a", "b"), {})
+    config = vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE, num_labels=2)
+    views = recipe_named("demo-finetune").evaluation
+    result, _ = probe._probed(found, config, views, ProbeSettings(weight_decays=(0.01,)))
+    assert result.trials[0].accuracy < 0.8 and result.train.accuracy == 1
