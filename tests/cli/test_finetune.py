@@ -14,6 +14,7 @@ from tiny import SMALL_VIDEOMAE
 
 import vivit_jax
 from vivit_jax.cli.__main__ import main
+from vivit_jax.cli.suggest import suggested_recipe
 from vivit_jax.data.datasets.dataset import read_dataset
 from vivit_jax.models.build import build_model, fresh_params
 from vivit_jax.recipes import from_dict
@@ -107,6 +108,16 @@ def test_data_and_start_are_refused_together(place, tmp_path, capsys):
     )
     assert found.startswith("2 reasons against this run:\n")
     assert "none does not exist" in found and "no: No such file" in found
+
+
+def test_held_out_clips_that_are_trained_on_are_noticed(place):
+    said, clips = [], str(place / "my clips")
+    held_out = [f"data.validation={clips}"]
+    suggested_recipe(clips, str(place / "start"), ONE, held_out, said.append)
+    assert "\n15 held-out clips are also trained on, such as " in said[0]
+    said.clear()
+    suggested_recipe(clips, str(place / "start"), ONE, [], said.append)
+    assert "also trained on" not in said[0]
 
 
 def test_another_run_is_left_alone(place, tmp_path, capsys):

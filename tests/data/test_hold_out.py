@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vivit_jax.data.datasets.dataset import from_objects, read_dataset
-from vivit_jax.data.datasets.hold_out import hold_out, write_list
+from vivit_jax.data.datasets.hold_out import hold_out, shared_clips, write_list
 from vivit_jax.errors import UserError
 
 
@@ -60,6 +60,23 @@ def test_files_that_cannot_be_compared_are_no_copies(tmp_path):
             if not found.done():  # let the reader go
                 os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
     assert len(train) == 10 and len(held) == 2
+
+
+def test_held_out_clips_that_are_trained_on(tmp_path):
+    """By name, by another name of the same file, and as copies; other frames are other clips."""
+    write(tmp_path / "train", {"a": 3, "b": 3})
+    lists = {name: tmp_path / f"{name}.txt" for name in ("train", "val")}
+    os.symlink(tmp_path / "train" / "a" / "1.npy", tmp_path / "link.npy")
+    (tmp_path / "copy.npy").write_bytes((tmp_path / "train" / "b" / "2.npy").read_bytes())
+    np.save(tmp_path / "new.npy", np.zeros((2, 4, 4, 3), np.uint8) + 99)
+    lists["train"].write_text("train/a/0.npy 0 1 0\ntrain/a/1.npy 0\ntrain/b/2.npy 1\n")
+    lists["val"].write_text("train/a/0.npy 1 1 0\nlink.npy 0\ncopy.npy 1\nnew.npy 1\n")
+    train, held = (read_dataset(path, labels=1) for path in lists.values())
+    found = shared_clips(train, held)
+    assert [os.path.basename(path) for path in found] == ["link.npy", "copy.npy"]
+    assert shared_clips(train, train) == names(train)
+    clips = from_objects([(np.zeros((2, 4, 4, 3), np.uint8), label) for label in (0, 1)])
+    assert shared_clips(clips, clips) == []
 
 
 def test_where_nothing_can_be_held_out(tmp_path):

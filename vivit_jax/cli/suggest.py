@@ -8,6 +8,8 @@ from typing import Any
 
 from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.datasets.hold_out import shared_clips
+from vivit_jax.errors import printable
 from vivit_jax.progress import format_table, live_line, readable
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.refusals import value_text
@@ -72,7 +74,8 @@ def _heads(found: Suggestion) -> list[str]:
     memory = found.machine.memory
     size = "" if memory is None else f", {readable(memory)} for a step on each"
     machine = f"{found.machine.platform}: {devices} for a batch{size}"
-    return [", ".join(parts), *_single_line(clips.single), model, machine]
+    warnings = [*_single_line(clips.single), *_shared_line(*found.clips)]
+    return [", ".join(parts), *warnings, model, machine]
 
 
 def _single_line(single: Sequence[str]) -> list[str]:
@@ -82,6 +85,18 @@ def _single_line(single: Sequence[str]) -> list[str]:
     more = len(single) - _NAMED
     names = ", ".join(single[:_NAMED]) + (f" and {more} more" if more > 0 else "")
     return [f"one clip only of {names}: no clip is left to hold out; add clips"]
+
+
+def _shared_line(train: Dataset, held_out: Dataset | None) -> list[str]:
+    """A warning of held-out clips that are trained on."""
+    shared = [] if held_out is None else shared_clips(train, held_out)
+    if not shared:
+        return []
+    are = "is" if len(shared) == 1 else "are"
+    return [
+        f"{counted(len(shared), 'held-out clip')} {are} also trained on, such as "
+        f"{printable(shared[0], one_line=True)}: the score on them flatters; hold out others"
+    ]
 
 
 def _table(found: Suggestion) -> list[str]:
