@@ -393,6 +393,7 @@ def refuse(args, capsys) -> str:
         (("--test-clips-per-class", "0"), "--test-clips-per-class must be at least 1"),
         (("--labelled-clips-per-class", "0"), "--labelled-clips-per-class must be at least 1"),
         (("--seed", "-1"), "--seed must not be negative"),
+        (("--seed", "4294967294"), "--seed must be at most 4294967293, got 4294967294"),
     ],
 )
 def test_bad_numbers_are_refused_before_anything_is_written(args, told, capsys, tmp_path):

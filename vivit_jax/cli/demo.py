@@ -87,6 +87,11 @@ def demo(
     for flag, value in (("--seed", seed), ("--data-seed", data_seed)):
         if value < 0:
             raise UserError(f"{flag} must not be negative, got {value}")
+    if seed > 2**32 - SEEDS:
+        raise UserError(
+            f"--seed must be at most {2**32 - SEEDS}, got {seed}: of the {SEEDS} seeds from there "
+            "on each is below 2**32"
+        )
     share = 2 if quick else 1
     splits = {
         "train": clips.clips_per_class or CLIPS["train"] // share,
