@@ -98,6 +98,14 @@ def test_a_near_miss_is_answered_with_what_was_meant(args, message, capsys):
     assert err.startswith("vivit-jax: error: ")
 
 
+def test_a_file_whose_name_begins_with_a_hyphen(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-clip.mp4").touch()
+    assert PROGRAMS["vivit-jax"].main(["predict", "-clip.mp4", "--model", "x"]) == 2
+    wanted = f"takes no argument -clip.mp4; write the file as {os.path.join('.', '-clip.mp4')}"
+    assert wanted in capsys.readouterr().err
+
+
 def test_underscores_are_hyphens(capsys):
     assert PROGRAMS["vivit-jax"].main(["predict", "a.mp4", "--model", "x", "--top_k", "0"]) == 2
     assert "--top-k must be at least 1, got 0" in capsys.readouterr().err

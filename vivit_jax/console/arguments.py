@@ -212,6 +212,8 @@ def _in_one_line(prog: str, command: Command, args: Sequence[str]) -> str:
         values = "a value" if found[2] == "1" else f"{found[2]} values"
         return f"{name}: {found[1]} needs {values}{more}"
     if found := _STRAY.fullmatch(said):
+        if found[1].startswith("-") and os.path.exists(found[1]):
+            more = f"; write the file as {quoted(os.path.join(os.curdir, found[1]))}"
         return f"{name} takes no argument {quoted(found[1])}{more}"
     if found := _VALUE.fullmatch(said):
         option, reason = found.groups()
