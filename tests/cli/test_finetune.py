@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -118,6 +119,15 @@ def test_held_out_clips_that_are_trained_on_are_noticed(place):
     said.clear()
     suggested_recipe(clips, str(place / "start"), ONE, [], said.append)
     assert "also trained on" not in said[0]
+
+
+def test_a_class_without_clips_is_noticed(place, tmp_path, caplog):
+    said, clips = [], shutil.copytree(place / "my clips", tmp_path / "clips")
+    (clips / "jump").mkdir()
+    (clips / "notes.txt").touch()
+    suggested_recipe(str(clips), str(place / "start"), ONE, [], said.append)
+    assert "\nno clip to train on of jump: never predicted; add clips, or remove it\n" in said[0]
+    assert caplog.text.count("1 file is not a clip, such as notes.txt") == 1
 
 
 def test_another_run_is_left_alone(place, tmp_path, capsys):

@@ -74,7 +74,8 @@ def _heads(found: Suggestion) -> list[str]:
     memory = found.machine.memory
     size = "" if memory is None else f", {readable(memory)} for a step on each"
     machine = f"{found.machine.platform}: {devices} for a batch{size}"
-    warnings = [*_single_line(clips.single), *_shared_line(*found.clips)]
+    train, held_out = found.clips
+    warnings = _single_line(clips.single) + _empty_line(train) + _shared_line(train, held_out)
     return [", ".join(parts), *warnings, model, machine]
 
 
@@ -82,9 +83,21 @@ def _single_line(single: Sequence[str]) -> list[str]:
     """A warning of classes with one clip."""
     if not single:
         return []
-    more = len(single) - _NAMED
-    names = ", ".join(single[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-    return [f"one clip only of {names}: no clip is left to hold out; add clips"]
+    return [f"one clip only of {_named(single)}: no clip is left to hold out; add clips"]
+
+
+def _empty_line(train: Dataset) -> list[str]:
+    """A warning of classes that the model has, and no clip to learn them from."""
+    found = {*train.labels.ravel().tolist()}
+    empty = [name for label, name in enumerate(train.classes or ()) if label not in found]
+    if not empty:
+        return []
+    return [f"no clip to train on of {_named(empty)}: never predicted; add clips, or remove it"]
+
+
+def _named(classes: Sequence[str]) -> str:
+    more = len(classes) - _NAMED
+    return ", ".join(classes[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _shared_line(train: Dataset, held_out: Dataset | None) -> list[str]:

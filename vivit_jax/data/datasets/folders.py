@@ -129,7 +129,7 @@ def _leaves(root: str, folders: tuple[str, ...]) -> Iterator[_Leaf]:
 
 def has_splits(path: str) -> bool:
     """Whether a directory holds splits of a data set, such as train and val."""
-    return bool(_splits(path, _entries(path)[0]))
+    return bool(_splits(path, _entries(path, warn=False)[0]))
 
 
 def _splits(path: str, folders: list[str]) -> list[str]:
@@ -137,7 +137,11 @@ def _splits(path: str, folders: list[str]) -> list[str]:
     splits = [name for name in folders if name.lower() in _SPLITS]
     if len(splits) < 2:
         return []
-    inner = [os.path.join(path, s, name) for s in splits for name in _entries(f"{path}/{s}")[0]]
+    inner = [
+        os.path.join(path, s, name)
+        for s in splits
+        for name in _entries(f"{path}/{s}", warn=False)[0]
+    ]
     return splits if inner and not _holds_images(inner[0]) else []
 
 
@@ -211,7 +215,7 @@ def by_number(name: str) -> list:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
-def _entries(path: str) -> tuple[list[str], list[str]]:
+def _entries(path: str, warn: bool = True) -> tuple[list[str], list[str]]:
     """Names of the folders and of the clips in a directory, sorted."""
     folders, clips, others = [], [], []
     try:
@@ -229,7 +233,8 @@ def _entries(path: str) -> tuple[list[str], list[str]]:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
     if others and all(is_image(name) for name in others) and not folders + clips:
         raise UserError(f"{path}: a folder of images, which is one clip; {SOURCES}")
-    _warn_of_others(path, others)
+    if warn:
+        _warn_of_others(path, others)
     return sorted(folders), sorted(clips)
 
 
