@@ -39,11 +39,13 @@ _OURS_MASK = (
 )
 _THEIRS_CLASSIFIES = Template("""\
 import av
+import numpy as np
 import torch
 from transformers import AutoImageProcessor, $architecture
 
 with av.open("video.mp4") as video:
-    frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    decoded = [(f.to_ndarray(format="rgb24"), f.rotation) for f in video.decode(video=0)]
+frames = [np.rot90(image, degrees // 90).copy() for image, degrees in decoded]  # upright
 $sampled
 processor = AutoImageProcessor.from_pretrained(".")
 model = $architecture.from_pretrained(".")
@@ -54,8 +56,8 @@ for index in scores.argsort(descending=True)[:3].tolist():
     print(f"{scores[index]:.4f}  {model.config.id2label[index]}")
 """)
 _THEIRS_APART = Template("""\
-length, stride = $frames, $every
-span = (length - 1) * stride + 1
+stride = max(1, min($every, (len(frames) - 1) // $gaps))  # less in a short video
+span = $gaps * stride + 1
 start = max(len(frames) - span, 0) // 2  # the middle of the video, as vivit_jax takes it
 frames = frames[start : start + span : stride]
 """)
@@ -150,6 +152,7 @@ def _sizes(model: SavedModel) -> dict[str, object]:
     return {
         "architecture": model.architecture,
         "frames": config.num_frames,
+        "gaps": max(config.num_frames - 1, 1),
         "every": config.frame_stride,
         "height": height,
         "width": width,

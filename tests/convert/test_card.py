@@ -96,7 +96,9 @@ def test_both_blocks_of_code_run_and_agree(name, tmp_path, monkeypatch):
     case, processor, facts, changes = RUN[name]
     saved(tmp_path / "model", case, processor, facts, **changes)
     monkeypatch.chdir(tmp_path / "model")
-    write_clip("video.mp4", frames=41, size=(48, 32))
+    # Turned as phones do it; the one of 14 frames is too short for 6 frames with 2 left out between.
+    frames = 14 if name == "vivit cls, stride" else 41
+    write_clip(tmp_path / "model/video.mp4", frames=frames, size=(32, 48), display=(90, False))
     ours, theirs = map(printed, code_of(tmp_path / "model"))
     assert "transformers opens it too" in card_of(tmp_path / "model")
     if name == "several heads":
@@ -113,7 +115,7 @@ def test_both_blocks_of_code_run_and_agree(name, tmp_path, monkeypatch):
     assert scores.shape == (2, 3)
     np.testing.assert_allclose(scores[0], scores[1], atol=2e-4)  # printed with four digits
     card = card_of(tmp_path / "model")
-    assert ("length, stride = 6, 3\n" in card) == ("6 frames, every 3rd," in card)
+    assert ("stride = max(1, min(3, " in card) == ("6 frames, every 3rd," in card)
     assert ("every 3rd," in card) == ("stride" in name)
     assert ("one from each of as many equal parts" in card) == ("segments" in name)
 
