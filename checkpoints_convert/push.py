@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import yaml
@@ -24,8 +25,15 @@ from vivit_jax.hub import CARD, PROCESSOR_FILES, SAFETENSORS, SAFETENSORS_INDEX,
 
 _CONFIG = "config.json"
 _SAFE = (SAFETENSORS, SAFETENSORS_INDEX)
-# What else of a directory is sent: a licence's text, and what a card of one's own shows.
-_ALSO = re.compile(r"(LICENSE|LICENCE|NOTICE)(\.\w+)?|.+\.(png|jpe?g|gif|webp|mp4)", re.IGNORECASE)
+# What else of a directory is sent: a licence's text, and pictures and videos that the card shows. A
+# video.mp4 that its code was tried with is nobody's business.
+_LICENCE = re.compile(r"(LICENSE|LICENCE|NOTICE)(\.\w+)?", re.IGNORECASE)
+_PICTURE = re.compile(r".+\.(png|jpe?g|gif|webp|mp4)", re.IGNORECASE)
+_SHOWN = re.compile(
+    r"""(?<!\\)\]\(\s*(?:<([^>\n]+)>|([^)\s]+))|^\s*\[[^\]\n]+\]:\s*(\S+)"""
+    r"""|\b(?:src|href)\s*=\s*["']([^"'\n]+)["']""",
+    re.MULTILINE,
+)
 # Paths of this machine, in texts that are about to be public; not the paths of addresses.
 _MACHINE = re.compile(
     r"(?<![\w/.:~-])(?:/(?:home|Users|root|tmp|var|mnt|media|data|opt|srv|scratch|workspace|work|"
@@ -96,8 +104,8 @@ def prepare(directory: Path, repository: str, revision: str | None = None) -> Up
 
     The model is opened, and its weights compared with its config, name by name and shape by shape.
     Sent are config.json, the safetensors, the processor and the card, besides the text of a licence
-    and pictures; a directory without a card gets one. Raises UserError or a subclass for anything
-    that should not be published so.
+    and the pictures and videos that the card shows; a directory without a card gets one. Raises
+    UserError or a subclass for anything that should not be published so.
     """
     check_extra()
     check_repository(repository, revision)
@@ -109,10 +117,12 @@ def prepare(directory: Path, repository: str, revision: str | None = None) -> Up
         )
     wanted = {_CONFIG, *PROCESSOR_FILES, *(path.name for path in source.checkpoint.files)}
     wanted |= {source.checkpoint.path.name}
-    others = sorted(name for name in names_in(directory) if name != CARD)
-    sent = [n for n in others if n in wanted or (_ALSO.fullmatch(n) and (directory / n).is_file())]
     card = directory / CARD
     text = _text_of(card) if card.is_file() else card_text(_saved(source))
+    wanted |= _shown(text)
+    others = sorted(name for name in names_in(directory) if name != CARD)
+    sent = [n for n in others if n in wanted or _LICENCE.fullmatch(n)]
+    sent = [n for n in sent if (directory / n).is_file()]
     files: dict[str, Path | bytes] = {CARD: for_repository(text, repository, revision).encode()}
     files |= {name: directory / name for name in sent}
     for name, content in files.items():
@@ -159,6 +169,13 @@ def _text_of(card: Path) -> str:
         return card.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{card} is not UTF-8: {error}; save it as that") from None
+
+
+def _shown(text: str) -> set[str]:
+    """The names of pictures and videos beside a card that it shows or links to."""
+    found = ("".join(groups) for groups in _SHOWN.findall(text))
+    names = {unquote(name).removeprefix("./") for name in found}
+    return {name for name in names if _PICTURE.fullmatch(name)}
 
 
 def _check_private(path: Path, content: Path | bytes) -> None:

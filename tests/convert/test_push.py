@@ -133,13 +133,16 @@ def test_a_card_that_was_edited_on_the_hub_is_kept(run, hub, model):
 
 
 def test_a_dry_run_says_what_would_go_and_connects_to_nothing(run, no_network, model):
-    for extra in ("LICENSE", "picture.png"):
+    for extra in ("LICENSE", "picture.png", "of mine.webp", "video.mp4", "secret.png"):
         (model / extra).write_text("x")
+    shown = "![one](./picture.png) <img src='of%20mine.webp'> !\\[no\\](secret.png) video.mp4"
+    (model / "README.md").write_text(f"---\nlicense: mit\n---\n{shown}\n")
     before = {p.name: p.read_bytes() for p in model.iterdir()}
     status, out, err = run("push", model, ID, "--dry-run", "--private")
     assert (status, err) == (0, "")
-    for name in (*FILES, "LICENSE", "picture.png"):
+    for name in (*FILES, "LICENSE", "picture.png", "of mine.webp"):
         assert f"  {name}" in out
+    assert "not sent: secret.png, video.mp4" in out
     assert f"{(model / 'model.safetensors').stat().st_size:,} bytes" in out
     assert "VideoMAEForVideoClassification" in out and "its weights fit its config" in out
     assert f"would go to {ID}, branch main; nothing was sent" in out
