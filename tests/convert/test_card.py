@@ -96,7 +96,7 @@ def test_both_blocks_of_code_run_and_agree(name, tmp_path, monkeypatch):
     case, processor, facts, changes = RUN[name]
     saved(tmp_path / "model", case, processor, facts, **changes)
     monkeypatch.chdir(tmp_path / "model")
-    # Turned as phones do it; the one of 14 frames is too short for 6 frames with 2 left out between.
+    # Turned as phones do it; 14 frames are too few for 6 that are 3 apart.
     frames = 14 if name == "vivit cls, stride" else 41
     write_clip(tmp_path / "model/video.mp4", frames=frames, size=(32, 48), display=(90, False))
     ours, theirs = map(printed, code_of(tmp_path / "model"))

@@ -24,9 +24,9 @@ def push(
     """Publish a model on the HuggingFace hub, with its card, in one commit.
 
     Sent are the weights, config.json, the processor's file and README.md, besides the pictures that
-    README.md shows and the text of a licence; never the state of training, logs or recipes. The model is opened first, and
-    the card is checked. The token is that of HF_TOKEN or of `hf auth login`, the hub that of
-    HF_ENDPOINT. Needs the extra hub.
+    README.md shows and the text of a licence; never the state of training, logs or recipes. The
+    model is opened first, and the card is checked. The token is that of HF_TOKEN or of
+    `hf auth login`, the hub that of HF_ENDPOINT. Needs the extra hub.
 
     Args:
         model: A run of finetune, pretrain, probe or demo, whose best model is sent, or a model's
