@@ -36,6 +36,10 @@ class ObjectClips:
     name: str
 
     def __post_init__(self):
+        if isinstance(self.source, str | bytes):
+            raise UserError(
+                f"{self.name} {self.source!r}: a path; read_dataset reads what is there"
+            )
         if not hasattr(self.source, "__len__") or not hasattr(self.source, "__getitem__"):
             raise UserError(
                 f"{self.name}: no data set object; expected one with a length and items by index"
@@ -93,10 +97,10 @@ class ObjectClips:
         others = {*kinds} - {kinds[0]}
         wrong = next((k for k, kind in enumerate(kinds) if kind in (None, *others)), None)
         if wrong is not None:
+            first = f", and {quoted(repr(labels[0]))} of clip 0" if wrong else ""
             raise UserError(
-                f"{self.name}: label {quoted(repr(labels[wrong]))} of clip {wrong}, and "
-                f"{quoted(repr(labels[0]))} of clip 0; expected an integer for each clip, a name "
-                "for each, or None for all"
+                f"{self.name}: label {quoted(repr(labels[wrong]))} of clip {wrong}{first}; "
+                "expected an integer for each clip, a name for each, or None for all"
             )
         return kinds[0] or "none"
 
