@@ -113,6 +113,7 @@ def test_the_split_is_read_as_training_reads_lists(data, capsys, tmp_path):
     train, val = tmp_path / "train.csv", tmp_path / "val.csv"
     status, out, _ = check(capsys, data, "--validation", 0.25, "--write-split", train, val)
     assert status == 0 and "18 clips to train on, 6 to hold out (25% of each class)" in out
+    assert out.endswith(f"training would run\nwritten to {train}\nwritten to {val}\n")
     sides = [read_dataset(path, labels=1).examples for path in (train, val)]
     assert [sum(e.label == 0 for e in side) for side in sides] == [9, 3]
     both = {(e.path, e.label) for side in sides for e in side}

@@ -97,8 +97,7 @@ def check_data(
         whole = source.split is None and not others
         report = _checked(dataset, check, labelled=source.labels > 0, holds_out=whole)
         report = dataclasses.replace(report, findings=(*report.findings, *others))
-        if output.draw is not None:
-            _draw(report, output.draw, check.threads)
+        drawn = output.draw is not None and _draw(report, output.draw, check.threads)
     if warnings:
         text = f"{counted(len(warnings), 'warning')} while reading"
         found = Finding("warning", text, "", tuple(warnings))
@@ -114,6 +113,10 @@ def check_data(
             write_json(output.json, as_dict(report, check))
     if output.write_split is not None:
         write_split(report, output.write_split, source)
+    if not to_stdout:
+        for path in (output.draw if drawn else None, output.json, *(output.write_split or ())):
+            if path is not None:
+                print(f"written to {path}")
     return 0 if report.trains else 1
 
 
@@ -238,10 +241,12 @@ def write_split(report: Report, paths: tuple[Path, Path], source: ClipOptions) -
                 ) from None
 
 
-def _draw(report: Report, path: Path, threads: int) -> None:
+def _draw(report: Report, path: Path, threads: int) -> bool:
+    """Draw the contact sheet; whether there was anything to draw."""
     if all(each.error is not None for each in report.clips):
         print("--draw: no clip can be read, so that nothing is drawn", file=sys.stderr)
-        return
+        return False
     picture = contact_sheet(report, threads)
     with whole_file(path) as partial:
         picture.save_png(partial)
+    return True
