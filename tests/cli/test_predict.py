@@ -282,7 +282,7 @@ def test_what_cannot_be_drawn_is_told_before_anything_is_read(model, clips, caps
     copy = shutil.copy(clips["long"], tmp_path / "copy.mp4")
     before = sorted(tmp_path.iterdir())
     for given, words in (
-        ((tmp_path / "empty",), "no clips (.3gp"),
+        ((tmp_path / "empty",), "no clips (.3g2"),
         ((clips["long"], clips["short"], "--draw", tmp_path / "x.mp4"), "draws one video, got 2"),
         ((tmp_path / "a.npy", "--draw", tmp_path / "x.mp4"), "needs a video file"),
         ((clips["long"], "--draw", tmp_path / "x.gif"), "ends in '.gif'"),

@@ -98,6 +98,7 @@ def test_a_stream_without_times_has_the_rate_it_states(tmp_path, name):
     [
         ("a.ts", "libx264"),
         ("a.ts", "libx265"),
+        ("a.MTS", "libx264"),
         ("a.mpg", "mpeg2video"),
         ("a.flv", "libx264"),
         ("a.h264", "libx264"),
@@ -117,7 +118,7 @@ def test_joined_files(tmp_path, caplog, name, codec):
     np.testing.assert_array_equal(read_video(path, indices=[total - 3, 4]), plain[[total - 3, 4]])
     assert_times(path, np.arange(total) / 25, total / 25)
     assert len(caplog.messages) == len(set(caplog.messages))
-    if name in ("a.ts", "a.mpg"):
+    if name in ("a.ts", "a.MTS", "a.mpg"):
         assert "times go back or leap at frame 30: taken for streams that were" in caplog.text
 
 

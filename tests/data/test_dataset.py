@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import io
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -334,6 +335,13 @@ def test_a_folder_for_each_class(tmp_path, caplog):
     assert "1 file is not a clip, such as notes.txt" in caplog.text
     unlabelled = read_dataset(tmp_path, labels=0)
     assert unlabelled.labels_per_example == 0 and len(unlabelled) == 3
+
+
+def test_files_of_cameras_are_clips(tmp_path):
+    names = ("a.3G2", "b.ASF", "c.M2TS", "d.MTS", "e.f4v", "f.vob")
+    touched(tmp_path, *(f"run/{name}" for name in names))
+    found = read_dataset(tmp_path)
+    assert [os.path.basename(e.path) for e in found.examples] == [*names]
 
 
 def test_a_directory_is_listed_below_itself_whatever_the_root(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 ARRAYS = (".npy", ".npz")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-VIDEOS = (".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv")
-VIDEOS += (".ts", ".webm", ".wmv")
+VIDEOS = (".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov")
+VIDEOS += (".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv")
 _SPLITS = {*itertools.chain.from_iterable(SPLITS)}
 _DEEPEST = 16
 
