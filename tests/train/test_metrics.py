@@ -8,6 +8,7 @@ from vivit_jax import UserError
 from vivit_jax.train.metrics import (
     action_scores,
     classification_metrics,
+    metric_text,
     split_logits,
     topk_accuracy,
 )
@@ -233,3 +234,9 @@ LABELS = np.zeros((4, 2), int)
 def test_inputs_that_do_not_fit(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_accuracies_are_said_in_per_cent():
+    values = {"accuracy": 0.375, "noun-verb_accuracy_top_5": 1.0, "loss": 1.23456, "videos": 8}
+    said = [metric_text(*each) for each in values.items()]
+    assert said == ["accuracy 37.5%", "noun-verb_accuracy_top_5 100.0%", "loss 1.235", "videos 8"]

@@ -33,6 +33,7 @@ from vivit_jax.train.held_out import early_stop, one_view, scored, validate
 from vivit_jax.train.initial_model import described_base, description
 from vivit_jax.train.join import reached
 from vivit_jax.train.log import MetricLog, Progress
+from vivit_jax.train.metrics import metric_text
 from vivit_jax.train.model_card import run_facts
 from vivit_jax.train.own import Augment, Loss, Own
 from vivit_jax.train.own_model import save_model
@@ -357,9 +358,10 @@ class _Loop:
         self.metrics = found.metrics | held_out_loss(self.setup.model.config, dataset, found)
         self._unreadable = unreadable_clips(dataset, found)
         self.log.write("evaluate", self.taken, self.metrics)
-        text = ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items())
+        text = ", ".join(metric_text(*each) for each in self.metrics.items())
         epochs = self.taken / self.setup.per_epoch
-        self.progress.say(f"step {self.taken}, after {epochs:g} epochs: {text}")
+        many = "" if epochs == 1 else "s"
+        self.progress.say(f"step {self.taken}, after {epochs:g} epoch{many}: {text}")
         if self.watch is not None:
             notices = self.watch.after_validation(self.taken, dataset, found)
             self._notice(self.taken, notices)

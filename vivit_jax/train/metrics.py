@@ -2,6 +2,7 @@
 """Accuracies of one or several classification heads; pure functions, usable under jit."""
 
 import math
+import re
 from collections.abc import Mapping
 
 import jax
@@ -23,6 +24,7 @@ from vivit_jax.models.losses import (
 )
 
 TOP_K = 5
+_SHARE = re.compile(r"(.*_)?accuracy(_top_[0-9]+)?")  # names of metrics
 
 
 def action_scores(logits: Logits, class_splits: tuple[int, ...]) -> Float[Array, "b combinations"]:
@@ -119,6 +121,12 @@ def classification_metrics(
         joint = _joint_label(classes, sizes)
         metrics |= _accuracies(action_scores(logits, sizes), joint, f"{'-'.join(names)}_")
     return metrics
+
+
+def metric_text(name: str, value: float) -> str:
+    """A metric with its name, as people read it: accuracies in per cent."""
+    share = _SHARE.fullmatch(name) is not None
+    return f"{name} {value:.1%}" if share else f"{name} {value:.4g}"
 
 
 def leading_accuracy(config: Config, logits: Logits, labels: Labels) -> Float[Array, ""]:
