@@ -41,6 +41,10 @@ class WriteError(UserError):
     """A file that cannot be written, as on a full disk; what was there before is unchanged."""
 
 
+class StorageError(UserError):
+    """An object store or web server that cannot be reached, or does not permit what is asked."""
+
+
 class MissingExtra(UserError, ImportError):
     """An optional dependency that is not installed; names the pip extra that has it."""
 

@@ -767,11 +767,11 @@ def test_names_that_are_directories(video, tmp_path):
         assert job == (video, tmp_path / name / "a.safetensors")
 
 
-def test_a_link_is_not_opened(models):
-    link = "https://x.org/a.mp4"
+def test_a_link_of_no_protocol(models):
+    link = "teleport://x.org/a.mp4"
     for given in (link, Path(link)):  # the second has one slash
-        told = f"^{given}: links are not opened; download the file and give its path$"
-        with pytest.raises(vivit_jax.VideoError, match=told):
+        told = "^teleport is no protocol that is known; expected gs, s3, hf, https or another"
+        with pytest.raises(vivit_jax.UserError, match=told):
             next(extract_features(*models("mae"), given))
 
 

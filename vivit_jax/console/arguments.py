@@ -13,12 +13,15 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from vivit_jax.console.program import PRINT_COMPLETION, Command, Program
 from vivit_jax.errors import UserError, closest, quoted, similar
+from vivit_jax.files.addresses import address_text, is_address
 from vivit_jax.progress import bold
 
 _SHELLS = ("bash", "zsh", "tcsh", "fish")
@@ -73,10 +76,42 @@ def _tried(
     def deferred(*given, **named):
         return functools.partial(command, *given, **named)
 
-    said = io.StringIO()
+    said, refused = io.StringIO(), list[str]()
     with _captured(said), contextlib.suppress(SystemExit):
-        return tyro.cli(deferred, prog=prog, args=list(args), config=markers), ""
+        call = tyro.cli(
+            deferred, prog=prog, args=list(args), config=markers, registry=_local_paths(refused)
+        )
+        if refused:
+            raise UserError(
+                f"{refused[0]} is not on this machine, and {prog.rpartition(' ')[2]} takes a local "
+                "path there; copy it here, or write here and copy the result"
+            )
+        return call, ""
     return None, _without_boxes(said.getvalue())
+
+
+def _local_paths(refused: list[str]) -> ConstructorRegistry:
+    """How tyro makes a Path: `refused` gets the addresses, which a Path would damage."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type is not Path:
+            return None
+
+        def made(given: list[str]) -> Path:
+            refused.extend(address_text(text) for text in given if is_address(text))
+            return Path(given[0])
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=made,
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _without_boxes(text: str) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from vivit_jax.errors import ConfigError
+from vivit_jax.files.addresses import Place, place
 
 # Annotates a dataclass of flags, which then have no prefix.
 FLAT = tyro.conf.arg(name="")
@@ -17,6 +19,18 @@ KeyValues = Annotated[
     tuple[tuple[str, ...], ...],
     tyro.conf.UseAppendAction,
     tyro.conf.arg(metavar="KEY=VALUE"),
+]
+
+# A local path or an address. A plain Path is local: `vivit_jax.console.arguments` refuses others.
+PlaceOption = Annotated[
+    Place,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda given: place(given[0]),
+        is_instance=lambda value: isinstance(value, Place),
+        str_from_instance=lambda value: [str(value)],
+    ),
 ]
 
 ConfigOption = Annotated[

@@ -11,15 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from vivit_jax.errors import UserError, WriteError
+from vivit_jax.files.addresses import Address, Place, place
 from vivit_jax.files.staging import Staging
+from vivit_jax.files.storage import check_writable, remove, upload
 
 
-def check_output(path: Path, suffixes: Sequence[str], overwrite: bool, flag: str = "--out") -> None:
+def check_output(
+    path: Place, suffixes: Sequence[str], overwrite: bool, flag: str = "--out"
+) -> None:
     """UserError if a command could not or should not write `path`; call it before the work."""
+    path = place(path)
     if path.suffix.lower() not in suffixes:
         raise UserError(
             f"{flag} {path} ends in {path.suffix!r}; expected one of {', '.join(suffixes)}"
         )
+    if isinstance(path, Address):
+        check_writable(str(path.parent), flag)
+        if path.exists() and not overwrite:
+            raise UserError(f"{flag} {path} exists; choose another name, or pass --overwrite")
+        return
     _check_name(path, f"{flag} {path}")
     if os.path.exists(path) and not overwrite:
         raise UserError(f"{flag} {path} exists; choose another name, or pass --overwrite")
@@ -30,8 +40,12 @@ def check_output(path: Path, suffixes: Sequence[str], overwrite: bool, flag: str
     _check_takes_files(path.parent, f"{flag} {path}")
 
 
-def check_directory(path: Path, names: Sequence[str], flag: str = "--out") -> None:
+def check_directory(path: Place, names: Sequence[str], flag: str = "--out") -> None:
     """UserError if a command could not create `path` or write files `names` in it."""
+    path = place(path)
+    if isinstance(path, Address):
+        check_writable(str(path), flag)
+        return
     there = path
     while not os.path.lexists(there) and there != there.parent:
         there = there.parent
@@ -68,20 +82,36 @@ def _check_takes_files(directory: Path, named: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name like `path` in a hidden directory; its file moves to `path` after the block."""
+def whole_file(path: Place) -> Iterator[Path]:
+    """A name like `path` in a hidden directory; its file moves to `path` after the block.
+
+    For an address the directory is a temporary one, and the file is uploaded.
+    """
     with whole_files(path) as (partial,):
         yield partial
 
 
 @contextlib.contextmanager
-def whole_files(key: Path, *others: Path, drop: Sequence[Path] = ()) -> Iterator[list[Path]]:
+def whole_files(key: Place, *others: Place, drop: Sequence[Place] = ()) -> Iterator[list[Path]]:
     """`whole_file` for several files of one directory, which move all together or not at all.
 
     The `key` file stands for the set: it is missing while the others change. Files to `drop` leave
-    with those that are replaced. WriteError if the disk is full.
+    with those that are replaced. WriteError if the disk is full. In storage the key file is the
+    first to leave and the last to come.
     """
-    paths = [key, *others]
+    paths = [place(path) for path in (key, *others)]
+    key = paths[0]
+    if isinstance(key, Address):
+        with tempfile.TemporaryDirectory(prefix="vivit-jax-") as directory:
+            partial = [Path(directory, path.name) for path in paths]
+            yield partial
+            if len(paths) > 1 or drop:
+                for path in (key, *drop):
+                    remove(str(path))
+            for file, path in reversed([*zip(partial, paths, strict=True)]):
+                if file.exists():
+                    upload(file, str(path))
+        return
     with writing(key), Staging(key.parent) as staging:
         yield [staging.new / path.name for path in paths]
         staging.move_in(key.name, outgoing=[path.name for path in (*paths, *drop)])
@@ -112,7 +142,7 @@ def write_error(path: Path, error: OSError) -> OSError | WriteError:
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Place, values: dict[str, Any]) -> None:
     """Write plain values as a JSON file, completely or not at all."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -3,12 +3,13 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from vivit_jax.errors import UserError, first_line
+from vivit_jax.files.addresses import Place
 from vivit_jax.files.inputs import check_file
 from vivit_jax.files.limits import check_unpacked
+from vivit_jax.files.reading import content, is_directory, size_of
 
 MAX_DEPTH = 64
 _TEXT, _OBJECT = 5, 100  # bytes of memory for a byte of JSON, and for a value in it
@@ -18,7 +19,7 @@ class _TooLarge(UserError):
     """JSON whose values would take more memory than the limit."""
 
 
-def read_json(path: str | Path, error: type[UserError] = UserError, hint: str = "") -> Any:
+def read_json(path: str | Place, error: type[UserError] = UserError, hint: str = "") -> Any:
     """The value that a JSON file holds.
 
     Raises `error`, with `hint` as the way out, for a path that is not a file, for text that is not
@@ -26,12 +27,11 @@ def read_json(path: str | Path, error: type[UserError] = UserError, hint: str = 
     MAX_DEPTH, for integers of more than 64 bits and for numbers beyond float64. Raises OSError if
     the file cannot be opened.
     """
-    path = Path(path)
     check_file(path, error)
-    if path.is_dir():
+    if is_directory(path):
         raise error(f"{path} is a directory, expected a JSON file")
-    check_unpacked(f"{path}, read as JSON,", _TEXT * path.stat().st_size, error=error)
-    return parse_json(path.read_bytes(), str(path), error, hint)
+    check_unpacked(f"{path}, read as JSON,", _TEXT * size_of(path), error=error)
+    return parse_json(content(path), str(path), error, hint)
 
 
 def parse_json(

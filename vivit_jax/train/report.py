@@ -24,6 +24,7 @@ from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.files.json_files import read_json
+from vivit_jax.files.reading import absolute
 from vivit_jax.recipes import RECIPES, recipe_named
 from vivit_jax.recipes.settings import to_dict
 from vivit_jax.train.chart import Curve, escape, figure
@@ -159,7 +160,7 @@ class _Relative:
         data = recipe.get("data")
         data = data if isinstance(data, Mapping) else {}
         given = [data.get(name) for name in ("root", "train", "validation")]
-        roots = [os.path.abspath(each) for each in given if isinstance(each, str) and each]
+        roots = [absolute(each) for each in given if isinstance(each, str) and each]
         roots += [os.path.dirname(root) for root in roots if os.path.splitext(root)[1]]
         self._roots = sorted({f"{root}{os.sep}" for root in roots}, key=len, reverse=True)
 
@@ -184,7 +185,7 @@ def _outcomes(
         return  # of steps that a run resumed before them has replaced
     shown = found.shown
     if dataset is not None:
-        named = {os.path.abspath(example.path): example for example in dataset.examples}
+        named = {absolute(example.path): example for example in dataset.examples}
         shown = [Shown(named.get(each.example.path, each.example), each.frames) for each in shown]
     protocol = f"step {found.step:,}, {found.protocol}"
     for head in found.heads:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.dataset import Dataset, Example
 from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
+from vivit_jax.files.reading import absolute
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.evaluation import Evaluation, outcomes_of
 from vivit_jax.train.metrics import TOP_K
@@ -107,7 +107,7 @@ def validation_record(
 
 def _clip(name: str, shown: Shown) -> dict[str, Any]:
     example = shown.example
-    values = {"name": name, "path": os.path.abspath(example.path), "frames": shown.frames.tolist()}
+    values = {"name": name, "path": absolute(example.path), "frames": shown.frames.tolist()}
     where = {name: getattr(example, name) for name in ("start", "total", "frame_name")}
     return values | {name: value for name, value in where.items() if value}
 

@@ -21,12 +21,13 @@ from vivit_jax.data.datasets.dataset import (
     read_frames,
     read_views,
 )
-from vivit_jax.data.datasets.folders import ARRAYS, by_number, ending, is_image
+from vivit_jax.data.datasets.folders import ARRAYS, by_number, ending, is_folder, is_image
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.settings import FEW_CLIPS, MOST_CLASSES, DataSettings
 from vivit_jax.data.video.decode import probe_video
 from vivit_jax.errors import VideoError
 from vivit_jax.files.inputs import check_file
+from vivit_jax.files.reading import names_in, opened, size_of
 
 _MIRRORED = re.compile(r"(?:left|right)(?:wards?)?|(?:anti|counter)?clockwise|c?cw")
 _VERTICAL = re.compile(r"(?:up|down)(?:wards?)?")
@@ -201,7 +202,7 @@ def inspect(example: Example, decode: Span | None = None) -> ClipFacts:
 
 def _facts(example: Example) -> ClipFacts:
     path = example.path
-    if ending(path) in ARRAYS or os.path.isdir(path) or example.frame_name is not None:
+    if ending(path) in ARRAYS or is_folder(path) or example.frame_name is not None:
         frames = count_frames(example)
         _, height, width, channels = read_frames(example, [0, frames - 1]).shape
         codec = ending(path)[1:] if ending(path) in ARRAYS else "images"
@@ -223,16 +224,14 @@ def _facts(example: Example) -> ClipFacts:
 
 def _files(path: str) -> list[str]:
     """The file of a clip, or its images in order."""
-    if not os.path.isdir(path):
+    if not is_folder(path):
         return [path]
-    return [
-        os.path.join(path, n) for n in sorted(filter(is_image, os.listdir(path)), key=by_number)
-    ]
+    return [os.path.join(path, n) for n in sorted(filter(is_image, names_in(path)), key=by_number)]
 
 
 def clip_bytes(path: str) -> int:
     """The size of a clip's file, or of all its images. Raises OSError."""
-    return sum(map(os.path.getsize, _files(path)))
+    return sum(map(size_of, _files(path)))
 
 
 def find_copies(
@@ -278,7 +277,7 @@ def content_digest(path: str) -> str:
     whole = hashlib.sha256()
     for name in _files(path):
         check_file(name, VideoError)
-        with open(name, "rb") as file:
+        with opened(name) as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
 

@@ -2,6 +2,7 @@
 """Names of classes: files that give them in the order of their numbers, and near misses."""
 
 import difflib
+import io
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from vivit_jax.errors import UserError, quoted
 from vivit_jax.files.inputs import check_file
 from vivit_jax.files.json_files import read_json
+from vivit_jax.files.reading import content
 
 _EXPECTED = (
     "expected a name in each line, lines 'number name' as in UCF101's classInd.txt, or JSON as "
@@ -32,8 +34,8 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
             names = _from_json(read_json(path))
         else:
             check_file(path)
-            with open(path, encoding="utf-8-sig") as lines:
-                names = _from_lines([line.strip() for line in lines if line.strip()])
+            lines = io.StringIO(content(path).decode("utf-8-sig"), newline=None)
+            names = _from_lines([line.strip() for line in lines if line.strip()])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {_EXPECTED}") from None
     except UserError:

@@ -28,6 +28,7 @@ from vivit_jax.data.datasets.folders import (
     by_number,
     ending,
     has_splits,
+    is_folder,
     is_image,
     read_directory,
 )
@@ -38,8 +39,9 @@ from vivit_jax.data.datasets.objects import ObjectClips
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
-from vivit_jax.data.video.opened import refuse_link
 from vivit_jax.errors import UserError, VideoError
+from vivit_jax.files.addresses import address_text, is_address
+from vivit_jax.files.reading import is_directory, names_in
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,7 +164,9 @@ def read_dataset(
         raise UserError(
             f"frame_name is {frame_name!r}: {error}; expected a pattern such as 'img_{{:05}}.jpg'"
         ) from None
-    if os.path.isdir(path):
+    if is_address(path):
+        path = address_text(path)
+    if is_directory(path):
         if labels is not None and labels > 1:
             raise UserError(f"{path}: folders give one label; for labels={labels} write a list")
         if class_names is not None:
@@ -191,7 +195,7 @@ def own_validation(
     `train` are its training clips; `reading` are the other arguments of `read_dataset`, which says
     what is raised.
     """
-    if os.path.isdir(source) and not has_splits(os.fspath(source)):
+    if is_directory(source) and not has_splits(os.fspath(source)):
         return None
     try:
         held_out = read_dataset(source, split=split, **reading)
@@ -344,8 +348,7 @@ def _stored(example: Example) -> _Stored:
         frames = open_array(path)
         if frames.dtype != np.uint8:
             raise VideoError(f"{path}: an array of {frames.dtype}; expected uint8")
-    elif not os.path.isdir(path):
-        refuse_link(path)
+    elif not is_folder(path):
         if example.frame_name is not None:
             raise VideoError(f"{path}: no such folder of images; the list gives it {total}")
         return None
@@ -353,7 +356,7 @@ def _stored(example: Example) -> _Stored:
         return _NumberedImages(path, example.frame_name, start, total)
     else:
         try:
-            names = [name for name in os.listdir(path) if is_image(name)]
+            names = [name for name in names_in(path) if is_image(name)]
         except OSError as error:
             raise VideoError(f"{path}: {error.strerror}") from None
         if not names:

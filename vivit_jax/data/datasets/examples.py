@@ -11,6 +11,7 @@ from jaxtyping import Int32
 
 from vivit_jax.data.datasets.columns import Columns, Entry, Label
 from vivit_jax.data.datasets.folders import ARRAYS, VIDEOS, ending
+from vivit_jax.files.reading import joined
 
 _NOT_FOLDERS = (*VIDEOS, *ARRAYS, ".webp")
 Values = tuple[str, Label, int, int | None, str | None]  # of an example, in the order of its fields
@@ -83,7 +84,7 @@ class ListedExamples(Sequence[Example]):
 
     def _example(self, row: Values) -> Example:
         clip, label, start, total, name = row
-        return Example(os.path.join(self.root, clip), label, start, total, name)
+        return Example(joined(self.root, clip), label, start, total, name)
 
     def _row(self, entry: Entry) -> Values:
         clip, label, start, total = entry

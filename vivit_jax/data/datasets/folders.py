@@ -13,6 +13,8 @@ from vivit_jax.data.datasets.list_files import SOURCES
 from vivit_jax.data.datasets.list_rows import SPLITS, NoSuchSplit, split_named
 from vivit_jax.data.video.images import is_webp
 from vivit_jax.errors import UserError, quoted
+from vivit_jax.files.addresses import is_address
+from vivit_jax.files.reading import is_directory, listed, walked
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +176,7 @@ def clips_below(path: str) -> list[str]:
     def refuse(error: OSError):
         raise UserError(f"{error.filename}: {error.strerror}")
 
-    for folder, names, files in os.walk(path, onerror=refuse):
+    for folder, names, files in walked(path, refuse):
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith("."):
@@ -194,6 +196,8 @@ def _warn_of_others(path: str, others: list[str]) -> None:
 
 def ending(path: str) -> str:
     """The lower-case ending of a file name, with its dot."""
+    if "://" in path:  # a link's query follows it
+        path = path.partition("?")[0]
     return os.path.splitext(path)[1].lower()
 
 
@@ -201,6 +205,11 @@ def is_clip(path: str) -> bool:
     """Whether a file is a clip: by its name, or a .webp that is animated."""
     kind = ending(path)
     return kind in VIDEOS + ARRAYS or kind == ".webp" and is_webp(path, animated=True)
+
+
+def is_folder(path: str) -> bool:
+    """Whether a clip is a folder of images; for a video of storage this takes no request."""
+    return not (is_address(path) and ending(path) in VIDEOS + ARRAYS) and is_directory(path)
 
 
 def is_image(name: str) -> bool:
@@ -219,16 +228,15 @@ def _entries(path: str, warn: bool = True) -> tuple[list[str], list[str]]:
     """Names of the folders and of the clips in a directory, sorted."""
     folders, clips, others = [], [], []
     try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif is_clip(entry.path):
-                    clips.append(entry.name)
-                else:
-                    others.append(entry.name)
+        for name, is_folder in listed(path):
+            if name.startswith("."):
+                continue
+            if is_folder:
+                folders.append(name)
+            elif is_clip(os.path.join(path, name)):
+                clips.append(name)
+            else:
+                others.append(name)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
     if others and all(is_image(name) for name in others) and not folders + clips:
@@ -242,14 +250,13 @@ def _holds_images(path: str) -> bool | None:
     """Whether a directory holds images, but no clips or folders; None if none of them."""
     images = []
     try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if ending(entry.name) in VIDEOS + ARRAYS or entry.is_dir():
-                    return False
-                if is_image(entry.name):
-                    images.append(entry.name)
+        for name, is_folder in listed(path):
+            if name.startswith("."):
+                continue
+            if ending(name) in VIDEOS + ARRAYS or is_folder:
+                return False
+            if is_image(name):
+                images.append(name)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
     # The first is inspected for all: inspecting each takes minutes for a large data set.

@@ -18,6 +18,7 @@ from vivit_jax.data.datasets.check import (
 from vivit_jax.data.datasets.dataset import Dataset, Example, ObjectExample, read_dataset
 from vivit_jax.errors import UserError, WriteError
 from vivit_jax.files.atomic import whole_file
+from vivit_jax.files.reading import absolute
 
 # Among more clips copies are not looked for, which would read the size of every file.
 _COMPARED = 20_000
@@ -88,7 +89,7 @@ def write_list(path: Path, dataset: Dataset, **how: Any) -> None:
     Classes stand in it by name if they have names, else by number. Paths are absolute. Raises
     UserError for what a list cannot hold: items of objects, and paths with line breaks.
     """
-    examples = [dataclasses.replace(e, path=os.path.abspath(e.path)) for e in dataset.examples]
+    examples = [dataclasses.replace(e, path=absolute(e.path)) for e in dataset.examples]
     named = dataclasses.replace(dataset, examples=tuple(examples))
     numbered = dataclasses.replace(named, classes=None)
     for wanted, write in ((named, _named_lines), (numbered, _numbered_lines)):

@@ -7,6 +7,7 @@ from typing import TextIO
 from vivit_jax.data.datasets.columns import Builder, Columns, Entry, Label
 from vivit_jax.errors import UserError
 from vivit_jax.files.inputs import check_file
+from vivit_jax.files.reading import opened_text
 
 SOURCES = (
     "expected a list file with lines 'path label' or columns 'path,label', a directory with a "
@@ -49,7 +50,7 @@ def read_list(path: str, labels: int | None = None) -> Columns:
 
 def open_list(path: str) -> TextIO:
     """A list file, open. Its paths need not be UTF-8: other bytes are preserved."""
-    return open(path, encoding="utf-8-sig", errors="surrogateescape")
+    return opened_text(path)
 
 
 def _add_lines(found: Builder, path: str, file: TextIO, labels: int | None) -> None:

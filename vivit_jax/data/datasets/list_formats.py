@@ -34,6 +34,7 @@ from vivit_jax.data.datasets.list_rows import (
 )
 from vivit_jax.errors import UserError, quoted
 from vivit_jax.files.json_files import read_json
+from vivit_jax.files.reading import is_file, names_in
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ def _read_something(source: ListSource) -> Listed:
 
     beside = os.path.dirname(source.path)
     found = [os.path.join(beside, n) for n in ("labels.json", "something-something-v2-labels.json")]
-    order = next((read_class_names(name) for name in found if os.path.isfile(name)), None)
+    order = next((read_class_names(name) for name in found if is_file(name)), None)
     return collected(source, rows(), order)[0]
 
 
@@ -249,14 +250,14 @@ def _not_ucf101(source: ListSource, line: str) -> str | None:
     clip, _ = _ucf101_fields(line)
     if not os.path.dirname(clip):
         return "its clips are in no folders of classes"
-    if not os.path.isfile(_class_index(source)) and not _UCF101_CLIP(os.path.basename(clip)):
+    if not is_file(_class_index(source)) and not _UCF101_CLIP(os.path.basename(clip)):
         return "no classInd.txt is beside it"
     return None
 
 
 def _read_ucf101(source: ListSource) -> Listed:
     index = _class_index(source)
-    order = read_class_names(index) if os.path.isfile(index) else None
+    order = read_class_names(index) if is_file(index) else None
 
     def rows():
         for number, line in content_lines(source.path):
@@ -281,7 +282,7 @@ def _read_hmdb51(source: ListSource) -> Listed:
     folder, name = os.path.split(source.path)
     wanted = _HMDB51(name)
     assert wanted is not None, "its name fits"
-    siblings = [_HMDB51(each) for each in sorted(os.listdir(folder or "."))]
+    siblings = [_HMDB51(each) for each in sorted(names_in(folder or "."))]
     files = [found for found in siblings if found and found[2] == wanted[2]]
     logger.info("%s: read with all %d files of split %s", source.path, len(files), wanted[2])
 

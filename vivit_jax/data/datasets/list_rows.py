@@ -18,7 +18,9 @@ from vivit_jax.data.datasets.list_files import (
     parse_label,
 )
 from vivit_jax.errors import UserError, quoted
+from vivit_jax.files.addresses import is_address
 from vivit_jax.files.inputs import check_file
+from vivit_jax.files.reading import exists, opened_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ _LAYOUTS = (
     "{split}/{name}",
     "{split}/{label}/{name}",
 )
-_LOOKED_FOR = 1000  # clips
+_LOOKED_FOR, _ASKED_FOR = 1000, 20  # clips; in storage each is a request
 
 
 class NoSuchSplit(UserError):
@@ -180,11 +182,12 @@ def located(source: ListSource, listed: Listed, split: str | None) -> Listed:
         values = {"label": label, "label_": label.replace(" ", "_"), "split": split or ""}
         return os.path.normpath(layout.format(name=entry.path, **values).lstrip("/"))
 
-    for entry in entries[:_LOOKED_FOR]:
+    most = _ASKED_FOR if is_address(source.root) else _LOOKED_FOR
+    for entry in entries[:most]:
         for layout in _LAYOUTS:
-            if os.path.exists(os.path.join(source.root, path(layout, entry))):
+            if exists(os.path.join(source.root, path(layout, entry))):
                 return Listed(entries.moved(path(layout, each) for each in entries), classes)
-    count = min(len(entries), _LOOKED_FOR)
+    count = min(len(entries), most)
     raise UserError(
         f"{source.path}: none of {'its' if count == len(entries) else 'the first'} {count} clips, "
         f"such as {entries[0].path}, is in {source.root or '.'}, or there in a folder of its class "
@@ -229,7 +232,7 @@ def table_rows(source: ListSource) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) for each row of a CSV or TSV file, all of one length."""
     _, line = first_content(source.path)
     width = len(fields_of(line))
-    with open(source.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with opened_text(source.path, newline="") as lines:
         reader = csv.reader(lines, delimiter=_delimiter(line), skipinitialspace=True)
         try:
             for fields in reader:

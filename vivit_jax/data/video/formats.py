@@ -15,7 +15,10 @@ import re
 from typing import Any
 
 from vivit_jax.errors import VideoError
+from vivit_jax.files.addresses import is_address
 from vivit_jax.files.limits import VARIABLE, unpack_limit
+from vivit_jax.files.ranges import RangeFile
+from vivit_jax.files.reading import opened, size_of
 
 EXPECTED = "expected a video file such as mp4, mkv, webm, mov or avi"
 
@@ -76,8 +79,10 @@ _TEXT = "a text file"
 _BYTES_PER_PIXEL = 8
 
 
-def open_container(name: str, options: dict[str, str] | None = None):
+def open_container(name: str, options: dict[str, str] | None = None, file: RangeFile | None = None):
     """Opens a file of an allowed format for reading, with further FFmpeg `options`.
+
+    That of an address is read through `file`, or one of its own.
 
     Raises VideoError for playlists and other texts, and for frames of more than `most_pixels`;
     av's FFmpegError for other files that are not videos.
@@ -88,10 +93,14 @@ def open_container(name: str, options: dict[str, str] | None = None):
     most = most_pixels(name)
     # FFmpeg counts the padding of decoders' buffers too.
     bound = {"max_pixels": str(most + most // 4 + 2**16)}
+    options = SAFE_OPTIONS | bound | (options or {})
     # The prefix keeps a colon in a file name from being read as a network protocol.
-    file, options = "file:" + name, SAFE_OPTIONS | bound | (options or {})
+    source: Any = "file:" + name
+    if is_address(name):
+        source = RangeFile(name) if file is None else file
+        source.seek(0)
     try:
-        return _bounded(name, av.open(file, options=options, **_lenient()), most, bound)
+        return _bounded(name, av.open(source, options=options, **_lenient()), most, bound)
     except FFmpegError as error:
         refused = isinstance(error, ArgumentError)  # not in the whitelists, or damaged
         kind = _kind_of_text(name)
@@ -100,7 +109,7 @@ def open_container(name: str, options: dict[str, str] | None = None):
         found = _format_by_content(name, options) if refused and set(name) & set("%*?{") else None
         if found is None:
             raise
-    named = av.open(file, format=found, options=options, **_lenient())
+    named = av.open(source, format=found, options=options, **_lenient())
     return _bounded(name, named, most, bound)
 
 
@@ -122,7 +131,7 @@ def most_pixels(name: str | os.PathLike) -> int:
     At 8 bytes per pixel, for decoder and RGB together, that is `unpack_limit`.
     """
     try:
-        held = os.path.getsize(name)
+        held = size_of(name)
     except OSError:
         held = 0  # opening the file reports the error
     return unpack_limit(held) // _BYTES_PER_PIXEL
@@ -156,7 +165,7 @@ def _bounded(name: str, container, most: int, bound: dict[str, str]):
 def _kind_of_text(name: str) -> str | None:
     """Describes a text file; None for anything else, and for a file that cannot be read."""
     try:
-        with open(name, "rb") as file:
+        with opened(name) as file:
             head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf")
     except OSError:
         return None

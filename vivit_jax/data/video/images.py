@@ -20,8 +20,10 @@ from jaxtyping import Float64, UInt8
 from vivit_jax.data.video.formats import most_pixels, too_large
 from vivit_jax.data.video.log import file_state
 from vivit_jax.errors import VideoError, first_line
+from vivit_jax.files.addresses import is_address
 from vivit_jax.files.inputs import check_file
 from vivit_jax.files.limits import VARIABLE
+from vivit_jax.files.reading import opened
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +61,9 @@ def _opened(path: str) -> Iterator[Any]:
             Image.MAX_IMAGE_PIXELS = most
         else:
             most = 2 * own
+    file: Any = opened(path) if is_address(path) else path
     try:
-        image = Image.open(path)
+        image = Image.open(file)
     except Image.DecompressionBombError:
         raise too_large(path, most) from None
     with image:
@@ -71,10 +74,13 @@ def _opened(path: str) -> Iterator[Any]:
 
 def is_webp(path: str | os.PathLike, animated: bool = False) -> bool:
     """Whether a file begins like a WebP, or like an animated one; False if it cannot be opened."""
-    if not os.path.isfile(path):
+    if is_address(path):
+        if not os.fspath(path).lower().endswith(".webp"):  # each look takes a request
+            return False
+    elif not os.path.isfile(path):
         return False  # a FIFO is not opened
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             head = file.read(_WEBP_HEAD)
     except OSError:
         return False
@@ -145,7 +151,7 @@ def animation(name: str) -> Animation:
 
 
 @functools.lru_cache(maxsize=64)
-def _scanned(name: str, state: tuple[int, ...]) -> Animation:
+def _scanned(name: str, state: tuple) -> Animation:
     durations, width, height, mode, announced = [], 0, 0, "", 0
     for image in _decoded(name):
         (width, height), mode, announced = image.size, image.mode, image.n_frames

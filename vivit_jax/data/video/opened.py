@@ -3,16 +3,19 @@
 
 import contextlib
 import functools
+import io
 import os
-import re
 from collections.abc import Iterator
 from fractions import Fraction
 
+from vivit_jax.data.video.boxes import media_of
 from vivit_jax.data.video.decoder import set_threads
 from vivit_jax.data.video.formats import EXPECTED, open_container
 from vivit_jax.data.video.log import file_state, warn_once
 from vivit_jax.data.video.packets import (
+    INDEXED_CODECS,
     LOSSY_CONTAINERS,
+    MOV,
     SPARSE_CODECS,
     TIMED_CONTAINERS,
     Table,
@@ -22,10 +25,10 @@ from vivit_jax.data.video.packets import (
     videos_of,
 )
 from vivit_jax.errors import UserError, VideoError
+from vivit_jax.files.addresses import address_text, is_address
 from vivit_jax.files.inputs import stand_in
-
-# A Path keeps one of two slashes. A single letter is a drive.
-_LINK = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+from vivit_jax.files.ranges import RangeFile
+from vivit_jax.files.reading import size_of
 
 
 def checked_path(path) -> str:
@@ -36,7 +39,8 @@ def checked_path(path) -> str:
             "(str, bytes or os.PathLike), not an open file or its content"
         )
     name = os.fsdecode(path)
-    refuse_link(name)
+    if is_address(name):
+        return _checked_address(address_text(name))
     if os.path.isdir(name):
         found = "a directory"
     elif special := stand_in(name):
@@ -52,20 +56,29 @@ def checked_path(path) -> str:
     raise VideoError(f"{name}: {found}; {EXPECTED}")
 
 
-def refuse_link(name: str) -> None:
-    """VideoError for a link such as https://x.org/a.mp4, even if it was made a Path."""
-    if _LINK.match(name) and not os.path.exists(name):
-        raise VideoError(f"{name}: links are not opened; download the file and give its path")
+def _checked_address(name: str) -> str:
+    try:
+        size = size_of(name)
+    except OSError as error:
+        raise VideoError(f"{name}: {error.strerror}; {EXPECTED}") from None
+    if not size:
+        raise VideoError(f"{name}: an empty file (0 bytes); {EXPECTED}")
+    return name
 
 
 @contextlib.contextmanager
-def open_video(name: str, several_threads: bool = True) -> Iterator[tuple]:
-    """(container, its video stream). Raises VideoError for a file that FFmpeg refuses."""
+def open_video(
+    name: str, several_threads: bool = True, file: RangeFile | None = None
+) -> Iterator[tuple]:
+    """(container, its video stream). Raises VideoError for a file that FFmpeg refuses.
+
+    `file` is the open file of an address.
+    """
     from av.codec.context import Flags
     from av.error import FFmpegError
 
     try:
-        with _opened(name) as container:
+        with _opened(name, file) as container:
             stream = video_stream(name, container)
             set_threads(stream, several_threads)
             if container.format.name in LOSSY_CONTAINERS and codec_name(stream) == "hevc":
@@ -94,13 +107,19 @@ def packet_table(name: str) -> Table:
 
 
 @functools.lru_cache(maxsize=64)  # about a megabyte for an hour of video
-def scanned(name: str, state: tuple[int, ...]) -> Table:
+def scanned(name: str, state: tuple) -> Table:
     """The packets of a file; `state` is part of the cache's key, so a changed file is scanned."""
-    with open_video(name) as (container, stream):
+    if not is_address(name):
+        with open_video(name) as (container, stream):
+            return scan(container, stream)
+    with RangeFile(name) as file, open_video(name, file=file) as (container, stream):
+        if container.format.name == MOV and codec_name(stream) in INDEXED_CODECS:
+            with contextlib.closing(RangeFile(name)) as boxes:
+                file.blank(media_of(io.BufferedReader(boxes)))
         return scan(container, stream)
 
 
-def _opened(name: str):
+def _opened(name: str, file: RangeFile | None):
     """The container, without FFmpeg's parsers if its packets number the frames.
 
     The parsers look into every packet for what these containers state themselves.
@@ -108,12 +127,12 @@ def _opened(name: str):
     from av.error import FFmpegError
 
     with contextlib.suppress(FFmpegError):
-        container = open_container(name, {"fflags": "noparse"})
+        container = open_container(name, {"fflags": "noparse"}, file)
         codecs = [s.codec_context and codec_name(s) for s in container.streams.video]
         if container.format.name in TIMED_CONTAINERS and set(codecs) <= set(SPARSE_CODECS):
             return container
         container.close()
-    return open_container(name)
+    return open_container(name, file=file)
 
 
 def video_stream(name: str, container):

@@ -14,10 +14,12 @@ from jaxtyping import Int, Int64
 
 from vivit_jax.data.video.log import named
 
-TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+MOV = "mov,mp4,m4a,3gp,3g2,mj2"
+TIMED_CONTAINERS = (MOV, "matroska,webm")
 # In TIMED_CONTAINERS each packet of these codecs holds one shown picture. An mpeg4 packet may hold
 # none or two, and vp8's hidden reference pictures have packets of their own.
 SPARSE_CODECS = ("h264", "hevc", "vp9", "av1")
+INDEXED_CODECS = ("h264", "hevc", "av1")  # those whose packets `scan` does not look into
 # Containers that lose bytes in transit and join streams: a packet marked as damaged lacks some, and
 # decoding continues after it, as in FFmpeg. Elsewhere a damaged last packet is dropped.
 LOSSY_CONTAINERS = ("mpegts", "mpeg")

@@ -187,7 +187,7 @@ class FromStart:
 
 
 @functools.lru_cache(maxsize=64)
-def _refused(name: str, state: tuple[int, ...]) -> frozenset[int]:
+def _refused(name: str, state: tuple) -> frozenset[int]:
     """Packets that the decoder refuses and no other needs, in a file whose table is trusted.
 
     Each is found by decoding without the ones before it, which may cause further refusals.

@@ -17,7 +17,8 @@ def read_video(source: Any, **options: Any) -> UInt8[np.ndarray, "t h w 3"]:
     """Reads a clip (`num_frames`), given frames (`indices`), or, with neither, every frame.
 
     `source` is the path of a video file, its content as bytes, an open binary file, or a link
-    (https://..., or a protocol of fsspec). As a path may be bytes too, bytes without a NUL byte,
+    (https://..., gs://..., or another protocol of fsspec), of which only the parts that are needed
+    are read. As a path may be bytes too, bytes without a NUL byte,
     which every video has, are one. `options` and errors are those of
     `vivit_jax.data.video.decode.read_video`; VideoError also for a source that cannot be fetched or
     has more bytes than `vivit_jax.files.limits` allows.

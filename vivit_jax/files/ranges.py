@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of object stores and of the web, read by ranges: only the blocks that are asked for.
+
+A block is read once for all that read it at about the same time: a video is opened several times to
+read one clip. `RangeFile.blank` lets an index be read without what it points to.
+"""
+
+import collections
+import functools
+import io
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import BinaryIO
+
+from vivit_jax.files import block_cache, storage
+from vivit_jax.files.limits import unpack_limit
+
+BLOCK = 2**18  # bytes
+_MOST_AHEAD = 16  # blocks, of a file that is read from one end to the other
+_HELD = 256  # blocks in memory, for all files
+_FRESH = 30.0  # seconds for which a file is taken to be unchanged
+_WHOLE = "whole at "  # begins the tags of files of which there are copies
+_one_place = threading.Lock()  # of all copies
+_SEEK_SIZE = 0x10000  # FFmpeg's whence that asks for the size
+
+
+class _Blocks:
+    """The blocks that were used last, by (address, tag, number)."""
+
+    def __init__(self):
+        self._held: collections.OrderedDict[tuple[str, str, int], bytes] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, str, int]) -> bytes | None:
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+            return self._held.get(key)
+
+    def put(self, key: tuple[str, str, int], data: bytes) -> None:
+        with self._lock:
+            self._held[key] = data
+            while len(self._held) > _HELD:
+                self._held.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._held.clear()
+
+
+_blocks = _Blocks()
+
+
+@functools.lru_cache(maxsize=1024)
+def _state(address: str, period: int) -> storage.State:
+    try:
+        return storage.state(address)
+    except storage.NoRanges:
+        size = os.fstat(_whole(address, period).fileno()).st_size
+        return storage.State(size, f"{_WHOLE}{period}")
+
+
+@functools.lru_cache(maxsize=4)
+def _whole(address: str, period: int) -> BinaryIO:
+    """A copy of a file from a server that gives whole files only."""
+    file = tempfile.TemporaryFile(prefix="vivit-jax-")  # noqa: SIM115 (the cache holds it)
+    storage.copy_whole(address, file, unpack_limit())
+    file.flush()
+    return file
+
+
+def recent_state(address: str) -> storage.State:
+    """`storage.state`, asked for again after half a minute."""
+    return _state(address, int(time.monotonic() / _FRESH))
+
+
+def forget() -> None:
+    """Take nothing that was read before for what is stored now."""
+    _blocks.clear()
+    _state.cache_clear()
+    _whole.cache_clear()
+
+
+class RangeFile(io.RawIOBase):
+    """A seekable file of bytes at an address.
+
+    Raises as `storage.state` does. FFmpeg and Pillow read it, several of them at the same time by
+    several of these.
+    """
+
+    def __init__(self, address: str):
+        self.name, self._state = address, recent_state(address)
+        self._place, self._ahead, self._next = 0, 1, -1
+        tag = self._state.tag
+        self._whole = _whole(address, int(tag[len(_WHOLE) :])) if tag.startswith(_WHOLE) else None
+        self._is_blank: Callable[[int, int], bool] | None = None
+
+    @property
+    def size(self) -> int:
+        return self._state.size
+
+    def blank(self, is_blank: Callable[[int, int], bool] | None) -> None:
+        """Give zeros for what `is_blank(start, end)`, without reading it; None ends that."""
+        self._is_blank = is_blank
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == _SEEK_SIZE:
+            return self.size
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence & 3]
+        if base + offset < 0:
+            raise OSError(f"{self.name}: a place before its start")
+        self._place = base + offset
+        return self._place
+
+    def readinto(self, buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        start, end = self._place, min(self._place + len(view), self.size)
+        if start >= end:
+            return 0
+        if self._is_blank is not None and self._is_blank(start, end):
+            view[: end - start] = bytes(end - start)
+        else:
+            end = min(end, (start // BLOCK + 1) * BLOCK)  # callers ask for the rest
+            block = self._block(start // BLOCK)
+            view[: end - start] = block[start % BLOCK : start % BLOCK + end - start]
+        self._place = end
+        return end - start
+
+    def _block(self, number: int) -> bytes:
+        if self._whole is not None:
+            with _one_place:
+                self._whole.seek(number * BLOCK)
+                return self._whole.read(BLOCK)
+        key = self.name, self._state.tag, number
+        data = _blocks.get(key)
+        if data is not None:
+            return data
+        data = block_cache.get(*key)
+        if data is not None:
+            storage.TRAFFIC.add(bytes_cached=len(data))
+            _blocks.put(key, data)
+            return data
+        # A file read in order comes in fewer and fewer requests.
+        self._ahead = min(2 * self._ahead, _MOST_AHEAD) if number == self._next else 1
+        count = min(self._ahead, -(-self.size // BLOCK) - number)
+        self._next = number + count
+        end = min(self.size, self._next * BLOCK)
+        data = storage.read_range(self.name, number * BLOCK, end)
+        for k in range(count):
+            piece = data[k * BLOCK : (k + 1) * BLOCK]
+            _blocks.put((self.name, self._state.tag, number + k), piece)
+            block_cache.put(self.name, self._state.tag, number + k, piece)
+        return data[:BLOCK]
