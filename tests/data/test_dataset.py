@@ -29,7 +29,7 @@ from vivit_jax.data.datasets.dataset import (
     read_views,
     read_whole,
 )
-from vivit_jax.data.datasets.folders import by_number
+from vivit_jax.data.datasets.folders import by_number, clips_below
 from vivit_jax.data.datasets.synthetic import write_mp4
 from vivit_jax.data.sampling import training_indices, view_indices
 from vivit_jax.data.video.decode import read_video
@@ -335,6 +335,18 @@ def test_a_folder_for_each_class(tmp_path, caplog):
     assert "1 file is not a clip, such as notes.txt" in caplog.text
     unlabelled = read_dataset(tmp_path, labels=0)
     assert unlabelled.labels_per_example == 0 and len(unlabelled) == 3
+
+
+def test_linked_folders_are_searched_too(tmp_path):
+    """As training lists them, and not without end."""
+    touched(tmp_path, "here/a/1.mp4", "elsewhere/2.mp4", "elsewhere/deep/3.mp4")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "here/b")
+    for name in ("here/up", "here/a/up"):
+        os.symlink(tmp_path / "here", tmp_path / name)
+    found = [
+        os.path.relpath(path, tmp_path / "here") for path in clips_below(str(tmp_path / "here"))
+    ]
+    assert found == [os.path.normpath(p) for p in ("a/1.mp4", "b/2.mp4", "b/deep/3.mp4")]
 
 
 def test_files_of_cameras_are_clips(tmp_path):

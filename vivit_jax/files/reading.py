@@ -85,12 +85,26 @@ def absolute(path: str) -> str:
     return address_text(path) if is_address(path) else os.path.abspath(path)
 
 
+def _leads_up(folder: str, name: str) -> bool:
+    """Whether a name in a folder is a link to the folder or to one above, an endless walk."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    target = os.path.join(os.path.realpath(path), "")
+    return os.path.join(os.path.realpath(folder), "").startswith(target)
+
+
 def walked(
     path: str, onerror: Callable[[OSError], None]
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` from a directory down: (folder, names of folders, names of files)."""
+    """`os.walk` from a directory down: (folder, names of folders, names of files).
+
+    Linked folders are walked too, but for links to a folder above.
+    """
     if not is_address(path):
-        yield from os.walk(path, onerror=onerror)
+        for folder, names, files in os.walk(path, onerror=onerror, followlinks=True):
+            names[:] = [name for name in names if not _leads_up(folder, name)]
+            yield folder, names, files
         return
     try:
         found = listed(path)
