@@ -288,6 +288,18 @@ def test_bytes_open_files_links_and_pictures_are_videos(classifier, videos, site
     pictures = [Image.fromarray(frame) for frame in frames]
     for one in (pictures, tuple(pictures), list(frames)):
         assert classifier(one) == classifier(frames)
+
+    class Tensor:  # as PyTorch's
+        ndim = 4
+
+        def __array__(self, dtype=None, copy=None):
+            return frames
+
+        def __iter__(self):
+            return iter(frames)
+
+    assert classifier(Tensor()) == classifier(frames)
+    assert classifier([Tensor()]) == [classifier(frames)]
     with_alpha = [picture.convert("RGBA") for picture in pictures]
     assert classifier([with_alpha, frames]) == [classifier(frames)] * 2
     array = io.BytesIO()

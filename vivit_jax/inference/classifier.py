@@ -177,12 +177,14 @@ class VideoClassifier:
 
         Raises UserError for a regression, and what a call raises.
         """
-        function = _checked_function(options.pop("function_to_apply", None), self.config)
+        given = options.pop("function_to_apply", None)
+        function = _checked_function(given, self.config)
         if function == "none":
+            own = f"this model's problem_type is {self.config.problem_type!r}"
             raise UserError(
-                "predict_proba needs probabilities, and this model gives none: its problem_type is "
-                f"{self.config.problem_type!r}; call the classifier, or pass "
-                "function_to_apply='softmax' or 'sigmoid'"
+                "predict_proba needs probabilities, and "
+                f"{own if given is None else 'function_to_apply is none'}: call the classifier, or "
+                "pass function_to_apply='softmax' or 'sigmoid'"
             )
         one = is_one(inputs)
         videos: Any = [inputs] if one else several(inputs)

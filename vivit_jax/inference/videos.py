@@ -25,8 +25,17 @@ _EXPECTED = (
 
 def is_one(inputs: Any) -> bool:
     """Whether it is one video."""
-    known = isinstance(inputs, str | os.PathLike | np.ndarray | jax.Array)
+    known = isinstance(inputs, str | os.PathLike) or _is_array(inputs)
     return known or is_content(inputs) or are_frames(inputs)
+
+
+def _is_array(video: Any) -> bool:
+    """Whether it is an array, also of another library, such as a tensor of PyTorch.
+
+    Not a column of paths, as pandas has it.
+    """
+    known = isinstance(video, np.ndarray | jax.Array)
+    return known or (hasattr(video, "__array__") and getattr(video, "ndim", 0) > 1)
 
 
 def several(inputs: Any) -> Iterable[Any]:
@@ -41,7 +50,7 @@ def several(inputs: Any) -> Iterable[Any]:
 
 def _named(number: int, video: Any) -> tuple[str, Any]:
     """A video with what messages call it."""
-    if isinstance(video, np.ndarray | jax.Array):
+    if _is_array(video):
         return f"array {number}", np.asarray(video)
     if are_frames(video):
         return f"frames {number}", video
