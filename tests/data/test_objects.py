@@ -146,6 +146,14 @@ def test_refused_clips(clip, message):
         read_whole(dataset.examples[0])
 
 
+def test_a_label_that_cannot_be_had_is_told():
+    class Splits(dict):  # as a DatasetDict of Hugging Face
+        pass
+
+    with pytest.raises(UserError, match=r"Splits\[0\] gives no label: KeyError: 0; .*choose one"):
+        from_objects(Splits(train=[(FRAMES[0], 0)]))
+
+
 def test_the_same_clips_are_known_again():
     dataset = from_objects([(clip, k) for k, clip in enumerate(FRAMES)])
     again = pickle.loads(pickle.dumps(dataset))

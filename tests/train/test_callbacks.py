@@ -207,6 +207,7 @@ def test_early_stop_without_evaluations_is_refused(recipe, tmp_path):
         ("wandb", "callbacks is 'wandb'"),
         (None, "callbacks is None"),
         ([3], "callbacks has 3; expected functions"),
+        ([EarlyStop], "callbacks has <class .*EarlyStop'>; expected functions"),
     ],
 )
 def test_what_is_no_callback(recipe, callbacks, message, tmp_path):

@@ -15,7 +15,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.models.losses import multi_head_loss
 from vivit_jax.train import Augment, Profile, prepare, train
 from vivit_jax.train.own import Own
-from vivit_jax.train.sharding import make_mesh, parse_mesh
+from vivit_jax.train.sharding import make_mesh, parse_mesh, whole_mesh
 
 STEPS = 6
 ONE = parse_mesh("data=1", 1)
@@ -183,8 +183,12 @@ def test_augmentation_in_the_step_does_not_depend_on_its_parts(recipe, tmp_path)
         (lambda rng, clip: clip / 2, "returned an array of float64"),
         (lambda rng, clip: clip.colour, "failed: AttributeError: .*'colour'"),
         (
+            Augment(pixels=lambda key, clip: (255 * clip).astype("int32")),
+            r"returned int32 \(4, .*; expected an array of floats",
+        ),
+        (
             Augment(pixels=lambda key, clip: clip[0]),
-            r"returned \(16, 16, 3\) for a clip of \(4,",
+            r"returned float32 \(16, 16, 3\) for a clip of \(4,",
         ),
     ],
 )
@@ -194,6 +198,17 @@ def test_augmentations_that_cannot_be_used(recipe, augment, message, tmp_path):
     for arguments in ({}, {"clips": 3}):
         with pytest.raises(UserError, match="Augment"):
             Augment(**arguments)
+
+
+def test_what_is_no_recipe_and_no_mesh(recipe, tmp_path):
+    with pytest.raises(UserError, match="recipe is 'demo-finetune'; expected a Recipe, such as"):
+        train("demo-finetune", tmp_path / "run")
+    for sizes, message in (({"rows": 2}, "got 'rows=2', expected each of"), ({"data": 99}, "99 d")):
+        with pytest.raises(UserError, match=message):
+            train(recipe, tmp_path / "run", mesh_sizes=sizes)
+    assert whole_mesh({"fsdp": 2}, 8) == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert whole_mesh({}, 8) == whole_mesh(None, 8) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert not (tmp_path / "run").exists()
 
 
 class Clips(grain.RandomAccessDataSource):

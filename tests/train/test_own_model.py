@@ -120,6 +120,31 @@ class Bare(nn.Module):
         return pixel_values
 
 
+class Logits(nn.Module):
+    """A model that gives something else than training takes."""
+
+    config: ClipConfig
+    given: str
+
+    @nn.compact
+    def __call__(self, pixel_values, *, deterministic=True, **_):
+        x = pixel_values.mean((1, 2, 3))
+        if self.given == "batch norm":
+            x = nn.BatchNorm(use_running_average=deterministic)(x)
+        x = nn.Dense(7 if self.given == "wide" else 2)(x)
+        return x if self.given == "bare" else ClassifierOutput(logits=x)
+
+
+class Strict(nn.Module):
+    """A model that takes clips alone."""
+
+    config: ClipConfig
+
+    @nn.compact
+    def __call__(self, pixel_values):
+        return ClassifierOutput(logits=nn.Dense(2)(pixel_values.mean((1, 2, 3))))
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
@@ -132,6 +157,10 @@ class Bare(nn.Module):
             Means(dataclasses.replace(CONFIG, num_labels=1)),
             "names 2 classes, the model has 1 without names",
         ),
+        (Logits(CONFIG, given="bare"), "Logits.__call__ gives no .logits for two clips; expected"),
+        (Logits(CONFIG, given="wide"), r"gives logits of shape \(2, 7\) for two clips; expected"),
+        (Logits(CONFIG, given="batch norm"), "has variables of batch_stats, which are neither tra"),
+        (Strict(CONFIG), r"Strict.__call__ got an unexpected keyword .*; expected \(self, pixel_v"),
         (
             vivit_jax.VideoMAEForPreTraining(vivit_jax.VideoMAEConfig()),
             "the recipe's task is 'finetune'; expected a model for classification",

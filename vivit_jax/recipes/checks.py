@@ -113,6 +113,11 @@ def check(recipe: Recipe) -> Recipe:
 
 def check_values(recipe: Recipe) -> None:
     """UserError for fields of the wrong type or range, each by itself."""
+    if not isinstance(recipe, Recipe):
+        raise UserError(
+            f"recipe is {recipe!r:.80}; expected a Recipe, such as "
+            "vivit_jax.train.recipe_named('demo-finetune')"
+        )
     _check_types(recipe)
     _check_ranges(recipe)
     _check_names(recipe)

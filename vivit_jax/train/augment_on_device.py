@@ -69,10 +69,12 @@ def training_pixels(
 def _by_own(own: Callable, keys: Keys, clips: jax.Array) -> jax.Array:
     """Each clip as a function of the caller changes it."""
     changed = jax.vmap(own)(keys, clips)
-    if not isinstance(changed, jax.Array) or changed.shape != clips.shape:
+    known = isinstance(changed, jax.Array) and jnp.issubdtype(changed.dtype, jnp.floating)
+    if not known or changed.shape != clips.shape:
+        kind = f"{changed.dtype} " if isinstance(changed, jax.Array) else ""
         raise UserError(
-            f"the augmentation of pixels returned {jnp.shape(changed)[1:]} for a clip of "
-            f"{clips.shape[1:]}; expected an array of the same shape"
+            f"the augmentation of pixels returned {kind}{jnp.shape(changed)[1:]} for a clip of "
+            f"{clips.shape[1:]}; expected an array of floats of the same shape"
         )
     return changed.astype(clips.dtype)
 

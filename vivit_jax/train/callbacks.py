@@ -156,7 +156,7 @@ class Callbacks:
             )
         callbacks = tuple(callbacks)
         for each in callbacks:
-            if not callable(each):
+            if not callable(each) or isinstance(each, type):
                 raise UserError(
                     f"callbacks has {each!r}; expected functions that take an event, or objects "
                     "with __call__, see vivit_jax.train.Callback"

@@ -42,7 +42,7 @@ from vivit_jax.train.profile import Profile, Tracer
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory, resumes
 from vivit_jax.train.setup import TrainSetup
-from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, parse_mesh
+from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, whole_mesh
 from vivit_jax.train.state import TrainState
 from vivit_jax.train.stop_signals import agreed_stop, stop_of_one, stop_signals
 from vivit_jax.train.validation import validation_record
@@ -69,7 +69,7 @@ class RunOptions:
         resume: continue the run in the directory, from the latest checkpoint that is not damaged;
             "auto": if there is one, else begin it.
         resume_step: with `resume`, from the checkpoint of this step; it replaces later ones.
-        mesh_sizes: those of `vivit_jax.train.sharding.parse_mesh`; None: all devices along "data".
+        mesh_sizes: of "data", "fsdp", "tensor", 1 where left out; None: all devices along "data".
         tensorboard: whether to write TensorBoard files too.
         say: takes the lines about the start and the end.
     """
@@ -129,7 +129,7 @@ def train(
     given, told, traced = RunOptions(**options), Callbacks(callbacks), Profile.checked(profile)
     resume = resumes(out, given.resume)
     own = Own.checked(loss, augment, model)
-    sizes = given.mesh_sizes or parse_mesh(None, jax.device_count())
+    sizes = whole_mesh(given.mesh_sizes, jax.device_count())
     first_process = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
 

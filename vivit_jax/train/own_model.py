@@ -17,11 +17,13 @@ parameters by their paths; `read_params` reads them. A model that is to be pre-t
 """
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
@@ -39,6 +41,7 @@ from vivit_jax.files.inputs import check_file
 from vivit_jax.files.json_files import read_json
 from vivit_jax.models.build import check_params, fresh_params
 from vivit_jax.models.registry import head_of, is_known
+from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import HEADS, Recipe
 from vivit_jax.train.initial_model import Start, execution_of
 from vivit_jax.train.own import Own
@@ -116,6 +119,42 @@ def _check(model: nn.Module, recipe: Recipe) -> None:
         raise UserError(
             f"model is a {name} of no family, which can be fine-tuned only; to pre-train it, "
             "register a family: vivit_jax.models.registry.register_family"
+        )
+    if not is_known(model):
+        _check_call(model)
+
+
+def _check_call(model: nn.Module) -> None:
+    """UserError for a model that cannot be called as the step does, or returns no logits."""
+    config: Any = model.config
+    call = f"{type(model).__name__}.__call__"
+    clip = (2, config.num_frames, *config.frame_size, config.num_channels)
+    clips = jax.ShapeDtypeStruct(clip, jnp.float32)
+    options = {"deterministic": False, "clip_ids": jnp.arange(2), **RESULTS_ONLY}
+    try:
+        inspect.signature(type(model).__call__).bind(model, clips, **options)
+    except TypeError as error:
+        raise UserError(
+            f"{call} {error}; expected (self, pixel_values, *, deterministic=True, **_)"
+        ) from None
+
+    def results(clips):
+        key = jax.random.key(0)
+        out, variables = model.init_with_output({"params": key, "dropout": key}, clips, **options)
+        return getattr(out, "logits", None), variables
+
+    logits, variables = jax.eval_shape(results, clips)
+    if logits is None or logits.shape != (2, config.num_labels):
+        found = "no .logits" if logits is None else f"logits of shape {logits.shape}"
+        raise UserError(
+            f"{call} gives {found} for two clips; expected a vivit_jax.outputs.ClassifierOutput "
+            f"with logits of shape {(2, config.num_labels)}"
+        )
+    others = sorted({*variables} - {"params"})
+    if others:
+        raise UserError(
+            f"{type(model).__name__} has variables of {', '.join(others)}, which are neither "
+            "trained nor saved; use what has params only, such as LayerNorm for BatchNorm"
         )
 
 

@@ -52,6 +52,18 @@ def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
     return sizes
 
 
+def whole_mesh(sizes: Mapping[str, int] | None, devices: int) -> dict[str, int]:
+    """The sizes of all axes, of which `sizes` may leave out some; None: all devices along data.
+
+    Some devices may be left over. Raises UserError as `parse_mesh` does.
+    """
+    if not sizes:
+        return parse_mesh(None, devices)
+    wanted = math.prod(size for size in sizes.values() if isinstance(size, int))
+    text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    return parse_mesh(text, min(wanted, devices))
+
+
 def mesh_text(sizes: Mapping[str, int]) -> str:
     """The sizes of a mesh as `parse_mesh` reads them, without axes of size 1."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"

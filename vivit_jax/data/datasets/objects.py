@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from vivit_jax.data.datasets.class_names import describe_unknown
 from vivit_jax.data.datasets.list_files import LARGEST
-from vivit_jax.errors import UserError, VideoError, quoted
+from vivit_jax.errors import UserError, VideoError, first_line, quoted
 
 _CLIPS = ("video", "clip", "frames", "path", "pixel_values")
 _LABELS = ("label", "labels", "target", "class")
@@ -121,7 +121,14 @@ class ObjectClips:
         return [label for _, label in samples] if pairs else None
 
     def _label(self, index: int) -> Any:
-        item = self.source[index]
+        try:
+            item = self.source[index]
+        except Exception as error:
+            raise UserError(
+                f"{self.name}[{index}] gives no label: {type(error).__name__}: "
+                f"{first_line(error)}; expected an item for each index from 0 on (of several "
+                "splits, choose one), or from_objects(..., labels=...)"
+            ) from error
         if isinstance(item, Mapping):
             return next((item[name] for name in _LABELS if name in item), None)
         return item[-1] if isinstance(item, tuple) and len(item) > 1 else None
