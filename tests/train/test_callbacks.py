@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Callbacks: what they see, how they end a run, and what resuming gives them back."""
 
+import dataclasses
 import math
 import os
 import pickle
@@ -198,6 +199,31 @@ def test_early_stop_without_evaluations_is_refused(recipe, tmp_path):
     with pytest.raises(UserError, match="EarlyStop looks at evaluations, and the run has none"):
         run(changed(recipe, data__validation=None), tmp_path / "run", EarlyStop())
     assert not (tmp_path / "run").exists()
+
+
+def test_callbacks_are_called_in_their_order_until_one_fails():
+    calls = []
+
+    class Evaluations:
+        evaluations_only = True
+
+        def __call__(self, event):
+            calls.append(("evaluations", event.kind))
+
+    def fails(event):
+        calls.append(("fails", event.kind))
+        if event.kind == "evaluate":
+            raise ValueError
+
+    called = Callbacks([lambda event: calls.append(("all", event.kind)), fails, Evaluations()])
+    called.put_first([Evaluations()])
+    event, _ = evaluation(1, 0.5)
+    for kind in ("train", "evaluate"):
+        called.call(dataclasses.replace(event, kind=kind))
+    assert calls == [
+        *[("all", "train"), ("fails", "train")],
+        *[("evaluations", "evaluate"), ("all", "evaluate"), ("fails", "evaluate")],
+    ]
 
 
 @pytest.mark.parametrize(
