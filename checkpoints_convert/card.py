@@ -443,4 +443,4 @@ def _clean(text: str) -> str:
 
 def _plain(text: str) -> str:
     """A text as Markdown that shows it as it is, also in a table."""
-    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", _clean(text))
+    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", _clean(text))

@@ -34,7 +34,7 @@ from vivit_jax.models.build import build_model
 SIZES = {"size": 26, "crop_size": (24, 16)}
 VIDEOMAE = vivit_jax.VideoProcessor.named("videomae-imagenet", **SIZES)
 VIVIT = vivit_jax.VideoProcessor.named("vivit-scenic", **SIZES)
-NAMES = {"num_labels": 5, "id2label": ("clap", "wave left", "wave_right", "a|b", "<b>`x`")}
+NAMES = {"num_labels": 5, "id2label": ("R&amp;B", "wave left", "wave_right", "a|b", "<b>`x`")}
 FACTS = CardFacts(
     base=Base(name="org/start", hub_id="org/start", licence={"license": "cc-by-nc-4.0"}),
     how=["Fine-tuned in a test."],
@@ -173,7 +173,7 @@ def test_the_text_says_what_the_metadata_cannot(tmp_path):
     text = card_of(saved(tmp_path / "model", "mae cls", VIDEOMAE, FACTS, **NAMES))
     for line in (
         "| training | my clips | 1,234 | 5 |",
-        r"5 in this order: clap, wave left, wave\_right, a\|b, \<b\>\`x\`.",
+        r"5 in this order: R\&amp;B, wave left, wave\_right, a\|b, \<b\>\`x\`.",
         "| Accuracy | 87.5% | 1.8% | held out, 320 videos | 4 x 3 views |",
         "| Top-5 accuracy | 100.0% | not known | held out, 320 videos | 4 x 3 views |",
         "6 frames, every 4th, from the middle of the video. Each frame: resized to shortest edge "
