@@ -13,12 +13,20 @@ import pytest
 from vivit_jax.errors import UserError
 from vivit_jax.train.peers import Patience, Place, meet
 
-QUICK = Patience(meeting=10, reminder=0.2, beat=0.05, silence=5, hang=5, ending=0.1)
+QUICK = Patience(meeting=10, reminder=0.1, beat=0.05, silence=5, hang=5, ending=0.1)
 
 
 def free_address():
     with socket.create_server(("localhost", 0)) as server:
         return f"localhost:{server.getsockname()[1]}"
+
+
+def until(condition):
+    """Wait for what another thread does."""
+    last = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < last, "it did not happen"
+        time.sleep(0.01)
 
 
 class Ends:
@@ -62,7 +70,7 @@ def test_those_who_are_done_leave_in_peace():
     with together(3) as (peers, ends):
         peers[1].close()
         peers[0].close()
-        time.sleep(0.5)
+        time.sleep(0.2)  # some beats
         assert [each.lost for each in peers] == [None] * 3
     assert [end.why for end in ends] == [None] * 3
 
@@ -89,12 +97,12 @@ def test_a_failure_comes_with_its_message():
 
 
 def test_process_0_leaves_last_so_that_others_can_say_why():
-    patient = Patience(10, 9, 0.05, 5, 5, ending=1.5)
+    patient = Patience(10, 9, 0.2, 5, 5, ending=0.4)
     with together(2, patient) as (peers, ends):
         start = time.monotonic()
         peers[0].close("no space left on /data")
         assert ends[1].why.endswith("failed: no space left on /data")  # said before that returns
-        assert time.monotonic() - start > 1
+        assert time.monotonic() - start > 0.3
 
 
 def test_one_that_ends_by_itself_is_not_ended():
@@ -107,26 +115,26 @@ def test_one_that_ends_by_itself_is_not_ended():
 
 def test_a_frozen_process_is_silent():
     mute = Patience(meeting=10, reminder=9, beat=30, silence=60, hang=60, ending=0.1)
-    listening = Patience(10, 9, 0.05, silence=0.5, hang=60, ending=0.1)
+    listening = Patience(10, 9, 0.05, silence=0.2, hang=60, ending=0.1)
     with together(2, listening, others=mute) as (_, ends):
-        assert ends[0].wait().endswith("has sent no sign of life for 0.5 s")
+        assert ends[0].wait().endswith("has sent no sign of life for 0.2 s")
         assert "process 1 on " in ends[0].why
         assert "no sign of life" in ends[1].wait()  # if it wakes up it learns so
 
 
 def test_a_process_that_does_not_move_on_is_named_and_slow_ones_are_not():
-    watched = Patience(10, 9, 0.05, 5, hang=1.0, ending=0.1)
+    watched = Patience(10, 9, 0.05, 5, hang=0.6, ending=0.1)
     with together(3, watched) as (peers, ends):
-        for step in range(1, 9):  # 1.6 s, in which nobody is level with the others
+        for step in range(1, 9):  # 0.8 s, in which nobody is level with the others
             for k, each in enumerate(peers):
                 each.reach(3 * step - k)
-            time.sleep(0.2)
+            time.sleep(0.1)
         assert [each.lost for each in peers] == [None] * 3
         for k in (0, 2):
             peers[k].reach(30)
         for k in range(3):
             assert ends[k].wait().startswith("process 1 on ")
-            assert ends[k].why.endswith("hangs: others have waited at step 30 for 1 s")
+            assert ends[k].why.endswith("hangs: others have waited at step 30 for 0.6 s")
 
 
 def test_who_is_waited_for_is_said_until_all_have_come():
@@ -136,7 +144,7 @@ def test_who_is_waited_for_is_said_until_all_have_come():
             pool.submit(meet, Place(address, k, 3), QUICK, say=said[k].append, end=print)
             for k in (0, 1)
         ]
-        time.sleep(1)
+        until(lambda: any("waiting for process 2 of 3" in text for text in said[1]))
         last = pool.submit(meet, Place(address, 2, 3), QUICK, say=print, end=print)
         for each in [*first, last]:
             each.result().close()
@@ -149,25 +157,21 @@ def test_who_is_waited_for_is_said_until_all_have_come():
 
 def test_nobody_comes():
     address, said = free_address(), []
-    short = Patience(meeting=0.6, reminder=0.2)
-    with pytest.raises(UserError, match="processes 1, 2, 3 of 4 did not come to .* in 0.6 s"):
+    short = Patience(meeting=0.3, reminder=0.1)
+    with pytest.raises(UserError, match="processes 1, 2, 3 of 4 did not come to .* in 0.3 s"):
         meet(Place(address, 0, 4), short, say=said.append)
     assert len(said) >= 2
-    with pytest.raises(UserError, match="process 0 did not answer at .* in 0.6 s .Connection ref"):
+    with pytest.raises(UserError, match="process 0 did not answer at .* in 0.3 s .Connection ref"):
         meet(Place(address, 1, 4), short, say=said.append)
     assert "waiting for process 0" in said[-1]
 
 
 def test_one_that_waits_and_dies_is_waited_for_again():
     address = free_address()
-    host, port = address.split(":")
     hello = {"greeting": "vivit_jax processes, 1", "process": 1, "processes": 3, "host": "gone"}
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(meet, Place(address, 0, 3), QUICK, say=print, end=print)
-        time.sleep(0.3)
-        with socket.create_connection((host, int(port)), 5) as connection:
-            connection.sendall(json.dumps(hello).encode() + b"\n")
-            time.sleep(0.3)
+        assert b"waiting for process 2 of 3" in connect(address, hello)
         # Without the end of the dead one this would be a second process 1, and refused.
         others = [
             pool.submit(meet, Place(address, k, 3), QUICK, say=print, end=print) for k in (1, 2)
@@ -180,7 +184,6 @@ def test_a_stranger_is_left_out_and_one_of_another_size_is_named():
     address, said = free_address(), []
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(meet, Place(address, 0, 2), QUICK, say=said.append, end=print)
-        time.sleep(0.3)
         connect(address, {"greeting": "vivit_jax processes, 1", "process": 1, "processes": 3})
         connect(address, {"GET": "/"})
         second = pool.submit(meet, Place(address, 1, 2), QUICK, say=said.append, end=print)
@@ -190,8 +193,17 @@ def test_a_stranger_is_left_out_and_one_of_another_size_is_named():
 
 
 def connect(address, message):
+    """What process 0 first answers to a message, once it listens."""
     host, port = address.split(":")
-    with socket.create_connection((host, int(port)), 5) as connection:
+    found = []
+
+    def reach():
+        with contextlib.suppress(ConnectionRefusedError):
+            found.append(socket.create_connection((host, int(port)), 5))
+        return found
+
+    until(reach)
+    with found[0] as connection:
         connection.sendall(json.dumps(message).encode() + b"\n")
         return connection.recv(1000)
 
@@ -205,12 +217,13 @@ def connect(address, message):
     ],
 )
 def test_one_of_another_run_is_refused(process, processes, message):
-    address = free_address()
+    address, said = free_address(), []
     with ThreadPoolExecutor(3) as pool:
         first = [
-            pool.submit(meet, Place(address, k, 3), QUICK, say=print, end=print) for k in (0, 1)
+            pool.submit(meet, Place(address, k, 3), QUICK, say=said.append, end=print)
+            for k in (0, 1)
         ]
-        time.sleep(0.5)
+        until(lambda: any("waiting for process 2 of 3" in text for text in said))
         with pytest.raises(UserError, match=message):
             meet(Place(address, process, processes), QUICK, say=print, end=print)
         last = pool.submit(meet, Place(address, 2, 3), QUICK, say=print, end=print)
