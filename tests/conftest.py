@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import gc
 import os
+import sys
 
 import array_types
 import compiler_flags
 import jax
 import pytest
 
+gc.disable()  # until all is imported, which leaves little garbage
 array_types.install()  # before anything of the packages is imported
 
 from tpu_compiler import Compiler  # noqa: E402
@@ -46,9 +48,23 @@ def pytest_configure(config):
 def pytest_collection_finish(session):
     if not as_users(session.config):
         build.DRAW_OPTIONS = None  # the level in XLA_FLAGS, which compiles in half the time
-    # Tracing makes many objects, and each full collection walks all that torch and jax imported.
-    gc.collect()
-    gc.set_threshold(150_000, 20, 20)
+    # Tracing makes many objects, and each full collection walks all that is not frozen.
+    gc.freeze()
+    gc.enable()
+    gc.set_threshold(500_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reports_without_curves(request):
+    """The curves of a run's report take longer to draw than a tiny run's steps.
+
+    They are read in tests/train/test_report.py, and the demo's process draws its own.
+    """
+    chart = sys.modules.get("vivit_jax.train.chart")
+    with pytest.MonkeyPatch.context() as patch:
+        if chart is not None and request.module.__name__ != "test_report":
+            patch.setattr(chart, "picture", lambda *_: "<svg/>")
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
