@@ -48,7 +48,7 @@ def work(kind="finetune", batch=2, **values) -> Work:
     return Work("small", VideoMAEConfig(**sizes | values), kind, batch)
 
 
-@pytest.mark.parametrize("kind", ["finetune", "pretrain"])
+@pytest.mark.parametrize("kind", ["finetune", pytest.param("pretrain", marks=pytest.mark.slow)])
 def test_donated_state_is_counted_once(kind):
     memory = memory_of(work(kind))
     state = memory.params + memory.optimizer

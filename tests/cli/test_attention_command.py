@@ -84,9 +84,7 @@ def contains(page, tile) -> bool:
     return any(np.array_equal(page[y : y + height, x : x + width], tile) for y, x in corners)
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(MODELS, "encoder", "self-attention", "mae pretraining")
-)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "mae pretraining"))
 def test_every_model(models, clip, capsys, drawn, tmp_path, name):
     """Both kinds; the numbers are those of the library on the same pixels."""
     directory = models(name)

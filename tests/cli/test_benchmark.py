@@ -121,10 +121,11 @@ def test_no_ratio_where_the_smallest_gradient_differs(monkeypatch, capsys):
     ("kind", "dtype"),
     [
         ("forward", "float32"),
-        pytest.param("forward", "float16", marks=pytest.mark.slow),
-        pytest.param("finetune", "bfloat16", marks=pytest.mark.slow),
+        ("forward", "float16"),
+        ("finetune", "bfloat16"),
     ],
 )
+@pytest.mark.slow
 def test_no_ratio_where_scores_are_a_tenth_too_small(kind, dtype, monkeypatch, capsys):
     case = [*QUICK, *TORCH, *ALONE, "--work", kind, "--dtype", dtype, "--repeats", "1"]
     with jax.default_matmul_precision(None):
@@ -279,13 +280,11 @@ def test_compiled_programs_are_kept_on_request(tmp_path, capsys, monkeypatch):
     )
     before = {name: getattr(jax.config, name) for name in names}
     command = ["--compilation-cache", str(tmp_path / "cache"), *QUICK, *ALONE]
-    jax.clear_caches()  # every run begins with empty hands
     compilation_cache.reset_cache()
     try:
         assert main(command) == 0
         kept = {path.name for path in (tmp_path / "cache").iterdir()}
         assert kept and "(cache)" not in capsys.readouterr().out
-        jax.clear_caches()
         assert main(command) == 0
         assert {path.name for path in (tmp_path / "cache").iterdir()} == kept
         assert "(cache)" in capsys.readouterr().out

@@ -16,7 +16,6 @@ import pytest
 from commands import run_command
 from compilers import needs_libtpu
 from full_disk import file_size
-from helpers import mostly_slow
 from signals import handled
 
 from vivit_jax.cli import plan as plan_command
@@ -89,9 +88,8 @@ def test_a_plan_is_printed_and_written(on_cpu, capsys, tmp_path):
     assert status == 2 and "--overwrite" in err
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(["--json plan.json", "--hlo plan.hlo"], "--json plan.json")
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["--json plan.json", "--hlo plan.hlo"])
 def test_a_full_disk_leaves_the_files_that_were_there(name, on_cpu, capsys, tmp_path):
     flag, file = name.split()
     (tmp_path / file).write_text("mine")

@@ -2,6 +2,7 @@
 """What only a fresh process shows: imports, start-up time, exit status and stderr."""
 
 import gc
+import itertools
 import resource
 import signal
 import subprocess
@@ -73,8 +74,13 @@ def test_conversion_core_needs_neither_jax_nor_torch():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("flag", ["--help", "--versions"])
-@pytest.mark.parametrize("module", ["vivit_jax.cli", "checkpoints_convert"])
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    mostly_slow(
+        itertools.product(["vivit_jax.cli", "checkpoints_convert"], ["--help", "--versions"]),
+        *(("vivit_jax.cli", "--help"), ("checkpoints_convert", "--versions")),
+    ),
+)
 def test_help_and_versions_answer_quickly_and_without_jax(module, flag):
     done = python(
         f"""

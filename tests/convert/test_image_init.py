@@ -167,7 +167,7 @@ def test_joint_of_several_positions_embeds_every_frame_as_the_image_model(start,
     ],
     ids=["joint mean", "self-attention zero", "self-attention copy", "dot product"],
 )
-@pytest.mark.parametrize("frames", [2, 6])
+@pytest.mark.parametrize("frames", mostly_slow([2, 6], 2))
 def test_variants_without_a_class_token(start, images, variant, options, change, frames):
     got = hidden_states(start(variant, num_frames=frames, **options), frames)
     wanted, _ = reference(images.vit, cls=False, change=change)

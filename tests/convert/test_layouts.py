@@ -9,6 +9,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers import mostly_slow
 from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
@@ -54,7 +55,7 @@ def toy(monkeypatch):
     registry.register(TOY)
 
 
-@pytest.mark.parametrize("case", ["vivit cls", "vivit base"])
+@pytest.mark.parametrize("case", mostly_slow(["vivit cls", "vivit base"], "vivit cls"))
 def test_a_layout_from_outside_there_and_back(run, checkpoints, toy, tmp_path, case):
     source = checkpoints.path(case)
     status, _, err = run("convert", source, tmp_path / "toy", "--to", "toy")

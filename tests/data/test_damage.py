@@ -70,7 +70,7 @@ def assert_equal(found, expected) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", mostly_slow(KINDS, "h264.ts", "hevc.hevc", "vp9.webm"))
+@pytest.mark.parametrize("name", mostly_slow(KINDS, "h264.ts", "vp9.webm"))
 def test_damaged_videos_are_read_alike(tmp_path, name):
     """By `probe_video`, `read_video`, again and again, and `FrameStream`."""
     path = tmp_path / name

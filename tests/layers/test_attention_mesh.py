@@ -105,7 +105,7 @@ CONTEXTS = {
     "one axis manual, with rules": Context(**THEIRS, manual=("x",), rules=OWN_RULES),
     "one axis manual, our names": Context(**OURS, manual=("data",)),
 }
-QUICK = ("data", "data and tensor, our rules", "other names", "other names, explicit")
+QUICK = ("data and tensor, our rules", "other names, explicit")
 
 
 def both_passes(q, k, v, d_out, implementation="chunked", attend=attention):

@@ -74,7 +74,7 @@ def loops(text) -> int:
 
 @pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16"], "bfloat16"))
 @pytest.mark.parametrize("training", mostly_slow([False, True], True))
-@pytest.mark.parametrize("model", mostly_slow(MODELS, "VideoMAE", "factorised encoder"))
+@pytest.mark.parametrize("model", mostly_slow(MODELS, "VideoMAE"))
 def test_accelerators_get_their_own_tile(model, training, dtype):
     _, step, accelerators, cpus = MODELS[model]
     source = traced(model, step if training else "forward", dtype=dtype)

@@ -248,14 +248,17 @@ COMPILED = [
 
 
 @needs_libtpu
-@pytest.mark.parametrize("kind", mostly_slow(FOUR_CHIPS, "v5e"))
-def test_compiles_for_each_generation(kind, compiler):
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    mostly_slow(itertools.product(FOUR_CHIPS, COMPILED), *(("v5e", COMPILED[n]) for n in (0, -1))),
+)
+def test_compiles_for_each_generation(kind, what, compiler):
     """And within the chip's memory, which libtpu checks; each device attends on its own."""
-    for length, keys, width, dtype in COMPILED:
-        q = (4, length, 2, width)
-        found = compiler("kernels", topology=FOUR_CHIPS[kind], q=q, keys=keys, dtype=dtype)
-        assert not found["collectives"] and not found["logged"]
-        assert found["kernels"] == (3 if keys == 7000 else 2)
+    length, keys, width, dtype = what
+    q = (4, length, 2, width)
+    found = compiler("kernels", topology=FOUR_CHIPS[kind], q=q, keys=keys, dtype=dtype)
+    assert not found["collectives"] and not found["logged"]
+    assert found["kernels"] == (3 if keys == 7000 else 2)
 
 
 @needs_libtpu

@@ -121,7 +121,6 @@ def assert_same(found, exact):
     ("name", "layout"),
     mostly_slow(
         [(name, layout) for layout in LAYOUTS for name in MODELS],
-        ("mae pretraining", "parts"),
         ("mae cls", "clips explicit, with rules"),
     ),
 )

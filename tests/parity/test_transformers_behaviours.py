@@ -219,6 +219,11 @@ def pair(request, tmp_path_factory):
     return Pair(name, reference, directory, *vivit_jax.from_pretrained(directory))
 
 
+def of(quick):
+    """For a test of pairs: of this class always, of the others with -m slow."""
+    return pytest.mark.parametrize("pair", mostly_slow(CLASSES, quick), indirect=True)
+
+
 def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -254,6 +259,7 @@ def test_outputs_are_transformers(pair):
     assert (ours[0] if tokens else ours.logits).shape == ((BATCH, tokens, 32) if tokens else shape)
 
 
+@of("VivitForVideoClassification")
 def test_counts_and_shapes_of_what_is_reported(pair):
     seen = {"VivitModel": 17, "VivitForVideoClassification": 17}.get(pair.name, 25)
     seen -= MASKED if pair.name == "VideoMAEForPreTraining" else 0
@@ -274,6 +280,7 @@ def test_the_first_argument_is_pixel_values(pair):
     assert known <= set(arguments)
 
 
+@of("VivitForVideoClassification")
 def test_the_same_bits_each_time_and_for_each_clip(pair):
     out = pair.ours()
     for one, other in zip(out.to_tuple(), pair.ours().to_tuple(), strict=True):
@@ -284,6 +291,7 @@ def test_the_same_bits_each_time_and_for_each_clip(pair):
         close(alone[key][0], out[key][1])
 
 
+@of("VideoMAEForPreTraining")
 def test_attention_can_be_set_afterwards(pair, tmp_path):
     wanted = pair.ours(output_attentions=True)
     for attention in ("xla", "chunked"):
@@ -403,6 +411,7 @@ def test_configs_survive_files_and_changes():
         assert dataclasses.replace(config, num_labels=3, id2label=None).num_labels == 3
 
 
+@of("VideoMAEForPreTraining")
 def test_initial_values_are_transformers(pair):
     """Normal with the config's deviation, or the constant that transformers sets."""
     config = dataclasses.replace(pair.model.config, initializer_range=0.5)
@@ -424,6 +433,7 @@ def test_shapes_need_no_memory():
     assert sum(leaf.size for leaf in shapes) > 10**12
 
 
+@of("VideoMAEForPreTraining")
 def test_every_parameter_learns_and_remat_changes_nothing(pair):
     inputs = pair.inputs(labels=True)
 
@@ -447,6 +457,7 @@ def test_every_parameter_learns_and_remat_changes_nothing(pair):
         np.testing.assert_allclose(again[path], gradient, atol=1e-5, rtol=1e-4, err_msg=path)
 
 
+@of("VivitForVideoClassification")
 def test_pixels_have_a_gradient(pair):
     def total(pixels):
         return pair.model.apply({"params": pair.params}, pixels, **pair.inputs())[-1].sum()

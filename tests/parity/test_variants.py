@@ -54,7 +54,7 @@ def load(config, params):
     ("case", "scan_layers"),
     mostly_slow(
         [*((case, True) for case in VARIANTS), ("joint", False), ("encoder", False)],
-        *((case, True) for case in ("joint", "encoder", "encoder spatial only")),
+        *((case, True) for case in ("joint", "encoder")),
         *((case, True) for case in ("self-attention time first", "dot product")),
     ),
 )

@@ -140,7 +140,7 @@ def dual_run():
     ("case", "scan_layers"),
     mostly_slow(
         [*((case, True) for case in CASES), *((case, False) for case in UNROLLED)],
-        *((case, True) for case in ("V1", "dual", "dual both", "dual 13 channels")),
+        *((case, True) for case in ("dual", "dual both", "dual 13 channels")),
     ),
 )
 def test_pretraining(case, scan_layers):

@@ -97,7 +97,9 @@ def test_the_model_computes_the_same_bits(changes, make, compute_all):
             assert_same_bits(getattr(ours, field), getattr(everything, field))
 
 
-@pytest.mark.parametrize(("batch", "ratio"), [(1, 0.75), (2, 0.9)])
+@pytest.mark.parametrize(
+    ("batch", "ratio"), [(1, 0.75), pytest.param(2, 0.9, marks=pytest.mark.slow)]
+)
 def test_real_sizes_compute_the_same_bits(batch, ratio):
     """1568 tokens of 1536 values, 768 wide: no product of matrices rounds by the count of rows."""
     with jax.enable_x64(True):

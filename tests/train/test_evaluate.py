@@ -231,7 +231,11 @@ def test_logits_averaged_as_scenic_does_are_those_of_a_loop(classifier, dataset)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "at_once"), [(ONE, 1), (ONE, 5), (EIGHT, None), (EIGHT, 1), (EXPLICIT, 5)]
+    ("mesh", "at_once"),
+    mostly_slow(
+        [(ONE, 1), (ONE, 5), (EIGHT, None), (EIGHT, 1), (EXPLICIT, 5)],
+        *((ONE, 1), (EIGHT, None), (EXPLICIT, 5)),
+    ),
 )
 def test_neither_views_at_once_nor_a_mesh_changes_the_result(
     classifier, dataset, result, mesh, at_once

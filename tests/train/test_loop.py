@@ -174,7 +174,7 @@ def test_waiting_for_data_is_a_share_of_the_time(recipe, tmp_path, monkeypatch):
     following, steps = Batches.__next__, itertools.count(1)
 
     def slow(batches):
-        time.sleep(2.0 if next(steps) == 9 else 0.1)
+        time.sleep(1.2 if next(steps) == 9 else 0.03)
         return following(batches)
 
     monkeypatch.setattr(Batches, "__next__", slow)
@@ -268,7 +268,7 @@ def test_the_model_comes_with_its_preprocessing(whole):
     assert list(theirs.image_mean) == [0.485, 0.456, 0.406]
 
 
-@pytest.mark.parametrize("source", ["table", "objects"])
+@pytest.mark.parametrize("source", ["objects", pytest.param("table", marks=pytest.mark.slow)])
 def test_names_of_a_table_or_an_object_train_as_folders_do(source, whole, recipe, data, tmp_path):
     """A table that has both splits; objects that replace what the recipe says."""
     train, test = (read_dataset(data / split) for split in ("train", "test"))

@@ -490,11 +490,8 @@ def test_products_without_tiles_are_compiled_otherwise():
 
 
 @needs_libtpu
-@pytest.mark.parametrize(
-    "recipe",
-    [PRETRAIN, pytest.param(VIVIT, marks=pytest.mark.slow)],
-    ids=lambda recipe: recipe.name,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [PRETRAIN, VIVIT], ids=lambda recipe: recipe.name)
 def test_a_plan_for_tpus(recipe):
     found = plan(recipe, FOUR, parse_mesh("data=2,fsdp=2", 4), videos=1000)
     assert found.cycles > 0 and found.peak > found.arguments
@@ -522,6 +519,7 @@ def test_a_plan_for_slices():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_what_the_compiler_refuses_is_one_line():
     large = changed(PRETRAIN, train__batch_size=3_000_000)
     with pytest.raises(

@@ -340,6 +340,7 @@ def everything(key, pixels, targets, rows):
     return mix(mixing, pixels, targets, VIDEOMAE, rows)
 
 
+@pytest.mark.slow
 def test_a_batch_over_devices_equals_its_parts_on_one():
     """Also for a kind of key that draws differently under vmap, such as this one."""
     augment, key = jax.jit(everything), jax.random.key(5, impl="rbg")

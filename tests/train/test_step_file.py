@@ -146,6 +146,7 @@ def test_a_process_without_this_library_takes_the_same_steps(name, tmp_path):
     assert int(state.step) == STEPS and int(state.skipped) == 0
 
 
+@pytest.mark.slow
 def test_a_state_of_any_kind_is_taken_and_donated(tmp_path):
     """A TrainState comes back as one, NumPy's arrays by path as a dict; both from the mesh."""
     setup, step = setup_of("mesh"), load_step(written(tmp_path, "mesh"))

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import mostly_slow
 from tiny_recipes import FINETUNE, changed
 
 from vivit_jax.recipes import recipe_named
@@ -56,9 +55,8 @@ def test_the_update_is_one_kernel_for_each_array_of_the_state(demo):
     assert 3 * len(leaves) <= len(found) <= 3 * len(leaves) + 8  # beside them, rate and counts
 
 
-@pytest.mark.parametrize(
-    "change", mostly_slow([{}, {"optim__algorithm": "sgd", "optim__ema": None}], {})
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{}, {"optim__algorithm": "sgd", "optim__ema": None}])
 def test_a_clipped_and_averaged_step_copies_nothing_either(change):
     """Clipping uses the norm that the step reports: the branch computes no second one."""
     text = compiled(setup_of(changed(FINETUNE, **change))).as_text()
