@@ -165,8 +165,8 @@ FAULTS = [
     Fault(
         "every epoch in the same order",
         DATA + "pipeline.py",
-        "np.random.default_rng((seed, epoch)).permutation(count)",
-        "np.random.default_rng((seed, 0)).permutation(count)",
+        "np.random.default_rng((seed, epoch)).shuffle(order)",
+        "np.random.default_rng((seed, 0)).shuffle(order)",
     ),
     Fault(
         "every clip augmented alike",
