@@ -208,16 +208,10 @@ def _source(example: Example) -> Any:
 
 
 def _digest(example: Example) -> str:
-    clip: Any = example.path
-    if isinstance(example, ObjectExample):
-        assert example.clips is not None, "from_objects gives it"
-        clip = example.clips.clip(example.index)
-    if isinstance(clip, np.ndarray):
-        return hashlib.sha256(repr(clip.shape).encode() + clip.tobytes()).hexdigest()
     try:
-        return content_digest(clip)
+        return content_digest(example)
     except OSError as error:
-        raise VideoError(f"{clip}: {error.strerror}") from None
+        raise VideoError(f"{example.path}: {error.strerror}") from None
 
 
 def _file_name(settings: Mapping[str, Any], digest: str, example: Example) -> str:

@@ -17,6 +17,7 @@ from vivit_jax.data.datasets.columns import Label
 from vivit_jax.data.datasets.dataset import (
     Dataset,
     Example,
+    ObjectExample,
     count_frames,
     read_frames,
     read_views,
@@ -201,7 +202,11 @@ def inspect(example: Example, decode: Span | None = None) -> ClipFacts:
 
 
 def _facts(example: Example) -> ClipFacts:
-    path = example.path
+    content = _content(example)
+    if not isinstance(content, str):
+        return _item_facts(example, content)
+    path = content
+    example = example if path == example.path else Example(path, example.label)
     if ending(path) in ARRAYS or is_folder(path) or example.frame_name is not None:
         frames = count_frames(example)
         _, height, width, channels = read_frames(example, [0, frames - 1]).shape
@@ -220,6 +225,23 @@ def _facts(example: Example) -> ClipFacts:
     return ClipFacts(
         example, None, frames, info.width, info.height, 3, fps, codec, clip_bytes(path)
     )
+
+
+def _content(example: Example) -> Any:
+    """The path of a clip's file; of an item of an object that has none, what it holds."""
+    if not isinstance(example, ObjectExample):
+        return example.path
+    assert example.clips is not None, "from_objects gives it"
+    return example.clips.clip(example.index)
+
+
+def _item_facts(example: Example, content: Any) -> ClipFacts:
+    frames = count_frames(example)
+    _, height, width, channels = read_frames(example, [0, frames - 1]).shape
+    encoded = isinstance(content, list)
+    size = sum(map(len, content)) if encoded else content.nbytes
+    codec = "images" if encoded else "frames"
+    return ClipFacts(example, None, frames, width, height, channels, None, codec, size)
 
 
 def _files(path: str) -> list[str]:
@@ -247,7 +269,9 @@ def find_copies(
             first.setdefault(each.example.path, index)
     by_size = _grouped(first.items(), lambda item: facts[item[1]].bytes)
     same_size = [item for group in by_size for item in group]
-    digests = in_threads(lambda item: _digest_of(item[0]), same_size, threads, progress)
+    digests = in_threads(
+        lambda item: _digest_of(facts[item[1]].example), same_size, threads, progress
+    )
     found = zip(same_size, list(digests), strict=True)
     groups = _grouped(found, lambda pair: pair[1])
     return tuple(tuple(index for (_, index), _ in group) for group in groups)
@@ -261,21 +285,28 @@ def _grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> list[list[Ite
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _digest_of(path: str) -> str:
+def _digest_of(example: Example) -> str:
     """A hash of a clip's bytes; its path if they cannot be read, which its reader reports."""
     try:
-        return content_digest(path)
+        return content_digest(example)
     except (OSError, VideoError):
-        return path
+        return example.path
 
 
-def content_digest(path: str) -> str:
-    """A hash of the bytes of a clip's file, or of its images in order.
+def content_digest(example: Example) -> str:
+    """A hash of the bytes of a clip's file, of its images in order, or of an object's item.
 
     Raises OSError; VideoError for what is not opened, as a FIFO, at which reading would wait.
     """
+    content = _content(example)
+    if isinstance(content, np.ndarray):
+        return hashlib.sha256(repr(content.shape).encode() + content.tobytes()).hexdigest()
     whole = hashlib.sha256()
-    for name in _files(path):
+    if isinstance(content, list):  # of encoded images
+        for image in content:
+            whole.update(hashlib.sha256(image).digest())
+        return whole.hexdigest()
+    for name in _files(content):
         check_file(name, VideoError)
         with opened(name) as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())

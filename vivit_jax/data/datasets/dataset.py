@@ -36,6 +36,7 @@ from vivit_jax.data.datasets.list_files import SOURCES, count_labels
 from vivit_jax.data.datasets.list_formats import read_listed
 from vivit_jax.data.datasets.list_rows import ListSource, NoSuchSplit
 from vivit_jax.data.datasets.objects import ObjectClips
+from vivit_jax.data.datasets.records import is_records, read_records
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
@@ -135,6 +136,8 @@ def read_dataset(
       numbered in order of their names, including empty folders. Such directories may be the splits
       in another one, as train and val.
     - A directory of clips, which are unlabelled.
+    - TFRecord files of SequenceExamples, see `vivit_jax.data.datasets.records`: one, `NAME@COUNT`
+      for the shards NAME-00000-of-COUNT and so on, or a directory of them.
 
     In directories a clip is a file with one of the endings `VIDEOS` or `ARRAYS`, an animated .webp,
     or a folder of images; hidden files are skipped, and so are others, with a warning.
@@ -166,6 +169,8 @@ def read_dataset(
         ) from None
     if is_address(path):
         path = address_text(path)
+    if is_records(path):
+        return _recorded(path, labels, class_names)
     if is_directory(path):
         if labels is not None and labels > 1:
             raise UserError(f"{path}: folders give one label; for labels={labels} write a list")
@@ -202,6 +207,24 @@ def own_validation(
     except NoSuchSplit:
         return None
     return None if held_out.fingerprint == train.fingerprint else held_out
+
+
+def _recorded(path: str, labels: int | None, class_names: str | Path | None) -> Dataset:
+    """The data set of TFRecord files."""
+    clips, found, classes = read_records(path, labels)
+    if class_names is not None and found[0] is not None:
+        classes = read_class_names(class_names)
+        most = max(label if isinstance(label, int) else max(label or (0,)) for label in found)
+        if most >= len(classes):
+            raise UserError(
+                f"{path}: has label {most}, and {os.fspath(class_names)} names classes 0 to "
+                f"{len(classes) - 1}; use the file that belongs to these clips"
+            )
+    examples = tuple(
+        ObjectExample(f"{clips.name}[{k}]", label, clips=clips, index=k)
+        for k, label in enumerate(found)
+    )
+    return Dataset(examples, classes, path)
 
 
 def from_objects(
@@ -327,7 +350,7 @@ class _NumberedImages:
         return os.path.join(self.folder, self.frame_name.format(self.start + int(index)))
 
 
-_Stored = UInt8[np.ndarray, "total h w c"] | list[str] | _NumberedImages | None
+_Stored = UInt8[np.ndarray, "total h w c"] | list[str] | list[bytes] | _NumberedImages | None
 
 
 def _opened(example: Example) -> tuple[Example, _Stored]:
@@ -399,7 +422,7 @@ def _read(
         return np.array(stored[places])
     # A repeated frame is decoded once.
     distinct, order = np.unique(places, return_inverse=True)
-    images = [read_picture(stored[k]) for k in distinct]
+    images = [_picture(stored[k], f"{path}, frame {k}") for k in distinct]
     sizes = {}
     for k, image in zip(distinct, images, strict=True):
         sizes.setdefault(image.shape, k)
@@ -407,3 +430,7 @@ def _read(
         named = ", ".join(f"{w}x{h} (frame {k})" for (h, w, _), k in sizes.items())
         raise VideoError(f"{path}: frames of different sizes: {named}; expected one size")
     return np.stack(images)[order]
+
+
+def _picture(stored: str | bytes, name: str) -> UInt8[np.ndarray, "h w 3"]:
+    return read_picture(stored) if isinstance(stored, str) else read_picture(name, stored)

@@ -9,6 +9,7 @@ before it, which are in milliseconds.
 import contextlib
 import dataclasses
 import functools
+import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -31,15 +32,16 @@ _WEBP_HEAD = 21  # bytes, up to the flags of the extended form
 _ANIMATED = 0x02
 
 
-def read_picture(path: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads a picture as RGB.
+def read_picture(path: str, content: bytes | None = None) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads a picture as RGB: a file, or its `content`, which messages call `path`.
 
     Raises VideoError for a file that is not a picture, for more pixels than `most_pixels` allows,
     for more than 8 bits per channel, and for an animation.
     """
-    check_file(path, VideoError)
+    if content is None:
+        check_file(path, VideoError)
     try:
-        with _opened(path) as image:
+        with _opened(path, content) as image:
             if image.format == "WEBP" and image.is_animated:
                 raise ValueError(f"an animation of {image.n_frames} frames, expected one picture")
             if image.mode[0] in "IF":  # Pillow would clip these
@@ -52,7 +54,7 @@ def read_picture(path: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Any]:
+def _opened(path: str, content: bytes | None = None) -> Iterator[Any]:
     from PIL import Image
 
     most, own = most_pixels(path), Image.MAX_IMAGE_PIXELS
@@ -62,6 +64,7 @@ def _opened(path: str) -> Iterator[Any]:
         else:
             most = 2 * own
     file: Any = opened(path) if is_address(path) else path
+    file = file if content is None else io.BytesIO(content)
     try:
         image = Image.open(file)
     except Image.DecompressionBombError:
