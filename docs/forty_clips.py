@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the clips of forty_clips.md: a folder as people have it, and clips to test with.
 
-    .venv/bin/python docs/forty_clips.py DIRECTORY
+    .venv/bin/python docs/forty_clips.py DIRECTORY [SEED]
 
 A shape moves or changes its size, and each class mostly has a colour of its own. Of the 40 clips in
 clips/, which lie in folders by year and class, one is portrait, one is stored lying and shown
@@ -70,9 +70,9 @@ def people_clips(root: Path) -> Iterator[tuple[Path, str]]:
             yield root / "clips" / year / kind / f"clip {number + 1:02}.mp4", kind
 
 
-def main(root: Path) -> None:
+def main(root: Path, seed: int = 40) -> None:
     """Write everything below `root`; the same files each time."""
-    rng = np.random.default_rng(40)
+    rng = np.random.default_rng(seed)
     special = {3: "portrait", 14: "turned", 25: "short", 36: "damaged"}
     for number, (path, kind) in enumerate(people_clips(root)):
         what = special.get(number)
@@ -91,4 +91,4 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

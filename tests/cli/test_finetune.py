@@ -21,6 +21,7 @@ from vivit_jax.models.build import build_model, fresh_params
 from vivit_jax.recipes import from_dict
 from vivit_jax.train import prepare
 from vivit_jax.train.log import read_metrics
+from vivit_jax.train.saved_models import best_model
 from vivit_jax.train.sharding import parse_mesh
 
 ONE = parse_mesh("data=1", 1)
@@ -128,6 +129,17 @@ def test_a_class_without_clips_is_noticed(place, tmp_path, caplog):
     suggested_recipe(str(clips), str(place / "start"), ONE, [], said.append)
     assert "\nno clip to train on of jump: never predicted; add clips, or remove it\n" in said[0]
     assert caplog.text.count("1 file is not a clip, such as notes.txt") == 1
+
+
+def test_a_run_to_start_from_stands_for_its_best_model(finished, place, tmp_path, capsys, caplog):
+    run, _, _ = finished
+    args = ("--data", place / "no", "--start", run, "--out", tmp_path / "run")
+    assert "no: No such file" in line_of(capsys, *args)  # the start is fine
+    (told,) = [text for text in caplog.messages if "is a run" in text]
+    assert told == f"--start {run} is a run; its best model is {best_model(run)}"
+    (tmp_path / "empty" / "models").mkdir(parents=True)
+    args = ("--data", place / "my clips", "--start", tmp_path / "empty", "--out", tmp_path / "run")
+    assert "has no model yet" in line_of(capsys, *args)
 
 
 def test_another_run_is_left_alone(place, tmp_path, capsys):

@@ -13,18 +13,24 @@ from vivit_jax.train.saved_models import model_directory
 logger = logging.getLogger(__name__)
 
 
+def best_of_run(model: str, flag: str) -> str:
+    """The best model of what a flag names, where that is a run, which is logged; else the name."""
+    given = Path(model)
+    is_run = (given / "models").is_dir() or (given / "model").is_dir()
+    if not is_run or (given / "config.json").exists():
+        return model
+    best = str(model_directory(given))
+    logger.warning("%s %s is a run; its best model is %s", flag, given, best)
+    return best
+
+
 def open_model(model: str, changes: tuple[str, ...], **execution: Any) -> Source:
     """Open a checkpoint, weights not read; `changes` are the settings of `--config`.
 
     A run of training or of `probe` stands for its best model, which is logged. Warns where settings
     contradict a config.json: the weights then compute another function.
     """
-    given = Path(model)
-    is_run = (given / "models").is_dir() or (given / "model").is_dir()
-    if is_run and not (given / "config.json").exists():
-        model = str(model_directory(given))
-        logger.warning("--model %s is a run; its best model is %s", given, model)
-    source = open_source(model, settings=changes, **execution)
+    source = open_source(best_of_run(model, "--model"), settings=changes, **execution)
     config = source.config
     if changes and source.config_json is not None:
         stored = source.config_json.config

@@ -13,6 +13,7 @@ from typing import Annotated
 import jax
 from tyro.constructors import PrimitiveConstructorSpec
 
+from vivit_jax.cli.model import best_of_run
 from vivit_jax.cli.options import ONE_PROCESS, ProcessOptions, validation_share
 from vivit_jax.cli.suggest import Clips, comparison, suggested_recipe
 from vivit_jax.console import FLAT, KeyValues, stopped_by
@@ -55,8 +56,9 @@ class RunOptions:
         data: Clips to train on, as --set data.train=...: a list file with a path (to
             fine-tune also a label) in each line or in columns, or a directory, to fine-tune with a
             folder for each class.
-        start: Weights to start from, as --set model.start=...: the same kind of model, or a ViViT
-            of other sizes; to fine-tune also a masked autoencoder or, for a ViViT, an image ViT.
+        start: Weights to start from, as --set model.start=..., or a run, for its best model: the
+            same kind of model, or a ViViT of other sizes; to fine-tune also a masked autoencoder
+            or, for a ViViT, an image ViT.
             Frames are prepared as the processor beside the weights says, unless --set changes it.
         validation: Held-out clips, as --set data.validation=...: a list file or directory of their
             own; or the share of each class of --data to hold out, such as 0.2; or none, as 0.
@@ -214,7 +216,8 @@ def _given(options: RunOptions) -> list[str]:
             # One that is repeated within a --set is refused by `apply_settings`.
             given[name if names.index(name) == place else f"{name} again"] = text
     found = [*given.values()]
-    for name, value in (("data.train", options.data), ("model.start", options.start)):
+    start = None if options.start is None else best_of_run(options.start, "--start")
+    for name, value in (("data.train", options.data), ("model.start", start)):
         found += [f"{name}={value}"] if value is not None else []
     return found + _validation(options.validation)
 

@@ -125,6 +125,7 @@ class _Found:
     held_labels: Int[np.ndarray, " m"]
     names: tuple[str, ...]
     unreadable: Mapping[str, str]
+    stride: int
 
     @classmethod
     def of(cls, frozen: Frozen, sides: Sides, folder: Path, threads: int) -> "_Found":
@@ -144,7 +145,8 @@ class _Found:
             held = clip_features(frozen, dataset, folder, threads=threads, name="held-out clips")
             held_labels = _labels(dataset, held)
             unreadable |= held.unreadable
-        return cls(train, labels, held, held_labels, config.labels, unreadable)
+        stride = frozen.views.stride
+        return cls(train, labels, held, held_labels, config.labels, unreadable, stride)
 
     @property
     def repeated(self) -> tuple[str, ...]:
@@ -165,8 +167,9 @@ class _Found:
         short = self.repeated
         if short:
             notes.append(
-                f"{counted(len(short), 'clip')} too short for a view, so that frames repeat; a "
-                f"smaller --stride may fit: {', '.join(short[:3])}{', ...' * (len(short) > 3)}"
+                f"{counted(len(short), 'clip')} too short for a view, so that frames repeat"
+                f"{'; a smaller --stride may fit' * (self.stride > 1)}: {', '.join(short[:3])}"
+                f"{', ...' * (len(short) > 3)}"
             )
         return tuple(notes)
 
