@@ -147,7 +147,6 @@ def test_output_and_gradient(name, layout):
             for name in ("joint", "dot product", "mae pretraining")
             for layout in ("clips", "heads", "parts")
         ],
-        ("dot product", "heads"),
     ),
 )
 def test_what_moves_is_what_moves_on_automatic_axes_with_rules(name, layout):
