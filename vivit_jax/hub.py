@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 from vivit_jax.errors import CheckpointError, MissingExtra, first_line, quoted
+from vivit_jax.files.addresses import address_text, is_address
+from vivit_jax.files.fetched import fetched_checkpoint, fetched_file
 from vivit_jax.files.json_files import read_json
 
 _NAME = r"[A-Za-z0-9][\w.-]{,255}"
@@ -61,6 +63,8 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"a checkpoint is a directory, a weight file or a hub id, got {quoted(repr(source))}"
         )
+    if is_address(source):
+        return _resolve_address(address_text(source), revision)
     remote = _local_or_remote(source, revision)
     if isinstance(remote, Path):
         return remote
@@ -82,6 +86,26 @@ def resolve_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         return config.parent
     where = "the local cache (offline)" if _offline() else "the repository"
     raise CheckpointError(f"{source}: {where} holds none of {', '.join(WEIGHT_FILES)}")
+
+
+def _resolve_address(address: str, revision: str | None) -> Path:
+    """The checkpoint at an address, copied into the cache of this machine; as `resolve_checkpoint`.
+
+    `hf://org/name` is the hub id.
+    """
+    if address.startswith("hf://"):
+        return resolve_checkpoint(address.removeprefix("hf://"), revision)
+    if revision is not None:
+        raise CheckpointError(f"revision={revision!r} is for hub ids; {address} is an address")
+    try:
+        found = fetched_checkpoint(address, (_CONFIG, *PROCESSOR_FILES, CARD), WEIGHT_FILES)
+    except OSError as error:
+        raise CheckpointError(f"{address}: {error.strerror}") from None
+    for name in WEIGHT_FILES:
+        if name.endswith(".index.json") and (found / name).exists():
+            for shard in sorted(set(read_index(found / name).values())):
+                fetched_file(f"{address}/{shard}", found / shard)
+    return found
 
 
 def resolve_processor(source: str, revision: str | None = None) -> Path:

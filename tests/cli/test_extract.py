@@ -824,3 +824,25 @@ def test_a_video_that_fails_in_its_middle_counts_as_far_as_it_came(monkeypatch, 
                 if k == 0 and done == 60:
                     raise vivit_jax.VideoError("damaged")
     assert listing.rest() == "; 1 more, 0:01:40 left"
+
+
+def test_videos_and_features_in_a_store(model, video, capsys, tmp_path, monkeypatch):
+    """They are those of local files, and are not made again."""
+    import fsspec
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/x/videos/run/a.mp4", video.read_bytes())
+    memory.put(f"{model}/", "/x/model/", recursive=True)
+    args = ("memory://x/videos", "--model", "memory://x/model", "--out", "memory://x/out")
+    status, told, _ = run_command(capsys, "extract", *args)
+    assert status == 0 and "written to memory://x/out/run/a.safetensors" in told
+    memory.get("/x/out/run/a.safetensors", str(tmp_path / "there.safetensors"))
+    assert (
+        run_command(capsys, "extract", video, "--model", model, "--out", tmp_path / "here")[0] == 0
+    )
+    here, there = load(tmp_path / "here" / "a.safetensors"), load(tmp_path / "there.safetensors")
+    for name, value in here.items():
+        np.testing.assert_array_equal(there[name], value)
+    status, told, _ = run_command(capsys, "extract", *args)
+    assert (status, told) == (0, f"{args[0]}/run/a.mp4: already in {args[-1]}/run/a.safetensors\n")

@@ -27,7 +27,9 @@ from vivit_jax.files.reading import opened
 @pytest.fixture(autouse=True)
 def fresh():
     """Nothing is known from the tests before."""
-    fsspec.filesystem("memory").store.clear()
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
     ranges.forget()
     scanned.cache_clear()
     storage._reached.clear()

@@ -23,7 +23,7 @@ from vivit_jax.cli.check_text import (
     finding_line,
 )
 from vivit_jax.cli.options import SourceOptions
-from vivit_jax.console import FLAT
+from vivit_jax.console import FLAT, PlaceOption
 from vivit_jax.data.datasets.check import (
     LEVELS,
     Finding,
@@ -36,7 +36,9 @@ from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.datasets.hold_out import write_list
 from vivit_jax.data.settings import DataSettings
 from vivit_jax.errors import UserError, WriteError
+from vivit_jax.files.addresses import Place
 from vivit_jax.files.atomic import check_output, whole_file, write_json
+from vivit_jax.files.reading import exists
 from vivit_jax.progress import live_line
 
 
@@ -70,7 +72,7 @@ class OutputOptions:
 
 
 def check_data(
-    data: Annotated[Path, tyro.conf.Positional],
+    data: Annotated[PlaceOption, tyro.conf.Positional],
     /,
     *,
     source: Annotated[ClipOptions, FLAT] = ClipOptions(),
@@ -121,7 +123,7 @@ def check_data(
 
 
 def _check_options(
-    data: Path, source: ClipOptions, check: CheckOptions, output: OutputOptions
+    data: Place, source: ClipOptions, check: CheckOptions, output: OutputOptions
 ) -> None:
     for name in ("frames", "stride", "threads"):
         if getattr(check, name) < 1:
@@ -131,7 +133,7 @@ def _check_options(
             raise UserError(f"--{flag} must be at least 0, got {value}")
     if not 0 < check.validation < 1:
         raise UserError(f"--validation must be between 0 and 1, got {check.validation:g}")
-    if not os.path.exists(data):
+    if not exists(data):
         raise UserError(f"{data}: no such file or directory; name a list file or a directory")
     if output.draw is not None:
         check_output(output.draw, (".png",), output.overwrite, flag="--draw")
@@ -139,13 +141,13 @@ def _check_options(
         check_output(output.json, (".json",), output.overwrite, flag="--json")
     for path in output.write_split or ():
         check_output(path, (".csv", ".txt"), output.overwrite, flag="--write-split")
-        if os.path.exists(path) and os.path.samefile(path, data):
+        if isinstance(data, Path) and os.path.exists(path) and os.path.samefile(path, data):
             raise UserError(f"--write-split {path} is the data set itself; choose another name")
     if output.write_split and len({path.absolute() for path in output.write_split}) == 1:
         raise UserError(f"--write-split names {output.write_split[0]} twice; name two files")
 
 
-def _listed(data: Path, source: ClipOptions) -> tuple[Dataset, list[Finding]]:
+def _listed(data: Place, source: ClipOptions) -> tuple[Dataset, list[Finding]]:
     """The clips, and a note where they are those of one split, which training takes."""
     try:
         return source.listed(data, source.labels), []

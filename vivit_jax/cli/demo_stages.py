@@ -64,7 +64,7 @@ def videomae(demo: Demo) -> Outcome:
     data = demo.out / "data"
     pretrained = demo.out / "pretrained"
     pretraining = _run(demo, demo_pretrain(), "pretraining", data / "train")
-    _copy(pretraining.model, pretrained)
+    _copy(Path(pretraining.model), pretrained)
     say(f"loss on held-out clips {pretraining.metrics['loss']:.4f}; model in {pretrained}")
     with demo.stage("reconstruct"):
         errors, command = _reconstructions(demo, pretrained)
@@ -176,7 +176,7 @@ def _copy(model: Path, directory: Path) -> None:
 def _use(demo: Demo, trained: Ended, recipe: Recipe) -> _Used:
     """Load, evaluate and use a trained and saved classifier."""
     directory = demo.out / "model"
-    _copy(trained.model, directory)
+    _copy(Path(trained.model), directory)
     with demo.stage("evaluate"):
         evaluation = _evaluate(demo, directory, recipe)
     dataset = read_dataset(demo.test)

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -17,7 +16,7 @@ from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import ONE_PROCESS, Dtype, ProcessOptions, SourceOptions
-from vivit_jax.console import FLAT, ConfigOption, joined
+from vivit_jax.console import FLAT, ConfigOption, PlaceOption, joined
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.read_clip import strided_sampler
 from vivit_jax.errors import UserError
@@ -104,9 +103,9 @@ class OutputOptions:
         overwrite: Replace these files.
     """
 
-    out: Path | None = None
-    report: Path | None = None
-    confusion: Path | None = None
+    out: PlaceOption | None = None
+    report: PlaceOption | None = None
+    confusion: PlaceOption | None = None
     overwrite: bool = False
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,12 +20,15 @@ from checkpoints_convert.pretrained import from_pretrained
 from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import Dtype
-from vivit_jax.console import FLAT, ConfigOption, joined
+from vivit_jax.console import FLAT, ConfigOption, PlaceOption, joined
 from vivit_jax.data.datasets.folders import clips_below
 from vivit_jax.data.sliding_window import plan_windows
 from vivit_jax.errors import UserError, VideoError, printable
+from vivit_jax.files.addresses import Address, Place
 from vivit_jax.files.atomic import check_directory, check_output, whole_file
+from vivit_jax.files.reading import exists, is_directory, is_file, size_of
 from vivit_jax.files.staging import made_parents
+from vivit_jax.files.storage import download, state
 from vivit_jax.inference.feature_file import SUFFIXES, RowWriter, changed, read_metadata
 from vivit_jax.inference.features import check_features, extract_features, has_head
 from vivit_jax.param_tree import params_hash
@@ -69,11 +73,11 @@ class FeatureOptions:
 
 
 def extract(
-    videos: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    videos: Annotated[tuple[PlaceOption, ...], tyro.conf.Positional],
     /,
     *,
     model: str,
-    out: Path,
+    out: PlaceOption,
     config: ConfigOption = (),
     features: Annotated[FeatureOptions, FLAT] = FeatureOptions(),
     batch_size: int = 8,
@@ -90,7 +94,8 @@ def extract(
     others are still done, and the exit status is 1. In Python this is `vivit_jax.extract_features`.
 
     Args:
-        videos: Video files, or directories of videos or with folders of them.
+        videos: Video files, or directories of videos or with folders of them; here, or at gs://,
+            s3:// or https://.
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic; with any head.
         out: For one video, a .safetensors or .npz file; or a directory, in which each video gets a
@@ -142,14 +147,14 @@ def extract(
 class _Listing:
     """Progress over a list of videos: of one by its frames, of all by their bytes."""
 
-    def __init__(self, videos: Sequence[Path]):
+    def __init__(self, videos: Sequence[Place]):
         # A missing file counts 0 bytes; reading it raises the error.
-        self._sizes = {v: os.path.getsize(v) if os.path.exists(v) else 0 for v in videos}
+        self._sizes = {v: size_of(v) if is_file(v) else 0 for v in videos}
         self._count, self._number = len(videos), 0
         self._pace, self._behind, self._total = Pace(), 0, sum(self._sizes.values())
 
     @contextlib.contextmanager
-    def of(self, video: Path) -> Iterator[Callable[[int, int], None]]:
+    def of(self, video: Place) -> Iterator[Callable[[int, int], None]]:
         """Yields the function to call with the video's frames so far and those announced."""
         self._number += 1
         size, share, pace, line = self._sizes[video], 0.0, Pace(), None
@@ -190,29 +195,29 @@ class _Listing:
         return f"; {more} more" + (f", {time_left}" if time_left else "") if more else ""
 
 
-def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tuple[Path, Path]]:
+def _outputs(videos: Sequence[Place], out: Place, format: str | None) -> list[tuple[Place, Place]]:
     """Each video and its file. Raises UserError."""
     if not videos:
         raise UserError("extract needs at least one video file")
     places, suffix = _places(videos), out.suffix.lower()
-    if suffix in SUFFIXES and not os.path.isdir(out):
+    if suffix in SUFFIXES and not is_directory(out):
         if len(places) > 1:
             raise UserError(f"--out {out} is one file, for {len(places)} videos; name a directory")
         if format not in (None, suffix[1:]):
             raise UserError(f"--out {out} and --format {format} contradict each other; leave one")
         check_output(out, SUFFIXES, overwrite=True)
         return [(places[0][0], out)]
-    if os.path.exists(out) and not os.path.isdir(out):
+    if exists(out) and not is_directory(out):
         raise UserError(
             f"--out {out} is a file; expected a directory, or for one video a file name that ends "
             f"in {' or '.join(SUFFIXES)}"
         )
-    if suffix in _OTHER_FILES and not os.path.isdir(out):
+    if suffix in _OTHER_FILES and not is_directory(out):
         raise UserError(
             f"--out {out} ends in {suffix!r}; expected {' or '.join(SUFFIXES)}, or a directory "
             "(create one of this name first)"
         )
-    jobs: dict[Path, Path] = {}
+    jobs: dict[Place, Place] = {}
     for video, place in places:
         path = out / place.parent / f"{place.stem}.{format or 'safetensors'}"
         if path in jobs:
@@ -226,13 +231,25 @@ def _outputs(videos: Sequence[Path], out: Path, format: str | None) -> list[tupl
     return [(video, path) for path, video in jobs.items()]
 
 
-def _places(given: Sequence[Path]) -> list[tuple[Path, Path]]:
+def _places(given: Sequence[Place]) -> list[tuple[Place, Path]]:
     """Each video with its place below --out, named after it.
 
     Videos in directories keep their path below these, or below the folder that these have in
     common. Other videos go by their names alone, unless two of one name lie in different folders:
-    then these keep their path below the folder that they have in common.
+    then these keep their path below the folder that they have in common. Videos of storage keep
+    their path below the directory that is given, or go by their names.
     """
+    found: list[tuple[Place, Path]] = []
+    for remote in (path for path in given if isinstance(path, Address)):
+        if not remote.is_dir():
+            found.append((remote, Path(remote.name)))
+            continue
+        for clip in clips_below(str(remote)):
+            found.append((Address(clip), Path(clip.removeprefix(f"{remote}/"))))
+    return found + _local_places([path for path in given if isinstance(path, Path)])
+
+
+def _local_places(given: Sequence[Path]) -> list[tuple[Place, Path]]:
     folders = [path for path in given if path.is_dir()]
     files = [path for path in given if not path.is_dir()]
     if len({path.name for path in files}) < len(set(files)):
@@ -274,18 +291,21 @@ def _plain_stride(text: str) -> str:
     return str(int(text))
 
 
-def _state(video: Path) -> dict[str, int]:
-    """Size and time of the file, by which a change is recognised."""
+def _state(video: Place) -> dict[str, int | str]:
+    """Size and time of the file, or its tag in storage, by which a change is recognised."""
+    if isinstance(video, Address):
+        return state(str(video))._asdict()
     file = video.stat()
     return {"bytes": file.st_size, "mtime_ns": file.st_mtime_ns}
 
 
-def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
+def _is_done(video: Place, path: Place, settings: dict[str, Any]) -> bool:
     """Whether the file holds what would be written. Raises UserError if it holds something else."""
-    if not path.exists() or not os.path.exists(video):
+    if not path.exists() or not exists(video):
         return False
     try:
-        made, damaged = read_metadata(path), changed(path)
+        with _copy_of(path) as file:
+            made, damaged = read_metadata(file), changed(file)
     except UserError as error:
         raise UserError(f"{error}; pass --overwrite, or name another --out") from error
     now = {**settings, "video": _state(video)}
@@ -313,9 +333,20 @@ def _is_done(video: Path, path: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _copy_of(path: Place) -> Iterator[Path]:
+    """The file here that a place names, or a copy of it."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="vivit-jax-") as directory:
+        download(str(path), Path(directory, path.name))
+        yield Path(directory, path.name)
+
+
 def _write(
-    video: Path,
-    path: Path,
+    video: Place,
+    path: Place,
     rows_of: Callable[..., Iterator[Any]],
     made: dict[str, Any],
     progress: Callable[[int, int], None],
@@ -331,7 +362,8 @@ def _write(
 
     rows = rows_of(progress=count)
     state = _state(video)
-    with made_parents(path), whole_file(path) as partial, RowWriter(partial) as file:
+    parents = made_parents(path) if isinstance(path, Path) else contextlib.nullcontext()
+    with parents, whole_file(path) as partial, RowWriter(partial) as file:
         for row in rows:
             features = row.features
             row_shape = features.shape

@@ -2,11 +2,11 @@
 """`--model` and `--config` of the commands that use a model."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.layouts.hf import config_path
 from checkpoints_convert.source import Source, open_source
+from vivit_jax.files.addresses import place
 from vivit_jax.train.initial_model import of_the_function
 from vivit_jax.train.saved_models import model_directory
 
@@ -15,7 +15,9 @@ logger = logging.getLogger(__name__)
 
 def best_of_run(model: str, flag: str) -> str:
     """The best model of what a flag names, where that is a run, which is logged; else the name."""
-    given = Path(model)
+    given = place(model)
+    if model.startswith("hf://"):  # a hub id, and runs are not on the hub
+        return model
     is_run = (given / "models").is_dir() or (given / "model").is_dir()
     if not is_run or (given / "config.json").exists():
         return model

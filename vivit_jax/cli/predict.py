@@ -17,11 +17,13 @@ import tyro
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import READ, Dtype, ReadOptions
 from vivit_jax.cli.predict_picture import save_mp4, save_png
-from vivit_jax.console import FLAT, ConfigOption, joined
+from vivit_jax.console import FLAT, ConfigOption, PlaceOption, joined
 from vivit_jax.data.datasets.folders import VIDEOS, clips_below, ending
 from vivit_jax.data.read_clip import parse_start
 from vivit_jax.errors import UserError, printable
+from vivit_jax.files.addresses import Place
 from vivit_jax.files.atomic import check_output, whole_file
+from vivit_jax.files.reading import is_directory
 from vivit_jax.inference.classifier import VideoClassifier
 from vivit_jax.inference.timeline import check_drawable, score_over_time
 from vivit_jax.progress import LiveLine, Pace, live_line
@@ -64,14 +66,14 @@ class OutputOptions:
     """
 
     json: bool = False
-    csv: Path | None = None
+    csv: PlaceOption | None = None
     draw: Path | None = None
     window_stride: str | None = None
     overwrite: bool = False
 
 
 def predict(
-    clips: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    clips: Annotated[tuple[PlaceOption, ...], tyro.conf.Positional],
     /,
     *,
     model: str,
@@ -147,11 +149,11 @@ def predict(
     return int(bool(failed))
 
 
-def _files(clips: tuple[Path, ...]) -> list[str]:
+def _files(clips: tuple[Place, ...]) -> list[str]:
     """The files, and those below the directories. Raises UserError for a directory without any."""
     files: list[str] = []
     for clip in clips:
-        files += clips_below(os.fspath(clip)) if os.path.isdir(clip) else [os.fspath(clip)]
+        files += clips_below(os.fspath(clip)) if is_directory(clip) else [os.fspath(clip)]
     return files
 
 

@@ -9,7 +9,7 @@ from checkpoints_convert.processor import processor_of
 from vivit_jax.cli.evaluate import ViewOptions, check_views, chosen_views
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import SourceOptions, validation_share
-from vivit_jax.console import FLAT, ConfigOption, joined
+from vivit_jax.console import FLAT, ConfigOption, PlaceOption, joined
 from vivit_jax.errors import UserError
 from vivit_jax.inference.probe import RESULT, check_out, check_settings, probe
 from vivit_jax.inference.probe_data import sides_of
@@ -29,7 +29,7 @@ class DataOptions(SourceOptions):
             of --data with splits (rows of a list, or folders train and val), else 0.2.
     """
 
-    data: Path
+    data: PlaceOption
     validation: str | None = None
 
 

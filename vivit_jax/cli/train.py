@@ -16,14 +16,16 @@ from tyro.constructors import PrimitiveConstructorSpec
 from vivit_jax.cli.model import best_of_run
 from vivit_jax.cli.options import ONE_PROCESS, ProcessOptions, validation_share
 from vivit_jax.cli.suggest import Clips, comparison, suggested_recipe
-from vivit_jax.console import FLAT, KeyValues, stopped_by
+from vivit_jax.console import FLAT, KeyValues, PlaceOption, stopped_by
 from vivit_jax.errors import UserError
+from vivit_jax.files.addresses import Address
 from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes import apply_settings, from_dict, recipe_named
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.loop import train
 from vivit_jax.train.profile import Profile
 from vivit_jax.train.run_directory import HELD_OUT_LIST, RunDirectory, resumes, saved_recipe
+from vivit_jax.train.run_store import check_new
 from vivit_jax.train.sharding import parse_mesh
 
 
@@ -50,7 +52,8 @@ class RunOptions:
     """The flags of both commands.
 
     Attributes:
-        out: Directory to write: new or empty, or with --resume one that holds a run.
+        out: Directory to write: new or empty, or with --resume one that holds a run; here, or at
+            gs:// or s3://.
         recipe: A name of `vivit-jax recipes`, or a recipe.json of a run. Default with --resume:
             the run's own; to fine-tune, settings that suit --data, --start and this machine.
         data: Clips to train on, as --set data.train=...: a list file with a path (to
@@ -75,7 +78,7 @@ class RunOptions:
         tensorboard: Write TensorBoard files too (needs the extra tensorboard).
     """
 
-    out: Path
+    out: PlaceOption
     recipe: str | None = None
     data: str | None = None
     start: str | None = None
@@ -122,6 +125,10 @@ def _run(task: str, options: RunOptions) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     out, traced = options.out, options.profile
+    if traced is not None and isinstance(out, Address):
+        raise UserError(
+            f"--profile writes to --out, and {out} is not on this machine; leave it out"
+        )
     step = None if isinstance(options.resume, bool | str) else options.resume
     with options.processes.connected(), _late_answers_dropped():
         first = jax.process_index() == 0
@@ -137,7 +144,7 @@ def _run(task: str, options: RunOptions) -> int:
             resume_step=step,
             mesh_sizes=sizes,
             tensorboard=options.tensorboard,
-            profile=None if traced is None else Profile.of_steps(traced, out / "profile"),
+            profile=None if traced is None else Profile.of_steps(traced, Path(out) / "profile"),
         )
     status = stopped_by(outcome.stopped) if outcome.stopped else 0
     if not first:
@@ -154,7 +161,8 @@ def _run(task: str, options: RunOptions) -> int:
         if outcome.stop_reason is not None:
             done += f" of {outcome.steps}: {outcome.stop_reason}"
         print(f"{done}; {which} in {outcome.model}, curves in {out}/report.html")
-        if options.recipe is None and not resume and (out / HELD_OUT_LIST).exists():
+        local = isinstance(out, Path)
+        if local and options.recipe is None and not resume and (out / HELD_OUT_LIST).exists():
             print("\n".join(comparison(out, recipe)))
     return status
 
@@ -201,7 +209,10 @@ def _chosen(
             "`vivit-jax recipes` lists them"
         )
     # Before the clips are opened.
-    RunDirectory(options.out, recipe_named("demo-finetune"), resume=False).close()
+    if isinstance(options.out, Address):
+        check_new(options.out, resume=False)
+    else:
+        RunDirectory(options.out, recipe_named("demo-finetune"), resume=False).close()
     say = print if jax.process_index() == 0 else lambda text: None
     return suggested_recipe(values["data.train"], values["model.start"], sizes, given, say)
 

@@ -24,6 +24,7 @@ from vivit_jax.console.program import (
     versions,
 )
 from vivit_jax.errors import UserError, first_line, printable
+from vivit_jax.files.storage import TRAFFIC
 from vivit_jax.version import __version__
 
 _SIGNALLED = 128
@@ -126,7 +127,12 @@ def _answer(program: Program, args: Sequence[str]) -> int | None:
         # Control characters are escaped on stdout, where commands print labels and paths. Live
         # lines on stderr move the cursor, so what is written there is escaped by its writer.
         with compilation_shown(), contextlib.redirect_stdout(_Printable(sys.stdout)):
-            return found()
+            before = str(TRAFFIC)
+            try:
+                return found()
+            finally:
+                if str(TRAFFIC) != before:
+                    print(f"storage: {TRAFFIC}", file=sys.stderr)
     return 0
 
 

@@ -24,6 +24,7 @@ from vivit_jax.data.sampling import training_indices
 from vivit_jax.data.settings import FEW_CLIPS, AugmentSettings, DataSettings
 from vivit_jax.data.transforms.augment import Transform, train_transform
 from vivit_jax.errors import UserError, VideoError
+from vivit_jax.files import block_cache
 from vivit_jax.processes import follow_the_main_process, interrupts_held
 
 # More elements than any run reads, skipped clips included.
@@ -229,6 +230,7 @@ class Batches:
         self._settings, self._labelled = settings, labelled
         self._rows = batch_size // shard.count
         self._cache = VideoCache(settings.cache_gib * 2**30)
+        block_cache.use(settings.cache_dir, settings.cache_dir_gib)
         transform = augment if callable(augment) else train_transform(augment, shape.size)
         self._load_clip = LoadClip(settings, transform, shape, self.sampler, self._cache)
         self._elements: Any = None  # grain's DatasetIterator, or None

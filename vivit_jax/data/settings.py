@@ -35,6 +35,8 @@ class DataSettings:
     threads: int = 2  # reader threads in each process of the pipeline
     workers: int = 0  # reader processes; 0: read in this process
     cache_gib: float = 0.0  # room for whole decoded videos, in each process
+    cache_dir: str | None = None  # a directory here that keeps what is read of storage
+    cache_dir_gib: float = 20.0  # its size
     frame_name: str = "img_{:05}.jpg"  # image names in frame folders whose list gives a count
     first_frame: int = 1  # number of the first image in such a folder
     max_bad_share: float = 0.05  # share of unreadable clips, after the first 20, that stops the run

@@ -73,7 +73,8 @@ class Address:
         return self._text < other._text
 
     def __truediv__(self, name: "str | os.PathLike[str]") -> "Address":
-        return Address(posixpath.join(self._text, Path(name).as_posix()))
+        inner = Path(name).as_posix()
+        return self if inner == "." else Address(posixpath.join(self._text, inner))
 
     @property
     def name(self) -> str:

@@ -44,13 +44,13 @@ def check() -> None:
         ) from None
 
 
-def use(directory: str | None, gib: float | None = None) -> None:
-    """Keep blocks in a directory from now on, in this process and those that it starts."""
-    if directory is None:
-        return
-    os.environ[DIRECTORY] = os.path.abspath(directory)
-    if gib is not None:
-        os.environ[GIB] = repr(float(gib))
+def use(directory: str | None, gib: float) -> None:
+    """Keep blocks in a directory from now on, in this process and those that it starts.
+
+    None leaves it to the environment. UserError for a directory that cannot be written.
+    """
+    if directory is not None:
+        os.environ[DIRECTORY], os.environ[GIB] = os.path.abspath(directory), repr(float(gib))
     check()
 
 

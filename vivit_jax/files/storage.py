@@ -8,7 +8,6 @@ log; then, and for what does not pass, StorageError is raised, or FileNotFoundEr
 no such object. All bytes are counted in `TRAFFIC`.
 """
 
-import asyncio
 import dataclasses
 import errno
 import functools
@@ -423,7 +422,7 @@ def _tried(address: str, what: str, call: Callable[[], T]) -> T:
 
 def _may_pass(error: Exception) -> bool:
     """Whether an error may be gone after a while."""
-    passing = (OSError, EOFError, asyncio.TimeoutError, http.client.HTTPException)
+    passing = (OSError, EOFError, http.client.HTTPException)
     library = type(error).__module__.partition(".")[0]
     status = getattr(error, "code", None)
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 429):

@@ -27,7 +27,7 @@ _RANGES = (
         "train.keep train.max_bad_steps train.patience evaluation.clips evaluation.crops "
         "evaluation.stride evaluation.resize",
     ),
-    (lambda v: v > 0, "above 0", "optim.lr optim.eps optim.clip"),
+    (lambda v: v > 0, "above 0", "optim.lr optim.eps optim.clip data.cache_dir_gib"),
     (
         lambda v: v >= 0,
         "0 or more",

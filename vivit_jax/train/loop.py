@@ -19,6 +19,7 @@ from checkpoints_convert.card import Base
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.data.transforms.augment import Transform
 from vivit_jax.errors import UserError, WriteError
+from vivit_jax.files.addresses import Place
 from vivit_jax.recipes.checks import check_values
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.agreement import checked_clips
@@ -41,6 +42,7 @@ from vivit_jax.train.prepare import first_state, prepare, summary
 from vivit_jax.train.profile import Profile, Tracer
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory, resumes
+from vivit_jax.train.run_store import RunStore, run_store
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, whole_mesh
 from vivit_jax.train.state import TrainState
@@ -56,7 +58,7 @@ class Outcome:
     step: int  # the last one taken
     steps: int  # of all epochs
     stopped: str | None  # the signal that ended it early
-    model: Path  # the best model's directory; without validation the last one's
+    model: Place  # the best model's directory; without validation the last one's
     metrics: dict[str, float]  # of the last validation
     stop_reason: str | None = None  # of the callback that ended it early
 
@@ -83,7 +85,7 @@ class RunOptions:
 
 def train(
     recipe: Recipe,
-    out: str | Path,
+    out: str | Path | Place,
     *,
     callbacks: Iterable[Callback] = (),
     loss: Loss | None = None,
@@ -107,7 +109,8 @@ def train(
 
     Args:
         recipe: its settings.
-        out: a new or empty directory; with `resume=True` one that holds a run of the recipe.
+        out: a new or empty directory; with `resume=True` one that holds a run of the recipe. May
+            be an address in an object store: `vivit_jax.train.run_store`.
         callbacks: see each step and evaluation, and may end the run: `vivit_jax.train.callbacks`.
         loss: replaces the recipe's: (params, outputs, batch) -> (loss, metrics). A callable pytree,
             such as `jax.tree_util.Partial(function, arrays)`, brings arrays. `vivit_jax.train.own`.
@@ -131,72 +134,76 @@ def train(
     own = Own.checked(loss, augment, model)
     sizes = whole_mesh(given.mesh_sizes, jax.device_count())
     first_process = jax.process_index() == 0
-    with contextlib.ExitStack() as stack:
+    with run_store(out, resume=resume) as store:
+        with contextlib.ExitStack() as stack:
 
-        def enter(thing):
-            return stack.enter_context(contextlib.closing(thing))
+            def enter(thing):
+                return stack.enter_context(contextlib.closing(thing))
 
-        run = enter(RunDirectory(Path(out), recipe, resume=resume))
-        checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
-        if given.resume_step is not None:
-            checkpoints.check_step(given.resume_step)
-        saved = resume and checkpoints.latest() is not None
-        model_file = run.model_file if saved else None
-        data = checked_clips(recipe, sizes, dataset, validation, new=model_file is None)
-        told.put_first(early_stop(recipe, data[1]))
-        setup, batches, start = prepare(recipe, make_mesh(sizes), model_file, data, own)
-        enter(batches)
-        told.check(setup.validation is not None)
-        arrays = own.placed_arrays(setup.mesh)
-        if own.loss is not None or own.pixels is not None:
-            setup.step.trace(setup.shapes, setup.batch_shapes, arrays)  # its errors come now
-        if start is not None:
-            state, taken = first_state(setup, start.params), 0
-        else:
-            state, saved_data, taken = checkpoints.restore(setup.shapes, given.resume_step)
-            checkpoints.rewind(taken)
-            batches.restore(*(saved_data[number] for number in sorted(saved_data, key=int)))
-            held = saved_data.get(str(jax.process_index()), saved_data["0"])
-            told.restore(held.get("callbacks", ()))
-        steps = range(taken + 1, setup.last + 1)
-        steps = steps if traced is None else traced.of_run(steps)
-        run.begin(None if start is None else description(start, recipe.task, own.named))
-        if start is not None and recipe.data.hold_out is not None:
-            run.write_lists(recipe.data, batches.sampler.dataset, setup.validation)
-        log = enter(
-            MetricLog(
-                run.path,
-                resume_at=taken if resume else None,
-                tensorboard=given.tensorboard,
-                enabled=first_process,
+            run = enter(RunDirectory(store.path, recipe, resume=resume))
+            checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
+            if given.resume_step is not None:
+                checkpoints.check_step(given.resume_step)
+            saved = resume and checkpoints.latest() is not None
+            model_file = run.model_file if saved else None
+            data = checked_clips(recipe, sizes, dataset, validation, new=model_file is None)
+            told.put_first(early_stop(recipe, data[1]))
+            setup, batches, start = prepare(recipe, make_mesh(sizes), model_file, data, own)
+            enter(batches)
+            told.check(setup.validation is not None)
+            arrays = own.placed_arrays(setup.mesh)
+            if own.loss is not None or own.pixels is not None:
+                setup.step.trace(setup.shapes, setup.batch_shapes, arrays)  # its errors come now
+            if start is not None:
+                state, taken = first_state(setup, start.params), 0
+            else:
+                state, saved_data, taken = checkpoints.restore(setup.shapes, given.resume_step)
+                checkpoints.rewind(taken)
+                batches.restore(*(saved_data[number] for number in sorted(saved_data, key=int)))
+                held = saved_data.get(str(jax.process_index()), saved_data["0"])
+                told.restore(held.get("callbacks", ()))
+            steps = range(taken + 1, setup.last + 1)
+            steps = steps if traced is None else traced.of_run(steps)
+            run.begin(None if start is None else description(start, recipe.task, own.named))
+            if start is not None and recipe.data.hold_out is not None:
+                run.write_lists(recipe.data, batches.sampler.dataset, setup.validation)
+            log = enter(
+                MetricLog(
+                    run.path,
+                    resume_at=taken if resume else None,
+                    tensorboard=given.tensorboard,
+                    enabled=first_process,
+                )
             )
-        )
-        if start is not None:
-            log.write("event", taken, {"text": start.report})
+            if start is not None:
+                log.write("event", taken, {"text": start.report})
+            if first_process:
+                given.say(summary(setup, batches, store.place, taken))
+            # A live line, below the summary.
+            progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
+            clock = enter(
+                Clock(setup.clips, setup.flops, functools.partial(_stalled, log, progress))
+            )
+            tracer = enter(Tracer(traced, steps, progress.say))
+            base = start.base if start is not None else described_base(run.model_file)
+            # What it says of a loss is true of the recipe's.
+            known = own.loss is None
+            watch = watch_of(setup, batches.sampler.dataset, log.earlier) if known else None
+            tools = (store, run, checkpoints, batches, log, progress, clock, told, watch, tracer)
+            loop = _Loop(setup, arrays, *tools, state, taken, base)
+            stopped = loop.take_steps()
+            checkpoints.wait()
+            best, step = checkpoints.best(), checkpoints.latest()
+            assert step is not None  # a run ends with a checkpoint
         if first_process:
-            given.say(summary(setup, batches, run.path, taken))
-        # A live line, below the summary.
-        progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
-        clock = enter(Clock(setup.clips, setup.flops, functools.partial(_stalled, log, progress)))
-        tracer = enter(Tracer(traced, steps, progress.say))
-        base = start.base if start is not None else described_base(run.model_file)
-        # What it says of a loss is true of the recipe's.
-        known = own.loss is None
-        watch = watch_of(setup, batches.sampler.dataset, log.earlier) if known else None
-        tools = (run, checkpoints, batches, log, progress, clock, told, watch, tracer)
-        loop = _Loop(setup, arrays, *tools, state, taken, base)
-        stopped = loop.take_steps()
-        checkpoints.wait()
-        best, step = checkpoints.best(), checkpoints.latest()
-        assert step is not None  # a run ends with a checkpoint
-    if first_process:
-        bad = run.bad_clips()
-        if bad and step > taken:
-            where = run.path / BAD_CLIPS
-            given.say(f"left out, as they could not be read: {bad}; {where} says why")
-        write_report(run.path, setup.validation)
-    best_model = run.path / "models" / str(step if best is None else best)
-    return Outcome(step, setup.steps, stopped, best_model, loop.metrics, loop.stop_reason)
+            bad = run.bad_clips()
+            if bad and step > taken:
+                where = store.place / BAD_CLIPS
+                given.say(f"left out, as they could not be read: {bad}; {where} says why")
+            write_report(run.path, setup.validation)
+        store.finish()
+        best_model = store.place / "models" / str(step if best is None else best)
+        return Outcome(step, setup.steps, stopped, best_model, loop.metrics, loop.stop_reason)
 
 
 @dataclasses.dataclass
@@ -205,6 +212,7 @@ class _Loop:
 
     setup: TrainSetup
     arrays: list[jax.Array]  # of a loss of the caller's
+    store: RunStore
     run: RunDirectory
     checkpoints: Checkpoints
     batches: Batches
@@ -382,8 +390,12 @@ class _Loop:
         states = self.callbacks.state()
         own = self._position | ({"callbacks": states} if states else {})
         data = _of_all_processes(own)
+        self.store.settle()
         self.checkpoints.save(self.taken, self.state, data, scores, self._model_writer(scores))
         self.run.write_bad_clips(data, self._unreadable)
+        if self.store.is_remote:
+            self.checkpoints.wait()
+            self.store.publish()
 
     def _save_once(self) -> None:
         """Save the last step, unless it is saved."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run does before its first step: its clips, model, batches and state. Writes nothing."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from vivit_jax.data.datasets.dataset import Dataset, from_objects, read_dataset
 from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.data.pipeline import Batches, ClipShape, ProcessShard
 from vivit_jax.errors import UserError
+from vivit_jax.files.addresses import Place
+from vivit_jax.files.reading import is_directory
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.evaluation import model_labels
@@ -73,7 +74,7 @@ def reading(recipe: Recipe, source: str) -> dict[str, Any]:
         "frame_name": settings.frame_name,
         "first_frame": settings.first_frame,
         # Folders name their own classes.
-        "class_names": None if os.path.isdir(source) else settings.class_names,
+        "class_names": None if is_directory(source) else settings.class_names,
     }
 
 
@@ -148,7 +149,7 @@ def first_state(setup: TrainSetup, params: Any) -> TrainState:
     return place(jax.device_put(params, shardings.params))
 
 
-def summary(setup: TrainSetup, batches: Batches, path: Path, taken: int) -> str:
+def summary(setup: TrainSetup, batches: Batches, path: Place, taken: int) -> str:
     """One line about a run in `path` that is about to take the steps after `taken`."""
     if taken >= setup.last:
         return (

@@ -16,6 +16,7 @@ from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.datasets.hold_out import write_list
 from vivit_jax.data.settings import DataSettings
 from vivit_jax.errors import UserError, WriteError
+from vivit_jax.files.addresses import Place, place
 from vivit_jax.files.atomic import check_directory, write_json
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.staging import names_in
@@ -37,6 +38,8 @@ CHANGEABLE = (
     "data.threads",
     "data.workers",
     "data.cache_gib",
+    "data.cache_dir",
+    "data.cache_dir_gib",
     "data.max_bad_share",
     "train.patience",
     "train.accumulate",  # a batch that fits many devices may not fit a few
@@ -210,14 +213,14 @@ class RunDirectory:
         )
 
 
-def resumes(path: str | Path, resume: bool | str) -> bool:
+def resumes(path: str | Path | Place, resume: bool | str) -> bool:
     """Whether a run is continued: with "auto", if the directory holds one. Raises UserError."""
     if resume not in (True, False, "auto"):
         raise UserError(f"resume is {resume!r}; expected True, False or 'auto'")
-    return (Path(path) / RECIPE).exists() if resume == "auto" else bool(resume)
+    return (place(path) / RECIPE).exists() if resume == "auto" else bool(resume)
 
 
-def saved_recipe(path: Path) -> Recipe:
+def saved_recipe(path: Place) -> Recipe:
     """The recipe of the run in a directory. UserError if there is none."""
     file = path / RECIPE
     if not file.is_file():

@@ -2,14 +2,17 @@
 """The model of a finished run, found without opening its checkpoints."""
 
 from pathlib import Path
+from typing import TypeVar
 
 from vivit_jax.errors import CheckpointError, UserError, quoted
+from vivit_jax.files.addresses import Address, Place
 from vivit_jax.files.json_files import read_json
 
+AnyPlace = TypeVar("AnyPlace", Path, Address)
 _CONFIG = "config.json"
 
 
-def model_directory(path: Path) -> Path:
+def model_directory(path: AnyPlace) -> AnyPlace:
     """The directory of the model that a path stands for.
 
     A path with a config.json is one itself; of a run of `vivit_jax.train.loop.train` it is the best
@@ -26,7 +29,8 @@ def model_directory(path: Path) -> Path:
         return best_model(path)
     if (path / "model" / _CONFIG).exists():
         return path / "model"
-    run = next((p for p in path.resolve().parents if (p / "models").is_dir()), None)
+    parents = path.resolve().parents if isinstance(path, Path) else ()
+    run = next((p for p in parents if (p / "models").is_dir()), None)
     if run is not None:
         raise CheckpointError(
             f"{path} holds the state of training, which is not published; name the run, {run}"
@@ -36,19 +40,20 @@ def model_directory(path: Path) -> Path:
     )
 
 
-def best_model(run: Path) -> Path:
+def best_model(run: AnyPlace) -> AnyPlace:
     """The model of a run with the highest score, the latest of equal ones; without scores the last.
 
     Scores are those of its checkpoints. Raises CheckpointError for a run without models.
     """
-    models = {int(p.name): p for p in (run / "models").iterdir() if p.name.isdecimal()}
+    steps = [p for p in (run / "models").iterdir() if p.name.isdecimal()]
+    models = {int(p.name): p for p in steps}
     if not models:
         raise CheckpointError(f"{run} has no model yet: {run / 'models'} is empty; let it run on")
     scores = {step: _score(run / "checkpoints" / str(step)) for step in models}
     return models[max(models, key=lambda step: (scores[step], step))]
 
 
-def _score(checkpoint: Path) -> float:
+def _score(checkpoint: Place) -> float:
     """The score that a checkpoint was saved with; below all scores where there is none."""
     try:
         score = read_json(checkpoint / "run" / "metadata")["metrics"]["score"]

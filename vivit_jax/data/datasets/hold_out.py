@@ -17,6 +17,7 @@ from vivit_jax.data.datasets.check import (
 )
 from vivit_jax.data.datasets.dataset import Dataset, Example, ObjectExample, read_dataset
 from vivit_jax.errors import UserError, WriteError
+from vivit_jax.files.addresses import is_address
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.files.reading import absolute
 
@@ -55,7 +56,8 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Da
 def shared_clips(train: Dataset, held_out: Dataset) -> list[str]:
     """Paths of held-out clips that are trained on too: the same frames of a file, or equal files.
 
-    Among more than 20,000 clips together none are looked for, and none among items of objects.
+    Among more than 20,000 clips together none are looked for, and none among items of objects. In
+    storage only the names are compared.
     """
     if len(train) + len(held_out) > _COMPARED:
         return []
@@ -77,6 +79,8 @@ def _sized(example: Example) -> ClipFacts:
     """The size of an example's files; an error for one without files to compare."""
     if isinstance(example, ObjectExample):
         return ClipFacts(example, "an item of an object")
+    if is_address(example.path):  # a request for each, and then all their bytes
+        return ClipFacts(example, "in storage")
     try:
         return ClipFacts(example, bytes=clip_bytes(example.path))
     except OSError as error:  # training reports it

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs whose directory is in an object store."""
+
+import contextlib
+import json
+import random
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from commands import run_command
+from stores import store
+from tiny_recipes import changed
+from tiny_runs import (
+    NAME,
+    Parent,
+    assert_same,
+    free_port,
+    lines,
+    settings,
+    share_steps,
+    small_recipe,
+    state,
+)
+
+import vivit_jax
+from vivit_jax.errors import StorageError, UserError
+from vivit_jax.files import ranges, storage
+from vivit_jax.files.addresses import Address
+from vivit_jax.train.loop import train
+from vivit_jax.train.run_store import UPLOADED, run_store
+from vivit_jax.train.saved_models import model_directory
+
+QUIET = {"say": lambda text: None}
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """An empty store in memory, and directories of the test's own."""
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
+    ranges.forget()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def copied(address: str, directory: Path) -> Path:
+    """A run, copied from its store."""
+    for name in storage.sizes_below(address):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        storage.download(f"{address}/{name}", directory / name)
+    return directory
+
+
+class _Stop:
+    """A callback that ends a run after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __call__(self, event) -> None:
+        if event.step == self.step:
+            event.stop("enough")
+
+
+def assert_trained_alike(address: str, tmp_path: Path, recipe) -> None:
+    """A run in a store, stopped and resumed, ends as one in a directory that was not."""
+    with share_steps():
+        here = train(recipe, tmp_path / "here", **QUIET)
+        first = train(recipe, address, callbacks=[_Stop(3)], **QUIET)
+        assert first.step == 3 and str(first.model).startswith(f"{address}/models/")
+        # A process that was killed while it copied the next checkpoint.
+        storage.write(b"half", f"{address}/checkpoints/5/state/array")
+        last = train(recipe, address, resume=True, **QUIET)
+    assert (last.step, last.metrics) == (here.step, here.metrics)
+    there = copied(address, tmp_path / "copy")
+    for kind in ("train", "evaluate"):
+        assert lines(there, kind) == lines(tmp_path / "here", kind)
+    assert_same(there, tmp_path / "here", here.step)
+    for kind in ("checkpoints", "models"):
+        kept = {path.name for path in (tmp_path / "here" / kind).iterdir() if path.name.isdecimal()}
+        assert {path.name for path in (there / kind).iterdir()} == kept
+    assert (there / "report.html").exists()
+    assert json.loads((there / "recipe.json").read_text())["name"] == recipe.name
+
+
+@pytest.mark.slow
+def test_a_run_in_a_store_ends_as_one_in_a_directory(tmp_path, capsys):
+    recipe = small_recipe(tmp_path / "data", clips=8)
+    assert_trained_alike("memory://bucket/run", tmp_path, recipe)
+    assert not [p for p in (tmp_path / "tmp").rglob("*") if p.is_file() and p.suffix != ".lock"]
+    # Its best model, by its address and by that of the run.
+    best = model_directory(Address("memory://bucket/run"))
+    assert str(best).startswith("memory://bucket/run/models/")
+    there, params = vivit_jax.from_pretrained(str(best))
+    here, expected = vivit_jax.from_pretrained(model_directory(tmp_path / "here"))
+    assert there.config == here.config
+    np.testing.assert_array_equal(params["head"]["kernel"], expected["head"]["kernel"])
+    status, said, _ = run_command(
+        capsys, "evaluate", "--model", "memory://bucket/run", "--data", tmp_path / "data" / "test",
+        "--out", "memory://bucket/found.json",
+    )  # fmt: skip
+    assert status == 0 and "written to memory://bucket/found.json" in said
+    found = json.loads(storage.read("memory://bucket/found.json"))
+    assert len(found["videos"]) == 16
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_before_a_checkpoint_that_was_not_copied(tmp_path, caplog):
+    recipe = changed(small_recipe(tmp_path / "data", clips=8), train__keep=3)
+    with share_steps():
+        train(recipe, "memory://b/run", callbacks=[_Stop(4)], **QUIET)
+        steps = {path.name for path in Address("memory://b/run/checkpoints").iterdir()}
+        assert steps == {"2", "4"}
+        (name, *_) = (n for n in storage.sizes_below("memory://b/run/checkpoints/4") if "/d/" in n)
+        storage.remove(f"memory://b/run/checkpoints/4/{name}")
+        train(recipe, "memory://b/run", resume=True, **QUIET)
+    assert "memory://b/run/checkpoints/4 was not written to its end; it is left out" in caplog.text
+    there = copied("memory://b/run", tmp_path / "copy")
+    assert [line["step"] for line in lines(there)] == [1, 2, 3, 4, 5, 6]
+    assert state(there, 4)
+
+
+def write_step(store, step: int, text: str = "a") -> None:
+    """What a run writes of a step, as far as a store sees it."""
+    for name in (f"models/{step}/config.json", f"checkpoints/{step}/state/d/1"):
+        (store.path / name).parent.mkdir(parents=True)
+        (store.path / name).write_text(f"{text}{step}")
+    with (store.path / "metrics.jsonl").open("a") as file:
+        file.write(f"{step}\n")
+
+
+def test_what_is_new_is_copied_and_what_is_gone_is_removed(tmp_path, caplog):
+    address = "memory://b/run"
+
+    def there() -> dict[str, bytes]:
+        return {
+            name: storage.read(f"{address}/{name}")
+            for name in storage.sizes_below(address)
+            if not name.endswith(UPLOADED)
+        }
+
+    with run_store(address, resume=False) as store:
+        (store.path / "recipe.json").write_text("{}")
+        for step in (1, 2, 3):
+            store.settle()
+            write_step(store, step)
+            if step == 3:  # as a run that keeps two
+                for kind in ("models", "checkpoints"):
+                    shutil.rmtree(store.path / kind / "1")
+            store.publish()
+        store.finish()
+        expected = {
+            path.relative_to(store.path).as_posix(): path.read_bytes()
+            for path in store.path.rglob("*")
+            if path.is_file()
+        }
+        assert there() == expected and "checkpoints/3/state/d/1" in expected
+        with (
+            pytest.raises(
+                UserError, match="--out memory://b/run: another process is training into"
+            ),
+            run_store(address, resume=True),
+        ):
+            pass
+    # A step that lacks an object, one without its last one, and one that is written anew.
+    storage.write(b"x", f"{address}/checkpoints/4/state/d/1")
+    storage.remove(f"{address}/checkpoints/3/state/d/1")
+    with run_store(address, resume=True) as store:
+        for step in (3, 4):
+            assert f"{address}/checkpoints/{step} was not written to its end" in caplog.text
+        found = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
+        assert found == {"recipe.json", "metrics.jsonl", "checkpoints/2/state/d/1"}
+        for kind in ("models", "checkpoints"):
+            shutil.rmtree(store.path / kind / "2")
+            shutil.rmtree(store.path / kind / "3", ignore_errors=True)
+        write_step(store, 2, "b")
+        write_step(store, 3, "b")
+        store.finish()
+    assert there()["checkpoints/2/state/d/1"] == b"b2" == there()["models/2/config.json"]
+    assert there()["checkpoints/3/state/d/1"] == b"b3"
+    assert not [name for name in there() if "/4/" in name]
+    assert there()["metrics.jsonl"] == b"1\n2\n3\n2\n3\n"
+    assert not [path for path in (tmp_path / "tmp").rglob("*") if path.suffix not in ("", ".lock")]
+
+
+def test_errors_name_the_place_and_not_the_directory_here():
+    with (
+        pytest.raises(UserError, match="^memory://b/run/recipe.json is wrong$"),
+        run_store("memory://b/run", resume=False) as store,
+    ):
+        raise UserError(f"{store.path}/recipe.json is wrong")
+
+
+def test_places_that_are_refused_before_anything_runs(tmp_path):
+    recipe = small_recipe(tmp_path / "data", clips=8)
+    storage.write(b"{}", "memory://b/full/other.json")
+    storage.write(b"{}", "memory://b/run/recipe.json")
+    for out, resume, told in (
+        ("https://x.org/run", False, "https://x.org/run: web servers cannot be written to; name a"),
+        ("teleport://x/run", False, "teleport is no protocol that is known"),
+        ("memory://b/full", False, "--out memory://b/full is not empty; choose a new directory"),
+        ("memory://b/run", False, "--out memory://b/run holds a run; continue it with --resume"),
+        ("memory://b/none", True, "memory://b/none holds no run to resume: there is no recipe"),
+    ):
+        with pytest.raises(UserError, match=told):
+            train(recipe, out, resume=resume, **QUIET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_a_run_in_a_real_store(tmp_path, protocol):
+    recipe = small_recipe(tmp_path / "data", clips=8)
+    with store(protocol) as bucket:
+        for path in (tmp_path / "data").rglob("*.npy"):
+            name = path.relative_to(tmp_path).as_posix()
+            storage.upload(path, f"{bucket}/{name}")
+        places = {
+            f"data__{n}": f"{bucket}/data/{s}"
+            for n, s in (("train", "train"), ("validation", "test"))
+        }
+        assert_trained_alike(f"{bucket}/run", tmp_path, changed(recipe, **places))
+        wrong = bucket.replace("bucket", "no-such-bucket")
+        with pytest.raises(StorageError, match="^--out .*/run: cannot be written: .*; check"):
+            train(recipe, f"{wrong}/run", **QUIET)
+
+
+def lives(parent, tmp_path, processes: int, args) -> list:
+    """The processes of a run."""
+    if processes == 1:
+        return [parent.start(tmp_path / "0.log", args)]
+    shared = ["--coordinator", f"localhost:{free_port()}", "--processes", processes]
+    logs = [tmp_path / f"{k}.log" for k in range(processes)]
+    return [parent.start(log, [*args, *shared, "--process", k]) for k, log in enumerate(logs)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_in_s3_killed_ten_times_ends_bit_for_bit_as_a_whole_one(
+    tmp_path, monkeypatch, processes
+):
+    """Killed at random moments: one of its processes, or all; data and run are in the store."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    recipe, steps, rng = small_recipe(tmp_path / "data", clips=16), 40, random.Random(processes)
+    recipe = changed(recipe, train__epochs=steps // 2, train__checkpoint_every=3)
+    with store("s3") as bucket, contextlib.closing(Parent()) as parent:
+        for path in (tmp_path / "data").rglob("*.npy"):
+            storage.upload(path, f"{bucket}/{path.relative_to(tmp_path).as_posix()}")
+        recipe = changed(recipe, data__train=f"{bucket}/data/train", data__validation=None)
+        args = ["--compilation-cache", tmp_path / "cache", "finetune"]
+        args += ["--recipe", NAME, "--set", *settings(recipe), "--resume", "auto", "--out"]
+        whole = lives(parent, tmp_path, processes, [*args, tmp_path / "whole"])
+        assert [life.end() for life in whole] == [0] * processes, whole[0].text
+        for death in range(10):
+            running = lives(parent, tmp_path, processes, [*args, f"{bucket}/run"])
+            assert running[0].until(lambda life=running[0]: "steps an epoch" in life.text), death
+            time.sleep(rng.uniform(0, 1.5))
+            for life in running if death % 2 else rng.sample(running, 1):
+                if life.until(lambda: True):  # it may have come to its end
+                    with contextlib.suppress(ProcessLookupError):
+                        life.send(signal.SIGKILL)
+            for life in running:
+                life.end()
+        last = lives(parent, tmp_path, processes, [*args, f"{bucket}/run"])
+        assert [life.end() for life in last] == [0] * processes, last[0].text
+        there = copied(f"{bucket}/run", tmp_path / "copy")
+    assert_same(there, tmp_path / "whole", steps)
