@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import glob
 import json
+import os
 import pathlib
 import shlex
 import signal
@@ -536,20 +537,32 @@ def test_the_reconstructions_show_the_clips_beside_errors_of_baselines(finished)
     np.testing.assert_allclose(table["patch mean"][COLUMNS[1]], flat, rtol=1e-5)
 
 
+def as_users_do(*args) -> None:
+    """Run `vivit-jax ARGS` in a process that sees one device, compiled as for users."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
+    command = [sys.executable, "-m", "vivit_jax.cli", *map(str, args)]
+    subprocess.run(command, check=True, env=env)
+
+
+def processor_time() -> float:
+    """The seconds of a core that finished processes of this one took."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_classifier_is_right_and_pre_training_helps_with_few_labels(seed, tmp_path):
-    out, start = tmp_path / "demo", time.perf_counter()
-    command = [sys.executable, "-m", "vivit_jax.cli", "demo", "--out", str(out)]
-    subprocess.run([*command, "--seed", str(seed)], check=True)
+    out, start = tmp_path / "demo", processor_time()
+    as_users_do("demo", "--out", out, "--seed", seed)
     summary = json.loads((out / "vivit-demo.json").read_text())
-    seconds = time.perf_counter() - start
+    seconds = processor_time() - start
     arms = {name: arm["mean"] for name, arm in summary["few_labels"]["arms"].items()}
-    print(f"{summary['accuracy']:.1%} with all labels; with few {arms}; {seconds:.0f} s")
+    print(f"{summary['accuracy']:.1%} with all labels; with few {arms}; {seconds:.0f} s of a core")
     assert summary["accuracy"] >= 0.9
     assert arms["pretrained"] > arms["scratch"] + 0.03
-    assert seconds < 480  # of a machine that does other things as well
+    assert seconds < 400  # measured 219 to 250; on two idle cores the demo took 187 s
 
 
 @pytest.mark.long
@@ -557,9 +570,7 @@ def test_the_classifier_is_right_and_pre_training_helps_with_few_labels(seed, tm
 def test_the_vivit_demo_is_accurate_and_sees_motion(tmp_path):
     """Trained on clips that repeat one frame, it learns nothing."""
     out, control = tmp_path / "demo", tmp_path / "control"
-    # In processes of their own, which see one device each.
-    program = [sys.executable, "-m", "vivit_jax.cli"]
-    subprocess.run([*program, "demo", "--model", "vivit", "--out", str(out)], check=True)
+    as_users_do("demo", "--model", "vivit", "--out", out)
     accuracy = json.loads((out / "vivit-demo.json").read_text())["accuracy"]
     rng, still = np.random.default_rng(0), tmp_path / "still"
     for path in sorted(out.glob("data/t*/*/*.mp4")):
@@ -567,10 +578,9 @@ def test_the_vivit_demo_is_accurate_and_sees_motion(tmp_path):
         copy = still / path.relative_to(out / "data").with_suffix(".npy")
         copy.parent.mkdir(parents=True, exist_ok=True)
         np.save(copy, np.repeat(frames[rng.integers(8)][None], 8, axis=0))
-    command = [*program, "finetune", "--recipe", "demo-vivit", "--out", str(control)]
-    command += ["--data", str(still / "train"), "--set", f"data.validation={still / 'test'}"]
-    command += ["train.evaluate_every=12", "train.checkpoint_every=960"]
-    subprocess.run(command, check=True)
+    args = ["finetune", "--recipe", "demo-vivit", "--out", control]
+    args += ["--data", still / "train", "--set", f"data.validation={still / 'test'}"]
+    as_users_do(*args, "train.evaluate_every=12", "train.checkpoint_every=960")
     chance = read_metrics(control / "metrics.jsonl")[-1]["accuracy"]
     print(f"accuracy {accuracy:.1%}, on still clips {chance:.1%}, chance 12.5%")
     # Five standard deviations of guessing on 320 clips are 9%.
