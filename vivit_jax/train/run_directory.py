@@ -213,9 +213,9 @@ class RunDirectory:
         )
 
 
-def resumes(path: str | Path | Place, resume: bool | str) -> bool:
+def resumes(path: str | Path | Place, resume: bool | int | str) -> bool:
     """Whether a run is continued: with "auto", if the directory holds one. Raises UserError."""
-    if resume not in (True, False, "auto"):
+    if not isinstance(resume, bool) and resume != "auto":
         raise UserError(f"resume is {resume!r}; expected True, False or 'auto'")
     return (place(path) / RECIPE).exists() if resume == "auto" else bool(resume)
 
