@@ -4,7 +4,9 @@
 import contextlib
 import logging
 import socket
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -63,18 +65,41 @@ def forget() -> None:
         fsspec.get_filesystem_class(protocol).clear_instance_cache()
 
 
+_servers: dict[int, Any] = {}  # by port
+
+
 @contextlib.contextmanager
-def _running(protocol: str, port: int) -> Iterator[None]:
+def gone(port: int, seconds: float) -> Iterator[None]:
+    """The server of a port is stopped, and comes back after a while, in the block or at its end.
+
+    That of S3, whose objects stay in this process.
+    """
+    _servers.pop(port).stop()
+    timer = threading.Timer(seconds, _start, ("s3", port))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+def _start(protocol: str, port: int) -> None:
     if protocol == "s3":
         from moto.server import ThreadedMotoServer
 
-        server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+        server: Any = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     else:
         from gcp_storage_emulator.server import create_server
 
         server = create_server("127.0.0.1", port, in_memory=True)
     server.start()
+    _servers[port] = server
+
+
+@contextlib.contextmanager
+def _running(protocol: str, port: int) -> Iterator[None]:
+    _start(protocol, port)
     try:
         yield
     finally:
-        server.stop()
+        _servers.pop(port).stop()

@@ -16,6 +16,8 @@ from clips import write_clip
 from commands import run_command
 
 from vivit_jax.data.datasets.dataset import count_frames, read_dataset, read_frames
+from vivit_jax.data.pipeline import Batches, ClipShape
+from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.opened import scanned
 from vivit_jax.errors import StorageError, UserError, VideoError
@@ -265,6 +267,31 @@ def test_the_cache_holds_blocks_up_to_its_size(tmp_path, monkeypatch):
         monkeypatch.setenv(block_cache.GIB, value)
         with pytest.raises(UserError, match="CACHE_GIB"):
             block_cache.check()
+
+
+def test_a_name_like_a_status_is_none(monkeypatch):
+    monkeypatch.setattr(storage, "_PAUSES", (0.01,))
+    answers = iter([ConnectionError("no connection to /b/403.mp4"), None])
+
+    class Files:
+        def cat_file(self, path, start, end):
+            if (error := next(answers)) is not None:
+                raise error
+            return b"x"
+
+    monkeypatch.setattr(storage, "_files", lambda address: Files())
+    assert storage.read_range("memory://b/403.mp4", 0, 1) == b"x"
+
+
+def test_training_keeps_what_it_reads_in_the_cache(stored, tmp_path, monkeypatch):
+    for name in (block_cache.DIRECTORY, block_cache.GIB):
+        monkeypatch.setenv(name, "")  # and what the batches set is undone
+    settings = DataSettings(cache_dir=str(tmp_path / "cache"), cache_dir_gib=1.0, sampler="loop")
+    dataset = read_dataset(f"{stored}/list.csv")
+    shape = ClipShape(4, (32, 32))
+    with Batches(dataset, settings, AugmentSettings(), shape=shape, batch_size=2, seed=0) as found:
+        next(found)
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path, monkeypatch):

@@ -4,11 +4,12 @@
 import numpy as np
 import pytest
 from clips import write_clip
-from stores import forget, store
+from stores import forget, free_port, gone, store
 
 from vivit_jax.data.datasets.dataset import read_dataset, read_frames
+from vivit_jax.data.video.opened import scanned
 from vivit_jax.errors import StorageError, UserError
-from vivit_jax.files import storage
+from vivit_jax.files import ranges, storage
 
 pytestmark = pytest.mark.slow
 PROTOCOLS = ("s3", "gs")
@@ -68,3 +69,19 @@ def test_no_credentials(monkeypatch, tmp_path):
         forget()
         with pytest.raises(StorageError, match="Unable to locate credentials; check the cred"):
             read_dataset(f"{bucket}/list.txt")
+
+
+def test_a_server_that_is_gone_for_20_s_costs_time_and_nothing_else(tmp_path, caplog):
+    port = free_port()
+    with store("s3", port) as bucket:
+        storage.upload(write_clip(tmp_path / "a.mp4"), f"{bucket}/a.mp4")
+        (tmp_path / "list.txt").write_text(f"{bucket}/a.mp4 0\n")
+        (example,) = read_dataset(tmp_path / "list.txt").examples
+        expected = read_frames(example, [7])
+        for known in (ranges.forget, scanned.cache_clear):
+            known()
+        with gone(port, seconds=20.0):
+            np.testing.assert_array_equal(read_frames(example, [7]), expected)
+    told = [r.getMessage() for r in caplog.records if "trying again for" in r.getMessage()]
+    print("\n".join(told))
+    assert len(told) >= 3 and all("a.mp4" in each for each in told)

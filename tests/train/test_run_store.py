@@ -261,7 +261,8 @@ def test_a_run_in_s3_killed_ten_times_ends_bit_for_bit_as_a_whole_one(
         assert [life.end() for life in whole] == [0] * processes, whole[0].text
         for death in range(10):
             running = lives(parent, tmp_path, processes, [*args, f"{bucket}/run"])
-            assert running[0].until(lambda life=running[0]: "steps an epoch" in life.text), death
+            begun = running[0].until(lambda life=running[0]: "steps an epoch" in life.text)
+            assert begun, "\n".join(life.text for life in running)
             time.sleep(rng.uniform(0, 1.5))
             for life in running if death % 2 else rng.sample(running, 1):
                 if life.until(lambda: True):  # it may have come to its end

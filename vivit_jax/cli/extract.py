@@ -250,6 +250,7 @@ def _places(given: Sequence[Place]) -> list[tuple[Place, Path]]:
 
 
 def _local_places(given: Sequence[Path]) -> list[tuple[Place, Path]]:
+    places: list[tuple[Place, Path]]
     folders = [path for path in given if path.is_dir()]
     files = [path for path in given if not path.is_dir()]
     if len({path.name for path in files}) < len(set(files)):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from vivit_jax.data.datasets.dataset import Dataset, read_dataset
 from vivit_jax.errors import UserError, quoted
+from vivit_jax.files.addresses import Place
 from vivit_jax.train.join import chosen, connected, detected
 from vivit_jax.train.peers import Patience
 
@@ -48,7 +49,7 @@ class SourceOptions:
     split: str | None = None
     class_names: str | None = None
 
-    def listed(self, source: str | Path, labels: int) -> Dataset:
+    def listed(self, source: str | Place, labels: int) -> Dataset:
         """The data set with so many labels for each clip. Raises UserError."""
         if self.first_frame < 0:
             raise UserError(f"--first-frame must be at least 0, got {self.first_frame}")

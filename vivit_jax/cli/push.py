@@ -39,7 +39,7 @@ def push(
     """
     check_extra()
     check_repository(repository, revision)
-    directory = model_directory(model)
+    directory = Path(model_directory(model))
     upload = prepare(directory, repository, revision)
     branch = revision or "main"
     print(_listing(upload))

@@ -398,7 +398,9 @@ def _tried(address: str, what: str, call: Callable[[], T]) -> T:
             raise
         except Exception as error:  # each protocol raises errors of its own
             reason = _reason(error)
-            if isinstance(error, PermissionError) or _NOT_PERMITTED.search(reason):
+            # A clip may be called 403.mp4.
+            words = reason.replace("/".join(address.split("/")[3:]), "")
+            if isinstance(error, PermissionError) or _NOT_PERMITTED.search(words):
                 raise StorageError(
                     f"{shown(address)}: {what} is not permitted: {reason}; check the credentials "
                     "of this machine and their rights"

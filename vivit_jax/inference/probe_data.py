@@ -10,6 +10,7 @@ from vivit_jax.data.datasets.dataset import Dataset, own_validation, read_datase
 from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.data.settings import MOST_CLASSES
 from vivit_jax.errors import UserError
+from vivit_jax.files.addresses import Place
 
 SHARE = 0.2  # that is held out where the data say nothing
 
@@ -27,7 +28,7 @@ class Sides:
 
 
 def sides_of(
-    data: str | Path | Dataset,
+    data: str | Place | Dataset,
     validation: Validation,
     *,
     seed: int = 0,

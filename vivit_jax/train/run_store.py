@@ -82,17 +82,16 @@ def run_store(out: str | Path | Place, *, resume: bool) -> Iterator[RunStore]:
             (path / _READY).touch()
         else:
             held = {}
-        if jax.process_count() > 1:
-            sync_global_devices(f"{where} is here")
+        _together(f"{where} is here")
         if not (path / _READY).exists():
             raise UserError(
                 f"--out {where}: process {jax.process_index()} does not see {path} of process 0, "
                 "through which the run is written; give all machines one shared directory as TMPDIR"
             )
-        if jax.process_count() > 1:
-            sync_global_devices(f"{where} is seen")
+        _together(f"{where} is seen")
         if jax.process_index() == 0:
             (path / _READY).unlink()
+        _together(f"{where} is as it was")  # or a process might take it for a run's
         store = _Uploads(where, path, held)
         stack.callback(store.close)
         try:
@@ -101,6 +100,11 @@ def run_store(out: str | Path | Place, *, resume: bool) -> Iterator[RunStore]:
             if str(path) not in str(error):
                 raise
             raise type(error)(str(error).replace(str(path), str(where))) from error
+
+
+def _together(what: str) -> None:
+    if jax.process_count() > 1:
+        sync_global_devices(what)
 
 
 def check_new(where: Address, resume: bool) -> None:

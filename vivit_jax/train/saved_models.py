@@ -2,17 +2,15 @@
 """The model of a finished run, found without opening its checkpoints."""
 
 from pathlib import Path
-from typing import TypeVar
 
 from vivit_jax.errors import CheckpointError, UserError, quoted
-from vivit_jax.files.addresses import Address, Place
+from vivit_jax.files.addresses import Place
 from vivit_jax.files.json_files import read_json
 
-AnyPlace = TypeVar("AnyPlace", Path, Address)
 _CONFIG = "config.json"
 
 
-def model_directory(path: AnyPlace) -> AnyPlace:
+def model_directory(path: Place) -> Place:
     """The directory of the model that a path stands for.
 
     A path with a config.json is one itself; of a run of `vivit_jax.train.loop.train` it is the best
@@ -40,7 +38,7 @@ def model_directory(path: AnyPlace) -> AnyPlace:
     )
 
 
-def best_model(run: AnyPlace) -> AnyPlace:
+def best_model(run: Place) -> Place:
     """The model of a run with the highest score, the latest of equal ones; without scores the last.
 
     Scores are those of its checkpoints. Raises CheckpointError for a run without models.

@@ -41,7 +41,7 @@ from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
 from vivit_jax.errors import UserError, VideoError
-from vivit_jax.files.addresses import address_text, is_address
+from vivit_jax.files.addresses import Place, address_text, is_address
 from vivit_jax.files.reading import is_directory, names_in
 
 
@@ -115,7 +115,7 @@ class Dataset:
 
 
 def read_dataset(
-    source: str | Path,
+    source: str | Place,
     root: str | Path | None = None,
     *,
     labels: int | None = None,
@@ -193,7 +193,7 @@ def read_dataset(
 
 
 def own_validation(
-    source: str | Path, train: Dataset, *, split: str = "validation", **reading: Any
+    source: str | Place, train: Dataset, *, split: str = "validation", **reading: Any
 ) -> Dataset | None:
     """The held-out clips that a list or directory of training clips has itself; None without any.
 
