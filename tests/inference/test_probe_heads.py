@@ -99,10 +99,14 @@ def test_folds_are_stratified_and_keep_groups_together():
     assert (folds != other).any()
 
 
-def test_folds_follow_the_smallest_class():
+def test_a_rare_class_does_not_decide_on_the_folds_of_the_others():
     groups = [str(i) for i in range(9)]
-    folds, count = stratified_folds(np.array([0] * 5 + [1] * 3 + [2]), groups, 5, seed=0)
-    assert count == 3 and folds[8] == -1 and (folds[:8] >= 0).all()
+    labels = np.array([0] * 5 + [1] * 3 + [2])
+    folds, count = stratified_folds(labels, groups, 5, seed=0)
+    assert count == 5 and folds[8] == -1
+    assert sorted(folds[:5]) == [*range(5)] and len({*folds[5:8]}) == 3 and folds[5:8].min() >= 0
+    folds, count = stratified_folds(labels, groups, 8, seed=0)
+    assert count == 5  # as many as the largest class has clips
     folds, count = stratified_folds(np.arange(3), groups[:3], 5, seed=0)
     assert count == 0 and (folds == -1).all()
 
@@ -206,7 +210,7 @@ def test_copies_are_in_one_fold_of_the_cross_validation():
     labels = np.repeat([0, 1], 12)
     groups = tuple(str(i // 2) for i in range(24))
     clips = ClipFeatures(features, (), tuple(range(24)), groups, {}, ())
-    found = probe._Found(clips, labels, None, np.zeros(0, np.int64), ("a", "b"), {})
+    found = probe._Found(clips, labels, None, np.zeros(0, np.int64), ("a", "b"), {}, 1)
     config = vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE, num_labels=2)
     views = recipe_named("demo-finetune").evaluation
     result, _ = probe._probed(found, config, views, ProbeSettings(weight_decays=(0.01,)))

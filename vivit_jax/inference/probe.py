@@ -192,7 +192,9 @@ def _probed(
     decay, notes = _chosen(trials, settings.decays)
     notes += _fold_notes(folds, count, found, settings.folds)
     fitted = head.fit(decay)
-    k = min(settings.neighbours, int(np.bincount(labels)[np.unique(labels)].min()))
+    # Of a rare class at most its few clips can vote, but it does not decide for all others.
+    usual = int(np.median(np.bincount(labels)[np.unique(labels)]))
+    k = min(settings.neighbours, usual)
     known = head.scores(fitted, train)
     result = Probe(
         model=Path(),
@@ -295,9 +297,8 @@ def _fold_notes(folds: Int[np.ndarray, " n"], count: int, found: _Found, wanted:
     notes, groups = [], np.array(found.train.groups)
     different = {c: len(set(groups[found.labels == c])) for c in np.unique(found.labels)}
     if 0 < count < wanted:
-        fewest, label = min((number, c) for c, number in different.items() if number > 1)
-        clips = counted(fewest, "clip")
-        notes.append(f"{count} folds, not {wanted}: {found.names[label]} has {clips} to train on")
+        clips = counted(count, "clip")
+        notes.append(f"{count} folds, not {wanted}: no class has more than {clips} to train on")
     alone = [found.names[c] for c, number in different.items() if number == 1]
     if alone:
         why = "in no fold, always trained on; add clips"

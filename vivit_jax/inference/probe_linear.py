@@ -152,7 +152,7 @@ def stratified_folds(
     for group, label in first.items():
         by_class[label].append(group)
     sizes = [len(members) for members in by_class.values() if len(members) > 1]
-    folds = min([folds, *sizes]) if sizes else 0
+    folds = min(folds, max(sizes)) if sizes else 0
     rng, place, fold_of = np.random.default_rng(seed), 0, dict[object, int]()
     for label in sorted(by_class):
         members = by_class[label]

@@ -22,7 +22,7 @@ class ProbeSettings:
             learned query that attends to all tokens, and a classifier on what it gathers.
         weight_decays: Strengths of regularisation to choose from. Default: powers of ten.
         folds: Parts of the training clips in cross-validation; fewer if a class has fewer clips.
-        neighbours: Nearest neighbours that vote, at most as many as the smallest class has clips.
+        neighbours: Nearest neighbours that vote, at most as many as the median class has clips.
         attentive_heads: Heads of the attentive pool. Default: as many as a block of the model has.
         dtype: What the frozen model computes in.
         seed: Of the held-out share, the folds, and the attentive head's first values and batches.
