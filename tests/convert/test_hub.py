@@ -52,7 +52,7 @@ def cached(offline, checkpoints, tmp_path):
 def test_hub_id_from_the_cache(cached, storage):
     path = cached(storage)
     assert resolve_checkpoint(ID) == path
-    assert resolve_checkpoint(ID, COMMIT) == path
+    assert resolve_checkpoint(ID, COMMIT) == path == resolve_checkpoint(f"hf://{ID}")
     model, _ = vivit_jax.from_pretrained(ID)
     assert isinstance(model, vivit_jax.VivitForVideoClassification)
 

@@ -342,7 +342,7 @@ def check_writable(address: str, flag: str) -> None:
             "bucket, or make it first"
         ) from None
     except StorageError as error:
-        raise StorageError(f"{flag} {error}") from None
+        raise StorageError(f"{flag} {str(error).replace(probe, address)}") from None
 
 
 def _not_web(address: str, what: str, way_out: str, flag: str = "") -> None:
