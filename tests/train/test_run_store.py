@@ -2,8 +2,11 @@
 """Runs whose directory is in an object store."""
 
 import contextlib
+import dataclasses
 import json
 import random
+import re
+import shlex
 import shutil
 import signal
 import tempfile
@@ -13,8 +16,11 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from clips import write_clip
 from commands import run_command
+from helpers import random_params
 from stores import store
+from tiny import SMALL_VIDEOMAE
 from tiny_recipes import changed
 from tiny_runs import (
     NAME,
@@ -274,3 +280,39 @@ def test_a_run_in_s3_killed_ten_times_ends_bit_for_bit_as_a_whole_one(
         assert [life.end() for life in last] == [0] * processes, last[0].text
         there = copied(f"{bucket}/run", tmp_path / "copy")
     assert_same(there, tmp_path / "whole", steps)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run_in_stores(tmp_path, capsys, monkeypatch):
+    """With a store in memory for all buckets, and settings of a small model."""
+    page = (Path(__file__).parents[2] / "docs/scale.md").read_text()
+    (block,) = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(each) for each in block.replace("\\\n", " ").splitlines()]
+    assert [command[1] for command in commands] == ["finetune", "evaluate", "extract"]
+    recipe = small_recipe(tmp_path / "data", clips=8)
+    for path in (tmp_path / "data").rglob("*.npy"):
+        storage.upload(
+            path, f"memory://bucket/k400/{path.relative_to(tmp_path / 'data').as_posix()}"
+        )
+    for name, split in (("train", "train"), ("val", "test")):
+        lines = [f"{split}/{label}/{k}.npy {label}\n" for label in range(2) for k in range(8)]
+        storage.write("".join(lines).encode(), f"memory://bucket/k400/{name}.csv")
+    write_clip(tmp_path / "film.mp4")
+    storage.upload(tmp_path / "film.mp4", "memory://bucket/films/film.mp4")
+    config = vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE)
+    model = vivit_jax.VideoMAEForPreTraining(config)
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    processor = dataclasses.replace(vivit_jax.VideoProcessor.videomae(), **sizes)
+    vivit_jax.save_pretrained(tmp_path / "mae", model, random_params(model), processor)
+    for place in ("runs/pretraining/models/3", "model"):
+        for path in (tmp_path / "mae").iterdir():
+            storage.upload(path, f"memory://bucket/{place}/{path.name}")
+    small = settings(changed(recipe, data__train="", data__validation=None))
+    for command in commands:
+        args = [re.sub("^(gs|s3)://", "memory://", each) for each in command[1:]]
+        args = [each.replace("/tmp/clips", str(tmp_path / "clips")) for each in args]
+        more = ["--set", *small] if args[0] == "finetune" else []
+        status, said, told = run_command(capsys, *args, *more)
+        assert status == 0, said + told
+    assert storage.exists("memory://bucket/runs/one.json")
+    assert storage.exists("memory://bucket/features/film.safetensors")
