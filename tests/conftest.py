@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import collections
 import gc
 import os
 import sys
@@ -74,7 +75,15 @@ def few_objects():
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m leaves tests out
 def pytest_collection_modifyitems(items):
+    cases = collections.Counter()
+    for item in items:
+        few = item.get_closest_marker("quick_cases")
+        if few is not None and not item.get_closest_marker("slow"):
+            cases[item.path, item.originalname] += 1
+            if cases[item.path, item.originalname] > few.args[0]:
+                item.add_marker(pytest.mark.slow)
     has_gpu = jax.default_backend() == "gpu"
     for item in items:
         if item.get_closest_marker("gpu") and not has_gpu:

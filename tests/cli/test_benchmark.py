@@ -165,6 +165,7 @@ def test_backends_of_ours_are_rows_of_one_table(capsys):
     assert "vivit_jax chunked" in out and "vivit_jax xla" in out and "DIFFERS" not in out
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_documentation(monkeypatch, capsys):
     monkeypatch.setattr(seeds, "work_of", lambda _, *args, **kw: work_of(SMALL, *args, frames=2))
     monkeypatch.setattr(compare, "peak_memory", lambda *_: Peak(2**20, 2**21))
@@ -194,6 +195,7 @@ def test_a_side_that_cannot_run_leaves_its_row_of_the_table_empty(monkeypatch, c
     assert len([line for line in out.splitlines() if line.split() == ["2", *10 * "-"]]) == 3
 
 
+@pytest.mark.slow
 def test_what_fits_is_said_before_anything_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(JaxSide, "warm_up", None)
     # The search for it is tests/benchmark/test_memory_fit.py's.
@@ -321,6 +323,7 @@ def test_the_share_of_what_a_device_is_sold_for(tmp_path, capsys):
     assert row["mfu"] == pytest.approx(result["flops"] / row["median_seconds"] / 2e12)
 
 
+@pytest.mark.slow
 def test_why_memory_could_not_be_measured(tmp_path, monkeypatch):
     """The process's own message, not the last of JAX's notes."""
     case = work_of("videomae-small-kinetics400", frames=2)

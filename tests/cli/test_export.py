@@ -188,6 +188,7 @@ def test_other_parameters_give_other_outputs(tiny, tmp_path):
     assert error(call(pixels)["logits"], other) > ALLOWED
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize(
     ("kind", "resample"),
     [("videomae-imagenet", resample) for resample in range(6)]

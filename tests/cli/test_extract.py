@@ -316,6 +316,7 @@ def test_windows_by_the_second_follow_the_times_of_the_file(tmp_path, suffix):
         np.testing.assert_allclose(window.seconds, np.array(times)[window.indices], atol=6e-4)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("stride", [0.1, 0.2, 0.3])
 def test_times_rounded_to_milliseconds_give_no_window_twice(tmp_path, stride):
     """As NTSC's in Matroska: 31.999 s is the frame of 32 s, and the next one is not."""

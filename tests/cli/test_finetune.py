@@ -221,6 +221,7 @@ def test_a_run_ends_early_and_its_recipe_repeats_it(finished, place, tmp_path, c
     assert repeated == told
 
 
+@pytest.mark.slow
 def test_a_later_set_replaces_an_earlier_one(finished, tmp_path, capsys, monkeypatch):
     """So that the settings of a message can be pasted after those that they mend."""
     listings, read = [], prepare.read_dataset

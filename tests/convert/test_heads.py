@@ -26,6 +26,7 @@ def saved(tmp_path):
     return save
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("held", "asked", "splits", "fresh"),
     [

@@ -64,6 +64,7 @@ def test_jax_to_hf_to_jax_is_bit_exact(tmp_path, case, scan_layers):
 COMPUTED = ("vivit cls", "mae pretraining")  # the parity tests compute every case
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_opens_what_is_written_and_computes_the_same(tmp_path, case):
     import torch

@@ -103,6 +103,7 @@ def reference(vit, cls: bool = True, change: str | None = None) -> tuple[np.ndar
 # --- a static clip is the image ------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("variant", "kind"),
     mostly_slow(
@@ -240,6 +241,7 @@ FRESH = {
 }
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     "variant",
     mostly_slow(FRESH, "joint mean", "encoder", "self-attention fresh", "dot product"),
@@ -393,6 +395,7 @@ def test_positions_resized_in_bfloat16(start):
     assert np.abs(np.asarray(coarse["pos_embed"], np.float32) - fine).max() < 0.02
 
 
+@pytest.mark.slow
 def test_result_is_saved_loaded_and_trained(images, tmp_path, caplog):
     config = SIZES | VARIANTS["encoder"] | dict(num_labels=4)
     model, params, report = init_from_image_model(images.path("hf"), config)

@@ -296,6 +296,7 @@ def test_linen_names_are_those_of_flax(case):
         assert scenic.linen_names(names) == new_by_old
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("case", MODELS)
 def test_round_trip(run, tmp_path, case):
     params = params_of(case)
@@ -318,6 +319,7 @@ def test_round_trip(run, tmp_path, case):
     assert config == json.loads((tmp_path / "back/config.json").read_text())
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     "case",
     [

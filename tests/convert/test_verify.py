@@ -33,6 +33,7 @@ def with_config(source, directory, **changes):
     return directory
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     "case", ["vivit base", "vivit cls", "mae base norm", "mae cls", "mae pretraining"]
 )

@@ -125,6 +125,7 @@ def published_tree(kind, model, classes):
     return shapes(kind, **encoder, classes=classes, decoder=DECODERS.get(model))
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     "key",
     [
@@ -189,6 +190,7 @@ def test_names_of_the_base_models():
 # --- there and back -----------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize("case", MODELS)
 def test_round_trip(run, tmp_path, case):
     tensors = state(case)

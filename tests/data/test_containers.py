@@ -93,6 +93,7 @@ def test_a_stream_without_times_has_the_rate_it_states(tmp_path, name):
     assert_times(path, np.arange(30) / rate, 30 / rate)
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize(
     "name, codec",
     [

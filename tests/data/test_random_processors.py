@@ -82,6 +82,7 @@ def opened_by_transformers(family, directory):
     return cls.from_pretrained(directory)
 
 
+@pytest.mark.quick_cases(30)
 @pytest.mark.parametrize(
     "number",
     [n if n < ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in range(ALL)],

@@ -94,6 +94,7 @@ def test_clips_that_do_not_fit(shape, message):
         jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("size", [(8, 24, 16), (2, 8, 8), (6, 40, 32), (10, 16, 48)])
 @pytest.mark.parametrize("case", ["vivit base", "mae base"])
 def test_any_size_works_with_interpolation(case, size):

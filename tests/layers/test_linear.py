@@ -118,6 +118,7 @@ def products_in(jaxpr) -> int:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "saved"),
     # In each scanned block two products of three; of ViViT's class token, asked alone, one of two.
@@ -244,6 +245,7 @@ def operand_types(jaxpr) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_only_projections_are_rounded_beforehand():
     """So that a step with rounded params is the step, in half precision and to the bit."""
     config = config_of("mae pretraining", dtype="bfloat16", layer_scale_init=0.5)

@@ -72,6 +72,7 @@ def loops(text) -> int:
     return text.count("stablehlo.while")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16"], "bfloat16"))
 @pytest.mark.parametrize("training", mostly_slow([False, True], True))
 @pytest.mark.parametrize("model", mostly_slow(MODELS, "VideoMAE"))

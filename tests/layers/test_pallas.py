@@ -85,6 +85,7 @@ TIMES = {
 }
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("case", "dtype"),
     # Each case and each type, one in two of the pairs.
@@ -104,6 +105,7 @@ def test_as_exact_as_plain_attention(case, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", mostly_slow(TIMES, "bfloat16"))
 def test_blocks_of_queries_and_parts_of_keys(dtype, monkeypatch):
     """What very many tokens are cut into, of fewer: the last block and part are not full."""
@@ -247,6 +249,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.quick_cases(1)
 @needs_libtpu
 @pytest.mark.parametrize(
     ("kind", "what"),
@@ -298,6 +301,7 @@ def test_on_a_mesh_of_unknown_axes_xla_splits_another_form_and_a_warning_says_so
     assert found["kernels"] == 2 and not found["collectives"] and not found["logged"]
 
 
+@pytest.mark.slow
 def test_any_leading_axes():
     """As factorised attention has them; each is the same as one after the other."""
     q, k, v = (jnp.asarray(x, jnp.float32) for x in qkv(70, heads=2, width=16, batch=6))

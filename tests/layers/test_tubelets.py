@@ -49,6 +49,7 @@ def both(channels, size=SIZE, batch=2, **changes):
     return ByteClips(clips, *hashable_arithmetic(made)), jax.jit(normaliser(made))(clips)
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize("channels", [1, 3, 5])
 @pytest.mark.parametrize("indices", [None, np.array([[3, 0, 15], [7, 7, 2]])], ids=["all", "some"])
 @pytest.mark.parametrize("order", [FRAMES_FIRST, CHANNELS_FIRST, COLUMNS_FIRST])
@@ -84,6 +85,7 @@ def test_an_index_past_the_end_gives_nan(order):
     assert np.isfinite(found[0]).all() and np.isnan(found[1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "place"),
     mostly_slow(itertools.product([True, False], ["cpu", "tpu"]), (True, "tpu")),

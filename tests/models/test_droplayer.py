@@ -125,6 +125,7 @@ def test_nothing_is_dropped_in_evaluation():
     np.testing.assert_array_equal(both, added_by_block_1(config_of(), deterministic=True))
 
 
+@pytest.mark.slow
 def test_temporal_attention_can_start_at_zero_and_learns():
     config = config_of(
         attention_type="factorised_self_attention", zero_init_temporal_attention=True

@@ -198,6 +198,7 @@ def test_bytes_with_no_mesh_set(jitted):
     assert jax.typeof(found.last_hidden_state).sharding.spec[0] == "data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manual", mostly_slow(["data", "tensor"], "data"))
 def test_inside_a_shard_map_over_one_axis(manual):
     # The gradient of GELU's erf does not lower within a `shard_map` that checks types in jax 0.12.
@@ -229,6 +230,7 @@ def test_inside_a_shard_map_over_one_axis(manual):
     assert jax.typeof(logits).sharding.spec[0] == "data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "jitted"),
     mostly_slow([("mae pretraining", True), ("mae base", False)], ("mae base", False)),
@@ -278,6 +280,7 @@ def test_types_of_all_that_is_reported(name):
     assert chosen.hidden_states[0] is None
 
 
+@pytest.mark.slow
 def test_dropout_and_head_mask():
     model, layout = built("mae cls")[0], LAYOUTS["heads"]
     drops = dict(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, drop_path_rate=0.3)

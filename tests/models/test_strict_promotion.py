@@ -67,6 +67,7 @@ def traced(model, inputs):
     assert out.hidden_states.dtype == model.config.dtype
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("case", "kind"),
     mostly_slow(
@@ -125,6 +126,7 @@ def test_gradient_of_the_library_s_attention_in_half_precision():
         np.testing.assert_allclose(a, b, atol=0.02)  # measured 7.8e-3, of gradients up to 2.3
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16", "float16"], "bfloat16"))
 @pytest.mark.parametrize("kind", ["single", "int8", "multi", "regression", "heads", "soft"])
 def test_losses(kind, dtype):

@@ -144,6 +144,7 @@ def _plain_run(case):
     return flat, *_loss_and_gradients(case, flat, scan_layers=False, attention="xla")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "scan_layers", "remat", "attention"),
     mostly_slow(

@@ -165,6 +165,7 @@ def test_the_activations_are_transformers_own():
     assert set(ACT2FN) == (set(HIDDEN_ACTS) | set(PARAMETRIC_ACTS)) - {"selu"}
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize("name", HIDDEN_ACTS)
 def test_activations_and_gradients_are_pytorchs(name):
     """Float64, on the kinks too; PyTorch cuts softplus off at 20, which leaves out 2e-9."""

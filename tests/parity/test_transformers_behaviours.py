@@ -433,6 +433,7 @@ def test_shapes_need_no_memory():
     assert sum(leaf.size for leaf in shapes) > 10**12
 
 
+@pytest.mark.slow
 @of("VideoMAEForPreTraining")
 def test_every_parameter_learns_and_remat_changes_nothing(pair):
     inputs = pair.inputs(labels=True)

@@ -50,6 +50,7 @@ def load(config, params):
     return model, param_tree.unflatten(import_params(params, table, shapes))
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("case", "scan_layers"),
     mostly_slow(

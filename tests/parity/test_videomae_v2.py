@@ -136,6 +136,7 @@ def dual_run():
     return params, pixels, masks, out
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("case", "scan_layers"),
     mostly_slow(

@@ -64,6 +64,7 @@ def assert_same_bits(ours, everything):
     assert not different.any(), f"{different.sum()} of {different.size} numbers differ"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "make"),
     mostly_slow(

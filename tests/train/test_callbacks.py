@@ -115,6 +115,7 @@ def test_a_wish_to_stop_at_the_last_step_is_none(recipe, tmp_path):
     assert (outcome.step, outcome.stop_reason) == (STEPS, None)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("kind, step", [("train", 3), ("evaluate", 4), ("train", STEPS)])
 def test_an_error_of_a_callback_ends_the_run_with_a_checkpoint(recipe, plain, tmp_path, kind, step):
     def fails(event):

@@ -99,6 +99,7 @@ def assert_norms_and(values, zero_biases):
             assert (value == 0).all(), name
 
 
+@pytest.mark.slow
 def test_scenic_s_vivit_from_scratch(params):
     values = params[SCENIC]
     assert_norms_and(values, ("/query/bias", "/key/bias", "/value/bias", "/out/bias"))

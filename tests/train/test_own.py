@@ -48,6 +48,7 @@ def recipes_loss(params, outputs, batch):
     return loss, {"largest": jnp.abs(outputs.logits).max(), "labels": batch["labels"].mean()}
 
 
+@pytest.mark.slow
 def test_the_recipes_loss_written_as_ones_own_gives_the_same_run(recipe, plain, tmp_path):
     run(recipe, tmp_path / "run", loss=recipes_loss)
     ours, theirs = lines(tmp_path / "run"), lines(plain)
@@ -237,6 +238,7 @@ def test_a_source_of_grain_trains_as_it_is(recipe, tmp_path):
         run(short, tmp_path / "other", dataset="clips")
 
 
+@pytest.mark.slow
 def test_steps_are_traced(recipe, tmp_path):
     said = []
     short = changed(recipe, train__steps=3)

@@ -39,6 +39,7 @@ QUICK = [
 ]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(("family", "mesh", "backend"), mostly_slow(CASES, *QUICK))
 def test_what_moves_between_devices(family, mesh, backend):
     setup = build(FAMILIES[family], mesh_of(mesh), attention=backend)

@@ -258,6 +258,7 @@ def test_what_is_computed_again():
             assert grown == again or recipe is VIVIT  # whose last block reads one token
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh", mostly_slow(["data=8", "data=2,fsdp=2,tensor=2"], "data=2,fsdp=2,tensor=2")
 )
@@ -410,6 +411,7 @@ COMPILED = {
 }  # fmt: skip
 
 
+@pytest.mark.quick_cases(1)
 @needs_libtpu
 @pytest.mark.parametrize(("size", "topology"), COMPILED)
 def test_meshes_come_in_the_order_of_their_compiled_steps(size, topology):

@@ -240,6 +240,7 @@ def test_curves_are_where_their_axes_say():
         np.testing.assert_allclose(slope * found + offset, true, atol=abs(slope) * 0.3)
 
 
+@pytest.mark.slow
 def test_long_curves_are_thinned_and_keep_their_extremes(tmp_path):
     rng = np.random.default_rng(0)
     losses = rng.uniform(1.0, 2.0, 100_000)

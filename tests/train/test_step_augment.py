@@ -244,6 +244,7 @@ def test_clips_and_targets_are_mixed_as_drawn():
         np.testing.assert_allclose(out_targets[i], 0.9 * expected + 0.1 / 7, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_shares_have_the_moments_of_their_beta_distributions():
     drawn = many_mixings()
     for cut, alpha in ((False, 0.8), (True, 1.0)):

@@ -178,6 +178,7 @@ def test_traced_as_for_cpu_whatever_the_machine_has(tmp_path, monkeypatch):
     assert traced(tmp_path, FEWEST).read_bytes() != here
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_a_file_is_told(tmp_path):
     path = written(tmp_path, "mesh")
     with pytest.raises(UserError, match="on 8 devices .data=2,fsdp=2,tensor=2., there are 4"):
