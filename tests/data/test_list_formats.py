@@ -71,6 +71,14 @@ def test_numbers_in_a_column_stay_numbers(tmp_path):
     assert listed(tmp_path, 'path,label\na.mp4,"3,4"\n').labels_per_example == 2
 
 
+def test_whole_numbers_with_a_point_are_numbers(tmp_path):
+    """As pandas writes them; with a name among them they are names."""
+    dataset = listed(tmp_path, "path,label\na.mp4,3.0\nb.mp4,1.00\nc.mp4,3\n")
+    assert [e.label for e in dataset.examples] == [3, 1, 3] and dataset.classes is None
+    names = listed(tmp_path, "path,label\na.mp4,3.0\nb.mp4,1.5\n").classes
+    assert names == ("1.5", "3.0")
+
+
 def test_a_folder_of_frames_in_a_table_is_a_clip(tmp_path):
     for k in range(3):
         touched(tmp_path / "f 1")

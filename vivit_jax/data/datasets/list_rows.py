@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ from vivit_jax.files.inputs import check_file
 from vivit_jax.files.reading import exists, opened_text
 
 logger = logging.getLogger(__name__)
+
+_WHOLE = re.compile(r"-?[0-9]+\.0+").fullmatch
 
 _TEST = ("test", "testing")
 _VALIDATION = ("validation", "val", "valid", "validate", "dev", "eval")
@@ -104,10 +107,12 @@ def collected(
         raise UserError(f"{source.path}: a list without a clip; {SOURCES}")
     split = _wanted(source, {name: len(found) for name, found in splits.items()})
     found = splits[split]
+    # pandas writes 3.0 where a column has gaps.
+    whole = [text.partition(".")[0] if _WHOLE(text) else text for text in texts]
     numbered, classes = {text: is_label(text) for text in texts}, None
-    if texts and all(numbered.values()):
+    if whole and all(map(is_label, whole)):
         try:
-            new = [parse_label(text) for text in texts]
+            new = [parse_label(text) for text in whole]
         except ValueError as error:
             raise UserError(f"{source.path}: {error}") from None
     elif any(numbered.values()):
