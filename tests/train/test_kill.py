@@ -262,19 +262,19 @@ held, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data
 
 @jax.jit
 def step(weights, clips):
-    for _ in range(20):
+    for _ in range(40):  # about half a second, far longer than an exchange takes
         weights = jnp.tanh(weights @ weights) / 2
     return weights + 0 * clips.sum(), clips.sum()
 
-weights = jax.device_put(jnp.eye(400), held)
+weights = jax.device_put(jnp.eye(600), held)
 clips = jax.make_array_from_process_local_data(split, np.ones((1, 8), np.float32))
 weights, loss = step(weights, clips)
 loss.block_until_ready()
 busy = 0
-for number in range(21):
-    signal = ["SIGTERM"] if (number, jax.process_index()) == (20, 1) else []
+for number in range(9):
+    signal = ["SIGTERM"] if (number, jax.process_index()) == (8, 1) else []
     stopped, asked = agreed_stop(signal, None, number == 7)
-    assert (stopped, asked) == ("SIGTERM" if number == 20 else None, number == 7)
+    assert (stopped, asked) == ("SIGTERM" if number == 8 else None, number == 7)
     busy += not loss.is_ready()
     before, (weights, loss) = loss, step(weights, clips)
     before.block_until_ready()
@@ -295,4 +295,4 @@ def test_processes_agree_while_their_devices_are_busy():
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 0
         busy = said.splitlines()[-1]
-        assert int(busy) >= 10, f"of 21 steps, {busy} began before the last one's end"
+        assert int(busy) >= 5, f"of 9 steps, {busy} began before the last one's end"

@@ -44,6 +44,7 @@ def held_out_accuracy(model, clips, views):
 
 
 @pytest.mark.slow
+@pytest.mark.long  # tests/cli/test_forty_clips.py has three seeds too, beside probing
 def test_forty_clips_are_learnt_without_a_recipe(tmp_path, capsys):
     """Three seeds, each with clips of its own; 240 other clips score them.
 
