@@ -37,8 +37,7 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize(
     ("first", "count", "workers"),
     [
-        (0, 60, 1),
-        pytest.param(60, 150, 1, marks=pytest.mark.slow),
+        (0, 150, 1),
         pytest.param(150, 300, 1, marks=pytest.mark.slow),
         pytest.param(10_000, 10_000, 2, marks=[pytest.mark.slow, pytest.mark.long]),
     ],
