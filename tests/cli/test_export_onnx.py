@@ -11,6 +11,7 @@ from helpers import clip, error, forward, random_params
 from tiny import CASES, SMALL_VIDEOMAE, SMALL_VIVIT, config_of
 
 import vivit_jax
+from vivit_jax.errors import UserError
 from vivit_jax.inference import export_onnx
 
 ALLOWED = 1e-5  # measured 3.0e-7 with jax2onnx 0.13.0 and onnxruntime 1.32.0
@@ -49,6 +50,26 @@ def test_onnxruntime_gives_the_models_numbers(family, capsys, tmp_path):
         assert error(theirs, forward(model, params, pixels).logits) <= ALLOWED
     assert about["differences"]["logits"] <= ALLOWED
     assert json.loads((tmp_path / "model.onnx.json").read_text())["format"] == "onnx"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "self_attention", "dot_product"])
+def test_factorised_models_take_a_fixed_number_of_clips(kind):
+    import onnxruntime
+
+    own = {"num_temporal_layers": 1} if kind == "encoder" else {}
+    config = vivit_jax.VivitConfig(
+        **SMALL_VIVIT, **own, attention_type=f"factorised_{kind}", **export_onnx.EXECUTION
+    )
+    model = vivit_jax.VivitForVideoClassification(config)
+    params = random_params(model)
+    with pytest.raises(UserError, match=r"a fixed number of clips only: give one \(--batch 1\)"):
+        export_onnx.export_onnx(model, params)
+    content = export_onnx.export_onnx(model, params, batch=2).program
+    session = onnxruntime.InferenceSession(bytes(content), providers=["CPUExecutionProvider"])
+    pixels = clip(model.config, 2, seed=2)
+    (theirs,) = session.run(["logits"], {"pixel_values": pixels})
+    assert error(theirs, forward(model, params, pixels).logits) <= ALLOWED
 
 
 @pytest.mark.slow

@@ -56,8 +56,8 @@ def export_onnx(
     The file maps pixel_values, float32 [b, t, h, w, c], to the outputs of `export_model`.
     Parameters are inside. `model` must be of the EXECUTION fields, as `from_pretrained` loads it.
     `processor` is only described. Raises UserError for a model that needs a mask, is not of these
-    fields or this dtype, holds 2 GiB or more, or whose file computes something else; MissingExtra
-    without jax2onnx.
+    fields or this dtype, holds 2 GiB or more, or whose file computes something else, and for a
+    factorised ViViT without `batch`; MissingExtra without jax2onnx.
     """
     check_onnx_extra()
     check_exported(model, batch)
@@ -114,14 +114,21 @@ def _translated(outputs, names: list[str], shape: tuple[Any, ...]) -> bytearray:
     """The file's content; its outputs have the `names`."""
     import jax2onnx  # pyright: ignore[reportMissingImports]
 
-    with traced_for("cpu"), _quiet():
-        proto: Any = jax2onnx.to_onnx(
-            lambda clips: tuple(outputs(clips)[name] for name in names),
-            [shape],
-            model_name="vivit_jax",
-            input_names=["pixel_values"],
-            output_names=names,
-        )
+    try:
+        with traced_for("cpu"), _quiet():
+            proto: Any = jax2onnx.to_onnx(
+                lambda clips: tuple(outputs(clips)[name] for name in names),
+                [shape],
+                model_name="vivit_jax",
+                input_names=["pixel_values"],
+                output_names=names,
+            )
+    except TypeError as error:  # from a reshape that joins clips with frames or places
+        if isinstance(shape[0], int):
+            raise
+        raise UserError(
+            "jax2onnx translates this model for a fixed number of clips only: give one (--batch 1)"
+        ) from error
     return bytearray(proto.SerializeToString())
 
 
