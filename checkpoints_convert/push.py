@@ -304,6 +304,11 @@ def _refusals_told(repository: str) -> Iterator[None]:
         if isinstance(cause, errors.HfHubHTTPError):
             raise UserError(_refusal(repository, cause)) from None
         raise UserError(f"{first_line(error)} {first_line(cause or '')}") from None
+    except (KeyError, TypeError, AttributeError) as error:  # an answer of another form
+        raise UserError(
+            f"{repository}: the hub's answer is not understood ({type(error).__name__}: "
+            f"{first_line(error)}); is HF_ENDPOINT a Hugging Face hub?"
+        ) from error
     except ValueError as error:  # mostly metadata that the hub does not take
         said = " ".join(str(error).split())
         raise UserError(f"{repository} cannot be sent: {quoted(said)}") from None
@@ -326,4 +331,6 @@ def _refusal(repository: str, error: Any) -> str:
     if status == 404:
         owner = repository.partition("/")[0]
         return f"{repository} is not on the hub{because}; is {owner} a user or an organisation?"
+    if status in (409, 412):  # somebody has written meanwhile
+        return f"{repository}: the hub answered {status}{because}; push again"
     return f"{repository}: the hub answered {status}{because or f': {first_line(error)}'}"

@@ -269,6 +269,9 @@ def refusal(status, message, **headers):
         ({"create": refusal(404, "no such organisation")}, "is org a user or an organisation?"),
         ({"create": refusal(429, "slow down")}, "the hub answered 429"),
         ({"commit": refusal(500, "oh")}, "the hub answered 500"),
+        ({"commit": refusal(412, "a commit has happened since")}, "has happened since; push again"),
+        ({"commit": (200, {}, "{}")}, "answer is not understood (KeyError"),
+        ({"create": (200, {}, "[]")}, "answer is not understood"),
         ({"commit": refusal(403, "gone")}, "the token may not write there: gone"),
         ({"/lfs/": refusal(403, "signature")}, "the token may not write there"),
         (
