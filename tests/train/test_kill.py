@@ -253,6 +253,7 @@ def test_a_model_that_cannot_be_written_ends_both(tmp_path, parent, cache, data)
 _STEPS = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
+from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vivit_jax.train.stop_signals import agreed_stop
 
@@ -262,29 +263,34 @@ held, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data
 
 @jax.jit
 def step(weights, clips):
-    for _ in range(40):  # about half a second, far longer than an exchange takes
-        weights = jnp.tanh(weights @ weights) / 2
-    return weights + 0 * clips.sum(), clips.sum()
+    for _ in range(4):  # a cheap program would be run before the call of it returns
+        weights = weights @ weights
+    return weights + clips.sum()  # which waits for the other process
 
-weights = jax.device_put(jnp.eye(600), held)
+weights = jax.device_put(jnp.zeros((300, 300)), held)
 clips = jax.make_array_from_process_local_data(split, np.ones((1, 8), np.float32))
-weights, loss = step(weights, clips)
-loss.block_until_ready()
-busy = 0
+step(weights, clips).block_until_ready()
 for number in range(9):
+    first = number % 2 == jax.process_index()
+    if first:
+        loss = step(weights, clips)
     signal = ["SIGTERM"] if (number, jax.process_index()) == (8, 1) else []
     stopped, asked = agreed_stop(signal, None, number == 7)
     assert (stopped, asked) == ("SIGTERM" if number == 8 else None, number == 7)
-    busy += not loss.is_ready()
-    before, (weights, loss) = loss, step(weights, clips)
-    before.block_until_ready()
-print(busy)
+    if first:  # the other one takes this step when both have agreed
+        assert not loss.is_ready()
+        distributed.global_state.client.key_value_set(f"seen/{number}", "")
+    else:
+        distributed.global_state.client.blocking_key_value_get(f"seen/{number}", 60_000)
+        loss = step(weights, clips)
+    assert float(loss[0, 0]) == 16
+print("ended")
 """
 
 
 @pytest.mark.slow
 def test_processes_agree_while_their_devices_are_busy():
-    """A step is given to the devices while they take the one before, in each process."""
+    """What they agree on does not wait for a step that a device is taking."""
     port, environment = str(free_port()), os.environ | {"XLA_FLAGS": ""}
     command = [sys.executable, "-c", _STEPS, port]
     both = [
@@ -293,6 +299,4 @@ def test_processes_agree_while_their_devices_are_busy():
     ]
     for process in both:
         said, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        busy = said.splitlines()[-1]
-        assert int(busy) >= 5, f"of 9 steps, {busy} began before the last one's end"
+        assert (process.returncode, said.splitlines()[-1]) == (0, "ended")
