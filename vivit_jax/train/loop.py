@@ -134,67 +134,65 @@ def train(
     own = Own.checked(loss, augment, model)
     sizes = whole_mesh(given.mesh_sizes, jax.device_count())
     first_process = jax.process_index() == 0
-    with run_store(out, resume=resume) as store:
-        with contextlib.ExitStack() as stack:
+    with run_store(out, resume=resume) as store, contextlib.ExitStack() as stack:
 
-            def enter(thing):
-                return stack.enter_context(contextlib.closing(thing))
+        def enter(thing):
+            return stack.enter_context(contextlib.closing(thing))
 
-            run = enter(RunDirectory(store.path, recipe, resume=resume))
-            checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
-            if given.resume_step is not None:
-                checkpoints.check_step(given.resume_step)
-            saved = resume and checkpoints.latest() is not None
-            model_file = run.model_file if saved else None
-            data = checked_clips(recipe, sizes, dataset, validation, new=model_file is None)
-            told.put_first(early_stop(recipe, data[1]))
-            setup, batches, start = prepare(recipe, make_mesh(sizes), model_file, data, own)
-            enter(batches)
-            told.check(setup.validation is not None)
-            arrays = own.placed_arrays(setup.mesh)
-            if own.loss is not None or own.pixels is not None:
-                setup.step.trace(setup.shapes, setup.batch_shapes, arrays)  # its errors come now
-            if start is not None:
-                state, taken = first_state(setup, start.params), 0
-            else:
-                state, saved_data, taken = checkpoints.restore(setup.shapes, given.resume_step)
-                checkpoints.rewind(taken)
-                batches.restore(*(saved_data[number] for number in sorted(saved_data, key=int)))
-                held = saved_data.get(str(jax.process_index()), saved_data["0"])
-                told.restore(held.get("callbacks", ()))
-            steps = range(taken + 1, setup.last + 1)
-            steps = steps if traced is None else traced.of_run(steps)
-            run.begin(None if start is None else description(start, recipe.task, own.named))
-            if start is not None and recipe.data.hold_out is not None:
-                run.write_lists(recipe.data, batches.sampler.dataset, setup.validation)
-            log = enter(
-                MetricLog(
-                    run.path,
-                    resume_at=taken if resume else None,
-                    tensorboard=given.tensorboard,
-                    enabled=first_process,
-                )
+        run = enter(RunDirectory(store.path, recipe, resume=resume))
+        checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
+        if given.resume_step is not None:
+            checkpoints.check_step(given.resume_step)
+        saved = resume and checkpoints.latest() is not None
+        model_file = run.model_file if saved else None
+        data = checked_clips(recipe, sizes, dataset, validation, new=model_file is None)
+        told.put_first(early_stop(recipe, data[1]))
+        setup, batches, start = prepare(recipe, make_mesh(sizes), model_file, data, own)
+        enter(batches)
+        told.check(setup.validation is not None)
+        arrays = own.placed_arrays(setup.mesh)
+        if own.loss is not None or own.pixels is not None:
+            setup.step.trace(setup.shapes, setup.batch_shapes, arrays)  # its errors come now
+        if start is not None:
+            state, taken = first_state(setup, start.params), 0
+        else:
+            state, saved_data, taken = checkpoints.restore(setup.shapes, given.resume_step)
+            checkpoints.rewind(taken)
+            batches.restore(*(saved_data[number] for number in sorted(saved_data, key=int)))
+            held = saved_data.get(str(jax.process_index()), saved_data["0"])
+            told.restore(held.get("callbacks", ()))
+        steps = range(taken + 1, setup.last + 1)
+        steps = steps if traced is None else traced.of_run(steps)
+        run.begin(None if start is None else description(start, recipe.task, own.named))
+        if start is not None and recipe.data.hold_out is not None:
+            run.write_lists(recipe.data, batches.sampler.dataset, setup.validation)
+        log = enter(
+            MetricLog(
+                run.path,
+                resume_at=taken if resume else None,
+                tensorboard=given.tensorboard,
+                enabled=first_process,
             )
-            if start is not None:
-                log.write("event", taken, {"text": start.report})
-            if first_process:
-                given.say(summary(setup, batches, store.place, taken))
-            # A live line, below the summary.
-            progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
-            clock = enter(
-                Clock(setup.clips, setup.flops, functools.partial(_stalled, log, progress))
-            )
-            tracer = enter(Tracer(traced, steps, progress.say))
-            base = start.base if start is not None else described_base(run.model_file)
-            # What it says of a loss is true of the recipe's.
-            known = own.loss is None
-            watch = watch_of(setup, batches.sampler.dataset, log.earlier) if known else None
-            tools = (store, run, checkpoints, batches, log, progress, clock, told, watch, tracer)
-            loop = _Loop(setup, arrays, *tools, state, taken, base)
-            stopped = loop.take_steps()
-            checkpoints.wait()
-            best, step = checkpoints.best(), checkpoints.latest()
-            assert step is not None  # a run ends with a checkpoint
+        )
+        if start is not None:
+            log.write("event", taken, {"text": start.report})
+        if first_process:
+            given.say(summary(setup, batches, store.place, taken))
+        # A live line, below the summary.
+        progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
+        clock = enter(Clock(setup.clips, setup.flops, functools.partial(_stalled, log, progress)))
+        tracer = enter(Tracer(traced, steps, progress.say))
+        base = start.base if start is not None else described_base(run.model_file)
+        # What it says of a loss is true of the recipe's.
+        known = own.loss is None
+        watch = watch_of(setup, batches.sampler.dataset, log.earlier) if known else None
+        tools = (store, run, checkpoints, batches, log, progress, clock, told, watch, tracer)
+        loop = _Loop(setup, arrays, *tools, state, taken, base)
+        stopped = loop.take_steps()
+        checkpoints.wait()
+        best, step = checkpoints.best(), checkpoints.latest()
+        assert step is not None  # a run ends with a checkpoint
+        stack.close()  # the report reads what these have written
         if first_process:
             bad = run.bad_clips()
             if bad and step > taken:

@@ -97,10 +97,12 @@ class Columns(Sequence[Entry]):
         """The path of a clip."""
         return self.paths[self.ends[place] : self.ends[place + 1]].decode(*_TEXT)
 
-    def any_absolute(self) -> bool:
-        """Whether a path may be absolute."""
+    def any_whole(self) -> bool:
+        """Whether a path may be an address, or one from the root of the machine."""
+        if os.name != "posix" or b":/" in self.paths:
+            return True
         starts = np.frombuffer(self.paths, np.uint8)[self.ends[:-1]] if self.paths else []
-        return os.name != "posix" or bool(np.any(np.equal(starts, ord("/"))))
+        return bool(np.any(np.equal(starts, ord("/"))))
 
     def take(self, places: Int64[np.ndarray, " n"]) -> "Columns":
         """The clips at these places, in their order."""

@@ -20,6 +20,7 @@ from jaxtyping import Int32, Int64, UInt8
 
 from vivit_jax.data.datasets.arrays import open_array
 from vivit_jax.data.datasets.class_names import read_class_names
+from vivit_jax.data.datasets.columns import Label
 from vivit_jax.data.datasets.examples import Example, ListedExamples, described
 from vivit_jax.data.datasets.folders import (
     ARRAYS,
@@ -96,9 +97,9 @@ class Dataset:
     @functools.cached_property
     def labels(self) -> Int32[np.ndarray, "clips heads"]:
         """The labels of all clips; without columns if they are unlabelled."""
-        heads = self.labels_per_example
         if isinstance(self.examples, ListedExamples):
-            return self.examples.columns.labels[:, :heads]
+            return self.examples.columns.labels
+        heads = self.labels_per_example
         found = [example.label for example in self.examples] if heads else []
         return np.array(found, np.int32).reshape(len(self), heads)
 
@@ -220,11 +221,7 @@ def _recorded(path: str, labels: int | None, class_names: str | Path | None) -> 
                 f"{path}: has label {most}, and {os.fspath(class_names)} names classes 0 to "
                 f"{len(classes) - 1}; use the file that belongs to these clips"
             )
-    examples = tuple(
-        ObjectExample(f"{clips.name}[{k}]", label, clips=clips, index=k)
-        for k, label in enumerate(found)
-    )
-    return Dataset(examples, classes, path)
+    return Dataset(_items(clips, found), classes, path)
 
 
 def from_objects(
@@ -259,11 +256,15 @@ def from_objects(
     """
     clips = ObjectClips(source, name or type(source).__name__)
     found, known = clips.labels(labels, classes)
-    examples = tuple(
+    return Dataset(_items(clips, found), known, clips.name)
+
+
+def _items(clips: ObjectClips, labels: Sequence[Label]) -> tuple[ObjectExample, ...]:
+    """An example for each item, by its place."""
+    return tuple(
         ObjectExample(f"{clips.name}[{k}]", label, clips=clips, index=k)
-        for k, label in enumerate(found)
+        for k, label in enumerate(labels)
     )
-    return Dataset(examples, known, clips.name)
 
 
 def count_frames(example: Example) -> int:

@@ -101,15 +101,12 @@ class ListedExamples(Sequence[Example]):
 def described(examples: Sequence[Example], root: str) -> Iterator[Values]:
     """The values of each example; paths below `root` are relative to it."""
     base = os.path.join(root, "") if root else ""
-    if isinstance(examples, ListedExamples) and examples.root == root:
-        # Without making ten million of them.
-        columns = examples.columns
-        if columns.extents is None and not columns.any_absolute():
-            yield from ((clip, label, 0, None, None) for clip, label in columns.labelled_paths())
-            return
-        for clip, label, start, total, name in examples.rows():
-            path = clip.removeprefix(base) if os.path.isabs(clip) else clip
-            yield path, label, start, total, name
+    if (
+        isinstance(examples, ListedExamples)
+        and examples.root == root
+        and not examples.columns.any_whole()
+    ):  # then paths are as the list has them
+        yield from examples.rows()
         return
     for e in examples:
         yield e.path.removeprefix(base), e.label, e.start, e.total, e.frame_name

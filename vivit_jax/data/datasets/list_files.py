@@ -39,18 +39,13 @@ def read_list(path: str, labels: int | None = None) -> Columns:
     found = Builder()
     check_file(path)
     try:
-        with open_list(path) as file:
+        with opened_text(path) as file:
             _add_lines(found, path, file, labels)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {SOURCES}") from None
     if not len(found):
         raise UserError(f"{path}: a list without a clip; {SOURCES}")
     return found.columns(path)
-
-
-def open_list(path: str) -> TextIO:
-    """A list file, open. Its paths need not be UTF-8: other bytes are preserved."""
-    return opened_text(path)
 
 
 def _add_lines(found: Builder, path: str, file: TextIO, labels: int | None) -> None:
@@ -86,7 +81,7 @@ def first_content(path: str) -> tuple[int, str]:
     """
     check_file(path)
     try:
-        with open_list(path) as lines:
+        with opened_text(path) as lines:
             for number, line in enumerate(lines, 1):
                 line = line.strip()
                 if "\0" in line:

@@ -15,7 +15,6 @@ from vivit_jax.data.datasets.list_files import (
     SOURCES,
     first_content,
     is_label,
-    open_list,
     parse_label,
 )
 from vivit_jax.errors import UserError, quoted
@@ -225,7 +224,7 @@ def content_lines(path: str) -> Iterator[tuple[int, str]]:
     """(number, line) for each stripped line with content, but not comments."""
     check_file(path)
     try:
-        with open_list(path) as lines:
+        with opened_text(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip() and not line.startswith("#"):
                     yield number, line.strip()

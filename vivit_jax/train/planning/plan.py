@@ -204,6 +204,7 @@ def plan(
     config, head = setup.model.config, HEADS[setup.recipe.task]
     counts = setup.token_counts
     on_one = setup.clips / topology.count
+    assert setup.flops is not None  # a recipe's model is of a family
     kernels, uncounted = step_costs.kernels(program)
     return Plan(
         recipe=recipe.name,
@@ -218,7 +219,7 @@ def plan(
         optimizer=bytes_on_a_device(setup.shapes.optimizer),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        flops=round(setup.flops or 0),
+        flops=round(setup.flops),
         recomputed=round(recomputed_flops(config, head, *counts) * on_one),
         cycles=program.cycles,
         kernels=kernels,
