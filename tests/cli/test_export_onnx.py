@@ -23,13 +23,14 @@ def saved(directory, family):
         config = vivit_jax.VivitConfig(**SMALL_VIVIT, num_labels=4)
         model = vivit_jax.VivitForVideoClassification(config)
     else:
-        config = vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE, num_labels=4)
+        own = {"attentive_heads": 4} if family == "attentive" else {}
+        config = vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE | own, num_labels=4)
         model = vivit_jax.VideoMAEForVideoClassification(config)
     vivit_jax.save_pretrained(directory, model, random_params(model))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["videomae", "vivit"])
+@pytest.mark.parametrize("family", ["videomae", "vivit", "attentive"])
 def test_onnxruntime_gives_the_models_numbers(family, capsys, tmp_path):
     import onnxruntime  # here, as this and jax2onnx take seconds
 

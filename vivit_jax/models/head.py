@@ -42,7 +42,7 @@ class AttentivePool(nn.Module):
         scaled = jnp.einsum("dne,ne->nd", key, query) * (d // n) ** -0.5
         weights = jax.nn.softmax(jnp.einsum("bld,nd->bnl", x, scaled), axis=-1)
         gathered = jnp.einsum("bnl,bld->bnd", weights, x)
-        return jnp.einsum("bnd,dne->bne", gathered, value).reshape(len(x), d)
+        return jnp.einsum("bnd,dne->bne", gathered, value).reshape(x.shape[0], d)
 
 
 def classify(
