@@ -196,6 +196,24 @@ def test_the_datas_own_split_is_taken_as_in_probing(starts, tmp_path):
     assert found.data.held_out == 2 and found.data.single == ("c",)
 
 
+def test_sizes_that_are_set_decide_as_those_of_a_checkpoint(starts, tmp_path):
+    for name in ("a/0", "a/1", "b/0", "b/1"):
+        path = tmp_path / f"{name}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, np.full((33, 18, 20, 3), ord(name[0]) + int(name[2]), np.uint8))
+
+    def found(*settings):
+        return suggested(str(tmp_path), str(starts / "classification"), ONE, settings)
+
+    usual, longer = found(), found("model.config.num_frames=32", "model.config.image_size=32")
+    assert usual.start.config.num_frames == 4 and usual.recipe.data.stride == 2
+    (reason,) = [each.reason for each in longer.choices if each.path == "data.stride"]
+    assert longer.recipe.data.stride == 1 and "32 so far apart fit" in reason
+    resize = usual.recipe.evaluation.resize
+    assert longer.recipe.evaluation.resize == pytest.approx(2 * resize, abs=1)
+    assert model_config(longer.recipe).frame_size == (32, 32) == longer.start.config.frame_size
+
+
 def test_memory_decides_on_parts_and_recomputation(starts, monkeypatch):
     begin = start_facts(str(starts / "pretraining"))
     mesh = make_mesh(ONE, jax.devices()[:1])

@@ -47,7 +47,8 @@ class StartFacts:
     Attributes:
         name: as it was given.
         kind: an image model, or the head that it holds.
-        config: of the video model to train, before it has the data's classes.
+        config: of the video model to train, before it has the data's classes; the sizes of its
+            clips are those that are set, if any are.
         preset: the published model that it is most like.
         own: the fields in which it differs from the preset.
         published: the recipe of its papers for the size that is nearest.
@@ -237,9 +238,7 @@ def this_machine(mesh_sizes: Mapping[str, int]) -> Machine:
         processes=jax.process_count(),
         memory=memory,
         host=host,
-        cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        cores=_cores(),
     )
 
 

@@ -21,7 +21,7 @@ from vivit_jax.train.sharding import batch_shards, bytes_on_a_device
 from vivit_jax.train.suggest.rules import Chosen
 
 # Numbers that a block keeps for the backward pass, of a token: this many widths of the model and of
-# its MLP. More than measured, see tests/train/test_suggest_memory.py.
+# its MLP. More than XLA plans, see tests/train/test_suggest.py.
 _WIDTHS, _MLPS = 16, 5
 _SURE = 0.5  # share of the memory up to which the estimate will do
 

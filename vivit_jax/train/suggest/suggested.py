@@ -2,7 +2,8 @@
 """A recipe to fine-tune a checkpoint on clips, made for them and for this machine."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from vivit_jax.data.datasets.check import Progress
 from vivit_jax.data.datasets.dataset import Dataset, own_validation
@@ -27,6 +28,7 @@ from vivit_jax.train.suggest.memory import fit_memory
 from vivit_jax.train.suggest.rules import Choice, choose, first_recipe
 
 HELD_OUT = 0.2  # share of each class
+_SIZES = ("num_frames", "image_size", "tubelet_size", "patch_size")
 _ANY = "demo-finetune"  # for the data settings of a start that cannot be opened
 
 
@@ -68,6 +70,11 @@ def suggested(
         first = recipe_named(_ANY) if found is None else first_recipe(found)
         first = with_values(first, {"data.train": data})
         recipe = apply_settings(first, settings, agree=False)
+        if found is not None and (sizes := _sizes_set(recipe, given)):
+            config = dataclasses.replace(found.config, **sizes)
+            found = dataclasses.replace(found, config=config)
+            first = with_values(first_recipe(found), {"data.train": data})
+            recipe = apply_settings(first, settings, agree=False)
         train, validation = listed(recipe)
         if not given & {"data.validation", "data.hold_out"}:
             recipe, train, validation = _held_out(recipe, train)
@@ -84,6 +91,12 @@ def suggested(
     fit_memory(chosen, machine.memory, make_mesh(mesh_sizes))
     sides = train, validation
     return Suggestion(chosen.recipe, tuple(chosen.choices), found, clips, machine, sides)
+
+
+def _sizes_set(recipe: Recipe, given: Collection[str]) -> dict[str, Any]:
+    """The sizes of the model's clips that are set, which are not the checkpoint's then."""
+    config = recipe.model.config
+    return {name: config[name] for name in _SIZES if f"model.config.{name}" in given}
 
 
 def _held_out(recipe: Recipe, train: Dataset) -> tuple[Recipe, Dataset, Dataset]:
