@@ -94,6 +94,18 @@ def line_of(capsys, *args):
             ["--data", "{}/my clips", "--start", "{}/start", "--mesh", "data=1"],
             "--mesh 'data=1' is for 1 devices, there are 8",
         ),
+        (
+            ["--data", "{}/my clips", "--start", "{}/start", "--validation", "{}/few/clips"],
+            "clips: 3 of 3 names are not among the model's classes: 0, 1, 2",
+        ),
+        (
+            ["--data", "{}/my clips", "--start", "{}/start", "--set", "model.classes=checkpoint"],
+            "start holds no classifier; set model.classes=data",
+        ),
+        (
+            ["--data", "{}/my clips", "--start", "{}/start", "--profile", "10:5"],
+            "--profile is 10:5; expected the first and the last step",
+        ),
         (["--recipe", "{}/none.json"], "none.json"),
     ],
 )
@@ -104,12 +116,17 @@ def test_what_is_refused_leaves_nothing(args, message, place, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_and_start_are_refused_together(place, tmp_path, capsys):
+def test_what_is_wrong_is_refused_together(place, tmp_path, capsys):
     found = line_of(
         capsys, "--data", place / "no", "--start", place / "none", "--out", tmp_path / "run"
     )
     assert found.startswith("2 reasons against this run:\n")
     assert "none does not exist" in found and "no: No such file" in found
+    own = ["--start", place / "start", "--data", place / "my clips", "--out", tmp_path / "run"]
+    other = ["--validation", place / "few/clips", "--set", "train.batch_size=64"]
+    found = line_of(capsys, *own, *other, "--mesh", "data=8")
+    assert found.startswith("2 reasons against this run:\n")
+    assert "not among the model's classes" in found and "train.batch_size is 64" in found
 
 
 def test_held_out_clips_that_are_trained_on_are_noticed(place):

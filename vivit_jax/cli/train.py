@@ -129,6 +129,7 @@ def _run(task: str, options: RunOptions) -> int:
         raise UserError(
             f"--profile writes to --out, and {out} is not on this machine; leave it out"
         )
+    profile = None if traced is None else Profile.of_steps(traced, Path(out) / "profile")
     step = None if isinstance(options.resume, bool | str) else options.resume
     with options.processes.connected(), _late_answers_dropped():
         first = jax.process_index() == 0
@@ -144,7 +145,7 @@ def _run(task: str, options: RunOptions) -> int:
             resume_step=step,
             mesh_sizes=sizes,
             tensorboard=options.tensorboard,
-            profile=None if traced is None else Profile.of_steps(traced, Path(out) / "profile"),
+            profile=profile,
         )
     status = stopped_by(outcome.stopped) if outcome.stopped else 0
     if not first:

@@ -92,9 +92,9 @@ def starting_model(
     config, head = _config(recipe), HEADS[recipe.task]
     kept = recipe.task == "finetune" and recipe.model.classes == "checkpoint"
     if kept and recipe.model.start is None:
-        raise _no_classes(recipe, "there is no model.start")
+        raise no_classes(recipe, "there is no model.start")
     if not kept and config.class_splits is None:
-        config = _labelled(recipe, config, classes, labels)
+        config = labelled_config(recipe, config, classes, labels)
     if recipe.model.start is None:
         return _fresh(recipe, config, head)
     changes = dict(recipe.model.config)
@@ -128,15 +128,16 @@ def _config(recipe: Recipe) -> Config:
     return config
 
 
-def _no_classes(recipe: Recipe, why: str) -> UserError:
+def no_classes(recipe: Recipe, why: str) -> UserError:
+    """The error of a start without the classifier that `model.classes` keeps."""
     return UserError(
         f"model.classes is 'checkpoint', which keeps the classifier of model.start, but {why}; set "
         "model.classes=data, which makes one for the data's classes"
     )
 
 
-def _labelled(recipe: Recipe, config, classes: tuple[str, ...] | None, labels: int | None):
-    """The config with the classes of the data's names or numbers."""
+def labelled_config(recipe: Recipe, config, classes: tuple[str, ...] | None, labels: int | None):
+    """The config with the classes of the data's names or numbers; see `starting_model`."""
     data, given = recipe.data.train, recipe.given
     if "model.config.id2label" in given:
         return config  # names and numbers are then compared with these names
@@ -212,11 +213,11 @@ def _loaded(recipe: Recipe, config, head: str, changes: dict[str, Any], by_numbe
     opened = _opened(recipe, checkpoint, config, head)
     if opened is None:
         if kept:
-            raise _no_classes(recipe, f"{source} holds an image model")
+            raise no_classes(recipe, f"{source} holds an image model")
         found = init_from_image_model(checkpoint, config, seed=seed)
         return _completed(recipe, found, checkpoint, None)
     if kept and opened.head != "classification":
-        raise _no_classes(recipe, f"{source} holds no classifier")
+        raise no_classes(recipe, f"{source} holds no classifier")
     notes = _source_notes(recipe, opened, config, head, changes)
     fresh_head = False
     if opened.head == head == "classification" and not kept:

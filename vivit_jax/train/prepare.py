@@ -94,7 +94,7 @@ def prepare(
     if model_file is None:
         classes = dataset.classes if finetune else None
         if own.model is None:
-            start = starting_model(recipe, classes, _numbers(dataset, validation))
+            start = starting_model(recipe, classes, class_numbers(dataset, validation))
         else:
             start = own_start(recipe, own, classes)
         model, frames = start.model, start.preprocessing
@@ -126,7 +126,7 @@ def prepare(
     return setup, batches, start
 
 
-def _numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
+def class_numbers(dataset: Dataset, validation: Dataset | None) -> int | None:
     """The number of classes of clips with one numeric label: the largest plus one.
 
     None for named classes, for several labels, and where all labels are equal.

@@ -10,11 +10,14 @@ from vivit_jax.data.datasets.dataset import Dataset, own_validation
 from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import apply_settings, recipe_named
+from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.refusals import Refusal, refuse, with_values
 from vivit_jax.recipes.settings import fields_set
 from vivit_jax.train.agreement import run_rules
-from vivit_jax.train.prepare import listed, reading
+from vivit_jax.train.evaluation import model_labels
+from vivit_jax.train.initial_model import labelled_config, no_classes
+from vivit_jax.train.prepare import class_numbers, listed, reading
 from vivit_jax.train.sharding import make_mesh
 from vivit_jax.train.suggest.facts import (
     DataFacts,
@@ -83,14 +86,37 @@ def suggested(
         others.append(Refusal(str(error)))
         refuse(recipe_named(_ANY), (), others)
         raise AssertionError("refuse raised") from error
-    refuse(recipe, (), others)
+    if found is None:
+        refuse(recipe, (), others)
     assert found is not None  # else refuse raised
+    others += _classes_differ(recipe, found, train, validation)
     machine = this_machine(mesh_sizes)
     chosen = choose(recipe, given, found, clips, machine)
-    refuse(chosen.recipe, run_rules(mesh_sizes, (train, validation)))
+    refuse(chosen.recipe, run_rules(mesh_sizes, (train, validation)), others)
     fit_memory(chosen, machine.memory, make_mesh(mesh_sizes))
     sides = train, validation
     return Suggestion(chosen.recipe, tuple(chosen.choices), found, clips, machine, sides)
+
+
+def _classes_differ(
+    recipe: Recipe, start: StartFacts, train: Dataset, validation: Dataset | None
+) -> list[Refusal]:
+    """Why a model cannot have the classes of the clips, or validation those of the model."""
+    sides = [train] if validation is None else [train, validation]
+    try:
+        if recipe.model.classes == "checkpoint":
+            if start.kind != "classification":
+                raise no_classes(recipe, f"{start.name} holds no classifier")
+            config = start.config
+        else:
+            numbers = class_numbers(train, validation)
+            config = labelled_config(recipe, model_config(recipe), train.classes, numbers)
+        for side in sides:
+            if side.classes is None or config.id2label is not None:  # else it warns, once and later
+                model_labels(side, config)
+    except UserError as error:
+        return [Refusal(str(error))]
+    return []
 
 
 def _sizes_set(recipe: Recipe, given: Collection[str]) -> dict[str, Any]:
