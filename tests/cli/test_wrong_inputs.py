@@ -58,6 +58,8 @@ CASES = [
     ("check-data clips --draw sheet.jpg", 2, "--draw sheet.jpg ends in '.jpg'; expected one of"),
     ("check-data clips --json taken.json", 2, "taken.json exists; choose another name, or pass"),
     ("check-data clips --write-split a.csv a.csv", 2, "names a.csv twice; name two files"),
+    ("evaluate --data clips --model model --split test", 2, "has no splits: --split test chooses"),
+    ("probe --data clips --model model --out p --split val", 2, "has no splits: --split val ch"),
     ("extract clips --model model --out f.npz", 2, "one file, for 6 videos; name a directory"),
     ("extract empty --model model --out f", 2, "empty: no clips (.3g2, .3gp, "),
     ("extract broken.mp4 --model model --out f", 1, "broken.mp4: no readable video"),
@@ -130,7 +132,11 @@ def test_there_are_many_wrong_inputs_to_each_command():
 
 def test_check_data_calls_it_a_finding_that_training_would_stop(made, capsys, monkeypatch):
     monkeypatch.chdir(made)
-    for place, words in (("empty", "no clips"), ("notes.txt", "there is no label")):
-        status, out, err = run_command(capsys, "check-data", place)
+    for place, *more, words in (
+        ("empty", "no clips"),
+        ("notes.txt", "there is no label"),
+        ("clips", "--split", "test", "has no splits"),
+    ):
+        status, out, err = run_command(capsys, "check-data", place, *more)
         assert (status, err) == (1, "") and out.startswith(f"STOP     {place}") and words in out
         assert out.endswith("training would stop\n")

@@ -174,6 +174,7 @@ def _not_read(error: UserError, json: Path | None, to_stdout: bool) -> int:
         print(f"{finding_line('stop', str(error))}\n\ntraining would stop")
         if json is not None:
             write_json(json, values)
+            print(f"written to {json}")
     return 1
 
 

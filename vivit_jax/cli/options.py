@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from vivit_jax.data.datasets.dataset import Dataset, read_dataset
+from vivit_jax.data.datasets.list_rows import NoSuchSplit
 from vivit_jax.errors import UserError, quoted
 from vivit_jax.files.addresses import Place
 from vivit_jax.train.join import chosen, connected, detected
 from vivit_jax.train.peers import Patience
 
+_NO_SPLIT = "\0"  # what no split is called
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -53,13 +55,28 @@ class SourceOptions:
         """The data set with so many labels for each clip. Raises UserError."""
         if self.first_frame < 0:
             raise UserError(f"--first-frame must be at least 0, got {self.first_frame}")
+        self.check_split(source, labels)
+        return self._read(source, labels, self.split)
+
+    def check_split(self, source: str | Place, labels: int | None = None) -> None:
+        """UserError for a split of data that have none, which it would not change."""
+        if self.split is None:
+            return
+        with contextlib.suppress(NoSuchSplit):
+            self._read(source, labels, _NO_SPLIT)
+            raise UserError(
+                f"{source} has no splits: --split {quoted(self.split)} chooses nothing; leave it "
+                "out, or name the clips of that split"
+            )
+
+    def _read(self, source: str | Place, labels: int | None, split: str | None) -> Dataset:
         return read_dataset(
             source,
             self.root,
             labels=labels,
             frame_name=self.frame_name,
             first_frame=self.first_frame,
-            split=self.split,
+            split=split,
             class_names=self.class_names,
         )
 

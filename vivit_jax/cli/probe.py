@@ -67,6 +67,7 @@ def probe_command(
     share = None if held_out is None else validation_share(held_out)
     source = open_model(model, joined(config), dtype=settings.dtype)
     chosen = chosen_views(views, source.config, processor_of(source))
+    data.check_split(data.data)
     sides = sides_of(
         data.data,
         held_out if share is None else share,
