@@ -45,6 +45,25 @@ def test_copies_are_on_one_side(tmp_path):
         assert {e.label for e in held.examples} == {1}
 
 
+def test_copies_and_parts_of_a_file_are_held_out_together_where_a_class_has_no_others(tmp_path):
+    """Each clip of a twice, and b cut from four long videos."""
+    write(tmp_path, {"a": 5, "b": 4})
+    lines = [f"a/{i}.npy 0" for i in range(5)] + [f"a/again {i}.npy 0" for i in range(5)]
+    for i in range(5):
+        (tmp_path / "a" / f"again {i}.npy").write_bytes((tmp_path / "a" / f"{i}.npy").read_bytes())
+    lines += [f"b/{i}.npy {start} 1 1" for i in range(4) for start in (0, 1)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    whole, chosen = read_dataset(tmp_path / "list.txt", labels=1), set()
+    for seed in range(8):
+        train, held = hold_out(whole, 0.2, seed)
+        assert len(train) + len(held) == len(whole)
+        assert np.bincount([e.label for e in held.examples]).tolist() == [2, 2]
+        assert not {*names(train)} & {*names(held)}
+        assert shared_clips(train, held) == []
+        chosen.add(tuple(names(held)))
+    assert len(chosen) > 2, "the seed decides"
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
 def test_files_that_cannot_be_compared_are_no_copies(tmp_path):
     """Reading a FIFO, which has the size of an empty file, would wait for ever."""

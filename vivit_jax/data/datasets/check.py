@@ -319,7 +319,7 @@ def split(
     """Indices of the readable clips to train on, and of about `share` of each class to hold out.
 
     A class of two clips or more has one on each side at least. Clips of one file, and copies, are
-    never on both sides: they are trained on.
+    never on both sides: they are trained on, unless a class has no others.
     """
     several = {i for group in copies for i in group}
     paths = collections.Counter(each.example.path for each in facts)
@@ -332,8 +332,44 @@ def split(
         free = [i for i in clips if i not in several and paths[facts[i].example.path] == 1]
         wanted = min(max(1, round(share * len(clips))), len(clips) - 1, len(free))
         held_out.update(int(i) for i in rng.permutation(free)[:wanted])
+    if len(held_out) < len(by_label):
+        for groups in _groups_of_copies(facts, copies, held_out):
+            clips = sum(map(len, groups))
+            held_out.update(_some_groups(groups, max(1, round(share * clips)), rng))
     everything = sorted(i for clips in by_label.values() for i in clips)
     return tuple(i for i in everything if i not in held_out), tuple(sorted(held_out))
+
+
+def _groups_of_copies(
+    facts: Sequence[ClipFacts], copies: Sequence[Sequence[int]], held_out: set[int]
+) -> list[list[list[int]]]:
+    """For each class without a held-out clip the groups of its clips that are of one file or equal.
+
+    A group with clips of another class counts as one of none.
+    """
+    first = {facts[i].example.path: facts[group[0]].example.path for group in copies for i in group}
+    groups: dict[str, list[int]] = collections.defaultdict(list)
+    for index, each in enumerate(facts):
+        if each.error is None:
+            groups[first.get(each.example.path, each.example.path)].append(index)
+    done = {facts[i].example.label for i in held_out}
+    found: dict[Label, list[list[int]]] = collections.defaultdict(list)
+    for group in groups.values():
+        labels = {facts[i].example.label for i in group}
+        if len(labels) == 1 and not labels & done:
+            found[labels.pop()].append(group)
+    return [*found.values()]
+
+
+def _some_groups(
+    groups: Sequence[Sequence[int]], wanted: int, rng: np.random.Generator
+) -> list[int]:
+    """Clips of whole groups, about as many as are wanted; one group at least is left."""
+    taken: list[int] = []
+    for place in rng.permutation(len(groups))[1:]:
+        if not taken or len(taken) + len(groups[place]) <= wanted:
+            taken += groups[place]
+    return taken
 
 
 def class_name(dataset: Dataset, label: Label) -> str:

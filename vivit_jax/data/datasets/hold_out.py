@@ -29,8 +29,8 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Da
     """The clips to train on, and about `share` of each class held out, both in the list's order.
 
     A class of two clips or more has one on each side at least. Clips of one file, and among at most
-    20,000 clips files with the same bytes, are never on both sides: they are trained on. A function
-    of the list, the files' bytes and the seed.
+    20,000 clips files with the same bytes, are never on both sides: they are trained on, unless a
+    class has no others. A function of the list, the files' bytes and the seed.
 
     Raises UserError if no clip can be held out.
     """
