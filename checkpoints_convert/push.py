@@ -87,7 +87,8 @@ def check_repository(repository: str, revision: str | None = None) -> None:
             f"org/name, {named.repository}"
         )
     if named is None or named.file is not None:
-        raise UserError(f"{quoted(repository)} is not a repository's name; expected org/name")
+        shown = quoted(repository) or "an empty text"
+        raise UserError(f"{shown} is not a repository's name; expected org/name")
     try:
         validate_repo_id(repository)
     except HFValidationError as error:

@@ -101,10 +101,12 @@ def test_text_lists_labels(model, clips, capsys):
 def test_an_array_is_read_as_the_video_it_was(model, clips, capsys, tmp_path, scale):
     frames = vivit_jax.read_video(clips["long"])
     np.save(tmp_path / "long.npy", frames if scale == 1 else frames / scale)
-    files = (clips["long"], tmp_path / "long.npy")
+    np.savez(tmp_path / "long.npz", frames=np.load(tmp_path / "long.npy"))
+    files = (clips["long"], tmp_path / "long.npy", tmp_path / "long.npz")
     status, out, _ = run_command(capsys, "predict", *files, "--model", model, "--json")
-    video, array = json.loads(out)
+    video, array, packed = json.loads(out)
     assert status == 0 and video["frames"] == array["frames"]
+    assert packed["predictions"] == array["predictions"]
     for ours, theirs in zip(array["predictions"], video["predictions"], strict=True):
         assert ours["label"] == theirs["label"]
         np.testing.assert_allclose(ours["score"], theirs["score"], rtol=1e-5)

@@ -29,11 +29,19 @@ def test_what_ends_a_program_is_no_clips(error):
         raise error
 
 
+@pytest.mark.parametrize("error", [MemoryError("Unable to\nallocate"), MemoryError()])
+def test_too_little_memory_is_told_in_words(error, caplog):
+    with pytest.raises(UnforeseenError) as raised, one_clip("a.mp4"):
+        raise error
+    more = ": Unable to allocate" if error.args else ""
+    assert str(raised.value) == f"a.mp4: not enough memory to read it{more}"
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
         (ValueError("31 is not a valid Type"), "ValueError: 31 is not a valid Type (unforeseen, "),
-        (MemoryError(), "MemoryError (unforeseen, "),
         (OSError(5, "Input/output error"), "OSError: [Errno 5] Input/output error (unforeseen, "),
         (RuntimeError("two\n lines"), "RuntimeError: two lines (unforeseen, "),
         (np.linalg.LinAlgError("x"), "numpy.linalg.LinAlgError: x (unforeseen, "),

@@ -89,8 +89,8 @@ def attention(
     `vivit_jax.map_attention`.
 
     Args:
-        clip: Video file, or .npy with frames [t, h, w, c] of any channel count, uint8 or float in
-            [0, 1].
+        clip: Video file, or .npy or .npz with frames [t, h, w, c] of any channel count, uint8 or
+            float in [0, 1].
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic. Of a pre-trained
             VideoMAE, the encoder is shown, with the whole clip as input.

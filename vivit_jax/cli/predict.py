@@ -90,8 +90,8 @@ def predict(
     the exit status is 1. In Python this is `vivit_jax.VideoClassifier`.
 
     Args:
-        clips: Video files, .npy with frames [t, h, w, c], uint8 or float in [0, 1], or directories,
-            of which all videos are classified, also those in folders below.
+        clips: Video files, .npy or .npz with frames [t, h, w, c], uint8 or float in [0, 1], or
+            directories, of which all videos are classified, also those in folders below.
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic.
         top_k: How many classes to print.

@@ -68,8 +68,8 @@ def reconstruct(
     baselines: each patch flat at its mean, and a copy of the nearest visible patch.
 
     Args:
-        clip: Video file, or .npy with frames [t, h, w, c] of any channel count, uint8 or float in
-            [0, 1].
+        clip: Video file, or .npy or .npz with frames [t, h, w, c] of any channel count, uint8 or
+            float in [0, 1].
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors; with a pre-training head.
         true_statistics: Give each hidden patch its true mean and variance, as the papers' pictures

@@ -21,13 +21,23 @@ KeyValues = Annotated[
     tyro.conf.arg(metavar="KEY=VALUE"),
 ]
 
+EMPTY_PATH = "a path is empty; expected a file or a directory, . for this one"
+
+
+def not_empty(text: str) -> str:
+    """A path as it is given; ValueError for an empty one, which would stand for this directory."""
+    if not text:
+        raise ValueError(EMPTY_PATH)
+    return text
+
+
 # A local path or an address. A plain Path is local: `vivit_jax.console.arguments` refuses others.
 PlaceOption = Annotated[
     Place,
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda given: place(given[0]),
+        instance_from_str=lambda given: place(not_empty(given[0])),
         is_instance=lambda value: isinstance(value, Place),
         str_from_instance=lambda value: [str(value)],
     ),

@@ -28,14 +28,18 @@ def one_clip(name: str | os.PathLike) -> Iterator[None]:
     setting, the same for every clip. Everything else becomes an `UnforeseenError` of one line with
     the error's type, full message and place. The cause may be a damaged file, a failing disk or a
     bug in this library, so the first error of each kind is logged with its traceback. MemoryError
-    is included: one clip may need more memory than there is, and if the machine has none left all
-    clips fail and the caller, which counts failures, gives up. KeyboardInterrupt and SystemExit
-    pass.
+    is included, in plain words: one clip may need more memory than there is, and if the machine has
+    none left all clips fail and the caller, which counts failures, gives up. KeyboardInterrupt and
+    SystemExit pass.
     """
     try:
         yield
     except UserError:
         raise
+    except MemoryError as error:
+        words = " ".join(str(error).split())
+        text = f"not enough memory to read it{f': {words}' if words else ''}"
+        raise UnforeseenError(f"{os.fsdecode(name)}: {text}") from error
     except Exception as error:
         _log_first(os.fsdecode(name), error)
         raise UnforeseenError(f"{os.fsdecode(name)}: {_described(error)}") from error

@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 
 from vivit_jax.config import Config
 from vivit_jax.data.datasets.arrays import open_array
+from vivit_jax.data.datasets.folders import ARRAYS
 from vivit_jax.data.sampling import clip_indices, view_indices
 from vivit_jax.data.transforms.augment import three_crops
 from vivit_jax.data.transforms.frame_ops import resize
@@ -117,8 +118,9 @@ def read_clips(
     One clip lies at `start`; `start` and `pad` are those of `vivit_jax.data.sampling.clip_indices`.
     Several clips are spread over the video as `view_indices` does with the model's sampler. A model
     that was trained on segments also reads one clip so, over the whole video, unless `stride` or
-    `start` is given or the video has fewer frames than the clip. An array or .npy file holds the
-    frames themselves, [t, h, w, c] with any number of channels, uint8 or float in [0, 1].
+    `start` is given or the video has fewer frames than the clip. An array, or an .npy
+    or .npz file, holds the frames themselves, [t, h, w, c] with any number of channels, uint8 or
+    float in [0, 1].
     `square_pixels` is that of `read_video`, for video files.
 
     Raises VideoError for a video that cannot be read, has too few frames, is mostly undecodable or
@@ -201,12 +203,12 @@ def parse_start(text: str) -> str | int:
 def _open_frames(
     source: str | os.PathLike | np.ndarray,
 ) -> UInt8[np.ndarray, "t h w c"] | Float[np.ndarray, "t h w c"] | None:
-    """The frames of an array or an .npy file, None for a video file."""
+    """The frames of an array or an .npy or .npz file, None for a video file."""
     if isinstance(source, np.ndarray):
         path, frames = "the array", source
         if frames.ndim != 4 or not frames.size:
             raise VideoError(f"an array of shape {frames.shape}; expected frames [t, h, w, c]")
-    elif Path(source).suffix.lower() != ".npy":
+    elif Path(source).suffix.lower() not in ARRAYS:
         return None
     else:
         path, frames = os.fspath(source), open_array(source)

@@ -22,11 +22,12 @@ from jaxtyping import UInt8
 from vivit_jax import param_tree
 from vivit_jax.config import ARCHITECTURES
 from vivit_jax.config_base import positive_int
+from vivit_jax.data.datasets.folders import ARRAYS, ending
 from vivit_jax.data.one_clip import each_of_clip, one_clip
 from vivit_jax.data.sliding_window import Stream, Window, Windows, plan_windows, slide
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.video.frame_stream import open_stream, read_ahead
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, VideoError
 from vivit_jax.layers.linear import at_least_float32
 from vivit_jax.models.build import headless
 from vivit_jax.outputs import RESULTS_ONLY
@@ -104,6 +105,11 @@ def extract_features(
     exact = jax.default_backend() == "cpu" if exact is None else exact
     check_features(config, processor, layer, pool, has_head=_has_head(model))
     function = feature_function(model, params, processor, layer=layer, pool=pool)
+    if ending(os.fspath(video)) in ARRAYS:
+        raise VideoError(
+            f"{os.fspath(video)}: an array, which has no times to place windows by; expected a "
+            "video file"
+        )
     with one_clip(video):
         stream = open_stream(video)
     return _rows(stream, windows, processor, function, batch_size, exact, progress)

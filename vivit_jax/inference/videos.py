@@ -15,8 +15,8 @@ from vivit_jax.data.video.sources import are_frames, is_content, stacked_frames
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.files.local import local_file, shown
 
-# The path or link of a video or .npy file, its content, an open file, or frames as an array or as a
-# list of pictures.
+# The path or link of a video, .npy or .npz file, its content, an open file, or frames as an array
+# or as a list of pictures.
 Video = str | os.PathLike | bytes | BinaryIO | np.ndarray | jax.Array | Sequence[Any]
 _EXPECTED = (
     "a path, a link, bytes, an open file, frames as an array [t, h, w, c] or as a list of pictures"

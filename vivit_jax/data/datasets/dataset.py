@@ -159,6 +159,8 @@ def read_dataset(
             are labelled, or one clip has two labels.
     """
     path = os.fspath(source)
+    if not path:
+        raise UserError(f"the path of a data set is empty; {SOURCES}")
     if labels is not None and (not isinstance(labels, int) or labels < 0):
         raise UserError(f"labels is {labels!r}; expected the number of labels per line, or None")
     try:
