@@ -21,7 +21,7 @@ from checkpoints_convert.files.open import Checkpoint
 from checkpoints_convert.layouts.hf import runs_in_transformers, transformers_notes
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.transforms.processor_keys import FILTERS
-from vivit_jax.errors import printable, quoted
+from vivit_jax.errors import counted, printable, quoted
 from vivit_jax.hub import CARD, hub_id, resolve_card
 from vivit_jax.version import __version__
 
@@ -278,7 +278,7 @@ def _title(model: SavedModel, facts: CardFacts) -> str:
     if facts.name is not None:
         return facts.name
     labels = model.config.num_labels
-    classes = f", {labels} classes" if model.head == "classification" else ""
+    classes = f", {counted(labels, 'class')}" if model.head == "classification" else ""
     return f"{model.config.title}: {_TASKS[model.head]}{classes}"
 
 
@@ -286,14 +286,14 @@ def _summary(model: SavedModel, facts: CardFacts) -> str:
     config = model.config
     height, width = config.frame_size
     opens = _opens_in_transformers(model)
-    classes = f", {config.num_labels} classes" if model.head == "classification" else ""
+    classes = f", {counted(config.num_labels, 'class')}" if model.head == "classification" else ""
     rows = {
         "Task": f"{_TASKS[model.head]}{classes}",
         "Model": f"`{model.architecture}`, {model.parameters:,} parameters, {model.dtype}",
         "Library": f"vivit_jax {__version__} (JAX, Flax)"
         + ("; transformers opens it too (PyTorch)" if opens else "; not for transformers"),
-        "Input": f"{config.num_frames} frames of {height} x {width} pixels, {config.num_channels} "
-        "channels",
+        "Input": f"{counted(config.num_frames, 'frame')} of {height} x {width} pixels, "
+        f"{counted(config.num_channels, 'channel')}",
     }
     if facts.base is not None:
         rows["Base model"] = _base_text(facts.base)
@@ -329,7 +329,7 @@ def _class_lines(model: SavedModel) -> list[str]:
         return []
     if config.class_splits is not None:
         heads = zip(config.split_names or (), config.class_splits, strict=True)
-        listed = ", ".join(f"{_plain(name)} ({size} classes)" for name, size in heads)
+        listed = ", ".join(f"{_plain(name)} ({counted(size, 'class')})" for name, size in heads)
         return [f"Several classifiers: {listed}; their names are in `config.json`."]
     labels = config.labels
     if labels == tuple(f"LABEL_{i}" for i in range(len(labels))):
@@ -354,7 +354,7 @@ def _metric_lines(metrics: Sequence[Metric]) -> list[str]:
             value, plus = f"{metric.value:.4g}", "not known" if error is None else f"{error:.2g}"
         rows.append(
             f"| {_plain(metric.title)} | {value} | {plus} | {_plain(metric.data)}, "
-            f"{metric.videos:,} videos | {_plain(metric.protocol)} |"
+            f"{counted(metric.videos, 'video')} | {_plain(metric.protocol)} |"
         )
     head = "| metric | value | standard error | data | protocol |"
     return [head, "|---|---|---|---|---|", *rows]
@@ -364,9 +364,12 @@ def _preprocessing_lines(model: SavedModel) -> list[str]:
     config = model.config
     stride = config.frame_stride
     apart = f"every {_ordinal(stride)}" if stride > 1 else "one after the other"
-    frames = f"{config.num_frames} frames, {apart}, from the middle of the video"
+    frames = f"{counted(config.num_frames, 'frame')}, {apart}, from the middle of the video"
     if config.view_sampler == "segments":
-        frames = f"{config.num_frames} frames, one from each of as many equal parts of the video"
+        frames = (
+            f"{counted(config.num_frames, 'frame')}, one from each of as many equal parts of the "
+            "video"
+        )
     if model.processor is None:
         return [
             f"{frames}. How they become pixels is not known here: no processor of these models was "

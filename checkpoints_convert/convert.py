@@ -47,7 +47,7 @@ from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig
 from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.transforms.processor import VideoProcessor
-from vivit_jax.errors import ConfigError, UserError
+from vivit_jax.errors import ConfigError, UserError, counted
 from vivit_jax.hub import PROCESSOR_FILES
 from vivit_jax.models.build import expected_shapes
 from vivit_jax.typed import Settings, parse_settings, reusable
@@ -78,8 +78,8 @@ class Conversion:
             [
                 self.source,
                 *(f"  {line}" for line in collapse(self.lines)),
-                f"{self.read} tensors read, {self.left_out} of them left out, {self.written} "
-                f"written{cast}, {self.parameters:,} parameters",
+                f"{counted(self.read, 'tensor')} read, {self.left_out} of them left out, "
+                f"{self.written} written{cast}, {self.parameters:,} parameters",
                 f"wrote {names} to {self.files[0].parent}",
             ]
         )

@@ -14,6 +14,7 @@ from checkpoints_convert.problems import collapse, summarise
 from checkpoints_convert.rules import dtype_name, match_import
 from checkpoints_convert.source import find_checkpoint, open_source
 from vivit_jax.console import ConfigOption, joined
+from vivit_jax.errors import counted
 from vivit_jax.models.build import expected_shapes
 
 
@@ -79,7 +80,7 @@ def inspect(
     for line in (*collapse(lines), *notes):
         print(f"  {line}")
     count = len(unread) + len(left_out)
-    print(f"fits        {len(tensors)} tensors, {count} of them left out, none missing")
+    print(f"fits        {counted(len(tensors), 'tensor')}, {count} of them left out, none missing")
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ from checkpoints_convert.pretrained import plan_load
 from checkpoints_convert.rules import stored_dtype
 from checkpoints_convert.source import Source, open_source
 from vivit_jax.data.transforms.processor import VideoProcessor
-from vivit_jax.errors import CheckpointError, MissingExtra, UserError, first_line, quoted
+from vivit_jax.errors import CheckpointError, MissingExtra, UserError, counted, first_line, quoted
 from vivit_jax.files.staging import names_in
 from vivit_jax.hub import CARD, PROCESSOR_FILES, SAFETENSORS, SAFETENSORS_INDEX, hub_id
 
@@ -131,7 +131,7 @@ def prepare(directory: Path, repository: str, revision: str | None = None) -> Up
             _check_private(directory / name, content)
     _check_card(card, text)
     count = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in source.tensors.values())
-    model = f"{source.architecture}, {len(source.tensors)} tensors, {count:,} parameters"
+    model = f"{source.architecture}, {counted(len(source.tensors), 'tensor')}, {count:,} parameters"
     return Upload(files, tuple(n for n in others if n not in files), model)
 
 

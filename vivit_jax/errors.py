@@ -112,6 +112,17 @@ def quoted(text: object) -> str:
     return shown if len(shown) <= _SHOWN else f"{shown[:half]}...{shown[-half:]}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things in words: "1 class", "2 classes", "1,000 epochs"."""
+    plural = f"{noun}es" if noun.endswith(("s", "x", "sh", "tch")) else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
+
+
+def there_are(count: int, noun: str) -> str:
+    """`counted` as a clause: "there is 1 frame", "there are 2 frames"."""
+    return f"there {'is' if count == 1 else 'are'} {counted(count, noun)}"
+
+
 def first_line(reason: BaseException | str) -> str:
     """The first line of a message, or the name of an error that has none."""
     return (str(reason).strip() or repr(reason)).splitlines()[0]

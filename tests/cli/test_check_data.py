@@ -180,7 +180,7 @@ def test_a_sheet_of_unlabelled_clips_and_none_of_unreadable_ones(data, capsys, t
     (data / "bad" / "a.mp4").write_bytes(b"")
     sheet = tmp_path / "sheet.png"
     status, out, err = check(capsys, data / "bad", "--draw", sheet, "--labels", 0)
-    assert status == 1 and "STOP     1 of 1 clips cannot be read" in out and not sheet.exists()
+    assert status == 1 and "STOP     1 of 1 clip cannot be read" in out and not sheet.exists()
     assert err == "--draw: no clip can be read, so that nothing is drawn\n"
 
 

@@ -92,7 +92,7 @@ def line_of(capsys, *args):
         ),
         (
             ["--data", "{}/my clips", "--start", "{}/start", "--mesh", "data=1"],
-            "--mesh 'data=1' is for 1 devices, there are 8",
+            "--mesh 'data=1' is for 1 device, there are 8",
         ),
         (
             ["--data", "{}/my clips", "--start", "{}/start", "--validation", "{}/few/clips"],

@@ -133,7 +133,7 @@ def test_the_cores_of_a_host_read_every_repeat(monkeypatch):
     [
         (("--topology", "v9:2x2"), "got 'v9', expected one such as v4:4x4x4"),
         (("--topology", "h100:4", "--mesh", "data=3"), "for 3 devices, there are 4"),
-        (("--topology", "h100:3"), "do not divide"),
+        (("--topology", "h100:3"), "cannot divide"),
         (("--topology", "h100:4", "--set", "train.batchsize=3"), "did you mean batch_size"),
         (("--topology", "h100:4", "--search", "--mesh", "data=4"), "drop one"),
         (("--topology", "h100:4", "--most", "2"), "--most: only for --search"),

@@ -100,7 +100,7 @@ def refused(capsys, *args):
         ([*FINETUNE, "--data", "{data}/few.txt"], "has 5 clips, train.batch_size is 8"),
         (
             [*FINETUNE, "--data", "{data}/clips", *sets(train__batch_size=12)],
-            "12 clips, which 8 devices in 1 parts (train.accumulate) do not divide",
+            "12 clips, which 8 devices in 1 part (train.accumulate) cannot divide",
         ),
         (
             [*FINETUNE, "--data", "{data}/clips", *sets(data__validation="{data}/no")],
@@ -263,7 +263,7 @@ def test_pretraining_then_fine_tuning_then_evaluation(data, tmp_path, capsys):
     once = [*PRETRAIN, "--data", clips, "--out", str(first), "--tensorboard", "--resume", "auto"]
     assert main([*once, "--profile", "2:3"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "12 clips, 1 steps an epoch, steps 1 to 6 of 6; mesh data=8;" in said[0]
+    assert "12 clips, 1 step an epoch, steps 1 to 6 of 6; mesh data=8;" in said[0]
     model = first / "models" / "6"
     assert said[1] == f"step 6 done; model in {model}, curves in {first}/report.html"
     assert list((first / "tensorboard").glob("events*"))

@@ -499,7 +499,7 @@ def test_damage_in_the_middle(tmp_path, caplog):
     np.testing.assert_allclose(frame_times(path, range(30)), np.arange(30) / 25)
     clip = read_video(path, num_frames=8, stride=2)
     np.testing.assert_array_equal(clip, video[7:23:2])
-    with pytest.raises(VideoError, match="damaged.mp4: 1 of the 1 frames asked cannot .*frame 15"):
+    with pytest.raises(VideoError, match="damaged.mp4: 1 of the 1 frame asked cannot .*frame 15"):
         read_video(path, indices=[15], lost="few")
     assert len(caplog.messages) == 1
 

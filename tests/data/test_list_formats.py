@@ -122,7 +122,7 @@ def test_test_rows_validate_where_there_are_no_others(tmp_path, caplog):
     text = SPLIT.replace("b.mp4,y,val\n", "")
     assert named(listed(tmp_path, text, split="validation"), tmp_path) == [("c.mp4", "z")]
     assert "no clips of split validation; those of test are used" in caplog.text
-    with pytest.raises(UserError, match="several splits: train .2 rows., Test .1 rows.*--split"):
+    with pytest.raises(UserError, match="several splits: train .2 rows., Test .1 row.*--split"):
         listed(tmp_path, text)
     one = "path,label,split\na.mp4,x,train\n"
     assert len(listed(tmp_path, one)) == 1
@@ -132,7 +132,7 @@ def test_test_rows_validate_where_there_are_no_others(tmp_path, caplog):
     "text, options, message",
     [
         ("path,label\n", {}, "a list without a clip"),
-        ("path,label\na.mp4,x\nb.mp4\n", {}, "line 3: it has 1 fields; expected 2"),
+        ("path,label\na.mp4,x\nb.mp4\n", {}, "line 3: it has 1 field; expected 2"),
         ("path,label\na.mp4,x\n,y\n", {}, "line 3: there is no path"),
         ("path,label\na.mp4,x\nb.mp4,3\n", {}, "numbers such as 3 and names such as x"),
         ("path,label\na.mp4,x\nb.mp4,\n", {}, "differing numbers of labels: 1 in line 2 and 0 in"),
@@ -224,7 +224,7 @@ def test_something_something(tmp_path):
     assert dataset.classes == ("Holding something", "Moving something to the left")
     names = {"Moving something to the left": "0", "Throwing something": "1"}
     (tmp_path / "labels.json").write_text(json.dumps(names))
-    with pytest.raises(UserError, match="1 classes are not in the file of class names: Holding"):
+    with pytest.raises(UserError, match="1 class not in the file of class names: Holding"):
         listed(tmp_path, text, "train.json")
     (tmp_path / "labels.json").write_text(json.dumps(names | {"Holding something": "2"}))
     dataset = listed(tmp_path, text, "train.json")

@@ -114,7 +114,7 @@ def test_a_torchvision_dataset_gives_its_labels_as_an_attribute(attributes):
     [
         (iter([]), {}, "no data set object; expected one with a length"),
         ([], {}, "list: a data set object without clips"),
-        ([(FRAMES[0], 1)], {"labels": [1, 2]}, "2 labels for 1 clips"),
+        ([(FRAMES[0], 1)], {"labels": [1, 2]}, "2 labels for 1 clip"),
         ([(FRAMES[0], 1), (FRAMES[1], "x")], {}, "label 'x' of clip 1, and 1 of clip 0; expected"),
         ([(FRAMES[0], 1), (FRAMES[1], None)], {}, "label None of clip 1, and 1 of clip 0"),
         ([(FRAMES[0], 0.5)], {}, "label 0.5 of clip 0; expected an integer"),

@@ -173,7 +173,7 @@ def test_a_run_of_an_earlier_version_goes_on_unless_it_left_out_clips(clips):
         old = {name: state[name] for name in ("clips", "left_out", "bad")}
         source.restore(old | {"processes": 2, "read": 4})
         assert_same([next(source) for _ in range(2)], expected)
-        with pytest.raises(UserError, match="an earlier version saved this run, and 1 clips"):
+        with pytest.raises(UserError, match="an earlier version saved this run, and 1 clip "):
             source.restore(old | {"processes": 2, "read": 5, "left_out": 1})
 
 

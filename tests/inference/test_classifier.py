@@ -491,7 +491,7 @@ def test_the_middle_crop_of_a_vivit_is_scenics(videos):
 
 
 def test_too_few_frames_for_several_clips(classifier, videos):
-    with pytest.raises(VideoError, match="9 frames are too few for 2 clips .* at stride 9"):
+    with pytest.raises(VideoError, match="9 frames, too few for 2 clips .* at stride 9"):
         classifier(videos[1], stride=9, num_clips=2)
 
 

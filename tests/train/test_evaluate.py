@@ -320,7 +320,7 @@ def test_folders_are_numbered_as_the_model_numbers_its_classes(caplog):
     some = model_labels(folders(("fly", "run", "walk"), (0, 0, 2, 1)), config)
     assert [example.label for example in some.examples] == [3, 3, 0, 1]
     assert some.classes == config.labels and model_labels(some, config) == some
-    with pytest.raises(UserError, match="1 of 3 names are not among the model's classes: swim; "):
+    with pytest.raises(UserError, match="1 of 3 names not among the model's classes: swim; "):
         model_labels(folders(("fly", "swim", "walk"), (0, 0, 2, 1)), config)
     # A model that does not name its classes, or a list of numbers, is taken by number.
     unnamed, names = config_of("mae cls"), ("e", "d", "c", "b", "a")
@@ -372,7 +372,7 @@ def test_labels_that_the_model_has_not_are_told(classifier, labels, words):
 
 def test_what_cannot_be_evaluated_is_told(classifier, dataset):
     only_bad = Dataset(dataset.examples[BAD : BAD + 1], None, "list.txt")
-    with pytest.raises(UserError, match="none of the 1 videos of list.txt could be read: .*2.npy"):
+    with pytest.raises(UserError, match="none of the 1 video of list.txt could be read: .*2.npy"):
         run(classifier, only_bad, views_at_once=8)
     with pytest.raises(UserError, match="views_at_once is 0, expected at least 1"):
         run(classifier, dataset, views_at_once=0)

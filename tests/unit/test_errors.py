@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vivit_jax import errors
-from vivit_jax.errors import MissingExtra, closest, install, similar
+from vivit_jax.errors import MissingExtra, closest, counted, install, similar, there_are
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,3 +55,16 @@ def test_names_that_are_meant():
     assert closest("evalute", known, short=True) == "; did you mean evaluate?"
     assert closest("evalute", known) == "; did you mean evaluate? known: evaluate, export, extract"
     assert closest("z", known, short=True) == "; known: evaluate, export, extract"
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (0, "clip", "0 clips"), (1, "clip", "1 clip"), (2, "class", "2 classes"),
+        (1, "class", "1 class"), (3, "batch", "3 batches"), (4, "epoch", "4 epochs"),
+        (1234567, "video", "1,234,567 videos"),
+    ],
+)  # fmt: skip
+def test_numbers_of_things_in_words(count, noun, text):
+    assert counted(count, noun) == text
+    assert there_are(count, noun) == f"there {'is' if count == 1 else 'are'} {text}"

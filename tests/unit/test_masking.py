@@ -243,9 +243,9 @@ SMALL = VideoMAEConfig(**VIDEOMAE | dict(image_size=(32, 16), use_mean_pooling=F
     ("change", "message"),
     [
         (lambda mask: mask.to_bool(), r"must be a vivit_jax\.Mask, got .*Mask\.from_bool"),
-        (lambda mask: mask.replace(masked=mask.masked[:1]), "for 1 or 2 clips of 24 tokens"),
-        (lambda mask: mask.replace(decoded=mask.decoded[:1]), "for 1 or 2 clips of 24 tokens"),
-        (lambda mask: jax.tree.map(lambda part: part[:1], mask), "for 1 clips of 24 .* holds 2 of"),
+        (lambda mask: mask.replace(masked=mask.masked[:1]), "for 1 clip or 2 clips of 24 tokens"),
+        (lambda mask: mask.replace(decoded=mask.decoded[:1]), "for 1 clip or 2 clips of 24 tokens"),
+        (lambda mask: jax.tree.map(lambda part: part[:1], mask), "for 1 clip of 24 .* holds 2 of"),
         (lambda mask: mask.replace(masked=mask.masked[:, 1:]), "of 23 tokens, .* holds 2 of 24"),
         (lambda mask: None, "needs a mask, for example vivit_jax.tube_mask"),
     ],

@@ -19,7 +19,7 @@ from vivit_jax.cli.reconstruct import SUFFIXES
 from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.read_clip import parse_start, read_clip
 from vivit_jax.data.video.decode import frame_times
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.atomic import check_output, whole_file
 from vivit_jax.inference.attention_maps import choose, map_attention
 from vivit_jax.train.normalise import arithmetic
@@ -139,7 +139,7 @@ def attention(
     if picture.json:
         print(json_module.dumps(summary, indent=2))
         return 0
-    print(f"{clip} ({len(indices)} frames from {indices[0]} to {indices[-1]})")
+    print(f"{clip} ({counted(len(indices), 'frame')} from {indices[0]} to {indices[-1]})")
     print(f"  {_subject(found.choice, module.config)}")
     weights = " ".join(f"{w:.2f}" for w in summary["time_weights"])
     print(f"  over time, multiples of uniform: {weights}")
@@ -233,7 +233,7 @@ def _subject(choice, config) -> str:
             where += f", over time from {choice.temporal_layer} to 0"
     heads = f"head {choice.head} of 0 to {config.num_attention_heads - 1}"
     if choice.head is None:
-        heads = f"mean of {config.num_attention_heads} heads"
+        heads = f"mean of {counted(config.num_attention_heads, 'head')}"
     query = {"cls": "class token", "mean": "mean of all tubelets"}.get(choice.query)
     if query is None:
         query = "tubelet {},{},{} (t,y,x)".format(*choice.query)

@@ -30,12 +30,11 @@ from vivit_jax.data.datasets.check import (
     Report,
     Span,
     check_dataset,
-    counted,
 )
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.datasets.hold_out import write_list
 from vivit_jax.data.settings import DataSettings
-from vivit_jax.errors import UserError, WriteError
+from vivit_jax.errors import UserError, WriteError, counted
 from vivit_jax.files.addresses import Place
 from vivit_jax.files.atomic import check_output, whole_file, write_json
 from vivit_jax.files.reading import exists

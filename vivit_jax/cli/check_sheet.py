@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from vivit_jax.cli.panels import Panels
-from vivit_jax.data.datasets.check import ClipFacts, Report, class_name, counted, in_threads
+from vivit_jax.data.datasets.check import ClipFacts, Report, class_name, in_threads
 from vivit_jax.data.datasets.dataset import read_frames
 from vivit_jax.data.one_clip import one_clip
-from vivit_jax.errors import VideoError, printable
+from vivit_jax.errors import VideoError, counted, printable
 from vivit_jax.progress import live_line
 
 _TILE = 108, 144  # height, width of a frame on the sheet
@@ -38,9 +38,9 @@ def contact_sheet(report: Report, threads: int = 2) -> Panels:
         frames.append(np.stack(found + [blank] * (columns - len(row))))
     notes = ["The middle frame of some clips of each row."]
     if drawn < total:
-        notes.append(f"{drawn} of {total} classes are drawn, evenly spaced.")
+        notes.append(f"{drawn} of {counted(total, 'class')} are drawn, evenly spaced.")
     bad = sum(each.error is not None for each in report.clips)
-    warning = f"{bad} of {len(report.clips)} clips cannot be read." if bad else None
+    warning = f"{bad} of {counted(len(report.clips), 'clip')} cannot be read." if bad else None
     title = printable(os.path.basename(os.path.abspath(report.dataset.source)), one_line=True)
     labels = [label for label, _ in rows]
     return Panels(title, notes, warning, labels, frames, [""] * columns, group=len(rows))

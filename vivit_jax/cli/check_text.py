@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from vivit_jax.data.datasets.check import ClassFacts, ClipFacts, Finding, Report, Span, counted
-from vivit_jax.errors import printable
+from vivit_jax.data.datasets.check import ClassFacts, ClipFacts, Finding, Report, Span
+from vivit_jax.errors import counted, printable
 from vivit_jax.progress import format_table, readable
 
 _ITEMS, _ROWS, _KINDS = 3, 20, 4  # that the text shows: of a finding, of classes, of sizes
@@ -60,8 +60,8 @@ def _headline(report: Report) -> str:
     clips = report.clips
     parts = [counted(len(clips), "clip")]
     if report.classes:
-        parts.append(counted(len(report.classes), "class", "classes"))
-    parts.append(f"{sum(each.frames for each in clips):,} frames")
+        parts.append(counted(len(report.classes), "class"))
+    parts.append(counted(sum(each.frames for each in clips), "frame"))
     seconds = sum(each.seconds or 0 for each in clips)
     if seconds:
         parts.append(f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s")
@@ -143,8 +143,9 @@ def _split_line(report: Report, check: CheckOptions) -> str:
     if not report.validation:
         return "split: no clip can be held out: each class needs two readable, different clips"
     return (
-        f"split: {len(report.train)} clips to train on, {len(report.validation)} to hold out "
-        f"({check.validation:.0%} of each class); --write-split train.csv val.csv writes it"
+        f"split: {counted(len(report.train), 'clip')} to train on, {len(report.validation)} to "
+        f"hold out ({check.validation:.0%} of each class); --write-split train.csv val.csv writes "
+        "it"
     )
 
 

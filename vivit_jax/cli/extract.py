@@ -23,7 +23,7 @@ from vivit_jax.cli.options import Dtype
 from vivit_jax.console import FLAT, ConfigOption, PlaceOption, joined
 from vivit_jax.data.datasets.folders import clips_below
 from vivit_jax.data.sliding_window import plan_windows
-from vivit_jax.errors import UserError, VideoError, printable
+from vivit_jax.errors import UserError, VideoError, counted, printable
 from vivit_jax.files.addresses import Address, Place
 from vivit_jax.files.atomic import check_directory, check_output, whole_file
 from vivit_jax.files.reading import exists, is_directory, is_file, size_of
@@ -380,6 +380,6 @@ def _write(
     seconds = time.monotonic() - started
     shape = "x".join(map(str, (file.rows, *row_shape)))
     return (
-        f"{video}: {shape} features of {done} frames in {seconds:.1f} s "
+        f"{video}: {shape} features of {counted(done, 'frame')} in {seconds:.1f} s "
         f"({done / seconds:.0f} frames/s), written to {path}"
     )

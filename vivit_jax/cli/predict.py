@@ -20,7 +20,7 @@ from vivit_jax.cli.predict_picture import save_mp4, save_png
 from vivit_jax.console import FLAT, ConfigOption, PlaceOption, joined
 from vivit_jax.data.datasets.folders import VIDEOS, clips_below, ending
 from vivit_jax.data.read_clip import parse_start
-from vivit_jax.errors import UserError, printable
+from vivit_jax.errors import UserError, counted, printable
 from vivit_jax.files.addresses import Place
 from vivit_jax.files.atomic import check_output, whole_file
 from vivit_jax.files.reading import is_directory
@@ -235,14 +235,14 @@ def _as_dict(result) -> dict:
 
 
 def _as_text(result: dict) -> str:
-    frames, seen = result["frames"], "frames"
+    frames = result["frames"]
     if isinstance(frames[0], list):
-        seen, frames = f"clips of {len(frames[0])} frames", sum(frames, [])
-        count = len(result["frames"])
+        seen = f"{counted(len(frames), 'clip')} of {counted(len(frames[0]), 'frame')}"
+        frames = sum(frames, [])
     else:
-        count = len(frames)
+        seen = counted(len(frames), "frame")
     clip = printable(result["clip"], one_line=True)
-    lines = [f"{clip} ({count} {seen} from {min(frames)} to {max(frames)})"]
+    lines = [f"{clip} ({seen} from {min(frames)} to {max(frames)})"]
     tables = {"": result["predictions"], **result.get("heads", {})}
     for name, predictions in tables.items():
         lines += [f"  {name}:"] if name else []

@@ -30,11 +30,10 @@ from vivit_jax.cli.panels import (
     real_time,
     text_width,
 )
-from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.synthetic import write_mp4
 from vivit_jax.data.video.decode import read_video
 from vivit_jax.data.video.frame_stream import open_stream
-from vivit_jax.errors import VideoError, printable
+from vivit_jax.errors import VideoError, counted, printable
 from vivit_jax.inference.timeline import Timeline
 from vivit_jax.train.chart import COLOURS
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from checkpoints_convert.push import Upload, check_extra, check_repository, prepare, publish
-from vivit_jax.errors import printable
+from vivit_jax.errors import counted, printable
 from vivit_jax.train.saved_models import model_directory
 
 
@@ -65,7 +65,7 @@ def _listing(upload: Upload) -> str:
     width = max(map(len, sizes))
     lines = [f"{upload.model}; opened, and its weights fit its config"]
     lines += [f"  {name:{width}}  {size:>13,} bytes" for name, size in sizes.items()]
-    lines += [f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB"]
+    lines += [f"  {counted(len(sizes), 'file')}, {sum(sizes.values()) / 1e6:,.1f} MB"]
     if upload.left_out:
         lines.append(f"not sent: {', '.join(upload.left_out)}")
     return "\n".join(printable(line, one_line=True) for line in lines)

@@ -17,7 +17,7 @@ from vivit_jax.cli.panels import Panels, as_frames, channels_note, real_time
 from vivit_jax.console import FLAT, ConfigOption, joined
 from vivit_jax.data.read_clip import parse_start, read_clip
 from vivit_jax.data.video.decode import frame_times
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.atomic import check_output, whole_file
 from vivit_jax.inference.reconstruction import (
     ROWS_OF_COLUMNS,
@@ -112,7 +112,10 @@ def reconstruct(
     if picture.json:
         print(json_module.dumps(_summary(result, errors, clip, out, indices), indent=2))
         return 0
-    print(f"{clip} ({len(indices)} frames from {indices[0]} to {indices[-1]}): {_counts(result)}")
+    print(
+        f"{clip} ({counted(len(indices), 'frame')} from {indices[0]} to {indices[-1]}): "
+        f"{_counts(result)}"
+    )
     print("RMSE on predicted hidden patches, pixels in [0, 1]:")
     print("\n".join(f"  {line}" for line in error_table(errors)))
     for note in (_statistics_note(result)[0], channels_note(result.original.shape[-1])):

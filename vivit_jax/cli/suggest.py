@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.datasets.hold_out import shared_clips
-from vivit_jax.errors import printable
+from vivit_jax.errors import counted, printable
 from vivit_jax.progress import format_table, live_line, readable
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.refusals import value_text
@@ -59,7 +58,9 @@ def comparison(out: Path, recipe: Recipe) -> list[str]:
 def _heads(found: Suggestion) -> list[str]:
     clips, config = found.data, found.start.config
     whole = clips.train + clips.held_out
-    parts = [f"{found.recipe.data.train}: {counted(whole, 'clip')} of {clips.classes} classes"]
+    parts = [
+        f"{found.recipe.data.train}: {counted(whole, 'clip')} of {counted(clips.classes, 'class')}"
+    ]
     if clips.held_out:
         parts.append(f"{clips.train} to train on, {clips.held_out} held out")
     if clips.unreadable:
@@ -67,8 +68,8 @@ def _heads(found: Suggestion) -> list[str]:
     height, width = config.frame_size
     model = (
         f"{found.start.name}: {_KINDS[found.start.kind]}; a {config.title} of "
-        f"{config.num_hidden_layers} blocks of width {config.hidden_size}, "
-        f"{config.num_frames} frames of {height}x{width}"
+        f"{counted(config.num_hidden_layers, 'block')} of width {config.hidden_size}, "
+        f"{counted(config.num_frames, 'frame')} of {height}x{width}"
     )
     devices = counted(found.machine.shards, "device")
     memory = found.machine.memory

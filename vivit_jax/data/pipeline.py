@@ -23,7 +23,7 @@ from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.sampling import training_indices
 from vivit_jax.data.settings import FEW_CLIPS, AugmentSettings, DataSettings
 from vivit_jax.data.transforms.augment import Transform, train_transform
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.errors import UserError, VideoError, counted
 from vivit_jax.files import block_cache
 from vivit_jax.processes import follow_the_main_process, interrupts_held
 
@@ -134,7 +134,7 @@ class LoadClip:
     ) -> UInt8[np.ndarray, "repeats t h w c"]:
         if frames.shape[-1] != self.shape.num_channels:
             raise VideoError(
-                f"{example.path} has {frames.shape[-1]} channels, the model takes "
+                f"{example.path} has {counted(frames.shape[-1], 'channel')}, the model takes "
                 f"{self.shape.num_channels}"
             )
         try:
@@ -164,9 +164,9 @@ def _steps(state: dict[str, Any], batch_size: int) -> int:
     # Until December 2026 each process counted its clips, and the next one replaced a bad one.
     if state["left_out"]:
         raise UserError(
-            f"an earlier version saved this run, and {state['left_out']} clips that it could not "
-            "read had moved the order of the others; go on with that version, or start another "
-            "run from the model so far (model.start)"
+            f"an earlier version saved this run, and {counted(state['left_out'], 'clip')} that it "
+            "could not read had moved the order of the others; go on with that version, or start "
+            "another run from the model so far (model.start)"
         )
     return state["read"] // (batch_size // state["processes"])
 
@@ -182,7 +182,7 @@ def unshared(batch_size: int, processes: int) -> str:
 def few_clips(dataset: Dataset, batch_size: int) -> str:
     """Why a data set is too small for a batch."""
     return (
-        f"{dataset.source} has {len(dataset)} clips, train.batch_size is {batch_size}; "
+        f"{dataset.source} has {counted(len(dataset), 'clip')}, train.batch_size is {batch_size}; "
         "the clips of a batch are all different: use a smaller batch, or data.repeats"
     )
 
@@ -360,6 +360,6 @@ class Batches:
             )
         if self._in_a_row >= max(len(self.sampler.dataset), FEW_CLIPS):
             raise UserError(
-                f"{self._in_a_row} clips in a row could not be read: {named}; repair or remove "
-                "these files"
+                f"{counted(self._in_a_row, 'clip')} in a row could not be read: {named}; repair "
+                "or remove these files"
             )

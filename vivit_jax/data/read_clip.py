@@ -21,7 +21,7 @@ from vivit_jax.data.transforms.augment import three_crops
 from vivit_jax.data.transforms.frame_ops import resize
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.video.decode import probe_video, read_video
-from vivit_jax.errors import ConfigError, UserError, VideoError
+from vivit_jax.errors import ConfigError, UserError, VideoError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +145,9 @@ def read_clips(
     else:
         if (length - 1) * stride >= total:
             raise VideoError(
-                f"{name}: {total} frames are too few for {clips} clips of {length} frames at "
-                f"stride {stride}; take one clip, with pad to fill it up"
+                f"{name}: {counted(total, 'frame')}, too few for {clips} clips of "
+                f"{counted(length, 'frame')} at stride {stride}; take one clip, with pad to fill "
+                "it up"
             )
         indices = view_indices(strided_sampler(config), total, length, stride, clips)
     flat = indices.reshape(-1)
@@ -156,8 +157,8 @@ def read_clips(
         frames = np.array(frames[flat])
     if frames.shape[-1] != config.num_channels:
         raise VideoError(
-            f"{name} has {frames.shape[-1]} channels, the model takes {config.num_channels}; "
-            "give frames other than RGB as .npy, [t, h, w, c]"
+            f"{name} has {counted(frames.shape[-1], 'channel')}, the model takes "
+            f"{config.num_channels}; give frames other than RGB as .npy, [t, h, w, c]"
         )
     frames = frames.reshape(*indices.shape, *frames.shape[1:])
     return [Clip(some, places, fps) for some, places in zip(frames, indices, strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from vivit_jax.config_base import SAMPLERS
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.errors import UserError, VideoError, there_are
 
 STARTS = ("begin", "center", "end", "random")
 PADS = ("error", "repeat_last", "loop")
@@ -57,8 +57,8 @@ def clip_indices(
             raise UserError(f"start is {start}; expected a frame index of at least 0")
         if start >= total:
             raise VideoError(
-                f"start is frame {start} but there are {total} frames: "
-                "pass a smaller start, or start='center' (--start center)"
+                f"start is frame {start} but {there_are(total, 'frame')}: pass a smaller start, "
+                "or start='center' (--start center)"
             )
         first = int(start)
     elif start not in STARTS:
@@ -72,7 +72,7 @@ def clip_indices(
     if pad == "error" and total <= first + offsets[-1]:
         raise VideoError(
             f"{num_frames} frames at stride {stride} from frame {first} end at frame "
-            f"{first + offsets[-1]} but there are {total} frames: ask for fewer frames or a "
+            f"{first + offsets[-1]} but {there_are(total, 'frame')}: ask for fewer frames or a "
             "smaller stride, or pass pad='repeat_last' or pad='loop' (--pad repeat_last)"
         )
     return pad_indices(first + offsets, total, pad)
@@ -103,8 +103,8 @@ def pad_indices(
         return indices
     if pad == "error" or total < 1:
         raise VideoError(
-            f"no such frames: {_listed(beyond)}; there are {total} frames: ask for indices below "
-            f"{total}" + (", or pass pad='repeat_last' or pad='loop'" if total else "")
+            f"no such frames: {_listed(beyond)}; {there_are(total, 'frame')}: ask for indices "
+            f"below {total}" + (", or pass pad='repeat_last' or pad='loop'" if total else "")
         )
     return np.minimum(indices, total - 1) if pad == "repeat_last" else indices % total
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from vivit_jax.errors import MissingExtra, StorageError, UserError, first_line
+from vivit_jax.errors import MissingExtra, StorageError, UserError, counted, first_line
 from vivit_jax.files.limits import VARIABLE
 from vivit_jax.version import __version__
 
@@ -93,7 +93,7 @@ class Traffic:
                 setattr(self, name, getattr(self, name) + count)
 
     def __str__(self) -> str:
-        parts = [f"read {self.bytes_read / 1e6:.1f} MB in {self.requests:,} requests"]
+        parts = [f"read {self.bytes_read / 1e6:.1f} MB in {counted(self.requests, 'request')}"]
         parts += [f"{self.bytes_cached / 1e6:.1f} MB from the cache"] if self.bytes_cached else []
         parts += [f"wrote {self.bytes_written / 1e6:.1f} MB"] if self.bytes_written else []
         parts += [f"{self.retries} retries"] if self.retries else []

@@ -25,7 +25,7 @@ from vivit_jax.data.read_clip import (
     read_clips,
 )
 from vivit_jax.data.transforms.processor import VideoProcessor
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.errors import UserError, VideoError, counted
 from vivit_jax.inference.videos import Video, is_one, read_ahead, readable, several
 from vivit_jax.layers.embed import check_clip
 from vivit_jax.models.losses import split_logits
@@ -205,9 +205,9 @@ class VideoClassifier:
         apart = "one of each segment" if spread else f"stride {config.frame_stride}"
         names = ", ".join(config.labels[:most]) + (", ..." if len(config.labels) > most else "")
         return (
-            f"VideoClassifier({type(self.model).__name__}: {config.num_labels} classes ({names}); "
-            f"clips of {config.num_frames} frames of {height} x {width} pixels, {apart}; "
-            f"{config.dtype})"
+            f"VideoClassifier({type(self.model).__name__}: {counted(config.num_labels, 'class')} "
+            f"({names}); clips of {counted(config.num_frames, 'frame')} of {height} x {width} "
+            f"pixels, {apart}; {config.dtype})"
         )
 
     def classify(

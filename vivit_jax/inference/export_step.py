@@ -26,7 +26,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from vivit_jax.errors import CheckpointError, UserError, first_line
+from vivit_jax.errors import CheckpointError, UserError, counted, first_line
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.inference.export import PLATFORMS, check_extra, check_platforms, traced_for
 from vivit_jax.train.setup import TrainSetup
@@ -133,8 +133,8 @@ def load_step(
     found = list(jax.devices() if devices is None else devices)
     if len(found) < program.nr_devices:
         raise UserError(
-            f"{path} is a step on {program.nr_devices} devices ({mesh_text(sizes)}), there are "
-            f"{len(found)}; export it again for a mesh of them"
+            f"{path} is a step on {counted(program.nr_devices, 'device')} ({mesh_text(sizes)}), "
+            f"there are {len(found)}; export it again for a mesh of them"
         )
     found = found[: program.nr_devices]
     place = _EXPORTED_AS.get(found[0].platform, found[0].platform)

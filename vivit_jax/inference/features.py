@@ -27,7 +27,7 @@ from vivit_jax.data.one_clip import each_of_clip, one_clip
 from vivit_jax.data.sliding_window import Stream, Window, Windows, plan_windows, slide
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.video.frame_stream import open_stream, read_ahead
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.errors import UserError, VideoError, counted
 from vivit_jax.layers.linear import at_least_float32
 from vivit_jax.models.build import headless
 from vivit_jax.outputs import RESULTS_ONLY
@@ -185,8 +185,8 @@ def check_features(
         )
     if config.num_channels != 3:
         raise UserError(
-            f"the model takes {config.num_channels} channels; features are made from video files, "
-            "which have 3"
+            f"the model takes {counted(config.num_channels, 'channel')}; features are made from "
+            "video files, which have 3"
         )
     field, index = _place(config, layer)
     if pool not in POOLS:

@@ -21,9 +21,8 @@ from checkpoints_convert.pretrained import Labels, plan_load, save_pretrained
 from checkpoints_convert.processor import processor_of
 from checkpoints_convert.source import Source, open_source
 from vivit_jax import param_tree
-from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.dataset import Dataset
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.atomic import check_directory, write_json
 from vivit_jax.files.staging import names_in
 from vivit_jax.inference.probe_attentive import AttentiveProbe
@@ -377,7 +376,7 @@ def _sides_line(sides: Sides, names: tuple[str, ...]) -> str:
         parts.append(f"{len(sides.held_out)} held out ({sides.how})")
     elif sides.how:
         parts.append(sides.how)
-    return f"{sides.train.source}: {', '.join(parts)}, {counted(len(names), 'class', 'classes')}"
+    return f"{sides.train.source}: {', '.join(parts)}, {counted(len(names), 'class')}"
 
 
 def _features_line(config: Any, head: str) -> str:

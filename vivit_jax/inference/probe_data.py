@@ -5,11 +5,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.dataset import Dataset, own_validation, read_dataset
 from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.data.settings import MOST_CLASSES
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.addresses import Place
 
 SHARE = 0.2  # that is held out where the data say nothing

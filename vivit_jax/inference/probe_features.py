@@ -26,7 +26,7 @@ from vivit_jax.config_base import READING
 from vivit_jax.data.datasets.check import content_digest, in_threads
 from vivit_jax.data.datasets.dataset import Dataset, Example, ObjectExample
 from vivit_jax.data.one_clip import one_clip
-from vivit_jax.errors import UserError, VideoError, WriteError
+from vivit_jax.errors import UserError, VideoError, WriteError, counted
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.inference.feature_file import RowWriter, changed
 from vivit_jax.inference.features import feature_function
@@ -150,7 +150,7 @@ def clip_features(
     clips = [i for i in files if i not in unreadable]
     if not clips:
         raise UserError(
-            f"none of the {len(dataset)} clips of {dataset.source} could be read: "
+            f"none of the {counted(len(dataset), 'clip')} of {dataset.source} could be read: "
             f"{next(iter(unreadable.values()))}"
         )
     read = [_pooled(files[i]) for i in clips]

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jaxtyping import Float, Int
 
 from vivit_jax.config import VideoMAEConfig
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.layers.dropout import dropout, dropout_ids
 from vivit_jax.layers.embed import TubeletEmbed, check_clip, sincos_positions
 from vivit_jax.layers.encoder import StackSpec, check_attention_mask, per_layer, run_blocks
@@ -316,8 +316,9 @@ def _check_mask(mask: Mask, batch: int, grid: Grid) -> None:
     clips = sorted({len(part) for part in (mask.visible, mask.masked, mask.predicted)})
     if mask.num_tokens != tokens or clips != [batch]:
         raise UserError(
-            f"mask is for {' or '.join(map(str, clips))} clips of {mask.num_tokens} tokens, "
-            f"pixel_values holds {batch} of {tokens} (grid {grid}); make the mask with that grid"
+            f"mask is for {' or '.join(counted(n, 'clip') for n in clips)} of "
+            f"{counted(mask.num_tokens, 'token')}, pixel_values holds {batch} of {tokens} (grid "
+            f"{grid}); make the mask with that grid"
         )
 
 

@@ -12,7 +12,7 @@ from vivit_jax.data.datasets.dataset import Dataset, Example, read_views
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.read_clip import crop_rounding
 from vivit_jax.data.transforms.augment import resize_shortest, three_crops
-from vivit_jax.errors import VideoError
+from vivit_jax.errors import VideoError, counted
 from vivit_jax.recipes.recipe import EvalSettings
 
 
@@ -74,7 +74,7 @@ class Views:
             )
             if frames.shape[-1] != config.num_channels:
                 raise VideoError(
-                    f"{example.path} has {frames.shape[-1]} channels, the model takes "
+                    f"{example.path} has {counted(frames.shape[-1], 'channel')}, the model takes "
                     f"{config.num_channels}"
                 )
             crops = [

@@ -22,7 +22,7 @@ from vivit_jax import param_tree
 from vivit_jax.data.datasets.class_names import describe_unknown
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.transforms.processor import VideoProcessor
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.layers.attention import choose_implementation
 from vivit_jax.layers.explicit_axes import without_types
 from vivit_jax.layers.platform import platform as platform_name
@@ -110,7 +110,7 @@ def evaluate(
     readable = {i: each.scores for i, each in enumerate(answers) if each.scores is not None}
     if not readable:
         raise UserError(
-            f"none of the {len(dataset)} videos of {dataset.source} could be read: "
+            f"none of the {counted(len(dataset), 'video')} of {dataset.source} could be read: "
             f"{answers[0].error}"
         )
     labels = np.array([dataset.examples[i].label for i in readable], np.int32)
@@ -159,7 +159,8 @@ def evaluate_reconstruction(
         errors = _gathered_errors(errors, views)
     if not totals[1]:
         raise UserError(
-            f"none of the {len(dataset)} videos of {dataset.source} could be read: {errors[0]}"
+            f"none of the {counted(len(dataset), 'video')} of {dataset.source} could be read: "
+            f"{errors[0]}"
         )
     values = {
         "loss": float(totals[0] / totals[1]),
@@ -210,9 +211,9 @@ def _named_as(dataset: Dataset, names: tuple[str, ...], config) -> Dataset:
     if _unnamed(config):
         if len(names) != config.num_labels:
             raise UserError(
-                f"{dataset.source} names {len(names)} classes, the model has {config.num_labels} "
-                "without names, so that nothing says which is which; make a folder for each, which "
-                "may be empty, or pass a list of paths and numbers"
+                f"{dataset.source} names {counted(len(names), 'class')}, the model has "
+                f"{config.num_labels} without names, so that nothing says which is which; make a "
+                "folder for each, which may be empty, or pass a list of paths and numbers"
             )
         logger.warning(
             "the model does not name its classes: those of %s are taken for them in their order, "
@@ -225,9 +226,10 @@ def _named_as(dataset: Dataset, names: tuple[str, ...], config) -> Dataset:
     unknown = [name for name in names if name not in numbers]
     if unknown:
         raise UserError(
-            f"{dataset.source}: {len(unknown)} of {len(names)} names are not among the model's "
-            f"classes: {describe_unknown(unknown, config.labels)}; name classes as the model does "
-            f"({', '.join(config.labels[:3])}, ...), or pass a list of paths and numbers"
+            f"{dataset.source}: {len(unknown)} of {counted(len(names), 'name')} not among the "
+            f"model's classes: {describe_unknown(unknown, config.labels)}; name classes as the "
+            f"model does ({', '.join(config.labels[:3])}, ...), or pass a list of paths and "
+            "numbers"
         )
     numbered = np.array([numbers[name] for name in names], np.int32)
     return dataset.labelled(numbered[dataset.labels], classes=config.labels)

@@ -22,7 +22,7 @@ from vivit_jax import param_tree
 from vivit_jax.config import Config, VivitConfig, config_from_dict
 from vivit_jax.config_base import READING
 from vivit_jax.data.settings import MOST_CLASSES
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.json_files import read_json
 from vivit_jax.models.build import abstract_params, build_model, fresh_params, initialise
 from vivit_jax.recipes.checks import model_config, preset_named
@@ -147,8 +147,8 @@ def labelled_config(recipe: Recipe, config, classes: tuple[str, ...] | None, lab
             shown = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
             raise UserError(
                 f"model.config.num_labels is {number}, but {data or 'the data set'} names "
-                f"{len(classes)} classes ({shown}): leave model.config.num_labels out, or change "
-                "the folders, which may be empty, or the file of class names"
+                f"{counted(len(classes), 'class')} ({shown}): leave model.config.num_labels out, "
+                "or change the folders, which may be empty, or the file of class names"
             )
         return dataclasses.replace(config, num_labels=len(classes), id2label=classes)
     if labels is None or set_by_hand or (config.id2label is not None and labels <= number):

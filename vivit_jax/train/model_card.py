@@ -8,6 +8,7 @@ from typing import Any
 
 from checkpoints_convert.card import Base, CardFacts, DataSummary, Metric, binomial_error
 from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.errors import counted
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.held_out import one_view
 from vivit_jax.train.setup import TrainSetup
@@ -29,8 +30,9 @@ def run_facts(
     started = "from random weights" if base is None else f"from {base.name}"
     epochs = step / setup.per_epoch
     how = [
-        f"{task} {started} with vivit_jax by the recipe {recipe.name}: {step} steps of "
-        f"{recipe.train.batch_size} clips ({epochs:.4g} epochs), {recipe.optim.algorithm}.",
+        f"{task} {started} with vivit_jax by the recipe {recipe.name}: {counted(step, 'step')} of "
+        f"{counted(recipe.train.batch_size, 'clip')} ({epochs:.4g} "
+        f"{'epoch' if epochs == 1 else 'epochs'}), {recipe.optim.algorithm}.",
     ]
     data = [_summary("training", dataset)]
     if setup.validation is not None:

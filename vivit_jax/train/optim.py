@@ -18,7 +18,7 @@ from flax.core import meta
 
 from checkpoints_convert.problems import collapse
 from vivit_jax import param_tree
-from vivit_jax.errors import UserError, quoted
+from vivit_jax.errors import UserError, counted, quoted
 from vivit_jax.recipes.recipe import OptimSettings, Rules
 
 _MOST_STEPS = np.iinfo(np.int32).max  # a state counts them in int32
@@ -59,14 +59,15 @@ def learning_rate(
     left = total - warm
     if total < 1 or (left < 1 and settings.schedule != "constant"):
         raise UserError(
-            f"optim.warmup_epochs={settings.warmup_epochs:g} is {warm} steps and train.epochs="
-            f"{epochs} of {steps_per_epoch} steps is {total}; the {settings.schedule!r} schedule "
-            "needs steps after its warm-up: lower optim.warmup_epochs or raise train.epochs"
+            f"optim.warmup_epochs={settings.warmup_epochs:g} is {counted(warm, 'step')} and "
+            f"train.epochs={epochs} of {counted(steps_per_epoch, 'step')} is {total}; the "
+            f"{settings.schedule!r} schedule needs steps after its warm-up: lower "
+            "optim.warmup_epochs or raise train.epochs"
         )
     if total > _MOST_STEPS:
         raise UserError(
-            f"train.epochs={epochs} of {steps_per_epoch} steps is {quoted(total)}, and a run has "
-            f"at most {_MOST_STEPS} steps: lower train.epochs"
+            f"train.epochs={epochs} of {counted(steps_per_epoch, 'step')} is {quoted(total)}, and "
+            f"a run has at most {_MOST_STEPS} steps: lower train.epochs"
         )
     grown = batch_size / settings.lr_batch if settings.lr_batch else 1.0
     lr, floor = settings.lr * grown, settings.min_lr * grown

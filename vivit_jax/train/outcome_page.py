@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.dataset import Example, read_frames
 from vivit_jax.data.one_clip import one_clip
-from vivit_jax.errors import VideoError
+from vivit_jax.errors import VideoError, counted
 from vivit_jax.train.chart import escape
 from vivit_jax.train.outcome_charts import calibration_figure, confusion_figure
 from vivit_jax.train.outcomes import BINS, Confusion, Outcomes
@@ -79,7 +78,7 @@ def _classes(found: Outcomes) -> str:
         results = results[:_WORST]
     absent = sum(not each.clips for each in found.per_class())
     if absent:
-        note += f"<p>{counted(absent, 'class', 'classes')} without clips.</p>"
+        note += f"<p>{counted(absent, 'class')} without clips.</p>"
     matrix = found.confusion_matrix()
     rows = []
     for each in results:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from vivit_jax.data.datasets.dataset import Dataset, from_objects, read_dataset
 from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.data.pipeline import Batches, ClipShape, ProcessShard
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.addresses import Place
 from vivit_jax.files.reading import is_directory
 from vivit_jax.recipes.checks import model_config
@@ -159,12 +159,12 @@ def summary(setup: TrainSetup, batches: Batches, path: Place, taken: int) -> str
     params, kept = (
         bytes_on_a_device(tree) / 2**20 for tree in (setup.shapes.params, setup.shapes.optimizer)
     )
-    clips = f"{len(batches.sampler.dataset)} clips"
+    clips = counted(len(batches.sampler.dataset), "clip")
     if setup.recipe.task == "finetune":  # as many classes as folders name, whatever recipes say
-        clips += f" of {setup.model.config.num_labels} classes"
+        clips += f" of {counted(setup.model.config.num_labels, 'class')}"
     return (
         f"{type(setup.model).__name__}, {clips}, "
-        f"{setup.per_epoch} steps an epoch, steps {taken + 1} to {setup.last} of "
+        f"{counted(setup.per_epoch, 'step')} an epoch, steps {taken + 1} to {setup.last} of "
         f"{setup.steps}; mesh {mesh_text(setup.mesh.shape)}; on each device {params:.1f} MiB "
         f"of parameters and {kept:.1f} MiB of optimiser state"
     )

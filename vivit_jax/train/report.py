@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vivit_jax.data.datasets.dataset import Dataset
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.reading import absolute
@@ -219,7 +219,7 @@ def _bad_clips(found: Mapping[str, Any]) -> str:
     lists = found.get("clips"), found.get("validation", {})
     if not all(isinstance(clips, dict) for clips in lists) or {*map(type, counts)} != {int}:
         raise UserError(f"{BAD_CLIPS}: expected clips and the numbers left_out and read")
-    count = f"{found['left_out']:,} of {found['read']:,} reads of clips failed"
+    count = f"{found['left_out']:,} of {counted(found['read'], 'read')} of clips failed"
     text = ""
     for clips, what in (
         (found["clips"], f"{count}; clips: "),

@@ -20,7 +20,7 @@ from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vivit_jax.errors import UserError, first_line, quoted
+from vivit_jax.errors import UserError, counted, first_line, quoted
 from vivit_jax.layers.axes import AXES, BATCH, RULES
 from vivit_jax.models.build import boxed_params
 
@@ -46,8 +46,8 @@ def parse_mesh(text: str | None, devices: int) -> dict[str, int]:
     sizes |= given
     if math.prod(sizes.values()) != devices:
         raise UserError(
-            f"--mesh {quoted(text)!r} is for {math.prod(sizes.values())} devices, there are "
-            f"{devices}; their product must be the number of devices"
+            f"--mesh {quoted(text)!r} is for {counted(math.prod(sizes.values()), 'device')}, there "
+            f"are {devices}; their product must be the number of devices"
         )
     return sizes
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from vivit_jax.data.transforms.processor import VideoProcessor
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.layers.explicit_axes import without_types
 from vivit_jax.layers.linear import projections_in
 from vivit_jax.layers.platform import platform
@@ -375,8 +375,9 @@ def undivided(recipe: Recipe, sizes: Mapping[str, int]) -> Iterator[Refusal]:
         fewer = train.batch_size // unit * unit
         text = (
             f"train.batch_size {train.batch_size} x data.repeats {repeats} is "
-            f"{clips} clips, which {shards} devices in {parts} parts (train.accumulate) do not "
-            f"divide; use a multiple of {shards * parts}"
+            f"{counted(clips, 'clip')}, which {counted(shards, 'device')} in "
+            f"{counted(parts, 'part')} (train.accumulate) cannot divide; use a multiple of "
+            f"{shards * parts}"
         )
         yield Refusal(text, {"train.batch_size": fewer or unit})
         return

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vivit_jax.data.datasets.check import counted
 from vivit_jax.data.datasets.dataset import Dataset, Example
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.reading import absolute
 from vivit_jax.recipes.recipe import EvalSettings

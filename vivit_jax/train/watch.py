@@ -14,6 +14,7 @@ import numpy as np
 
 from vivit_jax.data.datasets.columns import Label
 from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.errors import counted
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.evaluation import Evaluation
 from vivit_jax.train.setup import TrainSetup
@@ -87,7 +88,7 @@ class Watch:
         what = f"ln({self._classes})" if balanced else "the entropy of the classes' shares"
         return self._once(
             "loss at chance",
-            f"after {epoch} epochs the loss is {loss:.3f} and has not left {what} = "
+            f"after {counted(epoch, 'epoch')} the loss is {loss:.3f} and has not left {what} = "
             f"{self._chance:.3f}, that of guessing: the model learns next to nothing; raise "
             f"optim.lr ({self._peak:.2g} at most so far), or look whether labels belong to their "
             "clips (vivit-jax check-data --draw)",

@@ -26,7 +26,7 @@ from vivit_jax.data.datasets.folders import ARRAYS, by_number, ending, is_folder
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.settings import FEW_CLIPS, MOST_CLASSES, DataSettings
 from vivit_jax.data.video.decode import probe_video
-from vivit_jax.errors import VideoError
+from vivit_jax.errors import VideoError, counted, there_are
 from vivit_jax.files.inputs import check_file
 from vivit_jax.files.reading import names_in, opened, size_of
 
@@ -218,8 +218,8 @@ def _facts(example: Example) -> ClipFacts:
     frames = info.num_frames - example.start if example.total is None else example.total
     if frames < 1 or example.start + frames > info.num_frames:
         raise VideoError(
-            f"{path}: there are {info.num_frames} frames; the list asks for {max(frames, 1)} from "
-            f"frame {example.start} on"
+            f"{path}: {there_are(info.num_frames, 'frame')}; the list asks for {max(frames, 1)} "
+            f"from frame {example.start} on"
         )
     fps, codec = info.fps if math.isfinite(info.fps) else None, info.codec
     return ClipFacts(
@@ -423,7 +423,7 @@ def _unreadable(facts: Sequence[ClipFacts]) -> Iterator[Finding]:
     errors = tuple(each.error for each in facts if each.error is not None)
     if not errors:
         return
-    text = f"{len(errors)} of {len(facts)} clips cannot be read; training "
+    text = f"{len(errors)} of {counted(len(facts), 'clip')} cannot be read; training "
     limit, chance = DataSettings().max_bad_share, stop_chance(len(errors), len(facts))
     way_out = "repair or remove them"
     if not chance:
@@ -526,16 +526,16 @@ def _of_counts(classes: Sequence[ClassFacts]) -> Iterator[Finding]:
     empty = tuple(name for name, count in readable.items() if count == 0)
     single = tuple(name for name, count in readable.items() if count == 1)
     if empty:
-        text = f"{counted(len(empty), 'class', 'classes')} without a readable clip"
+        text = f"{counted(len(empty), 'class')} without a readable clip"
         yield Finding("warning", text, "add clips, or remove the folder or number", empty)
     if single:
-        text = f"{counted(len(single), 'class', 'classes')} with one readable clip"
+        text = f"{counted(len(single), 'class')} with one readable clip"
         way_out = "add clips: one clip cannot be both trained on and held out"
         yield Finding("warning", text, way_out, single)
     some = {name: count for name, count in readable.items() if count}
     if len(some) > 1 and max(some.values()) >= _IMBALANCE * min(some.values()):
         most, least = max(some, key=some.__getitem__), min(some, key=some.__getitem__)
-        text = f"unbalanced: {some[most]} clips of {most}, {some[least]} of {least}"
+        text = f"unbalanced: {counted(some[most], 'clip')} of {most}, {some[least]} of {least}"
         way_out = "add clips of small classes; accuracy alone favours the large ones"
         yield Finding("warning", text, way_out)
 
@@ -545,8 +545,9 @@ def _of_frames(readable: Sequence[ClipFacts], span: Span) -> Iterator[Finding]:
     if short:
         least = short[0].frames
         text = (
-            f"{len(short)} of {len(readable)} clips too short for {span.frames} frames "
-            f"{span.stride} apart, which take {span.total}; training repeats frames"
+            f"{len(short)} of {counted(len(readable), 'clip')} too short for "
+            f"{counted(span.frames, 'frame')} {span.stride} apart, which take {span.total}; "
+            "training repeats frames"
         )
         if least >= span.frames > 1:
             stride = (least - 1) // (span.frames - 1)
@@ -568,8 +569,3 @@ def _of_frames(readable: Sequence[ClipFacts], span: Span) -> Iterator[Finding]:
         times = f"{span.total / high:.1f} to {span.total / low:.1f} s"
         text = f"frame rates from {low:.4g} to {high:.4g}: a training clip covers {times}"
         yield Finding("note", text, "convert the clips to one rate if speed tells classes apart")
-
-
-def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """A number of things in words, "1 clip" or "2 clips"."""
-    return f"{count} {noun if count == 1 else plural or noun + 's'}"

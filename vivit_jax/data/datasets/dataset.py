@@ -41,7 +41,7 @@ from vivit_jax.data.datasets.records import is_records, read_records
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.errors import UserError, VideoError, counted, there_are
 from vivit_jax.files.addresses import Place, address_text, is_address
 from vivit_jax.files.reading import is_directory, names_in
 
@@ -390,9 +390,10 @@ def _stored(example: Example) -> _Stored:
         frames = [os.path.join(path, name) for name in sorted(names, key=by_number)]
     end = len(frames) if total is None else start + total
     if not 0 <= start < end <= len(frames):
-        claim = "a clip" if total is None else f"{total} frames"
+        claim = "a clip" if total is None else counted(total, "frame")
         raise VideoError(
-            f"{path}: there are {len(frames)} frames; the list asks for {claim} from frame {start}"
+            f"{path}: {there_are(len(frames), 'frame')}; the list asks for {claim} from frame "
+            f"{start}"
         )
     return frames[start:end]
 

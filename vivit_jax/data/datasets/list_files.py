@@ -5,7 +5,7 @@ import re
 from typing import TextIO
 
 from vivit_jax.data.datasets.columns import Builder, Columns, Entry, Label
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.inputs import check_file
 from vivit_jax.files.reading import opened_text
 
@@ -160,7 +160,7 @@ def parse_line(line: str, labels: int | None = None) -> Entry:
             "'folder total label', labels=2 for 'path label label'"
         )
     if labels not in (None, len(found)):
-        raise ValueError(f"it has {len(found)} labels; expected {labels}")
+        raise ValueError(f"it has {counted(len(found), 'label')}; expected {labels}")
     return Entry(path, _label(found), *_extent(rest))
 
 

@@ -17,7 +17,7 @@ from vivit_jax.data.datasets.list_files import (
     is_label,
     parse_label,
 )
-from vivit_jax.errors import UserError, quoted
+from vivit_jax.errors import UserError, counted, quoted
 from vivit_jax.files.addresses import is_address
 from vivit_jax.files.inputs import check_file
 from vivit_jax.files.reading import exists, opened_text
@@ -129,7 +129,7 @@ def collected(
         unknown = sorted(text for text, k in texts.items() if text not in places and k in used)
         if unknown:
             raise UserError(
-                f"{source.path}: {len(unknown)} classes are not in the file of class names: "
+                f"{source.path}: {counted(len(unknown), 'class')} not in the file of class names: "
                 f"{describe_unknown(unknown, classes)}"
             )
         new = [places.get(text, 0) for text in texts]  # 0: of a split that is not read
@@ -153,7 +153,9 @@ def _wanted(source: ListSource, counts: dict[str | None, int]) -> str | None:
         found = split_named(wanted, names, source.path)
         if found is not None:
             return names[found]
-    listed = ", ".join(f"{quoted(name or '(empty)')} ({n} rows)" for name, n in counts.items())
+    listed = ", ".join(
+        f"{quoted(name or '(empty)')} ({counted(n, 'row')})" for name, n in counts.items()
+    )
     way_out = "say which: --split, or in training data.train_split and data.validation_split"
     if wanted is None:
         raise UserError(f"{source.path}: has several splits: {listed}; {way_out}")
@@ -244,7 +246,10 @@ def table_rows(source: ListSource) -> Iterator[tuple[int, list[str]]]:
                 if not any(fields) or fields[0].startswith("#"):
                     continue
                 if len(fields) != width:
-                    why = f"it has {len(fields)} fields; expected {width}, as in the first line"
+                    why = (
+                        f"it has {counted(len(fields), 'field')}; expected {width}, as in the "
+                        "first line"
+                    )
                     raise row_error(source, reader.line_num, why)
                 yield reader.line_num, fields
         except csv.Error as error:

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from vivit_jax.data.datasets.class_names import describe_unknown
 from vivit_jax.data.datasets.list_files import LARGEST
-from vivit_jax.errors import UserError, VideoError, first_line, quoted
+from vivit_jax.errors import UserError, VideoError, counted, first_line, quoted
 
 _CLIPS = ("video", "clip", "frames", "path", "pixel_values")
 _LABELS = ("label", "labels", "target", "class")
@@ -66,7 +66,10 @@ class ObjectClips:
         if found is None:
             found = [self._label(k) for k in range(len(self.source))]
         if len(found) != len(self.source):
-            raise UserError(f"{self.name}: {len(found)} labels for {len(self.source)} clips")
+            raise UserError(
+                f"{self.name}: {counted(len(found), 'label')} for "
+                f"{counted(len(self.source), 'clip')}"
+            )
         kind = self._kind(found)
         names = self._class_names() if classes is None else tuple(map(str, classes))
         if kind == "none":
@@ -78,7 +81,7 @@ class ObjectClips:
             unknown = sorted({name for name in found if name not in numbers})
             if unknown:
                 raise UserError(
-                    f"{self.name}: {len(unknown)} labels are not among its classes: "
+                    f"{self.name}: {counted(len(unknown), 'label')} not among its classes: "
                     f"{describe_unknown(unknown, names)}"
                 )
             return [numbers[name] for name in found], names

@@ -28,7 +28,7 @@ from vivit_jax.data.video.decoder import (
 from vivit_jax.data.video.log import file_state, named, warn_of_damage, warn_once
 from vivit_jax.data.video.opened import open_video, scanned
 from vivit_jax.data.video.packets import Table, count_needed, divided
-from vivit_jax.errors import VideoError
+from vivit_jax.errors import VideoError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +178,8 @@ class FromStart:
             return
         causes = ", ".join(f"packet {packet}: {reason}" for packet, reason in lost[:3])
         causes += f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-        found = "damaged" if decoded is None else f"{decoded} frames can be decoded"
-        found += f" from {expected} packets" if decoded is not None else ""
+        found = "damaged" if decoded is None else f"{counted(decoded, 'frame')} can be decoded"
+        found += f" from {counted(expected, 'packet')}" if decoded is not None else ""
         repeats = "repeats the one" if len(filled) == 1 else "repeat the ones"
         fills = f"; {named(filled)} {repeats} before" if filled else ""
         why = causes or "packets without a picture"
@@ -247,7 +247,7 @@ def refuse_lost(name: str, filled: list[int], wanted, share: float) -> None:
     repeats = sorted(asked & set(filled))
     if len(repeats) > len(asked) * share:
         raise VideoError(
-            f"{name}: {len(repeats)} of the {len(asked)} frames asked cannot be decoded "
+            f"{name}: {len(repeats)} of the {counted(len(asked), 'frame')} asked cannot be decoded "
             f"({named(repeats)}): ask for other frames, or get the file again"
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.models.flops import recomputed_flops
 from vivit_jax.recipes.checks import check
 from vivit_jax.recipes.recipe import HEADS, Recipe
@@ -269,8 +269,8 @@ def planned_setup(
     per_epoch = _ANY_STEPS if count is None else count // recipe.train.batch_size
     if not per_epoch:
         raise UserError(
-            f"train.batch_size {recipe.train.batch_size} is more than the {count} videos of the "
-            "data; use a smaller one"
+            f"train.batch_size {recipe.train.batch_size} is more than the "
+            f"{counted(count, 'video')} of the data; use a smaller one"
         )
     mesh = make_mesh(mesh_sizes, compile_only_devices(topology))
     model, frames = planned_model(recipe)

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from vivit_jax.errors import counted
 from vivit_jax.progress import format_table, readable
 from vivit_jax.train.planning.plan import Plan
 from vivit_jax.train.planning.step_costs import operation_seconds
@@ -41,8 +42,8 @@ def _head(plan: Plan) -> list[str]:
     hosts = "1 machine" if plan.topology.hosts == 1 else f"{plan.topology.hosts} machines"
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
     return [
-        f"{plan.recipe} on {plan.topology}, {plan.topology.count} devices of {hosts}, mesh "
-        f"{mesh_text(plan.mesh)}",
+        f"{plan.recipe} on {plan.topology}, {counted(plan.topology.count, 'device')} of {hosts}, "
+        f"mesh {mesh_text(plan.mesh)}",
         "all of this is an estimate from the compiled program: nothing was run",
         f"{versions}; compiled in {plan.compile_seconds:.0f} s",
     ]
@@ -146,7 +147,7 @@ def _run(plan: Plan) -> list[str]:
     if plan.days is None:
         return [f"{line}; the number of videos in an epoch is not known: --clips N"]
     least = "at least " if most else ""
-    data = f"{plan.epochs} epochs of {plan.epoch_videos:,} videos"
+    data = f"{counted(plan.epochs, 'epoch')} of {counted(plan.epoch_videos, 'video')}"
     return [f"{line}; {least}{plan.days:.2f} days for {data}"]
 
 

@@ -25,7 +25,7 @@ from vivit_jax.data.datasets.check import (
     mirrored_names,
 )
 from vivit_jax.data.datasets.dataset import Dataset
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.presets import PRESETS
 from vivit_jax.recipes import RECIPES
 from vivit_jax.recipes.checks import model_config
@@ -197,8 +197,8 @@ def data_facts(
     readable = [each for each in facts if each.error is None]
     if not readable:
         raise UserError(
-            f"none of the {len(facts)} clips of {train.source} that were opened can be read: "
-            f"{facts[0].error}"
+            f"none of the {counted(len(facts), 'clip')} of {train.source} that were opened can be "
+            f"read: {facts[0].error}"
         )
     rates = [each.fps for each in readable if each.fps]
     size = sum(each.frames * each.height * each.width * each.channels for each in readable)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from vivit_jax.data.datasets.check import counted
+from vivit_jax.errors import counted
 from vivit_jax.recipes.checks import mixing_of, model_config
 from vivit_jax.recipes.recipe import (
     ModelSettings,
@@ -93,7 +93,7 @@ def choose(
     """Fill in a recipe; `given` are the fields that are set already. Memory is not looked at."""
     chosen = Chosen(recipe, given)
     if recipe.data.hold_out is not None:
-        reason = f"of each class, {data.held_out} clips in all, to choose the model by"
+        reason = f"of each class, {counted(data.held_out, 'clip')} in all, to choose the model by"
         chosen.choose("data.hold_out", recipe.data.hold_out, reason)
     elif recipe.data.validation is not None:
         own = "the data's own split, " if recipe.data.validation == recipe.data.train else ""
@@ -141,9 +141,9 @@ def _length(chosen: Chosen, start: StartFacts, data: DataFacts, machine: Machine
     unit = math.lcm(machine.shards, machine.processes)
     batch = suited_batch(clips, unit, published.train.batch_size)
     per_epoch = clips // max(batch, 1)
-    reason = f"{clips} clips to train on: {per_epoch} steps an epoch"
+    reason = f"{counted(clips, 'clip')} to train on: {counted(per_epoch, 'step')} an epoch"
     if unit > 1:
-        reason += f", divided over {machine.shards} devices"
+        reason += f", divided over {counted(machine.shards, 'device')}"
     batch = chosen.choose("train.batch_size", batch, reason)
     if clips >= LARGE:
         epochs, reason = published.train.epochs, f"as {published.name}"
@@ -152,7 +152,7 @@ def _length(chosen: Chosen, start: StartFacts, data: DataFacts, machine: Machine
     else:
         epochs = min(max(round(EPOCHS / math.sqrt(clips)), 30), 100)
         steps = epochs * (clips // max(batch, 1))
-        reason = f"{steps} steps; few clips are seen more often, 30 to 100 times"
+        reason = f"{counted(steps, 'step')}; few clips are seen more often, 30 to 100 times"
     chosen.choose("train.epochs", epochs, reason)
     _validation(chosen, data)
     return batch
@@ -258,14 +258,19 @@ def _reading(chosen: Chosen, data: DataFacts, machine: Machine) -> None:
         reason = "products in half precision, as the papers trained; weights stay float32"
         chosen.choose("model.config.dtype", "bfloat16", reason)
         workers = min(8, max(machine.cores - 2, 0))
-        chosen.choose("data.workers", workers, f"reader processes on {machine.cores} cores")
+        chosen.choose(
+            "data.workers", workers, f"reader processes on {counted(machine.cores, 'core')}"
+        )
     if data.unreadable:
         share = data.unreadable / data.looked_at
         limit = rounded(min(1.0, 2 * share + 0.1))
-        reason = f"{data.unreadable} of {data.looked_at} clips cannot be read and are left out"
+        reason = (
+            f"{data.unreadable} of {counted(data.looked_at, 'clip')} cannot be read and are left "
+            "out"
+        )
         chosen.choose("data.max_bad_share", limit, reason)
     room = machine.host and machine.host / 4
     if room and not chosen.recipe.data.workers and data.decoded < room:
         size = rounded(1.1 * data.decoded / _GIB + 0.01)
-        reason = f"all {data.train} clips, decoded once and kept in memory"
+        reason = f"all {counted(data.train, 'clip')}, decoded once and kept in memory"
         chosen.choose("data.cache_gib", size, reason)
