@@ -9,6 +9,7 @@ which no later save replaces.
 import dataclasses
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ _METADATA = re.compile(r"\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", re.DOTALL)
 _LARGEST = 2**20  # characters of metadata that are read
 _LICENCE = ("license", "license_name", "license_link")
 _CLASSES_SHOWN, _CLASSES_BEGUN = 100, 20
+_ADDED = 2  # right and wrong answers that a standard error counts besides the real ones
 _TASKS = {
     "classification": "video classification",
     "pretraining": "masked pre-training",
@@ -106,12 +108,15 @@ class CardFacts:
     metrics: Sequence[Metric] = ()
 
 
-def binomial_error(share: float, count: int) -> float | None:
-    """The standard error of a share of `count` independent answers.
+def binomial_error(share: float, count: int) -> float:
+    """The standard error of a share of `count` independent answers, such as an accuracy.
 
-    None for none and for all of them, of which the formula would say that they are certain.
+    Two right and two wrong answers are added (Agresti and Coull 1998): the plain formula says 0
+    where all answers are right, or none, as if that were certain.
     """
-    return (share * (1 - share) / count) ** 0.5 if count > 0 and 0 < share < 1 else None
+    total = count + 2 * _ADDED
+    adjusted = (share * count + _ADDED) / total
+    return math.sqrt(adjusted * (1 - adjusted) / total)
 
 
 def write_card(staged: Path, directory: Path, model: SavedModel, facts: CardFacts) -> Path | None:

@@ -137,7 +137,9 @@ def test_the_card_of_the_model_says_what_was_found(linear, data):
     assert result.metric_value == round(held["accuracy"], 6)
     assert result.metric_args["standard_error"] == round(held["standard_error"], 6)
     assert result.metric_args["videos"] == held["clips"] == 6
-    assert "2 x 2 views (clips x crops), mean of their softmax" in result.metric_args["protocol"]
+    assert (
+        "2 clips x 2 crops of 4 frames, 2 apart (the model's: 4)" in result.metric_args["protocol"]
+    )
     assert "probed videomae: its weights are unchanged, and the head (linear" in card.text
     assert "4 frames, every 2nd, from the middle of the video" in card.text
     config = json.loads((out / "model" / "config.json").read_text())

@@ -161,8 +161,8 @@ def test_the_hubs_reader_takes_the_metadata(tmp_path):
     assert (first.metric_value, first.metric_name) == (0.875, "Accuracy")
     assert (second.metric_value, second.metric_name) == (1.0, "Top-5 accuracy")
     assert first.dataset_name == "held out"
-    # The standard error of a share, sqrt(p (1 - p) / n), by hand.
-    error = round(float(np.sqrt(0.875 * 0.125 / 320)), 6)
+    # Of 280 of 320 right, with two of four more.
+    error = round(float(np.sqrt(282 / 324 * 42 / 324 / 324)), 6)
     expected = {"protocol": "4 x 3 views", "videos": 320, "standard_error": error}
     assert first.metric_args == expected
     # What the reader writes again says the same.
@@ -174,8 +174,8 @@ def test_the_text_says_what_the_metadata_cannot(tmp_path):
     for line in (
         "| training | my clips | 1,234 | 5 |",
         r"5 in this order: R\&amp;B, wave left, wave\_right, a\|b, \<b\>\`x\`.",
-        "| Accuracy | 87.5% | 1.8% | held out, 320 videos | 4 x 3 views |",
-        "| Top-5 accuracy | 100.0% | not known | held out, 320 videos | 4 x 3 views |",
+        "| Accuracy | 87.5% | 1.9% | held out, 320 videos | 4 x 3 views |",
+        "| Top-5 accuracy | 100.0% | 0.4% | held out, 320 videos | 4 x 3 views |",
         "6 frames, every 4th, from the middle of the video. Each frame: resized to shortest edge "
         "26 (bilinear); centre crop of 24 x 16; bytes divided by 255; minus the mean 0.485, 0.456, "
         "0.406, divided by the deviation 0.229, 0.224, 0.225 (",
@@ -299,3 +299,10 @@ def test_a_published_card_opens_the_repository(tmp_path):
     assert "Run in this directory" in text and "Run in this directory" not in published
     assert 'from_pretrained("org/name")' in for_repository(text, "org/name")
     assert for_repository(f"{text}edited", "org/name") == f"{text}edited"
+
+
+def test_a_standard_error_is_never_zero():
+    assert binomial_error(0.7, 10**6) == pytest.approx((0.7 * 0.3 / 10**6) ** 0.5, rel=1e-3)
+    assert 0.05 < binomial_error(1.0, 8) < 0.2 and binomial_error(0.0, 8) == pytest.approx(
+        binomial_error(1.0, 8)
+    )

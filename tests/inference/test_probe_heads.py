@@ -16,7 +16,6 @@ from vivit_jax.inference.probe_linear import (
     accuracy_and_loss,
     averaged,
     neighbour_scores,
-    standard_error,
     stratified_folds,
 )
 from vivit_jax.inference.probe_record import ProbeSettings, Trial
@@ -141,11 +140,6 @@ def test_scores_of_views_are_averaged_as_in_evaluations():
     accuracy, loss = accuracy_and_loss(averaged(logits, "softmax"), labels)
     assert loss == pytest.approx(-np.log(shares.mean(1)[np.arange(4), labels]).mean())
     assert accuracy == (shares.mean(1).argmax(1) == labels).mean()
-
-
-def test_a_standard_error_is_never_zero():
-    assert standard_error(0.7, 10**6) == pytest.approx(math.sqrt(0.7 * 0.3 / 10**6), rel=1e-3)
-    assert 0.05 < standard_error(1.0, 8) < 0.2
 
 
 @pytest.mark.slow

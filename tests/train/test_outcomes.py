@@ -50,7 +50,7 @@ def test_counts_are_those_made_by_hand():
     found = made()
     assert found.confusion_matrix().tolist() == [[1, 2, 0], [0, 1, 0], [1, 0, 1]]
     assert [(each.clips, each.right) for each in found.per_class()] == [(3, 1), (1, 1), (2, 1)]
-    assert found.accuracy == 0.5 and found.standard_error == pytest.approx(0.5 / math.sqrt(6))
+    assert found.accuracy == 0.5 and found.standard_error == pytest.approx(0.5 / math.sqrt(6 + 4))
     assert found.interval == wilson_interval(3, 6)
     assert found.confusions() == [Confusion(0, 1, 2, 3), Confusion(2, 0, 1, 2)]
     assert found.confusions(1) == [Confusion(0, 1, 2, 3)]

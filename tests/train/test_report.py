@@ -363,7 +363,7 @@ def test_what_became_of_the_held_out_clips(tmp_path):
     path.write_text(json.dumps(validation(tmp_path, 2)))
     page = page_of(tmp_path)
     found = tables(page)
-    assert found["Result"][0][1].startswith("66.7% \u00b1 27.2% (standard error); 95 % interval")
+    assert found["Result"][0][1].startswith("66.7% \u00b1 18.7% (standard error); 95 % interval")
     assert found["Result"][1] == ["clips", "3 clips, 2 right; step 2, 1 x 1 views"]
     assert [row[1:4] for row in found["Classes"][1:]] == [["2", "1", "50.0%"], ["1", "1", "100.0%"]]
     (image,) = page.iter("img")  # of the wrong clip, three frames side by side

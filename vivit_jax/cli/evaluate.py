@@ -30,8 +30,9 @@ from vivit_jax.train.outcome_page import confusion_csv, outcome_sections
 from vivit_jax.train.outcomes import BINS, Outcomes
 from vivit_jax.train.page import page, percent, table
 from vivit_jax.train.preprocessing import central_view
+from vivit_jax.train.protocol import protocol_text
 from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
-from vivit_jax.train.validation import protocol_line, protocol_text, shown_clips, summary
+from vivit_jax.train.validation import shown_clips, summary
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ def _write_pictures(output: OutputOptions, found: _Found, model: str) -> None:
 
 def _lines(found: _Found) -> Iterator[str]:
     """What is printed: the protocol, and a line for each number."""
-    yield f"{'protocol':24} {protocol_line(found.config, found.views)}"
+    yield f"{'protocol':24} {protocol_text(found.config, found.views)}"
     metrics = found.result.metrics
     for name, value in metrics.items():
         yield f"{name:24} {value:.2%}" if "accuracy" in name else f"{name:24} {value:g}"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from checkpoints_convert.card import binomial_error
 from checkpoints_convert.pretrained import Labels, plan_load, save_pretrained
 from checkpoints_convert.processor import processor_of
 from checkpoints_convert.source import Source, open_source
@@ -33,14 +34,13 @@ from vivit_jax.inference.probe_linear import (
     LinearProbe,
     accuracy_and_loss,
     neighbour_scores,
-    standard_error,
     stratified_folds,
 )
 from vivit_jax.inference.probe_record import PROBE, Probe, ProbeSettings, Score, Trial
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.evaluation import model_labels
 from vivit_jax.train.preprocessing import as_trained, central_view
-from vivit_jax.train.validation import protocol_line
+from vivit_jax.train.protocol import protocol_text
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def probe(
     say(f"model     {source}: {net.config.title}, {source.architecture}")
     say(f"data      {_sides_line(sides, names)}")
     say(f"features  {_features_line(net.config, settings.head)}")
-    say(f"protocol  {protocol_line(net.config, views)}")
+    say(f"protocol  {protocol_text(net.config, views)}")
 
     begun = time.monotonic()
     found = _Found.of(frozen, sides, out / FEATURES, settings.threads)
@@ -278,7 +278,7 @@ def _score(
 ) -> Score:
     accuracy, loss = accuracy_and_loss(scores, labels)
     neighbours = float((votes.argmax(1) == labels).mean())
-    return Score(len(labels), accuracy, standard_error(accuracy, len(labels)), loss, neighbours)
+    return Score(len(labels), accuracy, binomial_error(accuracy, len(labels)), loss, neighbours)
 
 
 def _voted(found: _Found, asked: ClipFeatures, classes: int, k: int) -> Float[np.ndarray, "n k"]:

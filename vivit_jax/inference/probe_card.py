@@ -9,7 +9,8 @@ from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.inference.probe_data import Sides
 from vivit_jax.inference.probe_record import Probe, Score
 from vivit_jax.recipes.recipe import EvalSettings
-from vivit_jax.train.model_card import data_name, protocol_text
+from vivit_jax.train.model_card import data_name
+from vivit_jax.train.protocol import protocol_text
 
 
 def probe_facts(
@@ -25,7 +26,7 @@ def probe_facts(
     metrics = []
     if sides.held_out is not None and held is not None:
         data.append(_summary("held out", sides.held_out, held.clips, result))
-        metrics.append(_metric(held, sides.held_out, protocol_text(views, config)))
+        metrics.append(_metric(held, sides.held_out, protocol_text(config, views)))
     return CardFacts(base=base, how=[how], data=data, metrics=metrics)
 
 

@@ -20,7 +20,6 @@ TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO
 _LEAST_SPREAD = 1e-3  # of a feature, as a share of the mean spread: less is taken for constant
 _ABSENT = 50.0  # how far below the others the score of a class without clips is
 _STEPS, _GRADIENT = 2000, 1e-7
-_ADDED = 2  # right and wrong answers that a standard error counts besides the real ones
 _QUERIES = 1024  # whose neighbours are searched together
 
 
@@ -205,16 +204,6 @@ def accuracy_and_loss(
     logs = scores - scipy.special.logsumexp(scores, axis=1, keepdims=True)
     loss = -logs[np.arange(len(logs)), labels].mean()
     return float((scores.argmax(1) == labels).mean()), float(loss)
-
-
-def standard_error(accuracy: float, clips: int) -> float:
-    """Of an accuracy, with two right and two wrong answers more (Agresti and Coull 1998).
-
-    The plain formula says 0 where all answers are right.
-    """
-    total = clips + 2 * _ADDED
-    share = (accuracy * clips + _ADDED) / total
-    return math.sqrt(share * (1 - share) / total)
 
 
 @dataclasses.dataclass(frozen=True)

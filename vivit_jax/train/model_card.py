@@ -4,15 +4,13 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from checkpoints_convert.card import Base, CardFacts, DataSummary, Metric, binomial_error
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.errors import counted
-from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.held_out import one_view
+from vivit_jax.train.protocol import protocol_text
 from vivit_jax.train.setup import TrainSetup
-from vivit_jax.train.validation import frames_text
 
 
 def run_facts(
@@ -60,7 +58,7 @@ def _metrics(setup: TrainSetup, metrics: Mapping[str, float]) -> list[Metric]:
     if setup.validation is None:
         return []
     videos = int(metrics.get("videos", 0))
-    protocol = protocol_text(one_view(setup), setup.model.config)
+    protocol = protocol_text(setup.model.config, one_view(setup))
     return [
         Metric(
             name="validation loss" if name == "loss" else name,
@@ -73,14 +71,3 @@ def _metrics(setup: TrainSetup, metrics: Mapping[str, float]) -> list[Metric]:
         for name, value in metrics.items()
         if (name == "loss" or "accuracy" in name) and math.isfinite(value)
     ]
-
-
-def protocol_text(settings: EvalSettings, config: Any) -> str:
-    """The views that an evaluation takes of a video, in words."""
-    views = f"{settings.clips} x {settings.crops} views (clips x crops)"
-    averaged = f", mean of their {settings.average}" if settings.clips * settings.crops > 1 else ""
-    frames = frames_text(config, settings)
-    if settings.sampler != "segments":
-        frames += f" ({settings.sampler})"
-    height, width = config.frame_size
-    return f"{views}{averaged}; {frames}; shortest side {settings.resize}, {height} x {width}"

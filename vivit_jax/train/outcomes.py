@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from checkpoints_convert.card import binomial_error
+
 BINS = 15  # of the calibration error, as in its paper (Guo et al. 2017)
 _NORMAL = 1.959963984540054  # the normal distribution has 95 % of its mass within this many sigmas
 
@@ -92,8 +94,8 @@ class Outcomes:
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy: sqrt(p (1 - p) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self))
+        """Of the accuracy."""
+        return binomial_error(self.accuracy, len(self))
 
     @property
     def interval(self) -> tuple[float, float]:

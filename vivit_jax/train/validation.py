@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vivit_jax.data.datasets.dataset import Dataset, Example
-from vivit_jax.errors import UserError, counted
+from vivit_jax.errors import UserError
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.reading import absolute
 from vivit_jax.recipes.recipe import EvalSettings
@@ -17,6 +17,7 @@ from vivit_jax.train.evaluation import Evaluation, outcomes_of
 from vivit_jax.train.metrics import TOP_K
 from vivit_jax.train.outcome_page import Shown
 from vivit_jax.train.outcomes import Outcomes
+from vivit_jax.train.protocol import protocol_text, protocol_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,53 +29,6 @@ class Validation:
     protocol: str
     heads: tuple[Outcomes, ...]
     shown: tuple[Shown, ...]  # of the clips
-
-
-def protocol_values(config, settings: EvalSettings) -> dict[str, Any]:
-    """How many views a video has, and of what, as JSON values."""
-    return {
-        "clips": settings.clips,
-        "crops": settings.crops,
-        "frames": config.num_frames,
-        "stride": settings.stride,
-        "sampler": settings.sampler,
-        "average": settings.average,
-    }
-
-
-def protocol_text(config, settings: EvalSettings) -> str:
-    """The same in words."""
-    views = settings.clips * settings.crops
-    average = f", averaged {settings.average}" if views > 1 else ""
-    return (
-        f"{settings.clips} x {settings.crops} views (clips x crops) of "
-        f"{frames_text(config, settings)}{average}"
-    )
-
-
-def frames_text(config, settings: EvalSettings) -> str:
-    """The frames of a view in words."""
-    if settings.sampler == "segments":
-        return f"{config.num_frames} frames, one from each of as many segments"
-    return f"{config.num_frames} frames, {settings.stride} apart"
-
-
-def protocol_line(config, settings: EvalSettings) -> str:
-    """All of it in words, and whether the stride is the model's."""
-    height, width = config.frame_size
-    if settings.sampler == "segments":
-        source = ""
-    elif settings.stride != config.frame_stride:
-        source = f" (the model's: {config.frame_stride})"
-    elif config.has_own_stride:
-        source = " (as the model was trained)"
-    else:
-        source = f" (usual for {config.title})"
-    return (
-        f"{counted(settings.clips, 'clip')} x {counted(settings.crops, 'crop')} of "
-        f"{frames_text(config, settings)}{source}, sampler {settings.sampler}, shorter side "
-        f"{settings.resize}, crop {height}x{width}, mean of {settings.average}"
-    )
 
 
 def summary(config, settings: EvalSettings, heads: list[Outcomes]) -> dict[str, Any]:
