@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loss, an augmentation and a data source of one's own in a run."""
 
+import inspect
+from typing import Unpack, get_type_hints
+
 import grain.python as grain
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from vivit_jax.errors import UserError
 from vivit_jax.models.losses import multi_head_loss
 from vivit_jax.train import Augment, Profile, prepare, train
 from vivit_jax.train.own import Own
+from vivit_jax.train.run_options import RunKeywords, RunOptions
 from vivit_jax.train.sharding import make_mesh, parse_mesh, whole_mesh
 
 STEPS = 6
@@ -212,6 +216,24 @@ def test_what_is_no_recipe_and_no_mesh(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_arguments_that_there_are_not(recipe, tmp_path):
+    for wrong, message in (
+        ({"reume": True}, "train takes no argument 'reume'; did you mean resume"),
+        ({"callback": []}, "no argument 'callback'; did you mean callbacks"),
+        ({"options": {}}, "no argument 'options'; known: recipe, out, callbacks, .*, say$"),
+        ({"say": "loud"}, "say is 'loud'; expected a function of a text, or None"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(recipe, tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_editors_see_the_fields_of_run_options():
+    assert get_type_hints(RunKeywords) == get_type_hints(RunOptions)
+    kind = inspect.signature(train).parameters["options"].annotation
+    assert kind == Unpack[RunKeywords] and not RunKeywords.__required_keys__
+
+
 class Clips(grain.RandomAccessDataSource):
     """A source by grain's protocol alone."""
 
@@ -226,9 +248,12 @@ class Clips(grain.RandomAccessDataSource):
         return {"video": self.clips[record_key], "label": int(record_key) % 2}
 
 
-def test_a_source_of_grain_trains_as_it_is(recipe, tmp_path):
+def test_a_source_of_grain_trains_as_it_is(recipe, tmp_path, capfd):
     short = changed(recipe, data__train="", train__steps=2)
-    run(short, tmp_path / "run", dataset=Clips())
+    capfd.readouterr()
+    run(short, tmp_path / "run", dataset=Clips(), say=None)
+    out, err = capfd.readouterr()
+    assert out == "" and "step" not in err  # elsewhere a line for the first step, and the last
     assert len(lines(tmp_path / "run")) == 2
     data, validation = prepare.listed(short, grain.MapDataset.source(Clips()), Clips())
     for example, same in zip(data.examples, validation.examples, strict=True):

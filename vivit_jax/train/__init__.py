@@ -16,10 +16,11 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from vivit_jax.recipes.recipe import Recipe
     from vivit_jax.train.callbacks import Callback, EarlyStop, Event
     from vivit_jax.train.evaluation import evaluate
-    from vivit_jax.train.loop import Outcome, RunOptions, train
+    from vivit_jax.train.loop import Outcome, train
     from vivit_jax.train.own import Augment
     from vivit_jax.train.own_model import ClipConfig, read_params
     from vivit_jax.train.profile import Profile
+    from vivit_jax.train.run_options import RunOptions
     from vivit_jax.train.state import TrainState
 
 # The module of each public name. tests/unit/test_public_names.py compares all three lists.
@@ -33,7 +34,7 @@ _PUBLIC = {
     "Outcome": "vivit_jax.train.loop",
     "Profile": "vivit_jax.train.profile",
     "Recipe": "vivit_jax.recipes.recipe",
-    "RunOptions": "vivit_jax.train.loop",
+    "RunOptions": "vivit_jax.train.run_options",
     "TrainState": "vivit_jax.train.state",
     "apply_settings": "vivit_jax.recipes",
     "evaluate": "vivit_jax.train.evaluation",

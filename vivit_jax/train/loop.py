@@ -4,10 +4,11 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -42,6 +43,7 @@ from vivit_jax.train.prepare import first_state, prepare, summary
 from vivit_jax.train.profile import Profile, Tracer
 from vivit_jax.train.report import write_report
 from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory, resumes
+from vivit_jax.train.run_options import RunKeywords, RunOptions
 from vivit_jax.train.run_store import RunStore, run_store
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, whole_mesh
@@ -63,26 +65,6 @@ class Outcome:
     stop_reason: str | None = None  # of the callback that ended it early
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How a run is run.
-
-    Attributes:
-        resume: continue the run in the directory, from the latest checkpoint that is not damaged;
-            "auto": if there is one, else begin it.
-        resume_step: with `resume`, from the checkpoint of this step; it replaces later ones.
-        mesh_sizes: of "data", "fsdp", "tensor", 1 where left out; None: all devices along "data".
-        tensorboard: whether to write TensorBoard files too.
-        say: takes the lines about the start and the end.
-    """
-
-    resume: bool | Literal["auto"] = False
-    resume_step: int | None = None
-    mesh_sizes: Mapping[str, int] | None = None
-    tensorboard: bool = False
-    say: Callable[[str], None] = print
-
-
 def train(
     recipe: Recipe,
     out: str | Path | Place,
@@ -94,7 +76,7 @@ def train(
     dataset: Any = None,
     validation: Any = None,
     profile: Profile | str | Path | None = None,
-    **options: Any,
+    **options: Unpack[RunKeywords],
 ) -> Outcome:
     """Run a recipe into the directory `out`, or resume the run that is there.
 
@@ -124,12 +106,14 @@ def train(
         profile: a directory for a trace of a few steps by jax.profiler, or a `Profile`.
         options: the fields of `RunOptions`: resume, resume_step, mesh_sizes, tensorboard, say.
 
-    Raises UserError before anything is written for a recipe that cannot run, and for a directory
-    that holds a run if `resume` is not set. Also raises it, after saving the last good state, where
-    losses stay not finite, too many clips cannot be read, or a callback fails.
+    Raises UserError before anything is written for a recipe that cannot run, for an argument that
+    there is not, and for a directory that holds a run if `resume` is not set. Also raises it, after
+    saving the last good state, where losses stay not finite, too many clips cannot be read, or a
+    callback fails.
     """
     check_values(recipe)
-    given, told, traced = RunOptions(**options), Callbacks(callbacks), Profile.checked(profile)
+    given = RunOptions.of(options, others=inspect.signature(train).parameters)
+    told, traced = Callbacks(callbacks), Profile.checked(profile)
     resume = resumes(out, given.resume)
     own = Own.checked(loss, augment, model)
     sizes = whole_mesh(given.mesh_sizes, jax.device_count())
@@ -177,9 +161,10 @@ def train(
         if start is not None:
             log.write("event", taken, {"text": start.report})
         if first_process:
-            given.say(summary(setup, batches, store.place, taken))
+            given.tell(summary(setup, batches, store.place, taken))
         # A live line, below the summary.
-        progress = enter(Progress(setup.last, taken, setup.clips, enabled=first_process))
+        shown = first_process and given.say is not None
+        progress = enter(Progress(setup.last, taken, setup.clips, enabled=shown))
         clock = enter(Clock(setup.clips, setup.flops, functools.partial(_stalled, log, progress)))
         tracer = enter(Tracer(traced, steps, progress.say))
         base = start.base if start is not None else described_base(run.model_file)
@@ -197,7 +182,7 @@ def train(
             bad = run.bad_clips()
             if bad and step > taken:
                 where = store.place / BAD_CLIPS
-                given.say(f"left out, as they could not be read: {bad}; {where} says why")
+                given.tell(f"left out, as they could not be read: {bad}; {where} says why")
             write_report(run.path, setup.validation)
         store.finish()
         best_model = store.place / "models" / str(step if best is None else best)
