@@ -29,7 +29,7 @@ from vivit_jax.cli.__main__ import main
 from vivit_jax.data.datasets import dataset
 from vivit_jax.data.datasets.dataset import from_objects, read_dataset
 from vivit_jax.data.pipeline import Batches
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, VideoError
 from vivit_jax.recipes.recipe import ModelSettings
 from vivit_jax.train import loop, setup, stalls
 from vivit_jax.train.clock import MEASURED
@@ -227,6 +227,48 @@ def test_clips_of_training_and_of_validation_are_named(recipe, data, tmp_path, m
     assert said[-1] == f"left out, as they could not be read: {counted}; {named} says why"
     report = (named.parent / "report.html").read_text()
     assert "Clips missing from the last validation: 1." in report
+
+
+@pytest.mark.parametrize(
+    ("broken", "error", "message"),
+    [
+        ("open_array", VideoError("cut off"), "20 of 20 clips could not be read, .*cut off"),
+        ("_placed", RuntimeError("RESOURCE_EXHAUSTED: of memory"), "RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_what_fails_before_the_first_step_leaves_nothing(
+    recipe, tmp_path, monkeypatch, broken, error, message
+):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(loop if broken == "_placed" else dataset, broken, fails)
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "runs" / "one", tmp_path / "empty"):
+        with pytest.raises((UserError, RuntimeError), match=message):
+            run(recipe, out)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+
+
+def test_an_interrupted_beginning_stays(recipe, tmp_path, monkeypatch):
+    """It can be resumed, and an error of the resumed run does not take it back."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Loop, "take_steps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "run")
+    held = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"recipe.json", "model.json", "metrics.jsonl"} <= held
+
+    def fails(*_):
+        raise UserError("broken")
+
+    monkeypatch.setattr(loop._Loop, "take_steps", fails)
+    with pytest.raises(UserError, match="broken"):
+        run(recipe, tmp_path / "run", resume=True)
+    assert held <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
 def test_a_damaged_clip_is_named(whole, data):

@@ -109,7 +109,7 @@ def train(
     Raises UserError before anything is written for a recipe that cannot run, for an argument that
     there is not, and for a directory that holds a run if `resume` is not set. Also raises it, after
     saving the last good state, where losses stay not finite, too many clips cannot be read, or a
-    callback fails.
+    callback fails; before the first step there is nothing to save, and a new run is taken back.
     """
     check_values(recipe)
     given = RunOptions.of(options, others=inspect.signature(train).parameters)
@@ -124,6 +124,7 @@ def train(
             return stack.enter_context(contextlib.closing(thing))
 
         run = enter(RunDirectory(store.path, recipe, resume=resume))
+        stack.push(run.undo)
         checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
         if given.resume_step is not None:
             checkpoints.check_step(given.resume_step)
@@ -313,6 +314,7 @@ class _Loop:
         """Log a step's values. UserError after `max_bad_steps` in a row that are not finite."""
         numbers = {name: float(value) for name, value in values.items()}
         bad, measured = int(numbers.pop("bad_steps")), self.clock.lap(step)
+        self.run.keep()
         self.log.write("train", step, numbers | measured)
         self.progress.update(step, loss=numbers["loss"], lr=numbers["lr"], measured=measured)
         if self.watch is not None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The directory of a training run: its files, its lock, and what resuming checks."""
 
+import contextlib
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,7 +59,7 @@ class RunDirectory:
     Without `resume` it must be new or empty; with it, it must hold a run of `recipe`, except for
     CHANGEABLE fields. Raises UserError. Nothing is written before `begin`, so that a run that
     cannot be set up leaves no trace. The directory is locked from `begin` (with `resume` from the
-    start) until `close`.
+    start) until `close`; `undo`, as the exit of a context within that, takes a new run back.
     """
 
     def __init__(self, path: Path, recipe: Recipe, *, resume: bool):
@@ -65,6 +67,8 @@ class RunDirectory:
         self._first, self._resumed = jax.process_index() == 0, resume
         self._lock: int | None = None
         self._best: float | None = None  # score of the validation that is written
+        self._made: list[Path] = []  # directories of a new run before its first step
+        self._undoes = False  # whether an error takes back what was written
         held = path / RECIPE
         # Several processes do not probe an empty directory, or one might see another's probe.
         if resume or jax.process_count() == 1 or not os.path.isdir(path):
@@ -130,15 +134,39 @@ class RunDirectory:
         _together(f"checked {self.path}")
         if not self._first:
             return
+        self._made = [each for each in (self.path, *self.path.parents) if not each.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         if not self._resumed:
             self._hold()
             self._check_new()  # another run may have begun during the setup
+            self._undoes = True
         # Needed again if the run is killed before its first checkpoint.
         given = {"given": list(self._recipe.given)} if self._recipe.given else {}
         write_json(self.path / RECIPE, to_dict(self._recipe) | given)
         if model is not None:
             write_json(self.model_file, dict(model))
+
+    def keep(self) -> None:
+        """Say that a step was taken: from now on there is something to look at, and to resume."""
+        self._undoes = False
+
+    def undo(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Remove what a new run wrote if it ends by an error of this kind before its first step.
+
+        A run that was killed or interrupted stays, as it can be resumed.
+        """
+        if not self._undoes or kind is None or not issubclass(kind, Exception):
+            return
+        # It was empty, and is locked.
+        for name in names_in(self.path):
+            each = self.path / name
+            if each.is_dir():
+                shutil.rmtree(each, ignore_errors=True)
+            else:
+                each.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for each in self._made:
+                each.rmdir()
 
     def write_lists(self, settings: DataSettings, train: Dataset, held_out: Dataset | None) -> None:
         """Write the clips that are trained on and those that are held out as two lists."""
