@@ -232,6 +232,8 @@ def _digest(body: str) -> str:
 
 
 def _opens_in_transformers(model: SavedModel) -> bool:
+    if model.own_class is not None:
+        return False
     # transformers' documentation lists selu, which it does not have.
     known = getattr(model.config, "hidden_act", None) != "selu"
     return known and runs_in_transformers(model.config, model.head)
@@ -284,7 +286,7 @@ def _title(model: SavedModel, facts: CardFacts) -> str:
         return facts.name
     labels = model.config.num_labels
     classes = f", {counted(labels, 'class')}" if model.head == "classification" else ""
-    return f"{model.config.title}: {_TASKS[model.head]}{classes}"
+    return f"{model.own_class or model.config.title}: {_TASKS[model.head]}{classes}"
 
 
 def _summary(model: SavedModel, facts: CardFacts) -> str:
@@ -296,6 +298,7 @@ def _summary(model: SavedModel, facts: CardFacts) -> str:
         "Task": f"{_TASKS[model.head]}{classes}",
         "Model": f"`{model.architecture}`, {model.parameters:,} parameters, {model.dtype}",
         "Library": f"vivit_jax {__version__} (JAX, Flax)"
+        + (f" with the code of {model.own_class}" if model.own_class else "")
         + ("; transformers opens it too (PyTorch)" if opens else "; not for transformers"),
         "Input": f"{counted(config.num_frames, 'frame')} of {height} x {width} pixels, "
         f"{counted(config.num_channels, 'channel')}",
@@ -414,6 +417,8 @@ def _ordinal(number: int) -> str:
 
 
 def _code(model: SavedModel) -> str:
+    if model.own_class is not None:
+        return "\n".join(["## Use", "", _HERE.rstrip("\n"), "", _own_use(model)])
     config, head = model.config, model.head
     notes = transformers_notes(config, head, model.pooler)
     parts = ["## Use", "", _HERE.rstrip("\n"), "", "### vivit_jax", "", _fenced(our_code(model))]
@@ -422,6 +427,16 @@ def _code(model: SavedModel) -> str:
         parts += [_fenced(their_code(model))]
     parts += [f"{_plain(note[:1].upper() + note[1:])}.\n" for note in notes]
     return "\n".join(parts)
+
+
+def _own_use(model: SavedModel) -> str:
+    name = model.own_class
+    return (
+        f"`{name}` is a class of its makers, which is not part of vivit_jax: no `from_pretrained` "
+        f"opens the model, and its code is needed to run it.\n\n{_fenced(our_code(model))}\n"
+        f"With that code, and a config of the values in `config.json`, "
+        f"`vivit_jax.VideoClassifier({name}(config), params, processor)` classifies videos.\n"
+    )
 
 
 def _fenced(code: str) -> str:

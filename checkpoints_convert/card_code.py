@@ -86,9 +86,18 @@ _RESULTS = {
 }
 
 
+_OWN = """\
+import vivit_jax
+from vivit_jax.train import read_params
+
+params = read_params(".")
+processor = vivit_jax.VideoProcessor.from_pretrained(".")
+"""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """What lies beside a card."""
+    """What lies beside a card; `own_class` is the class of a model that is of no family here."""
 
     config: Config
     head: str
@@ -96,10 +105,13 @@ class SavedModel:
     dtype: str
     processor: VideoProcessor | None = None
     pooler: bool = False
+    own_class: str | None = None
 
     @property
     def architecture(self) -> str:
         """The class of the model, as transformers and this library name it."""
+        if self.own_class is not None:
+            return self.own_class
         return architecture(self.config.model_type, self.head)
 
     @property
@@ -115,7 +127,9 @@ class SavedModel:
 
 
 def our_code(model: SavedModel) -> str:
-    """Python that opens and runs the model with this library."""
+    """Python that opens and runs the model with this library, or what it can of it."""
+    if model.own_class is not None:
+        return _OWN
     if model.head == "classification" and model.reads_videos and model.config.num_labels:
         return _OURS_CLASSIFIES
     sizes = _sizes(model)

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model of one's own in a run: a class of no family, and params that are given."""
 
+import contextlib
 import dataclasses
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from huggingface_hub import ModelCard
 from tiny_recipes import PRETRAIN, changed
 from tiny_runs import assert_same, share_steps, small_recipe
 
@@ -82,10 +86,28 @@ def test_a_model_of_no_family_is_trained_and_its_params_are_read_back(recipe, wh
     np.testing.assert_allclose(row, np.exp(logits[0]) / np.exp(logits[0]).sum(), rtol=1e-5)
     step = int(whole.model.name)
     assert step <= whole.step == 6
+    _check_card(whole.model, params)
     if step == whole.step:
         assert float(right.mean()) == whole.metrics["accuracy"]
     else:
         assert float(right.mean()) >= whole.metrics["accuracy"]
+
+
+def _check_card(directory, params):
+    """The card of a class of one's own: its code runs, and nothing says that others open it."""
+    text = (directory / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found: dict = {}
+    with contextlib.chdir(directory):
+        exec(code, found)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found["params"], params))
+    assert found["processor"] == vivit_jax.VideoProcessor.from_pretrained(directory)
+    metadata = ModelCard.load(directory / "README.md").data
+    assert (metadata.library_name, metadata.pipeline_tag) == ("vivit_jax", "video-classification")
+    assert metadata.eval_results[0].metric_name == "Accuracy"
+    assert "# Means: video classification, 2 classes" in text and "not for transformers" in text
+    assert "`Means`, 38 parameters, float32" in text
+    assert "### transformers" not in text and 'from_pretrained(".")' not in text.replace(code, "")
 
 
 def test_its_run_is_resumed_with_it_alone(recipe, whole, tmp_path):

@@ -29,7 +29,8 @@ from flax import linen as nn
 from flax.core import meta
 from safetensors.flax import load_file, save_file
 
-from checkpoints_convert.card import CardFacts
+from checkpoints_convert.card import CardFacts, write_card
+from checkpoints_convert.card_code import SavedModel
 from checkpoints_convert.files.save import replaced_directory
 from checkpoints_convert.pretrained import save_pretrained
 from vivit_jax import param_tree
@@ -190,7 +191,7 @@ def save_model(
     processor: VideoProcessor,
     card: CardFacts | None = None,
 ) -> None:
-    """`save_pretrained`, also for a model of no family, which gets no card."""
+    """`save_pretrained`, also for a model of no family, whose card says what opens it."""
     if is_known(model):
         save_pretrained(directory, model, params, processor, card=card)
         return
@@ -201,6 +202,15 @@ def save_model(
         named = {"architectures": [type(model).__name__]}
         write_json(staged / _CONFIG, config.to_dict() | named)
         processor.save_pretrained(staged)
+        saved = SavedModel(
+            config=config,
+            head="classification",
+            parameters=sum(value.size for value in flat.values()),
+            dtype=", ".join(sorted({str(value.dtype) for value in flat.values()})),
+            processor=processor,
+            own_class=type(model).__name__,
+        )
+        write_card(staged, directory, saved, card or CardFacts())
 
 
 def read_params(directory: str | Path) -> dict[str, Any]:
