@@ -225,7 +225,9 @@ def test_a_run_ends_early_and_its_recipe_repeats_it(finished, place, tmp_path, c
     # One epoch is one step; the patience is 3 validations.
     assert recipe.train.patience == 3 and 4 <= steps[-1] < 8
     ended = [line["text"] for line in lines if line["kind"] == "event"]
-    assert ended[-1].startswith("ended early: the held-out score was no better than")
+    assert ended[-1].startswith(
+        f"ended early: the held-out score was no better than at step {steps[0]} in 3 evaluations"
+    )
     assert f"step {steps[-1]} done of 8" in finished[2]
     again = tmp_path / "again"
     status, said, _ = run_command(

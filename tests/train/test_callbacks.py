@@ -188,6 +188,24 @@ def test_early_stop(scores, options, ends):
         assert all((metric or "held-out score") in reason for reason in reasons.values())
 
 
+@pytest.mark.parametrize(
+    ("metric", "scores", "told"),
+    [
+        (None, [0.2, 0.1], "the held-out score was no better than at step 4 in 1 evaluation"),
+        ("accuracy", [0.2, 0.1], "accuracy was no better than 0.2, at step 4, in 1 evaluation"),
+        ("val_loss", [0.1, 0.2], "val_loss was no better than 0.1, at step 4, in 1 evaluation"),
+        (None, [math.nan], "the held-out score was no better than before in 1 evaluation"),
+    ],
+)
+def test_what_early_stop_says(metric, scores, told):
+    """A score is a number of nobody's; the step is in the log."""
+    callback = EarlyStop(1, metric=metric)
+    for k, score in enumerate(scores, 4):
+        event, asked = evaluation(k, score, accuracy=score, val_loss=score)
+        callback(event)
+    assert asked == [told]
+
+
 @pytest.mark.slow
 def test_early_stop_ends_a_run(recipe, tmp_path):
     slow = changed(recipe, optim__lr=1e-9)

@@ -98,22 +98,27 @@ class EarlyStop:
             raise UserError(f"margin is {margin!r}; expected 0 or more")
         self.patience, self.metric, self.margin = patience, metric, margin
         self.best, self.since = -math.inf, 0
+        self.best_step: int | None = None
 
     def __call__(self, event: Event) -> None:
         if event.kind != "evaluate":  # from a caller's own loop
             return
         value = self._value(event)
         if math.isfinite(value) and value > self.best + self.margin:
-            self.best, self.since = value, 0
+            self.best, self.since, self.best_step = value, 0, event.step
             return
         self.since += 1
         if self.since >= self.patience:
-            name, lower = self._name()
-            best = -self.best if lower else self.best
-            event.stop(
-                f"{name} was no better than {best:.4g} in {self.since} "
-                f"evaluation{'s' if self.since > 1 else ''}"
-            )
+            count = f"{self.since} evaluation{'s' if self.since > 1 else ''}"
+            event.stop(f"{self._name()[0]} was no better than {self._best_text()} in {count}")
+
+    def _best_text(self) -> str:
+        """The best evaluation: its step, and its value where that is a number that people know."""
+        step = "before" if self.best_step is None else f"at step {self.best_step}"
+        if self.metric is None:
+            return step
+        best = -self.best if self._name()[1] else self.best
+        return f"{best:.4g}" if self.best_step is None else f"{best:.4g}, {step},"
 
     def _name(self) -> tuple[str, bool]:
         """What is compared, and whether lower is better."""
@@ -134,12 +139,14 @@ class EarlyStop:
 
     def state(self) -> dict[str, Any]:
         """The best value and how many evaluations it is old."""
-        return {"best": self.best if math.isfinite(self.best) else None, "since": self.since}
+        best = self.best if math.isfinite(self.best) else None
+        return {"best": best, "since": self.since, "best_step": self.best_step}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self.best = -math.inf if state["best"] is None else state["best"]
         self.since = state["since"]
+        self.best_step = state.get("best_step")  # earlier versions did not keep it
 
 
 class Callbacks:
