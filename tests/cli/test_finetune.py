@@ -47,7 +47,8 @@ def place(tmp_path_factory):
                 )
     config = vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE, use_mean_pooling=False)
     model = build_model(config, "pretraining")
-    vivit_jax.save_pretrained(root / "start", model, fresh_params(model, 0))
+    processor = vivit_jax.VideoProcessor.videomae(size=16, crop_size=(16, 16))
+    vivit_jax.save_pretrained(root / "start", model, fresh_params(model, 0), processor)
     return root
 
 
@@ -190,6 +191,7 @@ def test_settings_are_chosen_said_and_saved(finished, place):
     assert recipe.data.hold_out == 0.2 and recipe.data.stride == 1
     lists = f"--data {shlex.quote(f'{out}/train.csv')} --validation"
     assert f"\n  vivit-jax probe --model {place}/start {lists}" in said
+    assert "4 frames of 16x16, prepared as its preprocessor_config.json says\n" in said
     # The split can be used by itself.
     train_clips, held = (read_dataset(out / f"{name}.csv") for name in ("train", "validation"))
     assert (len(train_clips), len(held)) == (12, 3)

@@ -9,6 +9,7 @@ import pytest
 from tiny import SMALL_VIDEOMAE, SMALL_VIVIT
 
 import vivit_jax
+from vivit_jax.cli.suggest import comparison
 from vivit_jax.errors import UserError
 from vivit_jax.inference.probe_data import sides_of
 from vivit_jax.models.build import build_model, fresh_params
@@ -180,6 +181,24 @@ def test_a_start_is_known_by_its_files(starts):
         config = model_config(first_recipe(found))
         assert (config.grid, config.head_width) == (found.config.grid, found.config.head_width)
         assert first_recipe(found).evaluation.resize in (16, 18)
+
+
+def test_a_start_without_a_processor_file_is_told_what_prepares_frames(starts, tmp_path):
+    held = start_facts(str(starts / "classification"))
+    (row,) = [each for each in chosen(held).choices if each.path == "processor"]
+    assert row.value == "vivit-scenic" and "no file beside the weights says" in row.reason
+    assert comparison(tmp_path / "run", first_recipe(held)) == [], "a probe needs the file"
+    vivit_jax.save_pretrained(
+        tmp_path / "own",
+        *vivit_jax.from_pretrained(starts / "classification"),
+        vivit_jax.VideoProcessor.named("vivit-scenic"),
+    )
+    with_one = start_facts(str(tmp_path / "own"))
+    assert with_one.processor == "preprocessor_config.json"
+    assert "processor" not in {each.path for each in chosen(with_one).choices}
+    assert comparison(tmp_path / "run", first_recipe(with_one))
+    set_by_hand = chosen(with_one, settings=["processor=vivit-kinetics400"]).choices
+    assert [each.reason for each in set_by_hand if each.path == "processor"] == ["--set"]
 
 
 def test_the_datas_own_split_is_taken_as_in_probing(starts, tmp_path):

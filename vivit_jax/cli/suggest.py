@@ -8,6 +8,7 @@ from typing import Any
 
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.datasets.hold_out import shared_clips
+from vivit_jax.data.transforms.processor_files import processor_file
 from vivit_jax.errors import counted, printable
 from vivit_jax.progress import format_table, live_line, readable
 from vivit_jax.recipes.recipe import Recipe
@@ -40,7 +41,13 @@ def suggested_recipe(
 
 
 def comparison(out: Path, recipe: Recipe) -> list[str]:
-    """How a probe of the start does on the same clips, as a command: it is cheap, and may do."""
+    """How a probe of the start does on the same clips, as a command: it is cheap, and may do.
+
+    Nothing of a start without a processor file, which a probe refuses.
+    """
+    start = Path(str(recipe.model.start))
+    if start.is_dir() and processor_file(start) is None:
+        return []
     probed = {
         "--model": recipe.model.start,
         "--data": out / TRAIN_LIST,
@@ -71,6 +78,8 @@ def _heads(found: Suggestion) -> list[str]:
         f"{counted(config.num_hidden_layers, 'block')} of width {config.hidden_size}, "
         f"{counted(config.num_frames, 'frame')} of {height}x{width}"
     )
+    if found.start.processor is not None and "processor" not in found.recipe.given:
+        model += f", prepared as its {found.start.processor} says"
     devices = counted(found.machine.shards, "device")
     memory = found.machine.memory
     size = "" if memory is None else f", {readable(memory)} for a step on each"

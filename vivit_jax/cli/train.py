@@ -164,7 +164,8 @@ def _run(task: str, options: RunOptions) -> int:
         print(f"{done}; {which} in {outcome.model}, curves in {out}/report.html")
         local = isinstance(out, Path)
         if local and options.recipe is None and not resume and (out / HELD_OUT_LIST).exists():
-            print("\n".join(comparison(out, recipe)))
+            for line in comparison(out, recipe):
+                print(line)
     return status
 
 

@@ -59,7 +59,9 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     for path, value in values.items():
         section, _, name = path.partition(".")
         part = getattr(recipe, section)
-        if section == "model" and name.startswith("config."):
+        if not name:
+            part = value
+        elif section == "model" and name.startswith("config."):
             config = {**part.config, name.removeprefix("config."): value}
             part = dataclasses.replace(part, config=config)
         else:

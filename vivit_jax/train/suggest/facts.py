@@ -25,6 +25,7 @@ from vivit_jax.data.datasets.check import (
     mirrored_names,
 )
 from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.transforms.processor_files import processor_file
 from vivit_jax.errors import UserError, counted
 from vivit_jax.presets import PRESETS
 from vivit_jax.recipes import RECIPES
@@ -52,6 +53,7 @@ class StartFacts:
         preset: the published model that it is most like.
         own: the fields in which it differs from the preset.
         published: the recipe of its papers for the size that is nearest.
+        processor: the file beside the weights that says how frames are prepared, None without one.
     """
 
     name: str
@@ -60,6 +62,7 @@ class StartFacts:
     preset: str
     own: Mapping[str, Any]
     published: Recipe
+    processor: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +139,10 @@ def start_facts(start: str) -> StartFacts:
             "a recipe of your own: --recipe recipe.json"
         )
     preset = min(fitting, key=lambda name: len(fitting[name]))
-    return StartFacts(start, kind, config, preset, fitting[preset], _published(config))
+    path = checkpoint.path
+    file = processor_file(path if path.is_dir() else path.parent)
+    beside = None if file is None else file.name
+    return StartFacts(start, kind, config, preset, fitting[preset], _published(config), beside)
 
 
 def _one_head(config: Any) -> bool:

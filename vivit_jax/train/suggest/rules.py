@@ -91,7 +91,7 @@ def choose(
     recipe: Recipe, given: Collection[str], start: StartFacts, data: DataFacts, machine: Machine
 ) -> Chosen:
     """Fill in a recipe; `given` are the fields that are set already. Memory is not looked at."""
-    chosen = Chosen(recipe, given)
+    chosen, name = Chosen(recipe, given), start.published.name
     if recipe.data.hold_out is not None:
         reason = f"of each class, {counted(data.held_out, 'clip')} in all, to choose the model by"
         chosen.choose("data.hold_out", recipe.data.hold_out, reason)
@@ -99,6 +99,9 @@ def choose(
         own = "the data's own split, " if recipe.data.validation == recipe.data.train else ""
         reason = f"{own}{counted(data.held_out, 'clip')} to choose the model by"
         chosen.choose("data.validation", recipe.data.validation, reason)
+    if start.processor is None or "processor" in given:
+        reason = f"no file beside the weights says how frames are prepared: as {name}"
+        chosen.choose("processor", recipe.processor, reason)
     _sampling(chosen, start, data)
     batch = _length(chosen, start, data, machine)
     _augmentation(chosen, start, data, batch)
