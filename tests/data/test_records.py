@@ -163,7 +163,7 @@ def test_several_labels_and_long_contexts(clips, tmp_path):
     ],
 )
 def test_names_of_records(path, expected):
-    assert is_records(path) == expected
+    assert is_records(path, None) == expected
 
 
 @pytest.mark.parametrize(

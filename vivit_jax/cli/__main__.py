@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "vivit_jax.cli.export:export",
     "extract": "vivit_jax.cli.extract:extract",
     "finetune": "vivit_jax.cli.train:finetune",
+    "pack": "vivit_jax.cli.pack:pack_command",
     "plan": "vivit_jax.cli.plan:plan",
     "predict": "vivit_jax.cli.predict:predict",
     "presets": "vivit_jax.cli.presets:presets",
@@ -29,7 +30,7 @@ COMMANDS = {
 # How `--help` groups them.
 GROUPS = {
     "First": ("demo",),
-    "Data and training": ("check-data", "probe", "finetune", "pretrain", "recipes", "plan"),
+    "Data and training": ("check-data", "pack", "probe", "finetune", "pretrain", "recipes", "plan"),
     "Using a model": ("predict", "evaluate", "extract", "attention", "reconstruct"),
     "Sharing a model": ("push", "export", "presets"),
     "Speed": ("benchmark", "benchmark-input"),

@@ -51,7 +51,7 @@ class SourceOptions:
     split: str | None = None
     class_names: str | None = None
 
-    def listed(self, source: str | Place, labels: int) -> Dataset:
+    def listed(self, source: str | Place, labels: int | None) -> Dataset:
         """The data set with so many labels for each clip. Raises UserError."""
         if self.first_frame < 0:
             raise UserError(f"--first-frame must be at least 0, got {self.first_frame}")

@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 
 from vivit_jax.errors import UserError, first_line, quoted
 from vivit_jax.files import storage
-from vivit_jax.files.addresses import address_text, is_address
+from vivit_jax.files.addresses import address_text
 from vivit_jax.files.limits import VARIABLE, unpack_limit
+from vivit_jax.files.parts import in_ranges
 from vivit_jax.files.ranges import RangeFile
 
 _ARRAY = b"\x93NUMPY"
@@ -24,7 +25,7 @@ _PIECE = 2**20
 
 def is_link(source: Any) -> bool:
     """Whether a text is a link such as https://x.org/a.mp4, and no file of that name exists."""
-    return isinstance(source, str) and is_address(source) and not os.path.exists(source)
+    return isinstance(source, str) and in_ranges(source) and not os.path.exists(source)
 
 
 def is_open_file(source: Any) -> bool:
@@ -46,13 +47,14 @@ def shown(source: Any) -> str:
 
 @contextlib.contextmanager
 def local_file(
-    source: Any, error: type[UserError] = UserError, name: str | None = None
+    source: Any, error: type[UserError] = UserError, name: str | None = None, whole: bool = False
 ) -> Iterator[str]:
     """The path of a file with the content of `source`, for the time of the block.
 
     A path is itself, and so is the address of a video, which is read by ranges. Bytes, an open
-    binary file (read from where it stands) and an array at an address are copied; the copy is
-    removed after the block. `error`s of the block call it `name`, by default as `shown` does.
+    binary file (read from where it stands) and an array at an address are copied, with `whole` all
+    that is not a local file; the copy is removed after the block. `error`s of the block call it
+    `name`, by default as `shown` does.
     Raises `error` for more bytes than `unpack_limit`, and for what cannot be read or fetched.
     """
     content = isinstance(source, bytes | bytearray | memoryview)
@@ -60,7 +62,7 @@ def local_file(
         yield source
         return
     name = shown(source) if name is None else name
-    if is_link(source) and not _holds_array(address_text(source), name, error):
+    if is_link(source) and not whole and not _holds_array(address_text(source), name, error):
         try:
             yield address_text(source)
         except error as found:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of object stores and of the web, read by ranges: only the blocks that are asked for.
+"""Files of object stores and of the web, and parts of any, read by ranges: only what is asked for.
 
 A block is read once for all that read it at about the same time: a video is opened several times to
 read one clip. `RangeFile.blank` lets an index be read without what it points to.
 """
 
 import collections
+import errno
 import functools
 import io
 import os
@@ -13,10 +14,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vivit_jax.files import block_cache, storage
+from vivit_jax.files.addresses import is_address
 from vivit_jax.files.limits import unpack_limit
+from vivit_jax.files.parts import part_of
 
 BLOCK = 2**18  # bytes
 _MOST_AHEAD = 16  # blocks, of a file that is read from one end to the other
@@ -73,8 +76,22 @@ def _whole(address: str, period: int) -> BinaryIO:
 
 
 def recent_state(address: str) -> storage.State:
-    """`storage.state`, asked for again after half a minute."""
-    return _state(address, int(time.monotonic() / _FRESH))
+    """`storage.state`, asked for again after half a minute; also of a part of any file.
+
+    Raises OSError for a part past the end of its file.
+    """
+    part = part_of(address)
+    if part is None:
+        return _state(address, int(time.monotonic() / _FRESH))
+    if is_address(part.file):
+        size, tag = recent_state(part.file)
+    else:
+        found = os.stat(part.file)
+        size, tag = found.st_size, str(found.st_mtime_ns)
+    if part.start + part.length > size:
+        end = part.start + part.length
+        raise OSError(errno.EIO, f"cut off: its shard has {size:,} bytes of {end:,} or more")
+    return storage.State(part.length, tag)
 
 
 def forget() -> None:
@@ -85,7 +102,7 @@ def forget() -> None:
 
 
 class RangeFile(io.RawIOBase):
-    """A seekable file of bytes at an address.
+    """A seekable file of bytes at an address, or of a part of any file.
 
     Raises as `storage.state` does. FFmpeg and Pillow read it, several of them at the same time by
     several of these.
@@ -93,10 +110,23 @@ class RangeFile(io.RawIOBase):
 
     def __init__(self, address: str):
         self.name, self._state = address, recent_state(address)
+        part = part_of(address)
+        self._file, self._start = (address, 0) if part is None else part[:2]
+        local = not is_address(self._file)
+        self._local: Any = open(self._file, "rb", buffering=0) if local else None  # noqa: SIM115
         self._place, self._ahead, self._next = 0, 1, -1
         tag = self._state.tag
-        self._whole = _whole(address, int(tag[len(_WHOLE) :])) if tag.startswith(_WHOLE) else None
+        self._whole = (
+            _whole(self._file, int(tag[len(_WHOLE) :])) if tag.startswith(_WHOLE) else None
+        )
         self._is_blank: Callable[[int, int], bool] | None = None
+
+    def close(self) -> None:
+        """Close the file."""
+        local = getattr(self, "_local", None)  # also where there was no file to open
+        if local is not None:
+            local.close()
+        super().close()
 
     @property
     def size(self) -> int:
@@ -131,6 +161,9 @@ class RangeFile(io.RawIOBase):
             return 0
         if self._is_blank is not None and self._is_blank(start, end):
             view[: end - start] = bytes(end - start)
+        elif self._local is not None:
+            self._local.seek(self._start + start)
+            end = start + self._local.readinto(view[: end - start])
         else:
             end = min(end, (start // BLOCK + 1) * BLOCK)  # callers ask for the rest
             block = self._block(start // BLOCK)
@@ -141,7 +174,7 @@ class RangeFile(io.RawIOBase):
     def _block(self, number: int) -> bytes:
         if self._whole is not None:
             with _one_place:
-                self._whole.seek(number * BLOCK)
+                self._whole.seek(self._start + number * BLOCK)
                 return self._whole.read(BLOCK)
         key = self.name, self._state.tag, number
         data = _blocks.get(key)
@@ -157,7 +190,7 @@ class RangeFile(io.RawIOBase):
         count = min(self._ahead, -(-self.size // BLOCK) - number)
         self._next = number + count
         end = min(self.size, self._next * BLOCK)
-        data = storage.read_range(self.name, number * BLOCK, end)
+        data = storage.read_range(self._file, self._start + number * BLOCK, self._start + end)
         for k in range(count):
             piece = data[k * BLOCK : (k + 1) * BLOCK]
             _blocks.put((self.name, self._state.tag, number + k), piece)

@@ -12,13 +12,14 @@ from typing import Any, TextIO
 
 from vivit_jax.files import storage
 from vivit_jax.files.addresses import address_text, is_address
+from vivit_jax.files.parts import in_ranges, part_of
 from vivit_jax.files.ranges import RangeFile, recent_state
 from vivit_jax.files.storage import Entry
 
 
 def opened(path: str | os.PathLike) -> io.BufferedReader:
     """A file for reading, seekable; of storage only the parts are fetched that are read."""
-    if not is_address(path):
+    if not in_ranges(path):
         return open(path, "rb")
     file: Any = RangeFile(address_text(path))
     return io.BufferedReader(file, 2**16)
@@ -38,17 +39,19 @@ def content(path: str | os.PathLike) -> bytes:
 
 def size_of(path: str | os.PathLike) -> int:
     """The size of a file in bytes."""
-    return recent_state(address_text(path)).size if is_address(path) else os.path.getsize(path)
+    return recent_state(address_text(path)).size if in_ranges(path) else os.path.getsize(path)
 
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether there is a file or a directory."""
+    if part_of(path) is not None:
+        return is_file(path)
     return storage.exists(address_text(path)) if is_address(path) else os.path.exists(path)
 
 
 def is_file(path: str | os.PathLike) -> bool:
     """Whether there is a regular file."""
-    if not is_address(path):
+    if not in_ranges(path):
         return os.path.isfile(path)
     try:
         recent_state(address_text(path))
@@ -59,6 +62,8 @@ def is_file(path: str | os.PathLike) -> bool:
 
 def is_directory(path: str | os.PathLike) -> bool:
     """Whether there is a directory."""
+    if part_of(path) is not None:
+        return False
     return storage.is_directory(address_text(path)) if is_address(path) else os.path.isdir(path)
 
 

@@ -9,10 +9,11 @@ from jaxtyping import Shaped
 
 from vivit_jax.data.datasets.folders import ending
 from vivit_jax.errors import UserError, VideoError, first_line
-from vivit_jax.files.addresses import address_text, is_address
+from vivit_jax.files.addresses import address_text
 from vivit_jax.files.inputs import check_file
 from vivit_jax.files.limits import check_unpacked
 from vivit_jax.files.local import local_file
+from vivit_jax.files.parts import in_ranges
 
 # numpy parses a header with `ast`, whose depth CPython counts over all threads: if a garbage
 # collection lets another thread in, intact files fail with SystemError.
@@ -30,8 +31,8 @@ def open_array(path: str | os.PathLike) -> Shaped[np.ndarray, "t h w c"]:
             `vivit_jax.files.limits` allows.
     """
     path = os.fspath(path)
-    if is_address(path):
-        with local_file(address_text(path), VideoError) as copy:
+    if in_ranges(path):
+        with local_file(address_text(path), VideoError, whole=True) as copy:
             return open_array(copy)
     check_file(path, VideoError)
     if not os.path.isfile(path):

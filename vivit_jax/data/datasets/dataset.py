@@ -37,7 +37,10 @@ from vivit_jax.data.datasets.list_files import SOURCES, count_labels
 from vivit_jax.data.datasets.list_formats import read_listed
 from vivit_jax.data.datasets.list_rows import ListSource, NoSuchSplit
 from vivit_jax.data.datasets.objects import ObjectClips
+from vivit_jax.data.datasets.packs import is_pack, read_pack
 from vivit_jax.data.datasets.records import is_records, read_records
+from vivit_jax.data.datasets.tar_members import PICTURES
+from vivit_jax.data.datasets.zipped import ZippedPictures
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.data.video.images import read_picture
@@ -139,6 +142,8 @@ def read_dataset(
     - A directory of clips, which are unlabelled.
     - TFRecord files of SequenceExamples, see `vivit_jax.data.datasets.records`: one, `NAME@COUNT`
       for the shards NAME-00000-of-COUNT and so on, or a directory of them.
+    - A pack, or tar shards as WebDataset has them, see `vivit_jax.data.datasets.packs`: the
+      directory, its manifest.json, one shard, or `NAME-{000..511}.tar` for several.
 
     In directories a clip is a file with one of the endings `VIDEOS` or `ARRAYS`, an animated .webp,
     or a folder of images; hidden files are skipped, and so are others, with a warning.
@@ -172,9 +177,12 @@ def read_dataset(
         ) from None
     if is_address(path):
         path = address_text(path)
-    if is_records(path):
+    names = names_in(path) if is_directory(path) else None
+    if is_records(path, names):
         return _recorded(path, labels, class_names)
-    if is_directory(path):
+    if is_pack(path, names):
+        return _packed(path, labels, class_names)
+    if names is not None:
         if labels is not None and labels > 1:
             raise UserError(f"{path}: folders give one label; for labels={labels} write a list")
         if class_names is not None:
@@ -190,8 +198,8 @@ def read_dataset(
     if ending(path) in VIDEOS + ARRAYS + IMAGES:
         raise UserError(f"{path} is one clip; {SOURCES}")
     root = os.path.dirname(path) if root is None else os.fspath(root)
-    names = None if class_names is None else read_class_names(class_names)
-    entries, classes = read_listed(ListSource(path, root, labels, split, names))
+    known = None if class_names is None else read_class_names(class_names)
+    entries, classes = read_listed(ListSource(path, root, labels, split, known))
     return Dataset(ListedExamples(entries, root, frame_name, first_frame), classes, path, root)
 
 
@@ -216,14 +224,34 @@ def _recorded(path: str, labels: int | None, class_names: str | Path | None) -> 
     """The data set of TFRecord files."""
     clips, found, classes = read_records(path, labels)
     if class_names is not None and found[0] is not None:
-        classes = read_class_names(class_names)
         most = max(label if isinstance(label, int) else max(label or (0,)) for label in found)
-        if most >= len(classes):
-            raise UserError(
-                f"{path}: has label {most}, and {os.fspath(class_names)} names classes 0 to "
-                f"{len(classes) - 1}; use the file that belongs to these clips"
-            )
+        classes = _named(path, most, class_names)
     return Dataset(_items(clips, found), classes, path)
+
+
+def _packed(path: str, labels: int | None, class_names: str | Path | None) -> Dataset:
+    """The data set of shards."""
+    columns, root, classes = read_pack(path)
+    heads = columns.labels.shape[1]
+    if labels == 0 or not heads:
+        columns, classes = columns.unlabelled(), None
+    elif labels not in (None, heads):
+        raise UserError(f"{path}: {heads} labels for each clip; expected {labels}")
+    elif class_names is not None:
+        classes = _named(path, int(columns.labels.max()), class_names)
+    # The pattern and number of images in folders, of which a pack has none.
+    return Dataset(ListedExamples(columns, root, "", 0), classes, path, root)
+
+
+def _named(path: str, most: int, class_names: str | Path) -> tuple[str, ...]:
+    """The classes of a file that has to name those up to `most`."""
+    classes = read_class_names(class_names)
+    if most >= len(classes):
+        raise UserError(
+            f"{path}: has label {most}, and {os.fspath(class_names)} names classes 0 to "
+            f"{len(classes) - 1}; use the file that belongs to these clips"
+        )
+    return classes
 
 
 def from_objects(
@@ -274,7 +302,7 @@ def count_frames(example: Example) -> int:
 
     Raises VideoError as `read_frames` does.
     """
-    example, stored = _opened(example)
+    example, stored = stored_clip(example)
     return _count(example, stored)
 
 
@@ -290,7 +318,7 @@ def read_frames(
             frames of several sizes, or an array other than uint8 [t, h, w, c].
         UserError: `indices` is empty or holds anything but ints from 0.
     """
-    example, stored = _opened(example)
+    example, stored = stored_clip(example)
     return _read(example, stored, indices)
 
 
@@ -299,7 +327,7 @@ def read_whole(example: Example) -> UInt8[np.ndarray, "t h w c"]:
 
     Raises VideoError as `read_frames` does, and for a video with undecodable frames.
     """
-    example, stored = _opened(example)
+    example, stored = stored_clip(example)
     if stored is None and example.start == 0 and example.total is None:
         # This counts the frames as it decodes them.
         return read_video(example.path, lost="error")
@@ -316,7 +344,7 @@ def read_training_clip(
 
     Raises VideoError as `read_frames` does, UserError as `training_indices` does.
     """
-    example, stored = _opened(example)
+    example, stored = stored_clip(example)
     total = _count(example, stored)
     return _read(example, stored, training_indices(sampler, total, num_frames, stride, rng))
 
@@ -328,7 +356,7 @@ def read_views(
 
     Raises VideoError as `read_frames` does, UserError as `view_indices` does.
     """
-    example, stored = _opened(example)
+    example, stored = stored_clip(example)
     indices = view_indices(sampler, _count(example, stored), num_frames, stride, clips)
     frames = _read(example, stored, indices.reshape(-1))
     return frames.reshape(*indices.shape, *frames.shape[1:]), indices
@@ -353,11 +381,18 @@ class _NumberedImages:
         return os.path.join(self.folder, self.frame_name.format(self.start + int(index)))
 
 
-_Stored = UInt8[np.ndarray, "total h w c"] | list[str] | list[bytes] | _NumberedImages | None
+Stored = (
+    UInt8[np.ndarray, "total h w c"]
+    | list[str]
+    | list[bytes]
+    | _NumberedImages
+    | ZippedPictures
+    | None
+)
 
 
-def _opened(example: Example) -> tuple[Example, _Stored]:
-    """The example with the path of its clip, and what is stored there."""
+def stored_clip(example: Example) -> tuple[Example, Stored]:
+    """The example with the path of its clip, and what is stored there; None for a video."""
     if isinstance(example, ObjectExample):
         assert example.clips is not None, "from_objects gives it"
         clip = example.clips.clip(example.index)
@@ -367,13 +402,15 @@ def _opened(example: Example) -> tuple[Example, _Stored]:
     return example, _stored(example)
 
 
-def _stored(example: Example) -> _Stored:
+def _stored(example: Example) -> Stored:
     """The clip's frames as an array, the paths of its images, or None for a video file."""
     path, start, total = example.path, example.start, example.total
     if ending(path) in ARRAYS:
         frames = open_array(path)
         if frames.dtype != np.uint8:
             raise VideoError(f"{path}: an array of {frames.dtype}; expected uint8")
+    elif ending(path) == PICTURES:
+        return ZippedPictures(path)
     elif not is_folder(path):
         if example.frame_name is not None:
             raise VideoError(f"{path}: no such folder of images; the list gives it {total}")
@@ -398,7 +435,7 @@ def _stored(example: Example) -> _Stored:
     return frames[start:end]
 
 
-def _count(example: Example, stored: _Stored) -> int:
+def _count(example: Example, stored: Stored) -> int:
     total = example.total if stored is None else len(stored)
     if total is None:
         total = probe_video(example.path).num_frames - example.start
@@ -409,7 +446,7 @@ def _count(example: Example, stored: _Stored) -> int:
 
 def _read(
     example: Example,
-    stored: _Stored,
+    stored: Stored,
     indices: Sequence[int] | np.ndarray,
     lost: str = "few",
 ) -> UInt8[np.ndarray, "t h w c"]:

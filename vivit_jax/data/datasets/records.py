@@ -38,11 +38,11 @@ _MOST = 1 << 32  # bytes of a record
 _THREADS = 16  # that list shards
 
 
-def is_records(path: str) -> bool:
-    """Whether a path names TFRecord files: one, NAME@COUNT shards, or a directory of them."""
-    if _NAME.fullmatch(path) or _SHARDED.fullmatch(path):
-        return True
-    return is_directory(path) and any(map(_NAME.fullmatch, _visible(path)))
+def is_records(path: str, names: Sequence[str] | None) -> bool:
+    """Whether a path names TFRecord files: one, NAME@COUNT shards, or a directory with `names`."""
+    if names is not None:
+        return any(_NAME.fullmatch(name) for name in names if not name.startswith("."))
+    return bool(_NAME.fullmatch(path) or _SHARDED.fullmatch(path))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ import re
 from typing import Any
 
 from vivit_jax.errors import VideoError
-from vivit_jax.files.addresses import is_address
 from vivit_jax.files.limits import VARIABLE, unpack_limit
+from vivit_jax.files.parts import in_ranges
 from vivit_jax.files.ranges import RangeFile
 from vivit_jax.files.reading import opened, size_of
 
@@ -96,7 +96,7 @@ def open_container(name: str, options: dict[str, str] | None = None, file: Range
     options = SAFE_OPTIONS | bound | (options or {})
     # The prefix keeps a colon in a file name from being read as a network protocol.
     source: Any = "file:" + name
-    if is_address(name):
+    if in_ranges(name):
         source = RangeFile(name) if file is None else file
         source.seek(0)
     try:

@@ -21,9 +21,9 @@ from jaxtyping import Float64, UInt8
 from vivit_jax.data.video.formats import most_pixels, too_large
 from vivit_jax.data.video.log import file_state
 from vivit_jax.errors import VideoError, first_line
-from vivit_jax.files.addresses import is_address
 from vivit_jax.files.inputs import check_file
 from vivit_jax.files.limits import VARIABLE
+from vivit_jax.files.parts import in_ranges
 from vivit_jax.files.reading import opened
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def _opened(path: str, content: bytes | None = None) -> Iterator[Any]:
             Image.MAX_IMAGE_PIXELS = most
         else:
             most = 2 * own
-    file: Any = opened(path) if is_address(path) else path
+    file: Any = opened(path) if in_ranges(path) else path
     file = file if content is None else io.BytesIO(content)
     try:
         image = Image.open(file)
@@ -77,7 +77,7 @@ def _opened(path: str, content: bytes | None = None) -> Iterator[Any]:
 
 def is_webp(path: str | os.PathLike, animated: bool = False) -> bool:
     """Whether a file begins like a WebP, or like an animated one; False if it cannot be opened."""
-    if is_address(path):
+    if in_ranges(path):
         if not os.fspath(path).lower().endswith(".webp"):  # each look takes a request
             return False
     elif not os.path.isfile(path):

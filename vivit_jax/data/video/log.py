@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 
-from vivit_jax.files.addresses import is_address
+from vivit_jax.files.parts import in_ranges
 from vivit_jax.files.ranges import recent_state
 
 logger = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ _warned: set[tuple] = set()
 
 def file_state(name: str) -> tuple:
     """Changes when the file does; OSError if there is none."""
-    if is_address(name):
+    if in_ranges(name):
         return recent_state(name)
     file = os.stat(name)
     return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns

@@ -25,8 +25,9 @@ from vivit_jax.data.video.packets import (
     videos_of,
 )
 from vivit_jax.errors import UserError, VideoError
-from vivit_jax.files.addresses import address_text, is_address
+from vivit_jax.files.addresses import address_text
 from vivit_jax.files.inputs import stand_in
+from vivit_jax.files.parts import in_ranges
 from vivit_jax.files.ranges import RangeFile
 from vivit_jax.files.reading import size_of
 
@@ -39,7 +40,7 @@ def checked_path(path) -> str:
             "(str, bytes or os.PathLike), not an open file or its content"
         )
     name = os.fsdecode(path)
-    if is_address(name):
+    if in_ranges(name):
         return _checked_address(address_text(name))
     if os.path.isdir(name):
         found = "a directory"
@@ -109,7 +110,7 @@ def packet_table(name: str) -> Table:
 @functools.lru_cache(maxsize=64)  # about a megabyte for an hour of video
 def scanned(name: str, state: tuple) -> Table:
     """The packets of a file; `state` is part of the cache's key, so a changed file is scanned."""
-    if not is_address(name):
+    if not in_ranges(name):
         with open_video(name) as (container, stream):
             return scan(container, stream)
     with RangeFile(name) as file, open_video(name, file=file) as (container, stream):

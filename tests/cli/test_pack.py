@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vivit-jax pack` at the command line, and its shards in other commands."""
+
+import json
+import re
+import signal
+import sys
+
+import pytest
+from clips import write_clip
+from commands import run_command
+
+from vivit_jax.cli import pack as command
+from vivit_jax.cli.pack import parse_size
+from vivit_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes of four clips each."""
+    path = tmp_path_factory.mktemp("data")
+    for label, name in enumerate(("run", "walk")):
+        (path / name).mkdir()
+        for k in range(4):
+            write_clip(path / name / f"{k} {name}.mp4", 24 + k + 9 * label)
+    return path
+
+
+def run(capsys, *args):
+    return run_command(capsys, "pack", *args)
+
+
+def test_a_pack_is_written_checked_and_named(data, tmp_path, capsys):
+    out = tmp_path / "shards"
+    status, said, errors = run(capsys, data, out, "--threads", "2")
+    assert status == 0 and errors == ""
+    size = (out / "shards-000000.tar").stat().st_size / 1e6
+    assert said == f"{out}: 8 clips in 1 shard, {size:.1f} MB\n"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run(capsys, data, out)[0] == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for source in (out, out / "manifest.json", out / "shards-000000.tar"):
+        status, said, _ = run_command(
+            capsys, "check-data", source, "--frames", "8", "--stride", "1", "--json", "-"
+        )
+        found = json.loads(said)
+        assert status == 0 and found["trains"], found
+        assert [each["name"] for each in found["classes"]] == ["run", "walk"]
+
+
+def test_ctrl_c_says_how_to_go_on(data, tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "pack", interrupted)
+    module = sys.modules["vivit_jax.console.run"]  # a function hides it
+    monkeypatch.setattr(module, "stopped_by", lambda name: 128 + signal.SIGINT)
+    status, _, errors = run(capsys, data, tmp_path / "out")
+    assert status == 130 and "the same command goes on with the next" in errors
+
+
+def test_sizes():
+    assert parse_size("256MiB") == 256 * 2**20 and parse_size("1.5 gb") == 1_500_000_000
+    assert parse_size("2000000") == 2_000_000
+    for wrong in ("10", "-1MiB", "1TiBs", "", "MiB", "nan"):
+        with pytest.raises(UserError, match="^--shard-size is .*; expected bytes, such as 256MiB"):
+            parse_size(wrong)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["DATA", "OUT", "--shard-size", "10"], "--shard-size is 10; expected bytes, such as"),
+        (["DATA", "OUT", "--threads", "0"], "--threads is 0; expected at least 1"),
+        (["DATA", "OUT", "--max-bad-share", "2"], "--max-bad-share is 2; expected a share"),
+        (["DATA", "DATA/shards"], "lies in DATA .*; choose a directory outside it"),
+        (["DATA", "DATA/run/0 run.mp4"], "lies in DATA"),
+        (["nowhere", "OUT"], "nowhere: no such|nowhere: .*No such file"),
+        (["DATA", "https://x.org/pack"], "https://x.org/pack"),
+    ],
+)
+def test_wrong_inputs(data, tmp_path, capsys, args, message):
+    args = [a.replace("DATA", str(data)).replace("OUT", str(tmp_path / "out")) for a in args]
+    args = [str(tmp_path / a) if a == "nowhere" else a for a in args]
+    status, said, errors = run(capsys, *args)
+    assert status == 2 and said == "" and len(errors.splitlines()) == 1, errors
+    assert re.search(message, errors), errors
+    assert not (tmp_path / "out").exists() and not (data / "shards").exists()

@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs: written, read back bit for bit, interrupted, damaged, and tar shards of others."""
+
+import io
+import itertools
+import json
+import shutil
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from clips import painted, write_clip
+from PIL import Image
+from stores import store
+
+from vivit_jax.data.datasets.dataset import (
+    count_frames,
+    read_dataset,
+    read_frames,
+    read_whole,
+)
+from vivit_jax.data.datasets.packs import expanded, read_manifest
+from vivit_jax.data.packing import pack as packing
+from vivit_jax.data.packing.pack import Packing, pack
+from vivit_jax.data.video.decode import read_video
+from vivit_jax.errors import UserError, VideoError
+from vivit_jax.files.addresses import place
+
+SMALL = Packing(shard_bytes=20_000, threads=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A list of clips of every kind, two of them parts of one video; all but one are labelled 1."""
+    path = tmp_path_factory.mktemp("clips")
+    write_clip(path / "a b.mp4", 30)
+    write_clip(path / "turned.mov", 20, display=(90, False))
+    write_clip(path / "c.mkv", 12, codec="mpeg4")
+    np.save(path / "array.npy", np.stack([painted(k) for k in range(9)]))
+    np.savez_compressed(path / "array.npz", np.stack([painted(k) for k in range(7)]))
+    (path / "frames").mkdir()
+    for k in range(12):
+        Image.fromarray(painted(k)).save(path / "frames" / f"img_{k:05}.jpg", quality=95)
+    pictures = [Image.fromarray(painted(k)) for k in range(6)]
+    moving = {"save_all": True, "append_images": pictures[1:], "duration": 100}
+    pictures[0].save(path / "w.webp", **moving, lossless=True)
+    pictures[0].save(path / "g.gif", **moving)
+    lines = ['"a b.mp4" 0', "turned.mov 1", "c.mkv 1", "array.npy 1", "array.npz 1", "w.webp 1"]
+    lines += ["g.gif 1", "frames 2 8 1", "frames 1"]
+    (path / "list.txt").write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packs") / "k400"
+    pack(listed(data), out, SMALL)
+    return out
+
+
+def listed(data, labels=1):
+    return read_dataset(data / "list.txt", labels=labels)
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    for ours, theirs in zip(found.examples, expected.examples, strict=True):
+        assert count_frames(ours) == count_frames(theirs)
+        np.testing.assert_array_equal(read_whole(ours), read_whole(theirs))
+        some = [3, 0, 5, 3]
+        np.testing.assert_array_equal(read_frames(ours, some), read_frames(theirs, some))
+
+
+def test_clips_are_the_same_bit_for_bit(data, packed):
+    expected = listed(data)
+    assert_same(read_dataset(packed), expected)
+    assert_same(read_dataset(packed / "manifest.json"), expected)
+    shards = sorted(path.name for path in packed.glob("*.tar"))
+    assert len(shards) > 3 and shards[0] == "k400-000000.tar"
+    assert {path.name for path in packed.iterdir()} == {*shards, "manifest.json", "index.npz"}
+    last = len(shards) - 1
+    assert_same(read_dataset(f"{packed}/k400-{{000000..{last:06}}}.tar"), expected)
+
+
+def test_tar_files_are_webdatasets(data, packed):
+    """By the samples that their members make, and through our own reader without the index."""
+    members = {}
+    for shard in sorted(packed.glob("*.tar")):
+        with tarfile.open(shard) as archive:
+            assert all(m.mtime == m.uid == 0 and m.isreg() for m in archive)
+            members |= {m.name: archive.extractfile(m).read() for m in archive}
+    assert members["000000000.mp4"] == (data / "a b.mp4").read_bytes()
+    assert members["000000001.cls"] == b"1"
+    assert json.loads(members["000000000.json"]) == {"label": 0, "path": "a b.mp4"}
+    with zipfile.ZipFile(io.BytesIO(members["000000007.zip"])) as archive:
+        names = [f"{k:06}.jpeg" for k in range(8)]
+        assert archive.namelist() == names
+        assert archive.read(names[0]) == (data / "frames" / "img_00002.jpg").read_bytes()
+    alone = packed.parent / "without"
+    shutil.copytree(packed, alone, ignore=shutil.ignore_patterns("manifest.json", "index.npz"))
+    assert_same(read_dataset(alone), listed(data))
+
+
+def test_some_shards_in_their_order(packed):
+    whole = read_dataset(packed)
+    paths = [example.path for example in whole.examples]
+    found = read_dataset(f"{packed}/k400-{{000002,000000}}.tar")
+    expected = [p for n in (2, 0) for p in paths if f"k400-00000{n}.tar@" in p]
+    assert [example.path for example in found.examples] == expected
+    one = read_dataset(packed / "k400-000001.tar")
+    assert [e.path for e in one.examples] == [p for p in paths if "k400-000001.tar@" in p]
+
+
+def test_class_names_and_several_labels(data, tmp_path):
+    for name in ("walk", "run"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        shutil.copy(data / "c.mkv", tmp_path / "classes" / name / f"{name}.mkv")
+    pack(read_dataset(tmp_path / "classes"), tmp_path / "named", SMALL)
+    found = read_dataset(tmp_path / "named")
+    assert found.classes == ("run", "walk") and found.labels[:, 0].tolist() == [0, 1]
+    assert read_dataset(tmp_path / "named", labels=0).labels.shape == (2, 0)
+    with pytest.raises(UserError, match="1 labels for each clip; expected 2"):
+        read_dataset(tmp_path / "named", labels=2)
+    (tmp_path / "names.txt").write_text("one\n")
+    with pytest.raises(UserError, match="has label 1, and .*names.txt names classes 0 to 0"):
+        read_dataset(tmp_path / "named", class_names=tmp_path / "names.txt")
+    (tmp_path / "two.txt").write_text(
+        f"{data / 'c.mkv'} 3 4\n{data / 'a b.mp4'} 5 6\n".replace(
+            f"{data / 'a b.mp4'}", f'"{data / "a b.mp4"}"'
+        )
+    )
+    pack(read_dataset(tmp_path / "two.txt", labels=2), tmp_path / "two", SMALL)
+    assert read_dataset(tmp_path / "two").labels.tolist() == [[3, 4], [5, 6]]
+
+
+def test_the_data_may_move(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "elsewhere")
+    assert read_dataset(tmp_path / "elsewhere").fingerprint == read_dataset(packed).fingerprint
+
+
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+class Killed(BaseException):
+    """As good as SIGKILL where nothing cleans up after it."""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_interrupted_pack_goes_on(data, packed, tmp_path, monkeypatch, seed):
+    """Ended at random writes; at last its bytes are those of the undisturbed one."""
+    rng, out, dataset = (
+        np.random.default_rng(seed),
+        tmp_path / "k400",
+        listed(data),
+    )
+    write, moments = packing.write_json, itertools.count()
+
+    def dying(path, values):
+        if next(moments) == when:
+            raise Killed
+        write(path, values)
+
+    monkeypatch.setattr(packing, "write_json", dying)
+    for _ in range(3):
+        when, moments = int(rng.integers(0, 4)), itertools.count()
+        try:
+            pack(dataset, out, SMALL)
+        except Killed:
+            assert not (out / "manifest.json").exists()
+    when = -1
+    seen = []
+    pack(dataset, out, SMALL, lambda done, total: seen.append((done, total)))
+    assert content(out) == content(packed)
+    pack(dataset, out, SMALL)  # which looks whether it is whole
+    assert content(out) == content(packed)
+
+
+def test_a_finished_shard_that_was_damaged_is_written_again(data, packed, tmp_path, monkeypatch):
+    out, dataset = tmp_path / "k400", listed(data)
+    write = packing.write_json
+    monkeypatch.setattr(
+        packing,
+        "write_json",
+        lambda path, values: (
+            write(path, values) if "000003" not in path.name else (_ for _ in ()).throw(Killed())
+        ),
+    )
+    with pytest.raises(Killed):
+        pack(dataset, out, SMALL)
+    damaged = bytearray((out / "k400-000001.tar").read_bytes())
+    damaged[700] ^= 1
+    (out / "k400-000001.tar").write_bytes(damaged)
+    monkeypatch.undo()
+    pack(dataset, out, SMALL)
+    assert content(out) == content(packed)
+    (out / "k400-000001.tar").write_bytes(damaged)
+    with pytest.raises(UserError, match="k400-000001.tar is damaged: its content is not what"):
+        pack(dataset, out, SMALL)
+
+
+def test_other_packs_and_files_are_not_touched(data, packed, tmp_path):
+    dataset, before = listed(data), content(packed)
+    with pytest.raises(UserError, match="holds a pack of other clips or with other settings"):
+        pack(dataset, packed, Packing(shard_bytes=30_000))
+    with pytest.raises(UserError, match="holds a pack of other clips or with other settings"):
+        pack(listed(data, labels=0), packed, SMALL)
+    assert content(packed) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds 1 other files, such as notes.txt; expected a new"):
+        pack(dataset, tmp_path, SMALL)
+    assert content(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_clips_that_cannot_be_read_are_left_out_and_named(data, tmp_path):
+    lines = [f'"{data / "a b.mp4"}" 0'] * 30
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    lines[7] = "bad.mp4 0"
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    manifest = pack(read_dataset(tmp_path / "list.txt"), tmp_path / "out", SMALL)
+    ((name, why),) = manifest.left_out.items()
+    assert name == str(tmp_path / "bad.mp4") and "no readable video" in why
+    assert len(read_dataset(tmp_path / "out")) == manifest.clips == 29
+    lines[3:9] = ["bad.mp4 0"] * 6
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="6 of 20 clips cannot be read, more than --max-bad-share"):
+        pack(read_dataset(tmp_path / "list.txt"), tmp_path / "worse", SMALL)
+    (tmp_path / "list.txt").write_text("bad.mp4 0\n")
+    with pytest.raises(UserError, match="1 of 1 clips cannot be read"):
+        pack(read_dataset(tmp_path / "list.txt"), tmp_path / "none", SMALL)
+    assert not (tmp_path / "none").exists()
+
+
+def damaged(packed, tmp_path, change):
+    out = tmp_path / "k400"
+    shutil.copytree(packed, out)
+    change(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out: (out / "k400-000001.tar").unlink(), "1 of its .* shards are missing, such as"),
+        (
+            lambda out: (out / "k400-000001.tar").write_bytes(b"x" * 600),
+            "k400-000001.tar has 600 bytes; manifest.json says .*: it is cut off or of another",
+        ),
+        (lambda out: (out / "k400-000001.tar").write_bytes(b""), "an empty shard"),
+        (lambda out: (out / "index.npz").write_bytes(b"x"), "is not the index of the shards"),
+        (lambda out: (out / "index.npz").unlink(), "index.npz: No such file or directory; get"),
+        (lambda out: (out / "manifest.json").write_text("{"), "manifest.json: no JSON"),
+        (lambda out: (out / "manifest.json").write_text("{}"), "no manifest of a pack"),
+        (
+            lambda out: (out / "manifest.json").write_text('{"format": "vivit_jax pack"}'),
+            "a pack of version None; this release reads 1",
+        ),
+    ],
+)
+def test_damaged_packs_are_refused(packed, tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as found:
+        read_dataset(damaged(packed, tmp_path, change))
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("k400-{000000..000999}.tar", "does not have 9.. of 1000 shards, such as k400-000"),
+        ("other-000000.tar", "does not have 1 of 1 shards"),
+        ("k400-{000000..}.tar", "is no range and no list"),
+        ("k400-{000000.tar", "a brace without the other"),
+        ("k400-{000000,000000}.tar", "names 1 of its shards twice"),
+        ("k400-{0..99999999}.tar", "more than 100,000 shards"),
+    ],
+)
+def test_wrong_names_of_shards(packed, pattern, message):
+    with pytest.raises(UserError, match=message):
+        read_dataset(f"{packed}/{pattern}")
+
+
+def test_a_shard_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="nowhere-000000.tar: No such file or directory"):
+        read_dataset(tmp_path / "nowhere-000000.tar")
+    with pytest.raises(UserError, match="2 of its 2 shards are missing, such as .*-0.tar"):
+        read_dataset(f"{tmp_path}/nowhere-{{0..1}}.tar")
+
+
+def test_a_damaged_clip_in_a_shard_is_named(packed, tmp_path):
+    out = tmp_path / "k400"
+    shutil.copytree(packed, out)
+    example = read_dataset(out).examples[0]
+    shard = out / "k400-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[512:1512] = bytes(1000)
+    shard.write_bytes(content)
+    with pytest.raises(VideoError, match=r"k400-000000.tar@512\+[0-9]+/000000000.mp4: "):
+        read_whole(example)
+    shard.write_bytes(content[:800])  # cut off after it was listed
+    with pytest.raises(VideoError, match=r"000000000.mp4: cut off: its shard has 800 bytes of"):
+        read_whole(example)
+
+
+def test_braces():
+    assert [*expanded("k-{000..002}.tar")] == ["k-000.tar", "k-001.tar", "k-002.tar"]
+    assert [*expanded("k-{8..10}")] == ["k-8", "k-9", "k-10"]
+    assert [*expanded("k-{08..10}")] == ["k-08", "k-09", "k-10"]
+    assert [*expanded("{a,b}-{1..0}")] == ["a-1", "a-0", "b-1", "b-0"]
+    assert [*expanded("plain.tar")] == ["plain.tar"]
+
+
+def write_tar(path, members, **options):
+    with tarfile.open(path, "w", **options) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def test_shards_of_others(data, tmp_path):
+    """Long names, folders, hidden files, other members; labels by number, name and JSON."""
+    clip = (data / "c.mkv").read_bytes()
+    expected = read_video(data / "c.mkv", indices=[2])
+    long = "x" * 150
+    members = [
+        ("./b/one.mkv", clip),
+        ("./b/one.cls", b"3\n"),
+        (f"b/{long}.json", b'{"label": 5, "caption": "x"}'),
+        (f"b/{long}.mkv", clip),
+        ("b/._one.mkv", b"mac"),
+        ("b/one.txt", b"a caption"),
+        ("c/one.seg.mkv", clip),
+        ("c/one.cls", b"1"),
+    ]
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        write_tar(tmp_path / "s-0.tar", members, format=form)
+        found = read_dataset(tmp_path / "s-0.tar")
+        assert found.labels[:, 0].tolist() == [3, 5, 1] and found.classes is None
+        for example in found.examples:
+            np.testing.assert_array_equal(read_frames(example, [2]), expected)
+    write_tar(tmp_path / "s-1.tar", [("z.mkv", clip), ("z.cls", b"run")])
+    write_tar(tmp_path / "s-2.tar", [("y.mkv", clip), ("y.json", b'{"class": "eat"}')])
+    named = read_dataset(f"{tmp_path}/s-{{1..2}}.tar")
+    assert named.classes == ("eat", "run") and named.labels[:, 0].tolist() == [1, 0]
+    write_tar(tmp_path / "s-3.tar", [("k.mkv", clip)])
+    assert read_dataset(tmp_path / "s-3.tar").labels_per_example == 0
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.mkv", b"x"), ("a.mp4", b"y")], "two clips are named a: a.mkv and a.mp4"),
+        ([("a.txt", b"x")], "no clips in it"),
+        ([("a.mkv", b"x"), ("a.json", b"{")], "a.json: no JSON"),
+        ([("a.mkv", b"x"), ("a.json", b'{"label": 1.5}')], "a.json: label 1.5; expected"),
+        ([("a.mkv", b"x"), ("a.cls", b"1"), ("b.mkv", b"x")], "differing numbers of labels"),
+        ([("a.mkv", b"x"), ("a.cls", b"1"), ("b.mkv", b"x"), ("b.cls", b"run")], "expected one"),
+    ],
+)
+def test_wrong_shards_of_others(tmp_path, members, message):
+    write_tar(tmp_path / "s.tar", members)
+    with pytest.raises(UserError, match=message):
+        read_dataset(tmp_path / "s.tar")
+
+
+def test_two_shards_with_one_name(tmp_path):
+    for number in range(2):
+        write_tar(tmp_path / f"s-{number}.tar", [("a.mkv", b"x")])
+    with pytest.raises(UserError, match="two clips are named a, in s-0.tar and s-1.tar; leave out"):
+        read_dataset(f"{tmp_path}/s-{{0..1}}.tar")
+
+
+@pytest.mark.parametrize("length", [100, 512, 700, 1100, 1536, 1800])
+def test_a_tar_file_that_is_cut_off_anywhere(tmp_path, length):
+    write_tar(tmp_path / "s.tar", [("a.mkv", b"x" * 400), ("b.mkv", b"x" * 400)])
+    whole = (tmp_path / "s.tar").read_bytes()
+    assert len(read_dataset(tmp_path / "s.tar")) == 2
+    (tmp_path / "s.tar").write_bytes(whole[:length])
+    with pytest.raises(UserError, match="s.tar: no uncompressed tar file, or cut off"):
+        read_dataset(tmp_path / "s.tar")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_packs_in_storage(data, packed, tmp_path, protocol):
+    """Written there and read there, the same bytes and clips; one clip takes a part of a shard."""
+    expected = listed(data)
+    with store(protocol) as bucket:
+        pack(expected, place(f"{bucket}/packs/k400"), SMALL)
+        manifest = read_manifest(f"{bucket}/packs/k400")
+        assert manifest == read_manifest(str(packed))
+        assert_same(read_dataset(f"{bucket}/packs/k400"), expected)
+        last = len(manifest.shards) - 1
+        assert_same(read_dataset(f"{bucket}/packs/k400/k400-{{000000..{last:06}}}.tar"), expected)
+        pack(expected, place(f"{bucket}/packs/k400"), SMALL)
+        with pytest.raises(UserError, match="holds a pack of other clips"):
+            pack(expected, place(f"{bucket}/packs/k400"), Packing(shard_bytes=30_000))
+        with pytest.raises(UserError, match="999"):
+            read_dataset(f"{bucket}/packs/k400/k400-{{000000..000999}}.tar")

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs a data set: shard after shard, so that a pack which was interrupted goes on.
+
+Beside each finished shard lies a file SHARD.json with the places of its clips, until the index of
+all of them and the manifest are written.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.datasets.packs import (
+    INDEX,
+    MANIFEST,
+    Index,
+    Manifest,
+    Shard,
+    read_index,
+    read_manifest,
+)
+from vivit_jax.data.packing.members import Member, members
+from vivit_jax.data.packing.tar_shard import TarShard
+from vivit_jax.data.settings import FEW_CLIPS
+from vivit_jax.errors import UserError, VideoError
+from vivit_jax.files.addresses import Address, Place
+from vivit_jax.files.atomic import check_directory, whole_file, write_json
+from vivit_jax.files.reading import content, names_in, opened, size_of
+from vivit_jax.files.staging import made_parents
+from vivit_jax.files.storage import remove
+
+Container = Literal["tar"]
+Progress = Callable[[int, int], None]
+WRITERS = {"tar": TarShard}
+_DIGITS = 6
+_PIECE = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a data set is packed.
+
+    Attributes:
+        shard_bytes: a shard is full when the next clip would exceed this; it has at least one.
+        container: the kind of the shards.
+        threads: that read and encode.
+        max_bad_share: of clips that cannot be read, from 20 clips on, that ends the packing.
+    """
+
+    shard_bytes: int = 256 * 2**20
+    container: Container = "tar"
+    threads: int = 2
+    max_bad_share: float = 0.05
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the bytes of the shards depend on."""
+        return {"shard_bytes": self.shard_bytes, "container": self.container}
+
+
+@dataclasses.dataclass
+class _Begun:
+    """A finished shard, as the file beside it says."""
+
+    key: str  # of the pack it belongs to
+    name: str
+    bytes: int
+    sha256: str
+    next: int  # the first clip that is not in it
+    places: list[tuple[int, str, int, int, int, int, int]]  # clip, name, start, length, crc, extent
+    left_out: dict[str, str]
+
+
+def pack(dataset: Dataset, out: Place, how: Packing, progress: Progress | None = None) -> Manifest:
+    """Write a data set's clips to shards in the directory `out`; or go on where that was ended.
+
+    `progress` is called with the number of clips that are done, and of all.
+    Finished shards are kept if they have the size that the file beside them says and, on this
+    machine, the same content. A pack that is complete already is checked in the same way.
+
+    Raises UserError for a directory that holds anything else, too many clips that cannot be read,
+    and for a pack of another data set or with other settings.
+    """
+    check_directory(out, [MANIFEST])
+    source = dataset.fingerprint
+    key = hashlib.sha256(json.dumps([source, how.settings], sort_keys=True).encode()).hexdigest()
+    there = set(names_in(out)) if out.is_dir() else set()
+    there = {name for name in there if not name.startswith(".")}
+    if MANIFEST in there:
+        return _checked_whole(out, source, how)
+    begun = list(_kept(out, there, key, how))
+    known = {each.name for each in begun}
+    known |= {f"{each.name}.json" for each in begun} | {INDEX}
+    known |= {name for name in there if _is_shard(out, name.removesuffix(".json"), how)}
+    others = sorted(there - known)
+    if others:
+        raise UserError(
+            f"--out {out} holds {len(others)} other files, such as {others[0]}; expected a new or "
+            "empty directory, or a pack that was begun"
+        )
+    local = not isinstance(out, Address)
+    with made_parents(out / MANIFEST) if local else contextlib.nullcontext():
+        for shard in _written(
+            dataset, out, key, how, begun, progress or (lambda done, total: None)
+        ):
+            begun.append(shard)
+        return _finished(dataset, out, source, how, begun)
+
+
+def _silent(done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def _shard_name(out: Place, number: int, how: Packing) -> str:
+    return f"{out.name}-{number:0{_DIGITS}}{WRITERS[how.container].SUFFIX}"
+
+
+def _is_shard(out: Place, name: str, how: Packing) -> bool:
+    number = name.removeprefix(f"{out.name}-").removesuffix(WRITERS[how.container].SUFFIX)
+    return number.isdecimal() and name == _shard_name(out, int(number), how)
+
+
+def _kept(out: Place, there: set[str], key: str, how: Packing) -> Iterator[_Begun]:
+    """The shards of this pack that are finished, from the first on."""
+    for number in range(len(there)):
+        name = _shard_name(out, number, how)
+        if f"{name}.json" not in there:
+            return
+        found = _Begun(**json.loads(content(out / f"{name}.json")))
+        if found.key != key:
+            raise UserError(
+                f"--out {out} holds a pack that was begun of other clips or with other settings; "
+                "choose another directory, or remove it"
+            )
+        if name not in there or not _is_whole(out, found.name, found.bytes, found.sha256):
+            return
+        yield found
+
+
+def _is_whole(out: Place, name: str, size: int, sha256: str) -> bool:
+    """Whether a shard is as it was written; in storage by its size alone."""
+    path = out / name
+    if size_of(path) != size:
+        return False
+    return isinstance(path, Address) or _sha256(path) == sha256
+
+
+def _sha256(path: Place) -> str:
+    digest = hashlib.sha256()
+    with opened(path) as file:
+        while data := file.read(_PIECE):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _checked_whole(out: Place, source: str, how: Packing) -> Manifest:
+    """The manifest of a pack that is complete, if it is this one and undamaged."""
+    manifest = read_manifest(str(out))
+    if (manifest.source, manifest.settings) != (source, how.settings):
+        raise UserError(
+            f"--out {out} holds a pack of other clips or with other settings; choose another "
+            "directory, or remove it"
+        )
+    read_index(str(out), manifest)
+    for shard in manifest.shards:
+        try:
+            whole = _is_whole(out, shard.name, shard.bytes, shard.sha256)
+        except OSError as error:
+            raise UserError(f"{out / shard.name}: {error.strerror}; remove {MANIFEST}") from None
+        if not whole:
+            raise UserError(
+                f"{out / shard.name} is damaged: its content is not what {MANIFEST} says; remove "
+                f"{MANIFEST} and the shard, and pack again"
+            )
+    return manifest
+
+
+def _written(
+    dataset: Dataset,
+    out: Place,
+    key: str,
+    how: Packing,
+    begun: list[_Begun],
+    progress: Progress,
+) -> Iterator[_Begun]:
+    """Write the shards that are not there yet."""
+    done = begun[-1].next if begun else 0
+    bad, last = sum(len(each.left_out) for each in begun), ""
+    clips = members(dataset, done, how.threads)
+    try:
+        waiting = next(clips, None)
+        number = len(begun)
+        while waiting is not None:
+            name = _shard_name(out, number, how)
+            places, left_out = [], {}
+            with whole_file(out / name) as partial, partial.open("wb") as file:
+                shard = WRITERS[how.container](file)
+                while waiting is not None:
+                    index, made = waiting
+                    if isinstance(made, VideoError):
+                        left_out[dataset.examples[index].path] = str(made)
+                        bad, last = bad + 1, str(made)
+                    elif places and shard.size + made.size > how.shard_bytes:
+                        break
+                    else:
+                        places.append(_added(shard, dataset, made))
+                    done = index + 1
+                    _check_share(bad, done, len(dataset), how, last)
+                    progress(done, len(dataset))
+                    waiting = next(clips, None)
+                if not places:
+                    raise UserError(f"{dataset.source}: none of its {done:,} clips can be read")
+                shard.close()
+                file.flush()
+                os.fsync(file.fileno())
+            found = _Begun(key, name, shard.size, shard.sha256, done, places, left_out)
+            write_json(out / f"{name}.json", dataclasses.asdict(found))
+            yield found
+            number += 1
+    finally:
+        clips.close()
+
+
+def _check_share(bad: int, seen: int, total: int, how: Packing, last: str) -> None:
+    """UserError if too many clips cannot be read."""
+    if bad > how.max_bad_share * seen and (seen >= FEW_CLIPS or seen == total):
+        raise UserError(
+            f"{bad} of {seen} clips cannot be read, more than --max-bad-share "
+            f"{how.max_bad_share:g}; the last: {last}"
+        )
+
+
+def _added(shard: TarShard, dataset: Dataset, member: Member) -> tuple:
+    """Add a clip and its labels; the clip's place."""
+    example, stem = dataset.examples[member.index], f"{member.index:09}"
+    name = f"{stem}{member.ending}"
+    with member.opened() as file:
+        start, crc = shard.add(name, member.size, file)
+    base = os.path.join(dataset.root, "") if dataset.root else ""
+    about: dict[str, Any] = {"path": example.path.removeprefix(base)}
+    if isinstance(example.label, int):
+        about["label"] = example.label
+        if dataset.classes:
+            about["class"] = dataset.classes[example.label]
+        shard.add_bytes(f"{stem}.cls", str(example.label).encode())
+    elif example.label is not None:
+        about["labels"] = list(example.label)
+    text = json.dumps(about, sort_keys=True, ensure_ascii=True)
+    shard.add_bytes(f"{stem}.json", text.encode())
+    return (member.index, name, start, member.size, crc, *(member.extent or (-1, -1)))
+
+
+def _finished(
+    dataset: Dataset, out: Place, source: str, how: Packing, begun: list[_Begun]
+) -> Manifest:
+    """Write the index and the manifest, and remove the files beside the shards."""
+    rows = [(k, *place) for k, shard in enumerate(begun) for place in shard.places]
+    shards, clips, names, starts, lengths, crcs, first, total = zip(*rows, strict=True)
+    extents = np.array([first, total], np.int32).T
+    index = Index(
+        np.array(shards, np.int32),
+        np.array(starts, np.int64),
+        np.array(lengths, np.int64),
+        np.array(crcs, np.uint32),
+        dataset.labels[np.array(clips)],
+        extents if (extents != -1).any() else extents[:0],
+        "".join(f"{name}\n" for name in names).encode(),
+    )
+    data = index.to_npz()
+    with whole_file(out / INDEX) as partial:
+        partial.write_bytes(data)
+    manifest = Manifest(
+        tuple(Shard(s.name, s.bytes, s.sha256, len(s.places)) for s in begun),
+        len(rows),
+        dataset.classes,
+        hashlib.sha256(data).hexdigest(),
+        source,
+        how.settings,
+        {path: why for shard in begun for path, why in shard.left_out.items()},
+    )
+    write_json(out / MANIFEST, manifest.to_json())
+    for shard in begun:
+        beside = out / f"{shard.name}.json"
+        if isinstance(beside, Address):
+            remove(str(beside))
+        else:
+            beside.unlink()
+    return manifest
