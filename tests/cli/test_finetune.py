@@ -97,7 +97,7 @@ def line_of(capsys, *args):
         ),
         (
             ["--data", "{}/my clips", "--start", "{}/start", "--validation", "{}/few/clips"],
-            "clips: 3 of 3 names are not among the model's classes: 0, 1, 2",
+            "clips: 3 of 3 names not among the model's classes: 0, 1, 2",
         ),
         (
             ["--data", "{}/my clips", "--start", "{}/start", "--set", "model.classes=checkpoint"],

@@ -16,12 +16,13 @@ from tyro.constructors import PrimitiveConstructorSpec
 from vivit_jax.cli.model import best_of_run
 from vivit_jax.cli.options import ONE_PROCESS, ProcessOptions, validation_share
 from vivit_jax.cli.suggest import Clips, comparison, suggested_recipe
-from vivit_jax.console import FLAT, KeyValues, PlaceOption, stopped_by
+from vivit_jax.console import FLAT, KeyValues, PlaceOption, offers, stopped_by
 from vivit_jax.errors import UserError
 from vivit_jax.files.addresses import Address
 from vivit_jax.files.json_files import read_json
 from vivit_jax.recipes import apply_settings, from_dict, recipe_named
 from vivit_jax.recipes.recipe import Recipe
+from vivit_jax.recipes.settings import fields_like
 from vivit_jax.train.loop import train
 from vivit_jax.train.profile import Profile
 from vivit_jax.train.run_directory import HELD_OUT_LIST, RunDirectory, resumes, saved_recipe
@@ -45,6 +46,12 @@ _RESUME = PrimitiveConstructorSpec(
     is_instance=lambda value: isinstance(value, bool | int | str),
     str_from_instance=lambda value: [] if isinstance(value, bool) else [str(value)],
 )
+
+
+def _as_setting(option: str, value: str) -> list[str]:
+    """The fields of a recipe that an option may mean, as they are set."""
+    name = option.replace("-", "_")
+    return [f"--set {field}={shlex.quote(value or 'VALUE')}" for field in fields_like(name)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +101,7 @@ class RunOptions:
 Options = Annotated[RunOptions, FLAT]
 
 
+@offers(_as_setting)
 def pretrain(options: Options) -> int:
     """Train a masked autoencoder on clips without labels.
 
@@ -106,6 +114,7 @@ def pretrain(options: Options) -> int:
     return _run("pretrain", options)
 
 
+@offers(_as_setting)
 def finetune(options: Options) -> int:
     """Train a classifier, by settings that suit your clips or by a published recipe.
 

@@ -9,10 +9,11 @@ from vivit_jax.console.options import (
     PlaceOption,
     in_order,
     joined,
+    offers,
 )
 from vivit_jax.console.run import Command, end_by, keep_compiled, run, stopped_by
 
 __all__ = [
     "FLAT", "Command", "ConfigOption", "KeyValues", "PlaceOption", "answer_libtpu", "end_by",
-    "has_tpu", "in_order", "joined", "keep_compiled", "run", "stopped_by",
+    "has_tpu", "in_order", "joined", "keep_compiled", "offers", "run", "stopped_by",
 ]  # fmt: skip

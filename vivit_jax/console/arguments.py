@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from vivit_jax.console.options import EMPTY_PATH, not_empty
+from vivit_jax.console.options import EMPTY_PATH, not_empty, offered
 from vivit_jax.console.program import PRINT_COMPLETION, Command, Program
 from vivit_jax.errors import UserError, closest, quoted, similar
 from vivit_jax.files.addresses import address_text, is_address
@@ -226,7 +226,7 @@ def _in_one_line(prog: str, command: Command, args: Sequence[str]) -> str:
     """What is wrong with arguments that tyro refuses."""
     name, more = prog.rpartition(" ")[2], f"; see {prog} --help"
     _, sections = _sections(prog, command)
-    unknown = _unknown_option(args, sections)
+    unknown = _unknown_option(command, args, sections)
     if unknown is not None:
         return f"{name} has no option {unknown[0]}{unknown[1] or more}"
     # What may take the place of None is all that a message should say, as in help.
@@ -242,6 +242,7 @@ def _in_one_line(prog: str, command: Command, args: Sequence[str]) -> str:
     if found := _CHOICE.fullmatch(said):
         value, option, choices = found.groups()
         known = [choice.strip(" '\"") for choice in choices.split(",")]
+        known = [choice for choice in known if choice != "None"] or known  # the default
         meant = closest(value.strip(" '\""), known)
         return f"{name}: {option} is {value}{meant}"
     if found := _MISSING_VALUE.fullmatch(said):
@@ -265,16 +266,18 @@ def _in_one_line(prog: str, command: Command, args: Sequence[str]) -> str:
 
 
 def _unknown_option(
-    args: Sequence[str], sections: dict[str, list[_Entry]]
+    command: Command, args: Sequence[str], sections: dict[str, list[_Entry]]
 ) -> tuple[str, str] | None:
     """The first option that there is not, and what may be meant."""
     texts = (entry.option for entries in sections.values() for entry in entries)
     known = {name for text in texts for name in re.findall(r"(?:^|, )--([\w-]+)", text)}
-    for arg in args:
-        option = arg.partition("=")[0]
+    for arg, following in zip(args, [*args, ""][1:], strict=True):
+        option, equals, value = arg.partition("=")
         if option.startswith("--") and len(option) > 2:
             name = option[2:].replace("_", "-")
             if name not in known:
+                value = value if equals or following.startswith("--") else following
                 meant = [f"--{each}" for each in similar(name, known)]
+                meant += offered(command, name, value)
                 return quoted(option), f"; did you mean {' or '.join(meant)}?" if meant else ""
     return None

@@ -2,8 +2,8 @@
 """Types of options that many commands have."""
 
 import itertools
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from typing import Annotated, TypeVar
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -21,6 +21,28 @@ KeyValues = Annotated[
     tyro.conf.arg(metavar="KEY=VALUE"),
 ]
 
+Function = TypeVar("Function", bound=Callable)
+# What to write in place of an option that there is not, of its name and its value, "" for none.
+Instead = Callable[[str, str], list[str]]
+
+
+def offers(instead: Instead) -> Callable[[Function], Function]:
+    """Marks a command that can do under other names what some unknown options ask for."""
+
+    def marked(command: Function) -> Function:
+        setattr(command, _INSTEAD, instead)
+        return command
+
+    return marked
+
+
+def offered(command: Callable, option: str, value: str) -> list[str]:
+    """What a command offers in place of an unknown option."""
+    instead: Instead | None = getattr(command, _INSTEAD, None)
+    return [] if instead is None else instead(option, value)
+
+
+_INSTEAD = "_vivit_jax_instead"
 EMPTY_PATH = "a path is empty; expected a file or a directory, . for this one"
 
 

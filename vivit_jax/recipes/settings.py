@@ -3,10 +3,11 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vivit_jax.errors import UserError, closest
+from vivit_jax.config import FAMILIES
+from vivit_jax.errors import UserError, closest, similar
 from vivit_jax.recipes.checks import check, check_values, config_fields, wrong
 from vivit_jax.recipes.recipe import Given, Recipe
 from vivit_jax.typed import TypeMismatch, expected, from_json, from_text
@@ -139,6 +140,29 @@ def _meant(path: str) -> str:
     if full:
         return f"; did you mean {' or '.join(full)}?"
     return closest(path.partition(".")[0], _FIELDS)
+
+
+def fields_like(name: str) -> list[str]:
+    """The full names of at most three fields that a single word may mean, such as max_epochs.
+
+    Those of this name, else those whose name are its initials (lr for learning_rate), else those
+    of which it has all words, or that have all of its words, else those that are alike.
+    """
+    full = [f"{section}.{field}" for section, known in _SECTIONS.items() for field in known]
+    of_models = {field.name for each in FAMILIES for field in dataclasses.fields(each)}
+    full += [f"model.config.{field}" for field in sorted(of_models)]
+    last = {path: path.rpartition(".")[2] for path in full}
+    words, alike = set(name.split("_")), similar(name, last.values())
+    initials = "".join(word[:1] for word in name.split("_"))
+    meant: tuple[Callable[[str], bool], ...] = (
+        lambda field: field == name,
+        lambda field: len(words) > 1 and field == initials,
+        lambda field: set(field.split("_")) <= words,
+        lambda field: words <= set(field.split("_")),
+        lambda field: field in alike,
+    )
+    found = ([path for path, field in last.items() if fits(field)] for fits in meant)
+    return next((paths for paths in found if paths), [])[:3]
 
 
 def _replaced(value: Any, changes: Mapping[str, Any]) -> Any:
