@@ -68,7 +68,7 @@ def test_a_clip_of_other_channels_is_reported_and_the_rest_classified(
     status, out, err = run_command(capsys, "predict", *files, "--model", model, "--json")
     grey, long = json.loads(out)
     assert status == 1 and "predictions" in long and "predictions" not in grey
-    assert "grey.npy has 1 channels, the model takes 3" in grey["error"] and grey["error"] in err
+    assert "grey.npy has 1 channel, the model takes 3" in grey["error"] and grey["error"] in err
 
 
 @pytest.mark.parametrize(

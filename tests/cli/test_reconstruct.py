@@ -299,7 +299,7 @@ def test_an_interrupted_run_leaves_the_old_file(model, clip, capsys, tmp_path, m
         ({"clip": "{tmp}/big.npy"}, "floats from 0 to 255"),
         ({"clip": "{tmp}/short.npy"}, "there are 2 frames"),
         ({"clip": "{tmp}/short.npy"}, "(--pad repeat_last)"),
-        ({"clip": "{tmp}/grey.npy"}, "grey.npy has 1 channels, the model takes 3"),
+        ({"clip": "{tmp}/grey.npy"}, "grey.npy has 1 channel, the model takes 3"),
     ],
 )
 def test_wrong_input_is_one_line(model, clip, capsys, tmp_path, changes, told):

@@ -166,7 +166,7 @@ def test_a_part_of_a_video_with_two_labels(tmp_path):
         ("a.mp4 1\nb.mp4 1.5\n", {}, "line 2: 'b.mp4 1.5': there is no label"),
         ("a.mp4\t1\nb.mp4\tswim\n", {}, "line 2: .*'swim' is not an integer"),
         ("a 1 58\n", {}, "line 1: 'a 1 58': its numbers are ambiguous"),
-        ("a.mp4 3\n", {"labels": 2}, "line 1: .*it has 1 labels; expected 2"),
+        ("a.mp4 3\n", {"labels": 2}, "line 1: .*it has 1 label; expected 2"),
         ("a.mp4 3,4\n", {"labels": 1}, "line 1: .*it has 2 labels; expected 1"),
         ("a.mp4 -2\n", {}, "line 1: .*label -2; expected at least 0, or -1"),
         ("a 0 5\n", {"labels": 1}, "line 1: .*it asks for 0 frames"),
