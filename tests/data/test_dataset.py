@@ -692,7 +692,7 @@ def test_a_list_that_says_far_more_frames_than_there_are(tmp_path):
             read_whole(example)
         with pytest.raises(VideoError, match=missing):
             read_views(example, **views)
-    with pytest.raises(VideoError, match=f"no such frames: {many}; there are {many} frames"):
+    with pytest.raises(VideoError, match=f"no such frames: {many}; there are {many:,} frames"):
         read_frames(folder, [many])
 
 
