@@ -371,7 +371,7 @@ def test_a_report_has_the_sections_of_each_head(models, videos, capsys, tmp_path
         ("vivit", "good.txt", ("--out", "x.txt"), "--out x.txt ends in '.txt'"),
         ("vivit", "good.txt", ("--report", "x.pdf"), "--report x.pdf ends in '.pdf'"),
         ("vivit", "good.txt", ("--confusion", "no/x.csv"), "there is no directory no"),
-        ("vivit", "unlabelled", (), "has no labels for each clip, the model has 1 heads"),
+        ("vivit", "unlabelled", (), "has no labels for each clip, the model has 1 head;"),
         ("vivit", "good.txt", ("--process", "1"), "--processes 1 --process 1 need --coordinator"),
     ],
     ids=str,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data set objects, as Hugging Face `datasets` and torchvision have them."""
 
+import importlib.util
 import pickle
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from vivit_jax.data.datasets.dataset import (
     count_frames,
     from_objects,
+    labels_wanted,
     read_frames,
     read_training_clip,
     read_views,
@@ -19,6 +21,7 @@ from vivit_jax.data.pipeline import Batches, ClipShape
 from vivit_jax.data.settings import AugmentSettings, DataSettings
 from vivit_jax.errors import UserError, VideoError
 
+SHAPE = ClipShape(7, (10, 12))
 FRAMES = np.random.default_rng(0).integers(0, 256, (4, 7, 10, 12, 3), np.uint8)
 
 
@@ -88,13 +91,48 @@ def test_items_may_be_paths(tmp_path):
 
 
 def test_a_hugging_face_dataset_gives_its_labels_as_a_column():
-    items = [{"video": {"path": None, "bytes": b""}, "label": k % 2} for k in range(4)]
+    items = [{"video": {"path": None, "bytes": b"0"}, "label": k % 2} for k in range(4)]
     source = Items(items, column_names=["video", "label"], features={"label": Names()})
     dataset = from_objects(source, name="hub/clips")
     assert dataset.classes == ("walk", "run") and dataset.source == "hub/clips"
     assert [e.label for e in dataset.examples] == [0, 1, 0, 1] and source.read == [0] * 4
-    with pytest.raises(VideoError, match=r"hub/clips\[2\]: a mapping of video, label; expected"):
+    with pytest.raises(VideoError, match=r"hub/clips\[2\]: 'video' holds bytes and no path; save"):
         read_whole(dataset.examples[2])
+
+
+class Video:
+    """The feature of a column of videos, as `datasets` has it."""
+
+    def __init__(self, decode):
+        self.decode = decode
+
+
+def test_columns_that_cannot_be_read_are_told_at_once(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    of = dict(column_names=["video", "label"])
+    items = [{"video": "a.mp4", "label": 0}]
+    way_out = r"decoded by torchcodec, .*cast_column\('video', datasets.Video\(decode=False\)\)"
+    with pytest.raises(UserError, match=way_out):
+        from_objects(Items(items, features={"video": Video(True)}, **of))
+    assert len(from_objects(Items(items, features={"video": Video(False)}, **of))) == 1
+    with pytest.raises(UserError, match="columns file, label; expected one with the clips: video,"):
+        from_objects(Items([{"file": "a", "label": 0}], column_names=["file", "label"]))
+
+
+@pytest.mark.parametrize(
+    ("source", "keys"),
+    [
+        (Items([{"video": "a.mp4", "text": "b"}]), "keys video, text"),
+        (Items([{"video": "a.mp4"}], column_names=["video", "text"]), "keys video, text"),
+        (["a.mp4"], "a clip alone"),
+    ],
+)
+def test_objects_without_labels_say_what_they_have(source, keys):
+    dataset = from_objects(source)
+    wanted = f"have {keys}; expected one of label, labels, target, class besides, or a tuple"
+    assert wanted in labels_wanted(dataset)
+    with pytest.raises(UserError, match=f"has no labels, which this task needs; .*{wanted}"):
+        Batches(dataset, DataSettings(), AugmentSettings(), shape=SHAPE, batch_size=1, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +205,7 @@ def test_batches_of_an_object_leave_out_what_cannot_be_read():
     items = [(clip, k) for k, clip in enumerate(FRAMES)] + [(None, 4)]
     augment = AugmentSettings(crop="center", flip=0.0)
     settings = DataSettings(sampler="segments", stride=1, max_bad_share=0.5, cache_gib=0.1)
-    shape = ClipShape(7, (10, 12))
+    shape = SHAPE
     with Batches(
         from_objects(items), settings, augment, shape=shape, batch_size=2, seed=0
     ) as source:

@@ -306,7 +306,7 @@ def test_several_heads_are_averaged_by_their_logits(dataset):
     assert best_classes(model.config, found.answers[0].scores) == [nouns[0], verbs[0]]
     with pytest.raises(UserError, match="'softmax' is for one head; .*--average logits"):
         run((model, params), labelled, SIX)
-    with pytest.raises(UserError, match="1 labels for each clip, the model has 2 heads"):
+    with pytest.raises(UserError, match="1 label for each clip, the model has 2 heads"):
         run((model, params), dataset, settings)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vivit_jax.data.cache import VideoCache
-from vivit_jax.data.datasets.dataset import Dataset, Example, read_training_clip
+from vivit_jax.data.datasets.dataset import Dataset, Example, labels_wanted, read_training_clip
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.sampling import training_indices
 from vivit_jax.data.settings import FEW_CLIPS, AugmentSettings, DataSettings
@@ -223,7 +223,8 @@ class Batches:
         if len(dataset) < batch_size:
             raise UserError(few_clips(dataset, batch_size))
         if labelled and not dataset.labels_per_example:
-            raise UserError(f"{dataset.source} has no labels, which this task needs")
+            wanted = labels_wanted(dataset)
+            raise UserError(f"{dataset.source} has no labels, which this task needs{wanted}")
         self.sampler = EpochSampler(dataset, batch_size, seed, shard)
         self.bad: dict[str, str] = {}  # path -> reason, of clips that could not be read
         self._steps, self._read, self._left_out, self._in_a_row = 0, 0, 0, 0

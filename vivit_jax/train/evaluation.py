@@ -20,7 +20,7 @@ from jaxtyping import Float, Int32
 
 from vivit_jax import param_tree
 from vivit_jax.data.datasets.class_names import describe_unknown
-from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.datasets.dataset import Dataset, labels_wanted
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.errors import UserError, counted
 from vivit_jax.layers.attention import choose_implementation
@@ -185,10 +185,13 @@ def model_labels(dataset: Dataset, config) -> Dataset:
     """
     sizes = config.split_sizes
     if dataset.labels_per_example != len(sizes):
-        way_out = "" if dataset.labels_per_example else ": `vivit-jax predict DIR` needs no labels"
+        found, way_out = dataset.labels_per_example, ""
+        if not found:
+            way_out = labels_wanted(dataset) or ": `vivit-jax predict DIR` needs no labels"
         raise UserError(
-            f"{dataset.source} has {dataset.labels_per_example or 'no'} labels for each clip, the "
-            f"model has {len(sizes)} heads; an evaluation compares one label with each{way_out}"
+            f"{dataset.source} has {counted(found, 'label') if found else 'no labels'} for each "
+            f"clip, the model has {counted(len(sizes), 'head')}; an evaluation compares one label "
+            f"with each{way_out}"
         )
     if dataset.classes is not None and dataset.classes != config.labels:
         dataset = _named_as(dataset, dataset.classes, config)

@@ -289,6 +289,13 @@ def from_objects(
     return Dataset(_items(clips, found), known, clips.name)
 
 
+def labels_wanted(dataset: Dataset) -> str:
+    """Where the labels would be that an unlabelled data set of an object lacks; else ""."""
+    first = dataset.examples[0]
+    known = isinstance(first, ObjectExample) and isinstance(first.clips, ObjectClips)
+    return first.clips.unlabelled() if known else ""
+
+
 def _items(clips: ObjectClips, labels: Sequence[Label]) -> tuple[ObjectExample, ...]:
     """An example for each item, by its place."""
     return tuple(

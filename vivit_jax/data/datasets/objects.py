@@ -2,6 +2,7 @@
 """Clips and labels of data set objects, as Hugging Face `datasets` and torchvision have them."""
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,6 @@ _EXPECTED = (
     f"expected a mapping with a clip ({', '.join(_CLIPS)}) and 'label', a tuple (clip, label), or "
     "a clip: a path or uint8 frames"
 )
-_MISSING = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,45 @@ class ObjectClips:
             )
         if not len(self.source):
             raise UserError(f"{self.name}: a data set object without clips")
+        columns = self._columns()
+        if columns is not None:
+            self._check_columns(columns)
+
+    def _columns(self) -> list[str] | None:
+        """The names of the object's columns, if it has such."""
+        columns = getattr(self.source, "column_names", None)
+        return list(columns) if isinstance(columns, list | tuple) else None
+
+    def _check_columns(self, columns: list[str]) -> None:
+        """UserError for columns without a clip, and for one that nothing here can decode."""
+        column = next((name for name in _CLIPS if name in columns), None)
+        if column is None:
+            raise UserError(
+                f"{self.name}: columns {', '.join(columns)}; expected one with the clips: "
+                f"{', '.join(_CLIPS)}; rename yours: dataset.rename_column(..., 'video')"
+            )
+        features = getattr(self.source, "features", None)
+        kind = features.get(column) if isinstance(features, Mapping) else None
+        # `datasets` decodes it by a package of its own; without that, it has the path.
+        decoded = type(kind).__name__ == "Video" and getattr(kind, "decode", False)
+        if decoded and importlib.util.find_spec("torchcodec") is None:
+            raise UserError(
+                f"{self.name}: column {column!r} is decoded by torchcodec, which is not installed; "
+                f"use dataset.cast_column({column!r}, datasets.Video(decode=False)), whose files "
+                "are read here"
+            )
+
+    def unlabelled(self) -> str:
+        """Why there are no labels, for the end of a message."""
+        found = self._columns()
+        item = None if found else self.source[0]
+        if isinstance(item, Mapping):
+            found = list(map(str, item))
+        keys = f"keys {', '.join(found)}" if found else "a clip alone"
+        return (
+            f"; its items have {keys}; expected one of {', '.join(_LABELS)} besides, or a tuple "
+            "(clip, label), or from_objects(..., labels=[...])"
+        )
 
     def clip(self, index: int) -> UInt8[np.ndarray, "t h w c"] | str:
         """The frames of a clip, or its path.
@@ -53,7 +92,11 @@ class ObjectClips:
         Raises VideoError for an item that holds neither.
         """
         name = f"{self.name}[{index}]"
-        clip = _clip_of(self.source[index], name)
+        try:
+            item = self.source[index]
+        except ImportError as error:  # of what should decode it
+            raise VideoError(f"{name}: {first_line(error)}") from error
+        clip = _clip_of(item, name)
         if isinstance(clip, str | os.PathLike):
             return os.fsdecode(clip)
         return _frames(clip, name)
@@ -109,8 +152,8 @@ class ObjectClips:
 
     def _column(self) -> list[Any] | None:
         """The labels, if the object has them without its clips."""
-        columns = getattr(self.source, "column_names", None)
-        if isinstance(columns, list | tuple):
+        columns = self._columns()
+        if columns is not None:
             column = next((name for name in _LABELS if name in columns), None)
             return [None] * len(self.source) if column is None else list(self.source[column])
         targets = getattr(self.source, "targets", None)
@@ -165,11 +208,18 @@ def _kind(label: Any) -> str | None:
 def _clip_of(item: Any, name: str) -> Any:
     """The clip in an item."""
     if isinstance(item, Mapping):
-        found = next((item[key] for key in _CLIPS if key in item), _MISSING)
-        if isinstance(found, Mapping):  # a column of videos that `datasets` does not decode
-            found = found.get("path") or _MISSING
-        if found is _MISSING:
+        key = next((key for key in _CLIPS if key in item), None)
+        if key is None:
             raise VideoError(f"{name}: a mapping of {', '.join(map(str, item))}; {_EXPECTED}")
+        found = item[key]
+        if isinstance(found, Mapping):  # a column of videos that `datasets` does not decode
+            if not found.get("path"):
+                held = ", ".join(key for key, value in found.items() if value) or "nothing"
+                raise VideoError(
+                    f"{name}: {key!r} holds {held} and no path; save its bytes as a file, and "
+                    "give the path"
+                )
+            found = found["path"]
         return found
     return item[0] if isinstance(item, tuple) and item else item
 

@@ -24,7 +24,7 @@ from vivit_jax.data.datasets.check import (
     inspect,
     mirrored_names,
 )
-from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.datasets.dataset import Dataset, labels_wanted
 from vivit_jax.data.transforms.processor_files import processor_file
 from vivit_jax.errors import UserError, counted
 from vivit_jax.presets import PRESETS
@@ -185,10 +185,9 @@ def data_facts(
     """
     counts = Counter(example.label for example in train.examples)
     if not train.labels_per_example:
-        raise UserError(
-            f"{train.source} has no labels, which fine-tuning needs; sort its clips into a folder "
-            "for each class, or write a list"
-        )
+        way_out = "; sort its clips into a folder for each class, or write a list"
+        way_out = labels_wanted(train) or way_out
+        raise UserError(f"{train.source} has no labels, which fine-tuning needs{way_out}")
     if len(counts) < 2:
         (label,) = counts
         raise UserError(
