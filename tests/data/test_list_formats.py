@@ -65,6 +65,16 @@ def test_a_path_keeps_its_delimiter_and_bytes_in_a_table(tmp_path):
     assert named(dataset, tmp_path) == [("a, b.mp4", "x"), ("r\udce9.mp4", 'y, "z"')]
 
 
+def test_rows_that_begin_with_a_hash_are_counted(tmp_path, caplog):
+    text = '# path,label\npath,label\n#1.mp4,x\n# more\n"#2.mp4",y\n./#3.mp4,x\n #4.mp4,z\n'
+    assert named(listed(tmp_path, text), tmp_path) == [("#2.mp4", "y"), ("./#3.mp4", "x")]
+    told = 'train.csv: 2 rows, such as line 3, left out as comments: they begin with "#"; write ./'
+    assert told in caplog.text
+    caplog.clear()
+    assert len(listed(tmp_path, "# a,b\npath,label\na.mp4,x\n# a comment\nb.mp4,y\n")) == 2
+    assert not caplog.text
+
+
 def test_numbers_in_a_column_stay_numbers(tmp_path):
     dataset = listed(tmp_path, "path,label\na.mp4,10\nb.mp4,2\n")
     assert [e.label for e in dataset.examples] == [10, 2] and dataset.classes is None

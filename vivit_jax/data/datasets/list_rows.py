@@ -235,15 +235,23 @@ def content_lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def table_rows(source: ListSource) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) for each row of a CSV or TSV file, all of one length."""
+    """(line number, fields) for each row of a CSV or TSV file, all of one length.
+
+    Lines that begin with "#" are comments; a warning counts those below the first line that look
+    like rows. One whose first field is in quotes is none.
+    """
     _, line = first_content(source.path)
-    width = len(fields_of(line))
-    with opened_text(source.path, newline="") as lines:
+    width, comments, begun = len(fields_of(line)), list[int](), False
+    with opened_text(source.path, newline="") as file:
+        lines = _Followed(file)
         reader = csv.reader(lines, delimiter=_delimiter(line), skipinitialspace=True)
         try:
             for fields in reader:
-                fields = [field.strip() for field in fields]
-                if not any(fields) or fields[0].startswith("#"):
+                fields, begins = [field.strip() for field in fields], lines.first()
+                if not any(fields):
+                    continue
+                if begins.lstrip().startswith("#"):
+                    comments += [reader.line_num] if begun and len(fields) == width else []
                     continue
                 if len(fields) != width:
                     why = (
@@ -251,9 +259,37 @@ def table_rows(source: ListSource) -> Iterator[tuple[int, list[str]]]:
                         "first line"
                     )
                     raise row_error(source, reader.line_num, why)
+                begun = True
                 yield reader.line_num, fields
         except csv.Error as error:
             raise row_error(source, reader.line_num, str(error)) from None
+    if comments:
+        logger.warning(
+            '%s: %s, such as line %d, left out as comments: they begin with "#"; write ./ before '
+            "such a name, or put it in double quotes",
+            source.path,
+            counted(len(comments), "row"),
+            comments[0],
+        )
+
+
+class _Followed:
+    """The lines of a file; `first` is the first of those read since it was last asked for."""
+
+    def __init__(self, lines: Iterable[str]):
+        self._lines, self._first = iter(lines), ""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self._first = self._first or line
+        return line
+
+    def first(self) -> str:
+        found, self._first = self._first, ""
+        return found
 
 
 def column_of(header: list[str], names: tuple[str, ...]) -> int | None:
