@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from vivit_jax.cli import suggest
+from vivit_jax.cli.suggest import _shared_line
+from vivit_jax.data.datasets import hold_out as hold_out_module
 from vivit_jax.data.datasets.dataset import from_objects, read_dataset
 from vivit_jax.data.datasets.hold_out import hold_out, shared_clips, write_list
 from vivit_jax.errors import UserError
@@ -62,6 +65,25 @@ def test_copies_and_parts_of_a_file_are_held_out_together_where_a_class_has_no_o
         assert shared_clips(train, held) == []
         chosen.add(tuple(names(held)))
     assert len(chosen) > 2, "the seed decides"
+
+
+def test_it_is_said_where_copies_are_not_looked_for(tmp_path, caplog, monkeypatch):
+    whole = write(tmp_path, {"a": 5, "b": 5})
+    hold_out(whole, 0.2)
+    assert not caplog.text
+    for module in (hold_out_module, suggest):
+        monkeypatch.setattr(module, "MOST_COMPARED", 9)
+    hold_out(whole, 0.2)
+    assert "on both sides of the split: among more than 9 clips they are not looked" in caplog.text
+    assert shared_clips(whole, whole) is None
+    lines = _shared_line(whole, whole)
+    assert lines == [
+        "not looked for among more than 9 clips: held-out clips that are also trained on"
+    ]
+    caplog.clear()
+    (tmp_path / "list.txt").write_text("\n".join(f"gs://bucket/{i}.mp4 {i % 2}" for i in range(8)))
+    hold_out(read_dataset(tmp_path / "list.txt"), 0.2)
+    assert "both sides of the split: in storage they are not looked for; `vivit" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vivit_jax.data.datasets.dataset import Dataset
-from vivit_jax.data.datasets.hold_out import shared_clips
+from vivit_jax.data.datasets.hold_out import MOST_COMPARED, shared_clips
 from vivit_jax.data.transforms.processor_files import processor_file
 from vivit_jax.errors import counted, printable
 from vivit_jax.progress import format_table, live_line, readable
@@ -113,6 +113,11 @@ def _named(classes: Sequence[str]) -> str:
 def _shared_line(train: Dataset, held_out: Dataset | None) -> list[str]:
     """A warning of held-out clips that are trained on."""
     shared = [] if held_out is None else shared_clips(train, held_out)
+    if shared is None:
+        return [
+            f"not looked for among more than {MOST_COMPARED:,} clips: held-out clips that are also "
+            "trained on"
+        ]
     if not shared:
         return []
     are = "is" if len(shared) == 1 else "are"

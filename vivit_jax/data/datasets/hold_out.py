@@ -4,6 +4,7 @@
 import csv
 import dataclasses
 import io
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from vivit_jax.files.addresses import is_address
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.files.reading import absolute
 
-# Among more clips copies are not looked for, which would read the size of every file.
-_COMPARED = 20_000
+logger = logging.getLogger(__name__)
+
+MOST_COMPARED = 20_000  # clips among which copies are looked for: it reads the size of every file
 
 
 def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -30,13 +32,22 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Da
 
     A class of two clips or more has one on each side at least. Clips of one file, and among at most
     20,000 clips files with the same bytes, are never on both sides: they are trained on, unless a
-    class has no others. A function of the list, the files' bytes and the seed.
+    class has no others. A function of the list, the files' bytes and the seed. A warning says if
+    copies are not looked for.
 
     Raises UserError if no clip can be held out.
     """
     copies: tuple[tuple[int, ...], ...] = ()
-    if len(dataset) <= _COMPARED:
+    if len(dataset) <= MOST_COMPARED:
         copies = find_copies([_sized(example) for example in dataset.examples])
+    left_out = _not_compared(dataset)
+    if left_out is not None:
+        logger.warning(
+            "%s: copies of a clip may be on both sides of the split: %s they are not looked for; "
+            "`vivit-jax check-data --write-split` keeps them on one side",
+            dataset.source,
+            left_out,
+        )
     facts = [ClipFacts(example) for example in dataset.examples]
     _, held_out = split(facts, copies, share, seed)
     if not held_out:
@@ -53,14 +64,21 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Da
     return train, validation
 
 
-def shared_clips(train: Dataset, held_out: Dataset) -> list[str]:
+def _not_compared(dataset: Dataset) -> str | None:
+    """Among which clips copies are not looked for; None if they are looked for among all."""
+    if len(dataset) > MOST_COMPARED:
+        return f"among more than {MOST_COMPARED:,} clips"
+    return "in storage" if any(is_address(e.path) for e in dataset.examples) else None
+
+
+def shared_clips(train: Dataset, held_out: Dataset) -> list[str] | None:
     """Paths of held-out clips that are trained on too: the same frames of a file, or equal files.
 
-    Among more than 20,000 clips together none are looked for, and none among items of objects. In
-    storage only the names are compared.
+    None where nothing is compared: more than 20,000 clips together. Items of objects are not
+    compared either, and in storage only the names.
     """
-    if len(train) + len(held_out) > _COMPARED:
-        return []
+    if len(train) + len(held_out) > MOST_COMPARED:
+        return None
     both = [*train.examples, *held_out.examples]
     copies = find_copies([_sized(example) for example in both])
     same = {both[i].path: group[0] for group in copies for i in group}
