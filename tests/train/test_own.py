@@ -109,7 +109,7 @@ def test_arrays_of_a_loss_are_arguments_of_the_program(recipe):
         ("mse", "loss is 'mse'; expected a function"),
         (
             lambda params, out, batch: out.logits.mean(),
-            r"returned a .*; expected \(loss, me",
+            r"returned an array alone; expected \(loss, me",
         ),
         (lambda params, out, batch: (out.logits, {}), r"shape \(4, 2\); expected a float scalar"),
         (lambda params, out, batch: (out.logits.sum(), {"lr": 1}), "a metric called 'lr'"),
@@ -208,7 +208,11 @@ def test_augmentations_that_cannot_be_used(recipe, augment, message, tmp_path):
 def test_what_is_no_recipe_and_no_mesh(recipe, tmp_path):
     with pytest.raises(UserError, match="recipe is 'demo-finetune'; expected a Recipe, such as"):
         train("demo-finetune", tmp_path / "run")
-    for sizes, message in (({"rows": 2}, "got 'rows=2', expected each of"), ({"data": 99}, "99 d")):
+    for sizes, message in (
+        ({"rows": 2}, "got 'rows=2', expected each of"),
+        ({"data": 99}, "99 d"),
+        ("data=1", "mesh_sizes is 'data=1'; expected the size of each axis"),
+    ):
         with pytest.raises(UserError, match=message):
             train(recipe, tmp_path / "run", mesh_sizes=sizes)
     assert whole_mesh({"fsdp": 2}, 8) == {"data": 1, "fsdp": 2, "tensor": 1}

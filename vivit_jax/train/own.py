@@ -162,9 +162,11 @@ def _checked_loss(loss: Loss) -> Loss:
         found = loss(params, outputs, batch)
         name = _name(loss)
         if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Mapping):
+            alone = isinstance(found, jax.Array)
+            kind = "an array alone" if alone else f"a {type(found).__name__}"
             raise UserError(
-                f"the loss {name} returned a {type(found).__name__}; expected (loss, metrics), the "
-                "metrics a dict of scalars by name, which may be empty"
+                f"the loss {name} returned {kind}; expected (loss, metrics), the metrics a "
+                "dict of scalars by name, which may be empty"
             )
         value, metrics = jnp.asarray(found[0]), dict(found[1])
         if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):

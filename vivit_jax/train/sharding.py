@@ -57,6 +57,11 @@ def whole_mesh(sizes: Mapping[str, int] | None, devices: int) -> dict[str, int]:
 
     Some devices may be left over. Raises UserError as `parse_mesh` does.
     """
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise UserError(
+            f"mesh_sizes is {sizes!r}; expected the size of each axis, such as "
+            '{"data": 4, "fsdp": 2}'
+        )
     if not sizes:
         return parse_mesh(None, devices)
     wanted = math.prod(size for size in sizes.values() if isinstance(size, int))
