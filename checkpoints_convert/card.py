@@ -343,10 +343,18 @@ def _class_lines(model: SavedModel) -> list[str]:
     if labels == tuple(f"LABEL_{i}" for i in range(len(labels))):
         return [f"{len(labels)} classes without names, `LABEL_0` to `LABEL_{len(labels) - 1}`."]
     if len(labels) <= _CLASSES_SHOWN:
-        return [f"{len(labels)} in this order: {', '.join(map(_plain, labels))}."]
-    begun = ", ".join(map(_plain, labels[:_CLASSES_BEGUN]))
+        return [f"{len(labels)} in this order: {_listed(labels)}."]
+    begun = _listed(labels[:_CLASSES_BEGUN])
     more = len(labels) - _CLASSES_BEGUN
     return [f"{len(labels)}: {begun}, and {more} more under `id2label` in `config.json`."]
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """Names in a row, between marks that no name has, or each in quotes if there is none."""
+    between = next((m for m in (",", ";", " /") if not any(m in label for label in labels)), None)
+    if between is None:
+        return ", ".join(f"\u201c{_plain(label)}\u201d" for label in labels)
+    return f"{between} ".join(map(_plain, labels))
 
 
 def _metric_lines(metrics: Sequence[Metric]) -> list[str]:

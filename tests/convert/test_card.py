@@ -22,6 +22,7 @@ from checkpoints_convert.card import (
     CardFacts,
     DataSummary,
     Metric,
+    _listed,
     base_of,
     binomial_error,
     for_repository,
@@ -191,6 +192,18 @@ def test_of_many_classes_some_are_shown(tmp_path):
     text = card_of(saved(tmp_path / "model", "vivit cls", **changes))
     assert "400: class 0, class 1," in text and "and 380 more under `id2label`" in text
     assert "class 21" not in text
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("a", "b"), "a, b"),
+        (("a, in b", "c"), "a, in b; c"),
+        (("a, b; c", "d / e"), "\u201ca, b; c\u201d, \u201cd / e\u201d"),
+    ],
+)
+def test_names_with_commas_stay_apart(names, text):
+    assert _listed(names) == text
 
 
 def test_names_that_break_lines_do_not(tmp_path):
