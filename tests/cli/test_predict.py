@@ -4,6 +4,7 @@ import json
 import shutil
 from fractions import Fraction
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -248,6 +249,32 @@ def test_a_directory_is_classified_with_its_folders(model, clips, capsys, tmp_pa
     best, second = (line.split() for line in lines[1:3])
     assert rows[1][1::2] == [best[1], second[1], ""]
     assert float(rows[1][2]) == pytest.approx(float(best[0]), abs=1e-4)
+
+
+def test_videos_at_addresses(model, clips, capsys, tmp_path):
+    """A file, a folder, and a picture of one; results are those of the local files."""
+    files = fsspec.filesystem("memory")
+    files.put(str(clips["long"]), "/bucket/in/a b/long.mp4")
+    files.put(str(clips["short"]), "/bucket/in/short.mp4")
+    at = "memory://bucket/in"
+    here = json.loads(
+        run_command(capsys, "predict", clips["short"], clips["long"], "--model", model, "--json")[1]
+    )
+    flags = ("--model", model, "--json", "--csv", "memory://bucket/out.csv")
+    status, out, err = run_command(capsys, "predict", at, *flags)
+    there = json.loads(out)
+    assert status == 0 and [each["clip"] for each in there] == [
+        f"{at}/short.mp4", f"{at}/a b/long.mp4"
+    ]  # fmt: skip
+    assert [each["predictions"] for each in there] == [each["predictions"] for each in here]
+    assert files.cat("/bucket/out.csv").decode().count(at) == 2
+    one, picture = f"{at}/a b/long.mp4", tmp_path / "x.png"
+    status, out, _ = run_command(capsys, "predict", one, *flags[:2], "--draw", picture)
+    assert status == 0 and picture.exists() and out.endswith(f"written to {picture}\n")
+    status, _, err = run_command(capsys, "predict", f"{at}/no.mp4", *flags[:2])
+    assert (status, err.splitlines()[0]) == (1, f"{at}/no.mp4: no such file")
+    status, _, err = run_command(capsys, "predict", one, *flags[:2], "--draw", f"{at}/x.png")
+    assert status == 2 and "x.png is not on this machine, and predict takes a local path" in err
 
 
 def test_a_video_is_drawn_with_its_labels_over_time(model, clips, capsys, tmp_path):

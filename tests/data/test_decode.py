@@ -601,6 +601,10 @@ BAD_FILES = {
     "missing.mp4": (lambda path: None, "no such file"),
     "folder.mp4": (lambda path: path.mkdir(), "a directory"),
     "empty.mp4": (lambda path: path.touch(), r"an empty file \(0 bytes\)"),
+    "page.mp4": (
+        lambda path: path.write_bytes(b"\n<!DOCTYPE HTML><html><body>Index of /clips</body>"),
+        "a web page, not a video: a link has to lead to the file itself",
+    ),
     "text.mp4": (write_text_art, r"no readable video \(Invalid data"),
     "text.txt": (write_text_art, "a text file"),
     "noise.mp4": (

@@ -315,6 +315,10 @@ def test_sources_that_cannot_be_read(classifier, videos, site, monkeypatch):
     broken.close()
     for video, told in (
         (content[:50], "^bytes 0: no readable video"),
+        (
+            b"/a/b.mp4",
+            "^bytes 0: '/a/b.mp4' is no video: bytes are the content of a file here; .*fsd",
+        ),
         (io.StringIO("clip"), "reading it gives str; expected bytes: open it in binary mode"),
         (broken, "a BytesIO: reading it failed: I/O operation on closed file"),
         (f"{site}/none.mp4?key=secret", r"/none.mp4: the server answers 404 .*; check the link$"),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from vivit_jax.data.video.sources import are_frames, is_content, stacked_frames
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.errors import UserError, VideoError, quoted
 from vivit_jax.files.local import local_file, shown
 
 # The path or link of a video, .npy or .npz file, its content, an open file, or frames as an array
@@ -66,6 +66,12 @@ def readable(name: str, video: Any) -> Iterator[str | os.PathLike | np.ndarray]:
     """A video as `read_clips` takes it."""
     if are_frames(video):
         yield stacked_frames(video, name)
+    elif isinstance(video, bytes | bytearray | memoryview) and b"\0" not in bytes(video):
+        shown_bytes = quoted(bytes(video).decode(errors="backslashreplace"))
+        raise VideoError(
+            f"{name}: {shown_bytes!r} is no video: bytes are the content of a file here; give the "
+            "path as text: os.fsdecode(path)"
+        )
     elif is_content(video):
         with local_file(video, VideoError, name) as path:
             yield path

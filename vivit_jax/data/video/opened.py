@@ -29,7 +29,7 @@ from vivit_jax.files.addresses import address_text
 from vivit_jax.files.inputs import stand_in
 from vivit_jax.files.parts import in_ranges
 from vivit_jax.files.ranges import RangeFile
-from vivit_jax.files.reading import size_of
+from vivit_jax.files.reading import opened, size_of
 
 
 def checked_path(path) -> str:
@@ -87,10 +87,25 @@ def open_video(
                 stream.codec_context.flags |= Flags.output_corrupt
             yield container, stream
     except FFmpegError as error:
+        if _is_page(name):
+            raise VideoError(
+                f"{name}: a web page, not a video: a link has to lead to the file itself, and web "
+                f"servers list no folders; {EXPECTED}"
+            ) from error
         raise VideoError(
             f"{name}: no readable video ({reason_of(error)}): damaged, cut off, or another kind of "
             f"file; {EXPECTED}"
         ) from error
+
+
+def _is_page(name: str) -> bool:
+    """Whether a file is HTML, as a server answers for a page about a video, or for a folder."""
+    try:
+        with opened(name) as file:
+            begins = file.read(512).lstrip().lower()
+    except OSError:
+        return False
+    return begins.startswith((b"<!doctype html", b"<html"))
 
 
 def packet_table(name: str) -> Table:
