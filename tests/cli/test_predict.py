@@ -113,6 +113,29 @@ def test_an_array_is_read_as_the_video_it_was(model, clips, capsys, tmp_path, sc
         np.testing.assert_allclose(ours["score"], theirs["score"], rtol=1e-5)
 
 
+def test_folders_of_images_are_videos(model, clips, capsys, tmp_path):
+    """As in training; one with a single picture, as of a cover, is none."""
+    frames = vivit_jax.read_video(clips["long"])
+    for k, frame in enumerate(frames):
+        path = tmp_path / "clips/a/long" / f"img_{k}.png"  # 10 after 9
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(frame).save(path)
+    shutil.copy(path, tmp_path / "clips/cover.png")
+    (tmp_path / "clips/covers").mkdir()
+    shutil.copy(path, tmp_path / "clips/covers")
+    np.save(tmp_path / "long.npy", frames)
+    places = (tmp_path / "clips", tmp_path / "clips/a/long", tmp_path / "long.npy")
+    status, out, _ = run_command(capsys, "predict", *places, "--model", model, "--json")
+    found = json.loads(out)
+    assert status == 0 and len(found) == 3
+    assert found[0]["clip"] == found[1]["clip"] == str(path.parent)
+    for each in found[:2]:
+        assert each["predictions"] == found[2]["predictions"]
+    flags = ("--model", model, "--draw", tmp_path / "a.png")
+    status, out, err = run_command(capsys, "predict", path.parent, *flags)
+    assert status == 2 and "a/long; it has no times" in err
+
+
 def test_square_pixels_are_those_that_a_player_shows(model, capsys, tmp_path):
     wide = write_clip(tmp_path / "wide.mp4", frames=8, size=(64, 64), aspect=Fraction(2, 1))
     stretched = tmp_path / "stretched.npy"

@@ -90,8 +90,9 @@ def predict(
     the exit status is 1. In Python this is `vivit_jax.VideoClassifier`.
 
     Args:
-        clips: Video files, .npy or .npz with frames [t, h, w, c], uint8 or float in [0, 1], or
-            directories, of which all videos are classified, also those in folders below.
+        clips: Video files, .npy or .npz with frames [t, h, w, c], uint8 or float in [0, 1], folders
+            of images, or directories, of which all videos are classified, also those in folders
+            below.
         model: Directory with config.json, weights and preprocessor_config.json, a weight file with
             both beside it, a hub id, or a file of VideoMAE's authors or scenic.
         top_k: How many classes to print.
@@ -153,7 +154,8 @@ def _files(clips: tuple[Place, ...]) -> list[str]:
     """The files, and those below the directories. Raises UserError for a directory without any."""
     files: list[str] = []
     for clip in clips:
-        files += clips_below(os.fspath(clip)) if is_directory(clip) else [os.fspath(clip)]
+        path = os.fspath(clip)
+        files += clips_below(path, images=True) if is_directory(clip) else [path]
     return files
 
 
@@ -168,7 +170,7 @@ def _check_output(output: OutputOptions, files: list[str]) -> None:
     if len(files) > 1:
         raise UserError(f"--draw draws one video, got {len(files)}; name one")
     if ending(files[0]) not in (*VIDEOS, ".webp"):
-        raise UserError(f"--draw needs a video file, got {files[0]}; an array has no times")
+        raise UserError(f"--draw needs a video file, got {files[0]}; it has no times")
     if os.path.exists(output.draw) and os.path.samefile(output.draw, files[0]):
         raise UserError(f"--draw {output.draw} is the video itself; choose another name")
 

@@ -15,13 +15,16 @@ from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 
 from vivit_jax.config import Config
 from vivit_jax.data.datasets.arrays import open_array
-from vivit_jax.data.datasets.folders import ARRAYS
+from vivit_jax.data.datasets.dataset import count_frames, read_frames
+from vivit_jax.data.datasets.examples import Example
+from vivit_jax.data.datasets.folders import ARRAYS, holds_images
 from vivit_jax.data.sampling import clip_indices, view_indices
 from vivit_jax.data.transforms.augment import three_crops
 from vivit_jax.data.transforms.frame_ops import resize
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.video.decode import probe_video, read_video
 from vivit_jax.errors import ConfigError, UserError, VideoError, counted
+from vivit_jax.files.addresses import is_address
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +115,7 @@ def read_clips(
     clips: int = 1,
     square_pixels: bool = False,
 ) -> list[Clip]:
-    """Read clips of `config.num_frames` frames from a video file or an array of frames.
+    """Read clips of `config.num_frames` frames from a video file, a folder of images or an array.
 
     `stride` None is the model's (`config.frame_stride`), or less if the video is too short for it.
     One clip lies at `start`; `start` and `pad` are those of `vivit_jax.data.sampling.clip_indices`.
@@ -120,16 +123,18 @@ def read_clips(
     that was trained on segments also reads one clip so, over the whole video, unless `stride` or
     `start` is given or the video has fewer frames than the clip. An array, or an .npy
     or .npz file, holds the frames themselves, [t, h, w, c] with any number of channels, uint8 or
-    float in [0, 1].
-    `square_pixels` is that of `read_video`, for video files.
+    float in [0, 1]. `square_pixels` is that of `read_video`, for video files.
 
     Raises VideoError for a video that cannot be read, has too few frames, is mostly undecodable or
     has another number of channels than the model takes; UserError for a wrong argument.
     """
     check_reading(start, pad, clips)
     name = "the array" if isinstance(source, np.ndarray) else os.fspath(source)
-    frames = _open_frames(source)
-    if frames is None:
+    folder = None if isinstance(source, np.ndarray) else _folder_of_images(os.fspath(source))
+    frames = None if folder else _open_frames(source)
+    if folder:
+        total, fps = count_frames(folder), None
+    elif frames is None:
         info = probe_video(source)
         total, fps = info.num_frames, info.fps if np.isfinite(info.fps) else None
     else:
@@ -151,7 +156,9 @@ def read_clips(
             )
         indices = view_indices(strided_sampler(config), total, length, stride, clips)
     flat = indices.reshape(-1)
-    if frames is None:
+    if folder:
+        frames = read_frames(folder, flat)
+    elif frames is None:
         frames = read_video(source, indices=flat, square_pixels=square_pixels, lost="few")
     else:
         frames = np.array(frames[flat])
@@ -199,6 +206,16 @@ def parse_start(text: str) -> str | int:
     if text.isdecimal():
         return int(text)
     raise ConfigError(f"--start must be begin, center, end or a frame index, got {text!r}")
+
+
+def _folder_of_images(path: str) -> Example | None:
+    """A folder of images on this machine as an example of a data set."""
+    if is_address(path) or not os.path.isdir(path):
+        return None
+    try:
+        return Example(path, None) if holds_images(path) else None
+    except UserError as error:  # it cannot be listed, which others can
+        raise VideoError(str(error)) from None
 
 
 def _open_frames(

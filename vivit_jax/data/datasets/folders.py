@@ -49,7 +49,7 @@ def read_directory(
             raise UserError(f"{path}: no clips ({', '.join(VIDEOS + ARRAYS)}); {SOURCES}")
         return [Entry(os.path.join(path, name)) for name in clips], None
     paths = [os.path.join(path, name) for name in folders]
-    of_images = [_holds_images(folder) for folder in paths]
+    of_images = [holds_images(folder) for folder in paths]
     if True in of_images:
         if False in of_images:
             raise UserError(
@@ -118,7 +118,7 @@ def _leaves(root: str, folders: tuple[str, ...]) -> Iterator[_Leaf]:
         )
     inner, clips = _entries(path)
     # One is inspected for all: inspecting each takes minutes for a large data set.
-    of_images = (_holds_images(os.path.join(path, name)) for name in inner)
+    of_images = (holds_images(os.path.join(path, name)) for name in inner)
     kind = next((found for found in of_images if found is not None), None)
     if kind or not inner:
         yield _Leaf(folders, sorted(inner + clips))
@@ -144,7 +144,7 @@ def _splits(path: str, folders: list[str]) -> list[str]:
         for s in splits
         for name in _entries(f"{path}/{s}", warn=False)[0]
     ]
-    return splits if inner and not _holds_images(inner[0]) else []
+    return splits if inner and not holds_images(inner[0]) else []
 
 
 def _wanted_split(path: str, splits: list[str], wanted: str | None) -> str:
@@ -165,11 +165,12 @@ def _wanted_split(path: str, splits: list[str], wanted: str | None) -> str:
     )
 
 
-def clips_below(path: str) -> list[str]:
+def clips_below(path: str, *, images: bool = False) -> list[str]:
     """The paths of all clips in a directory and in the folders below it, in order.
 
-    Hidden files and folders are skipped, and so are other files, with a warning. Raises UserError
-    if there are no clips, and for a directory that cannot be listed.
+    With `images` also of folders of two images or more and nothing else. Hidden files and folders
+    are skipped, and so are other files, with a warning. Raises UserError if there are no clips, and
+    for a directory that cannot be listed.
     """
     found, others = [], []
 
@@ -178,6 +179,9 @@ def clips_below(path: str) -> list[str]:
 
     for folder, names, files in walked(path, refuse):
         names[:] = sorted(name for name in names if not name.startswith("."))
+        if images and len([*filter(is_image, files)]) > 1 and holds_images(folder):
+            found.append(folder)
+            continue
         for name in sorted(files):
             if not name.startswith("."):
                 file = os.path.join(folder, name)
@@ -246,7 +250,7 @@ def _entries(path: str, warn: bool = True) -> tuple[list[str], list[str]]:
     return sorted(folders), sorted(clips)
 
 
-def _holds_images(path: str) -> bool | None:
+def holds_images(path: str) -> bool | None:
     """Whether a directory holds images, but no clips or folders; None if none of them."""
     images = []
     try:
