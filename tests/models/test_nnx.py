@@ -79,7 +79,12 @@ def test_dropout_draws_linens_numbers(pair):
     assert not np.array_equal(first, second)
     # Its own stream, which moves on inside of jit too.
     own = nnx.jit(lambda m: m(clips, deterministic=False).logits)
-    assert not np.array_equal(own(module), own(module))
+    seeds = (7, 7, 8)
+    modules = [vivit_jax.to_nnx(model, params, rngs=nnx.Rngs(dropout=n)) for n in seeds]
+    first, same, other = map(own, modules)
+    np.testing.assert_array_equal(first, same)
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(first, own(modules[0]))
 
 
 def test_an_optimizer_of_nnx_takes_linens_steps_and_the_model_is_saved(pair, tmp_path):

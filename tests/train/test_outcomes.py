@@ -56,6 +56,9 @@ def test_counts_are_those_made_by_hand():
     assert found.confusions(1) == [Confusion(0, 1, 2, 3)]
     assert found.mistaken(Confusion(0, 1, 2, 3)) == [2, 1]  # the more confident first
     assert found.never_answered() == []
+    # Of as many clips, the larger share of the class first.
+    tied = made([(0, 0, 0.9), (0, 1, 0.9), (0, 0, 0.9), (1, 1, 0.9), (1, 2, 0.9)])
+    assert tied.confusions() == [Confusion(1, 2, 1, 2), Confusion(0, 1, 1, 3)]
     np.testing.assert_allclose(found.confidences, [sure for _, _, sure in ROWS])
     rows = list(csv.reader(io.StringIO(confusion_csv(found))))
     assert rows == [["true class", *NAMES], ["walk", "1", "2", "0"], ["run", "0", "1", "0"],
