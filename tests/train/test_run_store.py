@@ -16,14 +16,13 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from clips import write_clip
+from clips import write_clip as painted_clip
 from commands import run_command
 from helpers import random_params
 from stores import store
 from tiny import SMALL_VIDEOMAE
-from tiny_recipes import changed
+from tiny_recipes import PRETRAIN, changed
 from tiny_runs import (
-    NAME,
     Parent,
     assert_same,
     free_port,
@@ -35,9 +34,11 @@ from tiny_runs import (
 )
 
 import vivit_jax
+from vivit_jax.data.datasets.dataset import read_dataset
+from vivit_jax.data.packing.pack import Packing, pack
 from vivit_jax.errors import StorageError, UserError
 from vivit_jax.files import ranges, storage
-from vivit_jax.files.addresses import Address
+from vivit_jax.files.addresses import Address, place
 from vivit_jax.train.loop import train
 from vivit_jax.train.run_store import UPLOADED, run_store
 from vivit_jax.train.saved_models import model_directory
@@ -247,22 +248,41 @@ def lives(parent, tmp_path, processes: int, args) -> list:
     return [parent.start(log, [*args, *shared, "--process", k]) for k, log in enumerate(logs)]
 
 
+PRETRAINING = "videomae-v1-base-kinetics400-pretrain"
+
+
+@contextlib.contextmanager
+def packed_in_s3(tmp_path, steps: int):
+    """A bucket of S3 with packed clips, and the command line of pre-training from its shards."""
+    (tmp_path / "clips").mkdir()
+    for k in range(24):
+        painted_clip(tmp_path / "clips" / f"{k}.mp4", 16 + k, gop=4)
+    with store("s3") as bucket:
+        where = f"{bucket}/packs/clips"
+        pack(read_dataset(tmp_path / "clips"), place(where), Packing(shard_bytes=20_000))
+        shards = [entry.name for entry in storage.entries(where) if entry.name.endswith(".tar")]
+        assert len(shards) >= 4
+        recipe = changed(
+            PRETRAIN,
+            data__train=f"{where}/clips-{{000000..{len(shards) - 1:06}}}.tar",
+            train__batch_size=16,
+            train__epochs=steps,  # of one step each
+            train__checkpoint_every=3,
+        )
+        cache = ["--compilation-cache", tmp_path / "cache", "pretrain", "--recipe", PRETRAINING]
+        yield bucket, [*cache, "--set", *settings(recipe, PRETRAINING), "--resume", "auto", "--out"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_in_s3_killed_ten_times_ends_bit_for_bit_as_a_whole_one(
     tmp_path, monkeypatch, processes
 ):
-    """Killed at random moments: one of its processes, or all; data and run are in the store."""
+    """Killed at random moments: one of its processes, or all; shards and run are in the store."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    recipe, steps, rng = small_recipe(tmp_path / "data", clips=16), 40, random.Random(processes)
-    recipe = changed(recipe, train__epochs=steps // 2, train__checkpoint_every=3)
-    with store("s3") as bucket, contextlib.closing(Parent()) as parent:
-        for path in (tmp_path / "data").rglob("*.npy"):
-            storage.upload(path, f"{bucket}/{path.relative_to(tmp_path).as_posix()}")
-        recipe = changed(recipe, data__train=f"{bucket}/data/train", data__validation=None)
-        args = ["--compilation-cache", tmp_path / "cache", "finetune"]
-        args += ["--recipe", NAME, "--set", *settings(recipe), "--resume", "auto", "--out"]
+    steps, rng = 40, random.Random(processes)
+    with packed_in_s3(tmp_path, steps) as (bucket, args), contextlib.closing(Parent()) as parent:
         whole = lives(parent, tmp_path, processes, [*args, tmp_path / "whole"])
         assert [life.end() for life in whole] == [0] * processes, whole[0].text
         for death in range(10):
@@ -283,6 +303,33 @@ def test_a_run_in_s3_killed_ten_times_ends_bit_for_bit_as_a_whole_one(
 
 
 @pytest.mark.slow
+def test_a_run_in_s3_goes_on_with_other_numbers_of_processes(tmp_path, monkeypatch):
+    """2, 1, 4 processes with 4 devices each; all but the last are killed after a checkpoint."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    steps = 18
+    with packed_in_s3(tmp_path, steps) as (bucket, args), contextlib.closing(Parent()) as parent:
+        whole = lives(parent, tmp_path, 2, [*args, tmp_path / "whole"])
+        assert [life.end() for life in whole] == [0, 0], whole[0].text
+        for processes, until in ((2, 6), (1, 12)):
+            running = lives(parent, tmp_path, processes, [*args, f"{bucket}/run"])
+            written = f"{bucket}/run/checkpoints/{until}/{UPLOADED}"
+            seen = running[0].until(lambda name=written: storage.exists(name))
+            assert seen, running[0].text
+            for life in running:
+                life.send(signal.SIGKILL)
+            for life in running:
+                life.end()
+        last = lives(parent, tmp_path, 4, [*args, f"{bucket}/run"])
+        assert [life.end() for life in last] == [0] * 4, last[0].text
+        there = copied(f"{bucket}/run", tmp_path / "copy")
+    ours, theirs = lines(there), lines(tmp_path / "whole")
+    error = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(ours, theirs, strict=True))
+    print(f"\nlargest relative difference of a loss: {error:.1e}")
+    assert_same(there, tmp_path / "whole", steps, rtol=2e-6)  # measured: 1.3e-7 of a loss
+
+
+@pytest.mark.slow
 def test_the_commands_of_the_page_run_in_stores(tmp_path, capsys, monkeypatch):
     """With a store in memory for all buckets, and settings of a small model."""
     page = (Path(__file__).parents[2] / "docs/scale.md").read_text()
@@ -297,16 +344,16 @@ def test_the_commands_of_the_page_run_in_stores(tmp_path, capsys, monkeypatch):
     for name, split in (("train", "train"), ("val", "test")):
         lines = [f"{split}/{label}/{k}.npy {label}\n" for label in range(2) for k in range(8)]
         storage.write("".join(lines).encode(), f"memory://bucket/k400/{name}.csv")
-    write_clip(tmp_path / "film.mp4")
+    painted_clip(tmp_path / "film.mp4")
     storage.upload(tmp_path / "film.mp4", "memory://bucket/films/film.mp4")
     config = vivit_jax.VideoMAEConfig(**SMALL_VIDEOMAE)
     model = vivit_jax.VideoMAEForPreTraining(config)
     sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     processor = dataclasses.replace(vivit_jax.VideoProcessor.videomae(), **sizes)
     vivit_jax.save_pretrained(tmp_path / "mae", model, random_params(model), processor)
-    for place in ("runs/pretraining/models/3", "model"):
+    for where in ("runs/pretraining/models/3", "model"):
         for path in (tmp_path / "mae").iterdir():
-            storage.upload(path, f"memory://bucket/{place}/{path.name}")
+            storage.upload(path, f"memory://bucket/{where}/{path.name}")
     small = settings(changed(recipe, data__train="", data__validation=None))
     for command in commands:
         args = [re.sub("^(gs|s3)://", "memory://", each) for each in command[1:]]
