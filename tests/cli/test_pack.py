@@ -71,6 +71,8 @@ def test_sizes():
     ("args", "message"),
     [
         (["DATA", "OUT", "--shard-size", "10"], "--shard-size is 10; expected bytes, such as"),
+        (["DATA", "OUT", "--resize", "8"], "--resize is 8; expected an even number of pixels"),
+        (["DATA", "OUT", "--resize", "225"], "--resize is 225; expected an even number"),
         (["DATA", "OUT", "--threads", "0"], "--threads is 0; expected at least 1"),
         (["DATA", "OUT", "--max-bad-share", "2"], "--max-bad-share is 2; expected a share"),
         (["DATA", "DATA/shards"], "lies in DATA .*; choose a directory outside it"),

@@ -59,6 +59,21 @@ def packed(data, tmp_path_factory):
     return out
 
 
+def test_resized_videos_have_the_same_frames_at_the_same_times(data, tmp_path):
+    """What is small enough is the file as it is; arrays and pictures stay too."""
+    dataset = listed(data)
+    pack(dataset, tmp_path / "out", Packing(shard_bytes=20_000, resize=32))
+    found = read_dataset(tmp_path / "out")
+    assert [p.path.rpartition(".")[2] for p in found.examples][:7] == [
+        "mp4", "mp4", "mp4", "npy", "npz", "mp4", "mp4"
+    ]  # fmt: skip
+    for ours, theirs in zip(found.examples, dataset.examples, strict=True):
+        assert count_frames(ours) == count_frames(theirs)
+    (kept,) = [pack(dataset, tmp_path / f"{k}", Packing(resize=k)) for k in (48,)]
+    assert kept.clips == len(dataset)
+    assert_same(read_dataset(tmp_path / "48"), dataset)
+
+
 def listed(data, labels=1):
     return read_dataset(data / "list.txt", labels=labels)
 

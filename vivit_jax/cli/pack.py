@@ -15,6 +15,7 @@ from vivit_jax.console import FLAT, PlaceOption
 from vivit_jax.data.datasets.packs import Manifest
 from vivit_jax.data.packing.pack import Container, Packing, pack
 from vivit_jax.data.video.sequence import usable_cores
+from vivit_jax.data.video.transcode import check_short_side
 from vivit_jax.errors import UserError, printable, quoted
 from vivit_jax.files.addresses import Place
 from vivit_jax.progress import live_line
@@ -43,6 +44,7 @@ def pack_command(
     *,
     source: Annotated[ClipOptions, FLAT] = ClipOptions(),
     shard_size: str = "256MiB",
+    resize: int | None = None,
     format: Container = "tar",
     threads: int | None = None,
     max_bad_share: float = 0.05,
@@ -51,15 +53,17 @@ def pack_command(
 
     The shards are tar files as WebDataset has them, with a list of the place of each clip beside
     them, so that any clip is read without the others, in the order of the seed as before. Clips
-    are the files as they are. --data takes the directory, or shards of it such as
-    'gs://bucket/k400/k400-{000000..000099}.tar'. A pack that was interrupted goes on when the same
-    command runs again, and one that is complete is checked.
+    are the files as they are, or with --resize smaller videos. --data takes the directory, or
+    shards of it such as 'gs://bucket/k400/k400-{000000..000099}.tar'. A pack that was interrupted
+    goes on when the same command runs again, and one that is complete is checked.
 
     Args:
         data: A list file with a path and a label in each line, a directory with a folder for each
             class, or a directory of clips.
         out: Directory of the shards; here, or at gs:// or s3://.
         shard_size: Bytes of a shard, such as 256MiB or 1GB; a larger clip gets one to itself.
+        resize: Pixels of the short side to which larger videos are encoded again (H.264, a keyframe
+            every 32 frames). Arrays and folders of pictures stay as they are.
         format: Kind of the shards.
         threads: Threads that read and encode clips. Default: one for each core.
         max_bad_share: Share of clips that cannot be read, of the first 20 or more, that is an
@@ -67,10 +71,13 @@ def pack_command(
     """
     how = Packing(
         shard_bytes=parse_size(shard_size),
+        resize=resize,
         container=format,
         threads=usable_cores() if threads is None else threads,
         max_bad_share=max_bad_share,
     )
+    if resize is not None:
+        check_short_side(resize, "--resize")
     if how.threads < 1:
         raise UserError(f"--threads is {threads}; expected at least 1")
     if not 0 <= max_bad_share <= 1:

@@ -23,6 +23,7 @@ from vivit_jax.data.datasets.tar_members import CLIPS, PICTURES
 from vivit_jax.data.datasets.zipped import ZippedPictures, zipped
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.data.video.images import is_webp
+from vivit_jax.data.video.transcode import transcoded
 from vivit_jax.errors import VideoError
 from vivit_jax.files.reading import content, opened, size_of
 
@@ -51,13 +52,14 @@ class Member:
 
 
 def members(
-    dataset: Dataset, first: int, threads: int
+    dataset: Dataset, first: int, resize: int | None, threads: int
 ) -> Generator[tuple[int, Member | VideoError], None, None]:
     """The members of the clips from `first` on in their order, made by `threads` at once.
 
-    A clip that cannot be read gives its error.
+    A clip that cannot be read gives its error. With `resize` videos whose short side is longer are
+    encoded again; arrays and folders of pictures stay as they are.
     """
-    make = functools.partial(_member, dataset)
+    make = functools.partial(_member, dataset, resize)
     with ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque[tuple[int, Future]] = collections.deque()
         try:
@@ -74,17 +76,17 @@ def members(
                 each.cancel()
 
 
-def _member(dataset: Dataset, index: int) -> Member | VideoError:
+def _member(dataset: Dataset, resize: int | None, index: int) -> Member | VideoError:
     example = dataset.examples[index]
     try:
         with one_clip(example.path):
             count_frames(example)
-            return _made(example, index)
+            return _made(example, resize, index)
     except VideoError as error:
         return error
 
 
-def _made(example: Example, index: int) -> Member:
+def _made(example: Example, resize: int | None, index: int) -> Member:
     example, stored = stored_clip(example)
     path = example.path
     if stored is not None and not isinstance(stored, np.ndarray | ZippedPictures):
@@ -100,6 +102,9 @@ def _made(example: Example, index: int) -> Member:
     extent = None
     if example.start or example.total is not None:
         extent = example.start, -1 if example.total is None else example.total
+    smaller = transcoded(path, resize) if resize is not None and stored is None else None
+    if smaller is not None:
+        return Member(index, ".mp4", smaller, len(smaller), extent)
     return Member(index, kind, path, size_of(path), extent)
 
 

@@ -49,19 +49,26 @@ class Packing:
     Attributes:
         shard_bytes: a shard is full when the next clip would exceed this; it has at least one.
         container: the kind of the shards.
+        resize: pixels of the short side to which larger videos are encoded again; None: as they
+            are.
         threads: that read and encode.
         max_bad_share: of clips that cannot be read, from 20 clips on, that ends the packing.
     """
 
     shard_bytes: int = 256 * 2**20
     container: Container = "tar"
+    resize: int | None = None
     threads: int = 2
     max_bad_share: float = 0.05
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the bytes of the shards depend on."""
-        return {"shard_bytes": self.shard_bytes, "container": self.container}
+        return {
+            "shard_bytes": self.shard_bytes,
+            "container": self.container,
+            "resize": self.resize,
+        }
 
 
 @dataclasses.dataclass
@@ -192,7 +199,7 @@ def _written(
     """Write the shards that are not there yet."""
     done = begun[-1].next if begun else 0
     bad, last = sum(len(each.left_out) for each in begun), ""
-    clips = members(dataset, done, how.threads)
+    clips = members(dataset, done, how.resize, how.threads)
     try:
         waiting = next(clips, None)
         number = len(begun)

@@ -10,13 +10,13 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from vivit_jax.data.video.decode import probe_video
 from vivit_jax.data.video.images import AnimationStream, is_webp
 from vivit_jax.data.video.log import warn_of_damage
 from vivit_jax.data.video.opened import checked_path, packet_table
-from vivit_jax.data.video.pictures import displayed, refuse_sizes
+from vivit_jax.data.video.pictures import displayed, orientation, refuse_sizes
 from vivit_jax.data.video.sequence import FromStart, refuse_damaged, shortage
 
 
@@ -38,13 +38,22 @@ class StreamedFrame:
         Raises VideoError for a damaged frame, or one of another size than those before it.
         """
         name = self._stream.name
-        if self._frame.is_corrupt:
-            refuse_damaged(name, [self.index], [self.index], self._stream.table.lossy)
+        self._refuse_damage()
         image = displayed(name, self._frame)
         shapes = self._stream.shapes
         shapes.setdefault(image.shape[:2], self.index)
         refuse_sizes(name, shapes)
         return image
+
+    def stored(self) -> tuple[Any, Int[np.ndarray, "2 2"]]:
+        """The decoded frame and its `pictures.orientation`. VideoError for a damaged one."""
+        self._refuse_damage()
+        return self._frame, orientation(self._stream.name, self._frame)
+
+    def _refuse_damage(self) -> None:
+        if self._frame.is_corrupt:
+            name, lossy = self._stream.name, self._stream.table.lossy
+            refuse_damaged(name, [self.index], [self.index], lossy)
 
 
 class FrameStream:

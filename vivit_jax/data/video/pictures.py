@@ -62,7 +62,7 @@ def displayed(name: str, frame, aspect: Fraction = Fraction(1)) -> UInt8[np.ndar
 
     `aspect` is the width over the height of a stored pixel; the result has square pixels.
     """
-    return _oriented(rgb(frame, aspect), orientation(name, frame))
+    return oriented(rgb(frame, aspect), orientation(name, frame))
 
 
 def rgb(frame, aspect: Fraction = Fraction(1)) -> UInt8[np.ndarray, "h w 3"]:
@@ -74,7 +74,7 @@ def rgb(frame, aspect: Fraction = Fraction(1)) -> UInt8[np.ndarray, "h w 3"]:
     return frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
 
 
-def _oriented(
+def oriented(
     image: Shaped[np.ndarray, "_ _ c"], orientation: Int[np.ndarray, "2 2"]
 ) -> Shaped[np.ndarray, "h w c"]:
     """The image as displayed."""
