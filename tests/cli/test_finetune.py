@@ -4,13 +4,17 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import threading
 
 import numpy as np
 import pytest
 from commands import run_command
+from signals import handled
 from tiny import SMALL_VIDEOMAE
 
 import vivit_jax
@@ -23,6 +27,7 @@ from vivit_jax.train import prepare
 from vivit_jax.train.log import read_metrics
 from vivit_jax.train.saved_models import best_model
 from vivit_jax.train.sharding import parse_mesh
+from vivit_jax.train.suggest import facts, memory
 
 ONE = parse_mesh("data=1", 1)
 NAMES = ("left turn", "right turn", "stop")
@@ -57,6 +62,30 @@ def line_of(capsys, *args):
     status, out, error = run_command(capsys, "finetune", *args)
     assert status == 2 and out == "" and error.startswith("vivit-jax: error: ")
     return error.removeprefix("vivit-jax: error: ").strip()
+
+
+@pytest.mark.parametrize("where", ["clips", "memory"])
+def test_ctrl_c_while_settings_are_chosen(place, capsys, monkeypatch, tmp_path, where):
+    """Also while a step compiles for its memory, which nothing stops: it is not waited for."""
+    ended = threading.Event()
+    look = facts.inspect
+
+    def interrupted(*args):
+        if where == "memory" or not args[0].path.endswith("0.npy"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return ended.wait(300) if where == "memory" else look(*args)
+
+    monkeypatch.setattr(memory, "_SURE", 0)
+    monkeypatch.setattr(
+        *{"clips": (facts, "inspect"), "memory": (memory, "_total")}[where], interrupted
+    )
+    args = ("--data", place / "my clips", "--start", place / "start", "--out", tmp_path / "a" / "b")
+    with handled(signal.SIGINT, signal.default_int_handler):
+        status, out, error = run_command(capsys, "finetune", *args)
+    told = error.splitlines()
+    waited, _ = ended.is_set(), ended.set()
+    assert status == 130 and out == "" and told[-1] == "vivit-jax: interrupted" and not waited
+    assert "Traceback" not in error and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

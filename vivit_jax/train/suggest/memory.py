@@ -2,7 +2,9 @@
 """Sees to it that a training step fits the device's memory: parts of a batch, recomputation."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -20,6 +22,7 @@ from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import batch_shards, bytes_on_a_device
 from vivit_jax.train.suggest.rules import Chosen
 
+Result = TypeVar("Result")
 # Numbers that a block keeps for the backward pass, of a token: this many widths of the model and of
 # its MLP. More than XLA plans, see tests/train/test_suggest.py.
 _WIDTHS, _MLPS = 16, 5
@@ -73,7 +76,7 @@ def _fewest(recipe: Recipe, parts: list[int], limit: int, mesh: Mesh) -> tuple[i
     order = [0, high]
     while low <= high:
         at = order.pop(0) if order else (low + high) // 2
-        total = _total(with_values(recipe, {"train.accumulate": parts[at]}), mesh)
+        total = _in_a_thread(_total, with_values(recipe, {"train.accumulate": parts[at]}), mesh)
         if total <= limit:
             fits, high = (parts[at], total), at - 1
         elif at == len(parts) - 1:
@@ -81,6 +84,15 @@ def _fewest(recipe: Recipe, parts: list[int], limit: int, mesh: Mesh) -> tuple[i
         else:
             low = at + 1
     return fits
+
+
+def _in_a_thread(function: Callable[..., Result], *args: Any) -> Result:
+    """The function's result, for which Ctrl-C does not wait, as it does for a compilation here."""
+    pool = ThreadPoolExecutor(1, "memory")
+    try:
+        return pool.submit(function, *args).result()
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _total(recipe: Recipe, mesh: Mesh) -> int:
