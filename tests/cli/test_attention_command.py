@@ -8,12 +8,14 @@ import pytest
 from clips import write_clip
 from commands import run_command
 from helpers import mostly_slow, random_params
+from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image
 from tiny import VIDEOMAE
 from variants import variant_config
 
 import vivit_jax
-from vivit_jax.cli import attention_picture, panels
+from vivit_jax.cli import attention_picture, lettering, panels
+from vivit_jax.cli.lettering import FONT, drawable, families, one_font, text_width, wrapped
 from vivit_jax.data.video.decode import frame_times
 from vivit_jax.data.video.frame_stream import FrameStream
 from vivit_jax.models.build import build_model
@@ -371,6 +373,17 @@ def drawn_as(path, **changes):
         return np.asarray(image)
 
 
+@pytest.fixture
+def one_font_only(monkeypatch):
+    """A machine without other fonts than matplotlib's own."""
+    for cached in (lettering._font_of, lettering._others):
+        cached.cache_clear()
+    monkeypatch.setattr(lettering, "_others", lambda: ())
+    yield
+    lettering._font_of.cache_clear()
+
+
+@pytest.mark.usefixtures("one_font_only")
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -383,6 +396,7 @@ def test_letters_that_the_font_lacks_are_escaped(tmp_path, name, told):
     np.testing.assert_array_equal(page, drawn_as(tmp_path / "b.png", title=told, notes=[told]))
 
 
+@pytest.mark.usefixtures("one_font_only")
 @pytest.mark.parametrize("kind", [".png", ".gif"])
 def test_labels_times_and_answers_are_escaped_as_titles_are(tmp_path, kind):
     def changes(*words):
@@ -399,17 +413,35 @@ def test_labels_times_and_answers_are_escaped_as_titles_are(tmp_path, kind):
     assert other.shape != page.shape or (other != page).any()
 
 
-def test_letters_that_the_font_has_are_drawn():
-    assert panels.drawable("K\xf6ln \u2026 \u0416\n\u89c6") == "K\xf6ln \u2026 \u0416\n\\u89c6"
+def test_letters_that_the_font_has_are_drawn(one_font_only):
+    assert drawable("K\xf6ln \u2026 \u0416\n\u89c6") == "K\xf6ln \u2026 \u0416\n\\u89c6"
+    assert families("K\xf6ln\n") == [FONT]
+
+
+def test_letters_of_other_fonts_are_drawn_by_these(tmp_path):
+    """One that matplotlib brings along has letters that its usual one lacks."""
+    usual, other = lettering._letters(lettering._main()[1]), "STIXGeneral"
+    path = findfont(FontProperties(family=other))
+    letter = chr(min(n for n in lettering._letters(path) - usual if chr(n).isalnum()))
+    name = f"a{letter}"
+    assert drawable(name) == name and families(name)[0] == FONT and len(families(name)) == 2
+    drawn = drawn_as(tmp_path / "a.png", title=name, notes=[name])  # a box would warn
+    escaped = letter.encode("unicode_escape").decode()
+    assert (drawn != drawn_as(tmp_path / "b.png", title=escaped, notes=[escaped])).any()
+    text, file = one_font(name)
+    assert text == name and {*map(ord, name)} <= lettering._letters(file)
+    assert one_font("a") == ("a", lettering._main()[1])
+    lacked = chr(min(n for n in usual - lettering._letters(file) if chr(n).isalnum()))
+    assert one_font(f"{name}{lacked}") == (f"a{escaped}{lacked}", lettering._main()[1])
 
 
 def test_lines_fit_their_width_and_lose_no_letter():
     word = "".join(map(str, range(200)))
-    lines = panels.wrapped(f"one two {word} three", panels.PLAIN, 300)
+    lines = wrapped(f"one two {word} three", panels.PLAIN, 300)
     assert "".join(lines).replace(" ", "") == f"onetwo{word}three" and len(lines) > 5
-    assert max(panels.text_width(panels.PLAIN, line) for line in lines) <= 300
-    assert panels.wrapped("one two", panels.PLAIN, 45) == ["one", "two"]
-    assert panels.wrapped("", panels.PLAIN, 300) == [""]
+    assert max(text_width(panels.PLAIN, line) for line in lines) <= 300
+    assert wrapped("one two", panels.PLAIN, 45) == ["one", "two"]
+    assert wrapped("", panels.PLAIN, 300) == [""]
 
 
 def test_an_interrupted_run_leaves_the_old_file(models, clip, capsys, tmp_path, monkeypatch):

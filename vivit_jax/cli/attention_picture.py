@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from vivit_jax.cli.lettering import DPI, points, text_width
 from vivit_jax.cli.panels import (
-    DPI,
     FAINT,
     INK,
     MARGIN,
@@ -19,8 +19,6 @@ from vivit_jax.cli.panels import (
     SMALL_STEP,
     Frames,
     Highlight,
-    points,
-    text_width,
 )
 
 if TYPE_CHECKING:

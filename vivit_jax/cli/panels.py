@@ -2,9 +2,6 @@
 """Pictures of clips: one above the other (png), or side by side and moving (mp4, gif)."""
 
 import dataclasses
-import functools
-import math
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from vivit_jax.cli.lettering import DPI, FONT, drawable, families, points, text_width, wrapped
 from vivit_jax.data.datasets.synthetic import write_mp4
 
 if TYPE_CHECKING:
@@ -27,8 +25,6 @@ TILE, MOVING_TILE = 96, 256  # small frames are scaled up to about this width
 HEADING, PLAIN, SMALL = 20, 13, 11  # letters, in pixels
 HEADING_STEP, PLAIN_STEP, SMALL_STEP = 30, 21, 16  # between lines
 LEAST_WIDTH = 640  # of a page: few or small frames leave less room than a sentence needs
-DPI = 64  # a power of two: sizes in pixels stay whole numbers
-FONT = "DejaVu Sans"  # matplotlib brings it along
 _LEAST_HOLD = 0.001  # seconds, the time unit of an mp4
 MOST_COLUMNS = 8  # 2,000 pixels of frames that are 224 wide
 HIDDEN, HATCH = 0.88, 0.62  # grey levels of what is not shown
@@ -198,8 +194,9 @@ class Panels:
         canvas = FigureCanvasAgg(figure)
 
         def write(x: float, y: float, text: str, colour: str, size: int, **align: Any) -> "Text":
-            place = x / page_width, 1 - y / page_height
-            return figure.text(*place, drawable(text), color=colour, fontsize=points(size), **align)
+            place, text = (x / page_width, 1 - y / page_height), drawable(text)
+            how: Any = dict(color=colour, fontsize=points(size), fontfamily=families(text))
+            return figure.text(*place, text, **how, **align)
 
         y = MARGIN
         for line, colour, size, step in lines:
@@ -280,54 +277,3 @@ def channels_note(channels: int) -> str | None:
         return None
     shown = "the first is shown" if channels < 3 else "the first three are shown as colours"
     return f"{channels} channel{'s' * (channels > 1)}: {shown}."
-
-
-def points(pixels: int) -> float:
-    """A font size as matplotlib counts it."""
-    return 72 * pixels / DPI
-
-
-def text_width(size: int, *texts: str) -> int:
-    """Pixels that the longest line takes in letters of `size` pixels."""
-    renderer, font = _measure()
-    font.set_size(points(size))
-    lines = (drawable(line) for text in texts for line in text.split("\n"))
-    measured = (renderer.get_text_width_height_descent(line, font, ismath=False) for line in lines)
-    return math.ceil(max(width for width, *_ in measured))
-
-
-def wrapped(text: str, size: int, width: int) -> list[str]:
-    """Lines no wider than `width`, broken between words, and inside a word that is longer."""
-    text = drawable(text)
-    for letters in range(2 * width // size, 1, -1):
-        lines = textwrap.wrap(text, letters) or [""]
-        if text_width(size, *lines) <= width:
-            return lines
-    return list(text)
-
-
-def drawable(text: str) -> str:
-    r"""The text with letters that the font lacks escaped as in Python: \xf6; newlines stay."""
-    return "".join(
-        letter
-        if letter == "\n" or (letter.isprintable() and ord(letter) in _letters())
-        else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
-
-
-@functools.cache
-def _letters() -> frozenset[int]:
-    """The code points that the font has."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    return frozenset(get_font(findfont(FontProperties(FONT))).get_charmap())
-
-
-@functools.cache
-def _measure():
-    """A renderer and a font to measure texts with."""
-    from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.font_manager import FontProperties
-
-    return RendererAgg(1, 1, DPI), FontProperties(FONT)

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from vivit_jax.cli.lettering import DPI, drawable, families, one_font, points, text_width
 from vivit_jax.cli.panels import (
     COLUMN_GAP,
-    DPI,
     FAINT,
-    FONT,
     INK,
     MARGIN,
     MOST_COLUMNS,
@@ -25,10 +24,7 @@ from vivit_jax.cli.panels import (
     SMALL_STEP,
     Highlight,
     Panels,
-    drawable,
-    points,
     real_time,
-    text_width,
 )
 from vivit_jax.data.datasets.synthetic import write_mp4
 from vivit_jax.data.video.decode import read_video
@@ -115,10 +111,15 @@ class _Curves:
             most = f"   {column.max():.0%} at most"
             label = drawable(printable(self.timeline.labels[i], one_line=True))
             measure = functools.partial(text_width, PLAIN)
-            label = _shortened(label, width - left - 20 - MARGIN - measure(most), measure) + most
+            label = _shortened(label, width - left - 20 - MARGIN - measure(most), measure)
             how: Any = dict(fontsize=points(PLAIN), va="top")
             figure.text(left / width, down, "\u25a0", color=COLOURS[i], **how)
-            figure.text((left + 20) / width, down, label, color=INK, **how)
+            # Apart: a label that is written from the right would turn the number round.
+            beside = (left + 20 + measure(label)) / width, down
+            figure.text(*beside, most, color=INK, **how)
+            figure.text(
+                (left + 20) / width, down, label, color=INK, **how, fontfamily=families(label)
+            )
         axes.set(ylim=(0, 1.03), xlim=(first, last) if last > first else (first - 1, first + 1))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_xlabel(self.axis, fontsize=points(SMALL), color=FAINT)
@@ -180,14 +181,20 @@ class _Foot:
         unit = min(2.0, self.width / _LEAST)
         self._row, self._pad = round(20 * unit), round(8 * unit)
         self._font = _font(round(13 * unit))
-        self._labels = [drawable(printable(label, one_line=True)) for label in labels]
+        # Pillow takes the letters of a text from one font.
+        fitting = [one_font(printable(label, one_line=True)) for label in labels]
+        self._fonts = [_font(round(13 * unit), path) for _, path in fitting]
         share = round(self._font.getlength("100%")) + self._pad
         most = (self.width - 3 * self._pad - share) * 3 // 5
-        widest = max(round(self._font.getlength(label)) for label in self._labels)
+        widths = [
+            font.getlength(text) for font, (text, _) in zip(self._fonts, fitting, strict=True)
+        ]
+        widest = max(map(round, widths))
         self._bar = 2 * self._pad + min(widest, most)  # where bars begin
         self._end = self.width - self._pad - share
         self._labels = [
-            _shortened(label, min(widest, most), self._font.getlength) for label in self._labels
+            _shortened(text, min(widest, most), font.getlength)
+            for font, (text, _) in zip(self._fonts, fitting, strict=True)
         ]
         height = self._row * (len(labels) + 1) + 2 * self._pad
         self.height = height + height % 2
@@ -205,7 +212,7 @@ class _Foot:
             top = self._pad + i * self._row
             middle, best = top + self._row // 2, score == scores.max()
             ink = INK if best else FAINT
-            draw.text((self._pad, middle), label, fill=ink, font=self._font, anchor="lm")
+            draw.text((self._pad, middle), label, fill=ink, font=self._fonts[i], anchor="lm")
             bar = (self._bar, top + 4, self._end, top + self._row - 4)
             draw.rectangle(bar, fill=_TRACK)
             length = round((self._end - self._bar) * min(max(score, 0), 1))
@@ -219,8 +226,7 @@ class _Foot:
         return np.asarray(page)
 
 
-def _font(size: int) -> "ImageFont.FreeTypeFont":
-    from matplotlib.font_manager import FontProperties, findfont
+def _font(size: int, path: str | None = None) -> "ImageFont.FreeTypeFont":
     from PIL import ImageFont
 
-    return ImageFont.truetype(findfont(FontProperties(FONT)), size)
+    return ImageFont.truetype(path or one_font("")[1], size)
