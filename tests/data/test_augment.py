@@ -21,6 +21,7 @@ from vivit_jax.data.transforms.augment import (
     three_crops,
     train_transform,
 )
+from vivit_jax.data.transforms.randaugment import parse_rand_augment, rand_augment
 from vivit_jax.errors import UserError, VideoError
 
 
@@ -256,6 +257,16 @@ def test_train_transform_treats_all_frames_alike_and_depends_on_the_seed_alone(s
     assert len(set(results)) > 7
 
 
+def test_fine_tuning_crops_frames_that_rand_augment_changed_whole():
+    clip = np.repeat(np.repeat(noise(2, 12, 16, 3), 4, 1), 4, 2)
+    transform = train_transform(VIDEOMAE_FINETUNE, (32, 30))
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        whole = rand_augment(rng, clip, parse_rand_augment(VIDEOMAE_FINETUNE.rand_augment))
+        wanted = flip(rng, random_resized_crop(rng, whole, (32, 30)), 0.5)
+        np.testing.assert_array_equal(transform(np.random.default_rng(seed), clip), wanted)
+
+
 @EACH
 def test_train_transform_keeps_the_order_of_frames(settings):
     clip = coordinates(48, 64)
@@ -284,20 +295,21 @@ def test_train_transform_is_its_steps_one_after_the_other(crop, jitter):
         np.testing.assert_array_equal(got, wanted)
 
 
-@pytest.mark.parametrize("family", ["rand-m7-n1-p1-inc1", "scenic-m10-n1"])
-def test_train_transform_augments_full_frames_in_timm_and_cropped_ones_in_scenic(
-    monkeypatch, family
-):
-    seen = []
-
-    def spy(rng, clip, spec):
-        seen.append(clip.shape)
-        return clip
-
-    monkeypatch.setattr("vivit_jax.data.transforms.augment.rand_augment", spy)
-    settings = AugmentSettings(resize=40, crop="random", rand_augment=family)
-    train_transform(settings, (32, 24))(np.random.default_rng(0), noise(2, 48, 60, 3))
-    assert seen == [(2, 40, 50, 3) if family.startswith("rand") else (2, 32, 24, 3)]
+@pytest.mark.parametrize("family", ["rand-m7-n2-p1-inc1", "scenic-m10-n2"])
+@pytest.mark.parametrize("crop", ["random", "center"])
+def test_train_transform_augments_full_frames_in_timm_and_cropped_ones_in_scenic(family, crop):
+    settings = AugmentSettings(resize=40, crop=crop, flip=0.0, rand_augment=family)
+    clip, size, spec = noise(2, 48, 60, 3), (32, 24), parse_rand_augment(family)
+    for seed in range(8):
+        rng, wanted = np.random.default_rng(seed), resize(clip, 40, 50)
+        if family.startswith("rand"):
+            wanted = rand_augment(rng, wanted, spec)
+        cropped = random_crop(rng, wanted, size) if crop == "random" else center_crop(wanted, size)
+        wanted = flip(rng, cropped, 0.0)
+        if family.startswith("scenic"):
+            wanted = rand_augment(rng, wanted, spec)
+        got = train_transform(settings, size)(np.random.default_rng(seed), clip)
+        np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])

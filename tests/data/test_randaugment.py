@@ -7,11 +7,14 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from vivit_jax.data.transforms import randaugment
+from vivit_jax.data.transforms.geometric_ops import geometric
 from vivit_jax.data.transforms.image_ops import apply_scenic, apply_timm
 from vivit_jax.data.transforms.randaugment import (
     SCENIC_OPERATIONS,
     TIMM_OPERATIONS,
     RandAugment,
+    apply_operations,
+    draw_operations,
     parse_rand_augment,
     rand_augment,
     scenic_argument,
@@ -73,6 +76,47 @@ def test_each_operation_is_pillows_on_each_frame(name, level, sign):
     changed = apply_timm(clip, name, argument)
     assert changed.dtype == np.uint8
     np.testing.assert_array_equal(changed, wanted)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 40, 56), (7, 0, 21, 30), (13, 19, 27, 37)], ids=str)
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"])
+def test_a_part_of_moved_frames_is_cut_out_of_pillows(name, box):
+    clip = smooth_clip()
+    top, left, height, width = box
+    # Some move all out of the box; 0.25 and 0.5 move by whole pixels.
+    for argument in (0, 0.25, -0.5, 0.217, -0.0613, 0.9, -1.2, 1 / 3):
+        argument *= 90 if name == "Rotate" else 1
+        wanted = np.stack([by_hand(Image.fromarray(frame), name, argument) for frame in clip])
+        part = geometric(clip, name, argument, box)
+        np.testing.assert_array_equal(part, wanted[:, top : top + height, left : left + width])
+
+
+def test_a_step_between_pixels_that_rounding_makes_is_pillows():
+    """Neighbours of a row come from as many pixels away, unless a sum is rounded otherwise."""
+    clip = smooth_clip(height=30, width=300)
+    argument = 10 * (1 - 1e-15) / 300
+    wanted = by_hand(Image.fromarray(clip[0]), "TranslateX", argument)
+    np.testing.assert_array_equal(apply_timm(clip, "TranslateX", argument)[0], wanted)
+
+
+def test_what_a_box_shows_of_operations_is_that_of_whole_frames():
+    spec, clip = parse_rand_augment("rand-m7-n4-mstd0.5-inc1"), smooth_clip()
+    seen = Counter()
+    for seed in range(150):
+        operations = draw_operations(np.random.default_rng(seed), spec)
+        seen.update(name for name, _ in operations)
+        top, left = seed % 17, seed % 29
+        height, width = 1 + seed % (40 - top), 2 + seed % (55 - left)
+        shown = apply_operations(clip, operations, (top, left, height, width))
+        for frame, part in zip(clip, shown, strict=True):
+            image = Image.fromarray(frame)
+            for name, argument in operations:
+                image = by_hand(image, name, argument)
+            whole = np.asarray(image)
+            np.testing.assert_array_equal(
+                part, whole[top : top + height, left : left + width], err_msg=str(operations)
+            )
+    assert seen.keys() == set(TIMM_OPERATIONS)
 
 
 def test_operations_go_the_way_their_names_say():
@@ -330,26 +374,16 @@ def test_cutout_blackens_one_square_alike_in_all_frames(monkeypatch):
     assert max(sizes) == (40, 40) and min(rows for rows, _ in sizes) < 28
 
 
-def counted(monkeypatch, spec, draws, seed=0):
+def counted(spec, draws, seed=0):
     """How often each operation is applied in `draws` clips, and all arguments."""
-    names, arguments = Counter(), []
-
-    def spy(clip, name, argument):
-        names[name] += 1
-        arguments.append(argument)
-        return clip
-
-    monkeypatch.setattr(randaugment, "apply_timm", spy)
     rng = np.random.default_rng(seed)
-    clip = np.zeros((1, 2, 2, 3), np.uint8)
-    for _ in range(draws):
-        rand_augment(rng, clip, spec)
-    return names, arguments
+    drawn = [operation for _ in range(draws) for operation in draw_operations(rng, spec)]
+    return Counter(name for name, _ in drawn), [argument for _, argument in drawn]
 
 
-def test_timm_draws_its_operations_evenly_and_applies_half(monkeypatch):
+def test_timm_draws_its_operations_evenly_and_applies_half():
     spec = parse_rand_augment("rand-m7-n4-mstd0.5-inc1")
-    names, _ = counted(monkeypatch, spec, 3000)
+    names, _ = counted(spec, 3000)
     mean = 3000 * 4 * 0.5 / 15
     assert names.keys() == set(TIMM_OPERATIONS)
     assert max(abs(count - mean) for count in names.values()) < 5 * math.sqrt(mean)
@@ -372,14 +406,14 @@ def test_scenic_draws_its_operations_and_nothing_evenly_and_applies_all(monkeypa
 def test_timm_magnitudes_are_normal_with_random_signs_and_clipped_at_10(monkeypatch):
     only(monkeypatch, "timm", "Rotate")
     spec = RandAugment(family="timm", layers=1, magnitude=7, std=0.5, probability=1)
-    _, degrees = counted(monkeypatch, spec, 2000)
+    _, degrees = counted(spec, 2000)
     levels = np.abs(degrees) / 3
     assert len(degrees) == 2000
     np.testing.assert_allclose([levels.mean(), levels.std()], [7, 0.5], atol=0.05)
     assert abs(np.sign(degrees).mean()) < 0.1
-    _, strong = counted(monkeypatch, parse_rand_augment("rand-m9-n1-mstd3-p1"), 500)
+    _, strong = counted(parse_rand_augment("rand-m9-n1-mstd3-p1"), 500)
     assert np.abs(strong).max() == 30
-    _, fixed = counted(monkeypatch, parse_rand_augment("rand-m9-n1-p1"), 50)
+    _, fixed = counted(parse_rand_augment("rand-m9-n1-p1"), 50)
     assert set(fixed) == {27.0, -27.0}
 
 

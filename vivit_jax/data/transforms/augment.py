@@ -15,7 +15,14 @@ from jaxtyping import Float32, Int, Shaped, UInt8
 
 from vivit_jax.data.settings import AugmentSettings
 from vivit_jax.data.transforms import frame_ops
-from vivit_jax.data.transforms.randaugment import RandAugment, parse_rand_augment, rand_augment
+from vivit_jax.data.transforms.randaugment import (
+    RandAugment,
+    apply_operations,
+    check_colours,
+    draw_operations,
+    parse_rand_augment,
+    rand_augment,
+)
 from vivit_jax.errors import UserError, VideoError
 
 Size = tuple[int, int]  # height, width
@@ -62,8 +69,12 @@ def _train_clip(
     wanted = _frame_size(clip)  # of whole frames; the next step that needs them resizes
     if settings.resize is not None:
         wanted = _shortest(wanted, settings.resize)
+    operations, boxed = [], settings.crop == "random_resized" and settings.jitter_scale is None
     if spec is not None and spec.family == "timm":
-        clip = rand_augment(rng, resize(clip, *wanted), spec)
+        check_colours(clip)
+        operations = draw_operations(rng, spec)
+    if operations and not boxed:
+        clip = apply_operations(resize(clip, *wanted), operations, (0, 0, *wanted))
     if settings.jitter_scale is not None:
         clip = resize(clip, *wanted)
         wanted = _jittered(rng, wanted, settings.jitter_scale)
@@ -74,8 +85,13 @@ def _train_clip(
     elif settings.crop == "multi_scale":
         clip = multi_scale_crop(rng, resize(clip, *wanted), size)
     else:
-        scale, ratio = settings.crop_scale, settings.crop_ratio
-        clip = random_resized_crop(rng, resize(clip, *wanted), size, scale, ratio)
+        box = _box(rng, wanted, settings.crop_scale, settings.crop_ratio)
+        clip = resize(clip, *wanted)
+        if operations and boxed:  # the same pixels as operations on whole frames
+            clip = apply_operations(clip, operations, box)
+        else:
+            clip = _cut(clip, *box[:2], box[2:])
+        clip = resize(clip, *size)
     clip = flip(rng, clip, settings.flip)
     if spec is not None and spec.family == "scenic":
         clip = rand_augment(rng, clip, spec)

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from vivit_jax.data.transforms.geometric_ops import geometric
+
 Clip = UInt8[np.ndarray, "t h w c"]
 Frame = UInt8[np.ndarray, "h w c"]
-_FILL = (128, 128, 128)
 
 
 def apply_scenic(clip: Clip, name: str, argument: float) -> Clip:
@@ -105,7 +106,7 @@ def _smoothed(image: Frame) -> Frame:
 
 def apply_timm(clip: Clip, name: str, argument: float) -> Clip:
     """Applies one of `TIMM_OPERATIONS` to each frame, with an argument of `timm_argument`."""
-    from PIL import Image, ImageEnhance, ImageOps
+    from PIL import ImageEnhance, ImageOps
 
     levels = np.arange(256)
     match name:
@@ -126,21 +127,7 @@ def apply_timm(clip: Clip, name: str, argument: float) -> Clip:
         case "Color" | "Contrast" | "Sharpness":
             enhance = getattr(ImageEnhance, name)
             return _each_frame(clip, lambda frame: enhance(frame).enhance(argument))
-    height, width = clip.shape[1:3]
-    settings = {"resample": Image.Resampling.BICUBIC, "fillcolor": _FILL}
-    if name == "Rotate":
-        return _each_frame(clip, lambda frame: frame.rotate(argument, **settings))
-    # The source of each pixel: a, b, c, d, e, f of x' = ax + by + c, y' = dx + ey + f.
-    places = {
-        "ShearX": (1, argument, 0, 0, 1, 0),
-        "ShearY": (1, 0, 0, argument, 1, 0),
-        "TranslateX": (1, 0, argument * width, 0, 1, 0),
-        "TranslateY": (1, 0, 0, 0, 1, argument * height),
-    }[name]
-    affine = Image.Transform.AFFINE
-    return _each_frame(
-        clip, lambda frame: frame.transform((width, height), affine, places, **settings)
-    )
+    return geometric(clip, name, argument, (0, 0, *clip.shape[1:3]))
 
 
 def _look_up(

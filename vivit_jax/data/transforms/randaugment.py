@@ -9,11 +9,13 @@ uint8 [t, h, w, 3], RGB. The operations themselves are in `vivit_jax.data.transf
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
+from vivit_jax.data.transforms.geometric_ops import GEOMETRIC, Box, geometric
 from vivit_jax.data.transforms.image_ops import Clip, apply_scenic, apply_timm
 from vivit_jax.errors import UserError
 
@@ -48,6 +50,8 @@ SCENIC_OPERATIONS = (
     "SolarizeAdd",
 )
 _ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
+# Those whose pixels depend on more than their neighbours.
+_WHOLE = (*GEOMETRIC, "AutoContrast", "Equalize", "Contrast")
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _PARTS = {  # of a text: field, form, type
     "timm": {
@@ -143,23 +147,63 @@ def rand_augment(
     Raises:
         UserError: another dtype, number of axes or of channels.
     """
+    check_colours(clip)
+    if spec.family == "timm":
+        return apply_operations(clip, draw_operations(rng, spec), (0, 0, *clip.shape[1:3]))
+    for _ in range(spec.layers):
+        index = rng.integers(len(SCENIC_OPERATIONS) + 1)
+        if index < len(SCENIC_OPERATIONS):
+            clip = _apply_scenic(rng, clip, SCENIC_OPERATIONS[index], spec.magnitude)
+    return clip
+
+
+def check_colours(clip: np.ndarray) -> None:
+    """UserError for a clip that RandAugment cannot change."""
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3:
         raise UserError(
             f"a clip is {clip.dtype} {list(clip.shape)}, expected uint8 [t, h, w, 3]: RandAugment "
             "changes colours, so it needs RGB frames; set augment.rand_augment to None for others"
         )
+
+
+def draw_operations(rng: np.random.Generator, spec: RandAugment) -> list[tuple[str, float]]:
+    """Draws what `rand_augment` does to a clip in the "timm" family: names and arguments."""
+    operations = []
     for _ in range(spec.layers):
-        if spec.family == "scenic":
-            index = rng.integers(len(SCENIC_OPERATIONS) + 1)
-            if index < len(SCENIC_OPERATIONS):
-                clip = _apply_scenic(rng, clip, SCENIC_OPERATIONS[index], spec.magnitude)
-            continue
         name = TIMM_OPERATIONS[rng.integers(len(TIMM_OPERATIONS))]
         if rng.random() < spec.probability:
             level = float(np.clip(rng.normal(spec.magnitude, spec.std), 0, 10))
             sign = 1 if rng.random() < 0.5 else -1
-            clip = apply_timm(clip, name, timm_argument(name, level, sign, spec.increasing))
-    return clip
+            operations.append((name, timm_argument(name, level, sign, spec.increasing)))
+    return operations
+
+
+def apply_operations(
+    clip: UInt8[np.ndarray, "t _ _ 3"], operations: Sequence[tuple[str, float]], box: Box
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """Applies operations of `draw_operations` one after the other, and returns what `box` shows.
+
+    After the last operation that sees whole frames (it moves pixels or counts levels), only the box
+    is computed, and a pixel around it for each Sharpness.
+    """
+    whole = [i for i, (name, _) in enumerate(operations) if name in _WHOLE]
+    last = whole[-1] if whole else -1
+    edge = sum(name == "Sharpness" for name, _ in operations[last + 1 :])
+    top, left, height, width = box
+    rows = max(top - edge, 0), min(top + height + edge, clip.shape[1])
+    columns = max(left - edge, 0), min(left + width + edge, clip.shape[2])
+    wider = rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0]
+    for name, argument in operations[: max(last, 0)]:
+        clip = apply_timm(clip, name, argument)
+    if whole and operations[last][0] in GEOMETRIC:
+        clip = geometric(clip, *operations[last], wider)
+    else:
+        clip = apply_timm(clip, *operations[last]) if whole else clip
+        clip = clip[:, slice(*rows), slice(*columns)]
+    for name, argument in operations[last + 1 :]:
+        clip = apply_timm(clip, name, argument)
+    top, left = top - rows[0], left - columns[0]
+    return clip[:, top : top + height, left : left + width]
 
 
 def timm_argument(name: str, level: float, sign: int, increasing: bool) -> float:
