@@ -61,7 +61,7 @@ def reports_without_curves(request):
 
     They are read in tests/train/test_report.py, and the demo's process draws its own.
     """
-    chart = sys.modules.get("vivit_jax.train.chart")
+    chart = sys.modules.get("vivit_jax.train.pages.chart")
     with pytest.MonkeyPatch.context() as patch:
         if chart is not None and request.module.__name__ != "test_report":
             patch.setattr(chart, "picture", lambda *_: "<svg/>")

@@ -267,13 +267,13 @@ FAULTS = [
     ),
     Fault(
         "a damaged checkpoint that counts as whole",
-        TRAIN + "checksums.py",
+        TRAIN + "storage/checksums.py",
         "if found != value:",
         "if not found:",
     ),
     Fault(
         "the oldest checkpoints kept",
-        TRAIN + "checkpoint.py",
+        TRAIN + "storage/checkpoint.py",
         "sorted(steps)[-self._keep :]",
         "sorted(steps)[: self._keep]",
     ),

@@ -109,7 +109,7 @@ class TransformerConfig:
     heads: ClassVar[Mapping[str, str]]
     # What the family's papers average over the test clips of a video.
     view_average: ClassVar[str] = "softmax"
-    # The initial values of its papers, see `vivit_jax.train.initial_params`.
+    # The initial values of its papers, see `vivit_jax.train.start.initial_params`.
     initial_values: ClassVar[str] = "videomae"
     if TYPE_CHECKING:  # fields of every family, each with its own default
         num_frames: int

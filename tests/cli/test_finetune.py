@@ -25,8 +25,8 @@ from vivit_jax.models.build import build_model, fresh_params
 from vivit_jax.recipes import from_dict
 from vivit_jax.train import prepare
 from vivit_jax.train.log import read_metrics
-from vivit_jax.train.saved_models import best_model
 from vivit_jax.train.sharding import parse_mesh
+from vivit_jax.train.storage.saved_models import best_model
 from vivit_jax.train.suggest import facts, memory
 
 ONE = parse_mesh("data=1", 1)

@@ -15,7 +15,7 @@ from vivit_jax.config_base import READING
 from vivit_jax.data.read_clip import read_clip, read_clips
 from vivit_jax.data.sampling import view_indices
 from vivit_jax.data.sliding_window import plan_windows
-from vivit_jax.train.preprocessing import central_view
+from vivit_jax.train.start.preprocessing import central_view
 
 CONFIGS = {
     "vivit": lambda **fields: vivit_jax.VivitConfig(**SMALL_VIVIT, num_labels=3, **fields),

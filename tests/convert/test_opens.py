@@ -17,7 +17,7 @@ from vivit_jax.files import json_files
 from vivit_jax.models.build import build_model
 from vivit_jax.recipes import recipe_named
 from vivit_jax.recipes.recipe import EvalSettings, ModelSettings
-from vivit_jax.train.initial_model import starting_model
+from vivit_jax.train.start.initial_model import starting_model
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tiny_checkpoints import read_safetensors, same_tensors
 
 import vivit_jax
 from checkpoints_convert.card import for_repository, is_own
-from vivit_jax.train.saved_models import model_directory
+from vivit_jax.train.storage.saved_models import model_directory
 
 ID, TOKEN = "org/name", "hf_secret"
 PROCESSOR = vivit_jax.VideoProcessor.named("videomae-imagenet", size=26, crop_size=(24, 16))

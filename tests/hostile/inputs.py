@@ -139,7 +139,7 @@ def label_map(path: Path) -> tuple:
 
 def recipe(path: Path) -> Any:
     from vivit_jax.recipes.settings import from_dict, to_dict
-    from vivit_jax.train.run_directory import saved_recipe
+    from vivit_jax.train.storage.run_directory import saved_recipe
 
     found = to_dict(saved_recipe(path.parent))
     assert to_dict(from_dict(json.loads(json.dumps(found)))) == found
@@ -147,9 +147,9 @@ def recipe(path: Path) -> Any:
 
 
 def run_model(path: Path) -> Any:
-    from vivit_jax.train.initial_model import described_model
-    from vivit_jax.train.preprocessing import described_preprocessing
-    from vivit_jax.train.run_directory import saved_recipe
+    from vivit_jax.train.start.initial_model import described_model
+    from vivit_jax.train.start.preprocessing import described_preprocessing
+    from vivit_jax.train.storage.run_directory import saved_recipe
 
     found = described_model(path)
     described_preprocessing(path, saved_recipe(path.parent), found.config)
@@ -157,7 +157,7 @@ def run_model(path: Path) -> Any:
 
 
 def report(path: Path) -> str:
-    from vivit_jax.train.report import write_report
+    from vivit_jax.train.pages.report import write_report
 
     return write_report(path.parent).read_text(encoding="utf-8")
 
@@ -296,7 +296,7 @@ def _run(root: Path) -> None:
     from vivit_jax.recipes.checks import model_config
     from vivit_jax.recipes.settings import to_dict
     from vivit_jax.train.log import MetricLog
-    from vivit_jax.train.preprocessing import described, preprocessing
+    from vivit_jax.train.start.preprocessing import described, preprocessing
 
     run = root / "run"
     run.mkdir()

@@ -19,8 +19,8 @@ from vivit_jax.models.build import headless
 from vivit_jax.models.flops import forward_flops
 from vivit_jax.models.registry import family_of
 from vivit_jax.recipes.recipe import OptimSettings
-from vivit_jax.train.initial_params import papers_params
 from vivit_jax.train.optim import decay_factors
+from vivit_jax.train.start.initial_params import papers_params
 
 HEADS = dict(attentive_heads=4, num_labels=3)
 ENCODER = dict(attention_type="factorised_encoder", num_temporal_layers=1)

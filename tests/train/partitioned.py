@@ -17,7 +17,7 @@ from vivit_jax.train.optim import trained
 from vivit_jax.train.planning.compiled import Collective, Program, read_program
 from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import AXES, BATCH, make_mesh
-from vivit_jax.train.stored_state import flat
+from vivit_jax.train.storage.stored_state import flat
 
 PROCESSOR = vivit_jax.VideoProcessor.named("videomae-imagenet", size=16, crop_size=16)
 # Tokens, widths and counts of layers all differ, so that an array is known by its sizes.

@@ -24,8 +24,8 @@ from full_disk import file_size
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from vivit_jax.errors import UserError
-from vivit_jax.train import checkpoint as checkpoint_module
-from vivit_jax.train.checkpoint import Checkpoints, DamagedCheckpoint, UnwrittenCheckpoint
+from vivit_jax.train.storage import checkpoint as checkpoint_module
+from vivit_jax.train.storage.checkpoint import Checkpoints, DamagedCheckpoint, UnwrittenCheckpoint
 
 
 class Moments(NamedTuple):
@@ -562,7 +562,7 @@ CHILD = textwrap.dedent("""
     import jax
     import jax.numpy as jnp
     from checkpoints_convert.files.save import replaced_directory
-    from vivit_jax.train.checkpoint import Checkpoints
+    from vivit_jax.train.storage.checkpoint import Checkpoints
 
     def export(path):
         with replaced_directory(path) as staged:

@@ -16,8 +16,8 @@ import vivit_jax
 from vivit_jax import param_tree
 from vivit_jax.models import build
 from vivit_jax.models.build import DRAW_OPTIONS, abstract_params, fresh_params
-from vivit_jax.train.initial_model import starting_model
-from vivit_jax.train.initial_params import papers_params
+from vivit_jax.train.start.initial_model import starting_model
+from vivit_jax.train.start.initial_params import papers_params
 
 D, MLP, TUBELET = 96, 160, (2, 8, 8)
 SIZES = dict(

@@ -5,8 +5,8 @@ import pytest
 
 from vivit_jax.cli.options import ProcessOptions
 from vivit_jax.errors import UserError
-from vivit_jax.train.join import chosen, connected, detected
-from vivit_jax.train.peers import Patience, Place
+from vivit_jax.train.processes.join import chosen, connected, detected
+from vivit_jax.train.processes.peers import Patience, Place
 
 SLURM = {
     "SLURM_JOB_ID": "4100",

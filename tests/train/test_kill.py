@@ -255,7 +255,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax._src import distributed
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from vivit_jax.train.stop_signals import agreed_stop
+from vivit_jax.train.processes.stop_signals import agreed_stop
 
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 mesh = Mesh(np.array(jax.devices()), ("data",))

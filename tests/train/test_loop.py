@@ -31,14 +31,15 @@ from vivit_jax.data.datasets.dataset import from_objects, read_dataset
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.recipes.recipe import ModelSettings
-from vivit_jax.train import loop, setup, stalls
+from vivit_jax.train import loop, setup
 from vivit_jax.train.clock import MEASURED
 from vivit_jax.train.evaluation import evaluate
-from vivit_jax.train.initial_model import described_model, description, starting_model
 from vivit_jax.train.log import MetricLog, read_metrics
 from vivit_jax.train.metrics import checkpoint_score
+from vivit_jax.train.processes import stalls
+from vivit_jax.train.processes.stop_signals import stop_signals
 from vivit_jax.train.sharding import make_mesh, parse_mesh
-from vivit_jax.train.stop_signals import stop_signals
+from vivit_jax.train.start.initial_model import described_model, description, starting_model
 
 FOLDERS = ("blue", "green", "red", "white")
 STEPS = 12  # 4 epochs of 3 steps

@@ -13,9 +13,9 @@ import torch
 from vivit_jax.data.datasets.dataset import Dataset, Example
 from vivit_jax.train.evaluation import Answer, Evaluation
 from vivit_jax.train.metrics import topk_accuracy
-from vivit_jax.train.outcome_page import confusion_csv
 from vivit_jax.train.outcomes import Bin, Confusion, calibration, outcomes, wilson_interval
-from vivit_jax.train.validation import shown_clips
+from vivit_jax.train.pages.outcome_page import confusion_csv
+from vivit_jax.train.pages.validation import shown_clips
 
 NAMES = ("walk", "run", "jump")
 # Six clips: label, answer, its probability.

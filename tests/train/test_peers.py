@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vivit_jax.errors import UserError
-from vivit_jax.train.peers import Patience, Place, meet
+from vivit_jax.train.processes.peers import Patience, Place, meet
 
 QUICK = Patience(meeting=10, reminder=0.1, beat=0.05, silence=5, hang=5, ending=0.1)
 

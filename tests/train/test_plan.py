@@ -20,7 +20,6 @@ from vivit_jax.models.build import abstract_params
 from vivit_jax.models.flops import forward_flops, recomputed_flops, step_flops
 from vivit_jax.recipes import RECIPES, model_config, recipe_named
 from vivit_jax.recipes.recipe import ModelSettings
-from vivit_jax.train.initial_model import planned_model
 from vivit_jax.train.planning import plan as plan_module
 from vivit_jax.train.planning.compiled import Operation
 from vivit_jax.train.planning.hardware import CHIPS, parse_topology
@@ -32,6 +31,7 @@ from vivit_jax.train.planning.plan_text import describe, ranking
 from vivit_jax.train.planning.step_costs import Moved, Part, kernel_seconds, link_bandwidth
 from vivit_jax.train.planning.step_parts import PARTS, part_of
 from vivit_jax.train.sharding import AXES, make_mesh, mesh_text, parse_mesh
+from vivit_jax.train.start.initial_model import planned_model
 
 ONE = parse_topology("v5e:1x1")
 FOUR = parse_topology("v5e:2x2")

@@ -16,9 +16,9 @@ from PIL import Image
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import recipe_named
 from vivit_jax.recipes.settings import to_dict
-from vivit_jax.train.chart import Curve, figure
 from vivit_jax.train.log import METRICS, MetricLog
-from vivit_jax.train.report import write_report
+from vivit_jax.train.pages.chart import Curve, figure
+from vivit_jax.train.pages.report import write_report
 
 HOSTILE = """</td><script>alert("1")</script>&amp;\x00\x1b\ud800'"""
 

@@ -5,8 +5,8 @@ import pytest
 from tiny_recipes import FINETUNE, changed
 
 from vivit_jax.errors import UserError
-from vivit_jax.train.initial_model import described_model
-from vivit_jax.train.run_directory import MODEL, RECIPE, RunDirectory, saved_recipe
+from vivit_jax.train.start.initial_model import described_model
+from vivit_jax.train.storage.run_directory import MODEL, RECIPE, RunDirectory, saved_recipe
 
 
 def test_two_runs_that_start_together_do_not_mix(tmp_path):

@@ -40,8 +40,8 @@ from vivit_jax.errors import StorageError, UserError
 from vivit_jax.files import ranges, storage
 from vivit_jax.files.addresses import Address, place
 from vivit_jax.train.loop import train
-from vivit_jax.train.run_store import UPLOADED, run_store
-from vivit_jax.train.saved_models import model_directory
+from vivit_jax.train.storage.run_store import UPLOADED, run_store
+from vivit_jax.train.storage.saved_models import model_directory
 
 QUIET = {"say": lambda text: None}
 

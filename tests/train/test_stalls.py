@@ -12,7 +12,7 @@ import pytest
 from vivit_jax.train import clock as clock_file
 from vivit_jax.train.chips import CHIPS, chip_of
 from vivit_jax.train.clock import MEASURED, Clock
-from vivit_jax.train.stalls import Stalls
+from vivit_jax.train.processes.stalls import Stalls
 
 
 @pytest.fixture

@@ -26,17 +26,17 @@ from vivit_jax.recipes import RECIPES, apply_settings, from_dict, recipe_named, 
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import EvalSettings, ModelSettings
 from vivit_jax.train import loop
-from vivit_jax.train.initial_model import (
+from vivit_jax.train.prepare import listed, prepare
+from vivit_jax.train.sharding import make_mesh, parse_mesh
+from vivit_jax.train.start.initial_model import (
     _FIXED,
     described_base,
     description,
     of_the_function,
     starting_model,
 )
-from vivit_jax.train.prepare import listed, prepare
-from vivit_jax.train.preprocessing import described_preprocessing
-from vivit_jax.train.run_directory import RunDirectory, saved_recipe
-from vivit_jax.train.sharding import make_mesh, parse_mesh
+from vivit_jax.train.start.preprocessing import described_preprocessing
+from vivit_jax.train.storage.run_directory import RunDirectory, saved_recipe
 
 NAMES = ("blue", "green", "red", "white")
 FIRST_TOKEN = VideoMAEConfig(**SMALL_VIDEOMAE, use_mean_pooling=False)

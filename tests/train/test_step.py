@@ -17,7 +17,6 @@ from vivit_jax import param_tree
 from vivit_jax.errors import UserError
 from vivit_jax.models.build import abstract_params, fresh_params
 from vivit_jax.train import step as step_module
-from vivit_jax.train.initial_model import starting_model
 from vivit_jax.train.optim import learning_rate, make_optimizer
 from vivit_jax.train.sharding import (
     AXES,
@@ -27,6 +26,7 @@ from vivit_jax.train.sharding import (
     mesh_text,
     parse_mesh,
 )
+from vivit_jax.train.start.initial_model import starting_model
 from vivit_jax.train.state import new_state, state_shapes
 from vivit_jax.train.step import make_step
 

@@ -24,11 +24,11 @@ from vivit_jax.errors import CheckpointError, UserError
 from vivit_jax.inference import export_step as file_module
 from vivit_jax.inference.export_step import export_step, load_step
 from vivit_jax.models.build import fresh_params
-from vivit_jax.train.initial_model import planned_model
 from vivit_jax.train.setup import make_setup
 from vivit_jax.train.sharding import batch_sharding, make_mesh
+from vivit_jax.train.start.initial_model import planned_model
 from vivit_jax.train.state import new_state
-from vivit_jax.train.stored_state import flat
+from vivit_jax.train.storage.stored_state import flat
 
 STEPS = 2
 # What somebody runs who has the file, jax, and nothing of ours.

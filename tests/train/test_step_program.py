@@ -11,9 +11,9 @@ import pytest
 from tiny_recipes import FINETUNE, changed
 
 from vivit_jax.recipes import recipe_named
-from vivit_jax.train.initial_model import planned_model
 from vivit_jax.train.setup import make_setup
 from vivit_jax.train.sharding import AXES, make_mesh
+from vivit_jax.train.start.initial_model import planned_model
 from vivit_jax.train.step import gradient_norm
 
 COPIED = re.compile(r" copy\(%state_(optimizer|average)")

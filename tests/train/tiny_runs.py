@@ -24,7 +24,7 @@ from vivit_jax.recipes import recipe_named, to_dict
 from vivit_jax.train import prepare
 from vivit_jax.train.clock import MEASURED
 from vivit_jax.train.log import read_metrics
-from vivit_jax.train.run_directory import differences
+from vivit_jax.train.storage.run_directory import differences
 
 # With everything random in data and model, without what only takes longer to compile.
 PLAIN = AugmentSettings(crop="random_resized", crop_scale=(0.5, 1.0), smoothing=0.1)

@@ -31,7 +31,7 @@ from vivit_jax.benchmark.measure import environment
 from vivit_jax.cli.__main__ import main
 from vivit_jax.processes import interrupts_held
 from vivit_jax.recipes import RECIPES
-from vivit_jax.train.run_directory import RunDirectory
+from vivit_jax.train.storage.run_directory import RunDirectory
 
 assert environment().cores >= 1
 with interrupts_held():

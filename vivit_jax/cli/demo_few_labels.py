@@ -16,8 +16,8 @@ from vivit_jax.data.datasets.dataset import Dataset, read_dataset
 from vivit_jax.data.datasets.synthetic import CLASSES
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.recipes.demo import demo_finetune
-from vivit_jax.train.chart import COLOURS, save_png
 from vivit_jax.train.evaluation import evaluate
+from vivit_jax.train.pages.chart import COLOURS, save_png
 from vivit_jax.train.prepare import first_state, prepare
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import batch_sharding, make_mesh, parse_mesh

@@ -26,13 +26,13 @@ from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train import evaluation
 from vivit_jax.train.evaluation import Evaluation, clip_names, outcomes_of
 from vivit_jax.train.metrics import TOP_K
-from vivit_jax.train.outcome_page import confusion_csv, outcome_sections
 from vivit_jax.train.outcomes import BINS, Outcomes
-from vivit_jax.train.page import page, percent, table
-from vivit_jax.train.preprocessing import central_view
+from vivit_jax.train.pages.outcome_page import confusion_csv, outcome_sections
+from vivit_jax.train.pages.page import page, percent, table
+from vivit_jax.train.pages.validation import shown_clips, summary
 from vivit_jax.train.protocol import protocol_text
 from vivit_jax.train.sharding import make_mesh, param_shardings, parse_mesh
-from vivit_jax.train.validation import shown_clips, summary
+from vivit_jax.train.start.preprocessing import central_view
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 from checkpoints_convert.layouts.hf import config_path
 from checkpoints_convert.source import Source, open_source
 from vivit_jax.files.addresses import place
-from vivit_jax.train.initial_model import of_the_function
-from vivit_jax.train.saved_models import model_directory
+from vivit_jax.train.start.initial_model import of_the_function
+from vivit_jax.train.storage.saved_models import model_directory
 
 logger = logging.getLogger(__name__)
 

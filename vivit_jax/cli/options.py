@@ -10,8 +10,8 @@ from vivit_jax.data.datasets.dataset import Dataset, read_dataset
 from vivit_jax.data.datasets.list_rows import NoSuchSplit
 from vivit_jax.errors import UserError, quoted
 from vivit_jax.files.addresses import Place
-from vivit_jax.train.join import chosen, connected, detected
-from vivit_jax.train.peers import Patience
+from vivit_jax.train.processes.join import chosen, connected, detected
+from vivit_jax.train.processes.peers import Patience
 
 _NO_SPLIT = "\0"  # what no split is called
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -31,7 +31,7 @@ from vivit_jax.data.video.decode import read_video
 from vivit_jax.data.video.frame_stream import open_stream
 from vivit_jax.errors import VideoError, counted, printable
 from vivit_jax.inference.timeline import Timeline
-from vivit_jax.train.chart import COLOURS
+from vivit_jax.train.pages.chart import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

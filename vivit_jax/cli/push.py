@@ -8,7 +8,7 @@ import tyro
 
 from checkpoints_convert.push import Upload, check_extra, check_repository, prepare, publish
 from vivit_jax.errors import counted, printable
-from vivit_jax.train.saved_models import model_directory
+from vivit_jax.train.storage.saved_models import model_directory
 
 
 def push(

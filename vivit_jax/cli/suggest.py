@@ -14,8 +14,8 @@ from vivit_jax.progress import format_table, live_line, readable
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.refusals import value_text
 from vivit_jax.recipes.settings import from_dict, to_dict
-from vivit_jax.train.run_directory import HELD_OUT_LIST, TRAIN_LIST
 from vivit_jax.train.sharding import gathered
+from vivit_jax.train.storage.run_directory import HELD_OUT_LIST, TRAIN_LIST
 from vivit_jax.train.suggest.suggested import Suggestion, suggested
 
 Clips = tuple[Dataset | None, Dataset | None]  # to train on, and held out

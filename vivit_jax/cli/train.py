@@ -25,9 +25,9 @@ from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.settings import fields_like
 from vivit_jax.train.loop import train
 from vivit_jax.train.profile import Profile
-from vivit_jax.train.run_directory import HELD_OUT_LIST, RunDirectory, resumes, saved_recipe
-from vivit_jax.train.run_store import check_new
 from vivit_jax.train.sharding import parse_mesh
+from vivit_jax.train.storage.run_directory import HELD_OUT_LIST, RunDirectory, resumes, saved_recipe
+from vivit_jax.train.storage.run_store import check_new
 
 
 def _resume(given: list[str]) -> bool | int | str:

@@ -32,7 +32,7 @@ from vivit_jax.inference.export import PLATFORMS, check_extra, check_platforms, 
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import AXES, make_mesh, mesh_text, replicated
 from vivit_jax.train.step import jit_step
-from vivit_jax.train.stored_state import array_text, flat, some_of
+from vivit_jax.train.storage.stored_state import array_text, flat, some_of
 
 _CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 _EXPORTED_AS = {"gpu": "cuda"}  # device platform -> its name in a file

@@ -39,8 +39,8 @@ from vivit_jax.inference.probe_linear import (
 from vivit_jax.inference.probe_record import PROBE, Probe, ProbeSettings, Score, Trial
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.evaluation import model_labels
-from vivit_jax.train.preprocessing import as_trained, central_view
 from vivit_jax.train.protocol import protocol_text
+from vivit_jax.train.start.preprocessing import as_trained, central_view
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ weight table in `checkpoints_convert.tables` for each layout, and a line in `con
 `registry.FAMILIES` and in the layout. From outside, `registry.register_family` and
 `checkpoints_convert.layouts.registry.register_table` take the place of these lines, as
 tests/models/test_family.py shows. Named sizes go into `vivit_jax.presets`, recipes into
-`vivit_jax.recipes`, the initial values of its paper into `vivit_jax.train.initial_params`.
+`vivit_jax.recipes`, the initial values of its paper into `vivit_jax.train.start.initial_params`.
 """
 
 import dataclasses

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: `setup` builds what a run needs, `step` is one step of it, `loop` the whole run.
 
-`log` writes metrics.jsonl, `report` draws it; `report` says where a new metric goes. What a run
-takes from its caller is in `callbacks`, `own`, `own_model` and `profile`.
+`log` writes metrics.jsonl, `pages.report` draws it and says where a new metric goes. What a run
+takes from its caller is in `callbacks`, `own`, `own_model` and `profile`. Rooms: `start`, what a
+run starts from; `storage`, what it keeps; `pages`, what is shown of it; `processes` that make it;
+`suggest`, settings that suit data and machine; `planning`, what a step costs elsewhere.
 
 The names of `__all__` load on first use.
 """

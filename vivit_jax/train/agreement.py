@@ -15,9 +15,9 @@ from vivit_jax.recipes.checks import AGREEMENTS
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.refusals import Refusal, Rule, refuse, rounded
 from vivit_jax.train.batch_size import suited_batch
-from vivit_jax.train.initial_model import check_start
 from vivit_jax.train.prepare import listed
 from vivit_jax.train.sharding import batch_shards
+from vivit_jax.train.start.initial_model import check_start
 from vivit_jax.train.step import undivided
 
 

@@ -11,7 +11,7 @@ from jax import monitoring
 
 from vivit_jax.data.pipeline import Batches
 from vivit_jax.train.chips import chip_of
-from vivit_jax.train.stalls import Stalls
+from vivit_jax.train.processes.stalls import Stalls
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 # The names of what `lap` returns.
@@ -27,7 +27,7 @@ class Clock:
     `flops` are the matrix products of a step on each device, None where they are not known.
 
     `stalled(step, text)` is called, in another thread, about a step that takes far longer than
-    those before it: `vivit_jax.train.stalls`.
+    those before it: `vivit_jax.train.processes.stalls`.
     """
 
     def __init__(self, clips: int, flops: float | None, stalled: Callable[[int, str], None]):

@@ -31,8 +31,8 @@ class MetricLog:
 
     A line is strict JSON: "kind", "step", "time" (Unix, seconds) and the values by name. A value
     that is not finite is null, and "not_finite" names it as NaN, Infinity or -Infinity;
-    `read_metrics` undoes that. Each line is on disk when `write` returns. `vivit_jax.train.report`
-    draws them and says where a new metric goes.
+    `read_metrics` undoes that. Each line is on disk when `write` returns.
+    `vivit_jax.train.pages.report` draws them and says where a new metric goes.
 
     A new run's file must not exist yet. `resume_at` drops the lines of later steps and a truncated
     last line, so that a killed and resumed run has each step once. `tensorboard` also writes the

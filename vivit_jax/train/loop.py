@@ -25,31 +25,31 @@ from vivit_jax.recipes.checks import check_values
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.agreement import checked_clips
 from vivit_jax.train.callbacks import Callback, Callbacks, Event, Kind
-from vivit_jax.train.checkpoint import Checkpoints
 from vivit_jax.train.clock import Clock
 from vivit_jax.train.evaluation import (
     Evaluation,
     unreadable_clips,
 )
 from vivit_jax.train.held_out import early_stop, one_view, scored, validate
-from vivit_jax.train.initial_model import described_base, description
-from vivit_jax.train.join import reached
 from vivit_jax.train.log import MetricLog, Progress
 from vivit_jax.train.metrics import metric_text
 from vivit_jax.train.model_card import run_facts
 from vivit_jax.train.own import Augment, Loss, Own
 from vivit_jax.train.own_model import save_model
+from vivit_jax.train.pages.report import write_report
+from vivit_jax.train.pages.validation import validation_record
 from vivit_jax.train.prepare import first_state, prepare, summary
+from vivit_jax.train.processes.join import reached
+from vivit_jax.train.processes.stop_signals import agreed_stop, stop_of_one, stop_signals
 from vivit_jax.train.profile import Profile, Tracer
-from vivit_jax.train.report import write_report
-from vivit_jax.train.run_directory import BAD_CLIPS, RunDirectory, resumes
 from vivit_jax.train.run_options import RunKeywords, RunOptions
-from vivit_jax.train.run_store import RunStore, run_store
 from vivit_jax.train.setup import TrainSetup
 from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, whole_mesh
+from vivit_jax.train.start.initial_model import described_base, description
 from vivit_jax.train.state import TrainState
-from vivit_jax.train.stop_signals import agreed_stop, stop_of_one, stop_signals
-from vivit_jax.train.validation import validation_record
+from vivit_jax.train.storage.checkpoint import Checkpoints
+from vivit_jax.train.storage.run_directory import BAD_CLIPS, RunDirectory, resumes
+from vivit_jax.train.storage.run_store import RunStore, run_store
 from vivit_jax.train.watch import Notice, Watch, held_out_loss, watch_of
 
 
@@ -92,7 +92,7 @@ def train(
     Args:
         recipe: its settings.
         out: a new or empty directory; with `resume=True` one that holds a run of the recipe. May
-            be an address in an object store: `vivit_jax.train.run_store`.
+            be an address in an object store: `vivit_jax.train.storage.run_store`.
         callbacks: see each step and evaluation, and may end the run: `vivit_jax.train.callbacks`.
         loss: replaces the recipe's: (params, outputs, batch) -> (loss, metrics). A callable pytree,
             such as `jax.tree_util.Partial(function, arrays)`, brings arrays. `vivit_jax.train.own`.

@@ -44,10 +44,10 @@ from vivit_jax.models.build import check_params, fresh_params
 from vivit_jax.models.registry import head_of, is_known
 from vivit_jax.outputs import RESULTS_ONLY
 from vivit_jax.recipes.recipe import HEADS, Recipe
-from vivit_jax.train.initial_model import Start, execution_of
 from vivit_jax.train.own import Own
-from vivit_jax.train.preprocessing import preprocessing
-from vivit_jax.train.run_directory import differences
+from vivit_jax.train.start.initial_model import Start, execution_of
+from vivit_jax.train.start.preprocessing import preprocessing
+from vivit_jax.train.storage.run_directory import differences
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 

@@ -17,12 +17,12 @@ from vivit_jax.files.reading import is_directory
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.evaluation import model_labels
-from vivit_jax.train.initial_model import Start, check_same, described_model, starting_model
 from vivit_jax.train.own import NOTHING, Own
 from vivit_jax.train.own_model import own_start, resumed_model
-from vivit_jax.train.preprocessing import as_trained, described_preprocessing
 from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import bytes_on_a_device, mesh_text
+from vivit_jax.train.start.initial_model import Start, check_same, described_model, starting_model
+from vivit_jax.train.start.preprocessing import as_trained, described_preprocessing
 from vivit_jax.train.state import TrainState, new_state
 
 

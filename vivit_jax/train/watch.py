@@ -2,7 +2,7 @@
 """Watches a classifier's training and says, once each, what goes wrong.
 
 A notice is a line of metrics.jsonl, {"kind": "event", "step", "notice": text, "about": one of
-ABOUT, or "stall" by `vivit_jax.train.stalls`}, and a line on the screen.
+ABOUT, or "stall" by `vivit_jax.train.processes.stalls`}, and a line on the screen.
 """
 
 import collections

@@ -18,7 +18,6 @@ from vivit_jax.errors import UserError, counted
 from vivit_jax.models.flops import recomputed_flops
 from vivit_jax.recipes.checks import check
 from vivit_jax.recipes.recipe import HEADS, Recipe
-from vivit_jax.train.initial_model import planned_model
 from vivit_jax.train.planning import step_costs
 from vivit_jax.train.planning.compiled import Operation, read_program
 from vivit_jax.train.planning.hardware import Topology, compile_only_devices
@@ -27,6 +26,7 @@ from vivit_jax.train.planning.step_costs import Moved, Part
 from vivit_jax.train.planning.step_parts import part_of
 from vivit_jax.train.setup import TrainSetup, make_setup
 from vivit_jax.train.sharding import bytes_on_a_device, check_mesh, make_mesh
+from vivit_jax.train.start.initial_model import planned_model
 from vivit_jax.train.step import check_division
 
 # Training videos by data set, the end of a recipe's name; the counts of the authors' lists.

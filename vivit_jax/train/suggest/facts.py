@@ -31,9 +31,9 @@ from vivit_jax.presets import PRESETS
 from vivit_jax.recipes import RECIPES
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import Recipe
-from vivit_jax.train.initial_model import of_the_function
 from vivit_jax.train.planning.memory import device_memory, free_memory
 from vivit_jax.train.sharding import batch_shards
+from vivit_jax.train.start.initial_model import of_the_function
 
 Kind = Literal["image", "pretraining", "classification", "none"]
 _FRAMES = {"scenic": 32}  # of a file that does not say it, by layout; 16 elsewhere

@@ -16,9 +16,9 @@ from vivit_jax.recipes.refusals import Refusal, refuse, with_values
 from vivit_jax.recipes.settings import fields_set
 from vivit_jax.train.agreement import run_rules
 from vivit_jax.train.evaluation import model_labels
-from vivit_jax.train.initial_model import labelled_config, no_classes
 from vivit_jax.train.prepare import class_numbers, listed, reading
 from vivit_jax.train.sharding import make_mesh
+from vivit_jax.train.start.initial_model import labelled_config, no_classes
 from vivit_jax.train.suggest.facts import (
     DataFacts,
     Machine,

@@ -15,7 +15,7 @@ import jax
 from jax._src.clusters import ClusterEnv
 
 from vivit_jax.errors import UserError
-from vivit_jax.train.peers import Patience, Peers, Place, meet
+from vivit_jax.train.processes.peers import Patience, Peers, Place, meet
 
 _CLUSTERS = "a TPU pod, SLURM, Open MPI or Kubernetes (the latter with the package kubernetes)"
 _peers: Peers | None = None

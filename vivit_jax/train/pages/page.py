@@ -4,7 +4,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from vivit_jax.train.chart import CHART_STYLE, escape
+from vivit_jax.train.pages.chart import CHART_STYLE, escape
 
 
 def page(title: str, sections: Iterable[tuple[str, str]]) -> str:

@@ -27,13 +27,13 @@ from vivit_jax.files.json_files import read_json
 from vivit_jax.files.reading import absolute
 from vivit_jax.recipes import RECIPES, recipe_named
 from vivit_jax.recipes.settings import to_dict
-from vivit_jax.train.chart import Curve, escape, figure
 from vivit_jax.train.log import METRICS, read_metrics
 from vivit_jax.train.metrics import TOP_K, checkpoint_score
-from vivit_jax.train.outcome_page import Shown, outcome_sections
-from vivit_jax.train.page import page, percent, table
-from vivit_jax.train.run_directory import BAD_CLIPS, RECIPE, VALIDATION
-from vivit_jax.train.validation import read_validation
+from vivit_jax.train.pages.chart import Curve, escape, figure
+from vivit_jax.train.pages.outcome_page import Shown, outcome_sections
+from vivit_jax.train.pages.page import page, percent, table
+from vivit_jax.train.pages.validation import read_validation
+from vivit_jax.train.storage.run_directory import BAD_CLIPS, RECIPE, VALIDATION
 
 REPORT = "report.html"
 _OWN = ("kind", "step", "time")

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vivit_jax.train.chart import COLOURS, INK, captioned, picture, shortened
 from vivit_jax.train.outcomes import BINS, Outcomes
+from vivit_jax.train.pages.chart import COLOURS, INK, captioned, picture, shortened
 
 _NUMBERED, _NAMED, _WORST = 20, 40, 20  # classes: with counts in the cells, with names, drawn apart
 _LETTERS = 26  # of a class name

@@ -27,8 +27,8 @@ from vivit_jax.files.json_files import read_json
 from vivit_jax.models.build import abstract_params, build_model, fresh_params, initialise
 from vivit_jax.recipes.checks import model_config, preset_named
 from vivit_jax.recipes.recipe import HEADS, Recipe
-from vivit_jax.train.initial_params import papers_params
-from vivit_jax.train.preprocessing import (
+from vivit_jax.train.start.initial_params import papers_params
+from vivit_jax.train.start.preprocessing import (
     Preprocessing,
     described,
     differences_text,

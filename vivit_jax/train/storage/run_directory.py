@@ -28,7 +28,7 @@ from vivit_jax.recipes.settings import from_dict, to_dict
 logger = logging.getLogger(__name__)
 
 RECIPE, MODEL, BAD_CLIPS = "recipe.json", "model.json", "bad_clips.json"
-VALIDATION = "validation.json"  # what the best model answered: vivit_jax.train.validation
+VALIDATION = "validation.json"  # what the best model answered: vivit_jax.train.pages.validation
 TRAIN_LIST, HELD_OUT_LIST = "train.csv", "validation.csv"  # of a run that holds clips out itself
 _BAD_CLIPS = {"training": "clips", "validation": "validation"}  # kind of videos: key
 # Fields that may change on resume: none changes what a step computes, except by rounding.
@@ -129,7 +129,7 @@ class RunDirectory:
     def begin(self, model: Mapping[str, Any] | None) -> None:
         """Write recipe.json, and model.json unless the run is resumed (`model` is None).
 
-        `model` is a `vivit_jax.train.initial_model.description`.
+        `model` is a `vivit_jax.train.start.initial_model.description`.
         """
         _together(f"checked {self.path}")
         if not self._first:

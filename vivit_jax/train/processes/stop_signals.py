@@ -95,7 +95,7 @@ def _exchanged(values: list[int]) -> np.ndarray:
     number, process = next(_exchanges), jax.process_index()
     here, before = (f"vivit_jax/agreed/{n}" for n in (number, number - 1))
     client.key_value_set(f"{here}/{process}", json.dumps(values))
-    # What hangs is `vivit_jax.train.peers`' to find out.
+    # What hangs is `vivit_jax.train.processes.peers`' to find out.
     client.wait_at_barrier(here, _LONGEST_WAIT)
     if process == 0:  # all have read it, since all are here
         client.key_value_delete(f"{before}/")

@@ -12,10 +12,10 @@ import numpy as np
 from vivit_jax.data.datasets.dataset import Example, read_frames
 from vivit_jax.data.one_clip import one_clip
 from vivit_jax.errors import VideoError, counted
-from vivit_jax.train.chart import escape
-from vivit_jax.train.outcome_charts import calibration_figure, confusion_figure
 from vivit_jax.train.outcomes import BINS, Confusion, Outcomes
-from vivit_jax.train.page import percent, table
+from vivit_jax.train.pages.chart import escape
+from vivit_jax.train.pages.outcome_charts import calibration_figure, confusion_figure
+from vivit_jax.train.pages.page import percent, table
 
 _CLASSES, _WORST, _VIEWS = 60, 40, 50  # all classes up to the first, else the worst; clips listed
 _CONFUSIONS, _CLIPS, _FRAMES = 8, 3, 4  # drawn: confusions, clips of each, frames of each

@@ -27,7 +27,7 @@ from vivit_jax.errors import StorageError, UserError
 from vivit_jax.files import storage
 from vivit_jax.files.addresses import Address, Place, place
 from vivit_jax.files.json_files import parse_json
-from vivit_jax.train.run_directory import RECIPE
+from vivit_jax.train.storage.run_directory import RECIPE
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from vivit_jax.errors import CheckpointError, UserError, WriteError, first_line
 from vivit_jax.files.atomic import writing
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.staging import clear_leftovers
-from vivit_jax.train.checksums import damage, handlers
-from vivit_jax.train.stored_state import check_state, flat, storage, to_arrays
+from vivit_jax.train.storage.checksums import damage, handlers
+from vivit_jax.train.storage.stored_state import check_state, flat, storage, to_arrays
 
 logger = logging.getLogger(__name__)
 _DROPPED = "dropped"

@@ -15,8 +15,8 @@ from vivit_jax.files.reading import absolute
 from vivit_jax.recipes.recipe import EvalSettings
 from vivit_jax.train.evaluation import Evaluation, outcomes_of
 from vivit_jax.train.metrics import TOP_K
-from vivit_jax.train.outcome_page import Shown
 from vivit_jax.train.outcomes import Outcomes
+from vivit_jax.train.pages.outcome_page import Shown
 from vivit_jax.train.protocol import protocol_text, protocol_values
 
 
