@@ -66,17 +66,22 @@ def readable(name: str, video: Any) -> Iterator[str | os.PathLike | np.ndarray]:
     """A video as `read_clips` takes it."""
     if are_frames(video):
         yield stacked_frames(video, name)
-    elif isinstance(video, bytes | bytearray | memoryview) and b"\0" not in bytes(video):
-        shown_bytes = quoted(bytes(video).decode(errors="backslashreplace"))
-        raise VideoError(
-            f"{name}: {shown_bytes!r} is no video: bytes are the content of a file here; give the "
-            "path as text: os.fsdecode(path)"
-        )
     elif is_content(video):
+        _check_content(name, video)
         with local_file(video, VideoError, name) as path:
             yield path
     else:
         yield video
+
+
+def _check_content(name: str, video: Any) -> None:
+    """VideoError for bytes that are a path; every video has a zero, most as their first byte."""
+    if isinstance(video, bytes | bytearray | memoryview) and 0 not in video:
+        text = quoted(bytes(video[:1000]).decode(errors="backslashreplace"))
+        raise VideoError(
+            f"{name}: {text!r} is no video: bytes are the content of a file here; give the path as "
+            "text: os.fsdecode(path)"
+        )
 
 
 def read_ahead(

@@ -292,8 +292,9 @@ def from_objects(
 def labels_wanted(dataset: Dataset) -> str:
     """Where the labels would be that an unlabelled data set of an object lacks; else ""."""
     first = dataset.examples[0]
-    known = isinstance(first, ObjectExample) and isinstance(first.clips, ObjectClips)
-    return first.clips.unlabelled() if known else ""
+    if isinstance(first, ObjectExample) and isinstance(first.clips, ObjectClips):
+        return first.clips.unlabelled()
+    return ""
 
 
 def _items(clips: ObjectClips, labels: Sequence[Label]) -> tuple[ObjectExample, ...]:

@@ -267,7 +267,7 @@ def planned_setup(
     check_division(recipe, mesh_sizes)
     count = videos or training_videos(recipe.name)
     per_epoch = _ANY_STEPS if count is None else count // recipe.train.batch_size
-    if not per_epoch:
+    if count is not None and not per_epoch:
         raise UserError(
             f"train.batch_size {recipe.train.batch_size} is more than the "
             f"{counted(count, 'video')} of the data; use a smaller one"

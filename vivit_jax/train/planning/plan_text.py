@@ -144,7 +144,7 @@ def _step(plan: Plan) -> list[str]:
 def _run(plan: Plan) -> list[str]:
     most = "at most " if plan.topology.chip.platform == "gpu" else ""
     line = f"{most}MFU {plan.utilization:.1%}, {plan.clips_per_second:.0f} clips/s"
-    if plan.days is None:
+    if plan.days is None or plan.epoch_videos is None:
         return [f"{line}; the number of videos in an epoch is not known: --clips N"]
     least = "at least " if most else ""
     data = f"{counted(plan.epochs, 'epoch')} of {counted(plan.epoch_videos, 'video')}"
