@@ -311,7 +311,7 @@ def test_what_cannot_be_planned(recipe, topology, mesh, message, on_cpu):
 @pytest.mark.parametrize(
     ("slices", "mesh", "message"),
     [
-        (100_000, None, "16 clips, which 400000 devices"),
+        (100_000, None, "16 clips, which 400,000 devices"),
         (2, "fsdp=8", "mesh fsdp=8 does not divide 2 slices"),
         (2, "tensor=8", "mesh tensor=8 splits a batch into 1 parts, which 2 processes"),
     ],
