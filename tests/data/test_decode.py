@@ -248,8 +248,8 @@ def test_only_the_frames_asked_are_converted(clip, monkeypatch, name):
         converted.append(image)
         return oriented(image, orientation)
 
-    oriented = pictures._oriented
-    monkeypatch.setattr(pictures, "_oriented", counted)
+    oriented = pictures.oriented
+    monkeypatch.setattr(pictures, "oriented", counted)
     path = clip(name, **({} if name == "h264.mp4" else SEQUENTIAL[name][0]))
     for arguments in (dict(indices=[29, 0, 29]), dict(num_frames=2)):
         converted.clear()
