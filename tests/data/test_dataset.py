@@ -32,6 +32,7 @@ from vivit_jax.data.datasets.dataset import (
 from vivit_jax.data.datasets.folders import by_number, clips_below
 from vivit_jax.data.datasets.synthetic import write_mp4
 from vivit_jax.data.sampling import training_indices, view_indices
+from vivit_jax.data.video import decoder
 from vivit_jax.data.video.decode import read_video
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.files.limits import VARIABLE
@@ -753,3 +754,11 @@ def test_an_array_that_claims_more_than_its_file_holds(tmp_path, shape, ending):
             archive.writestr("frames.npy", content)
     with pytest.raises(VideoError, match=f"clip.{ending}: not an array in numpy's"):
         open_array(path)
+
+
+def test_frames_are_counted_without_decoding_where_packets_number_them(tmp_path, monkeypatch):
+    exact = write_clip(tmp_path / "a.mp4", frames=23, gop=10, b_frames=2)
+    counted = write_clip(tmp_path / "b.avi", frames=23, gop=10)
+    assert count_frames(Example(str(counted), None)) == 23
+    monkeypatch.setattr(decoder, "decode_packet", lambda *_: pytest.fail("a packet is decoded"))
+    assert count_frames(Example(str(exact), None)) == 23

@@ -42,7 +42,7 @@ from vivit_jax.data.datasets.records import is_records, read_records
 from vivit_jax.data.datasets.tar_members import PICTURES
 from vivit_jax.data.datasets.zipped import ZippedPictures
 from vivit_jax.data.sampling import pad_indices, training_indices, view_indices
-from vivit_jax.data.video.decode import probe_video, read_video
+from vivit_jax.data.video.decode import count_video, read_video
 from vivit_jax.data.video.images import read_picture
 from vivit_jax.errors import UserError, VideoError, counted, there_are
 from vivit_jax.files.addresses import Place, address_text, is_address
@@ -306,7 +306,7 @@ def _items(clips: ObjectClips, labels: Sequence[Label]) -> tuple[ObjectExample, 
 
 
 def count_frames(example: Example) -> int:
-    """The number of frames of a clip, at least 1; decodes only what `probe_video` decodes.
+    """The number of frames of a clip, at least 1; decodes only where packets do not number them.
 
     Raises VideoError as `read_frames` does.
     """
@@ -446,7 +446,7 @@ def _stored(example: Example) -> Stored:
 def _count(example: Example, stored: Stored) -> int:
     total = example.total if stored is None else len(stored)
     if total is None:
-        total = probe_video(example.path).num_frames - example.start
+        total = count_video(example.path) - example.start
     if total < 1:
         raise VideoError(f"{example.path}: there are no frames from frame {example.start} on")
     return total

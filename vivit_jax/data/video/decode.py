@@ -164,6 +164,16 @@ def probe_video(path) -> VideoInfo:
     )
 
 
+def count_video(path) -> int:
+    """`probe_video(path).num_frames`, without decoding if the packets number the frames."""
+    name = checked_path(path)
+    if not is_webp(name):
+        table = packet_table(name)
+        if table.distrust is None:
+            return table.packets
+    return probe_video(name).num_frames
+
+
 def _webp_info(held: Animation) -> VideoInfo:
     return VideoInfo(
         announced_frames=held.announced,

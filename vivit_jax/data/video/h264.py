@@ -96,17 +96,18 @@ class _Bits:
 
     def __init__(self, data: bytes | memoryview):
         plain = bytes(data).replace(b"\0\0\3", b"\0\0")
-        self._bits = "".join(f"{byte:08b}" for byte in plain)
-        self._at = 0
+        self._number, self._left = int.from_bytes(plain, "big"), 8 * len(plain)
 
     def u(self, count: int) -> int:
         """A number of `count` bits."""
-        self._at += count
-        return int(self._bits[self._at - count : self._at].ljust(count, "0") or "0", 2)
+        self._left -= count
+        if self._left < 0:
+            return (self._number << -self._left) & ((1 << count) - 1)
+        return (self._number >> self._left) & ((1 << count) - 1)
 
     def ue(self) -> int:
         """An exponential Golomb code."""
-        one = self._bits.find("1", self._at)
-        zeros = min((one if one >= 0 else len(self._bits)) - self._at, 32)
-        self._at += zeros
+        left = max(self._left, 0)
+        zeros = min(left - (self._number & ((1 << left) - 1)).bit_length(), 32)
+        self._left -= zeros
         return self.u(zeros + 1) - 1
