@@ -281,13 +281,13 @@ def test_a_run_in_s3_killed_ten_times_ends_bit_for_bit_as_a_whole_one(
     """Killed at random moments: one of its processes, or all; shards and run are in the store."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    steps, rng = 40, random.Random(processes)
+    steps, rng = 80, random.Random(processes)
     with packed_in_s3(tmp_path, steps) as (bucket, args), contextlib.closing(Parent()) as parent:
         whole = lives(parent, tmp_path, processes, [*args, tmp_path / "whole"])
         assert [life.end() for life in whole] == [0] * processes, whole[0].text
         for death in range(10):
             running = lives(parent, tmp_path, processes, [*args, f"{bucket}/run"])
-            begun = running[0].until(lambda life=running[0]: "steps an epoch" in life.text)
+            begun = running[0].until(lambda life=running[0]: " an epoch, " in life.text)
             assert begun, "\n".join(life.text for life in running)
             time.sleep(rng.uniform(0, 1.5))
             for life in running if death % 2 else rng.sample(running, 1):
@@ -333,9 +333,11 @@ def test_a_run_in_s3_goes_on_with_other_numbers_of_processes(tmp_path, monkeypat
 def test_the_commands_of_the_page_run_in_stores(tmp_path, capsys, monkeypatch):
     """With a store in memory for all buckets, and settings of a small model."""
     page = (Path(__file__).parents[2] / "docs/scale.md").read_text()
-    (block,) = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    commands = [shlex.split(each) for each in block.replace("\\\n", " ").splitlines()]
-    assert [command[1] for command in commands] == ["finetune", "evaluate", "extract"]
+    blocks = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(each) for each in lines]
+    named = ["finetune", "evaluate", "extract", "pack", "pretrain"]
+    assert [command[1] for command in commands] == named
     recipe = small_recipe(tmp_path / "data", clips=8)
     for path in (tmp_path / "data").rglob("*.npy"):
         storage.upload(
@@ -354,12 +356,20 @@ def test_the_commands_of_the_page_run_in_stores(tmp_path, capsys, monkeypatch):
     for where in ("runs/pretraining/models/3", "model"):
         for path in (tmp_path / "mae").iterdir():
             storage.upload(path, f"memory://bucket/{where}/{path.name}")
-    small = settings(changed(recipe, data__train="", data__validation=None))
+    nowhere = {"data__train": "", "data__validation": None}
+    small = {
+        "finetune": ["--set", *settings(changed(recipe, **nowhere))],
+        "pretrain": ["--set", *settings(changed(PRETRAIN, train__batch_size=8), PRETRAINING)],
+    }
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tmp_path / "data" / "train", tmp_path / "k400" / "train")
     for command in commands:
         args = [re.sub("^(gs|s3)://", "memory://", each) for each in command[1:]]
         args = [each.replace("/tmp/clips", str(tmp_path / "clips")) for each in args]
-        more = ["--set", *small] if args[0] == "finetune" else []
-        status, said, told = run_command(capsys, *args, *more)
+        args = [each.replace("..000511}", "..000000}") for each in args]  # one shard is full here
+        status, said, told = run_command(capsys, *args, *small.get(args[0], ()))
         assert status == 0, said + told
     assert storage.exists("memory://bucket/runs/one.json")
     assert storage.exists("memory://bucket/features/film.safetensors")
+    assert storage.exists("memory://bucket/packs/k400/manifest.json")
+    assert storage.exists("memory://bucket/runs/from-shards/report.html")

@@ -64,7 +64,8 @@ def pack_command(
         shard_size: Bytes of a shard, such as 256MiB or 1GB; a larger clip gets one to itself.
         resize: Pixels of the short side to which larger videos are encoded again (H.264, a keyframe
             every 32 frames). Arrays and folders of pictures stay as they are.
-        format: Kind of the shards.
+        format: Kind of the shards. ArrayRecord's hold the clips alone, and their labels are in the
+            index.
         threads: Threads that read and encode clips. Default: one for each core.
         max_bad_share: Share of clips that cannot be read, of the first 20 or more, that is an
             error. Fewer are left out and named.

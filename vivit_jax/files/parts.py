@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from vivit_jax.files.addresses import is_address
 
 SHARDS = (".tar", ".arrayrecord", ".array_record")  # endings
+# An ArrayRecord file consists of blocks, each with a head that is no part of what it holds.
+_BLOCK, _HEAD = 2**16, 24  # bytes
 _PART = re.compile(r"(.+?\.(?:tar|arrayrecord|array_record))@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL)
 
 
@@ -22,7 +24,7 @@ class Part(NamedTuple):
     Attributes:
         file: path or address.
         start: the first of the bytes.
-        length: how many they are.
+        length: how many they are, without what the file's format puts between them.
         name: what they hold.
     """
 
@@ -30,6 +32,22 @@ class Part(NamedTuple):
     start: int
     length: int
     name: str
+
+    def place(self, offset: int) -> int:
+        """Where in the file a byte of the part lies."""
+        if self.file.lower().endswith(".tar"):
+            return self.start + offset
+        before = self.start - _HEAD * (self.start // _BLOCK + 1)  # bytes that are held
+        block, rest = divmod(before + offset, _BLOCK - _HEAD)
+        return block * _BLOCK + _HEAD + rest
+
+    def held(self, data: bytes, place: int) -> bytes:
+        """What belongs to the part of `data` that was read from a place in the file."""
+        if self.file.lower().endswith(".tar"):
+            return data
+        heads = range(-place % _BLOCK, len(data), _BLOCK)
+        starts, ends = [0, *(head + _HEAD for head in heads)], [*heads, len(data)]
+        return b"".join(data[a:b] for a, b in zip(starts, ends, strict=True))
 
     def __str__(self) -> str:
         return f"{self.file}@{self.start}+{self.length}/{self.name}"

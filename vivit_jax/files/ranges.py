@@ -88,8 +88,8 @@ def recent_state(address: str) -> storage.State:
     else:
         found = os.stat(part.file)
         size, tag = found.st_size, str(found.st_mtime_ns)
-    if part.start + part.length > size:
-        end = part.start + part.length
+    end = part.place(part.length - 1) + 1 if part.length else part.start
+    if end > size:
         raise OSError(errno.EIO, f"cut off: its shard has {size:,} bytes of {end:,} or more")
     return storage.State(part.length, tag)
 
@@ -110,8 +110,8 @@ class RangeFile(io.RawIOBase):
 
     def __init__(self, address: str):
         self.name, self._state = address, recent_state(address)
-        part = part_of(address)
-        self._file, self._start = (address, 0) if part is None else part[:2]
+        self._part = part_of(address)
+        self._file = address if self._part is None else self._part.file
         local = not is_address(self._file)
         self._local: Any = open(self._file, "rb", buffering=0) if local else None  # noqa: SIM115
         self._place, self._ahead, self._next = 0, 1, -1
@@ -162,8 +162,7 @@ class RangeFile(io.RawIOBase):
         if self._is_blank is not None and self._is_blank(start, end):
             view[: end - start] = bytes(end - start)
         elif self._local is not None:
-            self._local.seek(self._start + start)
-            end = start + self._local.readinto(view[: end - start])
+            view[: end - start] = self._span(self._read_local, start, end)
         else:
             end = min(end, (start // BLOCK + 1) * BLOCK)  # callers ask for the rest
             block = self._block(start // BLOCK)
@@ -171,11 +170,33 @@ class RangeFile(io.RawIOBase):
         self._place = end
         return end - start
 
+    def _span(self, read: Callable[[int, int], bytes], start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`, where `read` gives those of the file it lies in."""
+        if self._part is None:
+            return read(start, end)
+        first, last = self._part.place(start), self._part.place(end - 1) + 1
+        return self._part.held(read(first, last), first)
+
+    def _read_stored(self, start: int, end: int) -> bytes:
+        return storage.read_range(self._file, start, end)
+
+    def _read_local(self, start: int, end: int) -> bytes:
+        self._local.seek(start)
+        data = self._local.read(end - start)
+        if len(data) < end - start:
+            raise OSError(errno.EIO, "cut off while it was read")
+        return data
+
+    def _read_whole(self, start: int, end: int) -> bytes:
+        assert self._whole is not None, "there is a copy"
+        with _one_place:
+            self._whole.seek(start)
+            return self._whole.read(end - start)
+
     def _block(self, number: int) -> bytes:
         if self._whole is not None:
-            with _one_place:
-                self._whole.seek(self._start + number * BLOCK)
-                return self._whole.read(BLOCK)
+            start = number * BLOCK
+            return self._span(self._read_whole, start, min(self.size, start + BLOCK))
         key = self.name, self._state.tag, number
         data = _blocks.get(key)
         if data is not None:
@@ -190,7 +211,7 @@ class RangeFile(io.RawIOBase):
         count = min(self._ahead, -(-self.size // BLOCK) - number)
         self._next = number + count
         end = min(self.size, self._next * BLOCK)
-        data = storage.read_range(self._file, self._start + number * BLOCK, self._start + end)
+        data = self._span(self._read_stored, number * BLOCK, end)
         for k in range(count):
             piece = data[k * BLOCK : (k + 1) * BLOCK]
             _blocks.put((self.name, self._state.tag, number + k), piece)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -25,21 +25,21 @@ from vivit_jax.data.datasets.packs import (
     read_index,
     read_manifest,
 )
+from vivit_jax.data.packing.array_shard import ArrayShard
 from vivit_jax.data.packing.members import Member, members
-from vivit_jax.data.packing.tar_shard import TarShard
+from vivit_jax.data.packing.tar_shard import TarShard, file_sha256
 from vivit_jax.data.settings import FEW_CLIPS
 from vivit_jax.errors import UserError, VideoError
 from vivit_jax.files.addresses import Address, Place
 from vivit_jax.files.atomic import check_directory, whole_file, write_json
-from vivit_jax.files.reading import content, names_in, opened, size_of
+from vivit_jax.files.reading import content, names_in, size_of
 from vivit_jax.files.staging import made_parents
 from vivit_jax.files.storage import remove
 
-Container = Literal["tar"]
+Container = Literal["tar", "arrayrecord"]
 Progress = Callable[[int, int], None]
-WRITERS = {"tar": TarShard}
+WRITERS = {"tar": TarShard, "arrayrecord": ArrayShard}
 _DIGITS = 6
-_PIECE = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,18 @@ class Packing:
         }
 
 
+class _Place(NamedTuple):
+    """Where a clip is in a shard, as `vivit_jax.data.datasets.packs.Index` has it."""
+
+    clip: int
+    name: str
+    start: int
+    length: int
+    crc32: int
+    first: int
+    frames: int
+
+
 @dataclasses.dataclass
 class _Begun:
     """A finished shard, as the file beside it says."""
@@ -80,7 +92,7 @@ class _Begun:
     bytes: int
     sha256: str
     next: int  # the first clip that is not in it
-    places: list[tuple[int, str, int, int, int, int, int]]  # clip, name, start, length, crc, extent
+    places: list["_Place"]
     left_out: dict[str, str]
 
 
@@ -155,15 +167,7 @@ def _is_whole(out: Place, name: str, size: int, sha256: str) -> bool:
     path = out / name
     if size_of(path) != size:
         return False
-    return isinstance(path, Address) or _sha256(path) == sha256
-
-
-def _sha256(path: Place) -> str:
-    digest = hashlib.sha256()
-    with opened(path) as file:
-        while data := file.read(_PIECE):
-            digest.update(data)
-    return digest.hexdigest()
+    return isinstance(path, Address) or file_sha256(path) == sha256
 
 
 def _checked_whole(out: Place, source: str, how: Packing) -> Manifest:
@@ -206,8 +210,8 @@ def _written(
         while waiting is not None:
             name = _shard_name(out, number, how)
             places, left_out = [], {}
-            with whole_file(out / name) as partial, partial.open("wb") as file:
-                shard = WRITERS[how.container](file)
+            with whole_file(out / name) as partial:
+                shard = WRITERS[how.container](partial)
                 while waiting is not None:
                     index, made = waiting
                     if isinstance(made, VideoError):
@@ -223,10 +227,10 @@ def _written(
                     waiting = next(clips, None)
                 if not places:
                     raise UserError(f"{dataset.source}: none of its {done:,} clips can be read")
-                shard.close()
-                file.flush()
-                os.fsync(file.fileno())
-            found = _Begun(key, name, shard.size, shard.sha256, done, places, left_out)
+                starts, size, sha256 = shard.close()
+            both = zip(places, starts, strict=True)
+            placed = [each._replace(start=start) for each, start in both]
+            found = _Begun(key, name, size, sha256, done, placed, left_out)
             write_json(out / f"{name}.json", dataclasses.asdict(found))
             yield found
             number += 1
@@ -243,24 +247,23 @@ def _check_share(bad: int, seen: int, total: int, how: Packing, last: str) -> No
         )
 
 
-def _added(shard: TarShard, dataset: Dataset, member: Member) -> tuple:
-    """Add a clip and its labels; the clip's place."""
+def _added(shard: TarShard | ArrayShard, dataset: Dataset, member: Member) -> _Place:
+    """Add a clip and its labels; its place, whose start is known when the shard is closed."""
     example, stem = dataset.examples[member.index], f"{member.index:09}"
     name = f"{stem}{member.ending}"
     with member.opened() as file:
-        start, crc = shard.add(name, member.size, file)
+        crc = shard.add(name, member.size, file)
     base = os.path.join(dataset.root, "") if dataset.root else ""
     about: dict[str, Any] = {"path": example.path.removeprefix(base)}
     if isinstance(example.label, int):
         about["label"] = example.label
         if dataset.classes:
             about["class"] = dataset.classes[example.label]
-        shard.add_bytes(f"{stem}.cls", str(example.label).encode())
+        shard.add_text(f"{stem}.cls", str(example.label))
     elif example.label is not None:
         about["labels"] = list(example.label)
-    text = json.dumps(about, sort_keys=True, ensure_ascii=True)
-    shard.add_bytes(f"{stem}.json", text.encode())
-    return (member.index, name, start, member.size, crc, *(member.extent or (-1, -1)))
+    shard.add_text(f"{stem}.json", json.dumps(about, sort_keys=True))
+    return _Place(member.index, name, -1, member.size, crc, *(member.extent or (-1, -1)))
 
 
 def _finished(

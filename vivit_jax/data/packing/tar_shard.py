@@ -5,29 +5,16 @@ import hashlib
 import io
 import tarfile
 import zlib
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from vivit_jax.errors import UserError
 
 
-class _Hashed:
-    """A file that is only written to, with a hash of all that was."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._digest, self._done = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self._file.write(data)
-        self._digest.update(data)
-        self._done += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self._done
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
+def file_sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Checked:
@@ -47,26 +34,28 @@ class TarShard:
 
     SUFFIX = ".tar"
 
-    def __init__(self, file: BinaryIO):
-        self._out = _Hashed(file)
-        written: Any = self._out  # it is not read
-        self._tar = tarfile.TarFile(fileobj=written, mode="w", format=tarfile.PAX_FORMAT)
+    def __init__(self, path: Path):
+        self._path, self._starts = path, []
+        self._tar = tarfile.TarFile(path, mode="w", format=tarfile.PAX_FORMAT)
 
     @property
     def size(self) -> int:
         """The bytes so far."""
-        return self._out.tell()
+        return self._tar.offset
 
-    @property
-    def sha256(self) -> str:
-        """Of the closed shard."""
-        return self._out.sha256
+    def add(self, name: str, size: int, file: BinaryIO) -> int:
+        """Add a clip; its CRC-32. Raises UserError for a file that became shorter than `size`."""
+        checked = self._add(name, size, file)
+        padded = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        self._starts.append(self._tar.offset - padded)
+        return checked.crc32
 
-    def add(self, name: str, size: int, file: BinaryIO) -> tuple[int, int]:
-        """Add a member. Its first byte's place, and its CRC-32.
+    def add_text(self, name: str, text: str) -> None:
+        """Add what is known of a clip."""
+        data = text.encode()
+        self._add(name, len(data), io.BytesIO(data))
 
-        Raises UserError for a file that has become shorter than `size`.
-        """
+    def _add(self, name: str, size: int, file: BinaryIO) -> _Checked:
         member = tarfile.TarInfo(name)
         member.size = size
         checked: Any = _Checked(file)
@@ -76,13 +65,9 @@ class TarShard:
             if error.errno is not None:
                 raise
             raise UserError(f"{name}: its file became shorter while it was packed") from None
-        padded = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return self._tar.offset - padded, checked.crc32
+        return checked
 
-    def add_bytes(self, name: str, data: bytes) -> None:
-        """Add a small member."""
-        self.add(name, len(data), io.BytesIO(data))
-
-    def close(self) -> None:
-        """Write the end mark."""
+    def close(self) -> tuple[list[int], int, str]:
+        """End the file: where each clip begins, the file's bytes, and their SHA-256."""
         self._tar.close()
+        return self._starts, self._path.stat().st_size, file_sha256(self._path)

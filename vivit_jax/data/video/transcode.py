@@ -21,10 +21,10 @@ from vivit_jax.data.video.pictures import oriented
 from vivit_jax.errors import UserError
 
 # Frames from one keyframe to the next. Clips of 16 frames, 4 apart, of a video of 390 frames scaled
-# to 240 took 15.9, 14.8, 14.4, 15.3 and 19.5 ms for 8, 16, 32, 64 and 250, in files of 849, 607,
-# 493, 421 and 344 kB.
+# to 240 took 14.5, 13.1, 13.5, 14.1 and 19.0 ms for 8, 16, 32, 64 and 250, in files of 566, 408,
+# 322, 274 and 232 kB.
 KEYFRAMES = 32
-QUALITY = 18  # x264's constant rate factor
+QUALITY = 23  # x264's constant rate factor, its default
 _CLOCK = 90_000  # ticks a second
 _RATE = 25  # frames a second of a video that states no times
 _COLOURS = ("color_range", "colorspace", "color_primaries", "color_trc")
@@ -81,7 +81,8 @@ def _encode(path: str, file: str, size: tuple[int, int], info: VideoInfo, keyfra
     options = {
         "preset": "medium",
         "crf": str(QUALITY),
-        "x264-params": f"keyint={keyframes}:min-keyint={keyframes}:scenecut=0:open-gop=0",
+        # mbtree gave other bytes in one of a hundred encodings of the same frames.
+        "x264-params": f"keyint={keyframes}:min-keyint={keyframes}:scenecut=0:open-gop=0:mbtree=0",
     }
     with av.open(file, "w", options=muxing) as container:
         rounded = Fraction(rate).limit_denominator(1001)
