@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Object stores on this machine, each a server in a thread: S3 by moto, GCS by an emulator."""
 
+import collections
 import contextlib
+import http.client
+import http.server
+import itertools
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -81,6 +86,76 @@ def gone(port: int, seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.join()
+
+
+class Proxy:
+    """A server before another one, which answers as `fault(number, method)` says.
+
+    That is of the requests from 0 on: "500" or "503" instead of an answer, "short" for half of one,
+    "slow" for one of a megabyte a second, "gone" for a closed connection, None for the answer.
+    """
+
+    def __init__(self, address: str):
+        self.fault: Callable[[int, str], str | None] = lambda number, method: None
+        self.counts: collections.Counter[str] = collections.Counter()  # by fault
+        self._target, self._numbers = address.removeprefix("http://"), itertools.count()
+        proxy = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_one(self):
+                proxy.answer(self)
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
+
+            def log_message(self, format, *args):
+                """Nothing is printed."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        fault = self.fault(next(self._numbers), request.command)
+        length = int(request.headers.get("Content-Length") or 0)
+        body = request.rfile.read(length)
+        if fault == "gone":
+            self.counts[fault] += 1
+            request.close_connection = True
+            return
+        if fault in ("500", "503"):
+            self.counts[fault] += 1
+            request.send_response(int(fault))
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        with contextlib.closing(http.client.HTTPConnection(self._target)) as behind:
+            passed = {k: v for k, v in request.headers.items() if k.lower() != "expect"}
+            behind.request(request.command, request.path, body, passed)
+            answer = behind.getresponse()
+            data = answer.read()
+        request.send_response_only(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                request.send_header(name, value)
+        size = answer.getheader("Content-Length") if request.command == "HEAD" else len(data)
+        request.send_header("Content-Length", str(size or 0))
+        request.end_headers()
+        if fault == "slow":
+            self.counts[fault] += 1
+            time.sleep((len(data) + len(body)) / 1e6)
+        if fault == "short" and len(data) > 1:
+            self.counts[fault] += 1
+            request.wfile.write(data[: len(data) // 2])
+            request.close_connection = True
+            return
+        request.wfile.write(data)
 
 
 def _start(protocol: str, port: int) -> None:
