@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 
 from vivit_jax.errors import UserError
@@ -22,6 +23,7 @@ DIRECTORY, GIB = "VIVIT_JAX_CACHE_DIR", "VIVIT_JAX_CACHE_GIB"
 _GIB = 20.0
 _LOCK = "lock"
 _DIGEST = 16  # bytes in front of a block
+_DEAD = 600.0  # seconds after which a block that is half written has no writer any more
 _SLACK = 0.05  # share of the size that a process writes between two looks at the whole
 _warned: set[str] = set()
 _written = 0  # bytes since this process last looked
@@ -139,7 +141,9 @@ def _shrink(directory: Path, limit: int) -> None:
             with contextlib.suppress(OSError):  # another process removes too
                 for entry in os.scandir(folder):
                     about = entry.stat()
-                    held.append((about.st_mtime, about.st_size, entry.path))
+                    # One that is being written is its writer's, unless that was killed.
+                    if not entry.name.startswith(".") or about.st_mtime < time.time() - _DEAD:
+                        held.append((about.st_mtime, about.st_size, entry.path))
         excess = sum(size for _, size, _ in held) - limit * (1 - 2 * _SLACK)
         for _, size, path in sorted(held):
             if excess <= 0:
