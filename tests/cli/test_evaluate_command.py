@@ -282,6 +282,19 @@ def page_of(path):
     return ElementTree.fromstring(path.read_text(encoding="utf-8"))
 
 
+def test_class_names_with_line_breaks_are_one_line(models, videos, capsys, tmp_path):
+    shutil.copytree(models / "vivit", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["id2label"] = {key: f"{name}\nfake 99%\x1b" for key, name in config["id2label"].items()}
+    config["label2id"] = {name: int(key) for key, name in config["id2label"].items()}
+    file.write_text(json.dumps(config))
+    _, out, _ = evaluated(capsys, tmp_path / "model", videos / "all.txt", "--clips", 1)
+    confused = [line for line in out.splitlines() if line.startswith("confused ")]
+    assert confused and all(r"\u000afake 99%\u001b taken for " in line for line in confused)
+    assert not [line for line in out.splitlines() if line.startswith("fake")]
+
+
 def test_a_report_needs_no_other_file_and_names_no_directory(models, videos, capsys, tmp_path):
     report, table, out = (tmp_path / name for name in ("r.html", "c.csv", "r.json"))
     files = ("--report", report, "--confusion", table, "--out", out)

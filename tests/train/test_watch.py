@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_recipes import FINETUNE, changed
 
+from vivit_jax.cli.suggest import _named
 from vivit_jax.data.datasets.dataset import Dataset, Example
 from vivit_jax.train.evaluation import Answer, Evaluation
 from vivit_jax.train.watch import ABOUT, Watch, held_out_loss
@@ -106,6 +107,15 @@ def test_a_class_that_is_never_predicted_is_noticed():
     (notice,) = found[-1]
     assert notice.about == NEVER
     assert notice.text.startswith("never predicted on the held-out clips so far: dog; look")
+
+
+def test_names_of_classes_are_one_line():
+    watched = watch()
+    watched._names = ["a", "b", "c", "d\ne\x1b"]
+    answers = validation([0, 1, 2, 3], [0, 1, 2, 0])
+    found = [each for s in (8, 16, 24, 32) for each in watched.after_validation(s, *answers)]
+    assert r"on the held-out clips so far: d\u000ae\u001b; look" in found[0].text
+    assert _named(["x\ny"]) == r"x\u000ay"
 
 
 def test_classes_without_held_out_clips_are_not_missed():

@@ -19,7 +19,7 @@ from vivit_jax.cli.options import ONE_PROCESS, Dtype, ProcessOptions, SourceOpti
 from vivit_jax.console import FLAT, ConfigOption, PlaceOption, joined
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.read_clip import strided_sampler
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, printable
 from vivit_jax.files.atomic import check_output, whole_file, write_json
 from vivit_jax.recipes import recipe_named
 from vivit_jax.recipes.recipe import EvalSettings
@@ -182,7 +182,7 @@ def _evaluated(
             record = _record(net, params, found, processor, model)
             write_json(output.out, record | {"config": list(changes)})
         _write_pictures(output, found, model)
-        print("\n".join(_lines(found)))
+        print("\n".join(printable(line, one_line=True) for line in _lines(found)))
         for path, error in unreadable:
             print(f"left out {error if error.startswith(path) else f'{path}: {error}'}")
         for path in (output.out, output.report, output.confusion):

@@ -10,7 +10,7 @@ from vivit_jax.cli.evaluate import ViewOptions, check_views, chosen_views
 from vivit_jax.cli.model import open_model
 from vivit_jax.cli.options import SourceOptions, validation_share
 from vivit_jax.console import FLAT, ConfigOption, PlaceOption, joined
-from vivit_jax.errors import UserError
+from vivit_jax.errors import UserError, printable
 from vivit_jax.inference.probe import RESULT, check_out, check_settings, probe
 from vivit_jax.inference.probe_data import sides_of
 from vivit_jax.inference.probe_record import PROBE, Probe, ProbeSettings
@@ -101,7 +101,7 @@ def as_text(found: Probe) -> str:
         parts.append("\n".join(format_table(rows)))
     parts.append("\n".join(format_table(_accuracies(found))))
     if found.notes:
-        parts.append("\n".join(f"note: {note}" for note in found.notes))
+        parts.append("\n".join(f"note: {printable(note, one_line=True)}" for note in found.notes))
     if found.unreadable:
         lines = [f"left out {_with_path(*item)}" for item in found.unreadable.items()]
         parts.append("\n".join(lines))

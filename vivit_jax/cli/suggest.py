@@ -9,7 +9,7 @@ from typing import Any
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.datasets.hold_out import MOST_COMPARED, shared_clips
 from vivit_jax.data.transforms.processor_files import processor_file
-from vivit_jax.errors import counted, printable
+from vivit_jax.errors import counted, printable, quoted
 from vivit_jax.progress import format_table, live_line, readable
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.recipes.refusals import value_text
@@ -107,7 +107,7 @@ def _empty_line(train: Dataset) -> list[str]:
 
 def _named(classes: Sequence[str]) -> str:
     more = len(classes) - _NAMED
-    return ", ".join(classes[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(quoted, classes[:_NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _shared_line(train: Dataset, held_out: Dataset | None) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from vivit_jax.data.datasets.columns import Label
 from vivit_jax.data.datasets.dataset import Dataset
-from vivit_jax.errors import counted
+from vivit_jax.errors import counted, quoted
 from vivit_jax.recipes.recipe import Recipe
 from vivit_jax.train.evaluation import Evaluation
 from vivit_jax.train.setup import TrainSetup
@@ -130,7 +130,7 @@ class Watch:
         due = self._validations >= _LEAST_VALIDATIONS
         if not never or not due or step < _LATE * self._per_epoch * self._epochs:
             return []
-        names = ", ".join(self._names[label] for label in never[:_SHOWN])
+        names = ", ".join(quoted(self._names[label]) for label in never[:_SHOWN])
         more = len(never) - _SHOWN
         names += f" and {more} more" if more > 0 else ""
         one = len(never) == 1

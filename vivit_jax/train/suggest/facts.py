@@ -26,7 +26,7 @@ from vivit_jax.data.datasets.check import (
 )
 from vivit_jax.data.datasets.dataset import Dataset, labels_wanted
 from vivit_jax.data.transforms.processor_files import processor_file
-from vivit_jax.errors import UserError, counted
+from vivit_jax.errors import UserError, counted, quoted
 from vivit_jax.presets import PRESETS
 from vivit_jax.recipes import RECIPES
 from vivit_jax.recipes.checks import model_config
@@ -189,10 +189,10 @@ def data_facts(
         way_out = labels_wanted(train) or way_out
         raise UserError(f"{train.source} has no labels, which fine-tuning needs{way_out}")
     if len(counts) < 2:
-        (label,) = counts
+        only = quoted(class_name(train, *counts))
         raise UserError(
-            f"{train.source}: all clips are of one class, {class_name(train, label)}: there is "
-            "nothing to tell apart; add a folder with clips of another class"
+            f"{train.source}: all clips are of one class, {only}: there is nothing to tell apart; "
+            "add a folder with clips of another class"
         )
     examples = train.examples
     if len(examples) > _LOOKED_AT:
