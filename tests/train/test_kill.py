@@ -83,7 +83,7 @@ def live(parent, out, args, deaths, rng, steps):
     for number, death in enumerate(deaths):
         life = parent.start(log, [*args, "--resume"] if number else args)
         # A resumed run first drops the lines of steps after its last checkpoint.
-        alive = life.until(lambda: "steps an epoch" in log.read_text())
+        alive = life.until(lambda: " an epoch, steps " in log.read_text())
         goal = told(out) + (1 if death == "saving" else rng.randint(1, 2 * EVERY))
         alive = alive and life.until(lambda goal=goal: told(out) >= goal)
         if death == "saving":
