@@ -39,13 +39,20 @@ def test_a_pack_is_written_checked_and_named(data, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert run(capsys, data, out)[0] == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    for source in (out, out / "manifest.json", out / "shards-000000.tar"):
+    for name in ("", "manifest.json", "shards-000000.tar", "shards-{000000..000000}.tar"):
+        source = out / name
         status, said, _ = run_command(
             capsys, "check-data", source, "--frames", "8", "--stride", "1", "--json", "-"
         )
         found = json.loads(said)
         assert status == 0 and found["trains"], found
         assert [each["name"] for each in found["classes"]] == ["run", "walk"]
+
+
+def test_shards_that_are_not_there_stop_training(tmp_path, capsys):
+    for name in ("k-{0..3}.tar", "k.tfrecord@4"):
+        status, said, _ = run_command(capsys, "check-data", tmp_path / name)
+        assert status == 1 and "4 shards are missing, such as" in said and "would stop" in said
 
 
 def test_ctrl_c_says_how_to_go_on(data, tmp_path, capsys, monkeypatch):

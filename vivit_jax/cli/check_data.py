@@ -31,7 +31,7 @@ from vivit_jax.data.datasets.check import (
     Span,
     check_dataset,
 )
-from vivit_jax.data.datasets.dataset import Dataset
+from vivit_jax.data.datasets.dataset import Dataset, names_shards
 from vivit_jax.data.datasets.hold_out import write_list
 from vivit_jax.data.settings import DataSettings
 from vivit_jax.errors import UserError, WriteError, counted
@@ -132,7 +132,7 @@ def _check_options(
             raise UserError(f"--{flag} must be at least 0, got {value}")
     if not 0 < check.validation < 1:
         raise UserError(f"--validation must be between 0 and 1, got {check.validation:g}")
-    if not exists(data):
+    if not exists(data) and not names_shards(str(data)):
         raise UserError(f"{data}: no such file or directory; name a list file or a directory")
     if output.draw is not None:
         check_output(output.draw, (".png",), output.overwrite, flag="--draw")

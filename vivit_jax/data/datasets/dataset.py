@@ -203,6 +203,11 @@ def read_dataset(
     return Dataset(ListedExamples(entries, root, frame_name, first_frame), classes, path, root)
 
 
+def names_shards(source: str) -> bool:
+    """Whether a text names shards, which may be several files, such as train.tfrecord@8."""
+    return is_records(source, None) or is_pack(source, None)
+
+
 def own_validation(
     source: str | Place, train: Dataset, *, split: str = "validation", **reading: Any
 ) -> Dataset | None:
