@@ -11,6 +11,7 @@ from clips import every_frame, write_clip
 from commands import run_command
 
 from vivit_jax.benchmark import input as reading
+from vivit_jax.benchmark import loader_table, lock
 from vivit_jax.benchmark.made_video import Video, write_video
 from vivit_jax.errors import UserError, VideoError
 
@@ -138,6 +139,47 @@ def test_the_loader_reads_a_made_video_by_many_names(capsys):
     assert "\n  --threads 2 --workers 0 --batch 1; 1 batches timed\n" in out and " clips/s, " in out
 
 
+def test_rates_by_threads_and_the_cores_that_a_plan_s_hosts_need(
+    clip, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loader_table, "measure_reading", lambda *_: lock.Held(0.05, 2, 1.6, 0.5))
+    plan, path = tmp_path / "plan.json", tmp_path / "loader.json"
+    hosts = {"topology": "v5e:8x8", "hosts": 16, "host_videos_per_second": 12.5}
+    plan.write_text(json.dumps(hosts | {"recipe": DEFAULT}))
+    flags = ("--loader", "--batch", "1", "--threads", "1,2", "--repeats", "1", "--plan", plan)
+    status, out, err = run_command(capsys, "benchmark-input", clip, *flags, "--json", path)
+    assert status == 0 and err == ""
+    assert "\n  --threads  --workers  clips/s " in out
+    assert "50 ms of CPU; 2 threads keep 1.60 cores busy, as if 50% of the time held" in out
+    assert "Python's lock, so at most 2.0 cores in a process\n" in out
+    assert "v5e:8x8: each of 16 hosts reads 12.5 videos/s: 0.6 cores like this one at 50 ms" in out
+    figures = json.loads(path.read_text())
+    assert [rate["threads"] for rate in figures["loaders"]] == [1, 2]
+    assert figures["loader"] == figures["loaders"][0] and figures["reading"]["share"] == 0.5
+    assert figures["needed"]["cores"] == pytest.approx(0.625)
+
+
+def test_the_share_that_holds_a_lock_by_the_cores_that_are_busy():
+    for share in (0.1, 0.4, 0.8):
+        # Two threads, one of which waits for share**2 of the time.
+        assert lock.busy_cores(share, 2) == pytest.approx(2 / (1 + share**2))
+        for threads in (2, 3, 8):
+            assert lock.held_share(lock.busy_cores(share, threads), threads) == pytest.approx(share)
+    assert lock.busy_cores(0, 5) == 5 and lock.busy_cores(1, 5) == pytest.approx(1)
+
+
+def test_a_video_s_cost_is_measured_on_one_core_and_on_several(monkeypatch):
+    read = []
+    monkeypatch.setattr(lock, "usable_cores", lambda: 1)
+    held = lock.measure_lock(read.append, 3)
+    assert read == [0, 0, 1, 2] and held.threads == 1 and held.busy is held.share is None
+    read.clear()
+    monkeypatch.setattr(lock, "usable_cores", lambda: 2)
+    held = lock.measure_lock(lambda number: read.append(number) or sum(range(9999)), 3)
+    assert sorted(read) == [0, *range(30)] and held.threads == 2 and positive(held.cpu_seconds)
+    assert 0 < held.busy <= 2 and 0 <= held.share <= 1
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no such call")
 def test_one_core_is_given_back():
     before = os.sched_getaffinity(0)
@@ -169,8 +211,15 @@ def test_one_core_is_given_back():
         (("--loader", "--frames", "8"), "--frames, --stride and --cores are not for"),
         (("--loader", "--threads", "0"), "--threads must be at least 1, got 0"),
         (("--loader", "--workers", "-1"), "--workers must be at least 0, got -1"),
+        (("--loader", "--threads", "1,x"), "--threads is '1,x'; expected a number, or several as"),
+        (("--loader", "--workers", "0,-2"), "--workers must be at least 0, got -2"),
+        (("--loader", "--plan", "none.json"), "none.json"),
+        (("--loader", "--plan", "there.json"), "--plan there.json is no plan: expected a file of"),
+        (("--loader", "--plan", "other.json"), "other.json is of recipe y, not videomae-v1-base"),
+        (("--plan", "other.json"), "--workers and --plan are only for --loader"),
+        (("s3://bucket/a.mp4",), "s3://bucket/a.mp4 is an address, which only --loader reads"),
         (("--loader", "--recipe", "x"), "there is no recipe 'x'"),
-        (("--workers", "2", "--batch", "4"), "--threads and --workers are only for --loader"),
+        (("--workers", "2", "--batch", "4"), "--threads, --workers and --plan are only for"),
         (("--json", "figures.txt"), "--json figures.txt ends in '.txt'; expected one of .json"),
         (("--json", "there.json"), "--json there.json exists; choose another name"),
     ],
@@ -180,6 +229,8 @@ def test_bad_input_is_one_line(clip, capsys, tmp_path, monkeypatch, args, words)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "there.json").write_text("{}")
+    hosts = {"topology": "h100:8", "hosts": 1, "host_videos_per_second": 9, "recipe": "y"}
+    (tmp_path / "other.json").write_text(json.dumps(hosts))
     (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
     write_clip(tmp_path / "turned.mp4", frames=20, display=(90, False))
     status, _, err = run_command(capsys, "benchmark-input", *args)

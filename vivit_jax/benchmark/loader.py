@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vivit_jax.benchmark.lock import Held, measure_lock
 from vivit_jax.benchmark.measure import Timing
 from vivit_jax.data.datasets.dataset import Dataset, Example
 from vivit_jax.data.pipeline import Batches, ClipShape
+from vivit_jax.data.settings import DataSettings
 from vivit_jax.errors import UserError
 from vivit_jax.recipes import model_config
 from vivit_jax.recipes.recipe import Recipe
@@ -83,7 +85,7 @@ def many_names(path: Path) -> tuple[Path, ...]:
 
 
 def measure_loader(
-    videos: Sequence[Path],
+    videos: Sequence[str | Path],
     recipe: Recipe,
     *,
     batch: int,
@@ -96,19 +98,7 @@ def measure_loader(
 
     Raises UserError if a video cannot be read: skipping it would change the rate.
     """
-    config = model_config(recipe)
-    times = -(-batch // len(videos))
-    examples = tuple(Example(str(path), None) for path in videos) * times
-    data = dataclasses.replace(recipe.data, threads=threads, workers=workers, cache_gib=0.0)
-    source = Batches(
-        Dataset(examples, None, "the videos"),
-        data,
-        recipe.augment,
-        shape=ClipShape(config.num_frames, config.frame_size, config.num_channels),
-        batch_size=batch,
-        seed=seed,
-        labelled=False,
-    )
+    data, source = _batches(videos, recipe, batch, threads, workers, seed)
     seconds = []
     with source:
 
@@ -140,3 +130,37 @@ def measure_loader(
         Timing(tuple(seconds[_WARM:])),
         None if workers else cpu,
     )
+
+
+def measure_reading(videos: Sequence[str | Path], recipe: Recipe, count: int = 6) -> Held:
+    """The processor time of reading and augmenting one video, and what holds the GIL of it.
+
+    Raises UserError if a video cannot be read.
+    """
+    _, source = _batches(videos, recipe, 1, 1, 0, seed=0)
+
+    def read(number: int) -> None:
+        for why in dict(source.read(number)["bad"]).values():
+            raise UserError(why)
+
+    with source:
+        return measure_lock(read, count)
+
+
+def _batches(
+    videos: Sequence[str | Path], recipe: Recipe, batch: int, threads: int, workers: int, seed: int
+) -> tuple[DataSettings, Batches]:
+    config = model_config(recipe)
+    times = -(-batch // len(videos))
+    examples = tuple(Example(str(path), None) for path in videos) * times
+    data = dataclasses.replace(recipe.data, threads=threads, workers=workers, cache_gib=0.0)
+    source = Batches(
+        Dataset(examples, None, "the videos"),
+        data,
+        recipe.augment,
+        shape=ClipShape(config.num_frames, config.frame_size, config.num_channels),
+        batch_size=batch,
+        seed=seed,
+        labelled=False,
+    )
+    return data, source

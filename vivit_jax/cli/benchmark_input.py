@@ -3,23 +3,26 @@
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from vivit_jax.benchmark.input import SAMPLINGS, compare_readers, find_clip, one_core
-from vivit_jax.benchmark.loader import many_names, measure_loader
+from vivit_jax.benchmark.loader import many_names
+from vivit_jax.benchmark.loader_table import read_hosts, time_loader
 from vivit_jax.benchmark.made_video import Video, write_video
 from vivit_jax.benchmark.measure import cpu_name, environment
 from vivit_jax.console import FLAT
 from vivit_jax.data.video.decode import probe_video
 from vivit_jax.errors import UserError
+from vivit_jax.files.addresses import is_address
 from vivit_jax.files.atomic import check_output, write_json
-from vivit_jax.recipes import recipe_named
+from vivit_jax.recipes import model_config, recipe_named
 from vivit_jax.recipes.recipe import Recipe
 
 _MADE = Video()
@@ -49,19 +52,22 @@ class LoaderOptions:
         recipe: For --loader, a name of `vivit-jax recipes`: frames, sampling, augmentation,
             repeats.
         batch: For --loader, videos of a batch.
-        threads: For --loader, threads that read, in each process.
-        workers: For --loader, processes that read beside this one.
+        threads: For --loader, threads that read, in each process; several numbers, such as 1,2,4,
+            are timed one after the other.
+        workers: For --loader, processes that read beside this one; several numbers as for threads.
+        plan: For --loader, a file of `vivit-jax plan --json`, to say how many cores its hosts need.
     """
 
     loader: bool = False
     recipe: str = "videomae-v1-base-kinetics400-finetune"
     batch: int = 8
-    threads: int = 2
-    workers: int = 0
+    threads: str = "2"
+    workers: str = "0"
+    plan: Path | None = None
 
 
 def benchmark_input(
-    videos: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    videos: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
     *,
     readers: Annotated[ReaderOptions, FLAT] = ReaderOptions(),
@@ -80,48 +86,61 @@ def benchmark_input(
     read_video keeps the list of a file's packets.
 
     With --loader, batches of a recipe's training clips are read, decoded and augmented, and counted
-    in clips per second: what a training run gets at most.
+    in clips per second: what a training run gets at most. The videos may lie at addresses. How much
+    of the time holds Python's lock, which threads share and processes do not, is measured too.
 
     Args:
-        videos: Video files. Default: one that is made for the measurement.
+        videos: Video files, with --loader also addresses. Default: one that is made for the
+            measurement.
         repeats: Rounds in which the readers take turns; with --loader, batches that are timed.
         json: Also write the figures to this file.
         overwrite: Replace the file of --json.
     """
     counts = vars(readers) | vars(loader) | {"repeats": repeats}
-    for name in ("frames", "stride", "repeats", "batch", "threads"):
+    for name in ("frames", "stride", "repeats", "batch"):
         if counts[name] < 1:
             raise UserError(f"--{name} must be at least 1, got {counts[name]}")
-    if loader.workers < 0:
-        raise UserError(f"--workers must be at least 0, got {loader.workers}")
+    sides = tuple(
+        itertools.product(
+            _numbers("threads", loader.threads, 1), _numbers("workers", loader.workers, 0)
+        )
+    )
     if loader.loader and readers != ReaderOptions():
         raise UserError("--frames, --stride and --cores are not for --loader: a recipe's clips are")
     if not loader.loader and loader != LoaderOptions():
-        raise UserError("--recipe, --batch, --threads and --workers are only for --loader")
+        raise UserError("--recipe, --batch, --threads, --workers and --plan are only for --loader")
+    if not loader.loader and (there := [path for path in videos if is_address(path)]):
+        raise UserError(f"{there[0]} is an address, which only --loader reads")
     if json is not None:
         check_output(json, (".json",), overwrite, flag="--json")
     recipe = recipe_named(loader.recipe)
+    hosts = None if loader.plan is None else read_hosts(loader.plan, recipe.name)
     for path in videos:  # everything wrong is reported before anything is timed
         probe_video(path)
         for sampling in () if loader.loader else SAMPLINGS:
-            find_clip(path, sampling, readers.frames, readers.stride)
+            find_clip(Path(path), sampling, readers.frames, readers.stride)
 
     where = environment()
     print(f"{where.line}\nCPU: {cpu_name()}")
     with _paths(videos, made) as paths:
         if loader.loader:
-            values, agree = _time_loader(paths, recipe, loader, repeats, made=not videos), True
+            names = many_names(Path(paths[0])) if not videos else paths
+            print(f"\n{_loader_title(paths, recipe)}", flush=True)
+            values = time_loader(names, recipe, sides, batch=loader.batch, rounds=repeats)
+            if hosts is not None:
+                values["needed"] = hosts.needed(values)
+            agree = True
         else:
             values, agree = _time_readers(paths, readers, repeats)
     if json is not None:
         about = {"cpu": cpu_name(), "made": None if videos else dataclasses.asdict(made)}
-        about["videos"] = [str(path) for path in videos]
+        about["videos"] = list(videos)
         write_json(json, dataclasses.asdict(where) | about | values)
     return 0 if agree else 1
 
 
 def _time_readers(
-    paths: tuple[Path, ...], options: ReaderOptions, repeats: int
+    paths: tuple[str, ...], options: ReaderOptions, repeats: int
 ) -> tuple[dict[str, Any], bool]:
     """Print each comparison; the figures, and whether all frames agree."""
     results = []
@@ -131,35 +150,36 @@ def _time_readers(
         for path in paths:
             for sampling in SAMPLINGS:
                 how = options.frames, options.stride, repeats
-                results.append(compare_readers(path, sampling, *how))
+                results.append(compare_readers(Path(path), sampling, *how))
                 print(f"\n{results[-1]}", flush=True)
     values = dataclasses.asdict(options) | {"one_core": pinned, "repeats": repeats}
     values["reading"] = [result.to_dict() for result in results]
     return values, all(result.agrees for result in results)
 
 
-def _time_loader(
-    paths: tuple[Path, ...], recipe: Recipe, options: LoaderOptions, rounds: int, made: bool
-) -> dict[str, Any]:
-    """Print the loader's rate; the figures."""
-    infos = [probe_video(path) for path in paths]
-    rate = measure_loader(
-        many_names(paths[0]) if made else paths,
-        recipe,
-        batch=options.batch,
-        threads=options.threads,
-        workers=options.workers,
-        rounds=rounds,
-    )
+def _numbers(name: str, text: str, least: int) -> tuple[int, ...]:
+    """The numbers of a text such as 1,2,4. Raises UserError."""
+    parts = text.split(",")
+    try:
+        numbers = tuple(map(int, parts))
+    except ValueError:
+        raise UserError(f"--{name} is {text!r}; expected a number, or several as 1,2,4") from None
+    for number in numbers:
+        if number < least:
+            raise UserError(f"--{name} must be at least {least}, got {number}")
+    return tuple(dict.fromkeys(numbers))
+
+
+def _loader_title(paths: Sequence[str], recipe: Recipe) -> str:
+    config = model_config(recipe)
+    (h, w), infos = config.frame_size, [probe_video(path) for path in paths]
     sizes = sorted({f"{info.num_frames} frames {info.width}x{info.height}" for info in infos})
-    t, h, w, _ = rate.clip
-    print(f"\nloader of {rate.recipe}: {t} frames {h}x{w} of videos of {', '.join(sizes[:3])}")
-    print(f"  {rate}")
-    return {"loader": rate.to_dict()}
+    size = ", ".join(sizes[:3])
+    return f"loader of {recipe.name}: {config.num_frames} frames {h}x{w} of videos of {size}"
 
 
 @contextlib.contextmanager
-def _paths(videos: tuple[Path, ...], made: Video) -> Iterator[tuple[Path, ...]]:
+def _paths(videos: tuple[str, ...], made: Video) -> Iterator[tuple[str, ...]]:
     """The files, or a made one that is removed again."""
     if videos:
         yield videos
@@ -169,4 +189,4 @@ def _paths(videos: tuple[Path, ...], made: Video) -> Iterator[tuple[Path, ...]]:
         path = Path(directory) / "made.mp4"
         print(f"making {made.num_frames} frames of video ...", file=sys.stderr)
         write_video(path, made)
-        yield (path,)
+        yield (str(path),)

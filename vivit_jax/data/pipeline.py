@@ -285,6 +285,10 @@ class Batches:
             batch["labels"] = np.repeat(labels, self._settings.repeats, axis=0)
         return batch
 
+    def read(self, number: int) -> dict[str, Any]:
+        """Reads the clip of one element in this thread, and returns it as `LoadClip` does."""
+        return self._load_clip(self.sampler[number])
+
     def state(self) -> dict[str, Any]:
         """The position in the sequence, as JSON values; valid for any `threads` and `workers`."""
         return {
