@@ -91,6 +91,18 @@ def test_a_part_of_moved_frames_is_cut_out_of_pillows(name, box):
         np.testing.assert_array_equal(part, wanted[:, top : top + height, left : left + width])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (101, 77)], ids=str)
+def test_the_middle_of_a_rotation_is_pillows(size):
+    """Its source is a pixel's centre, so any other rounding would take a level off."""
+    height, width = size
+    clip = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), np.uint8)
+    for degrees in (-18.537211341228026, 5.655575775373968, -24.559795545642476, 21.1):
+        wanted = np.asarray(by_hand(Image.fromarray(clip[0]), "Rotate", degrees))
+        top, left = height // 2, width // 2
+        part = geometric(clip, "Rotate", degrees, (top, left, height - top, width - left))
+        np.testing.assert_array_equal(part[0], wanted[top:, left:])
+
+
 def test_a_step_between_pixels_that_rounding_makes_is_pillows():
     """Neighbours of a row come from as many pixels away, unless a sum is rounded otherwise."""
     clip = smooth_clip(height=30, width=300)

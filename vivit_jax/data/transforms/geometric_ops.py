@@ -23,8 +23,7 @@ def geometric(
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """What `box` shows after one of GEOMETRIC with an argument of `timm_argument`.
 
-    The bytes are those of Pillow's operation on whole frames, except that a rotation's sources
-    differ by its rounding, about 1e-13 pixels.
+    The bytes are those of Pillow's operation on whole frames.
     """
     height, width = clip.shape[1:3]
     if name == "Rotate":
@@ -36,7 +35,7 @@ def geometric(
         "TranslateY": (1, 0, 0, 0, 1, argument * height),
     }[name]
     moved = _moved(clip, places, box, axis=2 if name.endswith("X") else 1)
-    return _cut(_by_pillow(clip, places, (0, 0, height, width)), box) if moved is None else moved
+    return _by_pillow(clip, places, box) if moved is None else moved
 
 
 def _moved(
@@ -128,21 +127,20 @@ def _rotated(
 def _by_pillow(
     clip: UInt8[np.ndarray, "t _ _ 3"], places: Places, box: Box
 ) -> UInt8[np.ndarray, "t h w 3"]:
+    """Computed from the first row and column on: an offset would round sources otherwise."""
     from PIL import Image
 
-    a, b, c, d, e, f = places
     top, left, tall, wide = box
-    here = a, b, a * left + b * top + c, d, e, d * left + e * top + f
     moved = np.empty((len(clip), tall, wide, 3), np.uint8)
     for frame, out in zip(clip, moved, strict=True):
         image = Image.fromarray(frame).transform(
-            (wide, tall),
+            (left + wide, top + tall),
             Image.Transform.AFFINE,
-            here,
+            places,
             resample=Image.Resampling.BICUBIC,
             fillcolor=(_FILL,) * 3,
         )
-        out[:] = np.asarray(image)
+        out[:] = np.asarray(image)[top:, left:]
     return moved
 
 
