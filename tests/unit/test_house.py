@@ -31,6 +31,7 @@ LATE = {
     "fsspec": "only what opens a link needs it",
     "jax2onnx": "extra onnx, and 2 s to import",
     "onnxruntime": "extra onnx",
+    "array_record": "grain brings it, but not on Windows",
     "tensorboardX": "extra tensorboard",
     "fcntl": "Python has it on POSIX systems only",
     "resource": "Python has it on POSIX systems only",

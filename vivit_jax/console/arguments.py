@@ -243,6 +243,7 @@ def _in_one_line(prog: str, command: Command, args: Sequence[str]) -> str:
         value, option, choices = found.groups()
         known = [choice.strip(" '\"") for choice in choices.split(",")]
         known = [choice for choice in known if choice != "None"] or known  # the default
+        known.sort()  # tyro's order of choices with a default of None differs from run to run
         meant = closest(value.strip(" '\""), known)
         return f"{name}: {option} is {value}{meant}"
     if found := _MISSING_VALUE.fullmatch(said):
