@@ -121,13 +121,18 @@ def _rotated(
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = width / 2, height / 2
     places = cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
-    return _by_pillow(clip, places, box)
+    if height % 2 and width % 2:  # an offset would round the middle pixel's source otherwise
+        return _by_pillow(clip, places, box)
+    a, b, c, d, e, f = places
+    top, left, tall, wide = box
+    here = a, b, a * left + b * top + c, d, e, d * left + e * top + f
+    return _by_pillow(clip, here, (0, 0, tall, wide))
 
 
 def _by_pillow(
     clip: UInt8[np.ndarray, "t _ _ 3"], places: Places, box: Box
 ) -> UInt8[np.ndarray, "t h w 3"]:
-    """Computed from the first row and column on: an offset would round sources otherwise."""
+    """Computed from the first row and column on."""
     from PIL import Image
 
     top, left, tall, wide = box
