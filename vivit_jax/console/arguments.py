@@ -242,8 +242,8 @@ def _in_one_line(prog: str, command: Command, args: Sequence[str]) -> str:
     if found := _CHOICE.fullmatch(said):
         value, option, choices = found.groups()
         known = [choice.strip(" '\"") for choice in choices.split(",")]
-        known = [choice for choice in known if choice != "None"] or known  # the default
-        known.sort()  # tyro's order of choices with a default of None differs from run to run
+        if "None" in known:  # the default, with which tyro's order differs from run to run
+            known = sorted(choice for choice in known if choice != "None")
         meant = closest(value.strip(" '\""), known)
         return f"{name}: {option} is {value}{meant}"
     if found := _MISSING_VALUE.fullmatch(said):
