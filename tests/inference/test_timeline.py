@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from clips import write_clip
 from helpers import random_params
+from scipy.special import softmax
 from tiny import VIVIT
 
 import vivit_jax
 from vivit_jax.errors import UserError, VideoError
+from vivit_jax.inference import timeline
+from vivit_jax.inference.features import FeatureRow
 from vivit_jax.inference.timeline import Timeline, score_over_time
 
 LABELS = ("walk", "run", "jump", "fly", "sleep")
@@ -48,6 +51,17 @@ def test_scores_are_those_of_single_windows(classifier, clip):
     few = score_over_time(classifier, clip, stride=2, window_stride=7, top_k=2, batch_size=4)
     assert few.labels == found.labels[:2]
     np.testing.assert_allclose(few.scores, found.scores[:, :2], atol=1e-5)
+
+
+def test_classes_are_in_the_order_of_their_highest_scores(classifier, clip, monkeypatch):
+    """One is certain once, another likely all the time."""
+    rows = np.tile([0.0, 2.0, 1.0, -1.0, -2.0], (4, 1)).astype(np.float32)
+    rows[1] = [9.0, 2.0, 1.0, -1.0, -2.0]
+    windows = [FeatureRow(row, np.arange(6), np.arange(6.0)) for row in rows]
+    monkeypatch.setattr(timeline, "window_logits", lambda *args, **options: iter(windows))
+    found = score_over_time(classifier, clip, top_k=3)
+    assert found.labels == LABELS[:3]
+    np.testing.assert_allclose(found.scores, softmax(rows, axis=1)[:, :3], atol=1e-6)
 
 
 def test_by_default_four_windows_lie_over_each_frame(classifier, clip, tmp_path):

@@ -201,6 +201,8 @@ def test_what_early_stop_says(metric, scores, told):
     """A score is a number of nobody's; the step is in the log."""
     callback = EarlyStop(1, metric=metric)
     for k, score in enumerate(scores, 4):
+        saved, callback = callback.state(), EarlyStop(1, metric=metric)
+        callback.restore(saved)  # as after a resume
         event, asked = evaluation(k, score, accuracy=score, val_loss=score)
         callback(event)
     assert asked == [told]

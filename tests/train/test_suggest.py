@@ -70,6 +70,24 @@ def test_every_choice_has_a_reason_and_is_in_the_recipe():
         assert each.reason and value_of(found.recipe, each.path) == each.value, each.path
 
 
+def test_runs_are_scored_and_saved_twenty_times_and_wait_for_a_part_of_them():
+    recipe = chosen(data=clips(32)).recipe
+    train = recipe.train
+    assert (train.epochs, train.evaluate_every, train.patience) == (100, 5, 8)
+    per_epoch = 32 // train.batch_size
+    assert per_epoch > 1 and train.checkpoint_every == 5 * per_epoch
+    few = chosen(data=clips(10_000), settings=["train.epochs=6"]).recipe.train
+    assert (few.evaluate_every, few.patience) == (1, 3)
+
+
+def test_twice_the_share_of_bad_clips_that_was_seen_is_allowed():
+    assert chosen(data=clips(32)).recipe.data.max_bad_share == 0.05  # the usual one
+    assert chosen(data=clips(32, unreadable=3)).recipe.data.max_bad_share == pytest.approx(
+        2 * 3 / 32 + 0.1, rel=0.05
+    )
+    assert chosen(data=clips(32, unreadable=20)).recipe.data.max_bad_share == 1
+
+
 def test_large_data_follow_the_papers():
     """The limit of the rules: 240,000 clips on a machine that takes the papers' batch."""
     recipe, paper = chosen(data=clips(240_000)).recipe, recipe_named(PUBLISHED[BASE])
