@@ -6,13 +6,16 @@ import re
 import signal
 import sys
 
+import numpy as np
 import pytest
 from clips import write_clip
 from commands import run_command
 
 from vivit_jax.cli import pack as command
 from vivit_jax.cli.pack import parse_size
+from vivit_jax.data.datasets.dataset import read_dataset
 from vivit_jax.errors import UserError
+from vivit_jax.files.parts import part_of
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,30 @@ def test_a_pack_is_written_checked_and_named(data, tmp_path, capsys):
         found = json.loads(said)
         assert status == 0 and found["trains"], found
         assert [each["name"] for each in found["classes"]] == ["run", "walk"]
+
+
+@pytest.mark.parametrize("container", ["tar", "arrayrecord"])
+def test_checksums_find_what_decoding_does_not(tmp_path, capsys, container):
+    """A bit of a pixel of an array is turned over."""
+    rng, data, out = np.random.default_rng(0), tmp_path / "data", tmp_path / "packed"
+    for name in ("a", "b"):
+        (data / name).mkdir(parents=True)
+        for k in range(4):
+            np.save(data / name / f"{k}.npy", rng.integers(0, 255, (9, 16, 16, 3), np.uint8))
+    assert run(capsys, data, out, "--format", container)[0] == 0
+    checked = ("check-data", out, "--frames", "8", "--stride", "1", "--checksums")
+    status, said, _ = run_command(capsys, *checked)
+    assert status == 0 and "other content" not in said
+    path = read_dataset(out).examples[5].path
+    shard = out / f"packed-000000.{container}"
+    content = bytearray(shard.read_bytes())
+    content[part_of(path).start + 3000] ^= 1
+    shard.write_bytes(content)
+    status, said, _ = run_command(capsys, *checked)
+    assert status == 0 and "warning  1 clip of other content than was packed" in said
+    assert path in said
+    status, _, errors = run_command(capsys, "check-data", data, "--checksums")
+    assert status == 2 and "has no checksums; expected a pack that vivit-jax pack wrote" in errors
 
 
 def test_shards_that_are_not_there_stop_training(tmp_path, capsys):

@@ -270,9 +270,43 @@ def test_clips_that_cannot_be_read_are_left_out_and_named(data, tmp_path):
     with pytest.raises(UserError, match="6 of 20 clips cannot be read, more than --max-bad-share"):
         pack(read_dataset(tmp_path / "list.txt"), tmp_path / "worse", SMALL)
     (tmp_path / "list.txt").write_text("bad.mp4 0\n")
-    with pytest.raises(UserError, match="1 of 1 clips cannot be read"):
+    with pytest.raises(UserError, match="1 of 1 clip cannot be read"):
         pack(read_dataset(tmp_path / "list.txt"), tmp_path / "none", SMALL)
     assert not (tmp_path / "none").exists()
+
+
+def test_unreadable_clips_at_the_end_of_an_interrupted_pack(data, tmp_path, monkeypatch):
+    """No shard is made for them, and none is said to be unreadable that is not."""
+    lines = [f'"{data / "a b.mp4"}" 0'] * 60 + ["bad.mp4 0", "worse.mp4 0"]
+    for name in ("bad.mp4", "worse.mp4"):
+        (tmp_path / name).write_bytes(b"no video")
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    dataset, how = read_dataset(tmp_path / "list.txt"), Packing(shard_bytes=150_000, threads=1)
+    expected = pack(dataset, tmp_path / "whole" / "k400", how)
+    assert len(expected.left_out) == 2 and expected.clips == 60
+    write = packing.write_json
+
+    def dying(path, values):  # when the last shard is there, before what follows it
+        if path.name == "manifest.json":
+            raise Killed
+        write(path, values)
+
+    monkeypatch.setattr(packing, "write_json", dying)
+    with pytest.raises(Killed):
+        pack(dataset, tmp_path / "k400", how)
+    notes = sorted(path for path in (tmp_path / "k400").glob("*.tar.json"))
+    last = json.loads(notes[-1].read_text())
+    assert last["next"] == 62 and len(last["left_out"]) == 2
+    # As if it had been killed before it looked at the last two.
+    notes[-1].write_text(json.dumps(last | {"next": 60, "left_out": {}}))
+    monkeypatch.undo()
+    assert pack(dataset, tmp_path / "k400", how) == expected
+    assert content(tmp_path / "k400") == content(tmp_path / "whole" / "k400")
+    notes[-1].write_text("[]")
+    (tmp_path / "k400" / "manifest.json").unlink()
+    notes[0].write_text('{"other": 1}')
+    with pytest.raises(UserError, match="is no note of a pack that was begun; remove it"):
+        pack(dataset, tmp_path / "k400", how)
 
 
 def damaged(packed, tmp_path, change):

@@ -33,6 +33,7 @@ from vivit_jax.data.datasets.check import (
 )
 from vivit_jax.data.datasets.dataset import Dataset, names_shards
 from vivit_jax.data.datasets.hold_out import write_list
+from vivit_jax.data.packing.verify import changed_clips
 from vivit_jax.data.settings import DataSettings
 from vivit_jax.errors import UserError, WriteError, counted
 from vivit_jax.files.addresses import Place
@@ -96,15 +97,13 @@ def check_data(
         except UserError as error:
             return _not_read(error, output.json, to_stdout)
         whole = source.split is None and not others
+        changed = _changed(str(data), check) if check.checksums else []
         report = _checked(dataset, check, labelled=source.labels > 0, holds_out=whole)
-        report = dataclasses.replace(report, findings=(*report.findings, *others))
+        report = _with_findings(report, [*others, *changed])
         drawn = output.draw is not None and _draw(report, output.draw, check.threads)
     if warnings:
         text = f"{counted(len(warnings), 'warning')} while reading"
-        found = Finding("warning", text, "", tuple(warnings))
-        findings = (*report.findings, found)
-        findings = sorted(findings, key=lambda finding: LEVELS.index(finding.level))
-        report = dataclasses.replace(report, findings=tuple(findings))
+        report = _with_findings(report, [Finding("warning", text, "", tuple(warnings))])
 
     if to_stdout:
         print(json_module.dumps(as_dict(report, check), indent=2))
@@ -119,6 +118,19 @@ def check_data(
             if path is not None:
                 print(f"written to {path}")
     return 0 if report.trains else 1
+
+
+def _with_findings(report: Report, more: list[Finding]) -> Report:
+    findings = sorted((*report.findings, *more), key=lambda each: LEVELS.index(each.level))
+    return dataclasses.replace(report, findings=tuple(findings))
+
+
+def _changed(data: str, check: CheckOptions) -> list[Finding]:
+    """The clips of a pack whose content is not what was packed."""
+    with live_line("checksums") as progress:
+        clips = changed_clips(data, check.threads, progress)
+    text = f"{counted(len(clips), 'clip')} of other content than was packed, by the checksums"
+    return [Finding("warning", text, "get the shards again", tuple(clips))] if clips else []
 
 
 def _check_options(

@@ -24,6 +24,7 @@ class CheckOptions:
         stride: Frames of the video from one frame of a training clip to the next.
         validation: Share of each class to hold out in the suggested split.
         decode: Also decode one training clip of each video, which finds damage inside files.
+        checksums: Also read all of a pack and compare each clip with its checksum.
         threads: Threads that read clips.
     """
 
@@ -31,6 +32,7 @@ class CheckOptions:
     stride: int = 4
     validation: float = 0.2
     decode: bool = False
+    checksums: bool = False
     threads: int = 2
 
 

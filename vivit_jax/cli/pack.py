@@ -53,9 +53,10 @@ def pack_command(
 
     The shards are tar files as WebDataset has them, with a list of the place of each clip beside
     them, so that any clip is read without the others, in the order of the seed as before. Clips
-    are the files as they are, or with --resize smaller videos. --data takes the directory, or
-    shards of it such as 'gs://bucket/k400/k400-{000000..000099}.tar'. A pack that was interrupted
-    goes on when the same command runs again, and one that is complete is checked.
+    are the files as they are, or with --resize smaller videos. Commands that read
+    clips take the directory, or shards of it such as 'gs://b/k400/k400-{000000..000099}.tar'. A
+    pack that was interrupted goes on when the same command runs again, and one that is complete is
+    checked; check-data --checksums compares single clips.
 
     Args:
         data: A list file with a path and a label in each line, a directory with a folder for each

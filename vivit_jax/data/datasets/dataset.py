@@ -236,7 +236,7 @@ def _recorded(path: str, labels: int | None, class_names: str | Path | None) -> 
 
 def _packed(path: str, labels: int | None, class_names: str | Path | None) -> Dataset:
     """The data set of shards."""
-    columns, root, classes = read_pack(path)
+    columns, root, classes, _ = read_pack(path)
     heads = columns.labels.shape[1]
     if labels == 0 or not heads:
         columns, classes = columns.unlabelled(), None

@@ -158,11 +158,13 @@ class Pack(NamedTuple):
         columns: entries whose paths are relative to `root`.
         root: the directory of the shards.
         classes: names by label.
+        checksums: the CRC-32 of each clip; None for tar files of others.
     """
 
     columns: Columns
     root: str
     classes: tuple[str, ...] | None
+    checksums: UInt32[np.ndarray, " clips"] | None
 
 
 def is_pack(path: str, names: Sequence[str] | None) -> bool:
@@ -191,7 +193,7 @@ def read_pack(path: str) -> Pack:
         assert wanted is not None
         _check_there(path, directory, wanted, sizes)
         columns, classes = tar_clips(directory, wanted)
-        return Pack(columns, directory, classes)
+        return Pack(columns, directory, classes, None)
     manifest = read_manifest(directory)
     if wanted is None:
         wanted = [shard.name for shard in manifest.shards]
@@ -214,7 +216,7 @@ def read_pack(path: str) -> Pack:
     if wanted != [shard.name for shard in manifest.shards]:
         index = _of_shards(index, [known[name][0] for name in wanted])
     columns = index.columns([shard.name for shard in manifest.shards])
-    return Pack(columns, directory, manifest.classes)
+    return Pack(columns, directory, manifest.classes, index.checksums)
 
 
 def read_manifest(directory: str) -> Manifest:

@@ -8,6 +8,7 @@ all of them and the manifest are written.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from vivit_jax.data.packing.array_shard import ArrayShard
 from vivit_jax.data.packing.members import Member, members
 from vivit_jax.data.packing.tar_shard import TarShard, file_sha256
 from vivit_jax.data.settings import FEW_CLIPS
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.errors import UserError, counted
 from vivit_jax.files.addresses import Address, Place
 from vivit_jax.files.atomic import check_directory, whole_file, write_json
 from vivit_jax.files.reading import content, names_in, size_of
@@ -132,10 +133,6 @@ def pack(dataset: Dataset, out: Place, how: Packing, progress: Progress | None =
         return _finished(dataset, out, source, how, begun)
 
 
-def _silent(done: int, total: int) -> None:
-    """No progress is shown."""
-
-
 def _shard_name(out: Place, number: int, how: Packing) -> str:
     return f"{out.name}-{number:0{_DIGITS}}{WRITERS[how.container].SUFFIX}"
 
@@ -151,7 +148,13 @@ def _kept(out: Place, there: set[str], key: str, how: Packing) -> Iterator[_Begu
         name = _shard_name(out, number, how)
         if f"{name}.json" not in there:
             return
-        found = _Begun(**json.loads(content(out / f"{name}.json")))
+        try:
+            found = _Begun(**json.loads(content(out / f"{name}.json")))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{out / name}.json is no note of a pack that was begun; remove it, or choose "
+                "another directory"
+            ) from None
         if found.key != key:
             raise UserError(
                 f"--out {out} holds a pack that was begun of other clips or with other settings; "
@@ -192,59 +195,80 @@ def _checked_whole(out: Place, source: str, how: Packing) -> Manifest:
     return manifest
 
 
+class _Remaining:
+    """The clips that are not packed yet.
+
+    Attributes:
+        member: the next one that can be read; None at the end.
+        done: how many clips lie before it.
+        left_out: those that could not be read, and why, until somebody takes them from here.
+    """
+
+    def __init__(self, dataset: Dataset, how: Packing, begun: list[_Begun], progress: Progress):
+        self._dataset, self._how, self._progress = dataset, how, progress
+        self._bad = sum(len(each.left_out) for each in begun)
+        self.done, self.left_out = begun[-1].next if begun else 0, dict[str, str]()
+        self._clips = members(dataset, self.done, how.resize, how.threads)
+        self.member: Member | None = None
+        self.advance()
+
+    def advance(self) -> None:
+        """Go to the next. Raises UserError if too many cannot be read."""
+        if self.member is not None:
+            self._pass(self.member.index)
+        for index, made in self._clips:
+            if isinstance(made, Member):
+                self.member = made
+                return
+            self.left_out[self._dataset.examples[index].path] = str(made)
+            self._bad += 1
+            self._pass(index)
+        self.member = None
+
+    def close(self) -> None:
+        self._clips.close()
+
+    def _pass(self, index: int) -> None:
+        self.done, total, most = index + 1, len(self._dataset), self._how.max_bad_share
+        self._progress(self.done, total)
+        enough = self.done >= FEW_CLIPS or self.done == total
+        if enough and self._bad > most * self.done:
+            last = next(reversed(self.left_out.values()), "")
+            raise UserError(
+                f"{self._bad} of {counted(self.done, 'clip')} cannot be read, more than "
+                f"--max-bad-share {most:g}{last and f'; the last: {last}'}"
+            )
+
+
 def _written(
-    dataset: Dataset,
-    out: Place,
-    key: str,
-    how: Packing,
-    begun: list[_Begun],
-    progress: Progress,
+    dataset: Dataset, out: Place, key: str, how: Packing, begun: list[_Begun], progress: Progress
 ) -> Iterator[_Begun]:
     """Write the shards that are not there yet."""
-    done = begun[-1].next if begun else 0
-    bad, last = sum(len(each.left_out) for each in begun), ""
-    clips = members(dataset, done, how.resize, how.threads)
-    try:
-        waiting = next(clips, None)
-        number = len(begun)
-        while waiting is not None:
-            name = _shard_name(out, number, how)
-            places, left_out = [], {}
+    with contextlib.closing(_Remaining(dataset, how, begun, progress)) as clips:
+        for number in itertools.count(len(begun)):
+            if clips.member is None:
+                break
+            name, places = _shard_name(out, number, how), []
             with whole_file(out / name) as partial:
                 shard = WRITERS[how.container](partial)
-                while waiting is not None:
-                    index, made = waiting
-                    if isinstance(made, VideoError):
-                        left_out[dataset.examples[index].path] = str(made)
-                        bad, last = bad + 1, str(made)
-                    elif places and shard.size + made.size > how.shard_bytes:
+                while (member := clips.member) is not None:
+                    if places and shard.size + member.size > how.shard_bytes:
                         break
-                    else:
-                        places.append(_added(shard, dataset, made))
-                    done = index + 1
-                    _check_share(bad, done, len(dataset), how, last)
-                    progress(done, len(dataset))
-                    waiting = next(clips, None)
-                if not places:
-                    raise UserError(f"{dataset.source}: none of its {done:,} clips can be read")
+                    places.append(_added(shard, dataset, member))
+                    clips.advance()
                 starts, size, sha256 = shard.close()
             both = zip(places, starts, strict=True)
             placed = [each._replace(start=start) for each, start in both]
-            found = _Begun(key, name, size, sha256, done, placed, left_out)
+            found = _Begun(key, name, size, sha256, clips.done, placed, clips.left_out)
+            clips.left_out = {}
             write_json(out / f"{name}.json", dataclasses.asdict(found))
             yield found
-            number += 1
-    finally:
-        clips.close()
-
-
-def _check_share(bad: int, seen: int, total: int, how: Packing, last: str) -> None:
-    """UserError if too many clips cannot be read."""
-    if bad > how.max_bad_share * seen and (seen >= FEW_CLIPS or seen == total):
-        raise UserError(
-            f"{bad} of {seen} clips cannot be read, more than --max-bad-share "
-            f"{how.max_bad_share:g}; the last: {last}"
-        )
+        if clips.left_out and not begun:
+            raise UserError(f"{dataset.source}: none of its {clips.done:,} clips can be read")
+        if clips.left_out:  # nothing came after them that would make a shard
+            begun[-1].left_out |= clips.left_out
+            begun[-1].next = clips.done
+            write_json(out / f"{begun[-1].name}.json", dataclasses.asdict(begun[-1]))
 
 
 def _added(shard: TarShard | ArrayShard, dataset: Dataset, member: Member) -> _Place:
