@@ -87,4 +87,4 @@ def test_a_demo_and_a_run(finished, tmp_path, capsys):
     with file_size(LARGEST):
         assert main(run) == 2
     told = f"{tmp_path}/run/recipe.json cannot be written: File too large"
-    assert told in capsys.readouterr().err and not list((tmp_path / "run").iterdir())
+    assert told in capsys.readouterr().err and not (tmp_path / "run").exists()

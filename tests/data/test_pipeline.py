@@ -367,6 +367,24 @@ def test_a_cache_decodes_ahead_and_everything_once(clips, monkeypatch):
     assert "decode ahead" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_nothing_is_read_any_more_once_batches_are_closed(clips, monkeypatch):
+    """Who closes them may remove the files."""
+    begun, ended, original = [], [], pipeline.LoadClip.read
+
+    def slow(self, element, *args):
+        begun.append(element)
+        time.sleep(0.05)
+        found = original(self, element, *args)
+        ended.append(element)
+        return found
+
+    monkeypatch.setattr(pipeline.LoadClip, "read", slow)
+    for _ in range(3):
+        with batches(clips, dataclasses.replace(DATA, threads=3), batch_size=1) as source:
+            next(source)
+        assert sorted(begun) == sorted(ended)
+
+
 def test_labels_of_several_heads(clips):
     heads = tuple(Example(e.path, (e.label, 10 * e.label)) for e in clips.examples)
     data = dataclasses.replace(DATA, repeats=2)

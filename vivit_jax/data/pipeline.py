@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -92,6 +94,33 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.uint64)
     np.random.default_rng((seed, epoch)).shuffle(order)  # as `permutation`, in less memory
     return order
+
+
+class _Underway:
+    """The calls of a function, of which there may be several at once."""
+
+    def __init__(self):
+        self._count, self._changed = 0, threading.Condition()
+
+    def call(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The function, whose calls are counted."""
+
+        def counted_call(item: Any) -> Any:
+            with self._changed:
+                self._count += 1
+            try:
+                return function(item)
+            finally:
+                with self._changed:
+                    self._count -= 1
+                    self._changed.notify_all()
+
+        return counted_call
+
+    def wait(self) -> None:
+        """Return once there is none."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +263,7 @@ class Batches:
         block_cache.use(settings.cache_dir, settings.cache_dir_gib)
         transform = augment if callable(augment) else train_transform(augment, shape.size)
         self._load_clip = LoadClip(settings, transform, shape, self.sampler, self._cache)
+        self._underway = _Underway()
         self._elements: Any = None  # grain's DatasetIterator, or None
         self._first: list[dict[str, Any]] = []  # the element read while processes started
 
@@ -247,7 +277,8 @@ class Batches:
         ahead = -(-2 * self._rows // max(workers, 1)) + threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         order = dataclasses.replace(self.sampler, first=self._steps * self._rows)
-        elements = grain.MapDataset.source(order).map(self._load_clip).to_iter_dataset(options)
+        load = self._load_clip if workers else self._underway.call(self._load_clip)
+        elements = grain.MapDataset.source(order).map(load).to_iter_dataset(options)
         if workers:
             from absl import flags
 
@@ -331,6 +362,7 @@ class Batches:
         if self._elements is not None:
             self._elements.close()
             self._elements = None
+            self._underway.wait()  # grain's threads end what they have begun
             # grain's iterators refer to each other, and complain if they still exist when the
             # interpreter exits. They are collected once, however many there were.
             atexit.unregister(_collect)
