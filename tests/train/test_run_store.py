@@ -275,7 +275,7 @@ def packed_in_s3(tmp_path, steps: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_in_s3_killed_ten_times_ends_bit_for_bit_as_a_whole_one(
     tmp_path, monkeypatch, processes
 ):
