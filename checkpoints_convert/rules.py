@@ -10,6 +10,7 @@ one tensor at a time, else it is an array. Rules only permute, so the same calls
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -205,13 +206,7 @@ def leaf_dtypes(
         stored = np.dtype(dtype_name(source[row.src]))
         for path in row.dst:
             leaf = slots[path].leaf
-            try:
-                dtypes[leaf] = np.promote_types(dtypes.get(leaf, stored), stored)
-            except TypeError:
-                raise CheckpointError(
-                    f"the layers of {leaf} are stored as {dtypes[leaf]} and as {stored}; give a "
-                    "param_dtype to cast them to"
-                ) from None
+            dtypes[leaf] = _common_dtype(dtypes.get(leaf, stored), stored)
     return dtypes
 
 
@@ -258,14 +253,16 @@ def _exported(params, row: Row, slots: list[param_tree.Slot]) -> LazyTensor:
     def read():
         leaves = [np.asarray(params[slot.leaf]) for slot in slots]
         values = [
-            leaf if slot.layer is None else leaf[slot.layer]
+            (leaf if slot.layer is None else leaf[slot.layer]).astype(dtype, copy=False)
             for leaf, slot in zip(leaves, slots, strict=True)
         ]
         tensor = _empty(shape, dtype)
         _copy(tensor, row.to_tensor(values))
         return tensor
 
-    dtype = np.result_type(*(np.dtype(dtype_name(params[slot.leaf])) for slot in slots))
+    dtype = functools.reduce(
+        _common_dtype, (np.dtype(dtype_name(params[slot.leaf])) for slot in slots)
+    )
     shape = row.tensor_shape([slot.shape for slot in slots])
     return LazyTensor(shape, dtype, read)
 
@@ -279,6 +276,12 @@ def stored_dtype(tensors: Mapping[str, Any]) -> str:
     """The dtype of a checkpoint: that of its tensors, float32 if they differ."""
     names = {dtype_name(tensor) for tensor in tensors.values()}
     return names.pop() if len(names) == 1 else "float32"
+
+
+def _common_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
+    """The narrowest of FLOATS that holds every value of both."""
+    # numpy promotes bfloat16 with float16 only since ml_dtypes 0.7; both are promoted with float32.
+    return a if a == b else np.promote_types(np.promote_types(a, np.float32), b)
 
 
 def _wrong_dtype(tensor: Any) -> str:
