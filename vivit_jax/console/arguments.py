@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from vivit_jax.console.options import EMPTY_PATH, not_empty, offered
+from vivit_jax.console.options import checked_path, offered, path_fault
 from vivit_jax.console.program import PRINT_COMPLETION, Command, Program
 from vivit_jax.errors import UserError, closest, quoted, similar
 from vivit_jax.files.addresses import address_text, is_address
@@ -102,7 +102,7 @@ def _local_paths(refused: list[str]) -> ConstructorRegistry:
 
         def made(given: list[str]) -> Path:
             refused.extend(address_text(text) for text in given if is_address(text))
-            return Path(not_empty(given[0]))
+            return Path(checked_path(given[0]))
 
         return PrimitiveConstructorSpec(
             nargs=1,
@@ -261,8 +261,10 @@ def _in_one_line(prog: str, command: Command, args: Sequence[str]) -> str:
         if wanted := _NO_TYPE.match(reason):
             return f"{name}: {option} takes {wanted[1].strip('{}')}{more}"
         return f"{name}: {option}: {reason}"
-    if "Could not find valid parse" in said and "" in args:  # of several paths it says no more
-        return f"{name}: {EMPTY_PATH}"
+    if "Could not find valid parse" in said:  # of several paths it says no more
+        fault = next(filter(None, map(path_fault, args)), None)
+        if fault is not None:
+            return f"{name}: {fault}"
     return f"{name}: {said}{more}"
 
 

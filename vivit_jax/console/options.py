@@ -9,7 +9,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vivit_jax.errors import ConfigError
-from vivit_jax.files.addresses import Place, place
+from vivit_jax.files.addresses import Place, names_no_bucket, place
 
 # Annotates a dataclass of flags, which then have no prefix.
 FLAT = tyro.conf.arg(name="")
@@ -43,13 +43,27 @@ def offered(command: Callable, option: str, value: str) -> list[str]:
 
 
 _INSTEAD = "_vivit_jax_instead"
-EMPTY_PATH = "a path is empty; expected a file or a directory, . for this one"
 
 
-def not_empty(text: str) -> str:
-    """A path as it is given; ValueError for an empty one, which would stand for this directory."""
+def path_fault(text: str) -> str | None:
+    """What is wrong with a path as it is given; None if nothing is.
+
+    An empty one would stand for this directory, and gs:// for a directory here named gs:.
+    """
     if not text:
-        raise ValueError(EMPTY_PATH)
+        return "a path is empty; expected a file or a directory, . for this one"
+    if names_no_bucket(text):
+        return (
+            f"{text} names no bucket and no server; expected such as gs://bucket/directory, or "
+            f"./{text} for a directory here"
+        )
+    return None
+
+
+def checked_path(text: str) -> str:
+    """A path as it is given. ValueError for one that has a fault."""
+    if (fault := path_fault(text)) is not None:
+        raise ValueError(fault)
     return text
 
 
@@ -59,7 +73,7 @@ PlaceOption = Annotated[
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda given: place(not_empty(given[0])),
+        instance_from_str=lambda given: place(checked_path(given[0])),
         is_instance=lambda value: isinstance(value, Place),
         str_from_instance=lambda value: [str(value)],
     ),

@@ -19,6 +19,8 @@ from vivit_jax.files import storage
 
 # A Path keeps one of two slashes. A single letter is a drive of Windows.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?://(?=.)|/(?=[^/]))")
+# Of other protocols three slashes are usual, as in file:///tmp and hdfs:///tmp.
+_NO_BUCKET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}|(?:gs|gcs|s3|s3a|hf|https?):///.*")
 
 
 def is_address(path: Any) -> bool:
@@ -29,6 +31,11 @@ def is_address(path: Any) -> bool:
         return False
     name = os.fspath(path)
     return isinstance(name, str) and ":/" in name and bool(_ADDRESS.match(name))
+
+
+def names_no_bucket(path: str) -> bool:
+    """Whether a path begins as an address and ends before it names a bucket or a server."""
+    return bool(_NO_BUCKET.fullmatch(path))
 
 
 def address_text(path: Any) -> str:
