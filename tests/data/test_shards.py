@@ -424,9 +424,99 @@ def test_shards_of_others(data, tmp_path):
     assert read_dataset(tmp_path / "s-3.tar").labels_per_example == 0
 
 
+def test_links_in_shards_of_others_stand_for_their_members(data, tmp_path):
+    """tar writes a file's second name as a hard link; both forms, before and after their files."""
+    clip = (data / "c.mkv").read_bytes()
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+
+    def link(name, target, kind):
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, target
+        return member
+
+    def write(*members):
+        with tarfile.open(tmp_path / "s.tar", "w") as archive:
+            for each in members:
+                if isinstance(each, tarfile.TarInfo):
+                    archive.addfile(each)
+                    continue
+                member = tarfile.TarInfo(each[0])
+                member.size = len(each[1])
+                archive.addfile(member, io.BytesIO(each[1]))
+
+    write(
+        link("first.mkv", "x/a.mkv", soft),
+        link("first.cls", "./x/a.cls", hard),
+        ("x/a.mkv", clip),
+        ("x/a.cls", b"3"),
+        link("x/b.mkv", "x/a.mkv", hard),
+        ("x/b.cls", b"4"),
+        link("x/c.mkv", "b.mkv", soft),
+        ("x/c.cls", b"5"),
+    )
+    found = read_dataset(tmp_path / "s.tar")
+    assert found.labels[:, 0].tolist() == [3, 3, 4, 5]
+    assert [content_of(each.path) for each in found.examples] == [clip] * 4
+    names = [each.path.rpartition("/")[2] for each in found.examples]
+    assert names == ["first.mkv", "a.mkv", "b.mkv", "c.mkv"]
+    for target, kind in (("../x.mkv", soft), ("gone.mkv", hard), ("a.mkv", soft)):
+        write(link("a.mkv", target, kind))
+        with pytest.raises(UserError, match="s.tar: a.mkv is a link to .*, which is no file in it"):
+            read_dataset(tmp_path / "s.tar")
+
+
+def test_what_is_not_read_of_shards_of_others_is_said(tmp_path, caplog):
+    """Labels without a clip, and clips and folders beside the shards."""
+    members = [("a.mkv", b"x"), ("./a.cls", b"3"), ("b.cls", b"1"), ("__meta__/c.mkv", b"x")]
+    write_tar(tmp_path / "S.TAR", members)
+    found = read_dataset(tmp_path / "S.TAR")
+    assert found.labels[:, 0].tolist() == [3] and content_of(found.examples[0].path) == b"x"
+    assert caplog.messages == [f"{tmp_path}/S.TAR: 1 label without a clip, such as b"]
+    caplog.clear()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "c.mp4").touch()
+    (tmp_path / "readme.txt").touch()
+    assert len(read_dataset(tmp_path)) == 1
+    others = "other clips and folders there are not read: 2, such as c.mp4"
+    assert caplog.messages[0] == f"{tmp_path}: read by its 1 shard; {others}"
+
+
+@pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.tar", "{s,t}.tar.gz", "s.tar.zst"])
+def test_a_compressed_shard_is_refused(tmp_path, name):
+    with tarfile.open(tmp_path / name, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a.mkv"))
+    with pytest.raises(UserError, match="a compressed tar file.*; decompress it, such as with gun"):
+        read_dataset(tmp_path / name)
+
+
+def test_what_follows_the_end_of_a_shard_is_refused(tmp_path):
+    """`cat` of two tar files, of which readers see the first; the padding of tar's is none."""
+    write_tar(tmp_path / "s.tar", [("a.mkv", b"x")])
+    one = (tmp_path / "s.tar").read_bytes()
+    (tmp_path / "s.tar").write_bytes(one + bytes(2**21))
+    assert len(read_dataset(tmp_path / "s.tar")) == 1
+    for more in (one, bytes(2**21) + b"x"):
+        (tmp_path / "s.tar").write_bytes(one + more)
+        with pytest.raises(UserError, match="s.tar: more follows the end mark at byte 1,024"):
+            read_dataset(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("7", 7), (" 007\n", 7), ('["1", 2]', (1, 2)), ('"12"', 12)]
+)
+def test_numbers_that_are_written_as_texts(tmp_path, text, expected):
+    """In the order of names 10 would come before 2."""
+    json_, cls = ("a.json", f'{{"label": {text}}}'.encode()), ("a.cls", text.encode())
+    write_tar(tmp_path / "s.tar", [("a.mkv", b"x"), json_ if text[0] in '"[' else cls])
+    assert read_dataset(tmp_path / "s.tar").examples[0].label == expected
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
+        ([("a.mkv", b"x"), ("a.cls", b"-1")], "a.cls: label '-1'; expected a number from 0"),
+        ([("a.mkv", b"x"), ("a.cls", b"1 2")], "a.cls: label '1 2'; expected a number from 0"),
+        ([("a.mkv", b"x"), ("a.cls", b"9" * 5000)], "a.cls: label '999.*; expected a number"),
         ([("a.mkv", b"x"), ("a.mp4", b"y")], "two clips are named a: a.mkv and a.mp4"),
         ([("a.txt", b"x")], "no clips in it"),
         ([("a.mkv", b"x"), ("a.json", b"{")], "a.json: no JSON"),

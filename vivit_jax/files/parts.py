@@ -15,7 +15,9 @@ from vivit_jax.files.addresses import is_address
 SHARDS = (".tar", ".arrayrecord", ".array_record")  # endings
 # An ArrayRecord file consists of blocks, each with a head that is no part of what it holds.
 _BLOCK, _HEAD = 2**16, 24  # bytes
-_PART = re.compile(r"(.+?\.(?:tar|arrayrecord|array_record))@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL)
+_PART = re.compile(
+    r"(.+?\.(?:tar|arrayrecord|array_record))@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL | re.IGNORECASE
+)
 
 
 class Part(NamedTuple):

@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import zipfile
@@ -22,12 +23,15 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt32
 
 from vivit_jax.data.datasets.columns import Columns
-from vivit_jax.data.datasets.tar_members import tar_clips
-from vivit_jax.errors import UserError
+from vivit_jax.data.datasets.folders import ending
+from vivit_jax.data.datasets.tar_members import CLIPS, COMPRESSED_NAMES, IS_COMPRESSED, tar_clips
+from vivit_jax.errors import UserError, counted, quoted
 from vivit_jax.files import storage
 from vivit_jax.files.addresses import address_text, is_address
-from vivit_jax.files.parts import SHARDS, Part, part_of
+from vivit_jax.files.parts import SHARDS, part_of
 from vivit_jax.files.reading import content, is_file, listed, size_of
+
+logger = logging.getLogger(__name__)
 
 MANIFEST, INDEX = "manifest.json", "index.npz"
 FORMAT, VERSION = "vivit_jax pack", 1
@@ -174,7 +178,7 @@ def is_pack(path: str, names: Sequence[str] | None) -> bool:
         return MANIFEST in names or any(not name.startswith(".") for name in shards)
     if os.path.basename(path) == MANIFEST:
         return True
-    return path.lower().endswith(SHARDS) and part_of(path) is None
+    return path.lower().endswith((*SHARDS, *COMPRESSED_NAMES)) and part_of(path) is None
 
 
 def read_pack(path: str) -> Pack:
@@ -183,12 +187,15 @@ def read_pack(path: str) -> Pack:
     Raises UserError for shards that are missing, cut off or not those of the index, for damaged
     files, and for tar files of others as `tar_clips` does.
     """
+    if path.lower().endswith(COMPRESSED_NAMES):
+        raise UserError(f"{path}: {IS_COMPRESSED}")
     directory, wanted = _shards_of(path)
     sizes = _sizes(directory) if wanted is None or len(wanted) > 1 else None
     manifest_path = os.path.join(directory, MANIFEST)
     has_manifest = MANIFEST in sizes if sizes is not None else is_file(manifest_path)
     if wanted is None and not has_manifest:
         wanted = sorted(n for n in sizes or () if n.lower().endswith(SHARDS) and n[0] != ".")
+        _tell_others(directory, len(wanted))
     if not has_manifest:
         assert wanted is not None
         _check_there(path, directory, wanted, sizes)
@@ -356,6 +363,15 @@ def _check_there(path: str, directory: str, wanted: list[str], sizes: dict[str, 
         raise UserError(f"{os.path.join(directory, empty)}: an empty shard (0 bytes)")
 
 
-def part_path(shard: str, start: int, length: int, name: str) -> str:
-    """The path of a clip in a shard."""
-    return str(Part(shard, start, length, name))
+def _tell_others(directory: str, shards: int) -> None:
+    """Log the clips and folders of a directory that is read by the tar files in it."""
+    others = [
+        entry.name
+        for entry in listed(directory)
+        if entry.name[0] != "." and (entry.is_directory or ending(entry.name) in CLIPS)
+    ]
+    if others:
+        logger.warning(
+            "%s: read by its %s; other clips and folders there are not read: %d, such as %s",
+            *(directory, counted(shards, "shard"), len(others), quoted(others[0])),
+        )

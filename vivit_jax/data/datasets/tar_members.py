@@ -4,27 +4,56 @@
 Members whose names agree up to the first dot are one sample: KEY.mp4 with KEY.cls or KEY.json.
 """
 
+import functools
 import json
+import logging
 import os
+import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from vivit_jax.data.datasets.columns import Builder, Columns, Entry, Label
 from vivit_jax.data.datasets.folders import ARRAYS, VIDEOS, ending
 from vivit_jax.data.datasets.list_files import LARGEST
-from vivit_jax.errors import UserError, quoted
+from vivit_jax.errors import UserError, counted, quoted
 from vivit_jax.files.parts import Part
 from vivit_jax.files.reading import opened
+
+logger = logging.getLogger(__name__)
 
 PICTURES = ".zip"  # the pictures of a clip, in order, not compressed
 CLIPS = (*VIDEOS, *ARRAYS, ".webp", PICTURES)  # endings
 _LABELS = (".cls", ".json")
 _KEYS = ("label", "labels", "class", "cls")  # of a sample's JSON
+_META = re.compile(r"__[^/]*__($|/)")  # names of members about the shard, as WebDataset has them
+_NUMBER = re.compile(r"[0-9]{1,10}")
+_NO_NAME = re.compile(r"[-+0-9.,;\s]*")  # the text of a label that is neither a number nor a name
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # how such files begin
+COMPRESSED_NAMES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+IS_COMPRESSED = (
+    "a compressed tar file, of which no clip can be read from its place; decompress it, such as "
+    "with gunzip"
+)
 _LONGEST = 2**20  # bytes of such a member
 _THREADS = 16
+_MOST_LINKS = 40  # from one to the next, as Linux follows them
 _Found = int | str | tuple[int, ...] | None  # a label as it is written
+
+
+class _Clip(NamedTuple):
+    """A member, or a link to one.
+
+    Attributes:
+        name: its own.
+        start: the first byte of its content.
+        size: the bytes.
+    """
+
+    name: str
+    start: int
+    size: int
 
 
 def tar_clips(directory: str, names: Sequence[str]) -> tuple[Columns, tuple[str, ...] | None]:
@@ -32,8 +61,9 @@ def tar_clips(directory: str, names: Sequence[str]) -> tuple[Columns, tuple[str,
 
     A label is the text of a sample's .cls, else in its .json what is called label, labels, class or
     cls: a number from 0, several, or a name; names are numbered in their order. Paths are relative
-    to the directory. Raises UserError for a file that is cut off or no tar file, two clips of one
-    name, a sample with two, labels of several kinds, and for no clips at all.
+    to the directory; a link stands for the member that it names. Samples that have a label and no
+    clip are counted in the log. Raises UserError for a file that is cut off or no tar file, two
+    clips of one name, a sample with two, labels of several kinds, and for no clips at all.
     """
     other = next((name for name in names if ending(name) != ".tar"), None)
     if other is not None:
@@ -61,14 +91,14 @@ def tar_clips(directory: str, names: Sequence[str]) -> tuple[Columns, tuple[str,
         seen[key] = name
     labels, classes = _numbered(directory, samples)
     builder = Builder()
-    for (name, key, member, _), label in zip(samples, labels, strict=True):
-        place = Part(name, member.offset_data, member.size, os.path.basename(member.name))
+    for (name, key, clip, _), label in zip(samples, labels, strict=True):
+        place = Part(name, clip.start, clip.size, os.path.basename(clip.name))
         builder.add(Entry(str(place), label), f"{name}, {key}")
     return builder.columns(directory), classes
 
 
 def _numbered(
-    directory: str, samples: Sequence[tuple[str, str, tarfile.TarInfo, _Found]]
+    directory: str, samples: Sequence[tuple[str, str, _Clip, _Found]]
 ) -> tuple[list[Label], tuple[str, ...] | None]:
     """The labels as numbers, and the classes if they are names."""
     named = sorted({label for *_, label in samples if isinstance(label, str)})
@@ -84,50 +114,103 @@ def _numbered(
     return labels, tuple(named) or None
 
 
-def _members(path: str) -> dict[str, tuple[tarfile.TarInfo, _Found]]:
+def _members(path: str) -> dict[str, tuple[_Clip, _Found]]:
     """The clip of each sample of a tar file, and its label."""
-    clips: dict[str, tarfile.TarInfo] = {}
+    members: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, dict[str, bytes]] = {}
     try:
-        with opened(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with opened(path) as file:
+            if file.read(8).startswith(_COMPRESSED):
+                raise UserError(f"{path}: {IS_COMPRESSED}")
+            file.seek(0)
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (has nothing to close)
+            by_name = functools.cache(
+                lambda: {os.path.normpath(each.name): each for each in archive.getmembers()}
+            )
             for member in archive:
                 kind, folder = ending(member.name), os.path.dirname(member.name)
                 base = os.path.basename(member.name)
-                if not member.isreg() or base.startswith("."):
+                linked = member.islnk() or member.issym()
+                if not (member.isreg() or linked) or base.startswith("."):
                     continue
-                key = os.path.join(folder, base.partition(".")[0])
+                if _META.match(member.name):
+                    continue
+                key = os.path.normpath(os.path.join(folder, base.partition(".")[0]))
                 if kind in CLIPS:
-                    if member.issparse():
-                        raise UserError(f"{path}: {quoted(member.name)} is a sparse file")
-                    if key in clips:
+                    if key in members:
                         raise UserError(
-                            f"{path}: two clips are named {quoted(key)}: {clips[key].name} and "
+                            f"{path}: two clips are named {quoted(key)}: {members[key].name} and "
                             f"{member.name}; expected one for each name up to the first dot"
                         )
-                    clips[key] = member
+                    members[key] = member
                 elif kind in _LABELS and member.size <= _LONGEST:
-                    held = archive.extractfile(member)
+                    # A link may lead to a member that comes later.
+                    source = _followed(path, by_name, member) if linked else member
+                    held = archive.extractfile(source)
                     assert held is not None, "a regular file"
                     labels.setdefault(key, {})[kind] = held.read()
-            # tarfile takes what is no head, or half a one, for the end.
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end mark at byte {archive.offset:,}")
+            _check_end(path, file, archive.offset)
+            targets = {key: _followed(path, by_name, each) for key, each in members.items()}
     except tarfile.TarError as error:
         raise UserError(
             f"{path}: no uncompressed tar file, or cut off ({error}); get it again"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    clips = {
+        key: _Clip(members[key].name, each.offset_data, each.size) for key, each in targets.items()
+    }
+    alone = [key for key in labels if key not in clips]
+    if alone and clips:
+        logger.warning(
+            "%s: %s without a clip, such as %s",
+            path,
+            counted(len(alone), "label"),
+            quoted(alone[0]),
+        )
     return {key: (clip, _label(path, key, labels.get(key, {}))) for key, clip in clips.items()}
+
+
+def _check_end(path: str, file: BinaryIO, place: int) -> None:
+    """ReadError if no end mark is at this place; UserError if anything comes after it."""
+    # tarfile takes what is no head, or half a one, for the end.
+    file.seek(place)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no end mark at byte {place:,}")
+    while rest := file.read(2**20):
+        if rest.count(0) < len(rest):
+            raise UserError(
+                f"{path}: more follows the end mark at byte {place:,}, where its clips end; join "
+                "tar files by tar --concatenate, or name each"
+            )
+
+
+def _followed(
+    path: str, by_name: Callable[[], dict[str, tarfile.TarInfo]], member: tarfile.TarInfo
+) -> tarfile.TarInfo:
+    """The member, or the one that it is a link to. Raises UserError for no regular file."""
+    found: tarfile.TarInfo | None = member
+    for _ in range(_MOST_LINKS):
+        if found is None or not (found.islnk() or found.issym()):
+            break
+        # A symbolic link is relative to its folder, a hard one to the archive.
+        folder = os.path.dirname(found.name) if found.issym() else ""
+        found = by_name().get(os.path.normpath(os.path.join(folder, found.linkname)))
+    if found is None or not found.isreg():
+        raise UserError(
+            f"{path}: {quoted(member.name)} is a link to {quoted(member.linkname)}, which is no "
+            "file in it; write the tar file with what its links lead to (tar --dereference)"
+        )
+    if found.issparse():
+        raise UserError(f"{path}: {quoted(found.name)} is a sparse file")
+    return found
 
 
 def _label(path: str, key: str, texts: dict[str, bytes]) -> _Found:
     """The label that a sample's members say."""
     where = f"{path}: {quoted(key)}"
     if ".cls" in texts:
-        text = texts[".cls"].decode(errors="replace").strip()
-        return _checked(int(text) if text.isdecimal() else text, f"{where}.cls")
+        return _checked(texts[".cls"].decode(errors="replace").strip(), f"{where}.cls")
     if ".json" not in texts:
         return None
     try:
@@ -141,13 +224,20 @@ def _label(path: str, key: str, texts: dict[str, bytes]) -> _Found:
 
 
 def _checked(found: Any, where: str) -> _Found:
-    several = tuple(found) if isinstance(found, list) else (found,)
-    numbers = [each for each in several if isinstance(each, int) and not isinstance(each, bool)]
-    if several and len(numbers) == len(several) and all(0 <= n <= LARGEST for n in numbers):
-        return several[0] if len(several) == 1 else several
-    if isinstance(found, str) and found:
+    # A number may be written as a text; other figures, such as -1 or 0.5, are no name.
+    several = found if isinstance(found, list) else [found]
+    numbers = tuple(n for n in map(_number, several) if n is not None and 0 <= n <= LARGEST)
+    if several and len(numbers) == len(several):
+        return numbers[0] if len(numbers) == 1 else numbers
+    if isinstance(found, str) and not _NO_NAME.fullmatch(found):
         return found
     raise UserError(
         f"{where}: label {quoted(repr(found))}; expected a number from 0 to {LARGEST}, several, or "
         "a name"
     )
+
+
+def _number(value: Any) -> int | None:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
