@@ -113,6 +113,7 @@ def test_sizes():
         (["DATA", "DATA/run/0 run.mp4"], "lies in DATA"),
         (["nowhere", "OUT"], "nowhere: no such|nowhere: .*No such file"),
         (["DATA", "https://x.org/pack"], "https://x.org/pack"),
+        (["DATA", "OUT.tar"], r"out.tar ends in .tar; expected the name of a directory"),
     ],
 )
 def test_wrong_inputs(data, tmp_path, capsys, args, message):

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import shutil
 import tarfile
 import zipfile
@@ -12,6 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 from clips import painted, write_clip
+from full_disk import file_size
 from PIL import Image
 from stores import store
 
@@ -25,8 +27,9 @@ from vivit_jax.data.datasets.packs import expanded, read_manifest
 from vivit_jax.data.packing import pack as packing
 from vivit_jax.data.packing.pack import Packing, pack
 from vivit_jax.data.video.decode import read_video
-from vivit_jax.errors import UserError, VideoError
+from vivit_jax.errors import UserError, VideoError, WriteError
 from vivit_jax.files.addresses import place
+from vivit_jax.files.atomic import whole_file
 from vivit_jax.files.reading import content as content_of
 
 SMALL = Packing(shard_bytes=20_000, threads=2)
@@ -251,9 +254,59 @@ def test_other_packs_and_files_are_not_touched(data, packed, tmp_path):
         pack(listed(data, labels=0), packed, SMALL)
     assert content(packed) == before
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds 1 other files, such as notes.txt; expected a new"):
+    with pytest.raises(UserError, match="holds 1 other file, such as notes.txt; expected a new"):
         pack(dataset, tmp_path, SMALL)
     assert content(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("container", ["tar", "arrayrecord"])
+@pytest.mark.parametrize(
+    ("change", "how"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "it became longer"),
+        (lambda path: os.truncate(path, 50), "it became shorter"),
+        (lambda path: path.unlink(), "No such file or directory"),
+    ],
+)
+def test_a_clip_that_changes_while_it_is_packed_is_named(
+    data, tmp_path, monkeypatch, container, change, how
+):
+    """And never packed in part; what is whole by then stays, and the same command goes on."""
+    for k in range(6):
+        shutil.copy(data / "a b.mp4", tmp_path / f"{k}.mp4")
+    (tmp_path / "list.txt").write_text("".join(f"{k}.mp4 0\n" for k in range(6)))
+    dataset, added = read_dataset(tmp_path / "list.txt"), packing._added
+
+    def changing(shard, dataset, member):
+        if member.index == 4:
+            change(tmp_path / "4.mp4")
+        return added(shard, dataset, member)
+
+    monkeypatch.setattr(packing, "_added", changing)
+    packed = Packing(shard_bytes=20_000, container=container, max_bad_share=0.2)
+    with pytest.raises(UserError, match=f"/4.mp4 changed while it was packed: {how}; the same"):
+        pack(dataset, tmp_path / "k400", packed)
+    assert [*(tmp_path / "k400").glob("*.json")]
+    monkeypatch.undo()
+    shutil.copy(data / "a b.mp4", tmp_path / "4.mp4")
+    assert pack(dataset, tmp_path / "k400", packed).clips == 6
+
+
+@pytest.mark.parametrize("container", ["tar", "arrayrecord"])
+def test_a_full_disk_is_named_and_leaves_nothing(data, tmp_path, container):
+    """Also the temporary directory, where shards for storage and smaller videos are written."""
+    (tmp_path / "in").mkdir()
+    write_clip(tmp_path / "in" / "a.mp4", 60, size=(128, 96))
+    dataset = read_dataset(tmp_path / "in")
+    full = f"k400-000000.{container} cannot be written: File too large; make room"
+    with file_size(3000), pytest.raises(WriteError, match=full):
+        pack(dataset, tmp_path / "k400", Packing(container=container))
+    with file_size(3000), pytest.raises(WriteError, match="a.mp4: .* takes no more .File too la"):
+        pack(dataset, tmp_path / "k400", Packing(container=container, resize=64))
+    told = pytest.raises(WriteError, match="k400.tar: .*; make room, or name another TMPDIR")
+    with file_size(3000), told, whole_file(place("s3://bucket/k400.tar")) as partial:
+        partial.write_bytes(bytes(4000))
+    assert not (tmp_path / "k400").exists()
 
 
 def test_clips_that_cannot_be_read_are_left_out_and_named(data, tmp_path):

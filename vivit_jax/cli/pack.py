@@ -18,6 +18,7 @@ from vivit_jax.data.video.sequence import usable_cores
 from vivit_jax.data.video.transcode import check_short_side
 from vivit_jax.errors import UserError, printable, quoted
 from vivit_jax.files.addresses import Place
+from vivit_jax.files.parts import SHARDS
 from vivit_jax.progress import live_line
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -85,6 +86,8 @@ def pack_command(
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"--max-bad-share is {max_bad_share:g}; expected a share from 0 to 1")
     _check_apart(data, out)
+    if out.name.lower().endswith(SHARDS):  # readers would take it for a shard
+        raise UserError(f"OUT {out} ends in {out.suffix}; expected the name of a directory")
     dataset = source.listed(data, source.labels)
     try:
         with live_line("clips") as progress:

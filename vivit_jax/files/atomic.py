@@ -104,7 +104,8 @@ def whole_files(key: Place, *others: Place, drop: Sequence[Place] = ()) -> Itera
     if isinstance(key, Address):
         with tempfile.TemporaryDirectory(prefix="vivit-jax-") as directory:
             partial = [Path(directory, path.name) for path in paths]
-            yield partial
+            with writing_here(str(key)):
+                yield partial
             if len(paths) > 1 or drop:
                 for path in (key, *drop):
                     remove(str(path))
@@ -127,6 +128,20 @@ def writing(path: Path) -> Iterator[None]:
         if found is error:
             raise
         raise found from error
+
+
+@contextlib.contextmanager
+def writing_here(name: str) -> Iterator[None]:
+    """Turn a full temporary directory, in the block that writes `name` there, into a WriteError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise WriteError(
+            f"{name}: {tempfile.gettempdir()}, where it is written first, takes no more "
+            f"({os.strerror(error.errno)}); make room, or name another TMPDIR"
+        ) from error
 
 
 def write_error(path: Path, error: OSError) -> OSError | WriteError:

@@ -5,12 +5,16 @@ Its readers give a record by its number. Ours takes the bytes from their place, 
 where ArrayRecord's own does not read.
 """
 
+import contextlib
+import errno
+import os
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from vivit_jax.data.packing.tar_shard import file_sha256
+from vivit_jax.data.packing.tar_shard import ChangedError, file_sha256
 from vivit_jax.errors import UserError
 from vivit_jax.files.parts import Part
 
@@ -37,11 +41,12 @@ class ArrayShard:
         self.size = 0
 
     def add(self, name: str, size: int, file: BinaryIO) -> int:
-        """Add a clip; its CRC-32."""
+        """Add a clip; its CRC-32. Raises ChangedError for a file that has another size."""
         data = file.read()
         if len(data) != size:
-            raise UserError(f"{name}: its file became another while it was packed")
-        self._writer.write(data)
+            raise ChangedError(f"it became {'longer' if len(data) > size else 'shorter'}")
+        with self._errors():
+            self._writer.write(data)
         self._sizes.append(size)
         self.size += size + _CHUNK.size
         return zlib.crc32(data)
@@ -51,10 +56,21 @@ class ArrayShard:
 
     def close(self) -> tuple[list[int], int, str]:
         """End the file: where each clip begins, the file's bytes, and their SHA-256."""
-        self._writer.close()
+        with self._errors():
+            self._writer.close()
         sha256, size = file_sha256(self._path), self._path.stat().st_size
         with self._path.open("rb") as file:
             return [*_starts(file, self._sizes, str(self._path))], size, sha256
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Make the writer's errors, which are texts, those of `os`."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error)
+            number = next((n for n in errno.errorcode if os.strerror(n) in said), errno.EIO)
+            raise OSError(number, os.strerror(number), str(self._path)) from error
 
 
 def _starts(file: BinaryIO, sizes: list[int], name: str):

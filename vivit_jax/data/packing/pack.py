@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from vivit_jax.data.datasets.packs import (
 )
 from vivit_jax.data.packing.array_shard import ArrayShard
 from vivit_jax.data.packing.members import Member, members
-from vivit_jax.data.packing.tar_shard import TarShard, file_sha256
+from vivit_jax.data.packing.tar_shard import ChangedError, TarShard, file_sha256
 from vivit_jax.data.settings import FEW_CLIPS
 from vivit_jax.errors import UserError, counted
 from vivit_jax.files.addresses import Address, Place
@@ -121,8 +121,8 @@ def pack(dataset: Dataset, out: Place, how: Packing, progress: Progress | None =
     others = sorted(there - known)
     if others:
         raise UserError(
-            f"--out {out} holds {len(others)} other files, such as {others[0]}; expected a new or "
-            "empty directory, or a pack that was begun"
+            f"--out {out} holds {counted(len(others), 'other file')}, such as {others[0]}; "
+            "expected a new or empty directory, or a pack that was begun"
         )
     local = not isinstance(out, Address)
     with made_parents(out / MANIFEST) if local else contextlib.nullcontext():
@@ -275,8 +275,14 @@ def _added(shard: TarShard | ArrayShard, dataset: Dataset, member: Member) -> _P
     """Add a clip and its labels; its place, whose start is known when the shard is closed."""
     example, stem = dataset.examples[member.index], f"{member.index:09}"
     name = f"{stem}{member.ending}"
-    with member.opened() as file:
-        crc = shard.add(name, member.size, file)
+    try:
+        with _opened(member) as file:
+            crc = shard.add(name, member.size, file)
+    except ChangedError as error:
+        raise UserError(
+            f"{example.path} changed while it was packed: {error}; the same command goes on, with "
+            "the file as it is then"
+        ) from None
     base = os.path.join(dataset.root, "") if dataset.root else ""
     about: dict[str, Any] = {"path": example.path.removeprefix(base)}
     if isinstance(example.label, int):
@@ -288,6 +294,13 @@ def _added(shard: TarShard | ArrayShard, dataset: Dataset, member: Member) -> _P
         about["labels"] = list(example.label)
     shard.add_text(f"{stem}.json", json.dumps(about, sort_keys=True))
     return _Place(member.index, name, -1, member.size, crc, *(member.extent or (-1, -1)))
+
+
+def _opened(member: Member) -> BinaryIO:
+    try:
+        return member.opened()
+    except OSError as error:
+        raise ChangedError(error.strerror) from None
 
 
 def _finished(

@@ -17,6 +17,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class ChangedError(UserError):
+    """A clip's file that changed after it was checked; says how."""
+
+
 class _Checked:
     """A file that is read once, with a checksum of all that was."""
 
@@ -44,7 +48,7 @@ class TarShard:
         return self._tar.offset
 
     def add(self, name: str, size: int, file: BinaryIO) -> int:
-        """Add a clip; its CRC-32. Raises UserError for a file that became shorter than `size`."""
+        """Add a clip; its CRC-32. Raises ChangedError for a file that has another size."""
         checked = self._add(name, size, file)
         padded = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         self._starts.append(self._tar.offset - padded)
@@ -64,7 +68,9 @@ class TarShard:
         except OSError as error:
             if error.errno is not None:
                 raise
-            raise UserError(f"{name}: its file became shorter while it was packed") from None
+            raise ChangedError("it became shorter") from None
+        if file.read(1):
+            raise ChangedError("it became longer")
         return checked
 
     def close(self) -> tuple[list[int], int, str]:

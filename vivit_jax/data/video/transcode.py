@@ -19,6 +19,7 @@ from vivit_jax.data.video.frame_stream import StreamedFrame, open_stream
 from vivit_jax.data.video.images import AnimatedFrame
 from vivit_jax.data.video.pictures import oriented
 from vivit_jax.errors import UserError
+from vivit_jax.files.atomic import writing_here
 
 # Frames from one keyframe to the next. Clips of 16 frames, 4 apart, of a video of 390 frames scaled
 # to 240 took 14.5, 13.1, 13.5, 14.1 and 19.0 ms for 8, 16, 32, 64 and 250, in files of 566, 408,
@@ -53,7 +54,8 @@ def transcoded(path: str, short_side: int, keyframes: int = KEYFRAMES) -> bytes 
     """The video as H.264 in an .mp4 with this short side; None if it is not larger than that.
 
     The bytes depend on the video, the arguments and the versions of PyAV and x264 only. There is no
-    sound. Raises VideoError as `open_stream` does, and for damaged frames.
+    sound. Raises VideoError as `open_stream` does, and for damaged frames; WriteError if the
+    temporary directory is full.
     """
     info = probe_video(path)
     height, width = scaled_size(info.height, info.width, short_side)
@@ -61,7 +63,8 @@ def transcoded(path: str, short_side: int, keyframes: int = KEYFRAMES) -> bytes 
         return None
     with tempfile.TemporaryDirectory(prefix="vivit-jax-") as directory:
         file = os.path.join(directory, "video.mp4")
-        _encode(path, file, (height, width), info, keyframes)
+        with writing_here(path):
+            _encode(path, file, (height, width), info, keyframes)
         with open(file, "rb") as made:
             return made.read()
 
