@@ -37,27 +37,25 @@ def measure_lock(read: Callable[[int], None], videos: int) -> Held:
         for number in range(videos):
             read(number)
         return Held((time.process_time() - start) / videos, 1, None, None)
-    block = bytes(_BLOCK)
+    block, blocks = bytes(_BLOCK), range(threads * _BLOCKS)
     free, kept, spent = 0.0, 0.0, 0.0
     with ThreadPoolExecutor(threads, "read") as pool:
         for number in range(_ROUNDS):
             # Other programs only lower these, so the best round counts.
-            free = max(free, _busy(pool, lambda _: hashlib.sha256(block), threads * _BLOCKS)[0])
+            free = max(free, _busy(pool, lambda _: hashlib.sha256(block), blocks)[0])
             first = number * threads * videos
-            busy, cpu = _busy(
-                pool, lambda place, first=first: read(first + place), threads * videos
-            )
+            busy, cpu = _busy(pool, read, range(first, first + threads * videos))
             kept, spent = max(kept, busy), spent + cpu
     busy = min(threads * kept / free, threads)
     return Held(spent / (_ROUNDS * threads * videos), threads, busy, held_share(busy, threads))
 
 
 def _busy(
-    pool: ThreadPoolExecutor, work: Callable[[int], object], count: int, first: int = 0
+    pool: ThreadPoolExecutor, work: Callable[[int], object], pieces: range
 ) -> tuple[float, float]:
-    """The cores that the threads of a pool keep busy with so many pieces, and the CPU seconds."""
+    """The cores that the threads of a pool keep busy with pieces of work, and the CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
-    for _ in pool.map(work, range(first, first + count)):
+    for _ in pool.map(work, pieces):
         pass
     cpu = time.process_time() - cpu
     return cpu / (time.perf_counter() - wall), cpu

@@ -16,7 +16,7 @@ from vivit_jax.data.datasets.packs import Manifest
 from vivit_jax.data.packing.pack import Container, Packing, pack
 from vivit_jax.data.video.sequence import usable_cores
 from vivit_jax.data.video.transcode import check_short_side
-from vivit_jax.errors import UserError, printable, quoted
+from vivit_jax.errors import UserError, counted, printable, quoted
 from vivit_jax.files.addresses import Place
 from vivit_jax.files.parts import SHARDS
 from vivit_jax.progress import live_line
@@ -130,7 +130,6 @@ def _report(manifest: Manifest, out: Place) -> None:
     shards, clips = len(manifest.shards), manifest.clips
     print(
         printable(
-            f"{out}: {clips:,} clip{'s' if clips != 1 else ''} in {shards:,} "
-            f"shard{'s' if shards != 1 else ''}, {size / 1e6:,.1f} MB"
+            f"{out}: {counted(clips, 'clip')} in {counted(shards, 'shard')}, {size / 1e6:,.1f} MB"
         )
     )

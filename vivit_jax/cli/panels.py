@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 
 from vivit_jax.cli.lettering import DPI, FONT, drawable, families, points, text_width, wrapped
 from vivit_jax.data.datasets.synthetic import write_mp4
+from vivit_jax.errors import counted
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -276,4 +277,4 @@ def channels_note(channels: int) -> str | None:
     if channels == 3:
         return None
     shown = "the first is shown" if channels < 3 else "the first three are shown as colours"
-    return f"{channels} channel{'s' * (channels > 1)}: {shown}."
+    return f"{counted(channels, 'channel')}: {shown}."

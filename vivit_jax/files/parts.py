@@ -15,9 +15,8 @@ from vivit_jax.files.addresses import is_address
 SHARDS = (".tar", ".arrayrecord", ".array_record")  # endings
 # An ArrayRecord file consists of blocks, each with a head that is no part of what it holds.
 _BLOCK, _HEAD = 2**16, 24  # bytes
-_PART = re.compile(
-    r"(.+?\.(?:tar|arrayrecord|array_record))@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL | re.IGNORECASE
-)
+_ENDINGS = "|".join(map(re.escape, SHARDS))
+_PART = re.compile(rf"(.+?(?:{_ENDINGS}))@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL | re.IGNORECASE)
 
 
 class Part(NamedTuple):
@@ -35,9 +34,14 @@ class Part(NamedTuple):
     length: int
     name: str
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the file's format puts heads between the bytes."""
+        return not self.file.lower().endswith(".tar")
+
     def place(self, offset: int) -> int:
         """Where in the file a byte of the part lies."""
-        if self.file.lower().endswith(".tar"):
+        if not self.in_blocks:
             return self.start + offset
         before = self.start - _HEAD * (self.start // _BLOCK + 1)  # bytes that are held
         block, rest = divmod(before + offset, _BLOCK - _HEAD)
@@ -45,7 +49,7 @@ class Part(NamedTuple):
 
     def held(self, data: bytes, place: int) -> bytes:
         """What belongs to the part of `data` that was read from a place in the file."""
-        if self.file.lower().endswith(".tar"):
+        if not self.in_blocks:
             return data
         heads = range(-place % _BLOCK, len(data), _BLOCK)
         starts, ends = [0, *(head + _HEAD for head in heads)], [*heads, len(data)]

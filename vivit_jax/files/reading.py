@@ -5,6 +5,7 @@ Paths are texts; `vivit_jax.files.addresses` says which are addresses. Errors ar
 StorageError for storage that cannot be reached.
 """
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -35,6 +36,12 @@ def content(path: str | os.PathLike) -> bytes:
     """All bytes of a small file."""
     with opened(path) as file:
         return file.read()
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size_of(path: str | os.PathLike) -> int:

@@ -30,7 +30,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 
-from vivit_jax.errors import UserError, first_line, quoted
+from vivit_jax.errors import UserError, counted, first_line, quoted
 from vivit_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class EarlyStop:
             return
         self.since += 1
         if self.since >= self.patience:
-            count = f"{self.since} evaluation{'s' if self.since > 1 else ''}"
+            count = counted(self.since, "evaluation")
             event.stop(f"{self._name()[0]} was no better than {self._best_text()} in {count}")
 
     def _best_text(self) -> str:

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from vivit_jax.data.packing.tar_shard import ChangedError, file_sha256
+from vivit_jax.data.packing.tar_shard import ChangedError
 from vivit_jax.errors import UserError
 from vivit_jax.files.parts import Part
+from vivit_jax.files.reading import sha256_of
 
 # The head of a chunk: a hash, the size of its data, another hash, its kind, and the size held.
 _CHUNK = struct.Struct("<QQQBxxxxxxxQ")
@@ -58,7 +59,7 @@ class ArrayShard:
         """End the file: where each clip begins, the file's bytes, and their SHA-256."""
         with self._errors():
             self._writer.close()
-        sha256, size = file_sha256(self._path), self._path.stat().st_size
+        sha256, size = sha256_of(self._path), self._path.stat().st_size
         with self._path.open("rb") as file:
             return [*_starts(file, self._sizes, str(self._path))], size, sha256
 

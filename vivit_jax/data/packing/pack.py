@@ -11,11 +11,12 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
+from vivit_jax.data.datasets.check import Progress
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.datasets.packs import (
     INDEX,
@@ -28,17 +29,16 @@ from vivit_jax.data.datasets.packs import (
 )
 from vivit_jax.data.packing.array_shard import ArrayShard
 from vivit_jax.data.packing.members import Member, members
-from vivit_jax.data.packing.tar_shard import ChangedError, TarShard, file_sha256
+from vivit_jax.data.packing.tar_shard import ChangedError, TarShard
 from vivit_jax.data.settings import FEW_CLIPS
 from vivit_jax.errors import UserError, counted
 from vivit_jax.files.addresses import Address, Place
 from vivit_jax.files.atomic import check_directory, whole_file, write_json
-from vivit_jax.files.reading import content, names_in, size_of
+from vivit_jax.files.reading import content, names_in, sha256_of, size_of
 from vivit_jax.files.staging import made_parents
 from vivit_jax.files.storage import remove
 
 Container = Literal["tar", "arrayrecord"]
-Progress = Callable[[int, int], None]
 WRITERS = {"tar": TarShard, "arrayrecord": ArrayShard}
 _DIGITS = 6
 
@@ -93,7 +93,7 @@ class _Begun:
     bytes: int
     sha256: str
     next: int  # the first clip that is not in it
-    places: list["_Place"]
+    places: list[_Place]
     left_out: dict[str, str]
 
 
@@ -170,7 +170,7 @@ def _is_whole(out: Place, name: str, size: int, sha256: str) -> bool:
     path = out / name
     if size_of(path) != size:
         return False
-    return isinstance(path, Address) or file_sha256(path) == sha256
+    return isinstance(path, Address) or sha256_of(path) == sha256
 
 
 def _checked_whole(out: Place, source: str, how: Packing) -> Manifest:

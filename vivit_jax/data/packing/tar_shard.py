@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a tar shard whose bytes depend on its members only."""
 
-import hashlib
 import io
 import tarfile
 import zlib
@@ -9,12 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vivit_jax.errors import UserError
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from vivit_jax.files.reading import sha256_of
 
 
 class ChangedError(UserError):
@@ -76,4 +70,4 @@ class TarShard:
     def close(self) -> tuple[list[int], int, str]:
         """End the file: where each clip begins, the file's bytes, and their SHA-256."""
         self._tar.close()
-        return self._starts, self._path.stat().st_size, file_sha256(self._path)
+        return self._starts, self._path.stat().st_size, sha256_of(self._path)

@@ -6,7 +6,6 @@ each file. It is written after all processes have written their files and before
 checkpoint to its step, so that a step never lacks it.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 
 from vivit_jax.files.inputs import stand_in
 from vivit_jax.files.json_files import read_json
+from vivit_jax.files.reading import sha256_of
 from vivit_jax.files.staging import sync
 
 CHECKSUMS = "checksums.json"
@@ -68,7 +68,7 @@ def damage(directory: Path) -> str | None:
         if (instead := stand_in(directory / name)) is not None:
             return f"{directory.name}/{name} is {instead}"
         try:
-            found = _sha256(directory / name)
+            found = sha256_of(directory / name)
         except OSError as error:
             return f"{directory.name}/{name}: {error.strerror}"
         if found != value:
@@ -79,7 +79,7 @@ def damage(directory: Path) -> str | None:
 def _write(directory: Path) -> None:
     if jax.process_index():
         return
-    values = {"sha256": {name: _sha256(directory / name) for name in sorted(_names(directory))}}
+    values = {"sha256": {name: sha256_of(directory / name) for name in sorted(_names(directory))}}
     path = directory / CHECKSUMS
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     sync(path)
@@ -92,8 +92,3 @@ def _names(directory: Path) -> list[str]:
         for path in directory.rglob("*")
         if path.is_file() and path.name not in (CHECKSUMS, _AFTERWARDS)
     ]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from jax.experimental.multihost_utils import sync_global_devices
 from vivit_jax.data.datasets.dataset import Dataset
 from vivit_jax.data.datasets.hold_out import write_list
 from vivit_jax.data.settings import DataSettings
-from vivit_jax.errors import UserError, WriteError
+from vivit_jax.errors import UserError, WriteError, counted
 from vivit_jax.files.addresses import Place, place
 from vivit_jax.files.atomic import check_directory, write_json
 from vivit_jax.files.json_files import read_json
@@ -235,9 +235,7 @@ class RunDirectory:
         found = self._held_bad_clips()
         counts = {kind: len(found.get(name, {})) for kind, name in _BAD_CLIPS.items()}
         return " and ".join(
-            f"{count} clip{'s' if count > 1 else ''} of {kind}"
-            for kind, count in counts.items()
-            if count
+            f"{counted(count, 'clip')} of {kind}" for kind, count in counts.items() if count
         )
 
 

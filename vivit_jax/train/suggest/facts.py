@@ -3,7 +3,6 @@
 
 import dataclasses
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from vivit_jax.data.datasets.check import (
 )
 from vivit_jax.data.datasets.dataset import Dataset, labels_wanted
 from vivit_jax.data.transforms.processor_files import processor_file
+from vivit_jax.data.video.sequence import usable_cores
 from vivit_jax.errors import UserError, counted, quoted
 from vivit_jax.presets import PRESETS
 from vivit_jax.recipes import RECIPES
@@ -243,11 +243,5 @@ def this_machine(mesh_sizes: Mapping[str, int]) -> Machine:
         processes=jax.process_count(),
         memory=memory,
         host=host,
-        cores=_cores(),
+        cores=usable_cores(),
     )
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
