@@ -136,7 +136,7 @@ def writing_here(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno is None or error.errno not in _NO_ROOM:
             raise
         raise WriteError(
             f"{name}: {tempfile.gettempdir()}, where it is written first, takes no more "
