@@ -2,9 +2,11 @@
 """`vivit-jax pack` at the command line, and its shards in other commands."""
 
 import json
+import os
 import re
 import signal
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from commands import run_command
 from vivit_jax.cli import pack as command
 from vivit_jax.cli.pack import parse_size
 from vivit_jax.data.datasets.dataset import read_dataset
+from vivit_jax.data.packing import pack as packing
 from vivit_jax.errors import UserError
 from vivit_jax.files.parts import part_of
 
@@ -91,6 +94,33 @@ def test_ctrl_c_says_how_to_go_on(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "stopped_by", lambda name: 128 + signal.SIGINT)
     status, _, errors = run(capsys, data, tmp_path / "out")
     assert status == 130 and "the same command goes on with the next" in errors
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_ends_it_leaves_only_finished_shards(
+    data, tmp_path, capsys, monkeypatch, name
+):
+    """Such as a scheduler's, which would otherwise leave a shard in TMPDIR each time."""
+    tmp = tmp_path / "tmp"
+    tmp.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp))
+    added, number = packing._added, signal.Signals[name]
+    before = signal.getsignal(number)
+
+    def ending(shard, dataset, member):
+        if member.index == 5:
+            os.kill(os.getpid(), number)
+        return added(shard, dataset, member)
+
+    monkeypatch.setattr(packing, "_added", ending)
+    # Each clip is a shard, and smaller than the least size of one.
+    monkeypatch.setattr(command, "parse_size", lambda text: 1)
+    status, _, errors = run(capsys, data, tmp_path / "out", "--resize", "32")
+    assert status == 128 + number and "the same command goes on with the next" in errors
+    assert signal.getsignal(number) == before and not [*tmp.iterdir()]
+    shards = [f"out-{k:06}.tar" for k in range(5)]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted([*shards, *(f"{shard}.json" for shard in shards)])
 
 
 def test_sizes():

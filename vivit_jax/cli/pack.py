@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vivit-jax pack`: many clips in a few large shards."""
 
+import contextlib
 import dataclasses
 import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from vivit_jax.cli.options import SourceOptions
-from vivit_jax.console import FLAT, PlaceOption
+from vivit_jax.console import FLAT, PlaceOption, stopped_by
 from vivit_jax.data.datasets.packs import Manifest
 from vivit_jax.data.packing.pack import Container, Packing, pack
 from vivit_jax.data.video.sequence import usable_cores
@@ -90,13 +94,38 @@ def pack_command(
         raise UserError(f"OUT {out} ends in {out.suffix}; expected the name of a directory")
     dataset = source.listed(data, source.labels)
     try:
-        with live_line("clips") as progress:
+        with live_line("clips") as progress, _clean_when_terminated():
             manifest = pack(dataset, out, how, progress)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("finished shards are kept; the same command goes on with the next", file=sys.stderr)
+        if isinstance(stop, _Terminated):
+            return stopped_by(signal.Signals(stop.args[0]).name)
         raise
     _report(manifest, out)
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """A signal that asks the process to end came; its number."""
+
+
+@contextlib.contextmanager
+def _clean_when_terminated() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does: they would leave half a shard."""
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    names = ("SIGTERM", "SIGHUP") if os.name != "nt" else ("SIGTERM",)
+    before = {name: signal.signal(signal.Signals[name], end) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(signal.Signals[name], handler)
 
 
 def parse_size(text: str) -> int:
