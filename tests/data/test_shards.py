@@ -2,6 +2,7 @@
 """Packs: written, read back bit for bit, interrupted, damaged, and tar shards of others."""
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -23,7 +24,7 @@ from vivit_jax.data.datasets.dataset import (
     read_frames,
     read_whole,
 )
-from vivit_jax.data.datasets.packs import expanded, read_manifest
+from vivit_jax.data.datasets.packs import Index, expanded, read_manifest
 from vivit_jax.data.packing import pack as packing
 from vivit_jax.data.packing.pack import Packing, pack
 from vivit_jax.data.video.decode import read_video
@@ -392,6 +393,79 @@ def test_damaged_packs_are_refused(packed, tmp_path, change, message):
     with pytest.raises(UserError, match=message) as found:
         read_dataset(damaged(packed, tmp_path, change))
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "^[^:]*manifest.json: a pack of version 2; this release reads 1$"),
+        ({"shards": []}, "damaged: no shards, or two of one name"),
+        ({"shards": "abc"}, "damaged: shards is 'abc', not of type list"),
+        ({"shards": [{"name": 7}]}, "damaged: name is 7, not of type str"),
+        ({"clips": None}, "damaged: clips is None, not of type int"),
+        ({"clips": 3}, "index.npz does not fit manifest.json: one is damaged"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(packed, tmp_path, changes, message):
+    def change(out):
+        values = json.loads((out / "manifest.json").read_text())
+        (out / "manifest.json").write_text(json.dumps(values | changes))
+
+    with pytest.raises(UserError, match=message):
+        read_dataset(damaged(packed, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shards": lambda shards: shards + 1},
+        {"shards": lambda shards: shards * 0},
+        {"starts": lambda starts: starts[1:]},
+        {"lengths": lambda lengths: -lengths},
+        {"labels": lambda labels: labels - 2},
+        {"names": lambda names: names[:20]},
+        {"extents": lambda extents: np.zeros((1, 2), np.int32)},
+        {"checksums": lambda sums: sums[1:]},
+    ],
+)
+def test_an_index_that_cannot_be_the_manifest_s_is_refused(packed, tmp_path, changes):
+    """Though its checksum is right: both were changed."""
+
+    def change(out):
+        index = Index.from_npz((out / "index.npz").read_bytes())
+        made = {name: made(getattr(index, name)) for name, made in changes.items()}
+        data = dataclasses.replace(index, **made).to_npz()
+        (out / "index.npz").write_bytes(data)
+        values = json.loads((out / "manifest.json").read_text())
+        values["index_sha256"] = hashlib.sha256(data).hexdigest()
+        (out / "manifest.json").write_text(json.dumps(values))
+
+    with pytest.raises(UserError, match="index.npz does not fit manifest.json: one is damaged"):
+        read_dataset(damaged(packed, tmp_path, change))
+    with pytest.raises(ValueError, match="starts is not a file"):
+        np.savez(tmp_path / "other.npz", shards=np.zeros(1))
+        Index.from_npz((tmp_path / "other.npz").read_bytes())
+
+
+@pytest.mark.parametrize("container", ["tar", "arrayrecord"])
+def test_shards_of_equal_sizes_that_were_swapped_are_refused(tmp_path, container):
+    """Arrays of one shape begin at the same places: a swap would give clips with others' labels."""
+    for k in range(6):
+        np.save(tmp_path / f"{k}.npy", np.full((4, 8, 8, 3), k, np.uint8))
+    (tmp_path / "list.txt").write_text("".join(f"{k}.npy {k}\n" for k in range(6)))
+    size = 1000 if container == "arrayrecord" else 4000
+    how = Packing(shard_bytes=size, container=container)
+    manifest = pack(read_dataset(tmp_path / "list.txt"), tmp_path / "k", how)
+    first, second, *_ = (tmp_path / "k" / shard.name for shard in manifest.shards)
+    assert first.stat().st_size == second.stat().st_size
+    assert [read_whole(each)[0, 0, 0, 0] for each in read_dataset(tmp_path / "k").examples][1] == 1
+    first.rename(tmp_path / "other")
+    second.rename(first)
+    (tmp_path / "other").rename(second)
+    wrong = "its first clip is not the one that index.npz says: shards were swapped"
+    for source in (tmp_path / "k", tmp_path / "k" / f"k-{{000000,000001}}.{container}"):
+        with pytest.raises(UserError, match=wrong):
+            read_dataset(source)
 
 
 @pytest.mark.parametrize(

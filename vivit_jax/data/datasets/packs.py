@@ -16,7 +16,9 @@ import logging
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +27,10 @@ from jaxtyping import Int32, Int64, UInt32
 from vivit_jax.data.datasets.columns import Columns
 from vivit_jax.data.datasets.folders import ending
 from vivit_jax.data.datasets.tar_members import CLIPS, COMPRESSED_NAMES, IS_COMPRESSED, tar_clips
-from vivit_jax.errors import UserError, counted, quoted
+from vivit_jax.errors import UserError, counted, first_line, quoted
 from vivit_jax.files import storage
 from vivit_jax.files.addresses import address_text, is_address
-from vivit_jax.files.parts import SHARDS, part_of
+from vivit_jax.files.parts import SHARDS, Part, part_of
 from vivit_jax.files.reading import content, is_file, listed, size_of
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ FORMAT, VERSION = "vivit_jax pack", 1
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 _MOST = 100_000  # shards
+_THREADS = 16
 
 
 class Shard(NamedTuple):
@@ -92,14 +95,28 @@ class Manifest:
             raise UserError(
                 f"{name}: a pack of version {values.get('version')}; this release reads {VERSION}"
             )
-        names = [field.name for field in dataclasses.fields(cls)]
         try:
-            found = {key: values[key] for key in names}
+            found = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+            kinds = {"clips": int, "index_sha256": str, "source": str, "settings": dict}
+            _check_kinds(found, kinds | {"left_out": dict, "shards": list})
+            for shard in found["shards"]:
+                _check_kinds(shard, {"name": str, "bytes": int, "sha256": str, "clips": int})
             found["shards"] = tuple(Shard(**shard) for shard in found["shards"])
             found["classes"] = found["classes"] and tuple(map(str, found["classes"]))
-            return cls(**found)
+            made = cls(**found)
         except (KeyError, TypeError) as error:
             raise UserError(f"{name}: damaged: {error}; get the pack again") from None
+        names = {os.path.basename(shard.name) for shard in made.shards}
+        if not names or len(names) < len(made.shards):
+            raise UserError(f"{name}: damaged: no shards, or two of one name; get the pack again")
+        return made
+
+
+def _check_kinds(values: Any, kinds: dict[str, type]) -> None:
+    """TypeError or KeyError for values that are not of these kinds."""
+    for key, kind in kinds.items():
+        if not isinstance(values[key], kind):
+            raise TypeError(f"{key} is {quoted(repr(values[key]))}, not of type {kind.__name__}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +155,30 @@ class Index:
 
     @classmethod
     def from_npz(cls, data: bytes) -> "Index":
-        """From the file's content."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {field.name: archive[field.name] for field in dataclasses.fields(cls)}
+        """From the file's content. Raises ValueError for anything else."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                arrays = {field.name: archive[field.name] for field in dataclasses.fields(cls)}
+        except (KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(first_line(error)) from None
         return cls(**arrays | {"names": arrays["names"].tobytes()})
+
+    def fits(self, manifest: Manifest) -> bool:
+        """Whether it can be that of the manifest's shards: their numbers of clips, and classes."""
+        clips = [shard.clips for shard in manifest.shards]
+        rows = manifest.clips, self.names.count(b"\n"), sum(clips), len(self.labels)
+        columns = self.shards, self.starts, self.lengths, self.checksums
+        if {*rows, *map(len, columns)} != {manifest.clips} or self.shards.min(initial=0) < 0:
+            return False
+        if np.bincount(self.shards, minlength=len(clips)).tolist() != clips:
+            return False
+        if (
+            len(self.extents) not in (0, manifest.clips)
+            or min(self.starts.min(initial=0), self.lengths.min(initial=0)) < 0
+        ):
+            return False
+        least, most = self.labels.min(initial=0), self.labels.max(initial=0)
+        return least >= 0 and (manifest.classes is None or most < len(manifest.classes))
 
     def columns(self, shards: Sequence[str]) -> Columns:
         """The clips as entries of a list, whose paths are parts of the shards of these names."""
@@ -220,6 +257,7 @@ def read_pack(path: str) -> Pack:
                 f"{known[name][1].bytes:,}: it is cut off or of another pack, get it again"
             )
     index = read_index(directory, manifest)
+    _check_not_swapped(directory, manifest, index, [known[name][0] for name in wanted])
     if wanted != [shard.name for shard in manifest.shards]:
         index = _of_shards(index, [known[name][0] for name in wanted])
     columns = index.columns([shard.name for shard in manifest.shards])
@@ -230,11 +268,12 @@ def read_manifest(directory: str) -> Manifest:
     """The manifest in a directory. UserError for one that is damaged or another file."""
     path = os.path.join(directory, MANIFEST)
     try:
-        return Manifest.from_json(json.loads(content(path)), path)
+        values = json.loads(content(path))
     except ValueError as error:
         raise UserError(f"{path}: no JSON: {error}; get the pack again") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    return Manifest.from_json(values, path)
 
 
 def read_index(directory: str, manifest: Manifest) -> Index:
@@ -249,7 +288,47 @@ def read_index(directory: str, manifest: Manifest) -> Index:
             f"{path} is not the index of the shards in {MANIFEST}: it is damaged or of another "
             "pack; get it again"
         )
-    return Index.from_npz(data)
+    try:
+        index = Index.from_npz(data)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: {error}; get the pack again") from None
+    if not index.fits(manifest):
+        raise UserError(f"{path} does not fit {MANIFEST}: one is damaged; get the pack again")
+    return index
+
+
+def _check_not_swapped(
+    directory: str, manifest: Manifest, index: Index, numbers: Sequence[int]
+) -> None:
+    """UserError for a shard in the place of another whose clips begin and end at the same places.
+
+    Of all others a swap is seen by their sizes, or by clips that cannot be read. Packs of arrays
+    have such shards. Of these the first clip is read.
+    """
+    ends = np.searchsorted(index.shards, np.arange(len(manifest.shards) + 1))  # in their order
+    alike: dict[tuple[int, bytes], list[int]] = {}
+    for number in numbers:
+        rows = slice(ends[number], ends[number + 1])
+        layout = hashlib.sha256(index.starts[rows].tobytes() + index.lengths[rows].tobytes())
+        alike.setdefault((manifest.shards[number].bytes, layout.digest()), []).append(number)
+    doubtful = [number for group in alike.values() if len(group) > 1 for number in group]
+
+    def check(number: int) -> None:
+        row, path = ends[number], os.path.join(directory, manifest.shards[number].name)
+        part = Part(path, int(index.starts[row]), int(index.lengths[row]), "clip")
+        try:
+            found = zlib.crc32(content(str(part)))
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        if found != index.checksums[row]:
+            raise UserError(
+                f"{path}: its first clip is not the one that {INDEX} says: shards were swapped, or "
+                "this one is damaged; get it again"
+            )
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(check, doubtful):
+            pass
 
 
 def _of_shards(index: Index, numbers: list[int]) -> Index:
@@ -368,7 +447,9 @@ def _tell_others(directory: str, shards: int) -> None:
     others = [
         entry.name
         for entry in listed(directory)
-        if entry.name[0] != "." and (entry.is_directory or ending(entry.name) in CLIPS)
+        if entry.name[0] != "."
+        and entry.name != INDEX
+        and (entry.is_directory or ending(entry.name) in CLIPS)
     ]
     if others:
         logger.warning(
