@@ -1,70 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs whose directory is in an object store."""
 
-import contextlib
 import dataclasses
 import json
-import os
-import random
 import re
 import shlex
 import shutil
-import signal
-import tempfile
-import time
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from clips import write_clip as painted_clip
 from commands import run_command
 from helpers import random_params
-from stores import Proxy, store
+from store_runs import PRETRAINING, copied
+from stores import store
 from tiny import SMALL_VIDEOMAE
 from tiny_recipes import PRETRAIN, changed
-from tiny_runs import (
-    Parent,
-    assert_same,
-    free_port,
-    lines,
-    settings,
-    share_steps,
-    small_recipe,
-    state,
-)
+from tiny_runs import assert_same, lines, settings, share_steps, small_recipe, state
 
 import vivit_jax
-from vivit_jax.data.datasets.dataset import read_dataset
-from vivit_jax.data.packing.pack import Packing, pack
 from vivit_jax.errors import StorageError, UserError
-from vivit_jax.files import ranges, storage
-from vivit_jax.files.addresses import Address, place
+from vivit_jax.files import storage
+from vivit_jax.files.addresses import Address
 from vivit_jax.train.loop import train
 from vivit_jax.train.storage.run_store import UPLOADED, run_store
 from vivit_jax.train.storage.saved_models import model_directory
 
+pytestmark = pytest.mark.usefixtures("fresh_stores")
 QUIET = {"say": lambda text: None}
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
-    """An empty store in memory, and directories of the test's own."""
-    memory = fsspec.filesystem("memory")
-    memory.store.clear()
-    memory.pseudo_dirs[:] = [""]
-    ranges.forget()
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def copied(address: str, directory: Path) -> Path:
-    """A run, copied from its store."""
-    for name in storage.sizes_below(address):
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        storage.download(f"{address}/{name}", directory / name)
-    return directory
 
 
 class _Stop:
@@ -238,145 +202,6 @@ def test_a_run_in_a_real_store(tmp_path, protocol):
         wrong = bucket.replace("bucket", "no-such-bucket")
         with pytest.raises(StorageError, match="^--out .*/run: cannot be written: .*; check"):
             train(recipe, f"{wrong}/run", **QUIET)
-
-
-def lives(parent, tmp_path, processes: int, args) -> list:
-    """The processes of a run."""
-    if processes == 1:
-        return [parent.start(tmp_path / "0.log", args)]
-    shared = ["--coordinator", f"localhost:{free_port()}", "--processes", processes]
-    logs = [tmp_path / f"{k}.log" for k in range(processes)]
-    return [parent.start(log, [*args, *shared, "--process", k]) for k, log in enumerate(logs)]
-
-
-PRETRAINING = "videomae-v1-base-kinetics400-pretrain"
-
-
-@contextlib.contextmanager
-def packed_in_s3(tmp_path, steps: int):
-    """A bucket of S3 with packed clips, and the command line of pre-training from its shards."""
-    (tmp_path / "clips").mkdir()
-    for k in range(24):
-        painted_clip(tmp_path / "clips" / f"{k}.mp4", 16 + k, gop=4)
-    with store("s3") as bucket:
-        where = f"{bucket}/packs/clips"
-        pack(read_dataset(tmp_path / "clips"), place(where), Packing(shard_bytes=20_000))
-        shards = [entry.name for entry in storage.entries(where) if entry.name.endswith(".tar")]
-        assert len(shards) >= 4
-        recipe = changed(
-            PRETRAIN,
-            data__train=f"{where}/clips-{{000000..{len(shards) - 1:06}}}.tar",
-            train__batch_size=16,
-            train__epochs=steps,  # of one step each
-            train__checkpoint_every=3,
-        )
-        cache = ["--compilation-cache", tmp_path / "cache", "pretrain", "--recipe", PRETRAINING]
-        yield bucket, [*cache, "--set", *settings(recipe, PRETRAINING), "--resume", "auto", "--out"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_a_run_in_s3_killed_ten_times_ends_bit_for_bit_as_a_whole_one(
-    tmp_path, monkeypatch, processes
-):
-    """Killed at random moments: one of its processes, or all; shards and run are in the store."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    steps, rng = 80, random.Random(processes)
-    with packed_in_s3(tmp_path, steps) as (bucket, args), contextlib.closing(Parent()) as parent:
-        whole = lives(parent, tmp_path, processes, [*args, tmp_path / "whole"])
-        assert [life.end() for life in whole] == [0] * processes, whole[0].text
-        for death in range(10):
-            running = lives(parent, tmp_path, processes, [*args, f"{bucket}/run"])
-            begun = running[0].until(lambda life=running[0]: " an epoch, " in life.text)
-            assert begun, "\n".join(life.text for life in running)
-            time.sleep(rng.uniform(0, 1.5))
-            for life in running if death % 2 else rng.sample(running, 1):
-                if life.until(lambda: True):  # it may have come to its end
-                    with contextlib.suppress(ProcessLookupError):
-                        life.send(signal.SIGKILL)
-            for life in running:
-                life.end()
-        last = lives(parent, tmp_path, processes, [*args, f"{bucket}/run"])
-        assert [life.end() for life in last] == [0] * processes, last[0].text
-        there = copied(f"{bucket}/run", tmp_path / "copy")
-    assert_same(there, tmp_path / "whole", steps)
-
-
-@pytest.mark.slow
-def test_a_run_in_s3_goes_on_with_other_numbers_of_processes(tmp_path, monkeypatch):
-    """2, 1, 4 processes with 4 devices each; all but the last are killed after a checkpoint."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    steps = 18
-    with packed_in_s3(tmp_path, steps) as (bucket, args), contextlib.closing(Parent()) as parent:
-        whole = lives(parent, tmp_path, 2, [*args, tmp_path / "whole"])
-        assert [life.end() for life in whole] == [0, 0], whole[0].text
-        for processes, until in ((2, 6), (1, 12)):
-            running = lives(parent, tmp_path, processes, [*args, f"{bucket}/run"])
-            written = f"{bucket}/run/checkpoints/{until}/{UPLOADED}"
-            seen = running[0].until(lambda name=written: storage.exists(name))
-            assert seen, running[0].text
-            for life in running:
-                life.send(signal.SIGKILL)
-            for life in running:
-                life.end()
-        last = lives(parent, tmp_path, 4, [*args, f"{bucket}/run"])
-        assert [life.end() for life in last] == [0] * 4, last[0].text
-        there = copied(f"{bucket}/run", tmp_path / "copy")
-    ours, theirs = lines(there), lines(tmp_path / "whole")
-    error = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(ours, theirs, strict=True))
-    print(f"\nlargest relative difference of a loss: {error:.1e}")
-    assert_same(there, tmp_path / "whole", steps, rtol=2e-6)  # measured: 1.3e-7 of a loss
-
-
-def faulty(number: int, method: str) -> str | None:
-    """Of ten requests, one is answered with 500, one with 503, one in half and one slowly."""
-    return {2: "500", 4: "short" if method == "GET" else None, 6: "503", 8: "slow"}.get(number % 10)
-
-
-@pytest.mark.slow
-def test_a_run_outlives_its_servers_troubles(tmp_path, monkeypatch):
-    """Errors, short and slow answers all the time, and in the middle no server for 20 s.
-
-    Shards and run are there. Where it stays away the run ends, and goes on when it is back.
-    """
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    steps = 12
-    with packed_in_s3(tmp_path, steps) as (bucket, args), contextlib.ExitStack() as stack:
-        proxy = stack.enter_context(contextlib.closing(Proxy(os.environ["AWS_ENDPOINT_URL"])))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-        parent = stack.enter_context(contextlib.closing(Parent()))
-        (whole,) = lives(parent, tmp_path, 1, [*args, tmp_path / "whole"])
-        assert whole.end() == 0, whole.text
-        proxy.fault = faulty
-        (life,) = lives(parent, tmp_path, 1, [*args, f"{bucket}/run"])
-        assert life.until(lambda: "step 1/" in life.text), life.text
-        back = time.monotonic() + 20
-        proxy.fault = lambda n, method: "gone" if time.monotonic() < back else faulty(n, method)
-        assert life.end() == 0, life.text
-        print(f"\n{proxy.counts}")
-        assert all(proxy.counts[fault] >= 2 for fault in ("500", "503", "short", "slow", "gone"))
-        assert life.text.count("trying again for") >= 10
-        proxy.fault = lambda number, method: None
-        assert_same(copied(f"{bucket}/run", tmp_path / "copy"), tmp_path / "whole", steps)
-
-        # It stays away: after the stated time the run ends, with the checkpoint before whole.
-        monkeypatch.setenv("VIVIT_JAX_STORAGE_TIMEOUT", "4")
-        impatient = stack.enter_context(contextlib.closing(Parent()))
-        (life,) = lives(impatient, tmp_path, 1, [*args, f"{bucket}/other"])
-        written = f"{bucket}/other/checkpoints/3/{UPLOADED}"
-        assert life.until(lambda: storage.exists(written)), life.text
-        proxy.fault = lambda number, method: "gone"
-        assert life.end() == 2, life.text
-        (error,) = [line for line in life.text.splitlines() if "error:" in line]
-        assert "failed for 4 s" in error and "VIVIT_JAX_STORAGE_TIMEOUT" in error
-        proxy.fault = lambda number, method: None
-        (life,) = lives(impatient, tmp_path, 1, [*args, f"{bucket}/other"])
-        assert life.end() == 0, life.text
-        found = copied(f"{bucket}/other", tmp_path / "other")
-    assert_same(found, tmp_path / "whole", steps)
 
 
 @pytest.mark.slow

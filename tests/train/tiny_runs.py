@@ -126,10 +126,11 @@ def assert_same(found, expected, steps, rtol=0.0):
 
 
 # Forks a process for each command line, so that what takes seconds to import is imported once.
-# It is asked for one with its log and its arguments, and then for its exit status with its number.
+# It is asked for one with its log, its arguments and what it has in its environment besides, and
+# then for its exit status with its number.
 # Interrupts may be ignored where the suite runs, as in the background of a script.
 _PARENT = """
-import json, os, signal, sys
+import json, os, signal, sys, tempfile
 import grain.python, orbax.checkpoint, safetensors.numpy
 import checkpoints_convert.source, vivit_jax.train.loop
 from vivit_jax.cli.__main__ import main
@@ -139,6 +140,8 @@ for line in sys.stdin:
         child = os.fork()
         if not child:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ |= order[2]
+            tempfile.tempdir = None
             for stream in (1, 2):
                 os.dup2(os.open(order[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             sys.exit(main(order[1]))
@@ -166,9 +169,9 @@ class Parent:
         print(json.dumps(order), file=self._process.stdin, flush=True)
         return ast.literal_eval(self._process.stdout.readline())
 
-    def start(self, log, args):
+    def start(self, log, args, **environment):
         log.write_text("")
-        return Life(self, log, self.ask([str(log), list(map(str, args))]))
+        return Life(self, log, self.ask([str(log), list(map(str, args)), environment]))
 
     def close(self):
         self._process.kill()

@@ -48,6 +48,7 @@ from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, whole_
 from vivit_jax.train.start.initial_model import described_base, description
 from vivit_jax.train.state import TrainState
 from vivit_jax.train.storage.checkpoint import Checkpoints
+from vivit_jax.train.storage.gathered_checkpoints import GatheredCheckpoints
 from vivit_jax.train.storage.run_directory import BAD_CLIPS, RunDirectory, resumes
 from vivit_jax.train.storage.run_store import RunStore, run_store
 from vivit_jax.train.watch import Notice, Watch, held_out_loss, watch_of
@@ -125,7 +126,7 @@ def train(
 
         run = enter(RunDirectory(store.path, recipe, resume=resume))
         stack.push(run.undo)
-        checkpoints = enter(Checkpoints(run.path, keep=recipe.train.keep))
+        checkpoints = enter(store.checkpoints(keep=recipe.train.keep))
         if given.resume_step is not None:
             checkpoints.check_step(given.resume_step)
         saved = resume and checkpoints.latest() is not None
@@ -198,7 +199,7 @@ class _Loop:
     arrays: list[jax.Array]  # of a loss of the caller's
     store: RunStore
     run: RunDirectory
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | GatheredCheckpoints
     batches: Batches
     log: MetricLog
     progress: Progress

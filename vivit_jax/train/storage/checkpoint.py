@@ -15,20 +15,25 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all
 
 from vivit_jax.errors import CheckpointError, UserError, WriteError, first_line
 from vivit_jax.files.atomic import writing
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.staging import clear_leftovers
+from vivit_jax.train.processes.first import of_first
 from vivit_jax.train.storage.checksums import damage, handlers
-from vivit_jax.train.storage.stored_state import check_state, flat, storage, to_arrays
+from vivit_jax.train.storage.stored_state import (
+    check_state,
+    flat,
+    from_arrays,
+    storage,
+    to_arrays,
+)
 
 logger = logging.getLogger(__name__)
 _DROPPED = "dropped"
 _UNFINISHED = re.compile(r".*\.orbax-checkpoint-tmp.*")
 _MODEL = re.compile(r"\d+")
-_LONGEST = 2000  # bytes of a message to the other processes
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -50,9 +55,18 @@ class Checkpoints:
 
     Every process of a run calls every method. `asynchronous` saves write while training continues;
     the next call raises their errors. `directory` is on a file system that all processes share.
+    With `alone` the first process alone calls methods, with numpy arrays:
+    `vivit_jax.train.storage.gathered_checkpoints`.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int, asynchronous: bool = True):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int,
+        asynchronous: bool = True,
+        alone: bool = False,
+    ):
         import orbax.checkpoint as ocp
 
         if keep < 1:
@@ -66,7 +80,12 @@ class Checkpoints:
         self._steps_named = _names()
         # Without this Orbax does not know what a checkpoint of another process holds.
         known = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        self._arrays, plain = handlers()
+        self._of_first = _called if alone else of_first
+        processes = ocp.options.MultiprocessingOptions(
+            active_processes={0} if alone else None,
+            barrier_sync_key_prefix="first" if alone else None,
+        )
+        self._arrays, plain = handlers(processes)
         known.add("state", ocp.args.StandardSave, self._arrays)
         known.add("run", ocp.args.JsonSave, plain)
         self._manager = ocp.CheckpointManager(
@@ -79,6 +98,7 @@ class Checkpoints:
                 step_name_format=self._steps_named,
                 # Renamed before deletion: a half-deleted directory would pass for a checkpoint.
                 todelete_subdir=_DROPPED,
+                multiprocessing_options=processes,
             ),
         )
         steps = self._manager.all_steps()
@@ -106,6 +126,18 @@ class Checkpoints:
         its model. Raises UserError for a step that is not after the latest, and for values that
         cannot be stored.
         """
+        self.save_arrays(step, *to_arrays(state), data, metrics, export)
+
+    def save_arrays(
+        self,
+        step: int,
+        arrays: Mapping[str, Any],
+        keys: Mapping[str, str],
+        data: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        export: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Save what `to_arrays` returns of a tree, like `save`."""
         import orbax.checkpoint as ocp
 
         latest = self.latest()
@@ -114,7 +146,6 @@ class Checkpoints:
                 f"{self._checkpoints} has a checkpoint of step {latest}, and step {step} is not "
                 "after it; remove the later ones, or train into another directory"
             )
-        arrays, keys = to_arrays(state)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         run = {"data": data, "metrics": finite, "keys": keys, "checksums": True}
@@ -129,7 +160,8 @@ class Checkpoints:
         self.write_model(step, export)
         self._checkpoints.mkdir(parents=True, exist_ok=True)
         self._scores[step] = _score(finite)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run))
+        saved: Any = dict(arrays)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(saved), run=ocp.args.JsonSave(run))
         self._pending = step
         try:
             with self._writing():
@@ -189,6 +221,17 @@ class Checkpoints:
         no such checkpoint or if it differs from the state, naming the paths; DamagedCheckpoint if
         `step`, or every checkpoint, is damaged.
         """
+        arrays, run, found = self.restore_arrays(abstract_state, step)
+        return from_arrays(abstract_state, arrays, run["keys"]), run["data"], found
+
+    def restore_arrays(
+        self, abstract_state: Any, step: int | None = None, *, in_memory: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any], int]:
+        """(arrays, run, step) of a checkpoint, like `restore`, for `from_arrays`.
+
+        `run` has its `data` and `keys`. The arrays are jax's on the devices of their shardings,
+        or numpy's `in_memory`.
+        """
         steps = self.steps()
         if step is None and not steps:
             raise UserError(f"{self._checkpoints} holds no checkpoint; start a new run")
@@ -196,7 +239,7 @@ class Checkpoints:
             self.check_step(step)
         for each in (step,) if step is not None else reversed(steps):
             try:
-                return *self._restored(abstract_state, each), each
+                return *self._restored(abstract_state, each, in_memory), each
             except DamagedCheckpoint as error:
                 if step is not None:
                     others = ", ".join(str(s) for s in steps if s != step) or "none"
@@ -207,7 +250,9 @@ class Checkpoints:
             "start a new run in another directory"
         )
 
-    def _restored(self, abstract_state: Any, step: int) -> tuple[Any, dict[str, Any]]:
+    def _restored(
+        self, abstract_state: Any, step: int, in_memory: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         import orbax.checkpoint as ocp
 
         where = self._checkpoints / str(step)
@@ -220,38 +265,37 @@ class Checkpoints:
         except _DAMAGE as error:
             raise self._damaged(step, error) from error
         check_state(stored, run["keys"], wanted, where)
-        target = {path: storage(leaf) for path, leaf in wanted.items()}
+        target: dict[str, Any] = {path: storage(leaf) for path, leaf in wanted.items()}
+        if in_memory:
+            target = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in target.items()}
         args = ocp.args.StandardRestore(target)
         try:
             arrays = self._arrays.restore(where / "state", args=args)
         except _DAMAGE as error:
             raise self._damaged(step, error) from error
-        leaves = [
-            jax.random.wrap_key_data(arrays[path], impl=run["keys"][path])
-            if path in run["keys"]
-            else arrays[path]
-            for path in wanted
-        ]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), run["data"]
+        return arrays, run
 
     def _check_sums(self, step: int) -> None:
         """Raises DamagedCheckpoint in all processes if the first finds changed files."""
-        found, unknown = None, False
         if not _is_object(marker := self._checkpoints / str(step) / "_CHECKPOINT_METADATA"):
             _warn(f"{marker} is damaged; resuming from step {step} does not need it")
-        if jax.process_index() == 0:
-            for part in ("run", "state"):
-                try:
-                    found = found or damage(self._checkpoints / str(step) / part)
-                except FileNotFoundError:
-                    unknown = True
-        found = _from_first(found or "")
+        found, unknown = self._of_first(lambda: self._damage(step))
         if found:
             raise self._damaged(step, found)
         if unknown:
             if self._run(step).get("checksums"):
                 raise self._damaged(step, "its checksums.json is missing")
             _warn(f"{self._checkpoints / str(step)} has no checksums; damage in it goes unnoticed")
+
+    def _damage(self, step: int) -> tuple[str | None, bool]:
+        """How a checkpoint differs from what was written, and whether that is not known."""
+        found, unknown = None, False
+        for part in ("run", "state"):
+            try:
+                found = found or damage(self._checkpoints / str(step) / part)
+            except FileNotFoundError:
+                unknown = True
+        return found, unknown
 
     def wait(self) -> None:
         """Return once every save is on disk and every dropped checkpoint is removed."""
@@ -294,26 +338,21 @@ class Checkpoints:
 
     def lacks_model(self, step: int) -> bool:
         """Whether a checkpoint's model is missing, with a warning; all processes agree."""
-        gone = bool(_from_first("" if (self._models / str(step)).is_dir() else "gone"))
+        gone = self._of_first(lambda: not (self._models / str(step)).is_dir())
         if gone:
             _warn(f"{self._models / str(step)} is gone; it is written again from the checkpoint")
         return gone
 
     def write_model(self, step: int, export: Callable[[Path], None] | None) -> None:
         """Write the model of a step; an error ends all processes, not just one."""
-        failed = None
-        if export is not None:
-            try:
+
+        def write() -> None:
+            if export is not None:
                 with writing(self._models):
                     self._models.mkdir(parents=True, exist_ok=True)
                 export(self._models / str(step))
-            except (OSError, UserError) as error:
-                failed = error
-        message = _from_first("" if failed is None else str(failed))
-        if failed is not None:
-            raise failed
-        if message:
-            raise WriteError(f"process 0 cannot continue: {message}")
+
+        self._of_first(write)
 
     def _is_later(self, step: int) -> bool:
         """Whether a step is later than the one the run was rewound to."""
@@ -398,15 +437,8 @@ def _warn(text: str) -> None:
         logger.warning("%s", text)
 
 
-def _from_first(text: str) -> str:
-    """Share the first process's text with all processes."""
-    if jax.process_count() == 1:
-        return text
-
-    row = np.zeros(_LONGEST, np.uint8)
-    data = text.encode()[:_LONGEST]
-    row[: len(data)] = list(data)
-    return bytes(np.asarray(broadcast_one_to_all(row))).rstrip(b"\0").decode(errors="ignore")
+def _called(call: Callable[[], Any]) -> Any:
+    return call()
 
 
 def _is_object(path: Path) -> bool:

@@ -22,8 +22,11 @@ CHECKSUMS = "checksums.json"
 _AFTERWARDS = "commit_success.txt"
 
 
-def handlers() -> tuple[Any, Any]:
-    """Orbax's handlers for arrays and for JSON values, which also write checksums."""
+def handlers(processes: Any) -> tuple[Any, Any]:
+    """Orbax's handlers for arrays and for JSON values, which also write checksums.
+
+    `processes` are its MultiprocessingOptions: those that take part.
+    """
     import orbax.checkpoint as ocp
 
     class Arrays(ocp.StandardCheckpointHandler):
@@ -44,7 +47,7 @@ def handlers() -> tuple[Any, Any]:
         def typestr(cls):
             return ocp.JsonCheckpointHandler.typestr()
 
-    return Arrays(), Plain()
+    return Arrays(multiprocessing_options=processes), Plain(multiprocessing_options=processes)
 
 
 def damage(directory: Path) -> str | None:

@@ -131,7 +131,8 @@ class RunDirectory:
 
         `model` is a `vivit_jax.train.start.initial_model.description`.
         """
-        _together(f"checked {self.path}")
+        if jax.process_count() > 1:  # none is to see what the first has just written
+            sync_global_devices("the directory of the run is checked")
         if not self._first:
             return
         self._made = [each for each in (self.path, *self.path.parents) if not each.exists()]
@@ -264,9 +265,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif a != b:
             found[f"{prefix}{name}"] = (a, b)
     return found
-
-
-def _together(what: str) -> None:
-    """Wait for all processes, so that none sees what another has just written."""
-    if jax.process_count() > 1:
-        sync_global_devices(what)

@@ -2,10 +2,11 @@
 """Runs whose directory is in an object store: trained in a directory here, copied there.
 
 Objects cannot be renamed or appended to, which checkpoints and metrics.jsonl need. So a run has a
-directory on this machine, and the first process copies what is new at each checkpoint, while
+directory on its machine, and the first process copies what is new at each checkpoint, while
 training goes on, and at the end: first the small files, then the model, then the checkpoint, whose
 last object, uploaded.json, names the others with their sizes. A checkpoint without it, or with
-other sizes, does not count. Resuming copies the small files and the checkpoints back.
+other sizes, does not count. Resuming copies the small files back, which each process reads in a
+directory of its own, and to the first process's machine the checkpoints.
 """
 
 import contextlib
@@ -21,26 +22,28 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-from jax.experimental.multihost_utils import sync_global_devices
 
 from vivit_jax.errors import StorageError, UserError
 from vivit_jax.files import storage
 from vivit_jax.files.addresses import Address, Place, place
 from vivit_jax.files.json_files import parse_json
+from vivit_jax.train.processes.first import of_first
+from vivit_jax.train.storage.checkpoint import Checkpoints
+from vivit_jax.train.storage.gathered_checkpoints import GatheredCheckpoints
 from vivit_jax.train.storage.run_directory import RECIPE
 
 logger = logging.getLogger(__name__)
 
 UPLOADED = "uploaded.json"
 _STEP = re.compile(r"(checkpoints|models)/(\d+)/(.+)")
-_READY = ".vivit-jax-ready"
 _AT_ONCE = 8  # objects
 
 
 class RunStore:
     """Where a run is kept: `place`, and the directory `path` on this machine that it is written to.
 
-    For a local path both are the same, and the methods do nothing.
+    For a local path both are the same, all processes see it, and the methods do nothing. Every
+    process of a run calls every method.
     """
 
     is_remote = False
@@ -57,6 +60,11 @@ class RunStore:
     def finish(self) -> None:
         """Copy what is new, and return once it is there."""
 
+    def checkpoints(self, *, keep: int) -> Checkpoints | GatheredCheckpoints:
+        """The run's checkpoints in `path`."""
+        apart = self.is_remote and jax.process_count() > 1
+        return (GatheredCheckpoints if apart else Checkpoints)(self.path, keep=keep)
+
 
 @contextlib.contextmanager
 def run_store(out: str | Path | Place, *, resume: bool) -> Iterator[RunStore]:
@@ -70,28 +78,21 @@ def run_store(out: str | Path | Place, *, resume: bool) -> Iterator[RunStore]:
         yield RunStore(where, where)
         return
     path = _scratch(where)
+    first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
+        if not first:
+            stack.enter_context(_alone(where, path))
+
+        def check() -> None:
             stack.enter_context(_alone(where, path))
             storage.check_writable(str(where), "--out")
             check_new(where, resume)
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-            stack.callback(shutil.rmtree, path, ignore_errors=True)
-            held = _pull(where, path) if resume else {}
-            (path / _READY).touch()
-        else:
-            held = {}
-        _together(f"{where} is here")
-        if not (path / _READY).exists():
-            raise UserError(
-                f"--out {where}: process {jax.process_index()} does not see {path} of process 0, "
-                "through which the run is written; give all machines one shared directory as TMPDIR"
-            )
-        _together(f"{where} is seen")
-        if jax.process_index() == 0:
-            (path / _READY).unlink()
-        _together(f"{where} is as it was")  # or a process might take it for a run's
+
+        of_first(check)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(mode=0o700, parents=True)
+        stack.callback(shutil.rmtree, path, ignore_errors=True)
+        held = _pull(where, path, checkpoints=first) if resume else {}
         store = _Uploads(where, path, held)
         stack.callback(store.close)
         try:
@@ -100,11 +101,6 @@ def run_store(out: str | Path | Place, *, resume: bool) -> Iterator[RunStore]:
             if str(path) not in str(error):
                 raise
             raise type(error)(str(error).replace(str(path), str(where))) from error
-
-
-def _together(what: str) -> None:
-    if jax.process_count() > 1:
-        sync_global_devices(what)
 
 
 def check_new(where: Address, resume: bool) -> None:
@@ -128,29 +124,34 @@ class _Uploads(RunStore):
         self.where = where
         # Directories of steps that are there, with what was here when they were copied.
         self._held = held
-        self._first = jax.process_index() == 0
         self._pool = ThreadPoolExecutor(1, "upload")
         self._pending: Future | None = None
 
+    def settle(self) -> None:
+        of_first(self._settle)
+
     def publish(self) -> None:
-        self.settle()
-        if self._first:
+        def begin() -> None:
+            self._settle()
             # What the next steps append to is copied as it is now.
-            small = self._small()
-            self._pending = self._pool.submit(self._copy, small)
+            self._pending = self._pool.submit(self._copy, self._small())
+
+        of_first(begin)
 
     def finish(self) -> None:
-        self.settle()
-        if self._first:
+        def end() -> None:
+            self._settle()
             self._copy(self._small())
 
+        of_first(end)
+
     def close(self) -> None:
-        """Waits for what is being copied."""
+        """Waits for what is being copied; the other processes need not take part."""
         with contextlib.suppress(UserError):  # raised before, or behind another error
-            self.settle()
+            self._settle()
         self._pool.shutdown()
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -216,8 +217,11 @@ def _identity(directory: Path) -> tuple[int, ...]:
     return about.st_ino, about.st_mtime_ns
 
 
-def _pull(where: Address, path: Path) -> dict[str, tuple[int, ...]]:
-    """Copy the small files and the whole checkpoints; the directories of steps that are there."""
+def _pull(where: Address, path: Path, *, checkpoints: bool) -> dict[str, tuple[int, ...]]:
+    """Copy the small files and, with `checkpoints`, those that are whole.
+
+    Returns the directories of steps that are there.
+    """
     there = storage.sizes_below(str(where))
     wanted, models = [], set[str]()
     whole: dict[str, bool] = {}
@@ -225,6 +229,8 @@ def _pull(where: Address, path: Path) -> dict[str, tuple[int, ...]]:
         found = _STEP.fullmatch(name)
         if found is None:
             wanted.append(name)
+            continue
+        if not checkpoints:
             continue
         kind, step = found[1], f"{found[1]}/{found[2]}"
         if kind == "models":  # that it is there is all that a run needs
@@ -263,9 +269,10 @@ def _is_whole(where: Address, step: str, there: dict[str, int]) -> bool:
 
 
 def _scratch(where: Address) -> Path:
-    """The directory here of a run there: the same in all processes."""
+    """The directory here of this process of a run there."""
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     name = hashlib.sha256(str(where).encode()).hexdigest()[:16]
+    name += f"-{jax.process_index()}" if jax.process_index() else ""
     return Path(tempfile.gettempdir(), f"vivit-jax-runs-{user}", name)
 
 

@@ -39,6 +39,15 @@ def to_arrays(state: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
     return leaves | {path: jax.random.key_data(leaves[path]) for path in keys}, keys
 
 
+def from_arrays(state: Any, arrays: Mapping[str, jax.Array], keys: Mapping[str, str]) -> Any:
+    """The tree like `state` of what `to_arrays` has returned."""
+    leaves = [
+        jax.random.wrap_key_data(arrays[path], impl=keys[path]) if path in keys else arrays[path]
+        for path in flat(state)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
 def storage(leaf: Any) -> jax.ShapeDtypeStruct:
     """The shape, dtype and sharding that a leaf is stored with: a key is stored as its data."""
     struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run whose processes share no file system, such as the machines of a TPU slice.
+
+The first process writes and reads them: it gathers the state from all devices, array by array, and
+sends what it reads. Its machine's memory holds a whole state while it is written.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vivit_jax.train.processes.first import of_first, sent
+from vivit_jax.train.storage.checkpoint import Checkpoints
+from vivit_jax.train.storage.stored_state import flat, from_arrays, storage, to_arrays
+
+
+class GatheredCheckpoints:
+    """`Checkpoints` in a directory that only the first process of a run sees.
+
+    Every process of a run calls every method. They do what those of `Checkpoints` do; errors of
+    the first process are raised in all.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int):
+        self._checkpoints: Checkpoints | None = None  # of the first process
+
+        def opened() -> None:
+            self._checkpoints = Checkpoints(directory, keep=keep, alone=True)
+
+        of_first(opened)
+
+    @property
+    def _first(self) -> Checkpoints:
+        assert self._checkpoints is not None  # else not the first process
+        return self._checkpoints
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        export: Callable[[Path], None] | None = None,
+    ) -> None:
+        arrays, keys = to_arrays(state)
+        whole = {path: _whole(array) for path, array in arrays.items()}
+        of_first(lambda: self._first.save_arrays(step, whole, keys, data, metrics, export))
+
+    def restore(
+        self, abstract_state: Any, step: int | None = None
+    ) -> tuple[Any, dict[str, Any], int]:
+        held: dict[str, np.ndarray] = {}
+
+        def read() -> list[Any]:
+            arrays, run, at = self._first.restore_arrays(abstract_state, step, in_memory=True)
+            held.update(arrays)
+            return [run["keys"], run["data"], at]
+
+        keys, data, found = of_first(read)
+        arrays = {
+            path: _placed(sent(held.pop(path, None), leaf.shape, leaf.dtype), leaf.sharding)
+            for path, leaf in ((path, storage(leaf)) for path, leaf in flat(abstract_state).items())
+        }
+        return from_arrays(abstract_state, arrays, keys), data, found
+
+    def steps(self) -> list[int]:
+        return of_first(lambda: self._first.steps())
+
+    def latest(self) -> int | None:
+        return of_first(lambda: self._first.latest())
+
+    def best(self) -> int | None:
+        return of_first(lambda: self._first.best())
+
+    def metrics(self, step: int) -> dict[str, float]:
+        return of_first(lambda: self._first.metrics(step))
+
+    def check_step(self, step: int) -> None:
+        of_first(lambda: self._first.check_step(step))
+
+    def rewind(self, step: int) -> None:
+        of_first(lambda: self._first.rewind(step))
+
+    def wait(self) -> None:
+        of_first(lambda: self._first.wait())
+
+    def lacks_model(self, step: int) -> bool:
+        return of_first(lambda: self._first.lacks_model(step))
+
+    def write_model(self, step: int, export: Callable[[Path], None] | None) -> None:
+        of_first(lambda: self._first.write_model(step, export))
+
+    def close(self) -> None:
+        """Also while an error ends this process: the others need not take part."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+
+
+def _whole(array: jax.Array) -> np.ndarray | None:
+    """An array of all processes' devices in the first process's memory, None in the others."""
+    if not array.is_fully_replicated:
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)
+        array = jax.jit(_same, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(array)
+    if jax.process_index():
+        return None
+    return np.array(array.addressable_data(0))  # a copy: the next step may take its memory
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
+
+
+def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
