@@ -7,6 +7,7 @@ import fsspec
 import pytest
 
 from vivit_jax.files import ranges
+from vivit_jax.train.storage import lease
 
 
 @pytest.fixture
@@ -19,3 +20,4 @@ def fresh_stores(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(lease, "_SETTLED", 0)  # no other run begins

@@ -24,6 +24,7 @@ from vivit_jax.errors import StorageError, UserError
 from vivit_jax.files import storage
 from vivit_jax.files.addresses import Address
 from vivit_jax.train.loop import train
+from vivit_jax.train.storage.lease import OWNER
 from vivit_jax.train.storage.run_store import UPLOADED, run_store
 from vivit_jax.train.storage.saved_models import model_directory
 
@@ -116,7 +117,7 @@ def test_what_is_new_is_copied_and_what_is_gone_is_removed(tmp_path, caplog):
         return {
             name: storage.read(f"{address}/{name}")
             for name in storage.sizes_below(address)
-            if not name.endswith(UPLOADED)
+            if not name.endswith((UPLOADED, OWNER))
         }
 
     with run_store(address, resume=False) as store:

@@ -30,6 +30,7 @@ from vivit_jax.files.json_files import parse_json
 from vivit_jax.train.processes.first import of_first
 from vivit_jax.train.storage.checkpoint import Checkpoints
 from vivit_jax.train.storage.gathered_checkpoints import GatheredCheckpoints
+from vivit_jax.train.storage.lease import OWNER, Lease, leased
 from vivit_jax.train.storage.run_directory import RECIPE
 
 logger = logging.getLogger(__name__)
@@ -71,14 +72,15 @@ def run_store(out: str | Path | Place, *, resume: bool) -> Iterator[RunStore]:
     """The place of a run, with what is there where it is resumed.
 
     Raises UserError, before anything is written, if the place cannot be written to, holds a run
-    that is not to be resumed, or holds none that is. Errors of the block name the place.
+    that is not to be resumed, holds none that is, or if another run is training into it. Errors of
+    the block name the place.
     """
     where = place(out)
     if isinstance(where, Path):
         yield RunStore(where, where)
         return
     path = _scratch(where)
-    first = jax.process_index() == 0
+    first, leases = jax.process_index() == 0, list[Lease]()
     with contextlib.ExitStack() as stack:
         if not first:
             stack.enter_context(_alone(where, path))
@@ -87,13 +89,14 @@ def run_store(out: str | Path | Place, *, resume: bool) -> Iterator[RunStore]:
             stack.enter_context(_alone(where, path))
             storage.check_writable(str(where), "--out")
             check_new(where, resume)
+            leases.append(stack.enter_context(leased(where)))
 
         of_first(check)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(mode=0o700, parents=True)
         stack.callback(shutil.rmtree, path, ignore_errors=True)
         held = _pull(where, path, checkpoints=first) if resume else {}
-        store = _Uploads(where, path, held)
+        store = _Uploads(where, path, held, leases[0] if first else None)
         stack.callback(store.close)
         try:
             yield store
@@ -112,16 +115,22 @@ def check_new(where: Address, resume: bool) -> None:
         raise UserError(
             f"--out {where} holds a run; continue it with --resume, or choose another directory"
         )
-    elif where.is_dir() and storage.entries(str(where)):
+    elif where.is_dir() and {entry.name for entry in storage.entries(str(where))} - {OWNER}:
         raise UserError(f"--out {where} is not empty; choose a new directory")
 
 
 class _Uploads(RunStore):
     is_remote = True
 
-    def __init__(self, where: Address, path: Path, held: dict[str, tuple[int, ...]]):
+    def __init__(
+        self,
+        where: Address,
+        path: Path,
+        held: dict[str, tuple[int, ...]],
+        lease: Lease | None,  # of the first process
+    ):
         super().__init__(where, path)
-        self.where = where
+        self.where, self._lease = where, lease
         # Directories of steps that are there, with what was here when they were copied.
         self._held = held
         self._pool = ThreadPoolExecutor(1, "upload")
@@ -165,6 +174,8 @@ class _Uploads(RunStore):
         return found
 
     def _copy(self, small: dict[str, bytes]) -> None:
+        assert self._lease is not None  # else not the first process
+        self._lease.check()
         for name, data in small.items():
             storage.write(data, str(self.where / name))
         steps = {
@@ -228,7 +239,7 @@ def _pull(where: Address, path: Path, *, checkpoints: bool) -> dict[str, tuple[i
     for name in sorted(there):
         found = _STEP.fullmatch(name)
         if found is None:
-            wanted.append(name)
+            wanted += [name] if name != OWNER else []
             continue
         if not checkpoints:
             continue
