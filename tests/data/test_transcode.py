@@ -2,6 +2,7 @@
 """Videos encoded again in a smaller size, against the source's frames scaled by Pillow."""
 
 import itertools
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -53,6 +54,50 @@ def test_frames_are_the_sources_scaled_at_the_same_times(tmp_path, name):
     np.testing.assert_allclose(*times, atol=2e-5)  # ticks of 1/90000 s
 
 
+def test_the_form_of_pixels_stays(tmp_path):
+    """As sides are scaled alike; of a turned video it is that of the turned pixels."""
+    for name, display in (("a.mp4", None), ("turned.mov", (90, False))):
+        aspect = Fraction(16, 11)
+        source = write_clip(tmp_path / name, 5, size=(128, 96), display=display, aspect=aspect)
+        (tmp_path / "made.mp4").write_bytes(transcoded(str(source), 48))
+        found = probe_video(tmp_path / "made.mp4").pixel_aspect
+        assert found == probe_video(source).pixel_aspect
+        assert found == pytest.approx(float(aspect if display is None else 1 / aspect))
+
+
+def keyframes(path):
+    with av.open(str(path)) as made:
+        return [k for k, packet in enumerate(made.demux(video=0)) if packet.is_keyframe]
+
+
+def test_keyframes_are_where_they_are_wanted(tmp_path):
+    """Neither at the source's keyframes nor at cuts, where they would take bytes for no seeking."""
+    with av.open(str(tmp_path / "cuts.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)  # each frame is a keyframe
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        rng = np.random.default_rng(0)
+        for k in range(60):
+            if k % 12 == 0:
+                scene = rng.integers(0, 256, (96, 128, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(scene)))
+        container.mux(stream.encode())
+    close = write_clip(tmp_path / "close.mp4", 60, size=(128, 96), gop=5)
+    for source in (tmp_path / "cuts.mkv", close):
+        (tmp_path / "made.mp4").write_bytes(transcoded(str(source), 64))
+        assert keyframes(tmp_path / "made.mp4") == [0, 32]
+
+
+def test_frames_that_are_shown_at_one_time_stay_apart(tmp_path):
+    """Closer than a tick of the made video's clock, where an encoder takes no two."""
+    times = [0, 0.04, 0.04, 0.08, 0.08, 0.08, 0.2]
+    source = write_clip(
+        tmp_path / "a.mkv", 7, codec="ffv1", size=(128, 96), times=times, b_frames=0
+    )
+    (tmp_path / "made.mp4").write_bytes(transcoded(str(source), 48))
+    assert [number_in(image) for image in read_video(tmp_path / "made.mp4")] == [*range(7)]
+    np.testing.assert_allclose(frame_times(tmp_path / "made.mp4", range(7)), times, atol=4e-5)
+
+
 def test_moving_pictures_become_videos(tmp_path):
     pictures = [Image.fromarray(painted(k, 128, 96)) for k in range(6)]
     moving = {
@@ -74,9 +119,8 @@ def test_the_bytes_are_the_same_each_time_and_ready_for_ranges(tmp_path):
     assert made == transcoded(str(source), 48)
     assert made.index(b"moov") < made.index(b"mdat")
     (tmp_path / "made.mp4").write_bytes(made)
+    assert keyframes(tmp_path / "made.mp4") == [0, 32, 64]
     with av.open(str(tmp_path / "made.mp4")) as container:
-        keys = [k for k, packet in enumerate(container.demux(video=0)) if packet.is_keyframe]
-        assert keys == [0, 32, 64]
         assert not container.streams.audio
 
 

@@ -72,6 +72,7 @@ def transcoded(path: str, short_side: int, keyframes: int = KEYFRAMES) -> bytes 
 def _encode(path: str, file: str, size: tuple[int, int], info: VideoInfo, keyframes: int) -> None:
     import av
     from av.codec import codecs_available
+    from av.video.frame import PictureType
 
     if "libx264" not in codecs_available:
         raise UserError(
@@ -100,6 +101,8 @@ def _encode(path: str, file: str, size: tuple[int, int], info: VideoInfo, keyfra
         tick = -1
         for streamed in open_stream(path):
             frame = _scaled(streamed, size)
+            # x264 would make the frames of the source's kinds, with its keyframes.
+            frame.pict_type = PictureType.NONE
             if tick < 0:
                 for name in _COLOURS:
                     setattr(context, name, getattr(frame, name))
