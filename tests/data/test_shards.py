@@ -10,7 +10,9 @@ import os
 import shutil
 import tarfile
 import zipfile
+import zlib
 
+import fsspec
 import numpy as np
 import pytest
 from clips import painted, write_clip
@@ -24,11 +26,13 @@ from vivit_jax.data.datasets.dataset import (
     read_frames,
     read_whole,
 )
-from vivit_jax.data.datasets.packs import Index, expanded, read_manifest
+from vivit_jax.data.datasets.packs import Index, expanded, read_index, read_manifest
 from vivit_jax.data.packing import pack as packing
 from vivit_jax.data.packing.pack import Packing, pack
+from vivit_jax.data.packing.verify import changed_clips
 from vivit_jax.data.video.decode import read_video
 from vivit_jax.errors import UserError, VideoError, WriteError
+from vivit_jax.files import ranges
 from vivit_jax.files.addresses import place
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.files.reading import content as content_of
@@ -103,6 +107,34 @@ def test_clips_are_the_same_bit_for_bit(data, packed):
     assert {path.name for path in packed.iterdir()} == {*shards, "manifest.json", "index.npz"}
     last = len(shards) - 1
     assert_same(read_dataset(f"{packed}/k400-{{000000..{last:06}}}.tar"), expected)
+
+
+@pytest.mark.parametrize("container", ["tar", "arrayrecord"])
+def test_parts_of_videos_stay_parts(data, tmp_path, container):
+    """Of all shards and of some; between them whole clips."""
+    lines = ['"a b.mp4" 3 12 1', "c.mkv 0 12 0", "c.mkv 2 7 1", "c.mkv 3 9 2", '"a b.mp4" 9 20 0']
+    (data / "parts.txt").write_text("\n".join(lines) + "\n")
+    expected = read_dataset(data / "parts.txt", labels=1)
+    assert [count_frames(each) for each in expected.examples] == [12, 12, 7, 9, 20]
+    how = Packing(shard_bytes=1000, container=container)  # each is a shard
+    pack(expected, tmp_path / "k", how)
+    assert_same(read_dataset(tmp_path / "k"), expected)
+    some = read_dataset(f"{tmp_path}/k/k-{{000004,000000,000002}}.{container}")
+    lines = [lines[k] for k in (4, 0, 2)]
+    (data / "some.txt").write_text("\n".join(lines) + "\n")
+    assert_same(some, read_dataset(data / "some.txt", labels=1))
+
+
+@pytest.mark.parametrize("container", ["tar", "arrayrecord"])
+def test_checksums_are_of_whole_clips(tmp_path, container):
+    """Of those that are longer than what is copied at a time, too."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 100, 120, 3), np.uint8)
+    np.save(tmp_path / "a.npy", noise)
+    (tmp_path / "list.txt").write_text("a.npy 0\n")
+    manifest = pack(read_dataset(tmp_path / "list.txt"), tmp_path / "k", Packing())
+    expected = zlib.crc32((tmp_path / "a.npy").read_bytes())
+    assert read_index(str(tmp_path / "k"), manifest).checksums.tolist() == [expected]
+    assert changed_clips(str(tmp_path / "k"), 1) == []
 
 
 def test_tar_files_are_webdatasets(data, packed):
@@ -361,6 +393,52 @@ def test_unreadable_clips_at_the_end_of_an_interrupted_pack(data, tmp_path, monk
     notes[0].write_text('{"other": 1}')
     with pytest.raises(UserError, match="is no note of a pack that was begun; remove it"):
         pack(dataset, tmp_path / "k400", how)
+
+
+def test_unreadable_clips_of_a_pack_that_was_begun_count(data, tmp_path, monkeypatch):
+    """A pack that is interrupted and goes on leaves out no more than one that is not."""
+    lines = [f'"{data / "a b.mp4"}" 0'] * 40
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    for k in (2, 21, 30):  # 1 of 20, and 3 of 31
+        lines[k] = "bad.mp4 0"
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    dataset, added = read_dataset(tmp_path / "list.txt"), packing._added
+    how = Packing(shard_bytes=20_000, threads=1, max_bad_share=0.095)
+
+    def dying(shard, dataset, member):
+        if member.index == 25:
+            raise Killed
+        return added(shard, dataset, member)
+
+    monkeypatch.setattr(packing, "_added", dying)
+    with pytest.raises(Killed):
+        pack(dataset, tmp_path / "k400", how)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="3 of 31 clips cannot be read, more than"):
+        pack(dataset, tmp_path / "k400", how)
+
+
+def test_a_pack_that_was_begun_in_storage_goes_on(data, tmp_path, monkeypatch):
+    """A shard of another size is written again; nothing but the pack is there in the end."""
+    dataset, out, added = listed(data), place("memory://b/begun/k400"), packing._added
+    expected = pack(dataset, tmp_path / "k400", SMALL)
+
+    def dying(shard, dataset, member):
+        if member.index == 5:
+            raise Killed
+        return added(shard, dataset, member)
+
+    monkeypatch.setattr(packing, "_added", dying)
+    with pytest.raises(Killed):
+        pack(dataset, out, SMALL)
+    files = fsspec.filesystem("memory")
+    last = sorted(files.glob("/b/begun/k400/*.tar"))[-1]
+    files.pipe(last, files.cat(last)[:-1])
+    ranges.forget()
+    monkeypatch.undo()
+    assert pack(dataset, out, SMALL) == expected
+    there = {path.rpartition("/")[2]: files.cat(path) for path in files.find("/b/begun/k400")}
+    assert there == content(tmp_path / "k400")
 
 
 def damaged(packed, tmp_path, change):

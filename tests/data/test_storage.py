@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import threading
+import time
 from pathlib import Path
 
 import av
@@ -267,6 +268,56 @@ def test_the_cache_holds_blocks_up_to_its_size(tmp_path, monkeypatch):
         monkeypatch.setenv(block_cache.GIB, value)
         with pytest.raises(UserError, match="CACHE_GIB"):
             block_cache.check()
+
+
+def test_what_was_used_longest_ago_leaves_the_cache_first(tmp_path, monkeypatch):
+    """And what a dead writer left, but nothing of a living one."""
+    monkeypatch.setenv(block_cache.DIRECTORY, str(tmp_path))
+    monkeypatch.setenv(block_cache.GIB, "1")
+    for number in range(5):
+        block_cache.put("s3://b/a", "tag", number, bytes(1000))
+    paths = [block_cache._path(tmp_path, "s3://b/a", "tag", number) for number in range(5)]
+    now = time.time()
+    for age, path in zip((400, 100, 300, 200, 500), paths, strict=True):
+        os.utime(path, (now - age, now - age))
+    assert block_cache.get("s3://b/a", "tag", 4) == bytes(1000)  # the oldest is used again
+    living, dead = (paths[0].with_name(f".{name}.1.1") for name in ("living", "dead"))
+    for path, age in ((living, 550.0), (dead, 10 * block_cache._DEAD)):
+        path.write_bytes(bytes(1000))
+        os.utime(path, (now - age, now - age))
+    block_cache._shrink(tmp_path, 4000)  # three blocks of 1016 bytes are well below
+    assert not dead.exists() and living.exists()
+    assert [path.exists() for path in paths] == [False, True, False, True, True]
+
+
+def test_a_file_that_is_read_in_order_takes_fewer_and_fewer_requests():
+    """And one that is read here and there no more than what is asked for."""
+    data = np.random.default_rng(0).bytes(40 * ranges.BLOCK)
+    fsspec.filesystem("memory").pipe("/b/long", data)
+    ranges.forget()
+    before = storage.TRAFFIC.requests
+    with opened("memory://b/long") as file:
+        assert file.read() == data
+    assert storage.TRAFFIC.requests - before == 6  # 1, 2, 4, 8, 16 blocks and the rest
+    ranges.forget()
+    before = storage.TRAFFIC.bytes_read
+    with opened("memory://b/long") as file:
+        for block in (30, 3, 12):
+            file.seek(block * ranges.BLOCK)
+            assert file.read(100) == data[block * ranges.BLOCK :][:100]
+    assert storage.TRAFFIC.bytes_read - before == 3 * ranges.BLOCK
+
+
+def test_a_file_that_changes_is_seen_after_half_a_minute(monkeypatch):
+    files, clock = fsspec.filesystem("memory"), [1000 * ranges._FRESH]
+    monkeypatch.setattr(ranges.time, "monotonic", lambda: clock[0])
+    ranges.forget()
+    for content in (b"first", b"second one"):
+        files.pipe("/b/changing", content)
+        with opened("memory://b/changing") as file:
+            assert file.read() == content
+        clock[0] += ranges._FRESH
+    ranges.forget()
 
 
 def test_a_name_like_a_status_is_none(monkeypatch):
