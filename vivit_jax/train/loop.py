@@ -13,7 +13,6 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from checkpoints_convert.card import Base
@@ -44,7 +43,7 @@ from vivit_jax.train.processes.stop_signals import agreed_stop, stop_of_one, sto
 from vivit_jax.train.profile import Profile, Tracer
 from vivit_jax.train.run_options import RunKeywords, RunOptions
 from vivit_jax.train.setup import TrainSetup
-from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, whole_mesh
+from vivit_jax.train.sharding import batch_sharding, gathered, make_mesh, whole, whole_mesh
 from vivit_jax.train.start.initial_model import described_base, description
 from vivit_jax.train.state import TrainState
 from vivit_jax.train.storage.checkpoint import Checkpoints
@@ -394,7 +393,7 @@ class _Loop:
         `metrics` are those of this step's validation, for the card.
         """
         state, setup = self.state, self.setup
-        params = _whole(state.params if state.average is None else state.average)
+        params = jax.tree.map(whole, state.params if state.average is None else state.average)
         if jax.process_index():
             return None
         card = run_facts(setup, self.batches.sampler.dataset, self.base, self.taken, metrics)
@@ -416,14 +415,6 @@ def _placed(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
         name: jax.make_array_from_process_local_data(sharding, values)
         for name, values in batch.items()
     }
-
-
-def _whole(params: Any) -> Any:
-    """The params as numpy arrays, in every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(params)
-
-    return process_allgather(params, tiled=True)
 
 
 def _of_all_processes(state: dict[str, Any]) -> dict[str, Any]:

@@ -201,6 +201,27 @@ def bytes_on_a_device(tree: Any) -> int:
     )
 
 
+def whole(array: jax.Array) -> np.ndarray | None:
+    """An array of all processes' devices in the memory of the first one, None in the others.
+
+    Every process calls it. Without another copy where the first process has it already.
+    """
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        # Waited for: where one process gives its devices the next before others have this one,
+        # those of CPUs wait for each other for ever.
+        array = jax.block_until_ready(jax.jit(_same, out_shardings=everywhere)(array))
+    if jax.process_index():
+        return None
+    return np.asarray(array if array.is_fully_addressable else array.addressable_data(0))
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
+
+
 def gathered(value: Any) -> list[Any]:
     """The JSON values of all processes in their order, in all of them."""
     if jax.process_count() == 1:

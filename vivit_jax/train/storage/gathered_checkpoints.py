@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from vivit_jax.train.processes.first import of_first, sent
+from vivit_jax.train.sharding import whole
 from vivit_jax.train.storage.checkpoint import Checkpoints
 from vivit_jax.train.storage.stored_state import flat, from_arrays, storage, to_arrays
 
@@ -47,8 +47,12 @@ class GatheredCheckpoints:
         export: Callable[[Path], None] | None = None,
     ) -> None:
         arrays, keys = to_arrays(state)
-        whole = {path: _whole(array) for path, array in arrays.items()}
-        of_first(lambda: self._first.save_arrays(step, whole, keys, data, metrics, export))
+        held = {}
+        for path, array in arrays.items():
+            found = whole(array)
+            if found is not None:
+                held[path] = found.copy()  # the next step may take the memory of the state
+        of_first(lambda: self._first.save_arrays(step, held, keys, data, metrics, export))
 
     def restore(
         self, abstract_state: Any, step: int | None = None
@@ -98,21 +102,6 @@ class GatheredCheckpoints:
         """Also while an error ends this process: the others need not take part."""
         if self._checkpoints is not None:
             self._checkpoints.close()
-
-
-def _whole(array: jax.Array) -> np.ndarray | None:
-    """An array of all processes' devices in the first process's memory, None in the others."""
-    if not array.is_fully_replicated:
-        sharding = array.sharding
-        assert isinstance(sharding, NamedSharding)
-        array = jax.jit(_same, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(array)
-    if jax.process_index():
-        return None
-    return np.array(array.addressable_data(0))  # a copy: the next step may take its memory
-
-
-def _same(array: jax.Array) -> jax.Array:
-    return array
 
 
 def _placed(array: np.ndarray, sharding: Any) -> jax.Array:
