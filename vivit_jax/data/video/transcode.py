@@ -22,8 +22,8 @@ from vivit_jax.errors import UserError
 from vivit_jax.files.atomic import writing_here
 
 # Frames from one keyframe to the next. Clips of 16 frames, 4 apart, of a video of 390 frames scaled
-# to 240 took 14.5, 13.1, 13.5, 14.1 and 19.0 ms for 8, 16, 32, 64 and 250, in files of 566, 408,
-# 322, 274 and 232 kB.
+# to 240 took 14.4, 13.4, 14.0, 14.0 and 18.9 ms for 8, 16, 32, 64 and 250, in files of 594, 434,
+# 347, 295 and 252 kB.
 KEYFRAMES = 32
 QUALITY = 23  # x264's constant rate factor, its default
 _CLOCK = 90_000  # ticks a second
