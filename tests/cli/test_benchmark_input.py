@@ -213,7 +213,12 @@ def test_one_core_is_given_back():
         (("--loader", "--workers", "-1"), "--workers must be at least 0, got -1"),
         (("--loader", "--threads", "1,x"), "--threads is '1,x'; expected a number, or several as"),
         (("--loader", "--workers", "0,-2"), "--workers must be at least 0, got -2"),
-        (("--loader", "--plan", "none.json"), "none.json"),
+        (
+            ("--loader", "--plan", "none.json"),
+            "--plan none.json: No such file or directory; pass a",
+        ),
+        (("--loader", "--threads", "1,1000000"), "--threads must be at most 1024, got 1000000"),
+        (("--loader", "--workers", "5000"), "--workers must be at most 1024, got 5000"),
         (("--loader", "--plan", "there.json"), "--plan there.json is no plan: expected a file of"),
         (("--loader", "--plan", "other.json"), "other.json is of recipe y, not videomae-v1-base"),
         (("--plan", "other.json"), "--workers and --plan are only for --loader"),

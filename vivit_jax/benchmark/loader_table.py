@@ -39,7 +39,11 @@ def read_hosts(path: Path, recipe: str) -> Hosts:
 
     Raises UserError for another file, and for a plan of another recipe.
     """
-    plan = read_json(str(path), hint="pass a file of vivit-jax plan --json")
+    hint = "pass a file of vivit-jax plan --json"
+    try:
+        plan = read_json(str(path), hint=hint)
+    except OSError as error:
+        raise UserError(f"--plan {path}: {error.strerror}; {hint}") from None
     try:
         hosts = Hosts(plan["topology"], int(plan["hosts"]), float(plan["host_videos_per_second"]))
         planned = plan["recipe"]

@@ -18,6 +18,7 @@ from vivit_jax.benchmark.loader_table import read_hosts, time_loader
 from vivit_jax.benchmark.made_video import Video, write_video
 from vivit_jax.benchmark.measure import cpu_name, environment
 from vivit_jax.console import FLAT
+from vivit_jax.data.settings import MOST_READERS
 from vivit_jax.data.video.decode import probe_video
 from vivit_jax.errors import UserError
 from vivit_jax.files.addresses import is_address
@@ -167,6 +168,8 @@ def _numbers(name: str, text: str, least: int) -> tuple[int, ...]:
     for number in numbers:
         if number < least:
             raise UserError(f"--{name} must be at least {least}, got {number}")
+        if number > MOST_READERS:
+            raise UserError(f"--{name} must be at most {MOST_READERS}, got {number}")
     return tuple(dict.fromkeys(numbers))
 
 

@@ -18,6 +18,7 @@ from vivit_jax.cli.options import SourceOptions
 from vivit_jax.console import FLAT, PlaceOption, stopped_by
 from vivit_jax.data.datasets.packs import Manifest
 from vivit_jax.data.packing.pack import Container, Packing, pack
+from vivit_jax.data.settings import MOST_READERS
 from vivit_jax.data.video.sequence import usable_cores
 from vivit_jax.data.video.transcode import check_short_side
 from vivit_jax.errors import UserError, counted, printable, quoted
@@ -85,8 +86,8 @@ def pack_command(
     )
     if resize is not None:
         check_short_side(resize, "--resize")
-    if how.threads < 1:
-        raise UserError(f"--threads is {threads}; expected at least 1")
+    if not 1 <= how.threads <= MOST_READERS:
+        raise UserError(f"--threads is {threads}; expected 1 to {MOST_READERS}")
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"--max-bad-share is {max_bad_share:g}; expected a share from 0 to 1")
     _check_apart(data, out)

@@ -7,6 +7,7 @@ from typing import Literal
 from vivit_jax.config_base import Sampler
 
 MOST_CLASSES = 1_000_000  # a larger number in a list is taken for a mistake
+MOST_READERS = 1024  # threads of a process, or processes; each holds clips
 FEW_CLIPS = 20  # the share of unreadable clips is judged from this many on
 
 

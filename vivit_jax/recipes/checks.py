@@ -9,6 +9,7 @@ from typing import Any
 
 from vivit_jax.config import Config
 from vivit_jax.config_base import READING
+from vivit_jax.data.settings import MOST_READERS
 from vivit_jax.data.transforms.processor import VideoProcessor
 from vivit_jax.data.transforms.randaugment import parse_rand_augment
 from vivit_jax.errors import ConfigError, UserError, closest
@@ -22,16 +23,18 @@ _RANGES = (
     (
         lambda v: v >= 1,
         "1 or more",
-        "data.stride data.repeats data.threads augment.resize optim.lr_batch train.epochs "
+        "data.stride data.repeats augment.resize optim.lr_batch train.epochs "
         "train.batch_size train.accumulate train.steps train.checkpoint_every train.evaluate_every "
         "train.keep train.max_bad_steps train.patience evaluation.clips evaluation.crops "
         "evaluation.stride evaluation.resize",
     ),
+    (lambda v: 1 <= v <= MOST_READERS, f"in 1 to {MOST_READERS}", "data.threads"),
+    (lambda v: 0 <= v <= MOST_READERS, f"in 0 to {MOST_READERS}", "data.workers"),
     (lambda v: v > 0, "above 0", "optim.lr optim.eps optim.clip data.cache_dir_gib"),
     (
         lambda v: v >= 0,
         "0 or more",
-        "data.workers data.cache_gib data.first_frame augment.mixup augment.cutmix optim.min_lr "
+        "data.cache_gib data.first_frame augment.mixup augment.cutmix optim.min_lr "
         "optim.warmup_epochs optim.weight_decay",
     ),
     (lambda v: 0 <= v < 2**32, "in 0 to below 2**32", "train.seed"),
