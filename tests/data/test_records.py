@@ -193,9 +193,15 @@ def test_other_mistakes(clips, tmp_path):
         read_dataset(write(path, example(frames, [-1])))
     with pytest.raises(VideoError, match="not a SequenceExample"):
         read_dataset(write(path, b"\x0a\xffnothing of the kind"))
+    with pytest.raises(UserError, match="clip/label/index is a bytes_list; expected an int64_list"):
+        read_dataset(write(path, example(frames, **{records.LABELS: b"1"})))
     whole = write(path, example(frames, [1])).read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="is cut off: its last record ends at byte"):
+    for lost in (100, 4, 1):
+        path.write_bytes(whole[:-lost])
+        with pytest.raises(UserError, match="is cut off: its last record ends at byte"):
+            read_dataset(path)
+    path.write_bytes(whole[:8] + b"\0" * 4 + whole[12:])  # a length with a wrong checksum
+    with pytest.raises(UserError, match="byte 0: no TFRecord begins here"):
         read_dataset(path)
     with pytest.raises(UserError, match="1 of its 2 shards are missing, such as .*00001-of-00002"):
         write(tmp_path / "b.tfrecord-00000-of-00002", example(frames, [1]))

@@ -192,6 +192,9 @@ def _labels(file: BinaryIO, length: int, where: str) -> tuple[tuple[int, ...], t
     if needed > len(first):
         first += file.read(min(needed, length) - len(first))
     context = _parsed(first[:needed], where).context.feature
+    kinds = [kind.name for kind, _ in context[LABELS].ListFields()] if LABELS in context else []
+    if kinds not in ([], ["int64_list"]):
+        raise UserError(f"{where}: {LABELS} is a {kinds[0]}; expected an int64_list")
     found = tuple(context[LABELS].int64_list.value) if LABELS in context else ()
     wrong = next((label for label in found if not 0 <= label <= LARGEST), None)
     if wrong is not None:
