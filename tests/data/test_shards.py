@@ -342,6 +342,23 @@ def test_a_full_disk_is_named_and_leaves_nothing(data, tmp_path, container):
     assert not (tmp_path / "k400").exists()
 
 
+def test_two_processes_do_not_pack_into_one_directory(data, tmp_path, monkeypatch):
+    """A lock is a file's that is open, so a second one in this process stands for the other."""
+    dataset, added, told = listed(data), packing._added, []
+
+    def meanwhile(shard, dataset, member):
+        if not told:
+            told.append(0)
+            with pytest.raises(UserError, match="k: another process is packing into it; wait for"):
+                pack(dataset, tmp_path / "k", Packing(shard_bytes=30_000))
+        return added(shard, dataset, member)
+
+    monkeypatch.setattr(packing, "_added", meanwhile)
+    pack(dataset, tmp_path / "k", SMALL)
+    assert told
+    assert_same(read_dataset(tmp_path / "k"), dataset)
+
+
 def test_clips_that_cannot_be_read_are_left_out_and_named(data, tmp_path):
     lines = [f'"{data / "a b.mp4"}" 0'] * 30
     (tmp_path / "bad.mp4").write_bytes(b"no video")

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from vivit_jax.errors import UserError
+from vivit_jax.files.alone import alone
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +134,8 @@ def _digest(block: bytes) -> bytes:
 
 def _shrink(directory: Path, limit: int) -> None:
     """Remove what was used longest ago until the rest is well below the limit; one process does."""
-    with _alone(directory / _LOCK) as alone:
-        if not alone:
+    with alone(directory / _LOCK) as is_alone:
+        if not is_alone:
             return
         held = []
         for folder in directory.iterdir():
@@ -151,20 +152,3 @@ def _shrink(directory: Path, limit: int) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
                 excess -= size
-
-
-@contextlib.contextmanager
-def _alone(path: Path):
-    """Whether no other process is in such a block."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield True
-        return
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True

@@ -33,6 +33,7 @@ from vivit_jax.data.packing.tar_shard import ChangedError, TarShard
 from vivit_jax.data.settings import FEW_CLIPS
 from vivit_jax.errors import UserError, counted
 from vivit_jax.files.addresses import Address, Place
+from vivit_jax.files.alone import alone
 from vivit_jax.files.atomic import check_directory, whole_file, write_json
 from vivit_jax.files.reading import content, names_in, sha256_of, size_of
 from vivit_jax.files.staging import made_parents
@@ -105,9 +106,22 @@ def pack(dataset: Dataset, out: Place, how: Packing, progress: Progress | None =
     machine, the same content. A pack that is complete already is checked in the same way.
 
     Raises UserError for a directory that holds anything else, too many clips that cannot be read,
-    and for a pack of another data set or with other settings.
+    for a pack of another data set or with other settings, and where another process on this machine
+    is packing.
     """
     check_directory(out, [MANIFEST])
+    if isinstance(out, Address):
+        return _packed(dataset, out, how, progress)
+    with made_parents(out / MANIFEST), alone(out) as is_alone:
+        if not is_alone:
+            raise UserError(
+                f"--out {out}: another process is packing into it; wait for its end, or choose "
+                "another directory"
+            )
+        return _packed(dataset, out, how, progress)
+
+
+def _packed(dataset: Dataset, out: Place, how: Packing, progress: Progress | None) -> Manifest:
     source = dataset.fingerprint
     key = hashlib.sha256(json.dumps([source, how.settings], sort_keys=True).encode()).hexdigest()
     there = set(names_in(out)) if out.is_dir() else set()
@@ -124,13 +138,9 @@ def pack(dataset: Dataset, out: Place, how: Packing, progress: Progress | None =
             f"--out {out} holds {counted(len(others), 'other file')}, such as {others[0]}; "
             "expected a new or empty directory, or a pack that was begun"
         )
-    local = not isinstance(out, Address)
-    with made_parents(out / MANIFEST) if local else contextlib.nullcontext():
-        for shard in _written(
-            dataset, out, key, how, begun, progress or (lambda done, total: None)
-        ):
-            begun.append(shard)
-        return _finished(dataset, out, source, how, begun)
+    for shard in _written(dataset, out, key, how, begun, progress or (lambda done, total: None)):
+        begun.append(shard)
+    return _finished(dataset, out, source, how, begun)
 
 
 def _shard_name(out: Place, number: int, how: Packing) -> str:
