@@ -32,7 +32,7 @@ from vivit_jax.data.packing.pack import Packing, pack
 from vivit_jax.data.packing.verify import changed_clips
 from vivit_jax.data.video.decode import read_video
 from vivit_jax.errors import UserError, VideoError, WriteError
-from vivit_jax.files import ranges
+from vivit_jax.files import block_cache, ranges, storage
 from vivit_jax.files.addresses import place
 from vivit_jax.files.atomic import whole_file
 from vivit_jax.files.reading import content as content_of
@@ -685,6 +685,28 @@ def test_links_in_shards_of_others_stand_for_their_members(data, tmp_path):
         write(link("a.mkv", target, kind))
         with pytest.raises(UserError, match="s.tar: a.mkv is a link to .*, which is no file in it"):
             read_dataset(tmp_path / "s.tar")
+
+
+def test_shards_of_others_in_storage_are_looked_at_once(tmp_path, monkeypatch):
+    """With a cache; a file that became another is looked at again."""
+    monkeypatch.setenv(block_cache.DIRECTORY, str(tmp_path / "cache"))
+    files, counts = fsspec.filesystem("memory"), []
+    labels = [("a.cls", b"3"), ("b.json", b'{"label": [1, 2]}'), ("c.cls", b"run"), ("d.txt", b"")]
+    for (name, text), clip in itertools.product(labels, (b"x", b"another")):
+        write_tar(tmp_path / "s.tar", [(f"{name[0]}.mkv", clip), (name, text)])
+        files.pipe("/b/others/s.tar", (tmp_path / "s.tar").read_bytes())
+        expected = read_dataset(tmp_path / "s.tar")
+        for _ in range(2):
+            ranges.forget()
+            before = storage.TRAFFIC.bytes_read
+            found = read_dataset("memory://b/others/s.tar")
+            counts.append(storage.TRAFFIC.bytes_read - before)
+            assert found.classes == expected.classes
+            assert [each.label for each in found.examples] == [
+                each.label for each in expected.examples
+            ]
+            assert [content_of(each.path) for each in found.examples] == [clip]
+    assert min(counts[::2]) > 1000 and counts[1::2] == [0] * len(labels) * 2
 
 
 def test_what_is_not_read_of_shards_of_others_is_said(tmp_path, caplog):

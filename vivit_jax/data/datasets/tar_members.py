@@ -18,7 +18,10 @@ from vivit_jax.data.datasets.columns import Builder, Columns, Entry, Label
 from vivit_jax.data.datasets.folders import ARRAYS, VIDEOS, ending
 from vivit_jax.data.datasets.list_files import LARGEST
 from vivit_jax.errors import UserError, counted, quoted
+from vivit_jax.files import block_cache
+from vivit_jax.files.addresses import is_address
 from vivit_jax.files.parts import Part
+from vivit_jax.files.ranges import recent_state
 from vivit_jax.files.reading import opened
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ IS_COMPRESSED = (
 )
 _LONGEST = 2**20  # bytes of such a member
 _THREADS = 16
+_HEADS = -1  # in the place of a block's number; another one when what is kept changes
 _MOST_LINKS = 40  # from one to the next, as Linux follows them
 _Found = int | str | tuple[int, ...] | None  # a label as it is written
 
@@ -115,7 +119,32 @@ def _numbered(
 
 
 def _members(path: str) -> dict[str, tuple[_Clip, _Found]]:
-    """The clip of each sample of a tar file, and its label."""
+    """The clip of each sample of a tar file, and its label.
+
+    Of a file in storage they are kept in the cache of blocks, if there is one: small clips lie so
+    close that the look at their heads reads the whole file.
+    """
+    if not is_address(path):
+        return _scanned(path)
+    try:
+        tag = recent_state(path).tag
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    held = block_cache.get(path, tag, _HEADS)
+    if held is not None:
+        rows = json.loads(held)
+        return {
+            key: (_Clip(*clip), tuple(label) if isinstance(label, list) else label)
+            for key, clip, label in rows
+        }
+    found = _scanned(path)
+    rows = [(key, clip, label) for key, (clip, label) in found.items()]
+    block_cache.put(path, tag, _HEADS, json.dumps(rows).encode())
+    return found
+
+
+def _scanned(path: str) -> dict[str, tuple[_Clip, _Found]]:
+    """`_members` from the file itself."""
     members: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, dict[str, bytes]] = {}
     try:
