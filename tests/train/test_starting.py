@@ -6,6 +6,7 @@ import json
 import re
 
 import flax.serialization
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from vivit_jax import param_tree
 from vivit_jax.config import VideoMAEConfig, VivitConfig
 from vivit_jax.config_base import READING
 from vivit_jax.errors import UserError
+from vivit_jax.files import block_cache
 from vivit_jax.recipes import RECIPES, apply_settings, from_dict, recipe_named, to_dict
 from vivit_jax.recipes.checks import model_config
 from vivit_jax.recipes.recipe import EvalSettings, ModelSettings
@@ -477,6 +479,18 @@ def prepared(recipe, *settings):
     setup, batches, start = prepare(recipe, mesh, None, listed(recipe))
     batches.close()
     return setup, start
+
+
+def test_lists_are_read_through_the_cache_too(tmp_path, monkeypatch):
+    """And what is found in tar files of others, which are looked through once."""
+    for name in (block_cache.DIRECTORY, block_cache.GIB):
+        monkeypatch.setenv(name, "")  # and what the recipe sets is undone
+    fsspec.filesystem("memory").pipe("/b/data/list.txt", b"a.mp4 0\nb.mp4 1\n")
+    data = dataclasses.replace(
+        FINETUNE.data, train="memory://b/data/list.txt", cache_dir=str(tmp_path), validation=None
+    )
+    listed(dataclasses.replace(FINETUNE, data=data))
+    assert len([*tmp_path.glob("*/*")]) == 1
 
 
 def data_recipe(clips, which, start=None):

@@ -12,6 +12,7 @@ from vivit_jax.data.datasets.dataset import Dataset, from_objects, read_dataset
 from vivit_jax.data.datasets.hold_out import hold_out
 from vivit_jax.data.pipeline import Batches, ClipShape, ProcessShard
 from vivit_jax.errors import UserError, counted
+from vivit_jax.files import block_cache
 from vivit_jax.files.addresses import Place
 from vivit_jax.files.reading import is_directory
 from vivit_jax.recipes.checks import model_config
@@ -37,6 +38,8 @@ def listed(
     settings = recipe.data
     if dataset is None and not settings.train:
         raise UserError("data.train is empty; say where the clips are: --set data.train=list.txt")
+
+    block_cache.use(settings.cache_dir, settings.cache_dir_gib)  # lists are read through it too
 
     def read(source: str, split: str) -> Dataset:
         return read_dataset(source, split=split, **reading(recipe, source))
