@@ -27,7 +27,7 @@ _VARIABLES = {
     "gs": {"GOOGLE_CLOUD_PROJECT": "project", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"},
 }
 # What tells the libraries where the server is: botocore, gcsfs, and TensorStore.
-_ADDRESSES = {
+ADDRESSES = {
     "s3": ("AWS_ENDPOINT_URL",),
     "gs": ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"),
 }
@@ -47,7 +47,7 @@ def store(protocol: str, port: int | None = None) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, _running(protocol, port):
         for name, value in _VARIABLES[protocol].items():
             patch.setenv(name, value)
-        for name in _ADDRESSES[protocol]:
+        for name in ADDRESSES[protocol]:
             patch.setenv(name, f"http://127.0.0.1:{port}")
         forget()
         if not storage.exists(f"{protocol}://bucket"):

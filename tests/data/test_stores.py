@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets in real object stores: servers of S3 and GCS on this machine."""
 
+import contextlib
+import os
+
 import numpy as np
 import pytest
 from clips import write_clip
-from stores import forget, free_port, gone, store
+from stores import ADDRESSES, Proxy, forget, free_port, gone, store
 
 from vivit_jax.data.datasets.dataset import read_dataset, read_frames
 from vivit_jax.data.video.opened import scanned
@@ -85,3 +88,22 @@ def test_a_server_that_is_gone_for_20_s_costs_time_and_nothing_else(tmp_path, ca
     told = [r.getMessage() for r in caplog.records if "trying again for" in r.getMessage()]
     print("\n".join(told))
     assert len(told) >= 3 and all("a.mp4" in each for each in told)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_each_request_is_tried_once_by_the_library(tmp_path, monkeypatch, caplog, protocol):
+    """So that each trial is said, and the end comes after the stated time."""
+    monkeypatch.setenv(storage.PATIENCE, "2")
+    with store(protocol) as bucket, contextlib.ExitStack() as stack:
+        storage.write(b"a", f"{bucket}/a")
+        (variable,) = ADDRESSES[protocol][:1]
+        proxy = stack.enter_context(contextlib.closing(Proxy(os.environ[variable])))
+        for name in ADDRESSES[protocol]:
+            monkeypatch.setenv(name, proxy.address)
+        forget()
+        assert storage.read(f"{bucket}/a") == b"a"
+        proxy.fault = lambda number, method: "500"
+        with pytest.raises(StorageError, match="failed for 2 s"):
+            storage.read(f"{bucket}/a")
+        told = [r.getMessage() for r in caplog.records if "trying again for" in r.getMessage()]
+        assert proxy.counts["500"] == len(told) + 1 >= 3

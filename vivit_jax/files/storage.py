@@ -368,7 +368,11 @@ def _file_system(protocol: str) -> Any:
         )
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # stack traces of what is raised anyway
     try:
-        return fsspec.filesystem(protocol, **_OPTIONS.get(protocol, {}))
+        files = fsspec.filesystem(protocol, **_OPTIONS.get(protocol, {}))
+        # gcsfs has no setting for this: each request would be tried six times in silence.
+        if protocol == "gs" and (once := getattr(type(files)._request, "__wrapped__", None)):
+            files._request = functools.partial(once, files)
+        return files
     except ImportError as error:
         if protocol in _EXTRAS:
             package, extra = _EXTRAS[protocol]
