@@ -179,6 +179,7 @@ def test_places_that_are_refused_before_anything_runs(tmp_path):
     for out, resume, told in (
         ("https://x.org/run", False, "https://x.org/run: web servers cannot be written to; name a"),
         ("teleport://x/run", False, "teleport is no protocol that is known"),
+        ("ftp://x/run", False, "ftp:// needs host besides an address, which there is no way to"),
         ("memory://b/full", False, "--out memory://b/full is not empty; choose a new directory"),
         ("memory://b/run", False, "--out memory://b/run holds a run; continue it with --resume"),
         ("memory://b/none", True, "memory://b/none holds no run to resume: there is no recipe"),

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import functools
 import http.client
+import inspect
 import io
 import logging
 import os
@@ -368,7 +369,9 @@ def _file_system(protocol: str) -> Any:
         )
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # stack traces of what is raised anyway
     try:
-        files = fsspec.filesystem(protocol, **_OPTIONS.get(protocol, {}))
+        kind = fsspec.get_filesystem_class(protocol)
+        _check_no_settings(protocol, kind)
+        files = kind(**_OPTIONS.get(protocol, {}))
         # gcsfs has no setting for this: each request would be tried six times in silence.
         if protocol == "gs" and (once := getattr(type(files)._request, "__wrapped__", None)):
             files._request = functools.partial(once, files)
@@ -378,8 +381,21 @@ def _file_system(protocol: str) -> Any:
             package, extra = _EXTRAS[protocol]
             raise MissingExtra(package, extra, f"{protocol}://") from None
         raise UserError(f"{protocol}:// needs another package: {first_line(error)}") from None
+    except UserError:
+        raise
     except Exception as error:  # each protocol raises errors of its own
         raise StorageError(f"{protocol}://: {_reason(error)}") from error
+
+
+def _check_no_settings(protocol: str, kind: type) -> None:
+    """UserError for a kind of file system that needs more than addresses, such as a host."""
+    given = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    needed = [each.name for each in given if each.default is each.empty and each.kind < 2]
+    if needed:
+        raise UserError(
+            f"{protocol}:// needs {', '.join(needed)} besides an address, which there is no way to "
+            "give here; expected gs, s3, hf or https, or a copy on this machine"
+        )
 
 
 def _tried(address: str, what: str, call: Callable[[], T]) -> T:
