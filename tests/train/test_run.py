@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may write to the directory of a run."""
 
+import json
+
 import pytest
 from tiny_recipes import FINETUNE, changed
 
 from vivit_jax.errors import UserError
-from vivit_jax.train.start.initial_model import described_model
+from vivit_jax.recipes.settings import to_dict
+from vivit_jax.train.start.initial_model import check_same, described_base, described_model
 from vivit_jax.train.storage.run_directory import MODEL, RECIPE, RunDirectory, saved_recipe
 
 
@@ -43,8 +46,14 @@ def test_files_that_are_no_json(tmp_path):
     (tmp_path / RECIPE).write_bytes(b"\xff\xfe{")
     with pytest.raises(UserError, match="recipe.json is not valid JSON: .* restore it"):
         saved_recipe(tmp_path)
-    with pytest.raises(UserError, match="there is no .*model.json, which describes the model of"):
-        described_model(tmp_path / MODEL)
+    (tmp_path / RECIPE).write_text(json.dumps({**to_dict(FINETUNE), "taks": "finetune"}))
+    with pytest.raises(UserError, match="recipe.json: taks: there is no such field.* restore it"):
+        saved_recipe(tmp_path)
+    readers = (described_model, described_base, lambda path: check_same(path, {}))
+    for read in readers:
+        with pytest.raises(UserError, match="there is no .*model.json, which describes the model"):
+            read(tmp_path / MODEL)
     (tmp_path / MODEL).write_text("{")
-    with pytest.raises(UserError, match="model.json is not valid JSON"):
-        described_model(tmp_path / MODEL)
+    for read in readers:
+        with pytest.raises(UserError, match="model.json is not valid JSON"):
+            read(tmp_path / MODEL)

@@ -95,10 +95,19 @@ def test_a_run_goes_on_before_a_checkpoint_that_was_not_copied(tmp_path, caplog)
         (name, *_) = (n for n in storage.sizes_below("memory://b/run/checkpoints/4") if "/d/" in n)
         storage.remove(f"memory://b/run/checkpoints/4/{name}")
         train(recipe, "memory://b/run", resume=True, **QUIET)
+        there = copied("memory://b/run", tmp_path / "copy")
+        assert [line["step"] for line in lines(there)] == [1, 2, 3, 4, 5, 6]
+        assert state(there, 4)
+        # One that was changed there: messages name it there, not the copy here.
+        changed_one = "memory://b/run/checkpoints/6"
+        held = bytearray(storage.read(f"{changed_one}/run/metadata"))
+        held[len(held) // 2] ^= 1
+        storage.write(bytes(held), f"{changed_one}/run/metadata")
+        train(recipe, "memory://b/run", resume=True, **QUIET)
     assert "memory://b/run/checkpoints/4 was not written to its end; it is left out" in caplog.text
-    there = copied("memory://b/run", tmp_path / "copy")
-    assert [line["step"] for line in lines(there)] == [1, 2, 3, 4, 5, 6]
-    assert state(there, 4)
+    assert f"step 6, {changed_one}, is damaged: run/metadata has changed" in caplog.text
+    assert "later 6 in memory://b/run/checkpoints" in caplog.text
+    assert str(tmp_path / "tmp") not in caplog.text
 
 
 def write_step(store, step: int, text: str = "a") -> None:

@@ -395,8 +395,8 @@ def check_same(path: Path, own: Mapping[str, str]) -> None:
 
     `path` holds its `description`, `own` are the names of what is given now.
     """
-    values = read_json(path, hint="restore it as it was written")
-    held = values.get("own", {}) if isinstance(values, dict) else {}
+    values = _described(path)
+    held = values.get("own", {})
     for name in sorted({*held, *own}):
         before, now = (each.get(name, "the recipe's own") for each in (held, own))
         if before != now:
@@ -406,13 +406,18 @@ def check_same(path: Path, own: Mapping[str, str]) -> None:
             )
 
 
-def described_model(path: Path) -> nn.Module:
-    """The model whose `description` a file holds. UserError for a file that was changed."""
+def _described(path: Path) -> dict[str, Any]:
+    """The values of a file that holds a `description`; {} where they are others."""
     hint = "restore it as it was written"
     if not path.exists():
         raise UserError(f"there is no {path}, which describes the model of the run; {hint}")
     values = read_json(path, hint=hint)
-    values = values if isinstance(values, dict) else {}
+    return values if isinstance(values, dict) else {}
+
+
+def described_model(path: Path) -> nn.Module:
+    """The model whose `description` a file holds. UserError for a file that was changed."""
+    hint, values = "restore it as it was written", _described(path)
     config, execution = values.get("config"), values.get("execution")
     if not isinstance(config, dict) or not isinstance(execution, dict):
         raise UserError(f"{path} does not describe a model: expected config and execution; {hint}")
@@ -429,8 +434,7 @@ def described_model(path: Path) -> nn.Module:
 
 def described_base(path: Path) -> Base | None:
     """The base of a `description`, None where it has none. UserError for one that was changed."""
-    values = read_json(path, hint="restore it as it was written")
-    held = values.get("base") if isinstance(values, dict) else None
+    held = _described(path).get("base")
     if held is None:
         return None
     try:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from vivit_jax.errors import CheckpointError, UserError, WriteError, first_line
+from vivit_jax.files.addresses import Place
 from vivit_jax.files.atomic import writing
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.staging import clear_leftovers
@@ -56,7 +57,8 @@ class Checkpoints:
     Every process of a run calls every method. `asynchronous` saves write while training continues;
     the next call raises their errors. `directory` is on a file system that all processes share.
     With `alone` the first process alone calls methods, with numpy arrays:
-    `vivit_jax.train.storage.gathered_checkpoints`.
+    `vivit_jax.train.storage.gathered_checkpoints`. Messages name `place` where it is given: the
+    store that the directory is copied to.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Checkpoints:
         keep: int,
         asynchronous: bool = True,
         alone: bool = False,
+        place: Place | None = None,
     ):
         import orbax.checkpoint as ocp
 
@@ -73,6 +76,7 @@ class Checkpoints:
             raise UserError(f"keep is {keep}; expected to keep 1 or more checkpoints")
         directory = Path(directory).resolve()
         self._checkpoints, self._models = directory / "checkpoints", directory / "models"
+        self._place = place or directory
         self._saved = False
         self._scores: dict[int, float | None] = {}
         self._pending = -1  # the step that is being written
@@ -143,7 +147,7 @@ class Checkpoints:
         latest = self.latest()
         if latest is not None and step <= latest:
             raise UserError(
-                f"{self._checkpoints} has a checkpoint of step {latest}, and step {step} is not "
+                f"{self._named()} has a checkpoint of step {latest}, and step {step} is not "
                 "after it; remove the later ones, or train into another directory"
             )
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
@@ -194,7 +198,7 @@ class Checkpoints:
         steps = self.steps()
         if step not in steps:
             raise UserError(
-                f"{self._checkpoints} holds no checkpoint of step {step}; it has "
+                f"{self._named()} holds no checkpoint of step {step}; it has "
                 + (", ".join(map(str, steps)) or "none")
             )
 
@@ -208,7 +212,7 @@ class Checkpoints:
         if later:
             _warn(
                 f"resuming from step {step}: the next checkpoint replaces the later "
-                f"{', '.join(map(str, later))} in {self._checkpoints}"
+                f"{', '.join(map(str, later))} in {self._named()}"
             )
 
     def restore(
@@ -234,7 +238,7 @@ class Checkpoints:
         """
         steps = self.steps()
         if step is None and not steps:
-            raise UserError(f"{self._checkpoints} holds no checkpoint; start a new run")
+            raise UserError(f"{self._named()} holds no checkpoint; start a new run")
         if step is not None:
             self.check_step(step)
         for each in (step,) if step is not None else reversed(steps):
@@ -246,7 +250,7 @@ class Checkpoints:
                     raise DamagedCheckpoint(f"{error}; other steps there: {others}") from error
                 _warn(str(error))
         raise DamagedCheckpoint(
-            f"{self._checkpoints}: all checkpoints are damaged ({', '.join(map(str, steps))}); "
+            f"{self._named()}: all checkpoints are damaged ({', '.join(map(str, steps))}); "
             "start a new run in another directory"
         )
 
@@ -277,15 +281,17 @@ class Checkpoints:
 
     def _check_sums(self, step: int) -> None:
         """Raises DamagedCheckpoint in all processes if the first finds changed files."""
-        if not _is_object(marker := self._checkpoints / str(step) / "_CHECKPOINT_METADATA"):
-            _warn(f"{marker} is damaged; resuming from step {step} does not need it")
+        name = f"{step}/_CHECKPOINT_METADATA"
+        if not _is_object(self._checkpoints / name):
+            where = self._named() / name
+            _warn(f"{where} is damaged; resuming from step {step} does not need it")
         found, unknown = self._of_first(lambda: self._damage(step))
         if found:
             raise self._damaged(step, found)
         if unknown:
             if self._run(step).get("checksums"):
                 raise self._damaged(step, "its checksums.json is missing")
-            _warn(f"{self._checkpoints / str(step)} has no checksums; damage in it goes unnoticed")
+            _warn(f"{self._named(step)} has no checksums; damage in it goes unnoticed")
 
     def _damage(self, step: int) -> tuple[str | None, bool]:
         """How a checkpoint differs from what was written, and whether that is not known."""
@@ -325,11 +331,10 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     self._tidy()
             what = (
-                f"step {self._pending} is in {self._checkpoints}, but what it replaces could not "
+                f"step {self._pending} is in {self._named()}, but what it replaces could not "
                 "be removed"
                 if there
-                else f"a checkpoint of step {self._pending} could not be written to "
-                f"{self._checkpoints}"
+                else f"a checkpoint of step {self._pending} could not be written to {self._named()}"
             )
             raise UnwrittenCheckpoint(
                 f"{what}: {first_line(error)}; the checkpoints that are there are whole: fix the "
@@ -340,7 +345,8 @@ class Checkpoints:
         """Whether a checkpoint's model is missing, with a warning; all processes agree."""
         gone = self._of_first(lambda: not (self._models / str(step)).is_dir())
         if gone:
-            _warn(f"{self._models / str(step)} is gone; it is written again from the checkpoint")
+            where = self._place / "models" / str(step)
+            _warn(f"{where} is gone; it is written again from the checkpoint")
         return gone
 
     def write_model(self, step: int, export: Callable[[Path], None] | None) -> None:
@@ -379,10 +385,14 @@ class Checkpoints:
         except _DAMAGE as error:
             raise self._damaged(step, error) from error
 
+    def _named(self, step: int | None = None) -> Place:
+        """The directory of all checkpoints, or of one, as messages have it."""
+        found = self._place / "checkpoints"
+        return found if step is None else found / str(step)
+
     def _damaged(self, step: int, error: Exception | str) -> DamagedCheckpoint:
         return DamagedCheckpoint(
-            f"the checkpoint of step {step}, {self._checkpoints / str(step)}, is damaged: "
-            f"{first_line(error)}"
+            f"the checkpoint of step {step}, {self._named(step)}, is damaged: {first_line(error)}"
         )
 
     def _tidy(self) -> None:

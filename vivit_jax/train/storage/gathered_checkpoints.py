@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vivit_jax.files.addresses import Place
 from vivit_jax.train.processes.first import of_first, sent
 from vivit_jax.train.sharding import whole
 from vivit_jax.train.storage.checkpoint import Checkpoints
@@ -25,11 +26,11 @@ class GatheredCheckpoints:
     the first process are raised in all.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int):
+    def __init__(self, directory: str | Path, *, keep: int, place: Place | None = None):
         self._checkpoints: Checkpoints | None = None  # of the first process
 
         def opened() -> None:
-            self._checkpoints = Checkpoints(directory, keep=keep, alone=True)
+            self._checkpoints = Checkpoints(directory, keep=keep, alone=True, place=place)
 
         of_first(opened)
 

@@ -252,7 +252,12 @@ def saved_recipe(path: Place) -> Recipe:
     file = path / RECIPE
     if not file.is_file():
         raise UserError(f"{path} holds no run to resume: there is no {RECIPE} in it")
-    return from_dict(read_json(file, hint="restore it as it was written"))
+    hint = "restore it as it was written"
+    values = read_json(file, hint=hint)
+    try:
+        return from_dict(values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}; {hint}") from error
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -64,7 +64,8 @@ class RunStore:
     def checkpoints(self, *, keep: int) -> Checkpoints | GatheredCheckpoints:
         """The run's checkpoints in `path`."""
         apart = self.is_remote and jax.process_count() > 1
-        return (GatheredCheckpoints if apart else Checkpoints)(self.path, keep=keep)
+        kind = GatheredCheckpoints if apart else Checkpoints
+        return kind(self.path, keep=keep, place=self.place)
 
 
 @contextlib.contextmanager
