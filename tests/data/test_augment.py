@@ -225,6 +225,15 @@ def test_flip_mirrors_the_width_with_its_probability():
     assert all(flip(rng, clip, 0.0) is clip for _ in range(50))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_flip_mirrors_clips_of_any_channels_and_views_of_them(channels):
+    whole = np.random.default_rng(0).integers(0, 256, (2, 6, 9, channels), dtype=np.uint8)
+    for clip in (whole, whole[:, 1:5, 2:7], whole[:, ::-1, ::-1]):
+        kept = clip.copy()
+        np.testing.assert_array_equal(flip(np.random.default_rng(0), clip, 1.0), np.flip(kept, 2))
+        np.testing.assert_array_equal(clip, kept)
+
+
 VIDEOMAE_PRETRAIN = AugmentSettings(crop="multi_scale", flip=0.0)
 VIDEOMAE_FINETUNE = AugmentSettings(rand_augment="rand-m7-n4-mstd0.5-inc1")
 SCENIC = AugmentSettings(

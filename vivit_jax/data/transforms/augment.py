@@ -317,8 +317,14 @@ def three_crops(
 def flip(
     rng: np.random.Generator, clip: UInt8[np.ndarray, "t h w c"], probability: float = 0.5
 ) -> UInt8[np.ndarray, "t h w c"]:
-    """Mirrors left to right with this probability; a view."""
-    return clip[:, :, ::-1] if rng.random() < probability else clip
+    """Mirrors left to right with this probability, in a new array; else the clip itself."""
+    if rng.random() >= probability:
+        return clip
+    mirrored = np.empty(clip.shape, clip.dtype)
+    # numpy copies runs of three numbers, as a reversed view holds, at a quarter of the speed.
+    for channel in range(clip.shape[3]):
+        mirrored[..., channel] = clip[:, :, ::-1, channel]
+    return mirrored
 
 
 def _cut(
