@@ -84,6 +84,8 @@ def _encode(path: str, file: str, size: tuple[int, int], info: VideoInfo, keyfra
     muxing = {"movflags": "+faststart", "fflags": "+bitexact"}
     options = {
         "preset": "medium",
+        # Without arithmetic coding and deblocking: a seventh more bytes, a ninth less time of a clip.
+        "tune": "fastdecode",
         "crf": str(QUALITY),
         # mbtree gave other bytes in one of a hundred encodings of the same frames.
         "x264-params": f"keyint={keyframes}:min-keyint={keyframes}:scenecut=0:open-gop=0:mbtree=0",
