@@ -183,8 +183,8 @@ FAULTS = [
     Fault(
         "a flip of rows",
         DATA + "transforms/augment.py",
-        "return clip[:, :, ::-1] if rng.random() < probability else clip",
-        "return clip[:, ::-1] if rng.random() < probability else clip",
+        "clip[:, :, ::-1, channel]",
+        "clip[:, ::-1, :, channel]",
     ),
     Fault(
         "half a pixel in the resize",

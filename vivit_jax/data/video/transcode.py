@@ -84,7 +84,7 @@ def _encode(path: str, file: str, size: tuple[int, int], info: VideoInfo, keyfra
     muxing = {"movflags": "+faststart", "fflags": "+bitexact"}
     options = {
         "preset": "medium",
-        # Without arithmetic coding and deblocking: a seventh more bytes, a ninth less time of a clip.
+        # No arithmetic coding, no deblocking: a seventh more bytes, an eighth less time of a clip.
         "tune": "fastdecode",
         "crf": str(QUALITY),
         # mbtree gave other bytes in one of a hundred encodings of the same frames.
