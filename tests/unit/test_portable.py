@@ -53,4 +53,4 @@ def test_imports_and_runs_without_what_only_posix_systems_have():
     assert done.returncode == 0, done.stderr
     assert "vivit-b-16x2-kinetics400" in done.stdout
     warnings = [line for line in done.stderr.splitlines() if "cannot lock a directory" in line]
-    assert len(warnings) == 2 and "let no other process train into it" in warnings[0]
+    assert len(warnings) == 2 and "let no other process write into it" in warnings[0]

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vivit_jax.data.datasets.hold_out import write_list
 from vivit_jax.data.settings import DataSettings
 from vivit_jax.errors import UserError, WriteError, counted
 from vivit_jax.files.addresses import Place, place
+from vivit_jax.files.alone import alone
 from vivit_jax.files.atomic import check_directory, write_json
 from vivit_jax.files.json_files import read_json
 from vivit_jax.files.staging import names_in
@@ -65,7 +65,7 @@ class RunDirectory:
     def __init__(self, path: Path, recipe: Recipe, *, resume: bool):
         self.path, self.model_file, self._recipe = path, path / MODEL, recipe
         self._first, self._resumed = jax.process_index() == 0, resume
-        self._lock: int | None = None
+        self._lock = contextlib.ExitStack()
         self._best: float | None = None  # score of the validation that is written
         self._made: list[Path] = []  # directories of a new run before its first step
         self._undoes = False  # whether an error takes back what was written
@@ -100,31 +100,16 @@ class RunDirectory:
         """Lock the directory, in the first process of a run; the lock ends with that process."""
         if not self._first:
             return
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            logger.warning(
-                "--out %s: %s cannot lock a directory; let no other process train into it",
-                self.path,
-                sys.platform,
-            )
-            return
-        lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
+        if not self._lock.enter_context(alone(self.path)):
+            self.close()
             raise UserError(
                 f"--out {self.path}: another process is training into it; wait for its end, or "
                 "choose another directory"
-            ) from None
-        self._lock = lock
+            )
 
     def close(self) -> None:
         """Unlock the directory."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     def begin(self, model: Mapping[str, Any] | None) -> None:
         """Write recipe.json, and model.json unless the run is resumed (`model` is None).

@@ -26,6 +26,7 @@ import jax
 from vivit_jax.errors import StorageError, UserError
 from vivit_jax.files import storage
 from vivit_jax.files.addresses import Address, Place, place
+from vivit_jax.files.alone import alone
 from vivit_jax.files.json_files import parse_json
 from vivit_jax.train.processes.first import of_first
 from vivit_jax.train.storage.checkpoint import Checkpoints
@@ -291,18 +292,11 @@ def _scratch(where: Address) -> Path:
 @contextlib.contextmanager
 def _alone(where: Address, path: Path) -> Iterator[None]:
     """Let no other process of this machine train into the same place."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with alone(path.with_name(f"{path.name}.lock")) as is_alone:
+        if not is_alone:
             raise UserError(
                 f"--out {where}: another process is training into it; wait for its end, or choose "
                 "another directory"
-            ) from None
+            )
         yield
