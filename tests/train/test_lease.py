@@ -144,8 +144,36 @@ def test_a_run_whose_place_was_taken_copies_nothing_more(caplog):
     assert json.loads(storage.read(OWNER))["host"] == "node9"  # it is not ours to remove
 
 
+def test_a_new_run_does_not_begin_in_a_place_whose_dead_owner_left_a_run(caplog):
+    write_owner()
+    written = threading.Thread(
+        target=lambda: (
+            until(lambda: "waiting" in caplog.text),
+            storage.write(b"{}", f"{PLACE}/recipe.json"),
+        )
+    )
+    written.start()
+    with (
+        pytest.raises(UserError, match=f"^--out {PLACE} holds a run; continue it with --resume"),
+        run_store(PLACE, resume=False),
+    ):
+        pass
+    written.join()
+
+
 def test_after_an_error_of_the_store_nothing_is_asked_of_it(monkeypatch):
-    with contextlib.suppress(StorageError), lease.leased(Address(PLACE)):
+    asked, gone = threading.Event(), threading.Event()
+
+    def hang(address):  # as a request that is tried again and again
+        asked.set()
+        gone.wait(60)
+        return b"{}"
+
+    with contextlib.suppress(StorageError), lease.leased(Address(PLACE)) as held:
         monkeypatch.setattr(lease.storage, "remove", lambda address: pytest.fail("asked"))
+        monkeypatch.setattr(lease.storage, "read", hang)
+        assert asked.wait(60)
         raise StorageError("it is gone")
-    assert storage.exists(OWNER)
+    assert held._thread.is_alive() and storage.exists(OWNER)
+    gone.set()
+    held._thread.join()

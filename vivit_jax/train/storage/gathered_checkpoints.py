@@ -2,7 +2,8 @@
 """Checkpoints of a run whose processes share no file system, such as the machines of a TPU slice.
 
 The first process writes and reads them: it gathers the state from all devices, array by array, and
-sends what it reads. Its machine's memory holds a whole state while it is written.
+sends what it reads. Its machine's memory holds a whole state while it is written, and two when that
+begins, since Orbax copies what it gets.
 """
 
 from collections.abc import Callable, Mapping

@@ -55,11 +55,15 @@ class Lease:
             )
 
     def close(self, *, remove: bool) -> None:
-        """Give no more signs of life, and `remove` the object."""
+        """Give no more signs of life, and `remove` the object.
+
+        Without `remove` nothing is waited for: a sign may be on its way to a store that is gone.
+        """
         self._ended.set()
-        self._thread.join()
-        if remove and _parsed(self._read()).get("id") == self._own["id"]:
-            storage.remove(self._address)
+        if remove:
+            self._thread.join()
+            if _parsed(self._read()).get("id") == self._own["id"]:
+                storage.remove(self._address)
 
     def _await_former(self) -> None:
         """Return once it is known that no other process is training there."""

@@ -92,6 +92,7 @@ def run_store(out: str | Path | Place, *, resume: bool) -> Iterator[RunStore]:
             storage.check_writable(str(where), "--out")
             check_new(where, resume)
             leases.append(stack.enter_context(leased(where)))
+            check_new(where, resume)  # again: its former owner may have written meanwhile
 
         of_first(check)
         shutil.rmtree(path, ignore_errors=True)
