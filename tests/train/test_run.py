@@ -9,7 +9,14 @@ from tiny_recipes import FINETUNE, changed
 from vivit_jax.errors import UserError
 from vivit_jax.recipes.settings import to_dict
 from vivit_jax.train.start.initial_model import check_same, described_base, described_model
-from vivit_jax.train.storage.run_directory import MODEL, RECIPE, RunDirectory, saved_recipe
+from vivit_jax.train.storage.run_directory import (
+    BAD_CLIPS,
+    MODEL,
+    RECIPE,
+    VALIDATION,
+    RunDirectory,
+    saved_recipe,
+)
 
 
 def test_two_runs_that_start_together_do_not_mix(tmp_path):
@@ -40,6 +47,22 @@ def test_a_run_may_go_on_in_other_parts(tmp_path):
     again.begin(None)
     again.close()
     assert saved_recipe(tmp_path) == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [(VALIDATION, ""), (VALIDATION, '{"step"'), (BAD_CLIPS, "{"), (BAD_CLIPS, '{"clips": 3}')],
+)
+def test_a_damaged_file_is_refused_before_the_run_goes_on(tmp_path, name, text):
+    """Not at the next validation or checkpoint, for which it is read."""
+    first = RunDirectory(tmp_path, FINETUNE, resume=False)
+    first.begin(None)
+    first.close()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} (is not valid JSON|has changed).*; remove it$"):
+        RunDirectory(tmp_path, FINETUNE, resume=True)
+    (tmp_path / name).unlink()
+    RunDirectory(tmp_path, FINETUNE, resume=True).close()
 
 
 def test_files_that_are_no_json(tmp_path):

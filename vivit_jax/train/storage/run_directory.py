@@ -83,6 +83,9 @@ class RunDirectory:
                     f"{held} differs from this recipe: {'; '.join(each[:_SHOWN])}{more}; leave "
                     "these as they were, or train into another directory"
                 )
+            if self._first:  # read again at the next checkpoint and validation, hours later
+                self._held_bad_clips()
+                self._held_validation()
             self._hold()
         else:
             self._check_new()
@@ -197,15 +200,19 @@ class RunDirectory:
         if not self._first or not math.isfinite(score):
             return
         path = self.path / VALIDATION
-        if self._best is None and path.exists():
-            held = read_json(path, hint="remove it")
-            held = held if isinstance(held, dict) else {}
+        if self._best is None and (held := self._held_validation()):
             known = isinstance(held.get("step"), int) and isinstance(held.get("score"), float)
             # Later steps are of before a resume from an earlier one.
             self._best = held["score"] if known and held["step"] <= step else None
         if self._best is None or score >= self._best:
             self._best = score
             write_json(path, {"step": step, "score": score, **record()})
+
+    def _held_validation(self) -> dict[str, Any]:
+        """The contents of validation.json, {} if there is none. UserError if it is no JSON."""
+        path = self.path / VALIDATION
+        found = read_json(path, hint="remove it") if path.exists() else {}
+        return found if isinstance(found, dict) else {}
 
     def _held_bad_clips(self) -> dict[str, Any]:
         """The contents of bad_clips.json, {} if there is none. UserError if it was changed."""
