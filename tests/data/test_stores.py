@@ -59,6 +59,7 @@ def test_a_wrong_bucket(bucket):
     wrong = bucket.replace("bucket", "no-such-bucket")
     with pytest.raises(UserError, match="list.txt: (no such file|The specified bucket)"):
         read_dataset(f"{wrong}/list.txt")
+    assert storage.exists(bucket) and not storage.exists(wrong)
     with pytest.raises(StorageError, match="^--out .*: cannot be written: .*; check the name of"):
         storage.check_writable(f"{wrong}/run", "--out")
 
@@ -70,8 +71,9 @@ def test_no_credentials(monkeypatch, tmp_path):
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.delenv(name)
         forget()
-        with pytest.raises(StorageError, match="Unable to locate credentials; check the cred"):
-            read_dataset(f"{bucket}/list.txt")
+        for ask in (lambda: read_dataset(f"{bucket}/list.txt"), lambda: storage.exists(bucket)):
+            with pytest.raises(StorageError, match="Unable to locate credentials; check the cred"):
+                ask()
 
 
 def test_a_server_that_is_gone_for_20_s_costs_time_and_nothing_else(tmp_path, caplog):

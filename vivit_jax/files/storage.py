@@ -193,7 +193,14 @@ def exists(address: str) -> bool:
     """Whether there is an object of this name, or objects below it."""
     if protocol_of_web(address):
         return is_file(address)
-    return _tried(address, "asking for it", lambda: _files(address).exists(address))
+
+    def found() -> bool:
+        files = _files(address)
+        # s3fs takes any error of a bucket, such as missing credentials, for a bucket that is not
+        # there; `isdir` raises it.
+        return files.exists(address) or files.isdir(address)
+
+    return _tried(address, "asking for it", found)
 
 
 def entries(address: str) -> list[Entry]:
