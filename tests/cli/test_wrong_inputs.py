@@ -66,6 +66,7 @@ CASES = [
     ("predict '' --model model", 2, "predict: a path is empty; expected a file or a directory"),
     ("check-data ''", 2, "check-data: PATH: a path is empty; expected a file or a directory, ."),
     ("check-data gs://", 2, "check-data: PATH: gs:// names no bucket and no server; expected such"),
+    ("extract clips --model model --out gs:", 2, "--out: gs: names no bucket and no server; expec"),
     ("predict s3:/ --model model", 2, "predict: s3:/ names no bucket and no server; expected such"),
     ("pack clips gs:/", 2, "pack: PATH: gs:/ names no bucket and no server; expected such as gs:"),
     ("pack clips s3:///x", 2, "pack: PATH: s3:///x names no bucket and no server; expected such"),

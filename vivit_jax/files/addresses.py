@@ -19,8 +19,9 @@ from vivit_jax.files import storage
 
 # A Path keeps one of two slashes. A single letter is a drive of Windows.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?://(?=.)|/(?=[^/]))")
-# Of other protocols three slashes are usual, as in file:///tmp and hdfs:///tmp.
-_NO_BUCKET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}|(?:gs|gcs|s3|s3a|hf|https?):///.*")
+# Of other protocols three slashes are usual, as in file:///tmp and hdfs:///tmp, and a name may end
+# in a colon.
+_NO_BUCKET = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}|(?:gs|gcs|s3|s3a|hf|https?):(?:///.*)?")
 
 
 def is_address(path: Any) -> bool:
