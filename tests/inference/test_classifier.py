@@ -349,7 +349,7 @@ def test_a_protocol_whose_package_lacks_is_named(classifier, monkeypatch):
     def lacks(*_, **__):
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(fsspec, "filesystem", lacks)
+    monkeypatch.setattr(fsspec, "get_filesystem_class", lacks)
     storage._file_system.cache_clear()
     with pytest.raises(VideoError, match="^s3:// needs the package 's3fs', .*pip install .*s3"):
         classifier("s3://bucket/a.mp4")
